@@ -1,0 +1,1 @@
+"""Makes artefacts: checkpoint directories and engine directories. Never imports `runtime`."""

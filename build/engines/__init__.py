@@ -1,0 +1,1 @@
+"""Step 2: from a checkpoint directory to an engine directory."""

@@ -1,0 +1,1 @@
+"""Where published weights come from, under canonical (Hugging Face) names."""

@@ -1,0 +1,92 @@
+"""The published layout: config.json, sharded safetensors with an index, tokenizer files.
+
+Every file is opened and every name and shape checked before the first tensor is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvlm.config import NVLMConfig
+from nvlm.errors import UserError
+from nvlm.json_files import read_json_object
+from nvlm.manifest import sha256_of
+from nvlm.safetensors_files import SafetensorsReader
+from nvlm.tensor_names import model_tensors
+
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+class HuggingFaceSource:
+    """Peak memory of a read: nothing beyond the tensor, whose pages are the file's own.
+
+    Raises `UserError` for a missing or truncated shard, a missing tensor or a wrong shape.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        if not model_dir.is_dir():
+            raise UserError(f"--model_dir {model_dir} is not a directory")
+        self.config = NVLMConfig.from_model_dir(model_dir)
+        self.tokenizer_dir = model_dir
+        self._model_dir = model_dir
+        self._weight_map = _weight_map(model_dir)
+        files = sorted(set(self._weight_map.values()))
+        for name in files:
+            if not (model_dir / name).is_file():
+                raise UserError(f"{model_dir / name} is missing, though {INDEX} names it")
+        self._readers = {name: SafetensorsReader(model_dir / name) for name in files}
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        expected = model_tensors(self.config)
+        for tensor in expected:
+            file = self._weight_map.get(tensor.name)
+            if file is None:
+                raise UserError(f"{self._model_dir / INDEX} has no tensor {tensor.name}")
+            found = self._readers[file].tensors.get(tensor.name)
+            if found is None:
+                raise UserError(f"{self._model_dir / file} has no tensor {tensor.name}")
+            if found.shape != tensor.shape:
+                raise UserError(
+                    f"{self._model_dir / file}: {tensor.name} has shape {list(found.shape)}, "
+                    f"config.json asks for {list(tensor.shape)}"
+                )
+        ignored = sorted(self._weight_map.keys() - {tensor.name for tensor in expected})
+        if ignored:
+            log.warning("%d tensors are not NVLM-D's and are ignored: %s", len(ignored), ignored[:3])
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._readers[self._weight_map[name]].read(name)
+
+    def provenance(self) -> dict[str, Any]:
+        index = self._model_dir / INDEX
+        return {
+            "layout": "hugging_face",
+            "config_sha256": sha256_of(self._model_dir / "config.json"),
+            "index_sha256": sha256_of(index) if index.is_file() else None,
+            "files": {
+                name: (self._model_dir / name).stat().st_size for name in sorted(self._readers)
+            },
+        }
+
+
+def _weight_map(model_dir: Path) -> dict[str, str]:
+    """Tensor name -> file name."""
+    index, single = model_dir / INDEX, model_dir / SINGLE_FILE
+    if not index.is_file():
+        if not single.is_file():
+            raise UserError(f"{model_dir} has neither {INDEX} nor {SINGLE_FILE}")
+        return dict.fromkeys(SafetensorsReader(single).tensors, SINGLE_FILE)
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and name == Path(name).name for name in weight_map.values()
+    ):
+        raise UserError(f"{index}: weight_map must map tensor names to file names beside it")
+    return weight_map

@@ -1,0 +1,25 @@
+"""What the converter asks of a source of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nvlm.config import NVLMConfig
+
+
+class WeightSource(Protocol):
+    """Random access by published name. Nothing read is kept: one tensor resident at a time."""
+
+    config: NVLMConfig
+    tokenizer_dir: Path
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored (any float type), possibly a view of a memory-mapped file."""
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """What the manifest says about where the weights came from."""
+        ...

@@ -1,0 +1,135 @@
+"""The ChatML prompt around a question and its images, as token ids.
+
+Two published forms: `hf` (modeling_nvlm_d.py, conversation.py) and `megatron` (Megatron-LM
+examples/multimodal, prompt format qwen2p0). They differ in the newline behind <|im_end|> and in
+whether a tile tag is tokenised together with the text before it.
+
+An id >= vocab_size stands for row `id - vocab_size` of the request's prompt table (TensorRT-LLM's
+prompt tuning). Rows are numbered through all images in the order of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nvlm.errors import UserError
+from nvlm.inputs.tokenizer import IM_END, IM_START, Tokenizer
+
+PromptFormat = Literal["hf", "megatron"]
+DEFAULT_SYSTEM = "Answer the questions."
+THUMBNAIL_TAG = "<tile_global_thumbnail>"
+
+# (newline behind <|im_end|>, tags tokenised apart from the text before them)
+_FORMATS: dict[PromptFormat, tuple[str, bool]] = {"hf": ("", False), "megatron": ("\n", True)}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSlot:
+    """Where one image of `num_tiles` tiles stands in the prompt."""
+
+    num_tiles: int
+
+
+PromptPart = str | ImageSlot
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """token_ids: text ids and virtual ids; num_virtual_tokens: rows of the prompt table."""
+
+    token_ids: list[int]
+    num_virtual_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Special:
+    name: str
+
+
+class _Break:
+    """Ends a run of text: what stands on either side is tokenised separately."""
+
+
+def tile_tags(num_tiles: int) -> list[str]:
+    """<tile_1> ... <tile_{n-1}> and the thumbnail's; a single tile has only the thumbnail's."""
+    return [f"<tile_{k}>" for k in range(1, num_tiles)] + [THUMBNAIL_TAG]
+
+
+def images_first(num_tiles: Sequence[int], question: str) -> list[PromptPart]:
+    """The usual order: each image and a newline, then the question."""
+    parts: list[PromptPart] = []
+    for count in num_tiles:
+        parts += [ImageSlot(count), "\n"]
+    return [*parts, question]
+
+
+def build_prompt(
+    parts: Iterable[PromptPart],
+    tokenizer: Tokenizer,
+    *,
+    tokens_per_tile: int,
+    vocab_size: int,
+    system: str = DEFAULT_SYSTEM,
+    prompt_format: PromptFormat = "hf",
+) -> Prompt:
+    """Token ids of one user turn with an open assistant turn behind it.
+
+    The text is split only at the special tokens placed here; each run between them is tokenised
+    as one string with special-token parsing off. Raises `UserError` for text that is not Unicode.
+    """
+    turn_end, tags_apart = _FORMATS[prompt_format]
+    items: list[str | int | _Special | _Break] = [
+        *(_Special(IM_START), f"system\n{system}", _Special(IM_END), turn_end),
+        *(_Special(IM_START), "user\n"),
+    ]
+    for part in parts:
+        if isinstance(part, str):
+            items.append(part)
+            continue
+        items.append("<Image>")
+        for tag in tile_tags(part.num_tiles):
+            items += [*([_Break()] if tags_apart else []), tag, tokens_per_tile]
+        items.append("</Image>")
+    items += [_Special(IM_END), turn_end, _Special(IM_START), "assistant\n"]
+    return _tokenize(items, tokenizer, vocab_size)
+
+
+def _tokenize(
+    items: Iterable[str | int | _Special | _Break], tokenizer: Tokenizer, vocab_size: int
+) -> Prompt:
+    """Integers count virtual tokens; neighbouring strings form one run."""
+    token_ids: list[int] = []
+    run, num_virtual_tokens = "", 0
+
+    def end_run() -> None:
+        nonlocal run
+        if run:
+            token_ids.extend(tokenizer.encode(_require_unicode(run)))
+        run = ""
+
+    for item in items:
+        if isinstance(item, str):
+            run += item
+            continue
+        end_run()
+        if isinstance(item, _Special):
+            token_ids.append(tokenizer.special_id(item.name))
+        elif isinstance(item, int):
+            first = vocab_size + num_virtual_tokens
+            token_ids.extend(range(first, first + item))
+            num_virtual_tokens += item
+    end_run()
+    return Prompt(token_ids, num_virtual_tokens)
+
+
+def _require_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the prompt is not valid Unicode: {text[error.start : error.end]!r} at character "
+            f"{error.start} of a run; give it as UTF-8"
+        ) from None
+    return text

@@ -1,0 +1,76 @@
+"""Dynamic tiling: an image becomes a grid of square tiles and a thumbnail.
+
+Follows the README of nvidia/NVLM-D-72B (`dynamic_preprocess`) and Megatron-LM's
+examples/multimodal/image_processing.py, which agree. Grids are (columns, rows).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+
+Grid = tuple[int, int]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True)
+class TiledImage:
+    """tiles: [num_tiles, S, S, 3] uint8 RGB: the grid row by row, then the thumbnail (if any)."""
+
+    grid: Grid
+    tiles: np.ndarray
+
+    @property
+    def num_tiles(self) -> int:
+        return int(self.tiles.shape[0])
+
+
+@lru_cache
+def candidate_grids(max_num_tiles: int) -> tuple[Grid, ...]:
+    """All grids of at most `max_num_tiles` tiles, fewest tiles first: 14 for 6, 35 for 12."""
+    sides = range(1, max_num_tiles + 1)
+    grids = [(columns, rows) for columns in sides for rows in sides]
+    grids = [grid for grid in grids if grid[0] * grid[1] <= max_num_tiles]
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def choose_grid(width: int, height: int, image_size: int, max_num_tiles: int) -> Grid:
+    """The grid whose aspect ratio is closest to the image's.
+
+    On an exact tie the later candidate wins if the image covers more than half of its pixels.
+    Compared as floats, as the reference does.
+    """
+    aspect = width / height
+    best_difference, best = float("inf"), (1, 1)
+    for columns, rows in candidate_grids(max_num_tiles):
+        difference = abs(aspect - columns / rows)
+        covers_half = width * height > 0.5 * image_size * image_size * columns * rows
+        if difference < best_difference or (difference == best_difference and covers_half):
+            best_difference, best = difference, (columns, rows)
+    return best
+
+
+def tile_image(image: Image.Image, image_size: int, max_num_tiles: int) -> TiledImage:
+    """Cuts an RGB image. The aspect ratio is not kept: the whole image is stretched to the grid."""
+    columns, rows = choose_grid(*image.size, image_size, max_num_tiles)
+    resized = image.resize((columns * image_size, rows * image_size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized).reshape(rows, image_size, columns, image_size, 3)
+    tiles = pixels.transpose(0, 2, 1, 3, 4).reshape(-1, image_size, image_size, 3)
+    if len(tiles) > 1:
+        thumbnail = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        tiles = np.concatenate((tiles, np.asarray(thumbnail)[None]))
+    return TiledImage((columns, rows), np.ascontiguousarray(tiles))
+
+
+def normalize(tiles: np.ndarray) -> torch.Tensor:
+    """[num_tiles, S, S, 3] uint8 -> [num_tiles, 3, S, S] float32: 0..1, then ImageNet statistics."""
+    values = torch.from_numpy(tiles).permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+    mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    return values.sub_(mean).div_(std).contiguous()

@@ -1,0 +1,92 @@
+"""The checkpoint's byte-level BPE tokenizer: text to ids without special tokens, ids to text.
+
+User text is always encoded with every added token switched off, so `<|im_end|>` typed by a user
+is ordinary text. Special tokens are only ever placed by our own template, by name.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer as TokenizersTokenizer
+
+from nvlm.errors import UserError
+from nvlm.json_files import read_json_object
+
+FILE_NAME = "tokenizer.json"
+IM_START, IM_END, VISION_PAD = "<|im_start|>", "<|im_end|>", "<|vision_pad|>"
+_REQUIRED = (IM_START, IM_END)
+
+
+class Tokenizer:
+    """Reads `tokenizer_dir/tokenizer.json`. Raises `UserError` when that is not byte-level BPE."""
+
+    def __init__(self, tokenizer_dir: Path) -> None:
+        path = tokenizer_dir / FILE_NAME
+        values = read_json_object(path)
+        decoder = values.get("decoder") or {}
+        if (values.get("model") or {}).get("type") != "BPE" or decoder.get("type") != "ByteLevel":
+            raise UserError(f"{path} is not a byte-level BPE tokenizer, expected Qwen2's")
+        added = values.get("added_tokens") or []
+        self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
+        for name in _REQUIRED:
+            if name not in self._special_ids:
+                raise UserError(f"{path} has no token {name}, expected the tokenizer of NVLM-D")
+        try:
+            # Without added tokens every string is plain text.
+            plain = json.dumps({**values, "added_tokens": [], "post_processor": None})
+            self._encoder = TokenizersTokenizer.from_str(plain)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path} cannot be read by the tokenizers library: {error}") from None
+        self._token_bytes = {
+            token_id: bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            for token, token_id in values["model"]["vocab"].items()
+        }
+        for token in added:
+            text = "" if token["special"] else token["content"]
+            self._token_bytes[token["id"]] = text.encode()
+        self.num_tokens = max(self._token_bytes) + 1
+
+    def special_id(self, name: str) -> int:
+        return self._special_ids[name]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one run of plain text; no added token is recognised in it."""
+        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, token_ids: list[int]) -> str:
+        detokenizer = Detokenizer(self)
+        return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """UTF-8 bytes the token stands for; special tokens and padding ids stand for none."""
+        return self._token_bytes.get(token_id, b"")
+
+
+class Detokenizer:
+    """Ids one by one to text; bytes of an unfinished character wait for the next token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._tokenizer.bytes_of(token_id))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never became whole."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's printable alphabet for bytes (openai/gpt-2, src/encoder.py, bytes_to_unicode)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()

@@ -1,0 +1,82 @@
+"""JSON objects on disk: strict reading with one-line errors, atomic writing."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nvlm.errors import UserError
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in `path`; `UserError` when it is missing, unreadable or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def write_json_atomically(path: Path, value: dict[str, Any]) -> None:
+    """Writes `value` so that `path` is either absent, as before, or complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class StrictReader:
+    """Reads named keys of one JSON object and names file and key in every complaint."""
+
+    def __init__(self, values: dict[str, Any], path: Path, prefix: str = "") -> None:
+        self.values = values
+        self.path = path
+        self.prefix = prefix
+
+    def _where(self, key: str) -> str:
+        return f"{self.path}: {self.prefix}{key}"
+
+    def section(self, key: str) -> StrictReader:
+        value = self._get(key)
+        if not isinstance(value, dict):
+            raise UserError(f"{self._where(key)} is {value!r}, expected an object")
+        return StrictReader(value, self.path, f"{self.prefix}{key}.")
+
+    def _get(self, key: str) -> Any:
+        if key not in self.values:
+            raise UserError(f"{self._where(key)} is missing")
+        return self.values[key]
+
+    def positive_int(self, key: str) -> int:
+        value = self._get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise UserError(f"{self._where(key)} is {value!r}, expected a positive integer")
+        return value
+
+    def positive_float(self, key: str) -> float:
+        value = self._get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise UserError(f"{self._where(key)} is {value!r}, expected a positive number")
+        return float(value)
+
+    def one_of(self, key: str, supported: tuple[Any, ...], default: Any = ...) -> Any:
+        """The value of `key`, which must be one of `supported`."""
+        value = self.values.get(key, default) if default is not ... else self._get(key)
+        if not any(value == choice and type(value) is type(choice) for choice in supported):
+            expected = " or ".join(repr(choice) for choice in supported)
+            raise UserError(f"{self._where(key)} is {value!r}, expected {expected}")
+        return value
+
+    def boolean(self, key: str, default: bool) -> bool:
+        return bool(self.one_of(key, (True, False), default))

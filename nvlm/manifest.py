@@ -1,0 +1,136 @@
+"""manifest.json: what makes a checkpoint or engine directory a finished one.
+
+Written last. A directory without it is unfinished and is refused. It names what made the
+directory, its limits, and every file's size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nvlm import __version__
+from nvlm.errors import UserError
+from nvlm.json_files import read_json_object, write_json_atomically
+
+FILE_NAME = "manifest.json"
+FORMAT_VERSION = 1
+Kind = Literal["checkpoint", "engine"]
+
+_MADE_BY = {
+    "checkpoint": "convert_checkpoint.py --output_dir {}",
+    "engine": "build_engine.py --engine_dir {}",
+}
+_HASH_CHUNK_BYTES = 4 << 20
+_SMALL_FILE_BYTES = 16 << 20  # files up to this size are hashed at every load
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    kind: Kind
+    arguments: dict[str, Any]
+    limits: dict[str, int]
+    source: dict[str, Any]
+    files: dict[str, FileEntry]
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all file entries: changes when any file changes."""
+        lines = [f"{name} {entry.sha256}" for name, entry in sorted(self.files.items())]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    with open(path, "rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(
+    directory: Path,
+    kind: Kind,
+    *,
+    arguments: dict[str, Any],
+    limits: dict[str, int],
+    source: dict[str, Any],
+) -> Manifest:
+    """Hashes every file below `directory` and writes its manifest atomically."""
+    files = {
+        str(path.relative_to(directory)): FileEntry(path.stat().st_size, sha256_of(path))
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    versions = {
+        "nvlm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    manifest = Manifest(kind, arguments, limits, source, files, versions)
+    write_json_atomically(directory / FILE_NAME, asdict(manifest))
+    return manifest
+
+
+def read_manifest(directory: Path, kind: Kind) -> Manifest:
+    """The manifest of a finished directory whose files are all there.
+
+    Every file's size is checked and small files are hashed; `verify_all` hashes the rest.
+    """
+    path = directory / FILE_NAME
+    command = _MADE_BY[kind].format(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist; make it with {command}")
+    if not path.is_file():
+        raise UserError(
+            f"{directory} has no {FILE_NAME}, so it is not a finished {kind} directory; "
+            f"make it again with {command} --overwrite"
+        )
+    values = read_json_object(path)
+    if values.get("kind") != kind or values.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} describes a {values.get('kind')!r} directory of format "
+            f"{values.get('format_version')!r}, expected a {kind!r} of format {FORMAT_VERSION}"
+        )
+    try:
+        values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
+        manifest = Manifest(**values)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); make it again with {command}") from None
+    for name, entry in manifest.files.items():
+        _check_file(directory / name, entry, entry.size_bytes <= _SMALL_FILE_BYTES, command)
+    return manifest
+
+
+def verify_all(directory: Path, kind: Kind) -> Manifest:
+    """`read_manifest`, with every file hashed."""
+    manifest = read_manifest(directory, kind)
+    for name, entry in manifest.files.items():
+        _check_file(directory / name, entry, True, _MADE_BY[kind].format(directory))
+    return manifest
+
+
+def _check_file(path: Path, entry: FileEntry, hashed: bool, command: str) -> None:
+    mend = f"make the directory again with {command} --overwrite"
+    if not path.is_file():
+        raise UserError(f"{path} is missing, though the manifest names it; {mend}")
+    size_bytes = path.stat().st_size
+    if size_bytes != entry.size_bytes:
+        raise UserError(
+            f"{path} has {size_bytes} bytes, the manifest says {entry.size_bytes}; {mend}"
+        )
+    if hashed and sha256_of(path) != entry.sha256:
+        raise UserError(f"{path} has changed since it was made (SHA-256 differs); {mend}")
