@@ -89,9 +89,11 @@ class DecoderLayer(nn.Module):
         self.query_size = tensors["attention.dense.weight"].shape[1]
         self.key_value_size = (rows - self.query_size) // 2
 
-    def linear(self, name: str) -> nn.Module:
+    def linear(self, name: str) -> QuantizableLinear:
         """One of `ENGINE_LINEARS`."""
-        return self.linears[name.replace(".", "_")]
+        linear = self.linears[name.replace(".", "_")]
+        assert isinstance(linear, QuantizableLinear)
+        return linear
 
     def forward(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend

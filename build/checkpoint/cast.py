@@ -10,8 +10,7 @@ from nvlm.errors import UserError
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` in `dtype`. Raises `UserError` naming it when a value is, or becomes, not finite."""
     result = tensor.to(dtype)
-    # max(|x|) is NaN or infinite exactly when some value is, and needs no mask of the whole.
-    if result.numel() and not torch.isfinite(torch.linalg.vector_norm(result, ord=torch.inf)):
+    if not torch.isfinite(torch.tensor(amax(result))):
         if torch.isfinite(tensor).all():
             raise UserError(f"{name} overflows {dtype}; use --dtype bfloat16 or float32")
         raise UserError(f"{name} has NaN or infinite values; download the checkpoint again")
@@ -19,5 +18,6 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def amax(tensor: torch.Tensor) -> float:
-    """Largest magnitude, as float32."""
-    return float(torch.linalg.vector_norm(tensor, ord=torch.inf, dtype=torch.float32))
+    """Largest magnitude; NaN or infinite exactly when some value is."""
+    low, high = torch.aminmax(tensor)  # one pass, no temporary; NaN propagates
+    return float(torch.maximum(-low, high))

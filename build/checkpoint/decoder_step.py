@@ -1,0 +1,132 @@
+"""Decoder part of the conversion: layer by layer, calibrated, quantised, written.
+
+The calibration samples' hidden states are carried from layer to layer, so a model of any depth
+needs one layer in memory: its tensors in the checkpoint's dtype and in float32, and the hidden states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from build.checkpoint.amax_observer import AmaxObserver
+from build.checkpoint.calibration_set import CalibrationSample
+from build.checkpoint.cast import amax, cast
+from build.checkpoint.quantize import quantize_layer
+from build.checkpoint.report import AttentionReport, LinearReport
+from build.sources.source import WeightSource
+from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.checkpoint_tensors import decoder_tensors
+from nvlm.decoder_model import DecoderLayer, causal_attention, embed, rope_tables
+from nvlm.dtypes import TORCH_DTYPES
+from nvlm.safetensors_files import SafetensorsWriter
+from nvlm.tensor_names import (
+    DECODER_LAYER,
+    EMBED_TOKENS,
+    ENGINE_LAYER,
+    ENGINE_LAYER_TENSORS,
+    ENGINE_LINEARS,
+    ENGINE_TOP_TENSORS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderStep:
+    linears: list[LinearReport]
+    attentions: list[AttentionReport]
+
+
+def convert_decoder(
+    source: WeightSource,
+    path: Path,
+    config: CheckpointConfig,
+    samples: list[CalibrationSample],
+    image_embeddings: torch.Tensor,
+    device: torch.device,
+) -> DecoderStep:
+    """Writes `rank0.safetensors`.
+
+    image_embeddings: [tiles of all samples, tokens_per_tile, hidden_size]. `samples` may be empty
+    when nothing is quantised.
+    """
+    hidden = _embed_samples(source, config, samples, image_embeddings, device)
+    result = DecoderStep([], [])
+    with SafetensorsWriter(path, decoder_tensors(config)) as writer:
+        dtype = TORCH_DTYPES[config.dtype]
+        for tensor in ENGINE_TOP_TENSORS:
+            writer.write(tensor.name, cast(tensor.sources[0], source.read(tensor.sources[0]), dtype))
+        for i in tqdm(range(config.decoder.num_hidden_layers), "decoder layers"):
+            tensors = _read_layer(source, i, dtype)
+            prefix = ENGINE_LAYER.format(i=i)
+            if samples:
+                layer = DecoderLayer(config.decoder, {k: v.to(device) for k, v in tensors.items()})
+                hidden, linears, attention = _calibrate_layer(layer, prefix, config, hidden)
+                del layer
+                tensors = quantize_layer(tensors, config, linears, attention)
+                result.linears.extend(linears.values())
+                result.attentions.append(attention)
+            for name, tensor in tensors.items():
+                writer.write(prefix + name, tensor)
+    return result
+
+
+def _embed_samples(
+    source: WeightSource,
+    config: CheckpointConfig,
+    samples: list[CalibrationSample],
+    image_embeddings: torch.Tensor,
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Input of the first layer, [num_tokens, hidden_size] for each sample."""
+    if not samples:
+        return []
+    embedding = source.read(EMBED_TOKENS)  # memory-mapped: only the rows that are used are read
+    tables = image_embeddings.split([len(sample.tiles) for sample in samples])
+    dtype = TORCH_DTYPES[config.dtype]
+    hidden = []
+    for sample, table in zip(samples, tables, strict=True):
+        rows = embed(torch.tensor(sample.prompt.token_ids), embedding, table.flatten(0, 1))
+        hidden.append(rows.to(device, dtype))
+    return hidden
+
+
+def _read_layer(source: WeightSource, i: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """One layer under TensorRT-LLM's names, cast, with q, k and v stacked."""
+    prefix = DECODER_LAYER.format(i=i)
+    tensors = {}
+    for tensor in ENGINE_LAYER_TENSORS:
+        parts = [cast(prefix + part, source.read(prefix + part), dtype) for part in tensor.sources]
+        tensors[tensor.name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return tensors
+
+
+def _calibrate_layer(
+    layer: DecoderLayer, prefix: str, config: CheckpointConfig, hidden: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], dict[str, LinearReport], AttentionReport]:
+    """Runs every sample through the layer in the unquantised dtype."""
+    observer = AmaxObserver()
+    for name in ENGINE_LINEARS:
+        layer.linear(name).widen()
+        observer.watch_inputs({name: layer.linear(name)})
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            observer.see(name, x)
+        return causal_attention(q, k, v, first_position=0).to(q.dtype)
+
+    decoder = config.decoder
+    outputs = []
+    for rows in hidden:
+        positions = torch.arange(len(rows), device=rows.device)
+        cos, sin = rope_tables(positions, decoder.head_dim, decoder.rope_theta)
+        outputs.append(layer(rows, cos, sin, attend))
+    maxima = observer.maxima
+    linears = {
+        name: LinearReport(prefix + name, amax(layer.linear(name).weight), maxima[name])
+        for name in ENGINE_LINEARS
+    }
+    attention = AttentionReport(prefix + "attention", maxima["q"], maxima["k"], maxima["v"])
+    return outputs, linears, attention

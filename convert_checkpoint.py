@@ -1,0 +1,57 @@
+"""Step 1: an NVLM-D checkpoint -> a TensorRT-LLM checkpoint directory (FP8 by default)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from build.checkpoint.calibration_set import BUILT_IN
+from build.checkpoint.convert import ConvertOptions, checkpoint_config, convert
+from build.sources.hugging_face import HuggingFaceSource
+from nvlm import plan
+from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
+from nvlm.dtypes import TORCH_DTYPES
+
+ALGORITHMS = {"FP8": "FP8", "none": None}
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__ or "")
+    add = parser.add_argument
+    add("--model_dir", type=Path, required=True, help="NVLM-D as published (Hugging Face)")
+    add("--output_dir", type=Path, required=True, help="checkpoint directory to make")
+    add("--quant_algo", choices=ALGORITHMS, default="FP8", help="of the decoder's linears")
+    add("--kv_cache_quant_algo", choices=ALGORITHMS, help="default: as --quant_algo")
+    add("--dtype", choices=TORCH_DTYPES, default="bfloat16", help="of what is not quantised")
+    add("--calib_data", type=Path, default=BUILT_IN, help="JSONL of prompts and images")
+    add("--calib_size", type=positive_int, default=16, help="samples used, at most")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="calibration runs there")
+    add("--dry_run", action="store_true", help="print the plan as JSON and write nothing")
+    add("--overwrite", action="store_true", help="replace a finished --output_dir")
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    options = ConvertOptions(
+        quant_algo=ALGORITHMS[arguments.quant_algo],
+        kv_cache_quant_algo=ALGORITHMS[arguments.kv_cache_quant_algo or arguments.quant_algo],
+        dtype=arguments.dtype,
+        calib_data=arguments.calib_data,
+        calib_size=arguments.calib_size,
+    )
+    source = HuggingFaceSource(arguments.model_dir)
+    if arguments.dry_run:
+        config = checkpoint_config(source, options)
+        decoder = plan.decoder_weight_bytes(config)
+        vision = plan.vision_weight_bytes(source.config.vision, options.dtype)
+        print(json.dumps({"decoder_bytes": decoder, "vision_bytes": vision}))
+        return
+    device = resolve_device(arguments.device)
+    convert(source, arguments.output_dir, options, device, overwrite=arguments.overwrite)
+    logging.getLogger().info("checkpoint written to %s", arguments.output_dir)
+
+
+if __name__ == "__main__":
+    run(main)

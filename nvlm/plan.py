@@ -1,0 +1,109 @@
+"""One memory plan behind every --dry_run and refusal: what a checkpoint or engine takes in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nvlm import fp8
+from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.checkpoint_tensors import decoder_tensors, vision_tensors
+from nvlm.config import VisionConfig
+from nvlm.dtypes import TORCH_DTYPES
+from nvlm.limits import EngineLimits
+from nvlm.tensor_names import VISION_LINEARS
+
+_CHECKPOINT_SLACK_BYTES = 64 << 20  # tokenizer, headers, reports
+
+
+def decoder_weight_bytes(config: CheckpointConfig) -> int:
+    return sum(info.num_bytes for info in decoder_tensors(config).values())
+
+
+def kv_bytes_per_token(config: CheckpointConfig) -> int:
+    """K and V of one position in every layer."""
+    dtype = fp8.E4M3 if config.kv_cache_quant_algo == "FP8" else TORCH_DTYPES[config.dtype]
+    decoder = config.decoder
+    row = decoder.num_key_value_heads * decoder.head_dim * dtype.itemsize
+    return 2 * decoder.num_hidden_layers * row
+
+
+def vision_weight_bytes(config: VisionConfig, precision: str) -> int:
+    """`precision` is a dtype name or "FP8" (the four linears of each layer; the rest bfloat16)."""
+    dtype = torch.bfloat16 if precision == "FP8" else TORCH_DTYPES[precision]
+    total = 0
+    for name, info in vision_tensors(config, dtype).items():
+        quantised = precision == "FP8" and name.endswith(
+            tuple(f".{linear}.weight" for linear in VISION_LINEARS)
+        )
+        total += info.num_bytes // (2 if quantised else 1)
+    return total
+
+
+def checkpoint_bytes(config: CheckpointConfig, vision: VisionConfig) -> int:
+    """Disk that a checkpoint directory takes."""
+    weights = decoder_weight_bytes(config) + vision_weight_bytes(vision, config.dtype)
+    return weights + _CHECKPOINT_SLACK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """Bytes on one rank. `workspace_bytes` bounds the largest step's activations."""
+
+    decoder_weight_bytes: int
+    vision_weight_bytes: int
+    kv_bytes_per_token: int
+    kv_cache_bytes: int
+    prompt_table_bytes: int
+    workspace_bytes: int
+    limits: EngineLimits
+
+    @property
+    def total_bytes(self) -> int:
+        return (
+            self.decoder_weight_bytes
+            + self.vision_weight_bytes
+            + self.kv_cache_bytes
+            + self.prompt_table_bytes
+            + self.workspace_bytes
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        names = [name for name in self.__slots__ if name != "limits"]
+        values = {name: getattr(self, name) for name in names}
+        return {**values, "total_bytes": self.total_bytes, "limits": self.limits.to_json()}
+
+    def lines(self) -> list[str]:
+        """For people, largest things first named."""
+        rows = [
+            ("decoder weights", self.decoder_weight_bytes),
+            ("vision weights", self.vision_weight_bytes),
+            (f"KV cache ({self.kv_bytes_per_token:,} B per token)", self.kv_cache_bytes),
+            ("prompt table", self.prompt_table_bytes),
+            ("workspace", self.workspace_bytes),
+            ("total", self.total_bytes),
+        ]
+        limits = ", ".join(f"{name} {value}" for name, value in self.limits.to_json().items())
+        return [*(f"{name:<36}{value / 1e9:>10.3f} GB" for name, value in rows), f"limits: {limits}"]
+
+
+def plan_engine(
+    config: CheckpointConfig, vision: VisionConfig, vision_precision: str, limits: EngineLimits
+) -> EnginePlan:
+    """What the engine takes when it runs at its limits."""
+    per_token = kv_bytes_per_token(config)
+    decoder, itemsize = config.decoder, TORCH_DTYPES[config.dtype].itemsize
+    # A step's widest activations: the MLP's two halves and their product, and float32 logits.
+    mlp = 3 * limits.max_num_tokens * decoder.intermediate_size * itemsize
+    logits = limits.max_batch_size * decoder.vocab_size * 4
+    return EnginePlan(
+        decoder_weight_bytes=decoder_weight_bytes(config),
+        vision_weight_bytes=vision_weight_bytes(vision, vision_precision),
+        kv_bytes_per_token=per_token,
+        kv_cache_bytes=per_token * limits.max_batch_size * limits.max_seq_len,
+        prompt_table_bytes=limits.max_multimodal_len * decoder.hidden_size * itemsize,
+        workspace_bytes=mlp + logits,
+        limits=limits,
+    )
