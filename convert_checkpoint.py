@@ -13,6 +13,8 @@ from nvlm import plan
 from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
 from nvlm.dtypes import TORCH_DTYPES
 
+log = logging.getLogger(__name__)
+
 ALGORITHMS = {"FP8": "FP8", "none": None}
 
 
@@ -50,7 +52,7 @@ def main() -> None:
         return
     device = resolve_device(arguments.device)
     convert(source, arguments.output_dir, options, device, overwrite=arguments.overwrite)
-    logging.getLogger().info("checkpoint written to %s", arguments.output_dir)
+    log.info("checkpoint written to %s", arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from nvlm import fp8
 from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.config import DecoderConfig, VisionConfig
+from nvlm.config import VisionConfig
 from nvlm.dtypes import TORCH_DTYPES
 from nvlm.errors import UserError
 from nvlm.safetensors_files import SafetensorsReader, TensorInfo
@@ -100,9 +100,3 @@ def open_checked(path: Path, expected: dict[str, TensorInfo]) -> SafetensorsRead
 
 def _text(info: TensorInfo | None) -> str:
     return "absent" if info is None else f"{info.dtype} {list(info.shape)}"
-
-
-def decoder_parameter_count(config: DecoderConfig) -> int:
-    """Parameters of the decoder, biases and norms included."""
-    plain = CheckpointConfig(config, "bfloat16", None, None)
-    return sum(info.num_bytes for info in decoder_tensors(plain).values()) // 2

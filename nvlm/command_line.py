@@ -1,4 +1,4 @@
-"""What the entry scripts share: one-line errors with exit code 2, logging, memory of the machine."""
+"""What the entry scripts share: one-line errors with exit code 2, logging, the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -46,9 +45,11 @@ def run(main: Callable[[], int | None], *, rank: int = 0) -> NoReturn:
     """
     logging.basicConfig(
         stream=sys.stderr,
-        level=logging.INFO if rank == 0 else logging.ERROR,
+        level=logging.WARNING,
         format="%(message)s" if rank == 0 else f"rank {rank}: %(message)s",
     )
+    for package in ("nvlm", "build", "runtime", "__main__"):
+        logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.ERROR)
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -71,15 +72,3 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Memory of the GPU, or of this machine (less if its control group allows less)."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdecimal() else total

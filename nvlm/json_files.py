@@ -78,5 +78,8 @@ class StrictReader:
             raise UserError(f"{self._where(key)} is {value!r}, expected {expected}")
         return value
 
-    def boolean(self, key: str, default: bool) -> bool:
-        return bool(self.one_of(key, (True, False), default))
+    def string(self, key: str) -> str:
+        value = self._get(key)
+        if not isinstance(value, str):
+            raise UserError(f"{self._where(key)} is {value!r}, expected a string")
+        return value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ _CHECKPOINT_SLACK_BYTES = 64 << 20  # tokenizer, headers, reports
 
 def decoder_weight_bytes(config: CheckpointConfig) -> int:
     return sum(info.num_bytes for info in decoder_tensors(config).values())
+
+
+def decoder_parameter_count(config: CheckpointConfig) -> int:
+    """Parameters of the decoder, biases and norms included, FP8 scales not."""
+    plain = replace(config, quant_algo=None, kv_cache_quant_algo=None)
+    return sum(math.prod(info.shape) for info in decoder_tensors(plain).values())
 
 
 def kv_bytes_per_token(config: CheckpointConfig) -> int:

@@ -6,6 +6,7 @@ examples/multimodal/image_processing.py, which agree. Grids are (columns, rows).
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,6 +30,11 @@ class TiledImage:
     @property
     def num_tiles(self) -> int:
         return int(self.tiles.shape[0])
+
+    @property
+    def cache_key(self) -> bytes:
+        """Equal exactly for equal pixels: SHA-256 of the tiles."""
+        return hashlib.sha256(self.tiles.tobytes()).digest()
 
 
 @lru_cache

@@ -1,0 +1,60 @@
+"""Step 2: a checkpoint directory -> an engine directory (ONNX vision, decoder for the runtime)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from build.engines.build import BuildOptions, build_engine, specify
+from nvlm.command_line import ArgumentParser, positive_int, run
+from nvlm.memory import total_memory_bytes
+from nvlm.output_dir import check_replaceable
+
+
+log = logging.getLogger(__name__)
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__ or "")
+    add = parser.add_argument
+    add("--checkpoint_dir", type=Path, required=True, help="made by convert_checkpoint.py")
+    add("--engine_dir", type=Path, required=True, help="engine directory to make")
+    add("--decoder", choices=("auto", "torch"), default="auto", help="what runs the decoder")
+    add("--vision", choices=("auto", "onnxruntime", "torch"), default="auto", help="what runs vision")
+    add("--vision_precision", choices=("float32", "bfloat16", "float16", "FP8"))
+    add("--max_batch_size", type=positive_int, default=8, help="requests decoded together")
+    add("--max_num_images", type=positive_int, default=1, help="images a request may hold")
+    add("--max_input_len", type=positive_int, help="tokens of a prompt, images included")
+    add("--max_seq_len", type=positive_int, help="tokens of a prompt and its answer")
+    add("--max_num_tokens", type=positive_int, help="tokens of all requests in one step")
+    add("--dry_run", action="store_true", help="print the memory plan as JSON and write nothing")
+    add("--overwrite", action="store_true", help="replace a finished --engine_dir")
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    options = BuildOptions(**{field.name: getattr(arguments, field.name) for field in fields(BuildOptions)})
+    machine_bytes = total_memory_bytes(torch.device("cpu"))
+    spec = specify(arguments.checkpoint_dir, options, machine_bytes)
+    for line in spec.plan.lines():
+        log.info(line)
+    fits = spec.plan.total_bytes <= machine_bytes
+    log.info(
+        "%s this machine's %.1f GB", "fits" if fits else "does NOT fit", machine_bytes / 1e9
+    )
+    if arguments.dry_run:
+        plan = {**spec.plan.to_json(), "memory_bytes": machine_bytes, "fits": fits}
+        print(json.dumps(plan))
+        return
+    check_replaceable(arguments.engine_dir, "--engine_dir", overwrite=arguments.overwrite)
+    build_engine(spec, arguments.engine_dir, options, overwrite=arguments.overwrite)
+    log.info("engine written to %s", arguments.engine_dir)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,100 @@
+"""The `vision/` folder of a checkpoint directory, and the module it makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nvlm import fp8
+from nvlm.checkpoint_tensors import open_checked, vision_scales, vision_tensors
+from nvlm.config import TilingConfig, VisionConfig
+from nvlm.dtypes import TORCH_DTYPES
+from nvlm.errors import UserError
+from nvlm.json_files import StrictReader, read_json_object
+from nvlm.linear import QuantizableLinear
+from nvlm.tensor_names import ACTIVATION_SCALE, VISION_LAYER, VISION_LINEARS, WEIGHT_SCALE
+from nvlm.vision_model import VisionModel
+
+WEIGHTS, SCALES = "model.safetensors", "scales.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class VisionCheckpoint:
+    """What `vision/config.json` says, beside the folder it stands in."""
+
+    directory: Path
+    dtype: str
+    vision: VisionConfig
+    tiling: TilingConfig
+
+    @classmethod
+    def read(cls, directory: Path) -> VisionCheckpoint:
+        path = directory / "config.json"
+        reader = StrictReader(read_json_object(path), path)
+        dtype = reader.one_of("dtype", tuple(TORCH_DTYPES))
+        try:
+            vision = VisionConfig(**reader.section("vision").values)
+            tiling = TilingConfig(**reader.section("tiling").values)
+        except TypeError as error:
+            raise UserError(f"{path} was not written by this version: {error}") from None
+        return cls(directory, dtype, vision, tiling)
+
+    @property
+    def has_scales(self) -> bool:
+        return (self.directory / SCALES).is_file()
+
+    def load(self, precision: str, device: torch.device) -> VisionModel:
+        """The model in `precision`: a dtype name, or "FP8" (the four linears of each layer).
+
+        On a CPU narrow types are computed in float32 and rounded, which is both what the numerics
+        contract says and faster than the CPU's own bfloat16.
+        """
+        is_fp8 = precision == "FP8"
+        dtype = TORCH_DTYPES[self.dtype if is_fp8 else precision]
+        stored = vision_tensors(self.vision, TORCH_DTYPES[self.dtype])
+        reader = open_checked(self.directory / WEIGHTS, stored)
+        with torch.device("meta"):
+            model = VisionModel(self.vision)
+        state = {name: reader.read(name).to(device, dtype) for name in stored}
+        model.load_state_dict(state, assign=True)
+        if is_fp8:
+            self._quantize(model)
+        if device.type == "cpu" and dtype != torch.float32:
+            _compute_in_float32(model)
+        return model.requires_grad_(False).eval()
+
+    def _quantize(self, model: VisionModel) -> None:
+        if not self.has_scales:
+            raise UserError(
+                f"{self.directory} has no {SCALES}, which FP8 vision needs; convert with "
+                "--quant_algo FP8 or choose another --vision_precision"
+            )
+        scales = open_checked(self.directory / SCALES, vision_scales(self.vision))
+        for i in range(self.vision.num_hidden_layers):
+            for linear in VISION_LINEARS:
+                name = VISION_LAYER.format(i=i) + linear
+                weight_scale, activation_scale = (
+                    float(scales.read(f"{name}.{kind}")) for kind in (WEIGHT_SCALE, ACTIVATION_SCALE)
+                )
+                module = model.get_submodule(name)
+                assert isinstance(module, nn.Linear)
+                quantised = QuantizableLinear(
+                    fp8.quantize(module.weight, weight_scale),
+                    module.bias,
+                    weight_scale=weight_scale,
+                    activation_scale=activation_scale,
+                )
+                model.set_submodule(name, quantised)
+
+
+def _compute_in_float32(model: VisionModel) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            linear = QuantizableLinear(module.weight, module.bias)
+            model.set_submodule(name, linear)
+    for module in model.modules():
+        if isinstance(module, QuantizableLinear):
+            module.widen()

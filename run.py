@@ -1,0 +1,105 @@
+"""Step 3: answers questions about images with an engine directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
+from nvlm.errors import UserError
+from nvlm.inputs.prompt import DEFAULT_SYSTEM
+from nvlm.limits import DEFAULT_MAX_NEW_TOKENS
+from runtime.batch_file import answer_json, read_requests, run_batch, with_sampling
+from runtime.engine_dir import EngineDir
+from runtime.mpi import World, require_world_size
+from runtime.runner import Runner
+from runtime.sampling import SamplingParams
+from runtime.types import GenerationRequest, GenerationResult
+
+EXIT_SOME_FAILED = 1
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__ or "")
+    add = parser.add_argument
+    add("--engine_dir", type=Path, required=True, help="made by build_engine.py")
+    add("--prompt", help="the question")
+    add("--image", type=Path, nargs="+", default=[], help="image files, in order")
+    add("--input_file", type=Path, help="JSONL of requests, instead of --prompt")
+    add("--output_file", type=Path, help="JSONL of answers; a rerun goes on behind its last line")
+    add("--system", default=DEFAULT_SYSTEM, help="system message")
+    add("--prompt_format", choices=("hf", "megatron"), default="hf", help="published template")
+    add("--max_new_tokens", type=positive_int, default=DEFAULT_MAX_NEW_TOKENS)
+    add("--max_num_tiles", type=positive_int, help="tiles of an image's grid, at most")
+    add("--temperature", type=float, help="0 is greedy (default; 1 with --top_k or --top_p)")
+    add("--top_k", type=int, help="sample from the k likeliest tokens")
+    add("--top_p", type=float, help="sample from the likeliest tokens of this probability")
+    add("--seed", type=int, help="of the sampling")
+    add("--stop", nargs="+", default=[], help="strings that end the answer")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--streaming", action="store_true", help="print the answer as it comes")
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def default_request(arguments: object) -> GenerationRequest:
+    """The flags as a request; its content is the single question."""
+    given = vars(arguments)
+    sampling = {
+        name: given[name]
+        for name in ("temperature", "top_k", "top_p", "seed")
+        if given[name] is not None
+    }
+    return GenerationRequest.images_first(
+        given["prompt"] or "",
+        tuple(given["image"]),
+        system=given["system"],
+        prompt_format=given["prompt_format"],
+        max_new_tokens=given["max_new_tokens"],
+        max_num_tiles=given["max_num_tiles"],
+        stop=tuple(given["stop"]),
+        sampling=with_sampling(SamplingParams(), sampling),
+    )
+
+
+def stream(runner: Runner, request: GenerationRequest) -> GenerationResult:
+    """Prints text as it comes and returns the whole."""
+    runner.submit(request)
+    while deltas := runner.step():
+        for delta in deltas:
+            print(delta.text, end="", flush=True)
+            if delta.result is not None:
+                print(flush=True)
+                return delta.result
+    raise AssertionError("the request never finished")
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    if (arguments.prompt is None) == (arguments.input_file is None):
+        raise UserError("give either --prompt or --input_file")
+    if (arguments.input_file is None) != (arguments.output_file is None):
+        raise UserError("--input_file and --output_file go together")
+    if arguments.streaming and (arguments.json or arguments.input_file):
+        raise UserError("--streaming prints text; it does not go with --json or --input_file")
+    request = default_request(arguments)
+    lines = read_requests(arguments.input_file, request) if arguments.input_file else []
+    config = EngineDir.read(arguments.engine_dir).checkpoint_config
+    require_world_size(World.from_environment(os.environ), config.tp_size, config.pp_size)
+    runner = Runner.open(arguments.engine_dir, resolve_device(arguments.device))
+    if arguments.input_file:
+        num_errors = run_batch(runner, lines, arguments.output_file)
+        print(f"{len(lines)} requests, {num_errors} failed", file=sys.stderr)
+        return EXIT_SOME_FAILED if num_errors else 0
+    if arguments.streaming:
+        stream(runner, request)
+        return 0
+    result = runner.generate(request)
+    print(json.dumps(answer_json(result), ensure_ascii=False) if arguments.json else result.text)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, rank=World.from_environment(os.environ).rank)

@@ -1,0 +1,35 @@
+"""Grounding answers: `<ref>the cup</ref><box>(12, 34), (567, 890)</box>`.
+
+The paper's examples (arXiv 2409.11402, appendix) print corners as two points; numbers are passed
+on as the model wrote them (they look normalised to 0..1000).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_BOX = re.compile(
+    r"(?:<ref>(?P<ref>[^<]*)</ref>\s*)?"
+    rf"<box>\s*\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)\s*</box>"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Corners (x1, y1) and (x2, y2); `ref` is what the answer calls it, if it does."""
+
+    ref: str | None
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+def parse_boxes(text: str) -> list[Box]:
+    """Every well-formed box of an answer, in order."""
+    return [
+        Box(match["ref"], *(float(match[group]) for group in range(2, 6)))
+        for match in _BOX.finditer(text)
+    ]

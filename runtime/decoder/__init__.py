@@ -1,0 +1,1 @@
+"""Token ids to token ids: continuous batching over a paged KV cache."""

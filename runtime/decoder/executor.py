@@ -1,0 +1,126 @@
+"""What runs the decoder, seen from outside: token ids and prompt tables in, token ids out.
+
+No string and no image crosses this interface. Implementations share one contract test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from nvlm.errors import UserError
+from nvlm.limits import EngineLimits
+from runtime.engine_dir import EngineDir
+from runtime.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderRequest:
+    """One prompt to continue.
+
+    token_ids: ids below vocab_size are text, an id vocab_size + r is row r of `prompt_table`
+    [num_virtual_tokens, hidden_size] (any float dtype; cast to the engine's). cache_keys: one key
+    per image, equal exactly for equal pixels. A token in `stop_ids` ends the answer and is not
+    part of it. max_new_tokens is cut to what max_seq_len leaves.
+    """
+
+    token_ids: list[int]
+    max_new_tokens: int
+    prompt_table: torch.Tensor | None = None
+    cache_keys: tuple[bytes, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    return_logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step did for one request.
+
+    token_id is None when a stop token came; finish_reason is None while the request goes on.
+    logits: [vocab_size] float32 the token was drawn from, if asked for.
+    """
+
+    request_id: int
+    token_id: int | None
+    finish_reason: FinishReason | None
+    logits: torch.Tensor | None = None
+
+
+class DecoderExecutor(Protocol):
+    limits: EngineLimits
+
+    def submit(self, request: DecoderRequest) -> int:
+        """Queues a request and returns its id. Raises `UserError` for one that can never run."""
+        ...
+
+    def step(self) -> list[StepOutput]:
+        """Advances every running request by one token, letting waiting ones join first.
+
+        Returns an empty list when nothing is left to do.
+        """
+        ...
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request, waiting or running; it appears in no later step. Unknown ids are fine."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def create_decoder_executor(engine: EngineDir, device: torch.device) -> DecoderExecutor:
+    """The executor for the target the engine was built for."""
+    if engine.decoder_target == "torch":
+        from runtime.decoder.torch_executor import TorchDecoderExecutor
+
+        return TorchDecoderExecutor.load(engine, device)
+    raise UserError(
+        f"{engine.directory} was built for decoder {engine.decoder_target!r}, which this version "
+        "does not run; build it again with --decoder torch"
+    )
+
+
+def check_request(request: DecoderRequest, limits: EngineLimits, vocab_size: int) -> None:
+    """Refuses what no executor could run, in one sentence."""
+    num_tokens = len(request.token_ids)
+    if num_tokens == 0:
+        raise UserError("the prompt has no tokens")
+    if num_tokens > limits.max_input_len:
+        raise UserError(
+            f"the prompt has {num_tokens} tokens, the engine takes {limits.max_input_len}; shorten "
+            "it or build the engine with a larger --max_input_len"
+        )
+    if request.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {request.max_new_tokens}, expected 1 or more")
+    num_rows = 0 if request.prompt_table is None else len(request.prompt_table)
+    if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size + num_rows:
+        raise UserError(
+            f"token ids run from {min(request.token_ids)} to {max(request.token_ids)}, expected 0 "
+            f"to {vocab_size + num_rows - 1} ({vocab_size} words, {num_rows} prompt-table rows)"
+        )
+
+
+def generate(
+    executor: DecoderExecutor, requests: list[DecoderRequest]
+) -> list[tuple[list[int], FinishReason]]:
+    """Runs requests to their end: (token_ids, finish_reason) of each, in order."""
+    tokens: dict[int, list[int]] = {executor.submit(request): [] for request in requests}
+    reasons: dict[int, FinishReason] = {}
+    for output in _steps(executor):
+        if output.request_id not in tokens:
+            continue
+        if output.token_id is not None:
+            tokens[output.request_id].append(output.token_id)
+        if output.finish_reason is not None:
+            reasons[output.request_id] = output.finish_reason
+    return [(ids, reasons[request_id]) for request_id, ids in tokens.items()]
+
+
+def _steps(executor: DecoderExecutor) -> Iterator[StepOutput]:
+    while outputs := executor.step():
+        yield from outputs

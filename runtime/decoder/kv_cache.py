@@ -1,0 +1,60 @@
+"""The paged KV cache: keys and values of every layer, in blocks of `TOKENS_PER_BLOCK` positions."""
+
+from __future__ import annotations
+
+import torch
+
+from nvlm import fp8
+from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.dtypes import TORCH_DTYPES
+from runtime.decoder.scheduler import TOKENS_PER_BLOCK
+
+
+class PagedKVCache:
+    """Storage [layers, 2, num_blocks, TOKENS_PER_BLOCK, kv_heads, head_dim].
+
+    FP8: e4m3(clamp(x / scale)) with one scale a layer. A CPU holds the same values as bfloat16
+    (every e4m3 number is one), which it widens twenty times faster.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        num_blocks: int,
+        scales: list[float] | None,
+        device: torch.device,
+    ) -> None:
+        decoder = config.decoder
+        assert (scales is not None) == (config.kv_cache_quant_algo == "FP8")
+        self._scales = scales
+        dtype = TORCH_DTYPES[config.dtype]
+        if scales is not None:
+            dtype = torch.bfloat16 if device.type == "cpu" else fp8.E4M3
+        self._storage = torch.empty(
+            *(decoder.num_hidden_layers, 2, num_blocks, TOKENS_PER_BLOCK),
+            *(decoder.num_key_value_heads, decoder.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+
+    def slots(self, blocks: list[int], first: int, count: int) -> torch.Tensor:
+        """Where positions first .. first + count - 1 of a sequence lie: [count] int64."""
+        positions = torch.arange(first, first + count)
+        table = torch.tensor(blocks)
+        slots = table[positions // TOKENS_PER_BLOCK] * TOKENS_PER_BLOCK
+        return (slots + positions % TOKENS_PER_BLOCK).to(self._storage.device)
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v: [num_tokens, kv_heads, head_dim], K after bias and RoPE, V after bias."""
+        for index, x in enumerate((k, v)):
+            if self._scales is not None:
+                x = fp8.quantize(x, self._scales[layer])
+            self._storage[layer, index].flatten(0, 1)[slots] = x.to(self._storage.dtype)
+
+    def read(self, layer: int, blocks: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the first `length` positions: float32 [length, kv_heads, head_dim] each."""
+        table = torch.tensor(blocks[: -(-length // TOKENS_PER_BLOCK)], device=self._storage.device)
+        rows = self._storage[layer][:, table].flatten(1, 2)[:, :length].to(torch.float32)
+        if self._scales is not None:
+            rows = rows * self._scales[layer]
+        return rows[0], rows[1]

@@ -1,0 +1,61 @@
+"""A rank's tensors, memory-mapped from the engine directory and laid out for a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.checkpoint_tensors import decoder_layer_tensors, decoder_tensors, open_checked
+from nvlm.decoder_model import DecoderLayer
+from nvlm.linear import QuantizableLinear
+from nvlm.memory import total_memory_bytes
+from nvlm.plan import decoder_parameter_count
+from nvlm.tensor_names import ENGINE_LAYER, ENGINE_LINEARS, KV_CACHE_SCALE
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """embedding: [vocab_size, hidden_size]; kv_scales: one a layer, None without FP8 KV cache."""
+
+    embedding: torch.Tensor
+    layers: list[DecoderLayer]
+    final_norm: torch.Tensor
+    lm_head: QuantizableLinear
+    kv_scales: list[float] | None
+
+
+def load_weights(path: Path, config: CheckpointConfig, device: torch.device) -> DecoderWeights:
+    """Reads every tensor once.
+
+    On a CPU the linears are widened to float32 where that takes less than half of the memory;
+    otherwise they stay as stored and are widened at each use.
+    """
+    reader = open_checked(path, decoder_tensors(config))
+
+    def read(name: str) -> torch.Tensor:
+        return reader.read(name).to(device)
+
+    names = decoder_layer_tensors(config)
+    layers, kv_scales = [], []
+    for i in range(config.decoder.num_hidden_layers):
+        prefix = ENGINE_LAYER.format(i=i)
+        tensors = {name: read(prefix + name) for name in names}
+        layers.append(DecoderLayer(config.decoder, tensors))
+        if KV_CACHE_SCALE in tensors:
+            kv_scales.append(float(tensors[KV_CACHE_SCALE]))
+    lm_head = QuantizableLinear(read("lm_head.weight"), output_dtype=torch.float32)
+    if device.type == "cpu" and 4 * decoder_parameter_count(config) < total_memory_bytes(device) / 2:
+        for layer in layers:
+            for name in ENGINE_LINEARS:
+                layer.linear(name).widen()
+        lm_head.widen()
+    return DecoderWeights(
+        embedding=read("transformer.vocab_embedding.weight"),
+        layers=layers,
+        final_norm=read("transformer.ln_f.weight"),
+        lm_head=lm_head,
+        kv_scales=kv_scales or None,
+    )

@@ -1,0 +1,47 @@
+"""An engine directory, read and checked: what it holds and what it was built for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.json_files import StrictReader, read_json_object
+from nvlm.limits import EngineLimits
+from nvlm.manifest import Manifest, read_manifest
+from nvlm.vision_checkpoint import VisionCheckpoint
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDir:
+    """`vision.directory` holds what the vision executor loads."""
+
+    directory: Path
+    manifest: Manifest
+    limits: EngineLimits
+    checkpoint_config: CheckpointConfig
+    decoder_target: str
+    vision: VisionCheckpoint
+    vision_executor: str
+    vision_precision: str
+
+    @classmethod
+    def read(cls, directory: Path) -> EngineDir:
+        """Raises `UserError` for a directory that is missing, unfinished or damaged."""
+        manifest = read_manifest(directory, "engine")
+        llm_path = directory / "llm" / "config.json"
+        llm = StrictReader(read_json_object(llm_path), llm_path)
+        vision_path = directory / "vision" / "config.json"
+        vision = StrictReader(read_json_object(vision_path), vision_path)
+        return cls(
+            directory=directory,
+            manifest=manifest,
+            limits=EngineLimits(**manifest.limits),
+            checkpoint_config=CheckpointConfig.from_json(
+                llm.section("pretrained_config").values, llm_path
+            ),
+            decoder_target=llm.section("build_config").string("target"),
+            vision=VisionCheckpoint.read(directory / "vision"),
+            vision_executor=vision.string("executor"),
+            vision_precision=vision.string("precision"),
+        )

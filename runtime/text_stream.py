@@ -1,0 +1,60 @@
+"""From token ids to text as they come, ended by stop strings.
+
+What is handed out is never taken back: bytes of an unfinished character and characters that may
+begin a stop string wait.
+"""
+
+from __future__ import annotations
+
+from nvlm.inputs.tokenizer import Detokenizer, Tokenizer
+
+
+class TextStream:
+    """`push` every token, then `finish` once; `text` is everything handed out.
+
+    `stopped` is set when a stop string was found; it and what follows are not part of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = tuple(string for string in stop if string)
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now."""
+        return self._take(self._detokenizer.push(token_id))
+
+    def finish(self) -> str:
+        """What was held back when no more tokens come."""
+        if self.stopped:
+            return ""
+        delta = self._take(self._detokenizer.flush())
+        if self.stopped:
+            return delta
+        held, self._held = self._held, ""
+        self.text += held
+        return delta + held
+
+    def _take(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        held = self._held + new
+        positions = [held.find(string) for string in self._stop if string in held]
+        if positions:
+            self.stopped = True
+            end = min(positions)
+        else:
+            end = len(held) - self._num_held(held)
+        delta, self._held = held[:end], held[end:]
+        self.text += delta
+        return delta
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        longest = max((len(string) - 1 for string in self._stop), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(string.startswith(text[-length:]) for string in self._stop):
+                return length
+        return 0

@@ -1,0 +1,1 @@
+"""Tiles to image embeddings, by whatever executor the engine directory names."""

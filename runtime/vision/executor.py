@@ -1,0 +1,51 @@
+"""What encodes tiles, seen from outside. Implementations share one contract test."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from nvlm.errors import UserError
+from runtime.engine_dir import EngineDir
+
+
+class VisionExecutor(Protocol):
+    max_num_tiles: int
+    """Tiles that one pass takes; `encode` splits what exceeds it."""
+
+    def encode(self, tiles: torch.Tensor) -> torch.Tensor:
+        """tiles [num_tiles, 3, S, S] float32, normalised, num_tiles >= 1 ->
+        image embeddings [num_tiles, tokens_per_tile, hidden_size] on the executor's device."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExecutor:
+    """The executor the engine was built for; heavy imports happen in the chosen branch only."""
+    max_num_tiles = engine.vision.tiling.max_tiles_per_image
+    if engine.vision_executor == "onnxruntime":
+        from runtime.vision.onnxruntime_executor import OnnxRuntimeVisionExecutor
+
+        path = engine.vision.directory / "model.onnx"
+        return OnnxRuntimeVisionExecutor(path, max_num_tiles)
+    if engine.vision_executor == "torch":
+        from runtime.vision.torch_executor import TorchVisionExecutor
+
+        model = engine.vision.load(engine.vision_precision, device)
+        return TorchVisionExecutor(model, max_num_tiles)
+    raise UserError(
+        f"{engine.directory} was built for vision executor {engine.vision_executor!r}, which this "
+        "version does not run; build it again with --vision onnxruntime or torch"
+    )
+
+
+def check_tiles(tiles: torch.Tensor, image_size: int) -> None:
+    """Refuses tiles of another shape than the model was trained on."""
+    expected = (3, image_size, image_size)
+    if tiles.ndim != 4 or tuple(tiles.shape[1:]) != expected or len(tiles) == 0:
+        raise UserError(
+            f"tiles have shape {list(tiles.shape)}, expected [1 or more, 3, {image_size}, "
+            f"{image_size}]"
+        )
