@@ -14,7 +14,6 @@ from nvlm.command_line import ArgumentParser, positive_int, run
 from nvlm.memory import total_memory_bytes
 from nvlm.output_dir import check_replaceable
 
-
 log = logging.getLogger(__name__)
 
 
@@ -24,7 +23,12 @@ def parser() -> ArgumentParser:
     add("--checkpoint_dir", type=Path, required=True, help="made by convert_checkpoint.py")
     add("--engine_dir", type=Path, required=True, help="engine directory to make")
     add("--decoder", choices=("auto", "torch"), default="auto", help="what runs the decoder")
-    add("--vision", choices=("auto", "onnxruntime", "torch"), default="auto", help="what runs vision")
+    add(
+        "--vision",
+        choices=("auto", "onnxruntime", "torch"),
+        default="auto",
+        help="what runs vision",
+    )
     add("--vision_precision", choices=("float32", "bfloat16", "float16", "FP8"))
     add("--max_batch_size", type=positive_int, default=8, help="requests decoded together")
     add("--max_num_images", type=positive_int, default=1, help="images a request may hold")
@@ -38,15 +42,15 @@ def parser() -> ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    options = BuildOptions(**{field.name: getattr(arguments, field.name) for field in fields(BuildOptions)})
+    options = BuildOptions(
+        **{field.name: getattr(arguments, field.name) for field in fields(BuildOptions)}
+    )
     machine_bytes = total_memory_bytes(torch.device("cpu"))
     spec = specify(arguments.checkpoint_dir, options, machine_bytes)
     for line in spec.plan.lines():
         log.info(line)
     fits = spec.plan.total_bytes <= machine_bytes
-    log.info(
-        "%s this machine's %.1f GB", "fits" if fits else "does NOT fit", machine_bytes / 1e9
-    )
+    log.info("%s this machine's %.1f GB", "fits" if fits else "does NOT fit", machine_bytes / 1e9)
     if arguments.dry_run:
         plan = {**spec.plan.to_json(), "memory_bytes": machine_bytes, "fits": fits}
         print(json.dumps(plan))

@@ -94,7 +94,9 @@ def open_checked(path: Path, expected: dict[str, TensorInfo]) -> SafetensorsRead
     for name in expected.keys() | reader.tensors.keys():
         found, wanted = reader.tensors.get(name), expected.get(name)
         if found != wanted:
-            raise UserError(f"{path}: {name} is {_text(found)}, config.json asks for {_text(wanted)}")
+            raise UserError(
+                f"{path}: {name} is {_text(found)}, config.json asks for {_text(wanted)}"
+            )
     return reader
 
 

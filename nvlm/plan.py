@@ -1,4 +1,4 @@
-"""One memory plan behind every --dry_run and refusal: what a checkpoint or engine takes in bytes."""
+"""One memory plan behind every --dry_run and refusal: bytes of a checkpoint or engine."""
 
 from __future__ import annotations
 
@@ -93,7 +93,10 @@ class EnginePlan:
             ("total", self.total_bytes),
         ]
         limits = ", ".join(f"{name} {value}" for name, value in self.limits.to_json().items())
-        return [*(f"{name:<36}{value / 1e9:>10.3f} GB" for name, value in rows), f"limits: {limits}"]
+        return [
+            *(f"{name:<36}{value / 1e9:>10.3f} GB" for name, value in rows),
+            f"limits: {limits}",
+        ]
 
 
 def plan_engine(

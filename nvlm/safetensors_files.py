@@ -104,7 +104,7 @@ class SafetensorsWriter:
         assert tensor.dtype == info.dtype, f"{name}: {tensor.dtype} is not {info.dtype}"
         assert tuple(tensor.shape) == info.shape, f"{name}: {tensor.shape} is not {info.shape}"
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._write_at(self._data_start + self._offsets[name], memoryview(flat.numpy()))
+        self._write_at(self._data_start + self._offsets[name], flat.numpy().data)
         self._missing.remove(name)
 
     def _write_at(self, offset: int, data: memoryview) -> None:

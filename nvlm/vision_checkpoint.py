@@ -16,7 +16,7 @@ from nvlm.errors import UserError
 from nvlm.json_files import StrictReader, read_json_object
 from nvlm.linear import QuantizableLinear
 from nvlm.tensor_names import ACTIVATION_SCALE, VISION_LAYER, VISION_LINEARS, WEIGHT_SCALE
-from nvlm.vision_model import VisionModel
+from nvlm.vision_model import VisionModel, linear_of
 
 WEIGHTS, SCALES = "model.safetensors", "scales.safetensors"
 
@@ -77,10 +77,10 @@ class VisionCheckpoint:
             for linear in VISION_LINEARS:
                 name = VISION_LAYER.format(i=i) + linear
                 weight_scale, activation_scale = (
-                    float(scales.read(f"{name}.{kind}")) for kind in (WEIGHT_SCALE, ACTIVATION_SCALE)
+                    float(scales.read(f"{name}.{kind}"))
+                    for kind in (WEIGHT_SCALE, ACTIVATION_SCALE)
                 )
-                module = model.get_submodule(name)
-                assert isinstance(module, nn.Linear)
+                module = linear_of(model, name)
                 quantised = QuantizableLinear(
                     fp8.quantize(module.weight, weight_scale),
                     module.bias,

@@ -52,6 +52,13 @@ class Attention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
+def linear_of(module: nn.Module, name: str) -> nn.Linear:
+    """The linear called `name` inside `module`."""
+    linear = module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 class MLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

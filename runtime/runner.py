@@ -47,9 +47,7 @@ class _Answer:
 
 
 class Runner:
-    def __init__(
-        self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor
-    ) -> None:
+    def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
         self.engine = engine
         self.tokenizer = Tokenizer(engine.directory / "tokenizer")
         self.vision = vision

@@ -28,12 +28,9 @@ class TextStream:
 
     def finish(self) -> str:
         """What was held back when no more tokens come."""
-        if self.stopped:
-            return ""
         delta = self._take(self._detokenizer.flush())
-        if self.stopped:
-            return delta
-        held, self._held = self._held, ""
+        held = "" if self.stopped else self._held
+        self._held = ""
         self.text += held
         return delta + held
 

@@ -28,18 +28,35 @@ from tests.reference import (
 
 NUM_DUMMY_HEADS = 7
 VISION = {
-    **{"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2},
-    **{"intermediate_size": 96, "image_size": 56, "patch_size": 14, "layer_norm_eps": 1e-6},
+    "hidden_size": 48,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "image_size": 56,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-6,
 }
 LLM = {
-    **{"architectures": ["Qwen2ForCausalLM"], "model_type": "llama", "hidden_act": "silu"},
-    **{"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 160},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32768},
-    **{"rope_theta": 1e6, "rope_scaling": {"type": "dynamic", "factor": 3.0}, "rms_norm_eps": 1e-6},
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "vocab_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "rope_scaling": {"type": "dynamic", "factor": 3.0},
+    "rms_norm_eps": 1e-6,
 }
 CONFIG = {
-    **{"ps_version": "v2", "downsample_ratio": 0.5, "select_layer": -1},
-    **{"vision_config": VISION, "llm_config": LLM},
+    "ps_version": "v2",
+    "downsample_ratio": 0.5,
+    "select_layer": -1,
+    "vision_config": VISION,
+    "llm_config": LLM,
 }
 
 
@@ -51,28 +68,38 @@ def _shapes(num_dummy_heads: int) -> dict[str, tuple[int, ...]]:
         "vision_model.embeddings.patch_embedding.weight": (hidden, 3, 14, 14),
         "vision_model.embeddings.patch_embedding.bias": (hidden,),
         "vision_model.embeddings.position_embedding": (1, 17, hidden),
-        **{"mlp1.0.weight": (4 * hidden,), "mlp1.0.bias": (4 * hidden,)},
-        **{"mlp1.1.weight": (LLM["intermediate_size"], 4 * hidden)},
-        **{"mlp1.3.weight": (LLM["hidden_size"], LLM["intermediate_size"])},
+        "mlp1.0.weight": (4 * hidden,),
+        "mlp1.0.bias": (4 * hidden,),
+        "mlp1.1.weight": (LLM["intermediate_size"], 4 * hidden),
+        "mlp1.3.weight": (LLM["hidden_size"], LLM["intermediate_size"]),
         "language_model.model.embed_tokens.weight": (160, 64),
-        **{"language_model.lm_head.weight": (160, 64), "language_model.model.norm.weight": (64,)},
+        "language_model.lm_head.weight": (160, 64),
+        "language_model.model.norm.weight": (64,),
     }
     for layer in range(2):
         vit = {
             **dict.fromkeys(("norm1.weight", "norm2.weight", "ls1", "ls2"), (hidden,)),
-            **{"attn.qkv.weight": (3 * stored, hidden), "attn.q_norm.weight": (stored,)},
-            **{"attn.k_norm.weight": (stored,), "attn.proj.weight": (hidden, stored)},
-            **{"attn.proj.bias": (hidden,), "mlp.fc1.weight": (inner, hidden)},
-            **{"mlp.fc1.bias": (inner,), "mlp.fc2.weight": (hidden, inner)},
+            "attn.qkv.weight": (3 * stored, hidden),
+            "attn.q_norm.weight": (stored,),
+            "attn.k_norm.weight": (stored,),
+            "attn.proj.weight": (hidden, stored),
+            "attn.proj.bias": (hidden,),
+            "mlp.fc1.weight": (inner, hidden),
+            "mlp.fc1.bias": (inner,),
+            "mlp.fc2.weight": (hidden, inner),
             "mlp.fc2.bias": (hidden,),
         }
         llm = {
-            **{"input_layernorm.weight": (64,), "post_attention_layernorm.weight": (64,)},
-            **{"self_attn.q_proj.weight": (64, 64), "self_attn.q_proj.bias": (64,)},
+            "input_layernorm.weight": (64,),
+            "post_attention_layernorm.weight": (64,),
+            "self_attn.q_proj.weight": (64, 64),
+            "self_attn.q_proj.bias": (64,),
             **{f"self_attn.{n}_proj.weight": (32, 64) for n in "kv"},
             **{f"self_attn.{n}_proj.bias": (32,) for n in "kv"},
-            **{"self_attn.o_proj.weight": (64, 64), "mlp.gate_proj.weight": (160, 64)},
-            **{"mlp.up_proj.weight": (160, 64), "mlp.down_proj.weight": (64, 160)},
+            "self_attn.o_proj.weight": (64, 64),
+            "mlp.gate_proj.weight": (160, 64),
+            "mlp.up_proj.weight": (160, 64),
+            "mlp.down_proj.weight": (64, 160),
         }
         shapes |= {f"vision_model.encoder.layers.{layer}.{n}": s for n, s in vit.items()}
         shapes |= {f"language_model.model.layers.{layer}.{n}": s for n, s in llm.items()}
@@ -171,9 +198,12 @@ def test_vit_equals_transformers_internvl(model_dir: Path) -> None:
         conv = tensors[f"vision_model.embeddings.patch_embedding.{part}"]
         state[f"embeddings.patch_embeddings.projection.{part}"] = conv
     names = {
-        **{"norm1.weight": "layernorm_before.weight", "norm2.weight": "layernorm_after.weight"},
-        **{"ls1": "lambda_1", "ls2": "lambda_2", "attn.q_norm.weight": "attention.q_norm.weight"},
-        **{"attn.k_norm.weight": "attention.k_norm.weight"},
+        "norm1.weight": "layernorm_before.weight",
+        "norm2.weight": "layernorm_after.weight",
+        "ls1": "lambda_1",
+        "ls2": "lambda_2",
+        "attn.q_norm.weight": "attention.q_norm.weight",
+        "attn.k_norm.weight": "attention.k_norm.weight",
         **{f"attn.proj.{p}": f"attention.projection_layer.{p}" for p in ("weight", "bias")},
         **{f"mlp.fc{n}.{p}": f"mlp.fc{n}.{p}" for n in (1, 2) for p in ("weight", "bias")},
     }
@@ -261,8 +291,10 @@ def test_greedy_agrees_with_float64_over_the_whole_sequence(model_dir: Path) -> 
 
 def _scales(config: dict[str, Any], weights: dict[str, np.ndarray]) -> qwen2_float64.Fp8Scales:
     groups = {
-        **{"qkv": [f"self_attn.{n}_proj" for n in "qkv"], "dense": ["self_attn.o_proj"]},
-        **{"fc_gate": ["mlp.gate_proj", "mlp.up_proj"], "proj": ["mlp.down_proj"]},
+        "qkv": [f"self_attn.{n}_proj" for n in "qkv"],
+        "dense": ["self_attn.o_proj"],
+        "fc_gate": ["mlp.gate_proj", "mlp.up_proj"],
+        "proj": ["mlp.down_proj"],
     }
     linears = tuple(
         {
@@ -424,10 +456,16 @@ def test_known_ids_of_tags_and_added_tokens(tokenizer_json: Path) -> None:
     known = {
         **{f"<tile_{k}>": [27, 21094, 62, 15 + k, 29] for k in range(1, 10)},
         "<tile_global_thumbnail>": [27, 21094, 19296, 37824, 29],
-        **{"<Image>": [46465, 29], "</Image>": [522, 1906, 29], "</Image>\n": [522, 1906, 397]},
+        "<Image>": [46465, 29],
+        "</Image>": [522, 1906, 29],
+        "</Image>\n": [522, 1906, 397],
         "<Image><tile_1>": [46465, 1784, 21094, 62, 16, 29],
-        **{"<|endoftext|>": [151643], "<|im_start|>": [151644], "<|im_end|>": [151645]},
-        **{"<|vision_pad|>": [151654], "<tool_call>": [151657], "<|file_sep|>": [151664]},
+        "<|endoftext|>": [151643],
+        "<|im_start|>": [151644],
+        "<|im_end|>": [151645],
+        "<|vision_pad|>": [151654],
+        "<tool_call>": [151657],
+        "<|file_sep|>": [151664],
     }
     assert {text: qwen_vocabulary.encode(text) for text in known} == known
     lengths = {

@@ -96,7 +96,8 @@ def table() -> Image.Image:
 
 def main() -> None:
     spec = find_spec("skimage")
-    assert spec is not None and spec.origin is not None, "pip install scikit-image"
+    assert spec is not None, "pip install scikit-image"
+    assert spec.origin is not None
     source_dir = Path(spec.origin).parent / "data"
     CALIBRATION_DIR.mkdir(parents=True, exist_ok=True)
     EXAMPLES_DIR.mkdir(parents=True, exist_ok=True)

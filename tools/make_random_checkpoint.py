@@ -192,7 +192,7 @@ def random_tensor(
     """Values that keep activations near 1: linears N(0, 1 / fan_in), norms near 1, dummies 0."""
     values = torch.randn(tensor.shape, generator=generator)
     kind = tensor.name.split(".")
-    if len(tensor.shape) == 1 and "norm" in tensor.name or tensor.name == "mlp1.0.weight":
+    if (len(tensor.shape) == 1 and "norm" in tensor.name) or tensor.name == "mlp1.0.weight":
         values = 1.0 + 0.1 * values
     elif tensor.name.endswith("lm_head.weight"):
         values *= 3.0 * tensor.shape[1] ** -0.5

@@ -1,7 +1,7 @@
 """Decoder part of the conversion: layer by layer, calibrated, quantised, written.
 
 The calibration samples' hidden states are carried from layer to layer, so a model of any depth
-needs one layer in memory: its tensors in the checkpoint's dtype and in float32, and the hidden states.
+needs one layer in memory: its tensors in the checkpoint's dtype and in float32, and the states.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def convert_decoder(
     with SafetensorsWriter(path, decoder_tensors(config)) as writer:
         dtype = TORCH_DTYPES[config.dtype]
         for tensor in ENGINE_TOP_TENSORS:
-            writer.write(tensor.name, cast(tensor.sources[0], source.read(tensor.sources[0]), dtype))
+            writer.write(
+                tensor.name, cast(tensor.sources[0], source.read(tensor.sources[0]), dtype)
+            )
         for i in tqdm(range(config.decoder.num_hidden_layers), "decoder layers"):
             tensors = _read_layer(source, i, dtype)
             prefix = ENGINE_LAYER.format(i=i)
@@ -68,8 +70,8 @@ def convert_decoder(
                 tensors = quantize_layer(tensors, config, linears, attention)
                 result.linears.extend(linears.values())
                 result.attentions.append(attention)
-            for name, tensor in tensors.items():
-                writer.write(prefix + name, tensor)
+            for name, value in tensors.items():
+                writer.write(prefix + name, value)
     return result
 
 

@@ -30,7 +30,7 @@ from nvlm.tensor_names import (
     VISION_LINEARS,
     WEIGHT_SCALE,
 )
-from nvlm.vision_model import VisionLayer, VisionModel
+from nvlm.vision_model import VisionLayer, VisionModel, linear_of
 
 _TILES_PER_BATCH = 7  # one image's tiles
 
@@ -112,7 +112,7 @@ def _calibrate_layer(
 ) -> tuple[list[torch.Tensor], list[LinearReport]]:
     """Runs the batches through the layer; returns what comes out and what entered its linears."""
     observer = AmaxObserver()
-    linears = {name: layer.get_submodule(name) for name in VISION_LINEARS}
+    linears = {name: linear_of(layer, name) for name in VISION_LINEARS}
     observer.watch_inputs(linears)
     hidden = [layer(batch) for batch in hidden]
     report = [
@@ -125,6 +125,9 @@ def _calibrate_layer(
 def _write_scales(path: Path, config: VisionConfig, report: list[LinearReport]) -> None:
     with SafetensorsWriter(path, vision_scales(config)) as writer:
         for row in report:
-            for kind, value in ((WEIGHT_SCALE, row.weight_amax), (ACTIVATION_SCALE, row.input_amax)):
+            for kind, value in (
+                (WEIGHT_SCALE, row.weight_amax),
+                (ACTIVATION_SCALE, row.input_amax),
+            ):
                 scale = torch.tensor([fp8.scale_from_amax(value)], dtype=torch.float32)
                 writer.write(f"{row.linear}.{kind}", scale)

@@ -60,7 +60,9 @@ class HuggingFaceSource:
                 )
         ignored = sorted(self._weight_map.keys() - {tensor.name for tensor in expected})
         if ignored:
-            log.warning("%d tensors are not NVLM-D's and are ignored: %s", len(ignored), ignored[:3])
+            log.warning(
+                "%d tensors are not NVLM-D's and are ignored: %s", len(ignored), ignored[:3]
+            )
 
     def read(self, name: str) -> torch.Tensor:
         return self._readers[self._weight_map[name]].read(name)

@@ -20,7 +20,9 @@ MAX_IMAGE_PIXELS = 178_956_970
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
-def load_image(source: Path | bytes, name: str = "image", *, apply_exif: bool = True) -> Image.Image:
+def load_image(
+    source: Path | bytes, name: str = "image", *, apply_exif: bool = True
+) -> Image.Image:
     """An RGB image from a file or its bytes.
 
     `name` stands for the image in messages when `source` is bytes. Raises `UserError` for what is
@@ -49,7 +51,9 @@ def load_image(source: Path | bytes, name: str = "image", *, apply_exif: bool = 
         # Pillow raises all of these for damaged files, SyntaxError for broken PNG chunks.
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = what.replace(f" {io.BytesIO.__name__}", "").split("<_io.")[0].strip()
-        raise UserError(f"image {where} is not a whole image that Pillow can read ({what})") from None
+        raise UserError(
+            f"image {where} is not a whole image that Pillow can read ({what})"
+        ) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 Grid = tuple[int, int]
@@ -25,7 +26,7 @@ class TiledImage:
     """tiles: [num_tiles, S, S, 3] uint8 RGB: the grid row by row, then the thumbnail (if any)."""
 
     grid: Grid
-    tiles: np.ndarray
+    tiles: NDArray[np.uint8]
 
     @property
     def num_tiles(self) -> int:
@@ -74,8 +75,8 @@ def tile_image(image: Image.Image, image_size: int, max_num_tiles: int) -> Tiled
     return TiledImage((columns, rows), np.ascontiguousarray(tiles))
 
 
-def normalize(tiles: np.ndarray) -> torch.Tensor:
-    """[num_tiles, S, S, 3] uint8 -> [num_tiles, 3, S, S] float32: 0..1, then ImageNet statistics."""
+def normalize(tiles: NDArray[np.uint8]) -> torch.Tensor:
+    """[num_tiles, S, S, 3] uint8 -> [num_tiles, 3, S, S] float32 by ImageNet statistics."""
     values = torch.from_numpy(tiles).permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
     mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)

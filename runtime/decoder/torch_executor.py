@@ -94,9 +94,7 @@ class TorchDecoderExecutor:
         is_full = len(sequence.token_ids) == sequence.max_num_tokens
         if is_full:
             self._scheduler.finish(sequence)
-        return StepOutput(
-            sequence.request_id, token_id, "length" if is_full else None, kept_logits
-        )
+        return StepOutput(sequence.request_id, token_id, "length" if is_full else None, kept_logits)
 
     def _forward(self, sequences: list[Sequence]) -> torch.Tensor:
         """Runs every sequence's pending tokens; float32 logits [num_sequences, vocab_size]."""
@@ -147,5 +145,3 @@ class TorchDecoderExecutor:
             return attend
 
         return attend_in
-
-

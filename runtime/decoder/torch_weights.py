@@ -47,7 +47,10 @@ def load_weights(path: Path, config: CheckpointConfig, device: torch.device) -> 
         if KV_CACHE_SCALE in tensors:
             kv_scales.append(float(tensors[KV_CACHE_SCALE]))
     lm_head = QuantizableLinear(read("lm_head.weight"), output_dtype=torch.float32)
-    if device.type == "cpu" and 4 * decoder_parameter_count(config) < total_memory_bytes(device) / 2:
+    if (
+        device.type == "cpu"
+        and 4 * decoder_parameter_count(config) < total_memory_bytes(device) / 2
+    ):
         for layer in layers:
             for name in ENGINE_LINEARS:
                 layer.linear(name).widen()

@@ -344,7 +344,8 @@ def grid_goldens() -> tuple[list[dict[str, object]], list[dict[str, object]]]:
     for limit, count in ((6, 14), (12, 35)):
         rows = [row for row in agreed.values() if row["max_num_tiles"] == limit]
         winners = {(row["columns"], row["rows"]) for row in rows}
-        assert winners == set(target_ratios(limit)) and len(winners) == count
+        assert winners == set(target_ratios(limit))
+        assert len(winners) == count
     return list(agreed.values()), list(split.values())
 
 

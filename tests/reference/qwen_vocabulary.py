@@ -69,7 +69,9 @@ def write_tokenizer_json(path: Path) -> None:
     spelled = {token: "".join(letters[b] for b in token) for token in ranks()}
     added = [
         {
-            **{"id": i, "content": token, "special": token in SPECIAL_TOKENS},
+            "id": i,
+            "content": token,
+            "special": token in SPECIAL_TOKENS,
             **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
         }
         for token, i in ADDED_IDS.items()
@@ -79,16 +81,26 @@ def write_tokenizer_json(path: Path) -> None:
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
     split["invert"] = False
     model = {
-        **{"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": ""},
-        **{"end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False},
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
         "vocab": {spelled[token]: i for token, i in ranks().items()},
         "merges": [[spelled[left], spelled[right]] for left, right in _merges()],
     }
     document = {
-        **{"version": "1.0", "truncation": None, "padding": None, "added_tokens": added},
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        **{"post_processor": byte_level, "decoder": byte_level, "model": model},
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": model,
     }
     path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
 

@@ -1,0 +1,98 @@
+"""Directories that many tests read: made once for a session, never written to by a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from build.checkpoint.convert import ConvertOptions, convert
+from build.engines.build import BuildOptions, build_engine, specify
+from build.sources.hugging_face import HuggingFaceSource
+from tools.make_random_checkpoint import PRESETS, Shape, write_random_checkpoint
+
+CPU = torch.device("cpu")
+TINY = PRESETS["tiny"]
+
+# Two workers share two cores (see Makefile), so each computes on one.
+torch.set_num_threads(1)
+
+FP8 = ConvertOptions(calib_size=4)
+BF16 = ConvertOptions(quant_algo=None, kv_cache_quant_algo=None)
+FP32 = replace(BF16, dtype="float32")
+MEMORY_BYTES = 24 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """Makes model, checkpoint and engine directories below one folder."""
+
+    root: Path
+
+    def model(self, name: str, shape: Shape = TINY, *, seed: int = 0) -> Path:
+        path = self.root / name
+        if not path.exists():
+            write_random_checkpoint(path, shape, seed=seed, max_shard_bytes=500_000)
+        return path
+
+    def checkpoint(self, name: str, model_dir: Path, options: ConvertOptions) -> Path:
+        path = self.root / name
+        if not path.exists():
+            convert(HuggingFaceSource(model_dir), path, options, CPU)
+        return path
+
+    def engine(self, name: str, checkpoint_dir: Path, **options: object) -> Path:
+        path = self.root / name
+        if not path.exists():
+            chosen = BuildOptions(**options)  # type: ignore[arg-type]
+            build_engine(specify(checkpoint_dir, chosen, MEMORY_BYTES), path, chosen)
+        return path
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Workshop:
+    """A workshop of the test's own, whose directories it may change."""
+    return Workshop(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def model_dir(workshop: Workshop) -> Path:
+    return workshop.model("model")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(workshop: Workshop, model_dir: Path) -> Path:
+    """FP8 weights and KV cache."""
+    return workshop.checkpoint("checkpoint", model_dir, FP8)
+
+
+@pytest.fixture(scope="session")
+def engine_dir(workshop: Workshop, checkpoint_dir: Path) -> Path:
+    """FP8 decoder, torch vision (no export), three images a request."""
+    return workshop.engine("engine", checkpoint_dir, vision="torch", max_num_images=3)
+
+
+@pytest.fixture(scope="session")
+def float32_engine_dir(workshop: Workshop, model_dir: Path) -> Path:
+    checkpoint = workshop.checkpoint("checkpoint_float32", model_dir, FP32)
+    return workshop.engine("engine_float32", checkpoint, vision="torch", max_num_images=3)
+
+
+@pytest.fixture(scope="session")
+def onnx_engine_dir(workshop: Workshop, checkpoint_dir: Path) -> Path:
+    """FP8 decoder, ONNX Runtime vision: what `build_engine.py` makes by default."""
+    return workshop.engine("engine_onnx", checkpoint_dir, max_num_images=3)
+
+
+@pytest.fixture(scope="session")
+def images() -> Callable[[str], Path]:
+    """Golden pictures by file name."""
+    return lambda name: Path(__file__).parent / "data" / "images" / name
