@@ -189,14 +189,22 @@ def _write_shards(
 def random_tensor(
     tensor: StoredTensor, config: NVLMConfig, generator: torch.Generator
 ) -> torch.Tensor:
-    """Values that keep activations near 1: linears N(0, 1 / fan_in), norms near 1, dummies 0."""
+    """Values that keep activations near 1: linears N(0, 1 / fan_in), norms near 1, dummies 0.
+
+    Small embeddings and sharp attention make the answer depend on the whole prompt; otherwise a
+    random model soon repeats itself.
+    """
     values = torch.randn(tensor.shape, generator=generator)
     kind = tensor.name.split(".")
     if (len(tensor.shape) == 1 and "norm" in tensor.name) or tensor.name == "mlp1.0.weight":
         values = 1.0 + 0.1 * values
     elif tensor.name.endswith("lm_head.weight"):
         values *= 3.0 * tensor.shape[1] ** -0.5
-    elif len(tensor.shape) == 2 and kind[-2] != "embed_tokens":
+    elif kind[-2] == "embed_tokens":
+        values *= 0.3
+    elif kind[-2] in ("q_proj", "k_proj") and len(tensor.shape) == 2:
+        values *= 2.0 * tensor.shape[1] ** -0.5
+    elif len(tensor.shape) == 2:
         values *= tensor.shape[1] ** -0.5
     elif len(tensor.shape) == 4:
         values *= (3 * tensor.shape[2] * tensor.shape[3]) ** -0.5

@@ -72,7 +72,7 @@ def tile_image(image: Image.Image, image_size: int, max_num_tiles: int) -> Tiled
     if len(tiles) > 1:
         thumbnail = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
         tiles = np.concatenate((tiles, np.asarray(thumbnail)[None]))
-    return TiledImage((columns, rows), np.ascontiguousarray(tiles))
+    return TiledImage((columns, rows), np.array(tiles))  # a copy: Pillow's pixels are read-only
 
 
 def normalize(tiles: NDArray[np.uint8]) -> torch.Tensor:
