@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from build.engines.build import BuildOptions, build_engine, specify
+from build.engines.build import BuildOptions, build_engine, is_up_to_date, specify
 from nvlm.command_line import ArgumentParser, positive_int, run
 from nvlm.memory import total_memory_bytes
-from nvlm.output_dir import check_replaceable
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +35,7 @@ def parser() -> ArgumentParser:
     add("--max_seq_len", type=positive_int, help="tokens of a prompt and its answer")
     add("--max_num_tokens", type=positive_int, help="tokens of all requests in one step")
     add("--dry_run", action="store_true", help="print the memory plan as JSON and write nothing")
+    add("--if_stale", action="store_true", help="do nothing if --engine_dir is up to date")
     add("--overwrite", action="store_true", help="replace a finished --engine_dir")
     return parser
 
@@ -55,8 +55,15 @@ def main() -> None:
         plan = {**spec.plan.to_json(), "memory_bytes": machine_bytes, "fits": fits}
         print(json.dumps(plan))
         return
-    check_replaceable(arguments.engine_dir, "--engine_dir", overwrite=arguments.overwrite)
-    build_engine(spec, arguments.engine_dir, options, overwrite=arguments.overwrite)
+    if arguments.if_stale and is_up_to_date(spec, arguments.engine_dir, options):
+        log.info("%s is up to date", arguments.engine_dir)
+        return
+    build_engine(
+        spec,
+        arguments.engine_dir,
+        options,
+        overwrite=arguments.overwrite or arguments.if_stale,
+    )
     log.info("engine written to %s", arguments.engine_dir)
 
 

@@ -162,10 +162,9 @@ def _decoder_from_hf(llm: StrictReader) -> DecoderConfig:
         rope_theta=llm.positive_float("rope_theta"),
         rms_norm_eps=llm.positive_float("rms_norm_eps"),
     )
-    _require_multiple(llm, "hidden_size", config.hidden_size, 2 * config.num_attention_heads)
-    _require_multiple(
-        llm, "num_attention_heads", config.num_attention_heads, config.num_key_value_heads
-    )
+    # RoPE rotates pairs of channels, so a head has an even number of them.
+    _require_multiple(llm, "hidden_size", 2, "num_attention_heads")
+    _require_multiple(llm, "num_attention_heads", 1, "num_key_value_heads")
     return config
 
 
@@ -188,14 +187,18 @@ def _vision_from_hf(vision: StrictReader, decoder: DecoderConfig) -> VisionConfi
         projector_hidden_size=decoder.intermediate_size,
         output_size=decoder.hidden_size,
     )
-    _require_multiple(vision, "hidden_size", config.hidden_size, config.num_attention_heads)
+    _require_multiple(vision, "hidden_size", 1, "num_attention_heads")
     # The pixel shuffle merges 2 x 2 patches, so a tile has an even number of them per side.
-    _require_multiple(vision, "image_size", config.image_size, 2 * config.patch_size)
+    _require_multiple(vision, "image_size", 2, "patch_size")
     return config
 
 
-def _require_multiple(reader: StrictReader, key: str, value: int, divisor: int) -> None:
+def _require_multiple(reader: StrictReader, key: str, factor: int, divisor_key: str) -> None:
+    """`key` must be a multiple of `factor` times the value of `divisor_key`."""
+    value, divisor = reader.positive_int(key), factor * reader.positive_int(divisor_key)
     if value % divisor:
+        times = "" if factor == 1 else f"{factor} x "
         raise UserError(
-            f"{reader.path}: {reader.prefix}{key} is {value}, expected a multiple of {divisor}"
+            f"{reader.path}: {reader.prefix}{key} is {value}, expected a multiple of {divisor} "
+            f"({times}{divisor_key})"
         )

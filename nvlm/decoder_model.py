@@ -125,16 +125,19 @@ def _linear(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizableLinear
 
 
 def embed(
-    token_ids: torch.Tensor, embedding: torch.Tensor, prompt_table: torch.Tensor | None
+    token_ids: torch.Tensor,
+    embedding: torch.Tensor,
+    prompt_table: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Rows of the embedding [vocab_size, H], and of the prompt table for ids >= vocab_size.
 
-    token_ids: [T] int64; prompt_table: [num_virtual_tokens, H]; returns [T, H] in the embedding's
-    dtype. The rule is TensorRT-LLM's: row = id - vocab_size.
+    token_ids: [T] int64; prompt_table: [num_virtual_tokens, H]; returns [T, H] in
+    `dtype`. The rule is TensorRT-LLM's: row = id - vocab_size.
     """
     vocab_size = embedding.shape[0]
     is_virtual = token_ids >= vocab_size
-    rows = embedding[token_ids.masked_fill(is_virtual, 0)]
+    rows = embedding[token_ids.masked_fill(is_virtual, 0)].to(dtype)
     if prompt_table is not None:
         rows[is_virtual] = prompt_table[token_ids[is_virtual] - vocab_size].to(rows)
     return rows

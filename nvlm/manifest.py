@@ -7,6 +7,7 @@ directory, its limits, and every file's size and SHA-256.
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -113,6 +114,19 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     for name, entry in manifest.files.items():
         _check_file(directory / name, entry, entry.size_bytes <= _SMALL_FILE_BYTES, command)
     return manifest
+
+
+def is_current(
+    directory: Path, kind: Kind, *, arguments: dict[str, Any], source: dict[str, Any]
+) -> bool:
+    """Whether `directory` is finished and this version would make the same from this input."""
+    try:
+        manifest = read_manifest(directory, kind)
+    except UserError:
+        return False
+    # Compared as JSON, which is what the manifest went through.
+    wanted = json.loads(json.dumps([arguments, source, __version__]))
+    return [manifest.arguments, manifest.source, manifest.versions.get("nvlm")] == wanted
 
 
 def verify_all(directory: Path, kind: Kind) -> Manifest:

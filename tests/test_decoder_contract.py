@@ -223,6 +223,20 @@ def test_never_more_than_max_batch_size_run_in_a_step(executor: DecoderExecutor)
     assert sizes == [MAX_BATCH_SIZE] * 6
 
 
+@pytest.mark.parametrize(
+    "request_", [text(9), text(30), with_images([4, 12])], ids=["9", "30", "images"]
+)
+def test_an_answer_given_back_as_prompt_goes_on_as_it_did(
+    executor: DecoderExecutor, request_: DecoderRequest
+) -> None:
+    """Prefill and decode agree on positions and cache, also where a block of 32 is crossed."""
+    ((ids, _),) = run(executor, replace(request_, max_new_tokens=16))
+    for count in (1, 5, 11):
+        longer = [*request_.token_ids, *ids[:count]]
+        given_back = replace(request_, token_ids=longer, max_new_tokens=16 - count)
+        assert run(executor, given_back) == [(ids[count:], "length")]
+
+
 class TestEnd:
     def test_max_new_tokens_ends_an_answer_with_reason_length(
         self, executor: DecoderExecutor
@@ -243,10 +257,9 @@ class TestEnd:
     ) -> None:
         request = text(9, max_new_tokens=12)
         ((ids, _),) = run(executor, request)
-        position = next(i for i in range(11, 0, -1) if ids.index(ids[i]) == i)
-        stop_ids = frozenset({ids[position], 511 if ids[position] != 511 else 510} - set(ids[:1]))
-        cut = next(i for i, token_id in enumerate(ids) if token_id in stop_ids)
-        assert cut > 0
+        cut = next(i for i in range(11, 0, -1) if ids[i] not in ids[:i])
+        unused = next(i for i in range(VOCAB_SIZE) if i not in ids)
+        stop_ids = frozenset({ids[cut], unused})
         ((stopped, reason),) = run(executor, replace(request, stop_ids=stop_ids))
         assert (stopped, reason) == (ids[:cut], "stop")
 
@@ -406,7 +419,7 @@ class TestSampling:
 
 
 class TestPromptTable:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def embedding(self, implementation: Implementation) -> torch.Tensor:
         path = implementation.engine.directory / "llm" / "rank0.safetensors"
         with safe_open(path, framework="pt") as file:

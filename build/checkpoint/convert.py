@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from nvlm.checkpoint_config import CheckpointConfig, QuantAlgo
 from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer
 from nvlm.json_files import write_json_atomically
-from nvlm.manifest import write_manifest
+from nvlm.manifest import is_current, sha256_of, write_manifest
 from nvlm.output_dir import staged_directory
 from nvlm.plan import checkpoint_bytes
 
@@ -37,6 +38,13 @@ class ConvertOptions:
     @property
     def is_calibrated(self) -> bool:
         return self.quant_algo is not None or self.kv_cache_quant_algo is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest: the calibration file by its contents."""
+        values = asdict(self)
+        if not self.is_calibrated:
+            return {**values, "calib_data": None, "calib_size": 0}
+        return {**values, "calib_data": sha256_of(self.calib_data)}
 
 
 def checkpoint_config(source: WeightSource, options: ConvertOptions) -> CheckpointConfig:
@@ -82,10 +90,19 @@ def convert(
         write_manifest(
             staging,
             "checkpoint",
-            arguments={**asdict(options), "calib_data": options.calib_data.name},
+            arguments=options.to_json(),
             limits={},
             source=source.provenance(),
         )
+
+
+def is_up_to_date(source: WeightSource, output_dir: Path, options: ConvertOptions) -> bool:
+    """Whether `convert` would only repeat what `output_dir` already holds."""
+    if options.is_calibrated and not options.calib_data.is_file():
+        return False  # converting says what is wrong
+    return is_current(
+        output_dir, "checkpoint", arguments=options.to_json(), source=source.provenance()
+    )
 
 
 def _load_samples(

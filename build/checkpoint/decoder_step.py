@@ -90,8 +90,8 @@ def _embed_samples(
     dtype = TORCH_DTYPES[config.dtype]
     hidden = []
     for sample, table in zip(samples, tables, strict=True):
-        rows = embed(torch.tensor(sample.prompt.token_ids), embedding, table.flatten(0, 1))
-        hidden.append(rows.to(device, dtype))
+        token_ids = torch.tensor(sample.prompt.token_ids)
+        hidden.append(embed(token_ids, embedding, table.flatten(0, 1), dtype).to(device))
     return hidden
 
 

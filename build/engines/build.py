@@ -119,14 +119,31 @@ def build_engine(
         _build_vision(spec, staging / "vision")
         _build_decoder(spec, staging / "llm")
         shutil.copytree(spec.checkpoint_dir / "tokenizer", staging / "tokenizer")
-        source = manifest.read_manifest(spec.checkpoint_dir, "checkpoint")
         manifest.write_manifest(
             staging,
             "engine",
             arguments=asdict(options),
             limits=spec.limits.to_json(),
-            source={"checkpoint_digest": source.digest, "checkpoint_versions": source.versions},
+            source=_provenance(spec),
         )
+
+
+def is_up_to_date(spec: EngineSpec, engine_dir: Path, options: BuildOptions) -> bool:
+    """Whether `build_engine` would only repeat what `engine_dir` already holds."""
+    return manifest.is_current(
+        engine_dir, "engine", arguments=asdict(options), source=_provenance(spec)
+    )
+
+
+def _provenance(spec: EngineSpec) -> dict[str, object]:
+    """What the engine was made from, and what `auto` chose on this machine."""
+    checkpoint = manifest.read_manifest(spec.checkpoint_dir, "checkpoint")
+    return {
+        "checkpoint_digest": checkpoint.digest,
+        "checkpoint_versions": checkpoint.versions,
+        "decoder": spec.decoder,
+        "vision": spec.vision,
+    }
 
 
 def _build_vision(spec: EngineSpec, directory: Path) -> None:

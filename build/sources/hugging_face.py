@@ -74,7 +74,9 @@ class HuggingFaceSource:
             "config_sha256": sha256_of(self._model_dir / "config.json"),
             "index_sha256": sha256_of(index) if index.is_file() else None,
             "files": {
-                name: (self._model_dir / name).stat().st_size for name in sorted(self._readers)
+                name: {"size_bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+                for name in sorted(self._readers)
+                for stat in [(self._model_dir / name).stat()]
             },
         }
 

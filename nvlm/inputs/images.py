@@ -7,6 +7,7 @@ alpha dropped as the reference's `convert("RGB")` does; of an animation the firs
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -62,4 +63,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         # Round half up; 257 is odd, so value / 257 never lies exactly halfway.
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    with warnings.catch_warnings():
+        # Pillow advises RGBA for palettes with transparency; the reference drops it.
+        warnings.filterwarnings("ignore", "Palette images with Transparency")
+        return image.convert("RGB")

@@ -123,9 +123,9 @@ class TorchDecoderExecutor:
     def _embed(self, sequence: Sequence) -> torch.Tensor:
         token_ids = torch.tensor(sequence.pending, device=self._device)
         table = sequence.request.prompt_table
-        return embed(
-            token_ids, self._weights.embedding, None if table is None else table.to(self._device)
-        )
+        embedding = self._weights.embedding
+        table = None if table is None else table.to(self._device)
+        return embed(token_ids, embedding, table, embedding.dtype)
 
     def _attention(
         self, sequences: list[Sequence], counts: list[int], slots: torch.Tensor

@@ -1,0 +1,77 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+MODEL_DIR ?=
+CHECKPOINT_DIR ?= work/checkpoint
+ENGINE_DIR ?= work/engine
+QUANT ?= FP8
+DECODER ?= auto
+VISION ?= auto
+
+DEMO := work/demo
+PHOTO := examples/coffee.jpg
+QUESTION := What is in the cup?
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test demo engine test test-all lint benchmark clean
+
+help:
+	@echo "make demo        set up, convert, build, and answer a question about a photo on the CPU"
+	@echo "make test        set up and run the tests that need no GPU"
+	@echo "make engine MODEL_DIR=... [CHECKPOINT_DIR=... ENGINE_DIR=... QUANT=FP8|none VISION=...]"
+	@echo "make setup | test-all | lint | benchmark | clean"
+
+# A stamp per requirements file: installing again is a no-op until the file changes.
+setup: $(VENV)/.cpu
+setup-test: $(VENV)/.test
+
+$(VENV)/.cpu: requirements/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt $(VENV)/.cpu
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	@touch $@
+
+demo: setup
+	@echo "No weights of NVLM-D are shipped: this demo makes a tiny model of RANDOM weights in the"
+	@echo "published layout, so the answer below shows the machinery, not knowledge."
+	@test -f $(DEMO)/model/config.json || \
+		$(BIN)/python -m tools.make_random_checkpoint --output_dir $(DEMO)/model
+	@$(MAKE) --no-print-directory engine MODEL_DIR=$(DEMO)/model \
+		CHECKPOINT_DIR=$(DEMO)/checkpoint ENGINE_DIR=$(DEMO)/engine
+	@echo "photo:    $(PHOTO)"
+	@echo "question: $(QUESTION)"
+	@$(BIN)/python run.py --engine_dir $(DEMO)/engine --image $(PHOTO) \
+		--prompt "$(QUESTION)" --max_new_tokens 24 --json
+
+# Converts and builds what is not up to date with its input and arguments.
+engine: setup
+	@test -n "$(MODEL_DIR)" || { echo "error: make engine needs MODEL_DIR=<NVLM-D checkpoint>" >&2; exit 2; }
+	@$(BIN)/python convert_checkpoint.py --model_dir "$(MODEL_DIR)" \
+		--output_dir "$(CHECKPOINT_DIR)" --quant_algo $(QUANT) --if_stale
+	@$(BIN)/python build_engine.py --checkpoint_dir "$(CHECKPOINT_DIR)" \
+		--engine_dir "$(ENGINE_DIR)" --decoder $(DECODER) --vision $(VISION) --if_stale
+
+# Two workers, one thread each: the suite is sized for two cores.
+test: setup-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" -q
+
+test-all: setup-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --verbose > $(VENV)/.lint-imports.log || { cat $(VENV)/.lint-imports.log; exit 1; }
+
+benchmark: setup
+	@$(BIN)/python -m bench.cpu_path
+
+clean:
+	rm -rf work .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

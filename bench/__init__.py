@@ -1,0 +1,1 @@
+"""Benchmarks: physical quantities for people, one line of JSON last for machines."""
