@@ -11,9 +11,11 @@ from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
 from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.limits import DEFAULT_MAX_NEW_TOKENS
-from runtime.batch_file import answer_json, read_requests, run_batch, with_sampling
+from runtime.answer_file import answer_json
+from runtime.batch import run_batch
 from runtime.engine_dir import EngineDir
 from runtime.mpi import World, require_world_size
+from runtime.request_file import read_requests, with_sampling
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult

@@ -109,7 +109,10 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     try:
         values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
         manifest = Manifest(**values)
-    except (TypeError, AttributeError) as error:
+        for entry in manifest.files.values():
+            if not isinstance(entry.size_bytes, int) or not isinstance(entry.sha256, str):
+                raise TypeError(f"{entry} is no file entry")
+    except (TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); make it again with {command}") from None
     for name, entry in manifest.files.items():
         _check_file(directory / name, entry, entry.size_bytes <= _SMALL_FILE_BYTES, command)

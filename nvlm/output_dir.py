@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,10 @@ def staged_directory(
             raise UserError(
                 f"the disk of {flag} {final} is full; free some space or choose another disk"
             ) from error
-        if isinstance(error, (PermissionError, NotADirectoryError)) or error.errno == errno.EROFS:
+        if (
+            isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
+            or error.errno == errno.EROFS
+        ):
             raise UserError(
                 f"{flag} {final} cannot be written: {error.strerror} ({error.filename})"
             ) from error
@@ -77,6 +81,8 @@ def _locked(staging: Path, flag: str) -> Iterator[None]:
     fd = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not staging.exists() or os.fstat(fd).st_ino != staging.stat().st_ino:
+            raise BlockingIOError  # another run finished and renamed it in between
         yield
     except BlockingIOError:
         raise UserError(
@@ -106,12 +112,13 @@ def _check_free_space(final: Path, staging: Path, flag: str, needed_bytes: int) 
 
 def _replace(staging: Path, final: Path) -> None:
     """Renames; an old `final` is moved aside first and deleted last."""
-    old = final.with_name(final.name + ".old")
+    old = None
     if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
+        old = Path(tempfile.mkdtemp(prefix=f"{final.name}.replaced-", dir=final.parent))
+        os.rename(final, old)  # onto an empty directory
     os.rename(staging, final)
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)

@@ -6,6 +6,7 @@ on as the model wrote them (they look normalised to 0..1000).
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -32,4 +33,5 @@ def parse_boxes(text: str) -> list[Box]:
     return [
         Box(match["ref"], *(float(match[group]) for group in range(2, 6)))
         for match in _BOX.finditer(text)
+        if all(math.isfinite(float(match[group])) for group in range(2, 6))
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.errors import UserError
 from nvlm.json_files import StrictReader, read_json_object
 from nvlm.limits import EngineLimits
 from nvlm.manifest import Manifest, read_manifest
@@ -36,7 +37,7 @@ class EngineDir:
         return cls(
             directory=directory,
             manifest=manifest,
-            limits=EngineLimits(**manifest.limits),
+            limits=_limits(manifest, directory),
             checkpoint_config=CheckpointConfig.from_json(
                 llm.section("pretrained_config").values, llm_path
             ),
@@ -45,3 +46,13 @@ class EngineDir:
             vision_executor=vision.string("executor"),
             vision_precision=vision.string("precision"),
         )
+
+
+def _limits(manifest: Manifest, directory: Path) -> EngineLimits:
+    try:
+        return EngineLimits(**manifest.limits)
+    except TypeError as error:
+        raise UserError(
+            f"{directory} was built by another version ({error}); build it again with "
+            f"build_engine.py --engine_dir {directory} --overwrite"
+        ) from None

@@ -132,7 +132,7 @@ class Runner:
             if not under_way:
                 return
             for delta in self.step():
-                if delta.result is not None:
+                if delta.result is not None and delta.request_id in under_way:
                     yield under_way.pop(delta.request_id), delta.result
 
     def close(self) -> None:
@@ -147,7 +147,9 @@ class Runner:
                 f"the request has {num_images} images, the engine takes {limits.max_num_images}; "
                 "build it with a larger --max_num_images"
             )
-        max_num_tiles = request.max_num_tiles or tiling.max_num_tiles
+        max_num_tiles = request.max_num_tiles
+        if max_num_tiles is None:
+            max_num_tiles = tiling.max_num_tiles
         if not 1 <= max_num_tiles <= tiling.max_num_tiles:
             raise UserError(
                 f"max_num_tiles is {max_num_tiles}, expected 1 to {tiling.max_num_tiles}"

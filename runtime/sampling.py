@@ -45,9 +45,9 @@ def sample(logits: torch.Tensor, params: SamplingParams, step: int) -> int:
     """
     if params.is_greedy:
         return int(logits.argmax())
-    probabilities, token_ids = torch.softmax(logits / params.temperature, dim=-1).sort(
-        descending=True, stable=True
-    )
+    # In float64 no accepted temperature underflows to 0 and no quotient is 0 / 0.
+    scaled = (logits - logits.max()).to(torch.float64) / params.temperature
+    probabilities, token_ids = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
     if params.top_k:
         probabilities = probabilities[: params.top_k]
     cumulative = (probabilities / probabilities.sum()).cumsum(-1)

@@ -38,10 +38,10 @@ class TextStream:
         if self.stopped:
             return ""
         held = self._held + new
-        positions = [held.find(string) for string in self._stop if string in held]
-        if positions:
+        found = [(held.find(s) + len(s), held.find(s)) for s in self._stop if s in held]
+        if found:
             self.stopped = True
-            end = min(positions)
+            _, end = min(found)  # the first to be whole, however the answer is cut into tokens
         else:
             end = len(held) - self._num_held(held)
         delta, self._held = held[:end], held[end:]

@@ -15,7 +15,9 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.context import ForkServerProcess
@@ -64,10 +66,11 @@ def run_command(name: str, *arguments: object) -> Result:
     stdout, stderr = io.StringIO(), io.StringIO()
     code: object = None
     try:
-        with (
+        with (  # the innermost last: a warning is printed before stderr is given back
             patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]),
             redirect_stdout(stdout),
             redirect_stderr(stderr),
+            _shown_warnings(),
         ):
             command_line.run(script(name).main)
     except SystemExit as error:
@@ -77,6 +80,20 @@ def run_command(name: str, *arguments: object) -> Result:
             logging.getLogger(logger).setLevel(level)
     assert isinstance(code, int), f"exit code {code!r}"
     return Result(code, stdout.getvalue(), stderr.getvalue())
+
+
+@contextmanager
+def _shown_warnings() -> Iterator[None]:
+    """Prints warnings to stderr, as Python does where no pytest collects them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        for category in (UserWarning, RuntimeWarning, FutureWarning):
+            warnings.simplefilter("always", category)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                print(f"{warning.category.__name__}: {warning.message}", file=sys.stderr)
 
 
 def run_process(
@@ -108,6 +125,7 @@ def one_line_error(result: Result, *fragments: str) -> str:
     assert result.exit_code == EXIT_USER_ERROR, told
     assert result.stdout == "", told
     assert "Traceback" not in result.stderr, told
+    assert "Warning" not in result.stderr, told
     # A progress bar that was interrupted leaves its carriage return, not a newline.
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, told

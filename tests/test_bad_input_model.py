@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -524,6 +525,66 @@ def test_line_separators_inside_a_calibration_string_end_no_line(
 
 
 # Flags.
+
+
+MENDS = re.compile(r"\b(expected|again|give|use|copy|download|choose)\b")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: shutil.rmtree(d),
+        lambda d: (d / "config.json").write_text("{"),
+        lambda d: edit_json(d / "config.json", "llm_config", ...),
+        lambda d: edit_json(d / "config.json", "vision_config.hidden_size", ...),
+        lambda d: (d / INDEX).write_text("{"),
+        lambda d: (d / INDEX).write_text("{}"),
+        lambda d: (d / INDEX).unlink(),
+        lambda d: shard_of(d, "mlp1.0.weight").unlink(),
+        lambda d: edit_tensor(d, "mlp1.0.weight", lambda _: None),
+        lambda d: edit_tensor(d, "mlp1.0.weight", lambda t: t[:-1].clone()),
+        lambda d: edit_json(d / INDEX, "weight_map", {}),
+        lambda d: (d / TOKENIZER).unlink(),
+        lambda d: (d / TOKENIZER).write_text("{"),
+        lambda d: edit_json(d / TOKENIZER, "model.vocab", ...),
+    ],
+    ids=[
+        "no_model_dir",
+        "config_no_json",
+        "config_without_section",
+        "config_without_key",
+        "index_no_json",
+        "index_without_map",
+        "no_index",
+        "no_shard",
+        "no_tensor_in_shard",
+        "wrong_shape",
+        "no_tensor_in_index",
+        "no_tokenizer",
+        "tokenizer_no_json",
+        "tokenizer_without_vocabulary",
+    ],
+)
+def test_a_refused_model_is_told_what_was_expected_or_what_mends_it(
+    own_model: Path, tmp_path: Path, damage: Damage
+) -> None:
+    damage(own_model)
+    line = convert_refused(own_model, tmp_path)
+    assert MENDS.search(line), f"this tells only what was found:\n{line}"
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{}\n", "[]\n", "{\n", '{"prompt": "x", "images": 1}\n']
+)
+def test_refused_calibration_data_is_told_what_was_expected_in_words(
+    model_dir: Path, tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "calibration.jsonl"
+    if content is not None:
+        path.write_text(content)
+    line = convert_refused(model_dir, tmp_path, "--calib_data", path)
+    assert MENDS.search(line), f"this tells only what was found:\n{line}"
+    assert "Error" not in line, f"the name of a Python exception tells a user nothing:\n{line}"
 
 
 @pytest.mark.parametrize(

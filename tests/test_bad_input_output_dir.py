@@ -51,7 +51,8 @@ def test_an_output_directory_that_exists_is_refused_and_replaced_only_when_told(
     assert run_make(arguments).exit_code == 0
     first = tree(tmp_path)
     make_refused(tmp_path, arguments, fragments=("exists", "--overwrite"))
-    (tmp_path / "new" / "manifest.json").write_text("{}")
+    (weights,) = (tmp_path / "new").rglob("rank0.safetensors")
+    weights.unlink()
     assert run_make(arguments, "--overwrite").exit_code == 0
     assert tree(tmp_path) == first
 

@@ -39,52 +39,51 @@ def test_more_images_than_built_for_are_refused_with_both_numbers(
     run_refused(engine_dir, tmp_path, "--image", *four, "--prompt", "hi", fragments=fragments)
 
 
-def test_bad_requests_of_a_batch_are_answered_by_errors_and_the_others_go_on(
-    engine_dir: Path, images: Images, tmp_path: Path
+BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "hi", "images": ["bad.png"]}, "bad.png"),
+    ({"prompt": "hi", "images": ["absent.png"]}, "absent.png"),
+    ({"prompt": "hi", "images": ["nul\0.png"]}, "image"),
+    ({"prompt": "hi", "images": ["\ud800.png"]}, "image"),
+    ({"prompt": "hi", "images": "good.png"}, "list"),
+    ({"prompt": "hi", "images": ["good.png"] * 4}, "4 images"),
+    ({"prompt": "x" * 100_000}, "--max_input_len"),
+    ({"prompt": "\ud800"}, "Unicode"),
+    ({"prompt": "hi", "system": "\udcff"}, "Unicode"),
+    ({"prompt": 7}, "prompt is 7"),
+    ({"prompt": [{"type": "video", "video": "x"}]}, "video"),
+    ({"prompt": [{"type": "text"}]}, "text"),
+    ({}, "prompt"),
+    ({"prompt": "hi", "unknown": 1}, "unknown"),
+    ({"prompt": "hi", "max_num_tiles": 0}, "max_num_tiles is 0"),
+    ({"prompt": "hi", "max_num_tiles": 99}, "max_num_tiles is 99"),
+    ({"prompt": "hi", "max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"prompt": "hi", "max_new_tokens": -5}, "max_new_tokens is -5"),
+    ({"prompt": "hi", "max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+    ({"prompt": "hi", "temperature": -1}, "temperature is -1"),
+    ({"prompt": "hi", "temperature": float("nan")}, "temperature is nan"),
+    ({"prompt": "hi", "top_p": 0}, "top_p is 0"),
+    ({"prompt": "hi", "top_p": 1.5}, "top_p is 1.5"),
+    ({"prompt": "hi", "top_k": -1}, "top_k is -1"),
+    ({"prompt": "hi", "top_k": True}, "top_k is True"),
+    ({"prompt": "hi", "seed": -1}, "seed is -1"),
+    ({"prompt": "hi", "seed": 2**64}, "seed is"),
+    ({"prompt": "hi", "stop": "end"}, "list of strings"),
+    ({"prompt": "hi", "prompt_format": "llama"}, "'llama'"),
+]
+
+
+@pytest.mark.parametrize(("request_", "fragment"), BAD_REQUESTS, ids=lambda v: str(v)[:40])
+def test_a_bad_request_of_a_batch_is_answered_by_an_error_and_the_others_go_on(
+    engine_dir: Path, images: Images, tmp_path: Path, request_: dict[str, Any], fragment: str
 ) -> None:
     (tmp_path / "good.png").write_bytes(images("square_448x448.png").read_bytes())
     (tmp_path / "bad.png").write_bytes(b"no")
     good = {"prompt": "hi", "images": ["good.png"]}
-    bad: list[tuple[dict[str, Any], str]] = [
-        ({"prompt": "hi", "images": ["bad.png"]}, "bad.png"),
-        ({"prompt": "hi", "images": ["absent.png"]}, "absent.png"),
-        ({"prompt": "hi", "images": ["nul\0.png"]}, "image"),
-        ({"prompt": "hi", "images": ["\ud800.png"]}, "image"),
-        ({"prompt": "hi", "images": "good.png"}, "list"),
-        ({"prompt": "hi", "images": ["good.png"] * 4}, "4 images"),
-        ({"prompt": "x" * 100_000}, "--max_input_len"),
-        ({"prompt": "\ud800"}, "Unicode"),
-        ({"prompt": "hi", "system": "\udcff"}, "Unicode"),
-        ({"prompt": 7}, "prompt is 7"),
-        ({"prompt": [{"type": "video", "video": "x"}]}, "video"),
-        ({"prompt": [{"type": "text"}]}, "text"),
-        ({}, "prompt"),
-        ({"prompt": "hi", "unknown": 1}, "unknown"),
-        ({"prompt": "hi", "max_num_tiles": 0}, "max_num_tiles is 0"),
-        ({"prompt": "hi", "max_num_tiles": 99}, "max_num_tiles is 99"),
-        ({"prompt": "hi", "max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"prompt": "hi", "max_new_tokens": -5}, "max_new_tokens is -5"),
-        ({"prompt": "hi", "max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
-        ({"prompt": "hi", "temperature": -1}, "temperature is -1"),
-        ({"prompt": "hi", "temperature": float("nan")}, "temperature is nan"),
-        ({"prompt": "hi", "top_p": 0}, "top_p is 0"),
-        ({"prompt": "hi", "top_p": 1.5}, "top_p is 1.5"),
-        ({"prompt": "hi", "top_k": -1}, "top_k is -1"),
-        ({"prompt": "hi", "top_k": True}, "top_k is True"),
-        ({"prompt": "hi", "seed": -1}, "seed is -1"),
-        ({"prompt": "hi", "seed": 2**64}, "seed is"),
-        ({"prompt": "hi", "stop": "end"}, "list of strings"),
-        ({"prompt": "hi", "prompt_format": "llama"}, "'llama'"),
-    ]
-    lines = [line for request, _ in bad for line in (request, good)]
-    answers = batch(engine_dir, tmp_path, lines, exit_code=1)
-    assert len(answers) == len(lines)
-    for (request, fragment), answer in zip(bad, answers[::2], strict=True):
-        assert fragment in answer.get("error", "answered"), f"{request} -> {answer}"
-        assert "text" not in answer
-        assert "\n" not in answer["error"]
-    texts = [answer["text"] for answer in answers[1::2]]
-    assert texts == [texts[0]] * len(bad)
+    first, bad, last = batch(engine_dir, tmp_path, [good, request_, good], exit_code=1)
+    assert "text" not in bad
+    assert fragment in bad["error"]
+    assert "\n" not in bad["error"]
+    assert first["text"] == last["text"]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "3", "[" * 100_000, '{"id": 1, "prompt": "hi"} {}'])
@@ -153,8 +152,8 @@ def test_more_ranks_than_built_for_are_told_the_right_number(
 
 def test_an_empty_prompt_is_answered(engine_dir: Path, images: Images) -> None:
     """The template around it is not empty, with or without an image."""
-    assert answered(engine_dir, "--prompt", "")["num_tokens"] > 0
-    assert answered(engine_dir, "--prompt", "", "--system", "")["num_tokens"] > 0
+    assert "text" in answered(engine_dir, "--prompt", "")
+    assert "text" in answered(engine_dir, "--prompt", "", "--system", "")
     image = ("--image", images("pixel_1x1.png"))
     assert answered(engine_dir, "--prompt", "", *image)["num_tiles"] == 1
 

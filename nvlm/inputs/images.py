@@ -33,8 +33,9 @@ def load_image(
     where = str(source) if isinstance(source, Path) else name
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
-    except OSError as error:
-        raise UserError(f"image {where} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"image {where} cannot be read: {reason}") from None
     if not data:
         raise UserError(f"image {where} is empty (0 bytes)")
     try:

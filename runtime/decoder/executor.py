@@ -85,8 +85,15 @@ def create_decoder_executor(engine: EngineDir, device: torch.device) -> DecoderE
     )
 
 
-def check_request(request: DecoderRequest, limits: EngineLimits, vocab_size: int) -> None:
+def check_request(
+    request: DecoderRequest, limits: EngineLimits, vocab_size: int, hidden_size: int
+) -> None:
     """Refuses what no executor could run, in one sentence."""
+    table = request.prompt_table
+    if table is not None and (table.ndim != 2 or table.shape[1] != hidden_size):
+        raise UserError(
+            f"the prompt table has shape {list(table.shape)}, expected [rows, {hidden_size}]"
+        )
     num_tokens = len(request.token_ids)
     if num_tokens == 0:
         raise UserError("the prompt has no tokens")
@@ -97,7 +104,7 @@ def check_request(request: DecoderRequest, limits: EngineLimits, vocab_size: int
         )
     if request.max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {request.max_new_tokens}, expected 1 or more")
-    num_rows = 0 if request.prompt_table is None else len(request.prompt_table)
+    num_rows = 0 if table is None else len(table)
     if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size + num_rows:
         raise UserError(
             f"token ids run from {min(request.token_ids)} to {max(request.token_ids)}, expected 0 "

@@ -58,7 +58,8 @@ class TorchDecoderExecutor:
         return self._scheduler
 
     def submit(self, request: DecoderRequest) -> int:
-        check_request(request, self.limits, self._config.decoder.vocab_size)
+        decoder = self._config.decoder
+        check_request(request, self.limits, decoder.vocab_size, decoder.hidden_size)
         room = self.limits.max_seq_len - len(request.token_ids)
         max_num_tokens = len(request.token_ids) + min(request.max_new_tokens, room)
         self._next_id += 1

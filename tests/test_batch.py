@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from nvlm.errors import UserError
-from runtime.batch_file import BatchLine, answer_json, read_requests, run_batch
+from runtime.answer_file import answer_json
+from runtime.batch import run_batch
+from runtime.request_file import RequestLine, read_requests
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult, Timings
@@ -92,8 +94,8 @@ class TestReading:
     ) -> None:
         path = write_lines(tmp_path / "in.jsonl", {"prompt": "a"}, "", {"prompt": "b"})
         expected = [
-            BatchLine(1, replace(DEFAULTS, content=("a",))),
-            BatchLine(3, replace(DEFAULTS, content=("b",))),
+            RequestLine(1, replace(DEFAULTS, content=("a",))),
+            RequestLine(3, replace(DEFAULTS, content=("b",))),
         ]
         assert read_requests(path, DEFAULTS) == expected
 

@@ -1,0 +1,99 @@
+"""Answers as JSON objects, one a line, in the order of the requests; resumable after a stop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nvlm.errors import UserError
+from runtime.types import GenerationResult
+
+
+def answer_json(result: GenerationResult) -> dict[str, Any]:
+    """A result as a JSON object, text first."""
+    values = asdict(result)
+    timings = {name: round(value, 3) for name, value in values.pop("timings").items()}
+    return {**values, "timings": timings}
+
+
+class AnswerFile:
+    """Answers to requests with `ids`, appended behind those the file already holds.
+
+    Raises `UserError` for a file that holds anything but answers to these ids: nobody's lines are
+    ever lost. Only the beginning of the next answer, which a killed run leaves, is cut off.
+    """
+
+    def __init__(self, path: Path, ids: list[Any]) -> None:
+        self._path = path
+        self._ids = ids
+        data = self._read()
+        whole, tail = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
+        answers = [self._parse(number, text) for number, text in enumerate(whole.splitlines(), 1)]
+        self.num_finished = len(answers)
+        self.num_errors = sum("error" in answer for answer in answers)
+        if tail and not self._begins_next_answer(tail):
+            raise self._foreign(self.num_finished + 1)
+        try:
+            self._file = open(path, "ab")  # noqa: SIM115 - closed by `close`
+        except OSError as error:
+            raise UserError(f"--output_file {path} cannot be written: {error.strerror}") from None
+        self._file.truncate(len(whole))
+
+    def append(self, answer: dict[str, Any]) -> None:
+        """Writes the next answer, whole or (on an error) not at all."""
+        end = self._file.tell()
+        try:
+            self._file.write(_encode(answer) + b"\n")
+            self._file.flush()
+        except OSError as error:
+            self._file.truncate(end)
+            raise UserError(
+                f"--output_file {self._path} cannot be written: {error.strerror}; mend that and "
+                "run the same command again, it goes on where it stopped"
+            ) from None
+        self.num_finished += 1
+        self.num_errors += "error" in answer
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self) -> bytes:
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise UserError(
+                f"--output_file {self._path} cannot be read: {error.strerror}"
+            ) from None
+
+    def _parse(self, number: int, text: bytes) -> dict[str, Any]:
+        try:
+            answer = json.loads(text)
+            is_answer = answer["id"] == self._ids[number - 1] and answer.keys() & {"text", "error"}
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            is_answer = False
+        if not is_answer:
+            raise self._foreign(number)
+        return dict(answer)
+
+    def _begins_next_answer(self, tail: bytes) -> bool:
+        if self.num_finished == len(self._ids):
+            return False
+        start = _encode({"id": self._ids[self.num_finished]})[:-1]  # without the brace
+        return tail.startswith(start) or start.startswith(tail)
+
+    def _foreign(self, number: int) -> UserError:
+        return UserError(
+            f"--output_file {self._path} line {number} is not an answer to this input file; choose "
+            "another output file"
+        )
+
+
+def _encode(answer: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(answer, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a lone surrogate, in an id
+        return json.dumps(answer).encode()
