@@ -66,7 +66,7 @@ def run_command(name: str, *arguments: object) -> Result:
     stdout, stderr = io.StringIO(), io.StringIO()
     code: object = None
     try:
-        with (  # the innermost last: a warning is printed before stderr is given back
+        with (
             patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]),
             redirect_stdout(stdout),
             redirect_stderr(stderr),
@@ -85,15 +85,16 @@ def run_command(name: str, *arguments: object) -> Result:
 @contextmanager
 def _shown_warnings() -> Iterator[None]:
     """Prints warnings to stderr, as Python does where no pytest collects them."""
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for category in (UserWarning, RuntimeWarning, FutureWarning):
             warnings.simplefilter("always", category)
-        try:
+        with patch.object(warnings, "showwarning", _show_warning):
             yield
-        finally:
-            for warning in caught:
-                print(f"{warning.category.__name__}: {warning.message}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    print(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def run_process(

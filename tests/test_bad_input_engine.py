@@ -190,7 +190,7 @@ def test_an_unfinished_or_damaged_engine_is_refused(
         ),
         (lambda d: edit_json(d / "vision" / "config.json", "precision", "int8"), ("'int8'",)),
         (lambda d: edit_json(d / "manifest.json", "limits.max_input_len", ...), ("max_input_len",)),
-        (lambda d: edit_json(d / "manifest.json", "limits.x", 1), ("manifest.json", "'x'")),
+        (lambda d: edit_json(d / "manifest.json", "limits.x", 1), ("'x'", "again")),
         (
             lambda d: edit_json(d / "llm" / "config.json", "pretrained_config.hidden_size", 64),
             ("rank0", "asks for"),

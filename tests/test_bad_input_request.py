@@ -183,7 +183,7 @@ def test_an_output_file_that_cannot_be_written_is_refused(
     engine_dir: Path, tmp_path: Path, place: str
 ) -> None:
     files = ("--input_file", request_file(tmp_path), "--output_file", tmp_path / place)
-    run_refused(engine_dir, tmp_path, *files, fragments=("--output_file", place))
+    run_refused(engine_dir, tmp_path, *files, fragments=("--output_file", Path(place).name))
 
 
 @pytest.mark.parametrize(
