@@ -13,7 +13,7 @@ from build.engines.build import BuildOptions, build_engine, is_up_to_date, speci
 from nvlm.command_line import ArgumentParser, positive_int, run
 from nvlm.memory import total_memory_bytes
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("nvlm.build_engine")
 
 
 def parser() -> ArgumentParser:

@@ -13,7 +13,7 @@ from nvlm import plan
 from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
 from nvlm.dtypes import TORCH_DTYPES
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("nvlm.convert_checkpoint")
 
 ALGORITHMS = {"FP8": "FP8", "none": None}
 

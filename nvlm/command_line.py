@@ -48,7 +48,7 @@ def run(main: Callable[[], int | None], *, rank: int = 0) -> NoReturn:
         level=logging.WARNING,
         format="%(message)s" if rank == 0 else f"rank {rank}: %(message)s",
     )
-    for package in ("nvlm", "build", "runtime", "__main__"):
+    for package in ("nvlm", "build", "runtime"):
         logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.ERROR)
     try:
         sys.exit(main() or 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.asking import Images, answered, ask, batch, run_refused
-from tests.command import BUILD, CONVERT, RUN, one_line_error, refused, run_command, run_process
+from tests.command import BUILD, CONVERT, RUN, refused, run_command
 
 
 def test_a_prompt_longer_than_max_input_len_is_refused_with_both_numbers(
@@ -239,10 +239,3 @@ def test_device_cuda_without_a_gpu_is_refused(
     refused(tmp_path, CONVERT, *where, "--device", "cuda", fragments=fragments)
     flags = ("--engine_dir", engine_dir, "--prompt", "hi", "--device", "cuda")
     refused(tmp_path, RUN, *flags, fragments=fragments)
-
-
-def test_a_real_process_refuses_a_prompt_that_is_no_utf_8(engine_dir: Path) -> None:
-    result = run_process(
-        RUN, *ask(engine_dir, "--prompt", "caf\udce9"), environment={"LC_ALL": "C.UTF-8"}
-    )
-    one_line_error(result, "Unicode", "UTF-8")

@@ -1,0 +1,131 @@
+"""The programs as a user runs them: answers on stdout, logs on stderr, make targets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nvlm.manifest import verify_all
+from tests.asking import answered, ask
+from tests.command import BUILD, CONVERT, PLAIN, ROOT, RUN, run_command, run_process
+
+Images = Callable[[str], Path]
+
+
+def test_convert_build_and_run_as_processes_give_an_answer(
+    tmp_path: Path, model_dir: Path, images: Images
+) -> None:
+    """The whole path as the README has it, with nothing shared between the steps but files."""
+    checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
+    flags = ("--model_dir", model_dir, "--output_dir", checkpoint, "--calib_size", "2")
+    assert run_process(CONVERT, *flags).exit_code == 0
+    flags = ("--checkpoint_dir", checkpoint, "--engine_dir", engine, "--vision", "torch")
+    assert run_process(BUILD, *flags).exit_code == 0
+    verify_all(engine, "engine")
+    photo = images("landscape_800x450.png")
+    result = run_process(RUN, *ask(engine, "--image", photo, "--prompt", "What is it?", "--json"))
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1, "stdout carries one JSON object and nothing else"
+    answer = json.loads(lines[0])
+    assert answer["num_tiles"] == 3
+    assert answer["num_tokens"] == len(answer["token_ids"]) == 2
+    assert set(answer["timings"]) >= {"tiling_ms", "vision_ms", "prefill_ms"}
+
+
+def test_plain_streaming_and_json_print_the_same_text(engine_dir: Path) -> None:
+    flags = ask(engine_dir, "--prompt", "Hello there", "--max_new_tokens", "9")
+    plain, streamed, as_json = (
+        run_command(RUN, *flags, *more) for more in ((), ("--streaming",), ("--json",))
+    )
+    assert plain.stdout == streamed.stdout == json.loads(as_json.stdout)["text"] + "\n"
+
+
+def test_a_seed_repeats_a_sampled_answer_and_another_changes_it(engine_dir: Path) -> None:
+    def sampled(seed: int) -> list[int]:
+        flags = ("--prompt", "Tell me", "--top_p", "0.95", "--max_new_tokens", "12")
+        token_ids: list[int] = answered(engine_dir, *flags, "--seed", seed)["token_ids"]
+        return token_ids
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_dry_runs_print_a_plan_and_write_nothing(
+    tmp_path: Path, model_dir: Path, checkpoint_dir: Path
+) -> None:
+    flags = ("--model_dir", model_dir, "--output_dir", tmp_path / "c", "--dry_run")
+    plan = json.loads(run_command(CONVERT, *flags).stdout)
+    stored = (checkpoint_dir / "rank0.safetensors").stat().st_size
+    assert plan["decoder_bytes"] == pytest.approx(stored, rel=0.05)
+    flags = ("--checkpoint_dir", checkpoint_dir, "--engine_dir", tmp_path / "e", "--dry_run")
+    plan = json.loads(run_command(BUILD, *flags).stdout)
+    assert plan["fits"] is True
+    assert plan["limits"]["max_multimodal_len"] == 8 * 7 * 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_if_stale_makes_again_exactly_what_has_changed(tmp_path: Path, model_dir: Path) -> None:
+    checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
+
+    def convert(*more: object) -> bool:
+        flags = ("--model_dir", model_dir, "--output_dir", checkpoint, "--if_stale", *PLAIN, *more)
+        result = run_command(CONVERT, *flags)
+        assert result.exit_code == 0, result.stderr
+        return "is up to date" not in result.stderr
+
+    def build(*more: object) -> bool:
+        flags = ("--checkpoint_dir", checkpoint, "--engine_dir", engine, "--if_stale", *more)
+        result = run_command(BUILD, *flags, "--vision", "torch")
+        assert result.exit_code == 0, result.stderr
+        return "is up to date" not in result.stderr
+
+    assert (convert(), build()) == (True, True)
+    assert (convert(), build()) == (False, False)
+    assert build("--max_batch_size", "2"), "other arguments"
+    assert convert("--dtype", "float32"), "other arguments"
+    assert build("--max_batch_size", "2"), "another checkpoint"
+    (checkpoint / "manifest.json").unlink()
+    assert run_command(BUILD, "--checkpoint_dir", checkpoint, "--engine_dir", engine).exit_code == 2
+
+
+def make(target: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    """`make` with this Python in place of a fresh environment."""
+    variables["BIN"] = Path(sys.executable).parent
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    return subprocess.run(
+        ["make", "--no-print-directory", "-o", "setup", target, *settings],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_make_engine_converts_builds_and_then_skips(tmp_path: Path, model_dir: Path) -> None:
+    variables = {
+        "MODEL_DIR": model_dir,
+        "CHECKPOINT_DIR": tmp_path / "checkpoint",
+        "ENGINE_DIR": tmp_path / "engine",
+        "QUANT": "none",
+        "VISION": "torch",
+    }
+    first = make("engine", **variables)
+    assert first.returncode == 0, first.stderr
+    verify_all(tmp_path / "engine", "engine")
+    second = make("engine", **variables)
+    assert second.stderr.count("is up to date") == 2, second.stderr
+
+
+def test_make_engine_without_a_model_says_what_it_needs() -> None:
+    result = make("engine", MODEL_DIR="")
+    assert result.returncode != 0
+    assert "make engine needs MODEL_DIR" in result.stderr

@@ -1,0 +1,92 @@
+"""The memory plan against the published sizes of the 72B model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nvlm import plan
+from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.config import NVLMConfig
+from nvlm.errors import UserError
+from nvlm.limits import EngineLimits, derive_limits
+from tools.make_random_checkpoint import PRESETS, config_json
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def config() -> NVLMConfig:
+    return NVLMConfig.from_hf(config_json(PRESETS["72b"]), Path("config.json"))
+
+
+def test_the_decoder_has_its_published_parameter_count_and_bytes(config: NVLMConfig) -> None:
+    fp8 = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8")
+    bf16 = CheckpointConfig(config.decoder, "bfloat16", None, None)
+    assert plan.decoder_parameter_count(fp8) == 72_706_203_648
+    assert plan.decoder_weight_bytes(bf16) == 2 * 72_706_203_648
+    # 70.2 GB of FP8 linears, 4.98 GB of embedding and head: 75.2 GB resident.
+    assert plan.decoder_weight_bytes(fp8) == pytest.approx(75.2e9, rel=1e-3)
+
+
+def test_kv_cache_takes_160_kib_a_token_in_fp8_and_320_in_bf16(config: NVLMConfig) -> None:
+    fp8 = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8")
+    bf16 = CheckpointConfig(config.decoder, "bfloat16", None, None)
+    assert plan.kv_bytes_per_token(fp8) == 160 * 1024
+    assert plan.kv_bytes_per_token(bf16) == 320 * 1024
+
+
+def test_the_vision_model_has_its_published_parameter_count(config: NVLMConfig) -> None:
+    parameters = 6_052_672_640 + 620_717_056  # ViT with its dummy heads, projector
+    assert plan.vision_weight_bytes(config.vision, "bfloat16") == 2 * parameters
+    assert plan.vision_weight_bytes(config.vision, "float32") == 4 * parameters
+    assert plan.vision_weight_bytes(config.vision, "FP8") < 1.15 * parameters + 620_717_056
+
+
+def limits_for(config: NVLMConfig, **given: int) -> EngineLimits:
+    return derive_limits(
+        config.decoder,
+        config.tiling,
+        config.vision.tokens_per_tile,
+        **given,  # type: ignore[arg-type]
+    )
+
+
+def test_default_limits_hold_the_largest_image_and_leave_room_for_the_answer(
+    config: NVLMConfig,
+) -> None:
+    limits = limits_for(config, max_batch_size=16, max_num_images=1)
+    assert limits.max_multimodal_len == 16 * 7 * 256
+    assert limits.max_input_len >= 7 * 261 + 1024
+    assert limits.max_seq_len == limits.max_input_len + 1024
+    assert limits.max_num_tokens == 8192
+
+
+def test_the_prompt_table_of_a_batch_of_16_takes_half_a_gigabyte(config: NVLMConfig) -> None:
+    fp8 = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8")
+    limits = limits_for(config, max_batch_size=16, max_num_images=1)
+    engine = plan.plan_engine(fp8, config.vision, "bfloat16", limits)
+    assert engine.prompt_table_bytes == pytest.approx(0.47e9, rel=0.01)
+    assert engine.total_bytes == sum(
+        getattr(engine, f"{part}_bytes")
+        for part in ("decoder_weight", "vision_weight", "kv_cache", "prompt_table", "workspace")
+    )
+    assert engine.total_bytes < 141e9, "the FP8 model fits one H200"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_seq_len": 40000}, "max_seq_len 40000 exceeds the model's 32768 positions"),
+        ({"max_input_len": 5000, "max_seq_len": 5000}, "leaves no room for an answer"),
+        ({"max_input_len": 1000}, "does not hold --max_num_images 1"),
+        ({"max_input_len": 4000, "max_num_tokens": 3000}, "a prompt must fit one step"),
+        ({"max_num_images": 20}, "does not hold --max_num_images 20"),
+    ],
+)
+def test_limits_that_contradict_themselves_are_refused(
+    config: NVLMConfig, given: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        limits_for(config, **given)

@@ -1,0 +1,74 @@
+"""The house rules that a program can check."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command import ROOT
+
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/decisions.md")]
+
+
+def test_imports_go_only_in_the_stated_directions() -> None:
+    """import-linter, with the contracts of pyproject.toml."""
+    program = Path(sys.executable).parent / "lint-imports"
+    done = subprocess.run(
+        [str(program), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", document.read_text())
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (document.parent / link).exists()] == []
+
+
+def test_every_test_that_the_numerics_contract_names_exists() -> None:
+    names = set(re.findall(r"\btest_\w+", (ROOT / "docs" / "decisions.md").read_text()))
+    assert len(names) > 4
+    assert [name for name in names if not (ROOT / "tests" / f"{name}.py").is_file()] == []
+
+
+def test_the_runtime_imports_without_what_only_building_needs() -> None:
+    """`runtime` and the whole torch path load with onnx, onnxruntime and transformers absent."""
+    blocked = ("onnx", "onnxruntime", "onnxscript", "transformers", "mpi4py", "tensorrt_llm")
+    code = f"""
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None
+import runtime.runner, runtime.batch, runtime.decoder.torch_executor, runtime.vision.torch_executor
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_package_holds_a_drawer_for_everything() -> None:
+    names = {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert not names & {"utils", "helpers", "common", "misc"}
+
+
+def test_git_tracks_the_package_called_build() -> None:
+    """Global ignore files often name build/; ours takes it back."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    done = subprocess.run(
+        [git, "check-ignore", "-q", "build/checkpoint/convert.py"], cwd=ROOT, check=False
+    )
+    assert done.returncode == 1
