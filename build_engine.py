@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from build.engines.build import BuildOptions, build_engine, is_up_to_date, specify
+from build.engines.build import build_engine, is_up_to_date
+from build.engines.specification import BuildOptions, specify
 from nvlm.command_line import ArgumentParser, positive_int, run
 from nvlm.memory import total_memory_bytes
 

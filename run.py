@@ -13,8 +13,7 @@ from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.limits import DEFAULT_MAX_NEW_TOKENS
 from runtime.answer_file import answer_json
 from runtime.batch import run_batch
-from runtime.engine_dir import EngineDir
-from runtime.mpi import World, require_world_size
+from runtime.mpi import World
 from runtime.request_file import read_requests, with_sampling
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
@@ -88,9 +87,8 @@ def main() -> int:
         raise UserError("--streaming prints text; it does not go with --json or --input_file")
     request = default_request(arguments)
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
-    config = EngineDir.read(arguments.engine_dir).checkpoint_config
-    require_world_size(World.from_environment(os.environ), config.tp_size, config.pp_size)
-    runner = Runner.open(arguments.engine_dir, resolve_device(arguments.device))
+    world = World.from_environment(os.environ)
+    runner = Runner.open(arguments.engine_dir, resolve_device(arguments.device), world)
     if arguments.input_file:
         num_errors = run_batch(runner, lines, arguments.output_file)
         print(f"{len(lines)} requests, {num_errors} failed", file=sys.stderr)

@@ -26,7 +26,8 @@ from PIL import Image
 
 from bench.machine import describe, peak_memory_bytes
 from build.checkpoint.convert import ConvertOptions, convert
-from build.engines.build import BuildOptions, build_engine, specify
+from build.engines.build import build_engine
+from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
 from nvlm.inputs.images import load_image
 from nvlm.inputs.tiling import choose_grid, normalize, tile_image

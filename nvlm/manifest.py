@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from nvlm import __version__
 from nvlm.errors import UserError
 from nvlm.json_files import read_json_object, write_json_atomically
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -71,6 +74,7 @@ def write_manifest(
     source: dict[str, Any],
 ) -> Manifest:
     """Hashes every file below `directory` and writes its manifest atomically."""
+    log.info("hashing %s", directory)
     files = {
         str(path.relative_to(directory)): FileEntry(path.stat().st_size, sha256_of(path))
         for path in sorted(directory.rglob("*"))

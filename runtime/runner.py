@@ -26,6 +26,7 @@ from runtime.decoder.executor import (
     create_decoder_executor,
 )
 from runtime.engine_dir import EngineDir
+from runtime.mpi import World, require_world_size
 from runtime.text_stream import TextStream
 from runtime.types import GenerationRequest, GenerationResult, TextDelta, Timings
 from runtime.vision.executor import VisionExecutor, create_vision_executor
@@ -55,8 +56,11 @@ class Runner:
         self._answers: dict[int, _Answer] = {}
 
     @classmethod
-    def open(cls, engine_dir: Path, device: torch.device) -> Runner:
+    def open(cls, engine_dir: Path, device: torch.device, world: World | None = None) -> Runner:
+        """Loads an engine directory onto a device; `world` is the ranks that run, if several."""
         engine = EngineDir.read(engine_dir)
+        config = engine.checkpoint_config
+        require_world_size(world or World(), config.tp_size, config.pp_size)
         vision = create_vision_executor(engine, device)
         return cls(engine, vision, create_decoder_executor(engine, device))
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.context import ForkServerProcess
@@ -163,7 +163,8 @@ class Background:
 
     def kill(self, signal_number: int) -> None:
         assert self.process.pid is not None
-        os.kill(self.process.pid, signal_number)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(self.process.pid, signal_number)
 
     def wait(self, timeout: float = 60.0) -> Result:
         """A negative exit code is the signal that ended it. stdout is in stderr too."""

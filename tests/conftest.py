@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from build.checkpoint.convert import ConvertOptions, convert
-from build.engines.build import BuildOptions, build_engine, specify
+from build.engines.build import build_engine
+from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
 from tools.make_random_checkpoint import PRESETS, Shape, write_random_checkpoint
 

@@ -55,7 +55,7 @@ def test_a_truncated_decoder_file_is_refused(
         (lambda d: cut(d / "rank0.safetensors", 9999), ("rank0.safetensors", "not a whole")),
         (
             lambda d: edit_json(d / "config.json", "hidden_size", 64),
-            ("rank0.safetensors", "[64]", "asks for"),
+            ("rank0.safetensors", "64]", "asks for"),
         ),
         (lambda d: edit_json(d / "config.json", "vocab_size", ...), ("vocab_size is missing",)),
         (lambda d: edit_json(d / "config.json", "qwen_type", "qwen3"), ("'qwen3'", "'qwen2'")),

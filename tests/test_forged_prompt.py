@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,8 +237,8 @@ def run_batch(
     opened: list[tuple[Runner, Submitted]] = []
     open_runner = Runner.open
 
-    def spy(path: Path, device: torch.device) -> Runner:
-        runner = open_runner(path, device)
+    def spy(*arguments: Any, **options: Any) -> Runner:
+        runner = open_runner(*arguments, **options)
         opened.append((runner, Submitted(runner, monkeypatch)))
         return runner
 

@@ -237,6 +237,15 @@ def test_a_real_process_killed_some_time_into_its_work(
     making_.assert_rerun_mends()
 
 
+def assert_refused_as_unfinished(name: str, directory: Path, folder: Path) -> None:
+    if name == CONVERT:
+        flags = ("--checkpoint_dir", directory, "--engine_dir", folder / "engine")
+        result = run_command(BUILD, *flags)
+    else:
+        result = run_command(RUN, *ask(directory, "--prompt", "hi"))
+    one_line_error(result, str(directory), "no manifest.json", "not a finished")
+
+
 def test_a_killed_directory_renamed_by_hand_is_refused(
     making: Callable[..., Making], tmp_path: Path, engine_dir: Path
 ) -> None:
@@ -247,14 +256,9 @@ def test_a_killed_directory_renamed_by_hand_is_refused(
         assert running.wait().exit_code == -signal.SIGKILL
         assert (making_.staging / "vision" / "model.safetensors").is_file()
         assert not (making_.staging / "manifest.json").exists()
-        for unfinished in (making_.staging, making_.staging.rename(making_.place)):
-            if name == CONVERT:
-                flags: tuple[object, ...] = ("--checkpoint_dir", unfinished, "--engine_dir")
-                result = run_command(BUILD, *flags, tmp_path / "engine")
-            else:
-                result = run_command(RUN, *ask(unfinished, "--prompt", "hi"))
-            if unfinished.exists():
-                one_line_error(result, unfinished.name, "no manifest.json", "not a finished")
+        assert_refused_as_unfinished(name, making_.staging, tmp_path)
+        making_.staging.rename(making_.place)
+        assert_refused_as_unfinished(name, making_.place, tmp_path)
     assert not (tmp_path / "engine").exists()
 
 

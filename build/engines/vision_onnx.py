@@ -35,6 +35,7 @@ def export_vision(checkpoint: VisionCheckpoint, precision: str, directory: Path)
     model.to({"float32": torch.float32, "float16": torch.float16}[precision])
     size = checkpoint.vision.image_size
     tiles = torch.randn(2, 3, size, size, dtype=next(model.parameters()).dtype)
+    log.info("exporting the vision model to ONNX")
     # The exporter warns about torchvision, which is not there, and about its own internals.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Protocol
 
 import torch
@@ -26,6 +27,11 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
     """The executor the engine was built for; heavy imports happen in the chosen branch only."""
     max_num_tiles = engine.vision.tiling.max_tiles_per_image
     if engine.vision_executor == "onnxruntime":
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise UserError(
+                f"{engine.directory} was built for ONNX Runtime, which is not installed; pip "
+                "install onnxruntime or build the engine with --vision torch"
+            )
         from runtime.vision.onnxruntime_executor import OnnxRuntimeVisionExecutor
 
         path = engine.vision.directory / "model.onnx"
