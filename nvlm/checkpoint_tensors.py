@@ -91,7 +91,7 @@ def vision_scales(config: VisionConfig) -> dict[str, TensorInfo]:
 def open_checked(path: Path, expected: dict[str, TensorInfo]) -> SafetensorsReader:
     """Opens a file that must hold exactly `expected`."""
     reader = SafetensorsReader(path)
-    for name in expected.keys() | reader.tensors.keys():
+    for name in [*expected, *reader.tensors]:
         found, wanted = reader.tensors.get(name), expected.get(name)
         if found != wanted:
             raise UserError(

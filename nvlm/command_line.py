@@ -32,7 +32,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def positive_int(text: str) -> int:
-    value = int(text) if text.strip().lstrip("+").isdecimal() else 0
+    value = int(text) if text.isdecimal() else 0
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return value

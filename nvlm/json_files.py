@@ -16,11 +16,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise UserError(f"{path} does not exist; expected a JSON file there") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON ({error}); expected one whole object") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
@@ -56,7 +56,7 @@ class StrictReader:
 
     def _get(self, key: str) -> Any:
         if key not in self.values:
-            raise UserError(f"{self._where(key)} is missing")
+            raise UserError(f"{self._where(key)} is missing; expected it there")
         return self.values[key]
 
     def positive_int(self, key: str) -> int:

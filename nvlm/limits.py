@@ -47,6 +47,12 @@ def derive_limits(
     rows_per_request = max_num_images * tiling.max_tiles_per_image * tokens_per_tile
     tag_tokens = max_num_images * (tiling.max_tiles_per_image + 1) * _TAG_TOKENS_PER_TILE
     positions = decoder.max_position_embeddings
+    if max_seq_len is not None and max_seq_len <= rows_per_request + tag_tokens:
+        raise UserError(
+            f"--max_seq_len {max_seq_len} does not hold --max_num_images {max_num_images} "
+            f"({rows_per_request + tag_tokens} tokens with tags) and an answer; raise it or lower "
+            "the images"
+        )
     if max_input_len is None:
         needed = rows_per_request + tag_tokens + _DEFAULT_TEXT_TOKENS
         max_input_len = min(needed, (max_seq_len or positions) - 1)

@@ -99,28 +99,46 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     command = _MADE_BY[kind].format(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist; make it with {command}")
+    mend = f"delete it or choose a new directory, and run {command}"
     if not path.is_file():
         raise UserError(
-            f"{directory} has no {FILE_NAME}, so it is not a finished {kind} directory; "
-            f"make it again with {command} --overwrite"
-        )
-    values = read_json_object(path)
-    if values.get("kind") != kind or values.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} describes a {values.get('kind')!r} directory of format "
-            f"{values.get('format_version')!r}, expected a {kind!r} of format {FORMAT_VERSION}"
+            f"{directory} has no {FILE_NAME}, so it is not a finished {kind} directory; {mend}"
         )
     try:
-        values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
-        manifest = Manifest(**values)
-        for entry in manifest.files.values():
-            if not isinstance(entry.size_bytes, int) or not isinstance(entry.sha256, str):
-                raise TypeError(f"{entry} is no file entry")
+        values = read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; {mend}") from None
+    found = values.get("kind"), values.get("format_version")
+    if found != (kind, FORMAT_VERSION):
+        raise UserError(
+            f"{path} describes a {found[0]!r} directory of format {found[1]!r}, expected a "
+            f"{kind!r} of format {FORMAT_VERSION}; {mend}"
+        )
+    try:
+        manifest = _parse(values)
     except (TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); make it again with {command}") from None
+        raise UserError(f"{path} is damaged ({error!r}); {mend}") from None
     for name, entry in manifest.files.items():
         _check_file(directory / name, entry, entry.size_bytes <= _SMALL_FILE_BYTES, command)
     return manifest
+
+
+def _parse(values: dict[str, Any]) -> Manifest:
+    """Raises `TypeError`, `KeyError` or `AttributeError` for what no version of ours wrote."""
+    files = {name: FileEntry(**entry) for name, entry in values["files"].items()}
+    for entry in files.values():
+        if not isinstance(entry.size_bytes, int) or not isinstance(entry.sha256, str):
+            raise TypeError(f"{entry} is no file entry")
+    return Manifest(**{**values, "files": files})
+
+
+def is_ours(directory: Path, kind: Kind) -> bool:
+    """Whether a directory has a manifest of this kind, of any version; files are not checked."""
+    try:
+        values = read_json_object(directory / FILE_NAME)
+    except UserError:
+        return False
+    return values.get("kind") == kind and isinstance(values.get("format_version"), int)
 
 
 def is_current(

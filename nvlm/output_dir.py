@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nvlm import manifest
@@ -24,43 +24,43 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def staged_directory(
-    final: Path, flag: str, *, overwrite: bool, needed_bytes: int = 0
+    final: Path, flag: str, kind: manifest.Kind, *, overwrite: bool, needed_bytes: int = 0
 ) -> Iterator[Path]:
     """Yields an empty directory that becomes `final` when the block ends without an error.
 
     `flag` names the command-line flag that gave `final`. `needed_bytes` is checked against the
-    free disk before anything is written. Only a directory with our manifest is ever replaced.
+    free disk before anything is written. Only a directory with our manifest of the same kind is
+    ever replaced.
     """
     final = final.absolute()
-    check_replaceable(final, flag, overwrite=overwrite)
     staging = final.with_name(final.name + ".partial")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(staging, flag):
+    with ExitStack() as stack:
+        try:
+            check_replaceable(final, flag, kind, overwrite=overwrite)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(staging, flag))
             _clear(staging)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise UserError(
+                f"{flag} {final} cannot be written: {reason} ({error.filename}); choose another "
+                "directory"
+            ) from error
+        try:
             _check_free_space(final, staging, flag, needed_bytes)
-            try:
-                yield staging
-                _replace(staging, final)
-            except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)
-                raise
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise UserError(
-                f"the disk of {flag} {final} is full; free some space or choose another disk"
-            ) from error
-        if (
-            isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
-            or error.errno == errno.EROFS
-        ):
-            raise UserError(
-                f"{flag} {final} cannot be written: {error.strerror} ({error.filename})"
-            ) from error
-        raise
+            yield staging
+            check_replaceable(final, flag, kind, overwrite=overwrite)  # it may have come since
+            _replace(staging, final)
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _NO_SPACE:
+                raise UserError(
+                    f"the disk of {flag} {final} is full; free some space or choose another disk"
+                ) from error
+            raise
 
 
-def check_replaceable(final: Path, flag: str, *, overwrite: bool) -> None:
+def check_replaceable(final: Path, flag: str, kind: manifest.Kind, *, overwrite: bool) -> None:
     """Raises `UserError` when `final` exists and may not be replaced."""
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
@@ -68,10 +68,10 @@ def check_replaceable(final: Path, flag: str, *, overwrite: bool) -> None:
         raise UserError(f"{flag} {final} is a file, expected a directory or a new name")
     if not overwrite:
         raise UserError(f"{flag} {final} exists; choose another directory or add --overwrite")
-    if not (final / manifest.FILE_NAME).is_file():
+    if not manifest.is_ours(final, kind):
         raise UserError(
-            f"{flag} {final} has files but no {manifest.FILE_NAME}, so it was not made by this "
-            "program and is not overwritten; choose another directory"
+            f"{flag} {final} has files but no {manifest.FILE_NAME} of a {kind} directory, so it is "
+            "not overwritten; choose another directory"
         )
 
 
@@ -103,7 +103,6 @@ def _clear(staging: Path) -> None:
 def _check_free_space(final: Path, staging: Path, flag: str, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(staging).free
     if needed_bytes > free_bytes:
-        staging.rmdir()
         raise UserError(
             f"{flag} {final} needs {needed_bytes / 1e9:.1f} GB but its disk has "
             f"{free_bytes / 1e9:.1f} GB free; free some space or choose another disk"

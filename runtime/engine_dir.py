@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.dtypes import TORCH_DTYPES
 from nvlm.errors import UserError
 from nvlm.json_files import StrictReader, read_json_object
 from nvlm.limits import EngineLimits
@@ -44,7 +45,7 @@ class EngineDir:
             decoder_target=llm.section("build_config").string("target"),
             vision=VisionCheckpoint.read(directory / "vision"),
             vision_executor=vision.string("executor"),
-            vision_precision=vision.string("precision"),
+            vision_precision=vision.one_of("precision", (*TORCH_DTYPES, "FP8")),
         )
 
 

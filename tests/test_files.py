@@ -301,13 +301,13 @@ def write_manifest_again(directory: Path) -> None:
 
 
 def stage(final: Path, *, overwrite: bool = False, content: str = "new") -> None:
-    with staged_directory(final, "--engine_dir", overwrite=overwrite) as staging:
+    with staged_directory(final, "--engine_dir", "engine", overwrite=overwrite) as staging:
         (staging / "a.txt").write_text(content)
         write_manifest(staging)
 
 
 def stage_half(final: Path, error: BaseException) -> None:
-    with staged_directory(final, "--engine_dir", overwrite=True) as staging:
+    with staged_directory(final, "--engine_dir", "engine", overwrite=True) as staging:
         (staging / "deep").mkdir()
         (staging / "deep" / "a.txt").write_text("half")
         raise error
@@ -316,7 +316,7 @@ def stage_half(final: Path, error: BaseException) -> None:
 class TestOutputDirectory:
     def test_it_appears_when_the_block_ends_and_not_before(self, tmp_path: Path) -> None:
         final = tmp_path / "deep" / "engine"
-        with staged_directory(final, "--engine_dir", overwrite=False) as staging:
+        with staged_directory(final, "--engine_dir", "engine", overwrite=False) as staging:
             (staging / "a.txt").write_text("new")
             assert not final.exists()
         assert (final / "a.txt").read_text() == "new"
@@ -372,7 +372,7 @@ class TestOutputDirectory:
 
     def test_an_empty_directory_is_as_good_as_none(self, tmp_path: Path) -> None:
         (tmp_path / "engine").mkdir()
-        check_replaceable(tmp_path / "engine", "--engine_dir", overwrite=False)
+        check_replaceable(tmp_path / "engine", "--engine_dir", "engine", overwrite=False)
         stage(tmp_path / "engine")
         assert (tmp_path / "engine" / "a.txt").read_text() == "new"
 
@@ -399,7 +399,7 @@ class TestOutputDirectory:
         (stale / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / "mine").write_text("mine")
-        with staged_directory(tmp_path / "engine", "--engine_dir", overwrite=False) as staging:
+        with staged_directory(tmp_path / "engine", "--engine_dir", "engine", overwrite=False) as staging:
             assert os.listdir(staging) == []
         assert (tmp_path / "elsewhere" / "mine").read_text() == "mine", "links are not followed"
 
@@ -407,7 +407,7 @@ class TestOutputDirectory:
         self, tmp_path: Path
     ) -> None:
         final = tmp_path / "engine"
-        with staged_directory(final, "--engine_dir", overwrite=False) as staging:
+        with staged_directory(final, "--engine_dir", "engine", overwrite=False) as staging:
             (staging / "a.txt").write_text("first")
             with pytest.raises(UserError, match=r"another process is writing .*--engine_dir"):
                 stage(final)
@@ -421,11 +421,11 @@ class TestOutputDirectory:
             "from nvlm.errors import UserError\n"
             "from nvlm.output_dir import staged_directory\n"
             "try:\n"
-            "    with staged_directory(Path(sys.argv[2]), '--engine_dir', overwrite=False): pass\n"
+            "    with staged_directory(Path(sys.argv[2]), '--engine_dir', 'engine', overwrite=False): pass\n"
             "except UserError as error: print(error)\n"
         )
         final = tmp_path / "engine"
-        with staged_directory(final, "--engine_dir", overwrite=False):
+        with staged_directory(final, "--engine_dir", "engine", overwrite=False):
             other = subprocess.run(
                 [sys.executable, "-c", code, str(ROOT), str(final)],
                 capture_output=True,
@@ -437,7 +437,7 @@ class TestOutputDirectory:
     def test_the_lock_ends_with_the_block(self, tmp_path: Path) -> None:
         with (
             pytest.raises(ValueError, match="x"),
-            staged_directory(tmp_path / "engine", "--engine_dir", overwrite=False),
+            staged_directory(tmp_path / "engine", "--engine_dir", "engine", overwrite=False),
         ):
             raise ValueError("x")
         stage(tmp_path / "engine")
@@ -450,7 +450,7 @@ class TestOutputDirectory:
         final = tmp_path / "engine"
         with (
             pytest.raises(UserError, match=f"disk of --engine_dir {final} is full"),
-            staged_directory(final, "--engine_dir", overwrite=False),
+            staged_directory(final, "--engine_dir", "engine", overwrite=False),
         ):
             raise OSError(number, os.strerror(number))
         assert os.listdir(tmp_path) == []
@@ -458,7 +458,7 @@ class TestOutputDirectory:
     def test_another_operating_system_error_keeps_its_traceback(self, tmp_path: Path) -> None:
         with (
             pytest.raises(OSError, match="Input/output") as error,
-            staged_directory(tmp_path / "engine", "--engine_dir", overwrite=False),
+            staged_directory(tmp_path / "engine", "--engine_dir", "engine", overwrite=False),
         ):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         assert error.value.errno == errno.EIO
@@ -468,7 +468,7 @@ class TestOutputDirectory:
         ran = []
         with (
             pytest.raises(UserError, match=r"needs 1000000000000.0 GB but its disk has"),
-            staged_directory(final, "--engine_dir", overwrite=False, needed_bytes=10**21),
+            staged_directory(final, "--engine_dir", "engine", overwrite=False, needed_bytes=10**21),
         ):
             ran.append(True)
         assert ran == []

@@ -115,7 +115,7 @@ def making(model_dir: Path, checkpoint_dir: Path, calibration: Path) -> Callable
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [16, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_a_change_of_the_disk_leaves_nothing_that_looks_finished(
     making: Callable[..., Making], tmp_path: Path, name: str, step: int
 ) -> None:

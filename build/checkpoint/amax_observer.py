@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,16 +10,24 @@ import torch
 from torch import nn
 
 from build.checkpoint.cast import amax
+from nvlm.errors import UserError
 
 
 class AmaxObserver:
-    """Running maxima by name, over everything seen."""
+    """Running maxima by name, over everything seen; `prefix` completes names in messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
         self.maxima: dict[str, float] = {}
+        self._prefix = prefix
 
     def see(self, name: str, x: torch.Tensor) -> None:
-        self.maxima[name] = max(self.maxima.get(name, 0.0), amax(x))
+        value = amax(x)
+        if not math.isfinite(value):
+            raise UserError(
+                f"calibration overflows {x.dtype} at {self._prefix}{name}; use --dtype bfloat16 or "
+                "float32"
+            )
+        self.maxima[name] = max(self.maxima.get(name, 0.0), value)
 
     def watch_inputs(self, modules: Mapping[str, nn.Module]) -> None:
         """Records what enters each module, under its name, from now on."""

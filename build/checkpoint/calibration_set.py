@@ -20,6 +20,8 @@ from nvlm.inputs.prompt import Prompt, build_prompt, images_first
 from nvlm.inputs.tiling import normalize, tile_image
 from nvlm.inputs.tokenizer import Tokenizer
 
+_EXPECTED = 'expected {"prompt": "...", "images": ["path", ...]} on each line'
+
 BUILT_IN = Path(__file__).parent / "calibration_data" / "calibration.jsonl"
 
 
@@ -36,32 +38,44 @@ def load_calibration_set(
 ) -> list[CalibrationSample]:
     """The first `num_samples` samples of a JSONL file. Raises `UserError` naming file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--calib_data {path} cannot be read: {error}") from None
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(
+            f"--calib_data {path} cannot be read: {error.strerror}; give a JSONL file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--calib_data {path} cannot be read: {error}; give a JSONL file in UTF-8"
+        ) from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise UserError(f"--calib_data {path} has no samples")
-    return [
-        _load_sample(path, number, line, config, tokenizer)
-        for number, line in numbered[:num_samples]
-    ]
+        raise UserError(f"--calib_data {path} has no samples; {_EXPECTED}")
+    samples = []
+    for number, line in numbered[:num_samples]:
+        try:
+            samples.append(_load_sample(path.parent, line, config, tokenizer))
+        except UserError as error:
+            raise UserError(f"--calib_data {path} line {number}: {error}") from None
+    return samples
 
 
 def _load_sample(
-    path: Path, number: int, line: str, config: NVLMConfig, tokenizer: Tokenizer
+    folder: Path, line: str, config: NVLMConfig, tokenizer: Tokenizer
 ) -> CalibrationSample:
     try:
         values = json.loads(line)
-        question, names = values["prompt"], values.get("images", [])
-        if not isinstance(question, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError("prompt must be a string and images a list of paths")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--calib_data {path} line {number} is not a sample: {error!r}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error}); {_EXPECTED}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"a JSON {type(values).__name__}; {_EXPECTED}")
+    question, names = values.get("prompt"), values.get("images", [])
+    if not isinstance(question, str):
+        raise UserError(f"prompt is {question!r}; {_EXPECTED}")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"images is {names!r}, not a list of paths; {_EXPECTED}")
     size = config.vision.image_size
     tiled = [
-        tile_image(load_image(path.parent / name), size, config.tiling.max_num_tiles)
-        for name in names
+        tile_image(load_image(folder / name), size, config.tiling.max_num_tiles) for name in names
     ]
     prompt = build_prompt(
         images_first([image.num_tiles for image in tiled], question),
@@ -71,8 +85,8 @@ def _load_sample(
     )
     if len(prompt.token_ids) > config.decoder.max_position_embeddings:
         raise UserError(
-            f"--calib_data {path} line {number} has {len(prompt.token_ids)} tokens, the model "
-            f"takes {config.decoder.max_position_embeddings}; shorten it"
+            f"{len(prompt.token_ids)} tokens, the model takes "
+            f"{config.decoder.max_position_embeddings}; shorten it"
         )
     tiles = [normalize(image.tiles) for image in tiled] or [torch.empty(0, 3, size, size)]
     return CalibrationSample(prompt, torch.cat(tiles))

@@ -12,7 +12,8 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     result = tensor.to(dtype)
     if not torch.isfinite(torch.tensor(amax(result))):
         if torch.isfinite(tensor).all():
-            raise UserError(f"{name} overflows {dtype}; use --dtype bfloat16 or float32")
+            wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+            raise UserError(f"{name} overflows {dtype}; use --dtype {wider}")
         raise UserError(f"{name} has NaN or infinite values; download the checkpoint again")
     return result
 

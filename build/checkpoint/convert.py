@@ -67,7 +67,11 @@ def convert(
     with (
         torch.inference_mode(),
         staged_directory(
-            output_dir, "--output_dir", overwrite=overwrite, needed_bytes=needed_bytes
+            output_dir,
+            "--output_dir",
+            "checkpoint",
+            overwrite=overwrite,
+            needed_bytes=needed_bytes,
         ) as staging,
     ):
         _copy_tokenizer(source, staging / "tokenizer")

@@ -109,7 +109,7 @@ def _calibrate_layer(
     layer: DecoderLayer, prefix: str, config: CheckpointConfig, hidden: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], dict[str, LinearReport], AttentionReport]:
     """Runs every sample through the layer in the unquantised dtype."""
-    observer = AmaxObserver()
+    observer = AmaxObserver(prefix)
     for name in ENGINE_LINEARS:
         layer.linear(name).widen()
         observer.watch_inputs({name: layer.linear(name)})

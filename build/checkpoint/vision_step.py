@@ -111,7 +111,7 @@ def _calibrate_layer(
     layer: VisionLayer, prefix: str, hidden: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[LinearReport]]:
     """Runs the batches through the layer; returns what comes out and what entered its linears."""
-    observer = AmaxObserver()
+    observer = AmaxObserver(prefix)
     linears = {name: linear_of(layer, name) for name in VISION_LINEARS}
     observer.watch_inputs(linears)
     hidden = [layer(batch) for batch in hidden]

@@ -19,7 +19,7 @@ def build_engine(
     spec: EngineSpec, engine_dir: Path, options: BuildOptions, *, overwrite: bool = False
 ) -> None:
     """Writes vision, decoder, tokenizer and manifest; `engine_dir` appears whole or not at all."""
-    with staged_directory(engine_dir, "--engine_dir", overwrite=overwrite) as staging:
+    with staged_directory(engine_dir, "--engine_dir", "engine", overwrite=overwrite) as staging:
         _build_vision(spec, staging / "vision")
         _build_decoder(spec, staging / "llm")
         shutil.copytree(spec.checkpoint_dir / "tokenizer", staging / "tokenizer")

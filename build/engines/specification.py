@@ -11,6 +11,7 @@ from typing import Literal
 from nvlm import manifest
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.errors import UserError
+from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.limits import EngineLimits, derive_limits
 from nvlm.plan import EnginePlan, plan_engine, vision_weight_bytes
 from nvlm.vision_checkpoint import SCALES, VisionCheckpoint
@@ -57,6 +58,7 @@ def specify(checkpoint_dir: Path, options: BuildOptions, memory_bytes: int) -> E
     manifest.read_manifest(checkpoint_dir, "checkpoint")
     config = CheckpointConfig.read(checkpoint_dir / "config.json")
     checkpoint = VisionCheckpoint.read(checkpoint_dir / "vision")
+    Tokenizer(checkpoint_dir / "tokenizer")  # found damaged now, not when the engine runs
     vision = _choose_vision(checkpoint, options, memory_bytes)
     precision = _choose_precision(checkpoint, options.vision_precision, vision)
     if options.decoder == "auto":

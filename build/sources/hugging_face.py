@@ -32,31 +32,36 @@ class HuggingFaceSource:
 
     def __init__(self, model_dir: Path) -> None:
         if not model_dir.is_dir():
-            raise UserError(f"--model_dir {model_dir} is not a directory")
+            raise UserError(f"--model_dir {model_dir} is not a directory; give NVLM-D's folder")
         self.config = NVLMConfig.from_model_dir(model_dir)
         self.tokenizer_dir = model_dir
         self._model_dir = model_dir
         self._weight_map = _weight_map(model_dir)
         files = sorted(set(self._weight_map.values()))
         for name in files:
-            if not (model_dir / name).is_file():
-                raise UserError(f"{model_dir / name} is missing, though {INDEX} names it")
+            if not _is_file(model_dir / name):
+                raise UserError(
+                    f"{model_dir / name} is missing, though {INDEX} names it; download it again"
+                )
         self._readers = {name: SafetensorsReader(model_dir / name) for name in files}
         self._check_tensors()
 
     def _check_tensors(self) -> None:
+        """Names and shapes, from the files' headers alone."""
         expected = model_tensors(self.config)
         for tensor in expected:
             file = self._weight_map.get(tensor.name)
-            if file is None:
-                raise UserError(f"{self._model_dir / INDEX} has no tensor {tensor.name}")
-            found = self._readers[file].tensors.get(tensor.name)
+            found = self._readers[file].tensors.get(tensor.name) if file else None
             if found is None:
-                raise UserError(f"{self._model_dir / file} has no tensor {tensor.name}")
+                holder = file or (INDEX if (self._model_dir / INDEX).is_file() else SINGLE_FILE)
+                raise UserError(
+                    f"{self._model_dir / holder} has no tensor {tensor.name}, expected all "
+                    f"{len(expected)} of NVLM-D; download it again"
+                )
             if found.shape != tensor.shape:
                 raise UserError(
-                    f"{self._model_dir / file}: {tensor.name} has shape {list(found.shape)}, "
-                    f"config.json asks for {list(tensor.shape)}"
+                    f"{self._model_dir / str(file)}: {tensor.name} has shape {list(found.shape)}, "
+                    f"config.json asks for {list(tensor.shape)}; use files of one checkpoint"
                 )
         ignored = sorted(self._weight_map.keys() - {tensor.name for tensor in expected})
         if ignored:
@@ -86,11 +91,24 @@ def _weight_map(model_dir: Path) -> dict[str, str]:
     index, single = model_dir / INDEX, model_dir / SINGLE_FILE
     if not index.is_file():
         if not single.is_file():
-            raise UserError(f"{model_dir} has neither {INDEX} nor {SINGLE_FILE}")
+            raise UserError(
+                f"{model_dir} has neither {INDEX} nor {SINGLE_FILE}; give the folder of a whole "
+                "NVLM-D checkpoint"
+            )
         return dict.fromkeys(SafetensorsReader(single).tensors, SINGLE_FILE)
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and name == Path(name).name for name in weight_map.values()
     ):
-        raise UserError(f"{index}: weight_map must map tensor names to file names beside it")
+        raise UserError(
+            f"{index}: expected weight_map to map tensor names to file names beside it; download "
+            "it again"
+        )
     return weight_map
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from nvlm.errors import UserError
 
@@ -19,6 +19,18 @@ MAX_IMAGE_PIXELS = 178_956_970
 """Where Pillow itself calls a picture a decompression bomb: 2 x 1/4 GiB of RGB, about 13,377^2."""
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+_ORIENTATION_TAG = 0x0112
+# EXIF 2.32, tag Orientation: what turns the stored picture upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(
@@ -35,27 +47,42 @@ def load_image(
         data = source.read_bytes() if isinstance(source, Path) else source
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"image {where} cannot be read: {reason}") from None
+        raise UserError(f"image {where} cannot be read: {reason}; give a picture file") from None
     if not data:
-        raise UserError(f"image {where} is empty (0 bytes)")
+        raise UserError(f"image {where} is empty (0 bytes); give a whole picture file")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        with warnings.catch_warnings():
+            # Remarks on odd metadata and palettes; what matters is raised.
+            warnings.simplefilter("ignore")
+            return _decode(data, apply_exif)
+    except Image.DecompressionBombError:
         raise UserError(
-            f"image {where} has more than {MAX_IMAGE_PIXELS:,} pixels; make it smaller"
+            f"image {where} has more than {MAX_IMAGE_PIXELS:,} pixels; give a smaller one"
         ) from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        # Pillow raises all of these for damaged files, SyntaxError for broken PNG chunks.
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = what.replace(f" {io.BytesIO.__name__}", "").split("<_io.")[0].strip()
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
+        what = (str(error).splitlines() or [""])[0].split("<_io.")[0].strip()
         raise UserError(
-            f"image {where} is not a whole image that Pillow can read ({what})"
+            f"image {where} is not a whole image that Pillow can read "
+            f"({what or type(error).__name__}); expected a JPEG, PNG or other picture file"
         ) from None
+
+
+def _decode(data: bytes, apply_exif: bool) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        if width * height > MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        image.load()
+        orientation = _orientation(image) if apply_exif else 1
+        upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return to_rgb(upright)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged metadata does not spoil the picture
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -64,7 +91,4 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         # Round half up; 257 is odd, so value / 257 never lies exactly halfway.
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    with warnings.catch_warnings():
-        # Pillow advises RGBA for palettes with transparency; the reference drops it.
-        warnings.filterwarnings("ignore", "Palette images with Transparency")
-        return image.convert("RGB")
+    return image.convert("RGB")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as TokenizersTokenizer
 
@@ -26,20 +27,28 @@ class Tokenizer:
     def __init__(self, tokenizer_dir: Path) -> None:
         path = tokenizer_dir / FILE_NAME
         values = read_json_object(path)
-        decoder = values.get("decoder") or {}
-        if (values.get("model") or {}).get("type") != "BPE" or decoder.get("type") != "ByteLevel":
+        try:
+            self._read(values, path)
+        except UserError:
+            raise
+        # KeyError and its kin: not the structure of a tokenizer; Exception: the library's own.
+        except Exception as error:
+            raise UserError(
+                f"{path} is not a whole byte-level BPE tokenizer ({error!r}), expected Qwen2's; "
+                "download it again"
+            ) from None
+
+    def _read(self, values: dict[str, Any], path: Path) -> None:
+        if (values["model"]["type"], values["decoder"]["type"]) != ("BPE", "ByteLevel"):
             raise UserError(f"{path} is not a byte-level BPE tokenizer, expected Qwen2's")
-        added = values.get("added_tokens") or []
+        added = values["added_tokens"]
         self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
         for name in _REQUIRED:
             if name not in self._special_ids:
                 raise UserError(f"{path} has no token {name}, expected the tokenizer of NVLM-D")
-        try:
-            # Without added tokens every string is plain text.
-            plain = json.dumps({**values, "added_tokens": [], "post_processor": None})
-            self._encoder = TokenizersTokenizer.from_str(plain)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} cannot be read by the tokenizers library: {error}") from None
+        # Without added tokens every string is plain text.
+        plain = json.dumps({**values, "added_tokens": [], "post_processor": None})
+        self._encoder = TokenizersTokenizer.from_str(plain)
         self._token_bytes = {
             token_id: bytes(_BYTE_OF_CHARACTER[character] for character in token)
             for token, token_id in values["model"]["vocab"].items()
