@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -50,8 +52,12 @@ def run(main: Callable[[], int | None], *, rank: int = 0) -> NoReturn:
     )
     for package in ("nvlm", "build", "runtime"):
         logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    # What a scheduler sends to stop a program ends it like Control-C: cleaning up behind it.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
@@ -61,8 +67,22 @@ def run(main: Callable[[], int | None], *, rank: int = 0) -> NoReturn:
     except BrokenPipeError:
         # The reader of our output went away (`run.py ... | head`). Keep the interpreter from
         # complaining again when it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _drop_stdout()
+        print("error: stdout cannot be written: its disk is full; free some", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def resolve_device(name: str) -> torch.device:

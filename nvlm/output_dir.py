@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from nvlm import manifest
 from nvlm.errors import UserError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_LITTLE_SPACE_BYTES = 1 << 20
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def staged_directory(
             stack.enter_context(_locked(staging, flag))
             _clear(staging)
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
+            reason = error.strerror or str(error)
             raise UserError(
                 f"{flag} {final} cannot be written: {reason} ({error.filename}); choose another "
                 "directory"
@@ -52,8 +52,9 @@ def staged_directory(
             check_replaceable(final, flag, kind, overwrite=overwrite)  # it may have come since
             _replace(staging, final)
         except BaseException as error:
+            is_full = isinstance(error, OSError) and _is_full(error, staging)
             shutil.rmtree(staging, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            if is_full:
                 raise UserError(
                     f"the disk of {flag} {final} is full; free some space or choose another disk"
                 ) from error
@@ -100,6 +101,13 @@ def _clear(staging: Path) -> None:
             path.unlink()
 
 
+def _is_full(error: OSError, staging: Path) -> bool:
+    """Whether a full disk is behind an error; numpy's writer, for one, does not say so."""
+    if error.errno is not None:
+        return error.errno in _NO_SPACE
+    return shutil.disk_usage(staging).free < _LITTLE_SPACE_BYTES
+
+
 def _check_free_space(final: Path, staging: Path, flag: str, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(staging).free
     if needed_bytes > free_bytes:
@@ -110,14 +118,14 @@ def _check_free_space(final: Path, staging: Path, flag: str, needed_bytes: int) 
 
 
 def _replace(staging: Path, final: Path) -> None:
-    """Renames; an old `final` is moved aside first and deleted last."""
-    old = None
+    """Renames. An old `final` is moved aside first and deleted last, so that one of the two is
+    whole at any moment; a killed run may leave it aside, and the next one deletes it."""
+    old = final.with_name(f".{final.name}.replaced")
     if final.exists():
-        old = Path(tempfile.mkdtemp(prefix=f"{final.name}.replaced-", dir=final.parent))
-        os.rename(final, old)  # onto an empty directory
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
     os.rename(staging, final)
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-    if old:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

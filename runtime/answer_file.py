@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +37,8 @@ class AnswerFile:
         if tail and not self._begins_next_answer(tail):
             raise self._foreign(self.num_finished + 1)
         try:
-            self._file = open(path, "ab")  # noqa: SIM115 - closed by `close`
+            # Unbuffered: what fails to be written must not be written again by `close`.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"--output_file {path} cannot be written: {error.strerror}") from None
         self._file.truncate(len(whole))
@@ -44,14 +46,16 @@ class AnswerFile:
     def append(self, answer: dict[str, Any]) -> None:
         """Writes the next answer, whole or (on an error) not at all."""
         end = self._file.tell()
+        line = memoryview(_encode(answer) + b"\n")
         try:
-            self._file.write(_encode(answer) + b"\n")
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
             self._file.truncate(end)
+            reason = "its disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise UserError(
-                f"--output_file {self._path} cannot be written: {error.strerror}; mend that and "
-                "run the same command again, it goes on where it stopped"
+                f"--output_file {self._path} cannot be written: {reason}; mend that and run the "
+                "same command again, it goes on where it stopped"
             ) from None
         self.num_finished += 1
         self.num_errors += "error" in answer

@@ -399,7 +399,8 @@ class TestOutputDirectory:
         (stale / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / "mine").write_text("mine")
-        with staged_directory(tmp_path / "engine", "--engine_dir", "engine", overwrite=False) as staging:
+        place = tmp_path / "engine"
+        with staged_directory(place, "--engine_dir", "engine", overwrite=False) as staging:
             assert os.listdir(staging) == []
         assert (tmp_path / "elsewhere" / "mine").read_text() == "mine", "links are not followed"
 
@@ -421,7 +422,8 @@ class TestOutputDirectory:
             "from nvlm.errors import UserError\n"
             "from nvlm.output_dir import staged_directory\n"
             "try:\n"
-            "    with staged_directory(Path(sys.argv[2]), '--engine_dir', 'engine', overwrite=False): pass\n"
+            "    where = Path(sys.argv[2]), '--engine_dir', 'engine'\n"
+            "    with staged_directory(*where, overwrite=False): pass\n"
             "except UserError as error: print(error)\n"
         )
         final = tmp_path / "engine"

@@ -22,7 +22,7 @@ def build_engine(
     with staged_directory(engine_dir, "--engine_dir", "engine", overwrite=overwrite) as staging:
         _build_vision(spec, staging / "vision")
         _build_decoder(spec, staging / "llm")
-        shutil.copytree(spec.checkpoint_dir / "tokenizer", staging / "tokenizer")
+        _copy_tokenizer(spec.checkpoint_dir / "tokenizer", staging / "tokenizer")
         manifest.write_manifest(
             staging,
             "engine",
@@ -48,6 +48,12 @@ def _provenance(spec: EngineSpec) -> dict[str, object]:
         "decoder": spec.decoder,
         "vision": spec.vision,
     }
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, target / path.name)
 
 
 def _build_vision(spec: EngineSpec, directory: Path) -> None:
