@@ -7,11 +7,9 @@ import logging
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 from build.engines.build import build_engine, is_up_to_date
 from build.engines.specification import BuildOptions, specify
-from nvlm.command_line import ArgumentParser, positive_int, run
+from nvlm.command_line import ArgumentParser, positive_float, positive_int, resolve_device, run
 from nvlm.memory import total_memory_bytes
 
 log = logging.getLogger("nvlm.build_engine")
@@ -35,6 +33,7 @@ def parser() -> ArgumentParser:
     add("--max_input_len", type=positive_int, help="tokens of a prompt, images included")
     add("--max_seq_len", type=positive_int, help="tokens of a prompt and its answer")
     add("--max_num_tokens", type=positive_int, help="tokens of all requests in one step")
+    add("--memory_gb", type=positive_float, help="memory to plan for (default: this machine's)")
     add("--dry_run", action="store_true", help="print the memory plan as JSON and write nothing")
     add("--if_stale", action="store_true", help="do nothing if --engine_dir is up to date")
     add("--overwrite", action="store_true", help="replace a finished --engine_dir")
@@ -46,15 +45,17 @@ def main() -> None:
     options = BuildOptions(
         **{field.name: getattr(arguments, field.name) for field in fields(BuildOptions)}
     )
-    machine_bytes = total_memory_bytes(torch.device("cpu"))
-    spec = specify(arguments.checkpoint_dir, options, machine_bytes)
+    device = resolve_device("auto")
+    memory_bytes = total_memory_bytes(device)
+    if arguments.memory_gb is not None:
+        memory_bytes = int(arguments.memory_gb * 1e9)
+    spec = specify(arguments.checkpoint_dir, options, device, memory_bytes)
     for line in spec.plan.lines():
         log.info(line)
-    fits = spec.plan.total_bytes <= machine_bytes
-    log.info("%s this machine's %.1f GB", "fits" if fits else "does NOT fit", machine_bytes / 1e9)
+    fits = spec.plan.total_bytes <= memory_bytes
+    log.info("%s %.1f GB", "fits" if fits else "does NOT fit", memory_bytes / 1e9)
     if arguments.dry_run:
-        plan = {**spec.plan.to_json(), "memory_bytes": machine_bytes, "fits": fits}
-        print(json.dumps(plan))
+        print(json.dumps({**spec.plan.to_json(), "memory_bytes": memory_bytes, "fits": fits}))
         return
     if arguments.if_stale and is_up_to_date(spec, arguments.engine_dir, options):
         log.info("%s is up to date", arguments.engine_dir)

@@ -56,7 +56,7 @@ def make_engine(folder: Path) -> Path:
     options = ConvertOptions(calib_size=2)
     convert(HuggingFaceSource(folder / "model"), folder / "checkpoint", options, CPU)
     build_options = BuildOptions()
-    spec = specify(folder / "checkpoint", build_options, total_memory_bytes(CPU))
+    spec = specify(folder / "checkpoint", build_options, CPU, total_memory_bytes(CPU))
     build_engine(spec, folder / "engine", build_options)
     return folder / "engine"
 

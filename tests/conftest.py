@@ -49,7 +49,7 @@ class Workshop:
         path = self.root / name
         if not path.exists():
             chosen = BuildOptions(**options)  # type: ignore[arg-type]
-            build_engine(specify(checkpoint_dir, chosen, MEMORY_BYTES), path, chosen)
+            build_engine(specify(checkpoint_dir, chosen, CPU, MEMORY_BYTES), path, chosen)
         return path
 
 
@@ -90,7 +90,7 @@ def float32_engine_dir(workshop: Workshop, model_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def onnx_engine_dir(workshop: Workshop, checkpoint_dir: Path) -> Path:
     """FP8 decoder, ONNX Runtime vision: what `build_engine.py` makes by default."""
-    return workshop.engine("engine_onnx", checkpoint_dir, max_num_images=3)
+    return workshop.engine("engine_onnx", checkpoint_dir, vision="onnxruntime", max_num_images=3)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import zlib
@@ -14,7 +15,8 @@ import pytest
 import torch
 from PIL import Image, features
 
-from tests.asking import Images, answered, batch, run_refused
+from tests.asking import Images, answered, ask, batch, run_refused
+from tests.command import RUN, background, one_line_error
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -172,6 +174,15 @@ def test_an_image_that_is_missing_or_a_directory_is_refused(
     ):
         flags = ("--image", path, "--prompt", "hi")
         run_refused(engine_dir, tmp_path, *flags, fragments=(str(path), fragment))
+
+
+def test_an_image_that_is_no_regular_file_is_refused(engine_dir: Path, tmp_path: Path) -> None:
+    """Reading a pipe waits for ever, reading a device never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), Path("/dev/null")):
+        flags = ask(engine_dir, "--prompt", "hi", "--image", path)
+        result = background(RUN, *flags, log=tmp_path / "log").wait(10)
+        one_line_error(result, f"image {path}", "regular file")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", b"\x89PNG\r\n\x1a\n"])

@@ -14,7 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.command import CONVERT, PLAIN, one_line_error, refused, run_command, run_process
+from tests.command import (
+    CONVERT,
+    PLAIN,
+    background,
+    one_line_error,
+    refused,
+    run_command,
+    run_process,
+)
 from tests.damage import Damage, cut, edit_json
 
 INDEX = "model.safetensors.index.json"
@@ -142,6 +150,16 @@ def test_sizes_that_do_not_divide_are_refused(
 ) -> None:
     edit_json(own_model / "config.json", keys, value)
     convert_refused(own_model, tmp_path, fragments=("config.json", *fragments))
+
+
+@pytest.mark.parametrize("section", ["llm_config", "vision_config"])
+def test_a_number_of_layers_beyond_all_bounds_is_refused_at_once(
+    own_model: Path, tmp_path: Path, section: str
+) -> None:
+    """Not after a list of their names has filled the memory."""
+    edit_json(own_model / "config.json", f"{section}.num_hidden_layers", 10**9)
+    where = ("--model_dir", own_model, "--output_dir", tmp_path / "new", *PLAIN)
+    one_line_error(background(CONVERT, *where, log=tmp_path / "log").wait(8), "layers")
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,28 @@ def test_an_engine_is_not_built_over_its_own_checkpoint(
     refused(tmp_path, BUILD, *arguments, fragments=("--engine_dir",))
 
 
+def test_an_output_directory_that_is_a_link_is_made_where_the_link_leads(
+    make: Make, tmp_path: Path
+) -> None:
+    """`ln -s /mnt/large_disk/checkpoint checkpoint`: the link stays, the files go to that disk."""
+    large_disk, home = tmp_path / "large_disk", tmp_path / "home"
+    large_disk.mkdir()
+    home.mkdir()
+    (large_disk / "there").mkdir()
+    for name in ("there", "not_yet_there"):
+        link = home / name
+        link.symlink_to(large_disk / name)
+        arguments = make(link)
+        assert run_make(arguments).exit_code == 0
+        assert link.is_symlink()
+        assert (large_disk / name / "manifest.json").is_file()
+        make_refused(tmp_path, arguments, fragments=("exists", "--overwrite"))
+        assert run_make(arguments, "--overwrite").exit_code == 0
+        assert link.is_symlink()
+    assert sorted(path.name for path in home.iterdir()) == ["not_yet_there", "there"]
+    assert sorted(path.name for path in large_disk.iterdir()) == ["not_yet_there", "there"]
+
+
 def test_an_output_directory_that_is_a_file_is_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("dear")
     for flags in ((), ("--overwrite",)):

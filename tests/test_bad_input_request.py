@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tests.asking import Images, answered, ask, batch, run_refused
-from tests.command import BUILD, CONVERT, RUN, refused, run_command
+from tests.command import BUILD, CONVERT, RUN, background, one_line_error, refused, run_command
 
 
 def test_a_prompt_longer_than_max_input_len_is_refused_with_both_numbers(
@@ -184,6 +185,26 @@ def test_an_output_file_that_cannot_be_written_is_refused(
 ) -> None:
     files = ("--input_file", request_file(tmp_path), "--output_file", tmp_path / place)
     run_refused(engine_dir, tmp_path, *files, fragments=("--output_file", Path(place).name))
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "pipe"])
+def test_an_output_file_that_is_no_regular_file_is_refused(
+    engine_dir: Path, tmp_path: Path, place: str
+) -> None:
+    """What was answered cannot be read back from it: reading a pipe waits for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    files = ("--input_file", request_file(tmp_path), "--output_file", tmp_path / place)
+    result = background(RUN, *ask(engine_dir, *files), log=tmp_path / "log").wait(20)
+    one_line_error(result, "--output_file", place, "regular file")
+
+
+def test_more_than_the_memory_holds_is_refused(checkpoint_dir: Path, tmp_path: Path) -> None:
+    """Built for a larger machine: the line says which number to lower."""
+    start = ("--checkpoint_dir", checkpoint_dir, "--engine_dir", tmp_path / "engine")
+    flags = ("--vision", "torch", "--max_batch_size", "100000000")
+    assert run_command(BUILD, *start, *flags).exit_code == 0
+    fragments = ("GB", "--max_batch_size")
+    run_refused(tmp_path / "engine", tmp_path, "--prompt", "hi", fragments=fragments)
 
 
 @pytest.mark.parametrize(

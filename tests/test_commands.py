@@ -67,6 +67,9 @@ def test_dry_runs_print_a_plan_and_write_nothing(
     plan = json.loads(run_command(BUILD, *flags).stdout)
     assert plan["fits"] is True
     assert plan["limits"]["max_multimodal_len"] == 8 * 7 * 4
+    assert plan["kv_bytes_per_token"] == 2 * 2 * 2 * 32, "layers, K and V, heads, head_dim"
+    plan = json.loads(run_command(BUILD, *flags, "--memory_gb", "0.001").stdout)
+    assert (plan["fits"], plan["memory_bytes"]) == (False, 1_000_000)
     assert list(tmp_path.iterdir()) == []
 
 

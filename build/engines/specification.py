@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from nvlm import manifest
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.errors import UserError
@@ -50,16 +52,18 @@ class EngineSpec:
     plan: EnginePlan
 
 
-def specify(checkpoint_dir: Path, options: BuildOptions, memory_bytes: int) -> EngineSpec:
+def specify(
+    checkpoint_dir: Path, options: BuildOptions, device: torch.device, memory_bytes: int
+) -> EngineSpec:
     """Reads the checkpoint and decides. Raises `UserError` for what cannot be built.
 
-    `memory_bytes` is that of the machine, which `auto` goes by.
+    `auto` goes by the device the engine will run on and by its memory.
     """
     manifest.read_manifest(checkpoint_dir, "checkpoint")
     config = CheckpointConfig.read(checkpoint_dir / "config.json")
     checkpoint = VisionCheckpoint.read(checkpoint_dir / "vision")
     Tokenizer(checkpoint_dir / "tokenizer")  # found damaged now, not when the engine runs
-    vision = _choose_vision(checkpoint, options, memory_bytes)
+    vision = _choose_vision(checkpoint, options, device, memory_bytes)
     precision = _choose_precision(checkpoint, options.vision_precision, vision)
     if options.decoder == "auto":
         log.info("decoder: torch (TensorRT-LLM engines are not built by this version)")
@@ -78,7 +82,7 @@ def specify(checkpoint_dir: Path, options: BuildOptions, memory_bytes: int) -> E
 
 
 def _choose_vision(
-    checkpoint: VisionCheckpoint, options: BuildOptions, memory_bytes: int
+    checkpoint: VisionCheckpoint, options: BuildOptions, device: torch.device, memory_bytes: int
 ) -> Vision:
     """`auto` is ONNX Runtime unless something speaks against it, which is logged."""
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
@@ -94,6 +98,8 @@ def _choose_vision(
     memory = f"half of {memory_bytes / 1e9:.1f} GB memory"
     if missing:
         against = f"{', '.join(missing)} cannot be imported"
+    elif device.type != "cpu":
+        against = f"it runs on {device}, where ONNX Runtime's CPU kernels do not"
     elif options.vision_precision not in (None, *ONNX_PRECISIONS):
         against = f"ONNX Runtime does not run {options.vision_precision} on a CPU"
     elif graph_bytes > memory_bytes / 2:
