@@ -32,7 +32,7 @@ def staged_directory(
     free disk before anything is written. Only a directory with our manifest of the same kind is
     ever replaced.
     """
-    final = final.absolute()
+    final = Path(os.path.realpath(final))  # behind a link: the link stays
     staging = final.with_name(final.name + ".partial")
     with ExitStack() as stack:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ class AnswerFile:
     def __init__(self, path: Path, ids: list[Any]) -> None:
         self._path = path
         self._ids = ids
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            # Reading back what a pipe or device was given waits for ever.
+            raise UserError(f"--output_file {path} is not a regular file; give the name of one")
         data = self._read()
         whole, tail = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
         answers = [self._parse(number, text) for number, text in enumerate(whole.splitlines(), 1)]

@@ -176,15 +176,20 @@ class Background:
 
 
 def background(
-    name: str, *arguments: object, log: Path, watched: Path | None = None, kill_at: int = 0
+    name: str,
+    *arguments: object,
+    log: Path,
+    watched: Path | None = None,
+    kill_at: int = 0,
+    kill_with: int = signal.SIGKILL,
 ) -> Background:
-    """Starts a command. With `kill_at` it kills itself with SIGKILL just before its `kill_at`th
-    change of the file system below `watched`; the count of changes lands in `<log>.count`.
+    """Starts a command. With `kill_at` it sends itself a signal just before its `kill_at`th change
+    of the file system below `watched`; the count of changes lands in `<log>.count`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.command_preload"])
     process = context.Process(
-        target=_child, args=(name, [*map(str, arguments)], log, watched, kill_at)
+        target=_child, args=(name, [*map(str, arguments)], log, watched, kill_at, kill_with)
     )
     # Only the first start matters: the server, which has to find our modules, comes to life there.
     with patch.dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"):
@@ -192,7 +197,14 @@ def background(
     return Background(process, log)
 
 
-def _child(name: str, arguments: list[str], log: Path, watched: Path | None, kill_at: int) -> None:
+def _child(
+    name: str,
+    arguments: list[str],
+    log: Path,
+    watched: Path | None,
+    kill_at: int,
+    kill_with: int,
+) -> None:
     os.setsid()
     os.chdir(ROOT)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -201,7 +213,7 @@ def _child(name: str, arguments: list[str], log: Path, watched: Path | None, kil
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.argv = [f"{name}.py", *arguments]
-    count = _kill_at_change(watched, kill_at) if watched else [0]
+    count = _kill_at_change(watched, kill_at, kill_with) if watched else [0]
     try:
         command_line.run(script(name).main)
     finally:
@@ -213,7 +225,7 @@ def _child(name: str, arguments: list[str], log: Path, watched: Path | None, kil
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
 
 
-def _kill_at_change(watched: Path, kill_at: int) -> list[int]:
+def _kill_at_change(watched: Path, kill_at: int, kill_with: int) -> list[int]:
     """Counts changes below `watched` (files opened for writing, written, synced, renamed, ...)."""
     count = [0]
     root = str(watched)
@@ -221,7 +233,7 @@ def _kill_at_change(watched: Path, kill_at: int) -> list[int]:
     def change() -> None:
         count[0] += 1
         if count[0] == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), kill_with)
 
     def audit(event: str, arguments: tuple[object, ...]) -> None:
         is_write = event == "open" and int(str(arguments[2])) & (os.O_WRONLY | os.O_RDWR)

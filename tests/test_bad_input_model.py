@@ -192,7 +192,7 @@ def test_an_index_that_names_no_shard_beside_it_is_refused(
         ("[]", (INDEX, "expected an object")),
         ("{}", (INDEX, "weight_map")),
         ('{"weight_map": []}', (INDEX, "weight_map")),
-        ('{"weight_map": {}}', (INDEX, "has no tensor")),
+        ('{"weight_map": {}}', (INDEX, "tensor")),
         (None, (INDEX, "neither", "model.safetensors")),
     ],
 )

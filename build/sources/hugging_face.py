@@ -48,6 +48,12 @@ class HuggingFaceSource:
 
     def _check_tensors(self) -> None:
         """Names and shapes, from the files' headers alone."""
+        num_layers = self.config.vision.num_hidden_layers + self.config.decoder.num_hidden_layers
+        if num_layers > len(self._weight_map):  # before as many names are made
+            raise UserError(
+                f"{self._model_dir / 'config.json'} asks for {num_layers} layers, but "
+                f"{INDEX} has only {len(self._weight_map)} tensors; download it again"
+            )
         expected = model_tensors(self.config)
         for tensor in expected:
             file = self._weight_map.get(tensor.name)

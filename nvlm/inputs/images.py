@@ -7,6 +7,7 @@ alpha dropped as the reference's `convert("RGB")` does; of an animation the firs
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def load_image(
     before any pixel is decoded).
     """
     where = str(source) if isinstance(source, Path) else name
+    if isinstance(source, Path) and _is_endless(source):
+        raise UserError(f"image {where} is not a regular file; give a picture file")
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
@@ -83,6 +86,11 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged metadata does not spoil the picture
         return 1
+
+
+def _is_endless(path: Path) -> bool:
+    """Whether reading may never end: a pipe or a device."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

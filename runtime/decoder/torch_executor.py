@@ -18,7 +18,10 @@ from nvlm.decoder_model import (
     rms_norm,
     rope_tables,
 )
+from nvlm.errors import UserError
 from nvlm.limits import EngineLimits
+from nvlm.memory import total_memory_bytes
+from nvlm.plan import kv_bytes_per_token
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
 from runtime.decoder.kv_cache import PagedKVCache
 from runtime.decoder.scheduler import Scheduler, Sequence, num_blocks_for
@@ -48,7 +51,15 @@ class TorchDecoderExecutor:
 
     @classmethod
     def load(cls, engine: EngineDir, device: torch.device) -> TorchDecoderExecutor:
-        config = engine.checkpoint_config
+        config, limits = engine.checkpoint_config, engine.limits
+        cache_bytes = kv_bytes_per_token(config) * limits.max_batch_size * limits.max_seq_len
+        memory_bytes = total_memory_bytes(device)
+        if cache_bytes > memory_bytes:
+            raise UserError(
+                f"the KV cache of {engine.directory} takes {cache_bytes / 1e9:.1f} GB, {device} "
+                f"has {memory_bytes / 1e9:.1f} GB; build it with a smaller --max_batch_size or "
+                "--max_seq_len"
+            )
         weights = load_weights(engine.directory / "llm" / "rank0.safetensors", config, device)
         return cls(config, engine.limits, weights, device)
 
