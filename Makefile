@@ -74,4 +74,4 @@ benchmark: setup
 	@$(BIN)/python -m bench.cpu_path
 
 clean:
-	rm -rf work .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

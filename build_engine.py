@@ -35,7 +35,9 @@ def parser() -> ArgumentParser:
     add("--max_num_tokens", type=positive_int, help="tokens of all requests in one step")
     add("--memory_gb", type=positive_float, help="memory to plan for (default: this machine's)")
     add("--dry_run", action="store_true", help="print the memory plan as JSON and write nothing")
-    add("--if_stale", action="store_true", help="do nothing if --engine_dir is up to date")
+    add("--verify", action="store_true", help="hash every file of --checkpoint_dir first")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="it will run there")
+    add("--if_stale", action="store_true", help="nothing if up to date, else as --overwrite")
     add("--overwrite", action="store_true", help="replace a finished --engine_dir")
     return parser
 
@@ -45,11 +47,11 @@ def main() -> None:
     options = BuildOptions(
         **{field.name: getattr(arguments, field.name) for field in fields(BuildOptions)}
     )
-    device = resolve_device("auto")
+    device = resolve_device(arguments.device)
     memory_bytes = total_memory_bytes(device)
     if arguments.memory_gb is not None:
         memory_bytes = int(arguments.memory_gb * 1e9)
-    spec = specify(arguments.checkpoint_dir, options, device, memory_bytes)
+    spec = specify(arguments.checkpoint_dir, options, device, memory_bytes, verify=arguments.verify)
     for line in spec.plan.lines():
         log.info(line)
     fits = spec.plan.total_bytes <= memory_bytes

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from build.checkpoint.calibration_set import BUILT_IN
-from build.checkpoint.convert import ConvertOptions, checkpoint_config, convert, is_up_to_date
+from build.checkpoint.convert import ConvertOptions, convert, is_up_to_date
 from build.sources.hugging_face import HuggingFaceSource
 from nvlm import plan
 from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
     add("--calib_size", type=positive_int, default=16, help="samples used, at most")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="calibration runs there")
     add("--dry_run", action="store_true", help="print the plan as JSON and write nothing")
-    add("--if_stale", action="store_true", help="do nothing if --output_dir is up to date")
+    add("--if_stale", action="store_true", help="nothing if up to date, else as --overwrite")
     add("--overwrite", action="store_true", help="replace a finished --output_dir")
     return parser
 
@@ -46,7 +46,7 @@ def main() -> None:
     )
     source = HuggingFaceSource(arguments.model_dir)
     if arguments.dry_run:
-        config = checkpoint_config(source, options)
+        config = options.config(source)
         decoder = plan.decoder_weight_bytes(config)
         vision = plan.vision_weight_bytes(source.config.vision, options.dtype)
         print(json.dumps({"decoder_bytes": decoder, "vision_bytes": vision}))

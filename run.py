@@ -85,19 +85,24 @@ def main() -> int:
         raise UserError("--input_file and --output_file go together")
     if arguments.streaming and (arguments.json or arguments.input_file):
         raise UserError("--streaming prints text; it does not go with --json or --input_file")
+    if arguments.input_file and (arguments.image or arguments.json):
+        flag = "--image" if arguments.image else "--json"
+        raise UserError(f"{flag} goes with --prompt; a batch has its images in the request lines")
     request = default_request(arguments)
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
     world = World.from_environment(os.environ)
-    runner = Runner.open(arguments.engine_dir, resolve_device(arguments.device), world)
-    if arguments.input_file:
-        num_errors = run_batch(runner, lines, arguments.output_file)
-        print(f"{len(lines)} requests, {num_errors} failed", file=sys.stderr)
-        return EXIT_SOME_FAILED if num_errors else 0
-    if arguments.streaming:
-        stream(runner, request)
-        return 0
-    result = runner.generate(request)
-    print(json.dumps(answer_json(result), ensure_ascii=False) if arguments.json else result.text)
+    device = resolve_device(arguments.device)
+    with Runner.open(arguments.engine_dir, device, world) as runner:
+        if arguments.input_file:
+            num_errors = run_batch(runner, lines, arguments.output_file)
+            print(f"{len(lines)} requests, {num_errors} failed", file=sys.stderr)
+            return EXIT_SOME_FAILED if num_errors else 0
+        if arguments.streaming:
+            stream(runner, request)
+            return 0
+        result = runner.generate(request)
+    answer = json.dumps(answer_json(result), ensure_ascii=False)
+    print(answer if arguments.json else result.text)
     return 0
 
 

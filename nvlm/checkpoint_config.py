@@ -93,7 +93,7 @@ class CheckpointConfig:
             rms_norm_eps=reader.positive_float("norm_epsilon"),
         )
         mapping, quantization = reader.section("mapping"), reader.section("quantization")
-        return cls(
+        config = cls(
             decoder,
             dtype=reader.one_of("dtype", ("bfloat16", "float16", "float32")),
             quant_algo=quantization.one_of("quant_algo", ("FP8", None)),
@@ -101,6 +101,8 @@ class CheckpointConfig:
             tp_size=mapping.positive_int("tp_size"),
             pp_size=mapping.positive_int("pp_size"),
         )
+        reader.refuse_unlike(config.to_json())
+        return config
 
     @classmethod
     def read(cls, path: Path) -> CheckpointConfig:

@@ -129,6 +129,10 @@ class NVLMConfig:
                 f"{path}: model_type is {values.get('model_type')!r}, expected 'NVLM_D': "
                 "this is not an NVLM-D checkpoint"
             )
+        top.one_of("architectures", (["NVLM_D"],))
+        top.one_of("min_dynamic_patch", (1,))
+        top.one_of("use_backbone_lora", (0,), 0)
+        top.one_of("use_llm_lora", (0,), 0)
         top.one_of("ps_version", ("v2",))
         top.one_of("select_layer", (-1,))
         top.one_of("downsample_ratio", (0.5,))
@@ -151,6 +155,8 @@ def _decoder_from_hf(llm: StrictReader) -> DecoderConfig:
     llm.one_of("hidden_act", ("silu",))
     llm.one_of("tie_word_embeddings", (False,), False)
     llm.one_of("use_sliding_window", (False,), False)
+    # The published value, which is dropped (docs/decisions.md); another would mean another model.
+    llm.one_of("rope_scaling", (None, {"type": "dynamic", "factor": 3.0}), None)
     config = DecoderConfig(
         hidden_size=llm.positive_int("hidden_size"),
         intermediate_size=llm.positive_int("intermediate_size"),

@@ -16,18 +16,22 @@ def scale_from_amax(amax: float) -> float:
     """The scale that maps `amax` to 448, as float32. An all-zero tensor takes scale 1."""
     if amax == 0.0:
         return 1.0
-    return float(torch.tensor(amax, dtype=torch.float32) / E4M3_MAX)
+    scale = float(torch.tensor(amax, dtype=torch.float32) / E4M3_MAX)
+    return max(scale, torch.finfo(torch.float32).tiny)
 
 
-def quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """e4m3(clamp(x / scale, +-448)), nearest even; same shape as `x`.
 
-    The clamp comes before the cast because torch versions differ on what 470 becomes.
+    The clamp comes before the cast because torch versions differ on what 470 becomes. The scale
+    is made a tensor because CUDA divides by a Python number as `x * (1 / scale)`, which rounds
+    differently: one value in 2,000 then lands on another e4m3 number than on a CPU.
     """
-    scaled = x.to(torch.float32) / scale
+    divisor = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    scaled = x.to(torch.float32) / divisor
     return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
-def dequantize(q: torch.Tensor, scale: float) -> torch.Tensor:
+def dequantize(q: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """q * scale in float32."""
     return q.to(torch.float32) * scale

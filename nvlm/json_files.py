@@ -83,6 +83,15 @@ class StrictReader:
             raise UserError(f"{self._where(key)} is {value!r}, expected {expected}")
         return value
 
+    def refuse_unlike(self, expected: dict[str, Any]) -> None:
+        """Refuses an object that says more, less or other than `expected`: one of our own format
+        in which nothing is ignored."""
+        for key in [*expected, *self.values]:
+            found, wanted = self.values.get(key, ...), expected.get(key, ...)
+            if found != wanted:
+                told = ["absent" if value is ... else repr(value) for value in (found, wanted)]
+                raise UserError(f"{self._where(key)} is {told[0]}, expected {told[1]}")
+
     def string(self, key: str) -> str:
         value = self._get(key)
         if not isinstance(value, str):

@@ -47,6 +47,11 @@ def derive_limits(
     rows_per_request = max_num_images * tiling.max_tiles_per_image * tokens_per_tile
     tag_tokens = max_num_images * (tiling.max_tiles_per_image + 1) * _TAG_TOKENS_PER_TILE
     positions = decoder.max_position_embeddings
+    if rows_per_request + tag_tokens >= positions:
+        raise UserError(
+            f"--max_num_images {max_num_images} takes {rows_per_request + tag_tokens} tokens with "
+            f"tags, the model has {positions} positions; lower it"
+        )
     if max_seq_len is not None and max_seq_len <= rows_per_request + tag_tokens:
         raise UserError(
             f"--max_seq_len {max_seq_len} does not hold --max_num_images {max_num_images} "

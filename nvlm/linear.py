@@ -22,6 +22,8 @@ class QuantizableLinear(nn.Module):
     `widen()` does that once and for all where memory allows (four bytes per value).
     """
 
+    scales: torch.Tensor
+
     def __init__(
         self,
         weight: torch.Tensor,
@@ -36,8 +38,9 @@ class QuantizableLinear(nn.Module):
         assert is_fp8 == (activation_scale is not None), "FP8 weights need an activation scale"
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.weight_scale = weight_scale
-        self.activation_scale = activation_scale
+        self.is_fp8 = is_fp8
+        scales = torch.tensor([weight_scale, activation_scale or 1.0], device=weight.device)
+        self.register_buffer("scales", scales, persistent=False)  # of weight and activation
         self.output_dtype = output_dtype
 
     def widen(self) -> None:
@@ -47,8 +50,9 @@ class QuantizableLinear(nn.Module):
         dtype = self.output_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(torch.float32)
         weight = self.weight.to(torch.float32)
-        if self.activation_scale is None:
+        if not self.is_fp8:
             return nn.functional.linear(x.to(torch.float32), weight, bias).to(dtype)
-        x = fp8.quantize(x, self.activation_scale).to(torch.float32)
-        y = nn.functional.linear(x, weight) * (self.activation_scale * self.weight_scale)
+        weight_scale, activation_scale = self.scales
+        x = fp8.quantize(x, activation_scale).to(torch.float32)
+        y = nn.functional.linear(x, weight) * (activation_scale * weight_scale)
         return (y if bias is None else y + bias).to(dtype)

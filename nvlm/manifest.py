@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
+from tqdm import tqdm
 
 from nvlm import __version__
 from nvlm.errors import UserError
 from nvlm.json_files import read_json_object, write_json_atomically
-
-log = logging.getLogger(__name__)
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -57,11 +56,22 @@ class Manifest:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, progress: tqdm[NoReturn] | None = None) -> str:
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
+            if progress is not None:
+                progress.update(len(chunk))
+    return digest.hexdigest()
+
+
+def code_digest() -> str:
+    """SHA-256 over the code that makes artefacts: what an older version made is not current."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("nvlm/**/*.py"), *root.glob("build/**/*.py")]):
+        digest.update(f"{path.relative_to(root)} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -72,16 +82,29 @@ def write_manifest(
     arguments: dict[str, Any],
     limits: dict[str, int],
     source: dict[str, Any],
+    known: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
-    """Hashes every file below `directory` and writes its manifest atomically."""
-    log.info("hashing %s", directory)
-    files = {
-        str(path.relative_to(directory)): FileEntry(path.stat().st_size, sha256_of(path))
+    """Writes the manifest of what is below `directory`, atomically.
+
+    Every file is hashed but those in `known` (by relative path): files carried over from a
+    directory with a manifest keep the entries that they had there, so damage since then shows.
+    """
+    entries = dict(known or {})
+    paths = {
+        str(path.relative_to(directory)): path
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(".")
     }
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    total = sum(size for name, size in sizes.items() if name not in entries)
+    with tqdm(total=total, desc="hashing files", unit="B", unit_scale=True) as progress:
+        for name, path in paths.items():
+            if name not in entries:
+                entries[name] = FileEntry(sizes[name], sha256_of(path, progress))
+    files = {name: entries[name] for name in paths}
     versions = {
         "nvlm": __version__,
+        "code": code_digest(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -150,8 +173,8 @@ def is_current(
     except UserError:
         return False
     # Compared as JSON, which is what the manifest went through.
-    wanted = json.loads(json.dumps([arguments, source, __version__]))
-    return [manifest.arguments, manifest.source, manifest.versions.get("nvlm")] == wanted
+    wanted = json.loads(json.dumps([arguments, source, code_digest()]))
+    return [manifest.arguments, manifest.source, manifest.versions.get("code")] == wanted
 
 
 def verify_all(directory: Path, kind: Kind) -> Manifest:

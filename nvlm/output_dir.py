@@ -1,8 +1,8 @@
 """An output directory that appears whole or not at all.
 
 Everything is written to `<name>.partial` beside it and renamed at the end, after the manifest, so
-a process killed at any moment leaves nothing that looks finished. A stale `.partial` is ours and
-is cleared by the next run; a lock keeps two runs apart.
+a process killed at any moment leaves nothing that looks finished. A stale `.partial` of ours is
+cleared by the next run (a marker tells ours from a user's); a lock keeps two runs apart.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm import manifest
@@ -20,66 +21,93 @@ from nvlm.errors import UserError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _LITTLE_SPACE_BYTES = 1 << 20
+_MARKER = ".unfinished"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlace:
+    """Where a directory is to appear; `flag` is the command-line flag that said so."""
+
+    path: Path
+    flag: str
+    kind: manifest.Kind
+    overwrite: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.flag} {self.path}"
+
+    @property
+    def final(self) -> Path:
+        """Behind a link, which stays."""
+        return Path(os.path.realpath(self.path))
+
+    @property
+    def staging(self) -> Path:
+        return self.final.with_name(self.final.name + ".partial")
+
+    @property
+    def replaced(self) -> Path:
+        return self.final.with_name(f".{self.final.name}.replaced")
 
 
 @contextmanager
-def staged_directory(
-    final: Path, flag: str, kind: manifest.Kind, *, overwrite: bool, needed_bytes: int = 0
-) -> Iterator[Path]:
-    """Yields an empty directory that becomes `final` when the block ends without an error.
+def staged_directory(place: OutputPlace, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yields an empty directory that becomes `place` when the block ends without an error.
 
-    `flag` names the command-line flag that gave `final`. `needed_bytes` is checked against the
-    free disk before anything is written. Only a directory with our manifest of the same kind is
-    ever replaced.
+    `needed_bytes` is checked against the free disk before anything is written. Only a directory
+    with our manifest of the same kind is ever replaced.
     """
-    final = Path(os.path.realpath(final))  # behind a link: the link stays
-    staging = final.with_name(final.name + ".partial")
+    staging = place.staging
     with ExitStack() as stack:
         try:
-            check_replaceable(final, flag, kind, overwrite=overwrite)
-            final.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(staging, flag))
-            _clear(staging)
+            check_replaceable(place)
+            place.final.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(place))
+            _clear(place)
         except OSError as error:
-            reason = error.strerror or str(error)
+            if error.errno in _NO_SPACE:
+                raise _disk_full(place) from error
             raise UserError(
-                f"{flag} {final} cannot be written: {reason} ({error.filename}); choose another "
-                "directory"
+                f"{place.name} cannot be written: {error.strerror or error} ({error.filename}); "
+                "choose another directory"
             ) from error
         try:
-            _check_free_space(final, staging, flag, needed_bytes)
+            _check_free_space(place, needed_bytes)
             yield staging
-            check_replaceable(final, flag, kind, overwrite=overwrite)  # it may have come since
-            _replace(staging, final)
+            check_replaceable(place)  # something may have come there since
+            _replace(place)
         except BaseException as error:
             is_full = isinstance(error, OSError) and _is_full(error, staging)
             shutil.rmtree(staging, ignore_errors=True)
             if is_full:
-                raise UserError(
-                    f"the disk of {flag} {final} is full; free some space or choose another disk"
-                ) from error
+                raise _disk_full(place) from error
             raise
 
 
-def check_replaceable(final: Path, flag: str, kind: manifest.Kind, *, overwrite: bool) -> None:
-    """Raises `UserError` when `final` exists and may not be replaced."""
+def check_replaceable(place: OutputPlace) -> None:
+    """Raises `UserError` when the place is taken and may not be replaced."""
+    final = place.final
+    if final.is_mount():
+        raise UserError(f"{place.name} is a mount point; give a directory inside it")
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not final.is_dir():
-        raise UserError(f"{flag} {final} is a file, expected a directory or a new name")
-    if not overwrite:
-        raise UserError(f"{flag} {final} exists; choose another directory or add --overwrite")
-    if not manifest.is_ours(final, kind):
+        raise UserError(f"{place.name} is a file, expected a directory or a new name")
+    if not place.overwrite:
+        raise UserError(f"{place.name} exists; choose another directory or add --overwrite")
+    if not manifest.is_ours(final, place.kind):
         raise UserError(
-            f"{flag} {final} has files but no {manifest.FILE_NAME} of a {kind} directory, so it is "
-            "not overwritten; choose another directory"
+            f"{place.name} has files but no {manifest.FILE_NAME} of a {place.kind} directory, so "
+            "it is not overwritten; choose another directory"
         )
 
 
 @contextmanager
-def _locked(staging: Path, flag: str) -> Iterator[None]:
+def _locked(place: OutputPlace) -> Iterator[None]:
+    staging = place.staging
     staging.mkdir(exist_ok=True)
-    fd = os.open(staging, os.O_RDONLY)
+    fd = os.open(staging, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not staging.exists() or os.fstat(fd).st_ino != staging.stat().st_ino:
@@ -87,18 +115,31 @@ def _locked(staging: Path, flag: str) -> Iterator[None]:
         yield
     except BlockingIOError:
         raise UserError(
-            f"another process is writing {staging}; wait for it or choose another {flag}"
+            f"another process is writing {staging}; wait for it or choose another {place.flag}"
         ) from None
     finally:
         os.close(fd)
 
 
-def _clear(staging: Path) -> None:
+def _clear(place: OutputPlace) -> None:
+    """Empties the staging directory if a run of ours left it, and marks it as ours."""
+    staging = place.staging
+    is_ours = (staging / _MARKER).is_file() or manifest.is_ours(staging, place.kind)
+    if any(staging.iterdir()) and not is_ours:
+        raise UserError(
+            f"{staging} has files that this program did not write; move them or choose another "
+            f"{place.flag}"
+        )
     for path in staging.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif path.name != _MARKER:
             path.unlink()
+    (staging / _MARKER).touch()
+
+
+def _disk_full(place: OutputPlace) -> UserError:
+    return UserError(f"the disk of {place.name} is full; free some space or choose another disk")
 
 
 def _is_full(error: OSError, staging: Path) -> bool:
@@ -108,24 +149,25 @@ def _is_full(error: OSError, staging: Path) -> bool:
     return shutil.disk_usage(staging).free < _LITTLE_SPACE_BYTES
 
 
-def _check_free_space(final: Path, staging: Path, flag: str, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(staging).free
+def _check_free_space(place: OutputPlace, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(place.staging).free
     if needed_bytes > free_bytes:
         raise UserError(
-            f"{flag} {final} needs {needed_bytes / 1e9:.1f} GB but its disk has "
+            f"{place.name} needs {needed_bytes / 1e9:.1f} GB but its disk has "
             f"{free_bytes / 1e9:.1f} GB free; free some space or choose another disk"
         )
 
 
-def _replace(staging: Path, final: Path) -> None:
-    """Renames. An old `final` is moved aside first and deleted last, so that one of the two is
+def _replace(place: OutputPlace) -> None:
+    """Renames. What was there is moved aside first and deleted last, so that one of the two is
     whole at any moment; a killed run may leave it aside, and the next one deletes it."""
-    old = final.with_name(f".{final.name}.replaced")
+    final = place.final
     if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(staging, final)
+        shutil.rmtree(place.replaced, ignore_errors=True)
+        os.rename(final, place.replaced)
+    (place.staging / _MARKER).unlink()
+    os.rename(place.staging, final)
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(place.replaced, ignore_errors=True)

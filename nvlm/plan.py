@@ -16,6 +16,7 @@ from nvlm.dtypes import TORCH_DTYPES
 from nvlm.limits import EngineLimits
 from nvlm.tensor_names import VISION_LINEARS
 
+_MLP_BYTES_PER_VALUE = 22  # 5.5 GB measured for one 72B MLP over 8,192 tokens
 _CHECKPOINT_SLACK_BYTES = 64 << 20  # tokenizer, headers, reports
 
 
@@ -27,6 +28,15 @@ def decoder_parameter_count(config: CheckpointConfig) -> int:
     """Parameters of the decoder, biases and norms included, FP8 scales not."""
     plain = replace(config, quant_algo=None, kv_cache_quant_algo=None)
     return sum(math.prod(info.shape) for info in decoder_tensors(plain).values())
+
+
+def may_widen(num_parameters: int, device: torch.device, memory_bytes: int) -> bool:
+    """Whether weights are widened to float32 once, at load.
+
+    On a CPU where that takes at most a quarter of the memory: vision and decoder are asked apart,
+    and the KV cache and everything else need the other half. Otherwise at each use.
+    """
+    return device.type == "cpu" and 4 * num_parameters <= memory_bytes / 4
 
 
 def kv_bytes_per_token(config: CheckpointConfig) -> int:
@@ -49,6 +59,10 @@ def vision_weight_bytes(config: VisionConfig, precision: str) -> int:
     return total
 
 
+def vision_parameter_count(config: VisionConfig) -> int:
+    return vision_weight_bytes(config, "float32") // 4
+
+
 def checkpoint_bytes(config: CheckpointConfig, vision: VisionConfig) -> int:
     """Disk that a checkpoint directory takes."""
     weights = decoder_weight_bytes(config) + vision_weight_bytes(vision, config.dtype)
@@ -57,7 +71,7 @@ def checkpoint_bytes(config: CheckpointConfig, vision: VisionConfig) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """Bytes on one rank. `workspace_bytes` bounds the largest step's activations."""
+    """Bytes on one rank. `workspace_bytes` estimates the largest step's activations."""
 
     decoder_weight_bytes: int
     vision_weight_bytes: int
@@ -100,20 +114,40 @@ class EnginePlan:
 
 
 def plan_engine(
-    config: CheckpointConfig, vision: VisionConfig, vision_precision: str, limits: EngineLimits
+    config: CheckpointConfig,
+    vision: VisionConfig,
+    vision_precision: str,
+    limits: EngineLimits,
+    device: torch.device,
+    memory_bytes: int,
 ) -> EnginePlan:
-    """What the engine takes when it runs at its limits."""
-    per_token = kv_bytes_per_token(config)
+    """What the torch executor takes on `device` when it runs at the engine's limits."""
     decoder, itemsize = config.decoder, TORCH_DTYPES[config.dtype].itemsize
-    # A step's widest activations: the MLP's two halves and their product, and float32 logits.
-    mlp = 3 * limits.max_num_tokens * decoder.intermediate_size * itemsize
+    decoder_weights = decoder_weight_bytes(config)
+    vision_weights = vision_weight_bytes(vision, vision_precision)
+    # What a linear widened at each use adds; the head is the largest one.
+    widened = 4 * decoder.vocab_size * decoder.hidden_size
+    if may_widen(decoder_parameter_count(config), device, memory_bytes):
+        decoder_weights += 4 * decoder_parameter_count(config)  # beside the mapped file
+        widened = 0
+    if may_widen(vision_parameter_count(vision), device, memory_bytes):
+        vision_weights = 4 * vision_parameter_count(vision)
+    per_token = kv_bytes_per_token(config)
+    is_wide_cache = config.kv_cache_quant_algo == "FP8" and device.type == "cpu"
+    # A step's widest rows: the MLP's halves and their product, in `dtype` and in float32.
+    mlp = _MLP_BYTES_PER_VALUE * limits.max_num_tokens * decoder.intermediate_size
     logits = limits.max_batch_size * decoder.vocab_size * 4
     return EnginePlan(
-        decoder_weight_bytes=decoder_weight_bytes(config),
-        vision_weight_bytes=vision_weight_bytes(vision, vision_precision),
+        decoder_weight_bytes=decoder_weights,
+        vision_weight_bytes=vision_weights,
         kv_bytes_per_token=per_token,
-        kv_cache_bytes=per_token * limits.max_batch_size * limits.max_seq_len,
+        kv_cache_bytes=(2 if is_wide_cache else 1) * per_token * num_cache_tokens(limits),
         prompt_table_bytes=limits.max_multimodal_len * decoder.hidden_size * itemsize,
-        workspace_bytes=mlp + logits,
+        workspace_bytes=mlp + logits + widened,
         limits=limits,
     )
+
+
+def num_cache_tokens(limits: EngineLimits) -> int:
+    """Positions of the KV cache: every place of the batch at its longest."""
+    return limits.max_batch_size * limits.max_seq_len

@@ -75,6 +75,8 @@ class SafetensorsWriter:
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        # Widest types first, as the library does: every tensor is aligned to its own type.
+        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
         self._tensors = dict(tensors)
         self._missing = set(tensors)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

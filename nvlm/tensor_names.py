@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from nvlm.config import NVLMConfig
 
-VISION_PREFIX = "vision_model."
 PROJECTOR_PREFIX = "mlp1."
 DECODER_PREFIX = "language_model."
 VISION_LAYER = "vision_model.encoder.layers.{i}."
@@ -131,40 +129,31 @@ def model_tensors(config: NVLMConfig) -> list[StoredTensor]:
     return tensors
 
 
-Parallel = Literal["replicated", "column", "row"]
-
-
 @dataclass(frozen=True, slots=True)
 class EngineTensor:
-    """A tensor of a TensorRT-LLM decoder layer and the tensors stacked into it on dim 0.
-
-    `parallel` says how ranks share it: column = rows split (dim 0), row = columns split (dim 1).
-    """
+    """A tensor of a TensorRT-LLM checkpoint and the published ones stacked into it on dim 0."""
 
     name: str
     sources: tuple[str, ...]
-    parallel: Parallel
 
 
 QKV_SOURCES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 ENGINE_LAYER_TENSORS = (
-    EngineTensor("input_layernorm.weight", ("input_layernorm.weight",), "replicated"),
-    EngineTensor(
-        "attention.qkv.weight", tuple(f"{source}.weight" for source in QKV_SOURCES), "column"
-    ),
-    EngineTensor("attention.qkv.bias", tuple(f"{source}.bias" for source in QKV_SOURCES), "column"),
-    EngineTensor("attention.dense.weight", ("self_attn.o_proj.weight",), "row"),
-    EngineTensor("post_layernorm.weight", ("post_attention_layernorm.weight",), "replicated"),
-    EngineTensor("mlp.fc.weight", ("mlp.gate_proj.weight",), "column"),
-    EngineTensor("mlp.gate.weight", ("mlp.up_proj.weight",), "column"),
-    EngineTensor("mlp.proj.weight", ("mlp.down_proj.weight",), "row"),
+    EngineTensor("input_layernorm.weight", ("input_layernorm.weight",)),
+    EngineTensor("attention.qkv.weight", tuple(f"{source}.weight" for source in QKV_SOURCES)),
+    EngineTensor("attention.qkv.bias", tuple(f"{source}.bias" for source in QKV_SOURCES)),
+    EngineTensor("attention.dense.weight", ("self_attn.o_proj.weight",)),
+    EngineTensor("post_layernorm.weight", ("post_attention_layernorm.weight",)),
+    EngineTensor("mlp.fc.weight", ("mlp.gate_proj.weight",)),
+    EngineTensor("mlp.gate.weight", ("mlp.up_proj.weight",)),
+    EngineTensor("mlp.proj.weight", ("mlp.down_proj.weight",)),
 )
 
 ENGINE_TOP_TENSORS = (
-    EngineTensor("transformer.vocab_embedding.weight", (EMBED_TOKENS,), "replicated"),
-    EngineTensor("transformer.ln_f.weight", (FINAL_NORM,), "replicated"),
-    EngineTensor("lm_head.weight", (LM_HEAD,), "column"),
+    EngineTensor("transformer.vocab_embedding.weight", (EMBED_TOKENS,)),
+    EngineTensor("transformer.ln_f.weight", (FINAL_NORM,)),
+    EngineTensor("lm_head.weight", (LM_HEAD,)),
 )
 
 ENGINE_LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
@@ -179,22 +168,3 @@ VISION_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 WEIGHT_SCALE = "weights_scaling_factor"
 ACTIVATION_SCALE = "activation_scaling_factor"
 KV_CACHE_SCALE = "attention.kv_cache_scaling_factor"
-
-
-def engine_slots(config: NVLMConfig) -> dict[str, tuple[str, int]]:
-    """Published name -> (name in the checkpoint directory, position in that tensor's stack).
-
-    Vision and projector tensors keep their names (in `vision/model.safetensors`).
-    """
-    slots: dict[str, tuple[str, int]] = {}
-    for tensor in ENGINE_TOP_TENSORS:
-        slots[tensor.sources[0]] = (tensor.name, 0)
-    for i in range(config.decoder.num_hidden_layers):
-        for tensor in ENGINE_LAYER_TENSORS:
-            for position, source in enumerate(tensor.sources):
-                name = DECODER_LAYER.format(i=i) + source
-                slots[name] = (ENGINE_LAYER.format(i=i) + tensor.name, position)
-    for stored in model_tensors(config):
-        if not stored.name.startswith(DECODER_PREFIX):
-            slots[stored.name] = (stored.name, 0)
-    return slots

@@ -46,11 +46,12 @@ class VisionCheckpoint:
     def has_scales(self) -> bool:
         return (self.directory / SCALES).is_file()
 
-    def load(self, precision: str, device: torch.device) -> VisionModel:
+    def load(self, precision: str, device: torch.device, *, widen: bool = True) -> VisionModel:
         """The model in `precision`: a dtype name, or "FP8" (the four linears of each layer).
 
         On a CPU narrow types are computed in float32 and rounded, which is both what the numerics
-        contract says and faster than the CPU's own bfloat16.
+        contract says and faster than the CPU's own bfloat16: weights are widened at each use, or
+        with `widen` once for all.
         """
         is_fp8 = precision == "FP8"
         dtype = TORCH_DTYPES[self.dtype if is_fp8 else precision]
@@ -63,7 +64,7 @@ class VisionCheckpoint:
         if is_fp8:
             self._quantize(model)
         if device.type == "cpu" and dtype != torch.float32:
-            _compute_in_float32(model)
+            _compute_in_float32(model, widen)
         return model.requires_grad_(False).eval()
 
     def _quantize(self, model: VisionModel) -> None:
@@ -90,11 +91,11 @@ class VisionCheckpoint:
                 model.set_submodule(name, quantised)
 
 
-def _compute_in_float32(model: VisionModel) -> None:
+def _compute_in_float32(model: VisionModel, widen: bool) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             linear = QuantizableLinear(module.weight, module.bias)
             model.set_submodule(name, linear)
     for module in model.modules():
-        if isinstance(module, QuantizableLinear):
+        if widen and isinstance(module, QuantizableLinear):
             module.widen()

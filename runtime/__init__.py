@@ -1,1 +1,1 @@
-"""Runs engine directories. Needs torch and Pillow alone; never imports `build`."""
+"""Runs engine directories. Never imports `build`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from dataclasses import asdict
@@ -45,7 +46,15 @@ class AnswerFile:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"--output_file {path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(
+                f"another process is writing --output_file {path}; wait for it or choose another"
+            ) from None
         self._file.truncate(len(whole))
+        self._file.seek(0, os.SEEK_END)  # truncating does not move the position
 
     def append(self, answer: dict[str, Any]) -> None:
         """Writes the next answer, whole or (on an error) not at all."""
@@ -64,7 +73,10 @@ class AnswerFile:
         self.num_finished += 1
         self.num_errors += "error" in answer
 
-    def close(self) -> None:
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _read(self) -> bytes:

@@ -21,17 +21,18 @@ from runtime.types import GenerationRequest
 
 def run_batch(runner: Runner, lines: list[RequestLine], output: Path) -> int:
     """Answers every line that `output` does not hold yet; returns the number of errors in it."""
-    file = AnswerFile(output, [line.id for line in lines])
-    first = file.num_finished
     pending: dict[int, dict[str, Any]] = {}
-    with tqdm(total=len(lines), initial=first, desc="answers", unit="request") as progress:
+    with (
+        AnswerFile(output, [line.id for line in lines]) as file,
+        tqdm(total=len(lines), initial=file.num_finished, desc="answers") as progress,
+    ):
+        first = file.num_finished
         for index, answer in _answers(runner, lines[first:]):
             pending[first + index] = answer
             progress.update()
             while file.num_finished in pending:
                 file.append(pending.pop(file.num_finished))
-    file.close()
-    return file.num_errors
+        return file.num_errors
 
 
 def _answers(runner: Runner, lines: list[RequestLine]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -123,21 +123,31 @@ class Runner:
         """
         under_way: dict[int, int] = {}  # request id -> index
         remaining = enumerate(requests)
-        while True:
-            while len(under_way) < self.engine.limits.max_batch_size:
-                try:
-                    index, request = next(remaining)
-                except StopIteration:
-                    break
-                try:
-                    under_way[self.submit(request)] = index
-                except UserError as error:
-                    yield index, error
-            if not under_way:
-                return
-            for delta in self.step():
-                if delta.result is not None and delta.request_id in under_way:
-                    yield under_way.pop(delta.request_id), delta.result
+        try:
+            while True:
+                while len(under_way) < self.engine.limits.max_batch_size:
+                    try:
+                        index, request = next(remaining)
+                    except StopIteration:
+                        break
+                    try:
+                        under_way[self.submit(request)] = index
+                    except UserError as error:
+                        yield index, error
+                if not under_way:
+                    return
+                for delta in self.step():
+                    if delta.result is not None and delta.request_id in under_way:
+                        yield under_way.pop(delta.request_id), delta.result
+        finally:  # the caller may stop listening
+            for request_id in under_way:
+                self.cancel(request_id)
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self.vision.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from nvlm.errors import UserError
-from runtime.answer_file import answer_json
+from runtime.answer_file import AnswerFile, answer_json
 from runtime.batch import run_batch
 from runtime.request_file import RequestLine, read_requests
 from runtime.runner import Runner
@@ -459,3 +460,47 @@ class TestWithTheEngine:
         bad, good = answer(tmp_path, runner, line, {"prompt": "a"})
         assert re.search(message, bad["error"])
         assert good["num_tokens"] == 4
+
+
+def test_a_full_disk_behind_a_cut_line_leaves_a_file_that_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of a killed run is cut off first; what then fails must not fill the hole."""
+    path = tmp_path / "answers.jsonl"
+    whole = b'{"id": 1, "text": "a"}\n'
+    path.write_bytes(whole + b'{"id": 2, "te')
+    with AnswerFile(path, [1, 2]) as file:
+        monkeypatch.setattr(file, "_file", FullDisk(file._file))
+        with pytest.raises(UserError, match="its disk is full"):
+            file.append({"id": 2, "text": "b"})
+    assert path.read_bytes() == whole
+    with AnswerFile(path, [1, 2]) as file:
+        assert file.num_finished == 1
+        file.append({"id": 2, "text": "b"})
+    assert path.read_bytes() == whole + b'{"id": 2, "text": "b"}\n'
+
+
+class FullDisk:
+    """A file that takes five bytes and then no more."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._room = 5
+
+    def write(self, data: memoryview) -> int:
+        if not self._room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written: int = self._file.write(data[: self._room])
+        self._room -= written
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_two_runs_on_one_output_file_are_kept_apart(tmp_path: Path) -> None:
+    with (
+        AnswerFile(tmp_path / "answers.jsonl", [1]),
+        pytest.raises(UserError, match="another process is writing"),
+    ):
+        AnswerFile(tmp_path / "answers.jsonl", [1])

@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,20 @@ import numpy as np
 import pytest
 import torch
 import transformers.models.qwen2.modeling_qwen2 as hugging_face_qwen2
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from build.checkpoint.calibration_set import BUILT_IN, load_calibration_set
-from build.checkpoint.convert import ConvertOptions, convert
+from build.checkpoint.convert import ConvertOptions, convert, is_up_to_date
+from build.engines.build import build_engine
+from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
+from nvlm.errors import UserError
+from nvlm.inputs.tiling import normalize
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.manifest import verify_all
 from tests.cases import ONE_TILE, THREE_IMAGES, Case, ours, reference
-from tests.conftest import BF16, CPU, FP8, FP32, TINY, Workshop
+from tests.conftest import BF16, CPU, FP8, FP32, MEMORY_BYTES, TINY, Workshop
 from tests.reference import fp8_e4m3, internvit_float64, qwen2_hugging_face
 from tests.tolerances import AMAX, FLOAT32_LOGITS, relative_error
 
@@ -151,7 +156,7 @@ def hugging_face_maxima(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     for sample in samples:
         embeddings = None
         if len(sample.tiles):
-            embeddings = internvit_float64.encode_tiles(model_dir, sample.tiles.double().numpy())
+            embeddings = internvit_float64.encode_tiles(model_dir, normalize(sample.tiles).numpy())
             embeddings = embeddings.reshape(-1, embeddings.shape[-1])
         token_ids = [min(token_id, TINY.vocab_size - 1) for token_id in sample.prompt.token_ids]
         pad = TINY.vocab_size - 1
@@ -274,9 +279,10 @@ def peak_bytes(workshop: Workshop, num_layers: int) -> int:
 def test_no_two_layers_are_ever_alive_together(fresh: Workshop) -> None:
     """Every live tensor counts (stored, cast, widened, quantised); depth adds nothing to them."""
     layer_bytes = 2 * (3 * 128 * 1024 + 128 * 128 * 3)  # one decoder layer in bfloat16
-    two, six = peak_bytes(fresh, 2), peak_bytes(fresh, 6)
-    assert two > layer_bytes, "the count sees the layer that is resident"
-    assert six - two < layer_bytes / 4, f"{two} bytes with 2 layers, {six} with 6"
+    one, two, six = (peak_bytes(fresh, num_layers) for num_layers in (1, 2, 6))
+    assert one > layer_bytes, "the count sees the layer that is resident"
+    assert two - one < layer_bytes / 4, f"{one} bytes with 1 layer, {two} with 2"
+    assert six - one < layer_bytes / 4, f"{one} bytes with 1 layer, {six} with 6"
 
 
 def test_the_same_input_gives_the_same_bytes(
@@ -295,3 +301,58 @@ def test_every_dtype_converts_and_answers(dtype: str, workshop: Workshop, model_
     stored = load_file(engine / "llm" / "rank0.safetensors")
     assert {str(tensor.dtype) for tensor in stored.values()} == {f"torch.{dtype}"}
     assert len(ours(engine, case, 3).token_ids) == 3
+
+
+def test_a_checkpoint_that_is_quantised_already_is_refused(fresh: Workshop) -> None:
+    """Published FP8 variants keep their scales in tensors of other names."""
+    model_dir = fresh.model("model")
+    name = "language_model.model.layers.0.mlp.down_proj.weight"
+    path = next(p for p in model_dir.glob("*.safetensors") if name in load_file(p))
+    tensors = load_file(path)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} is stored as .*give the unquantised checkpoint"):
+        HuggingFaceSource(model_dir)
+
+
+def change_tokenizer(model_dir: Path, _: Path) -> None:
+    path = model_dir / "tokenizer_config.json"
+    path.write_text(path.read_text() + "\n")
+
+
+def change_shard(model_dir: Path, _: Path) -> None:
+    path = sorted(model_dir.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes())  # the same size, another time
+
+
+def change_calibration_image(_: Path, calibration: Path) -> None:
+    Image.new("RGB", (60, 60), "red").save(calibration.parent / "image.png")
+
+
+@pytest.mark.parametrize("change", [change_tokenizer, change_shard, change_calibration_image])
+def test_any_change_of_the_input_makes_a_checkpoint_stale(
+    change: Callable[[Path, Path], None], fresh: Workshop
+) -> None:
+    model_dir = fresh.model("model")
+    calibration = fresh.root / "calibration.jsonl"
+    calibration.write_text('{"prompt": "What is it?", "images": ["image.png"]}')
+    Image.new("RGB", (60, 60), "blue").save(fresh.root / "image.png")
+    options = ConvertOptions(calib_data=calibration)
+    checkpoint = fresh.checkpoint("checkpoint", model_dir, options)
+    assert is_up_to_date(HuggingFaceSource(model_dir), checkpoint, options)
+    change(model_dir, calibration)
+    assert not is_up_to_date(HuggingFaceSource(model_dir), checkpoint, options)
+
+
+def test_an_engine_keeps_the_digests_of_what_it_carries_over(fresh: Workshop) -> None:
+    """A checkpoint damaged between the two steps does not become a sound engine."""
+    checkpoint = fresh.checkpoint("checkpoint", fresh.model("model"), BF16)
+    options = BuildOptions(vision="torch")
+    spec = specify(checkpoint, options, CPU, MEMORY_BYTES)
+    path = checkpoint / "rank0.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    build_engine(spec, fresh.root / "engine", options)
+    with pytest.raises(UserError, match="rank0.safetensors has changed"):
+        verify_all(fresh.root / "engine", "engine")

@@ -22,7 +22,7 @@ from nvlm import manifest
 from nvlm.dtypes import SAFETENSORS_NAMES
 from nvlm.errors import UserError
 from nvlm.json_files import StrictReader, read_json_object, write_json_atomically
-from nvlm.output_dir import check_replaceable, staged_directory
+from nvlm.output_dir import OutputPlace, check_replaceable, staged_directory
 from nvlm.safetensors_files import SafetensorsReader, SafetensorsWriter, TensorInfo
 
 ROOT = Path(__file__).parents[1]
@@ -168,6 +168,10 @@ class TestSafetensors:
             SafetensorsReader(tmp_path / "x.safetensors")
 
 
+def place_of(path: Path, overwrite: bool) -> OutputPlace:
+    return OutputPlace(path, "--engine_dir", "engine", overwrite)
+
+
 def make_finished(directory: Path, content: str = "tokens") -> Path:
     (directory / "deep").mkdir(parents=True)
     (directory / "a.txt").write_text(content)
@@ -301,13 +305,13 @@ def write_manifest_again(directory: Path) -> None:
 
 
 def stage(final: Path, *, overwrite: bool = False, content: str = "new") -> None:
-    with staged_directory(final, "--engine_dir", "engine", overwrite=overwrite) as staging:
+    with staged_directory(place_of(final, overwrite)) as staging:
         (staging / "a.txt").write_text(content)
         write_manifest(staging)
 
 
 def stage_half(final: Path, error: BaseException) -> None:
-    with staged_directory(final, "--engine_dir", "engine", overwrite=True) as staging:
+    with staged_directory(place_of(final, True)) as staging:
         (staging / "deep").mkdir()
         (staging / "deep" / "a.txt").write_text("half")
         raise error
@@ -316,7 +320,7 @@ def stage_half(final: Path, error: BaseException) -> None:
 class TestOutputDirectory:
     def test_it_appears_when_the_block_ends_and_not_before(self, tmp_path: Path) -> None:
         final = tmp_path / "deep" / "engine"
-        with staged_directory(final, "--engine_dir", "engine", overwrite=False) as staging:
+        with staged_directory(place_of(final, False)) as staging:
             (staging / "a.txt").write_text("new")
             assert not final.exists()
         assert (final / "a.txt").read_text() == "new"
@@ -372,7 +376,7 @@ class TestOutputDirectory:
 
     def test_an_empty_directory_is_as_good_as_none(self, tmp_path: Path) -> None:
         (tmp_path / "engine").mkdir()
-        check_replaceable(tmp_path / "engine", "--engine_dir", "engine", overwrite=False)
+        check_replaceable(place_of(tmp_path / "engine", False))
         stage(tmp_path / "engine")
         assert (tmp_path / "engine" / "a.txt").read_text() == "new"
 
@@ -396,19 +400,47 @@ class TestOutputDirectory:
         stale = tmp_path / "engine.partial"
         (stale / "deep").mkdir(parents=True)
         (stale / "deep" / "half.bin").write_text("half")
+        (stale / ".unfinished").touch()  # what tells ours from a user's
         (stale / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / "mine").write_text("mine")
         place = tmp_path / "engine"
-        with staged_directory(place, "--engine_dir", "engine", overwrite=False) as staging:
-            assert os.listdir(staging) == []
+        with staged_directory(place_of(place, False)) as staging:
+            assert os.listdir(staging) == [".unfinished"]
+        assert os.listdir(place) == []
         assert (tmp_path / "elsewhere" / "mine").read_text() == "mine", "links are not followed"
+
+    def test_a_directory_called_partial_that_is_not_ours_is_kept(self, tmp_path: Path) -> None:
+        theirs = tmp_path / "engine.partial"
+        theirs.mkdir()
+        (theirs / "precious").write_text("dear")
+        with (
+            pytest.raises(UserError, match="did not write"),
+            staged_directory(place_of(tmp_path / "engine", True)),
+        ):
+            pass
+        assert (theirs / "precious").read_text() == "dear"
+
+    def test_a_link_called_partial_is_not_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "theirs" / "precious").write_text("dear")
+        (tmp_path / "engine.partial").symlink_to(tmp_path / "theirs", target_is_directory=True)
+        with (
+            pytest.raises(UserError, match="cannot be written"),
+            staged_directory(place_of(tmp_path / "engine", True)),
+        ):
+            pass
+        assert (tmp_path / "theirs" / "precious").read_text() == "dear"
+
+    def test_a_mount_point_is_refused_before_any_work(self) -> None:
+        with pytest.raises(UserError, match="is a mount point; give a directory inside it"):
+            check_replaceable(place_of(Path("/proc"), True))
 
     def test_the_second_of_two_writers_is_refused_and_the_first_undisturbed(
         self, tmp_path: Path
     ) -> None:
         final = tmp_path / "engine"
-        with staged_directory(final, "--engine_dir", "engine", overwrite=False) as staging:
+        with staged_directory(place_of(final, False)) as staging:
             (staging / "a.txt").write_text("first")
             with pytest.raises(UserError, match=r"another process is writing .*--engine_dir"):
                 stage(final)
@@ -420,14 +452,14 @@ class TestOutputDirectory:
             "import sys; sys.path.insert(0, sys.argv[1])\n"
             "from pathlib import Path\n"
             "from nvlm.errors import UserError\n"
-            "from nvlm.output_dir import staged_directory\n"
+            "from nvlm.output_dir import OutputPlace, staged_directory\n"
             "try:\n"
-            "    where = Path(sys.argv[2]), '--engine_dir', 'engine'\n"
-            "    with staged_directory(*where, overwrite=False): pass\n"
+            "    place = OutputPlace(Path(sys.argv[2]), '--engine_dir', 'engine', False)\n"
+            "    with staged_directory(place): pass\n"
             "except UserError as error: print(error)\n"
         )
         final = tmp_path / "engine"
-        with staged_directory(final, "--engine_dir", "engine", overwrite=False):
+        with staged_directory(place_of(final, False)):
             other = subprocess.run(
                 [sys.executable, "-c", code, str(ROOT), str(final)],
                 capture_output=True,
@@ -439,7 +471,7 @@ class TestOutputDirectory:
     def test_the_lock_ends_with_the_block(self, tmp_path: Path) -> None:
         with (
             pytest.raises(ValueError, match="x"),
-            staged_directory(tmp_path / "engine", "--engine_dir", "engine", overwrite=False),
+            staged_directory(place_of(tmp_path / "engine", False)),
         ):
             raise ValueError("x")
         stage(tmp_path / "engine")
@@ -452,7 +484,7 @@ class TestOutputDirectory:
         final = tmp_path / "engine"
         with (
             pytest.raises(UserError, match=f"disk of --engine_dir {final} is full"),
-            staged_directory(final, "--engine_dir", "engine", overwrite=False),
+            staged_directory(place_of(final, False)),
         ):
             raise OSError(number, os.strerror(number))
         assert os.listdir(tmp_path) == []
@@ -460,7 +492,7 @@ class TestOutputDirectory:
     def test_another_operating_system_error_keeps_its_traceback(self, tmp_path: Path) -> None:
         with (
             pytest.raises(OSError, match="Input/output") as error,
-            staged_directory(tmp_path / "engine", "--engine_dir", "engine", overwrite=False),
+            staged_directory(place_of(tmp_path / "engine", False)),
         ):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         assert error.value.errno == errno.EIO
@@ -470,7 +502,7 @@ class TestOutputDirectory:
         ran = []
         with (
             pytest.raises(UserError, match=r"needs 1000000000000.0 GB but its disk has"),
-            staged_directory(final, "--engine_dir", "engine", overwrite=False, needed_bytes=10**21),
+            staged_directory(place_of(final, False), needed_bytes=10**21),
         ):
             ran.append(True)
         assert ran == []

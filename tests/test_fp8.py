@@ -71,3 +71,21 @@ def test_an_fp8_linear_scales_before_it_adds_the_bias_and_rounds_once() -> None:
     assert (found != one_rounding).float().mean() < 0.01
     linear.widen()
     assert torch.equal(linear(x), found), "widening changes no value"
+
+
+@pytest.mark.gpu
+def test_a_gpu_rounds_every_value_as_a_cpu_does() -> None:
+    """Scales are amax / 448: dividing by a Python number on CUDA multiplies by its reciprocal."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA GPU")
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1_000_000, generator=generator).to(torch.bfloat16)
+        scale = fp8.scale_from_amax(float(x.abs().max()))
+        assert np.array_equal(
+            codes(fp8.quantize(x, scale)), codes(fp8.quantize(x.cuda(), scale).cpu())
+        )
+
+
+def test_the_smallest_amax_gives_a_scale_that_divides() -> None:
+    assert fp8.scale_from_amax(1e-43) > 0.0

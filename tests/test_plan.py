@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from nvlm import plan
 from nvlm.checkpoint_config import CheckpointConfig
@@ -66,7 +67,8 @@ def test_default_limits_hold_the_largest_image_and_leave_room_for_the_answer(
 def test_the_prompt_table_of_a_batch_of_16_takes_half_a_gigabyte(config: NVLMConfig) -> None:
     fp8 = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8")
     limits = limits_for(config, max_batch_size=16, max_num_images=1)
-    engine = plan.plan_engine(fp8, config.vision, "bfloat16", limits)
+    h200 = torch.device("cuda"), int(141e9)
+    engine = plan.plan_engine(fp8, config.vision, "bfloat16", limits, *h200)
     assert engine.prompt_table_bytes == pytest.approx(0.47e9, rel=0.01)
     assert engine.total_bytes == sum(
         getattr(engine, f"{part}_bytes")
@@ -82,7 +84,10 @@ def test_the_prompt_table_of_a_batch_of_16_takes_half_a_gigabyte(config: NVLMCon
         ({"max_input_len": 5000, "max_seq_len": 5000}, "leaves no room for an answer"),
         ({"max_input_len": 1000}, "does not hold --max_num_images 1"),
         ({"max_input_len": 4000, "max_num_tokens": 3000}, "a prompt must fit one step"),
-        ({"max_num_images": 20}, "does not hold --max_num_images 20"),
+        (
+            {"max_num_images": 20},
+            "--max_num_images 20 takes .* has 32768 positions",
+        ),
     ],
 )
 def test_limits_that_contradict_themselves_are_refused(
@@ -90,3 +95,16 @@ def test_limits_that_contradict_themselves_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         limits_for(config, **given)
+
+
+def test_on_a_cpu_the_plan_counts_what_is_widened(config: NVLMConfig) -> None:
+    fp8 = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8")
+    limits = limits_for(config)
+    gpu, laptop, server = (
+        plan.plan_engine(fp8, config.vision, "bfloat16", limits, torch.device(name), size)
+        for name, size in (("cuda", 10**11), ("cpu", 10**11), ("cpu", 2 * 10**12))
+    )
+    assert laptop.kv_cache_bytes == 2 * gpu.kv_cache_bytes, "e4m3 values held as bfloat16"
+    assert laptop.decoder_weight_bytes == gpu.decoder_weight_bytes
+    assert laptop.workspace_bytes > 5e9, "the largest linear is widened at each use"
+    assert server.decoder_weight_bytes > gpu.decoder_weight_bytes + 4 * 72e9

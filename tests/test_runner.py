@@ -183,3 +183,12 @@ def test_onnx_runtime_and_torch_vision_give_the_same_answers(
         assert EngineDir.read(directory).limits.max_num_images == 3
         answers.append(Runner.open(directory, torch.device("cpu")).generate(question).token_ids)
     assert answers[0] == answers[1]
+
+
+def test_a_batch_nobody_listens_to_any_more_frees_its_places(
+    runner: Runner, questions: list[GenerationRequest]
+) -> None:
+    batch = runner.generate_batch(questions)
+    next(batch)
+    batch.close()
+    assert runner.step() == []

@@ -12,8 +12,35 @@ import torch
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.checkpoint_tensors import decoder_tensors, vision_tensors
 from nvlm.config import NVLMConfig
-from nvlm.tensor_names import StoredTensor, engine_slots, model_tensors
+from nvlm.tensor_names import (
+    DECODER_LAYER,
+    DECODER_PREFIX,
+    ENGINE_LAYER,
+    ENGINE_LAYER_TENSORS,
+    ENGINE_TOP_TENSORS,
+    StoredTensor,
+    model_tensors,
+)
 from tools.make_random_checkpoint import PRESETS, config_json
+
+
+def engine_slots(config: NVLMConfig) -> dict[str, tuple[str, int]]:
+    """Published name -> (name in the checkpoint directory, position in that tensor's stack).
+
+    Vision and projector tensors keep their names (in `vision/model.safetensors`).
+    """
+    slots: dict[str, tuple[str, int]] = {}
+    for tensor in ENGINE_TOP_TENSORS:
+        slots[tensor.sources[0]] = (tensor.name, 0)
+    for i in range(config.decoder.num_hidden_layers):
+        for tensor in ENGINE_LAYER_TENSORS:
+            for position, source in enumerate(tensor.sources):
+                name = DECODER_LAYER.format(i=i) + source
+                slots[name] = (ENGINE_LAYER.format(i=i) + tensor.name, position)
+    for stored in model_tensors(config):
+        if not stored.name.startswith(DECODER_PREFIX):
+            slots[stored.name] = (stored.name, 0)
+    return slots
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,6 @@ def write_random_checkpoint(
     model_dir.mkdir(parents=True, exist_ok=True)
     values = config_json(shape)
     config = NVLMConfig.from_hf(values, model_dir / "config.json")
-    (model_dir / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     if tokenizer_dir is None:
         num_tokens = write_tokenizer(model_dir)
         assert num_tokens <= shape.vocab_size, f"{num_tokens} tokens, {shape.vocab_size} rows"
@@ -153,6 +152,8 @@ def write_random_checkpoint(
         for path in tokenizer_dir.glob("tokenizer*.json"):
             shutil.copy(path, model_dir)
     _write_shards(model_dir, _shards(model_tensors(config), max_shard_bytes), config, seed)
+    # Last: a directory with a config.json is a whole one.
+    (model_dir / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,18 +13,22 @@ from nvlm.errors import UserError
 
 
 class AmaxObserver:
-    """Running maxima by name, over everything seen; `prefix` completes names in messages."""
+    """Running maxima by name, over everything seen.
 
-    def __init__(self, prefix: str) -> None:
+    `prefix` completes names in messages; what exceeds `limit`, or is no number, is refused.
+    """
+
+    def __init__(self, prefix: str, limit: float) -> None:
         self.maxima: dict[str, float] = {}
         self._prefix = prefix
+        self._limit = limit
 
     def see(self, name: str, x: torch.Tensor) -> None:
         value = amax(x)
-        if not math.isfinite(value):
+        if not value <= self._limit:  # NaN too
             raise UserError(
-                f"calibration overflows {x.dtype} at {self._prefix}{name}; use --dtype bfloat16 or "
-                "float32"
+                f"calibration overflows --dtype at {self._prefix}{name} ({value}); use --dtype "
+                "bfloat16 or float32"
             )
         self.maxima[name] = max(self.maxima.get(name, 0.0), value)
 

@@ -7,17 +7,19 @@ The built-in set (photographs, documents and text-only questions in the folder
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from nvlm.config import NVLMConfig
 from nvlm.errors import UserError
 from nvlm.inputs.images import load_image
 from nvlm.inputs.prompt import Prompt, build_prompt, images_first
-from nvlm.inputs.tiling import normalize, tile_image
+from nvlm.inputs.tiling import tile_image
 from nvlm.inputs.tokenizer import Tokenizer
 
 _EXPECTED = 'expected {"prompt": "...", "images": ["path", ...]} on each line'
@@ -27,10 +29,19 @@ BUILT_IN = Path(__file__).parent / "calibration_data" / "calibration.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSample:
-    """tiles: [num_tiles, 3, S, S] float32, all images of the prompt in order (may be empty)."""
+    """tiles: [num_tiles, S, S, 3] uint8, all images of the prompt in order (may be none)."""
 
     prompt: Prompt
-    tiles: torch.Tensor
+    tiles: NDArray[np.uint8]
+
+
+def digest(samples: list[CalibrationSample]) -> str:
+    """SHA-256 over everything the samples feed into the model."""
+    result = hashlib.sha256()
+    for sample in samples:
+        result.update(json.dumps(sample.prompt.token_ids).encode())
+        result.update(sample.tiles.tobytes())
+    return result.hexdigest()
 
 
 def load_calibration_set(
@@ -88,5 +99,5 @@ def _load_sample(
             f"{len(prompt.token_ids)} tokens, the model takes "
             f"{config.decoder.max_position_embeddings}; shorten it"
         )
-    tiles = [normalize(image.tiles) for image in tiled] or [torch.empty(0, 3, size, size)]
-    return CalibrationSample(prompt, torch.cat(tiles))
+    no_tiles = np.empty((0, size, size, 3), np.uint8)
+    return CalibrationSample(prompt, np.concatenate([no_tiles, *(i.tiles for i in tiled)]))

@@ -10,19 +10,18 @@ from typing import Any
 import torch
 
 from build.checkpoint import calibration_set
+from build.checkpoint.calibration_set import CalibrationSample
 from build.checkpoint.decoder_step import convert_decoder
 from build.checkpoint.report import write_report
 from build.checkpoint.vision_step import convert_vision
 from build.sources.source import WeightSource
 from nvlm.checkpoint_config import CheckpointConfig, QuantAlgo
 from nvlm.errors import UserError
-from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer
+from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer, tokenizer_files
 from nvlm.json_files import write_json_atomically
-from nvlm.manifest import is_current, sha256_of, write_manifest
-from nvlm.output_dir import staged_directory
+from nvlm.manifest import is_current, write_manifest
+from nvlm.output_dir import OutputPlace, staged_directory
 from nvlm.plan import checkpoint_bytes
-
-_TOKENIZER_FILES = (FILE_NAME, "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +38,10 @@ class ConvertOptions:
     def is_calibrated(self) -> bool:
         return self.quant_algo is not None or self.kv_cache_quant_algo is not None
 
-    def to_json(self) -> dict[str, Any]:
-        """For the manifest: the calibration file by its contents."""
-        values = asdict(self)
-        if not self.is_calibrated:
-            return {**values, "calib_data": None, "calib_size": 0}
-        return {**values, "calib_data": sha256_of(self.calib_data)}
-
-
-def checkpoint_config(source: WeightSource, options: ConvertOptions) -> CheckpointConfig:
-    return CheckpointConfig(
-        source.config.decoder, options.dtype, options.quant_algo, options.kv_cache_quant_algo
-    )
+    def config(self, source: WeightSource) -> CheckpointConfig:
+        return CheckpointConfig(
+            source.config.decoder, self.dtype, self.quant_algo, self.kv_cache_quant_algo
+        )
 
 
 def convert(
@@ -62,69 +53,44 @@ def convert(
     overwrite: bool = False,
 ) -> None:
     """Converts and, for FP8, calibrates. `output_dir` appears whole or not at all."""
-    config = checkpoint_config(source, options)
+    config = options.config(source)
+    samples = _load_samples(source, options)
+    made_from = _made_from(source, options, samples)  # before the first byte is read
+    place = OutputPlace(output_dir, "--output_dir", "checkpoint", overwrite)
     needed_bytes = checkpoint_bytes(config, source.config.vision)
-    with (
-        torch.inference_mode(),
-        staged_directory(
-            output_dir,
-            "--output_dir",
-            "checkpoint",
-            overwrite=overwrite,
-            needed_bytes=needed_bytes,
-        ) as staging,
-    ):
+    with torch.inference_mode(), staged_directory(place, needed_bytes) as staging:
         _copy_tokenizer(source, staging / "tokenizer")
-        samples = _load_samples(source, options)
-        tiles = [sample.tiles for sample in samples]
-        vision = convert_vision(
-            source, staging / "vision", options.dtype, _concatenate(tiles, source), device
-        )
         write_json_atomically(staging / "config.json", config.to_json())
+        tiles = [sample.tiles for sample in samples]
+        vision = convert_vision(source, staging / "vision", options.dtype, tiles, device)
         decoder = convert_decoder(
             source, staging / "rank0.safetensors", config, samples, vision.image_embeddings, device
         )
         if samples:
-            write_report(
-                staging / "quantization_report.json",
-                len(samples),
-                vision.report + decoder.linears,
-                decoder.attentions,
-            )
-        write_manifest(
-            staging,
-            "checkpoint",
-            arguments=options.to_json(),
-            limits={},
-            source=source.provenance(),
-        )
+            linears = vision.report + decoder.linears
+            report = staging / "quantization_report.json"
+            write_report(report, len(samples), linears, decoder.attentions)
+        write_manifest(staging, "checkpoint", limits={}, **made_from)
 
 
 def is_up_to_date(source: WeightSource, output_dir: Path, options: ConvertOptions) -> bool:
     """Whether `convert` would only repeat what `output_dir` already holds."""
-    if options.is_calibrated and not options.calib_data.is_file():
-        return False  # converting says what is wrong
-    return is_current(
-        output_dir, "checkpoint", arguments=options.to_json(), source=source.provenance()
-    )
+    made_from = _made_from(source, options, _load_samples(source, options))
+    return is_current(output_dir, "checkpoint", **made_from)
 
 
-def _load_samples(
-    source: WeightSource, options: ConvertOptions
-) -> list[calibration_set.CalibrationSample]:
-    if not options.is_calibrated:
-        return []
-    return calibration_set.load_calibration_set(
-        options.calib_data, options.calib_size, source.config, Tokenizer(source.tokenizer_dir)
-    )
+def _made_from(
+    source: WeightSource, options: ConvertOptions, samples: list[CalibrationSample]
+) -> dict[str, dict[str, Any]]:
+    """What the result depends on, for the manifest: the samples themselves, not their file."""
+    arguments = asdict(options)
+    del arguments["calib_data"], arguments["calib_size"]
+    arguments["calibration_sha256"] = calibration_set.digest(samples) if samples else None
+    return {"arguments": arguments, "source": source.provenance()}
 
 
-def _concatenate(tiles: list[torch.Tensor], source: WeightSource) -> torch.Tensor:
-    size = source.config.vision.image_size
-    return torch.cat([torch.empty(0, 3, size, size), *tiles])
-
-
-def _copy_tokenizer(source: WeightSource, tokenizer_dir: Path) -> None:
+def _load_samples(source: WeightSource, options: ConvertOptions) -> list[CalibrationSample]:
+    """Also the first look at the tokenizer, which must fit the model."""
     tokenizer = Tokenizer(source.tokenizer_dir)
     vocab_size = source.config.decoder.vocab_size
     if tokenizer.num_tokens > vocab_size:
@@ -132,7 +98,14 @@ def _copy_tokenizer(source: WeightSource, tokenizer_dir: Path) -> None:
             f"{source.tokenizer_dir / FILE_NAME} has {tokenizer.num_tokens} tokens but the model "
             f"has {vocab_size} embeddings; expected the tokenizer that belongs to the checkpoint"
         )
+    if not options.is_calibrated:
+        return []
+    return calibration_set.load_calibration_set(
+        options.calib_data, options.calib_size, source.config, tokenizer
+    )
+
+
+def _copy_tokenizer(source: WeightSource, tokenizer_dir: Path) -> None:
     tokenizer_dir.mkdir()
-    for name in _TOKENIZER_FILES:
-        if (source.tokenizer_dir / name).is_file():
-            shutil.copyfile(source.tokenizer_dir / name, tokenizer_dir / name)
+    for path in tokenizer_files(source.tokenizer_dir):
+        shutil.copyfile(path, tokenizer_dir / path.name)

@@ -61,18 +61,31 @@ def convert_decoder(
                 tensor.name, cast(tensor.sources[0], source.read(tensor.sources[0]), dtype)
             )
         for i in tqdm(range(config.decoder.num_hidden_layers), "decoder layers"):
-            tensors = _read_layer(source, i, dtype)
-            prefix = ENGINE_LAYER.format(i=i)
-            if samples:
-                layer = DecoderLayer(config.decoder, {k: v.to(device) for k, v in tensors.items()})
-                hidden, linears, attention = _calibrate_layer(layer, prefix, config, hidden)
-                del layer
-                tensors = quantize_layer(tensors, config, linears, attention)
-                result.linears.extend(linears.values())
-                result.attentions.append(attention)
-            for name, value in tensors.items():
-                writer.write(prefix + name, value)
+            _convert_layer(source, writer, config, i, hidden, result, device)
     return result
+
+
+def _convert_layer(
+    source: WeightSource,
+    writer: SafetensorsWriter,
+    config: CheckpointConfig,
+    i: int,
+    hidden: list[torch.Tensor],
+    result: DecoderStep,
+    device: torch.device,
+) -> None:
+    """A function of its own so that nothing of a layer outlives it."""
+    tensors = _read_layer(source, i, TORCH_DTYPES[config.dtype])
+    prefix = ENGINE_LAYER.format(i=i)
+    if hidden:
+        layer = DecoderLayer(config.decoder, {k: v.to(device) for k, v in tensors.items()})
+        linears, attention = _calibrate_layer(layer, prefix, config, hidden)
+        del layer
+        tensors = quantize_layer(tensors, config, linears, attention)
+        result.linears.extend(linears.values())
+        result.attentions.append(attention)
+    for name, value in tensors.items():
+        writer.write(prefix + name, value)
 
 
 def _embed_samples(
@@ -107,9 +120,9 @@ def _read_layer(source: WeightSource, i: int, dtype: torch.dtype) -> dict[str, t
 
 def _calibrate_layer(
     layer: DecoderLayer, prefix: str, config: CheckpointConfig, hidden: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], dict[str, LinearReport], AttentionReport]:
-    """Runs every sample through the layer in the unquantised dtype."""
-    observer = AmaxObserver(prefix)
+) -> tuple[dict[str, LinearReport], AttentionReport]:
+    """Runs every sample through the layer in the unquantised dtype, in place."""
+    observer = AmaxObserver(prefix, torch.finfo(TORCH_DTYPES[config.dtype]).max)
     for name in ENGINE_LINEARS:
         layer.linear(name).widen()
         observer.watch_inputs({name: layer.linear(name)})
@@ -120,15 +133,13 @@ def _calibrate_layer(
         return causal_attention(q, k, v, first_position=0).to(q.dtype)
 
     decoder = config.decoder
-    outputs = []
-    for rows in hidden:
+    for index, rows in enumerate(hidden):
         positions = torch.arange(len(rows), device=rows.device)
         cos, sin = rope_tables(positions, decoder.head_dim, decoder.rope_theta)
-        outputs.append(layer(rows, cos, sin, attend))
+        hidden[index] = layer(rows, cos, sin, attend)
     maxima = observer.maxima
     linears = {
         name: LinearReport(prefix + name, amax(layer.linear(name).weight), maxima[name])
         for name in ENGINE_LINEARS
     }
-    attention = AttentionReport(prefix + "attention", maxima["q"], maxima["k"], maxima["v"])
-    return outputs, linears, attention
+    return linears, AttentionReport(prefix + "attention", maxima["q"], maxima["k"], maxima["v"])

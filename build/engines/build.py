@@ -11,7 +11,7 @@ from build.engines.specification import BuildOptions, EngineSpec
 from nvlm import __version__, manifest
 from nvlm.checkpoint_tensors import decoder_tensors, open_checked
 from nvlm.json_files import write_json_atomically
-from nvlm.output_dir import staged_directory
+from nvlm.output_dir import OutputPlace, staged_directory
 from nvlm.vision_checkpoint import SCALES, WEIGHTS
 
 
@@ -19,16 +19,21 @@ def build_engine(
     spec: EngineSpec, engine_dir: Path, options: BuildOptions, *, overwrite: bool = False
 ) -> None:
     """Writes vision, decoder, tokenizer and manifest; `engine_dir` appears whole or not at all."""
-    with staged_directory(engine_dir, "--engine_dir", "engine", overwrite=overwrite) as staging:
+    place = OutputPlace(engine_dir, "--engine_dir", "engine", overwrite)
+    with staged_directory(place, _needed_bytes(spec, place)) as staging:
         _build_vision(spec, staging / "vision")
         _build_decoder(spec, staging / "llm")
         _copy_tokenizer(spec.checkpoint_dir / "tokenizer", staging / "tokenizer")
+        carried = {"llm/rank0.safetensors": "rank0.safetensors"}
+        carried |= {f"vision/{name}": f"vision/{name}" for name in (WEIGHTS, SCALES)}
+        files = spec.checkpoint.files
         manifest.write_manifest(
             staging,
             "engine",
             arguments=asdict(options),
             limits=spec.limits.to_json(),
             source=_provenance(spec),
+            known={name: files[old] for name, old in carried.items() if old in files},
         )
 
 
@@ -41,13 +46,21 @@ def is_up_to_date(spec: EngineSpec, engine_dir: Path, options: BuildOptions) -> 
 
 def _provenance(spec: EngineSpec) -> dict[str, object]:
     """What the engine was made from, and what `auto` chose on this machine."""
-    checkpoint = manifest.read_manifest(spec.checkpoint_dir, "checkpoint")
     return {
-        "checkpoint_digest": checkpoint.digest,
-        "checkpoint_versions": checkpoint.versions,
+        "checkpoint_digest": spec.checkpoint.digest,
+        "checkpoint_versions": spec.checkpoint.versions,
         "decoder": spec.decoder,
         "vision": spec.vision,
     }
+
+
+def _needed_bytes(spec: EngineSpec, place: OutputPlace) -> int:
+    """Disk for what is exported, and for what is carried over where links do not reach."""
+    exported = spec.plan.vision_weight_bytes if spec.vision == "onnxruntime" else 0
+    parent = next(path for path in place.final.parents if path.exists())
+    if parent.stat().st_dev == spec.checkpoint_dir.stat().st_dev:
+        return exported
+    return exported + sum(entry.size_bytes for entry in spec.checkpoint.files.values())
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -43,6 +43,7 @@ class BuildOptions:
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     checkpoint_dir: Path
+    checkpoint: manifest.Manifest
     config: CheckpointConfig
     vision_checkpoint: VisionCheckpoint
     decoder: Decoder
@@ -53,13 +54,20 @@ class EngineSpec:
 
 
 def specify(
-    checkpoint_dir: Path, options: BuildOptions, device: torch.device, memory_bytes: int
+    checkpoint_dir: Path,
+    options: BuildOptions,
+    device: torch.device,
+    memory_bytes: int,
+    *,
+    verify: bool = False,
 ) -> EngineSpec:
     """Reads the checkpoint and decides. Raises `UserError` for what cannot be built.
 
-    `auto` goes by the device the engine will run on and by its memory.
+    `auto` goes by the device the engine will run on and by its memory. `verify` hashes every file
+    of the checkpoint.
     """
-    manifest.read_manifest(checkpoint_dir, "checkpoint")
+    read = manifest.verify_all if verify else manifest.read_manifest
+    made = read(checkpoint_dir, "checkpoint")
     config = CheckpointConfig.read(checkpoint_dir / "config.json")
     checkpoint = VisionCheckpoint.read(checkpoint_dir / "vision")
     Tokenizer(checkpoint_dir / "tokenizer")  # found damaged now, not when the engine runs
@@ -77,8 +85,10 @@ def specify(
         max_seq_len=options.max_seq_len,
         max_num_tokens=options.max_num_tokens,
     )
-    plan = plan_engine(config, checkpoint.vision, precision, limits)
-    return EngineSpec(checkpoint_dir, config, checkpoint, "torch", vision, precision, limits, plan)
+    plan = plan_engine(config, checkpoint.vision, precision, limits, device, memory_bytes)
+    return EngineSpec(
+        checkpoint_dir, made, config, checkpoint, "torch", vision, precision, limits, plan
+    )
 
 
 def _choose_vision(

@@ -13,6 +13,7 @@ import torch
 
 from nvlm.config import NVLMConfig
 from nvlm.errors import UserError
+from nvlm.inputs.tokenizer import tokenizer_files
 from nvlm.json_files import read_json_object
 from nvlm.manifest import sha256_of
 from nvlm.safetensors_files import SafetensorsReader
@@ -20,6 +21,7 @@ from nvlm.tensor_names import model_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,11 @@ class HuggingFaceSource:
                     f"{self._model_dir / holder} has no tensor {tensor.name}, expected all "
                     f"{len(expected)} of NVLM-D; download it again"
                 )
+            if found.dtype not in _STORED_DTYPES:
+                raise UserError(
+                    f"{self._model_dir / str(file)}: {tensor.name} is stored as {found.dtype}, "
+                    "expected float32, float16 or bfloat16; give the unquantised checkpoint"
+                )
             if found.shape != tensor.shape:
                 raise UserError(
                     f"{self._model_dir / str(file)}: {tensor.name} has shape {list(found.shape)}, "
@@ -84,6 +91,9 @@ class HuggingFaceSource:
             "layout": "hugging_face",
             "config_sha256": sha256_of(self._model_dir / "config.json"),
             "index_sha256": sha256_of(index) if index.is_file() else None,
+            "tokenizer_sha256": {
+                path.name: sha256_of(path) for path in tokenizer_files(self.tokenizer_dir)
+            },
             "files": {
                 name: {"size_bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
                 for name in sorted(self._readers)

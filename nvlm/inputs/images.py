@@ -6,6 +6,7 @@ alpha dropped as the reference's `convert("RGB")` does; of an animation the firs
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import warnings
@@ -47,17 +48,19 @@ def load_image(
     if isinstance(source, Path) and _is_endless(source):
         raise UserError(f"image {where} is not a regular file; give a picture file")
     try:
-        data = source.read_bytes() if isinstance(source, Path) else source
+        if isinstance(source, Path) and source.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        size = source.stat().st_size if isinstance(source, Path) else len(source)
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"image {where} cannot be read: {reason}; give a picture file") from None
-    if not data:
+    if size == 0:
         raise UserError(f"image {where} is empty (0 bytes); give a whole picture file")
     try:
         with warnings.catch_warnings():
             # Remarks on odd metadata and palettes; what matters is raised.
             warnings.simplefilter("ignore")
-            return _decode(data, apply_exif)
+            return _decode(source, apply_exif)
     except Image.DecompressionBombError:
         raise UserError(
             f"image {where} has more than {MAX_IMAGE_PIXELS:,} pixels; give a smaller one"
@@ -70,8 +73,8 @@ def load_image(
         ) from None
 
 
-def _decode(data: bytes, apply_exif: bool) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
+def _decode(source: Path | bytes, apply_exif: bool) -> Image.Image:
+    with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
         width, height = image.size
         if width * height > MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
@@ -96,7 +99,7 @@ def _is_endless(path: Path) -> bool:
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any Pillow image."""
     if image.mode in _SIXTEEN_BIT_MODES:
-        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        values = np.clip(np.asarray(image).astype(np.int32), 0, 65535)
         # Round half up; 257 is odd, so value / 257 never lies exactly halfway.
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")

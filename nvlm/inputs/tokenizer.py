@@ -17,8 +17,14 @@ from nvlm.errors import UserError
 from nvlm.json_files import read_json_object
 
 FILE_NAME = "tokenizer.json"
-IM_START, IM_END, VISION_PAD = "<|im_start|>", "<|im_end|>", "<|vision_pad|>"
+_FILES = (FILE_NAME, "tokenizer_config.json", "vocab.json", "merges.txt")
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 _REQUIRED = (IM_START, IM_END)
+
+
+def tokenizer_files(tokenizer_dir: Path) -> list[Path]:
+    """What of a model directory belongs to its tokenizer."""
+    return [tokenizer_dir / name for name in _FILES if (tokenizer_dir / name).is_file()]
 
 
 class Tokenizer:

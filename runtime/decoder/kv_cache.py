@@ -26,7 +26,7 @@ class PagedKVCache:
     ) -> None:
         decoder = config.decoder
         assert (scales is not None) == (config.kv_cache_quant_algo == "FP8")
-        self._scales = scales
+        self._scales = None if scales is None else torch.tensor(scales, device=device)
         dtype = TORCH_DTYPES[config.dtype]
         if scales is not None:
             dtype = torch.bfloat16 if device.type == "cpu" else fp8.E4M3
@@ -54,7 +54,9 @@ class PagedKVCache:
     def read(self, layer: int, blocks: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the first `length` positions: float32 [length, kv_heads, head_dim] each."""
         table = torch.tensor(blocks[: -(-length // TOKENS_PER_BLOCK)], device=self._storage.device)
-        rows = self._storage[layer][:, table].flatten(1, 2)[:, :length].to(torch.float32)
-        if self._scales is not None:
-            rows = rows * self._scales[layer]
+        rows = self._storage[layer][:, table].flatten(1, 2)[:, :length]
+        if self._scales is None:
+            rows = rows.to(torch.float32)
+        else:
+            rows = fp8.dequantize(rows, self._scales[layer])
         return rows[0], rows[1]

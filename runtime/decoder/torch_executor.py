@@ -21,7 +21,7 @@ from nvlm.decoder_model import (
 from nvlm.errors import UserError
 from nvlm.limits import EngineLimits
 from nvlm.memory import total_memory_bytes
-from nvlm.plan import kv_bytes_per_token
+from nvlm.plan import kv_bytes_per_token, num_cache_tokens
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
 from runtime.decoder.kv_cache import PagedKVCache
 from runtime.decoder.scheduler import Scheduler, Sequence, num_blocks_for
@@ -52,7 +52,7 @@ class TorchDecoderExecutor:
     @classmethod
     def load(cls, engine: EngineDir, device: torch.device) -> TorchDecoderExecutor:
         config, limits = engine.checkpoint_config, engine.limits
-        cache_bytes = kv_bytes_per_token(config) * limits.max_batch_size * limits.max_seq_len
+        cache_bytes = kv_bytes_per_token(config) * num_cache_tokens(limits)
         memory_bytes = total_memory_bytes(device)
         if cache_bytes > memory_bytes:
             raise UserError(
@@ -134,8 +134,9 @@ class TorchDecoderExecutor:
 
     def _embed(self, sequence: Sequence) -> torch.Tensor:
         token_ids = torch.tensor(sequence.pending, device=self._device)
-        table = sequence.request.prompt_table
-        embedding = self._weights.embedding
+        embedding, table = self._weights.embedding, sequence.request.prompt_table
+        if sequence.num_cached > 0:
+            table = None  # only the prompt holds virtual tokens
         table = None if table is None else table.to(self._device)
         return embed(token_ids, embedding, table, embedding.dtype)
 

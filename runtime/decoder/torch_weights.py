@@ -28,11 +28,7 @@ class DecoderWeights:
 
 
 def load_weights(path: Path, config: CheckpointConfig, device: torch.device) -> DecoderWeights:
-    """Reads every tensor once.
-
-    On a CPU the linears are widened to float32 where that takes less than half of the memory;
-    otherwise they stay as stored and are widened at each use.
-    """
+    """Maps (on a CPU) or copies every tensor; linears are widened where `plan.may_widen` allows."""
     reader = open_checked(path, decoder_tensors(config))
 
     def read(name: str) -> torch.Tensor:

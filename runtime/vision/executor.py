@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 
 from nvlm.errors import UserError
+from nvlm.memory import total_memory_bytes
+from nvlm.plan import may_widen, vision_parameter_count
 from runtime.engine_dir import EngineDir
 
 
@@ -39,7 +41,9 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
     if engine.vision_executor == "torch":
         from runtime.vision.torch_executor import TorchVisionExecutor
 
-        model = engine.vision.load(engine.vision_precision, device)
+        num_parameters = vision_parameter_count(engine.vision.vision)
+        widen = may_widen(num_parameters, device, total_memory_bytes(device))
+        model = engine.vision.load(engine.vision_precision, device, widen=widen)
         return TorchVisionExecutor(model, max_num_tiles)
     raise UserError(
         f"{engine.directory} was built for vision executor {engine.vision_executor!r}, which this "
