@@ -29,6 +29,9 @@ setup: $(VENV)/.cpu
 setup-test: $(VENV)/.test
 
 $(VENV)/.cpu: requirements/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
+		echo "error: $(PYTHON) is not Python 3.11 or 3.12; use make PYTHON=python3.12 ..." >&2; exit 2; }
+	@echo "installing into $(VENV), which takes a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
 	@touch $@

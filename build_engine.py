@@ -52,23 +52,19 @@ def main() -> None:
     if arguments.memory_gb is not None:
         memory_bytes = int(arguments.memory_gb * 1e9)
     spec = specify(arguments.checkpoint_dir, options, device, memory_bytes, verify=arguments.verify)
-    for line in spec.plan.lines():
-        log.info(line)
-    fits = spec.plan.total_bytes <= memory_bytes
-    log.info("%s %.1f GB", "fits" if fits else "does NOT fit", memory_bytes / 1e9)
-    if arguments.dry_run:
-        print(json.dumps({**spec.plan.to_json(), "memory_bytes": memory_bytes, "fits": fits}))
-        return
     if arguments.if_stale and is_up_to_date(spec, arguments.engine_dir, options):
         log.info("%s is up to date", arguments.engine_dir)
         return
-    build_engine(
-        spec,
-        arguments.engine_dir,
-        options,
-        overwrite=arguments.overwrite or arguments.if_stale,
-    )
-    log.info("engine written to %s", arguments.engine_dir)
+    fits = spec.plan.total_bytes <= memory_bytes
+    if arguments.dry_run:
+        print(json.dumps({**spec.plan.to_json(), "memory_bytes": memory_bytes, "fits": fits}))
+    else:
+        overwrite = arguments.overwrite or arguments.if_stale
+        build_engine(spec, arguments.engine_dir, options, overwrite=overwrite)
+        log.info("engine written to %s", arguments.engine_dir)
+    for line in spec.plan.lines():
+        log.info(line)
+    log.info("%s %.1f GB", "fits" if fits else "does NOT fit", memory_bytes / 1e9)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from build.checkpoint.calibration_set import BUILT_IN
 from build.checkpoint.convert import ConvertOptions, convert, is_up_to_date
 from build.sources.hugging_face import HuggingFaceSource
 from nvlm import plan
+from nvlm.checkpoint_config import QuantAlgo
 from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
 from nvlm.dtypes import TORCH_DTYPES
 
 log = logging.getLogger("nvlm.convert_checkpoint")
 
-ALGORITHMS = {"FP8": "FP8", "none": None}
+ALGORITHMS: dict[str, QuantAlgo | None] = {"FP8": "FP8", "none": None}
 
 
 def parser() -> ArgumentParser:
@@ -26,7 +27,12 @@ def parser() -> ArgumentParser:
     add("--quant_algo", choices=ALGORITHMS, default="FP8", help="of the decoder's linears")
     add("--kv_cache_quant_algo", choices=ALGORITHMS, help="default: as --quant_algo")
     add("--dtype", choices=TORCH_DTYPES, default="bfloat16", help="of what is not quantised")
-    add("--calib_data", type=Path, default=BUILT_IN, help="JSONL of prompts and images")
+    add(
+        "--calib_data",
+        type=Path,
+        default=BUILT_IN,
+        help="JSONL of prompts and images (default: built in)",
+    )
     add("--calib_size", type=positive_int, default=16, help="samples used, at most")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="calibration runs there")
     add("--dry_run", action="store_true", help="print the plan as JSON and write nothing")

@@ -13,7 +13,7 @@ from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.limits import DEFAULT_MAX_NEW_TOKENS
 from runtime.answer_file import answer_json
 from runtime.batch import run_batch
-from runtime.mpi import World
+from runtime.mpi import World, rank_from
 from runtime.request_file import read_requests, with_sampling
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
@@ -107,4 +107,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main, rank=World.from_environment(os.environ).rank)
+    run(main, rank=rank_from(os.environ))

@@ -121,7 +121,8 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     path = directory / FILE_NAME
     command = _MADE_BY[kind].format(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory} does not exist; make it with {command}")
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise UserError(f"{directory} {what}; give what {command} made")
     mend = f"delete it or choose a new directory, and run {command}"
     if not path.is_file():
         raise UserError(
@@ -132,6 +133,11 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     except UserError as error:
         raise UserError(f"{error}; {mend}") from None
     found = values.get("kind"), values.get("format_version")
+    if found[0] in _MADE_BY and found[0] != kind:
+        raise UserError(
+            f"{path} describes a {found[0]!r} directory, expected a {kind!r} one; give the one "
+            f"that {command.split()[0]} made"
+        )
     if found != (kind, FORMAT_VERSION):
         raise UserError(
             f"{path} describes a {found[0]!r} directory of format {found[1]!r}, expected a "

@@ -88,7 +88,7 @@ def staged_directory(place: OutputPlace, needed_bytes: int = 0) -> Iterator[Path
 def check_replaceable(place: OutputPlace) -> None:
     """Raises `UserError` when the place is taken and may not be replaced."""
     final = place.final
-    if final.is_mount():
+    if final.is_mount() or not final.name:
         raise UserError(f"{place.name} is a mount point; give a directory inside it")
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return

@@ -133,6 +133,7 @@ def plan_engine(
     if may_widen(vision_parameter_count(vision), device, memory_bytes):
         vision_weights = 4 * vision_parameter_count(vision)
     per_token = kv_bytes_per_token(config)
+    num_tokens = limits.max_batch_size * limits.max_seq_len  # every place at its longest
     is_wide_cache = config.kv_cache_quant_algo == "FP8" and device.type == "cpu"
     # A step's widest rows: the MLP's halves and their product, in `dtype` and in float32.
     mlp = _MLP_BYTES_PER_VALUE * limits.max_num_tokens * decoder.intermediate_size
@@ -141,13 +142,8 @@ def plan_engine(
         decoder_weight_bytes=decoder_weights,
         vision_weight_bytes=vision_weights,
         kv_bytes_per_token=per_token,
-        kv_cache_bytes=(2 if is_wide_cache else 1) * per_token * num_cache_tokens(limits),
+        kv_cache_bytes=(2 if is_wide_cache else 1) * per_token * num_tokens,
         prompt_table_bytes=limits.max_multimodal_len * decoder.hidden_size * itemsize,
         workspace_bytes=mlp + logits + widened,
         limits=limits,
     )
-
-
-def num_cache_tokens(limits: EngineLimits) -> int:
-    """Positions of the KV cache: every place of the batch at its longest."""
-    return limits.max_batch_size * limits.max_seq_len

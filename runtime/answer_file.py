@@ -34,6 +34,26 @@ class AnswerFile:
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             # Reading back what a pipe or device was given waits for ever.
             raise UserError(f"--output_file {path} is not a regular file; give the name of one")
+        try:
+            # Unbuffered: what fails to be written must not be written again by `close`.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"--output_file {path} cannot be written: {error.strerror}") from None
+        try:
+            self._take_over()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take_over(self) -> None:
+        """Locks the file, then counts what it holds: nobody else writes from here on."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing --output_file {self._path}; wait for it or choose "
+                "another"
+            ) from None
         data = self._read()
         whole, tail = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
         answers = [self._parse(number, text) for number, text in enumerate(whole.splitlines(), 1)]
@@ -41,18 +61,6 @@ class AnswerFile:
         self.num_errors = sum("error" in answer for answer in answers)
         if tail and not self._begins_next_answer(tail):
             raise self._foreign(self.num_finished + 1)
-        try:
-            # Unbuffered: what fails to be written must not be written again by `close`.
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"--output_file {path} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(
-                f"another process is writing --output_file {path}; wait for it or choose another"
-            ) from None
         self._file.truncate(len(whole))
         self._file.seek(0, os.SEEK_END)  # truncating does not move the position
 
@@ -82,8 +90,6 @@ class AnswerFile:
     def _read(self) -> bytes:
         try:
             return self._path.read_bytes()
-        except FileNotFoundError:
-            return b""
         except OSError as error:
             raise UserError(
                 f"--output_file {self._path} cannot be read: {error.strerror}"

@@ -20,8 +20,22 @@ class World:
     def from_environment(cls, environment: Mapping[str, str]) -> World:
         for size, rank in _VARIABLES:
             if size in environment:
-                return cls(int(environment[size]), int(environment.get(rank, "0")))
+                values = environment[size], environment.get(rank, "0")
+                if not all(value.isdecimal() for value in values):
+                    raise UserError(
+                        f"{size}={values[0]} and {rank}={values[1]} in the environment, expected "
+                        "numbers; start with mpirun, or unset them"
+                    )
+                return cls(int(values[0]), int(values[1]))
         return cls()
+
+
+def rank_from(environment: Mapping[str, str]) -> int:
+    """For the log, which must not fail: 0 where the environment says nothing sensible."""
+    try:
+        return World.from_environment(environment).rank
+    except UserError:
+        return 0
 
 
 def require_world_size(world: World, tp_size: int, pp_size: int) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from nvlm.inputs.images import load_image
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest, StepOutput
 from runtime.engine_dir import EngineDir
 from runtime.runner import Runner
@@ -17,15 +17,26 @@ from tests.reference import internvit_float64, prompts, qwen2_hugging_face, tili
 from tools.make_random_checkpoint import Shape
 
 IMAGES = Path(__file__).parent / "data" / "images"
+PHOTO = Path(__file__).parents[1] / "examples" / "coffee.jpg"
 
-# What is asked, and the tiles it takes with grids of at most 6.
-ONE_TILE = (("square_448x448.png",), "What is this?")
-SEVEN_TILES = (("landscape_800x450.png",), "Describe this image in one sentence.")
-THREE_IMAGES = (
-    ("portrait_400x1000.png", "pixel_1x1.png", "landscape_800x450.png"),
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """`num_tiles`: of each image, with grids of at most 6."""
+
+    text: str
+    paths: tuple[Path, ...] = ()
+    num_tiles: tuple[int, ...] = ()
+
+
+ONE_TILE = Question("What is this?", (IMAGES / "photo_36x36.png",), (1,))
+SEVEN_TILES = Question("Describe this image in one sentence.", (PHOTO,), (7,))
+THREE_IMAGES = Question(
     "How many shapes are there?",
+    tuple(IMAGES / f"{n}.png" for n in ("portrait_400x1000", "pixel_1x1", "landscape_800x450")),
+    (4, 1, 3),
 )
-TEXT_ONLY = ((), "The quick brown fox jumps over the")
+TEXT_ONLY = Question("The quick brown fox jumps over the")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +44,17 @@ class Case:
     heads: int
     key_value_heads: int
     head_dim: int
-    question: tuple[tuple[str, ...], str]
+    question: Question
     seed: int
     image_size: int = 56
+    num_layers: int = 2
 
     @property
     def shape(self) -> Shape:
         return Shape(
             hidden_size=self.heads * self.head_dim,
             intermediate_size=256,
+            num_hidden_layers=self.num_layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.key_value_heads,
             image_size=self.image_size,
@@ -49,17 +62,16 @@ class Case:
 
     @property
     def name(self) -> str:
-        ratio = self.heads // self.key_value_heads
-        images = len(self.question[0])
-        return f"ratio{ratio}-dim{self.head_dim}-{images}images-{self.image_size}px-{self.seed}"
-
-    @property
-    def paths(self) -> list[Path]:
-        return [IMAGES / name for name in self.question[0]]
+        ratio, tiles = self.heads // self.key_value_heads, sum(self.question.num_tiles)
+        return (
+            f"ratio{ratio}-dim{self.head_dim}-{len(self.question.paths)}images-{tiles}tiles-"
+            f"{self.image_size}px-{self.num_layers}layers-{self.seed}"
+        )
 
     def request(self, num_steps: int) -> GenerationRequest:
+        question = self.question
         return GenerationRequest.images_first(
-            self.question[1], tuple(self.paths), max_new_tokens=num_steps
+            question.text, question.paths, max_new_tokens=num_steps
         )
 
 
@@ -137,13 +149,14 @@ def reference(model_dir: Path, case: Case) -> Reference:
     """Everything from the published files by code that is not ours."""
     config = internvit_float64.read_config(model_dir)
     tiles = [
-        tiling.tiles(load_image(path), config["max_dynamic_patch"], case.image_size)
-        for path in case.paths
+        tiling.tiles(Image.open(path), config["max_dynamic_patch"], case.image_size)
+        for path in case.question.paths
     ]
+    assert tuple(len(t) for t in tiles) == case.question.num_tiles
     tokenizer = prompts.load_tokenizer(model_dir / "tokenizer.json")
     tokens_per_tile = (case.image_size // 28) ** 2
     token_ids = prompts.hugging_face(
-        tokenizer, case.question[1], [len(t) for t in tiles], tokens_per_tile
+        tokenizer, case.question.text, [len(t) for t in tiles], tokens_per_tile
     )
     model = qwen2_hugging_face.load(model_dir)
     pad = tokenizer.convert_tokens_to_ids(prompts.PAD)

@@ -23,6 +23,8 @@ from tests.tolerances import (
     BF16_TOP1,
     FP8_DEFINITION,
     FP8_DEFINITION_SHARE,
+    FP8_DEFINITION_SHARE_DEEP,
+    FP8_FLIPPED,
     FP8_LOGITS,
     FP8_TOP1,
     FP8_VISION_LOGITS,
@@ -133,12 +135,18 @@ def definition_errors(case: Case, workshop: Workshop) -> list[float]:
     return [relative_error(f, torch.from_numpy(w)) for f, w in zip(found, wanted, strict=True)]
 
 
-def test_fp8_computes_exactly_what_the_checkpoint_says(workshop: Workshop) -> None:
-    errors = [error for case in CASES[::3] for error in definition_errors(case, workshop)]
+@pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)
+def test_fp8_computes_exactly_what_the_checkpoint_says(case: Case, workshop: Workshop) -> None:
+    """One layer, so that a value that falls on the other side of the middle between two e4m3
+    numbers (1e-7 is enough) disturbs its own position and is not carried through the model."""
+    errors = definition_errors(replace(case, num_layers=1), workshop)
 
     exact = np.mean(np.array(errors) <= FP8_DEFINITION)
     print(f"{exact:.3f} of {len(errors)} positions exact, largest error {max(errors):.1e}")
-    # A value within 1e-7 of the middle between two e4m3 numbers may round either way; behind one
-    # such flip the two models are as far apart as two roundings of the same model.
     assert exact >= FP8_DEFINITION_SHARE
-    assert max(errors) <= FP8_LOGITS
+    assert max(errors) <= FP8_FLIPPED
+
+
+def test_fp8_of_several_layers_is_as_exact_where_nothing_flips(workshop: Workshop) -> None:
+    errors = [error for case in SHARED for error in definition_errors(case, workshop)]
+    assert np.mean(np.array(errors) <= FP8_DEFINITION) >= FP8_DEFINITION_SHARE_DEEP

@@ -30,9 +30,14 @@ FP8_LOGITS = 0.40
 FP8_TOP1 = 0.60  # 0.70 measured over 64 positions
 FP8_VISION_LOGITS = 0.40  # 0.22 to 0.31 measured: the decoder's rounding dominates
 
-# The same e4m3 values multiplied and added in float32 and in float64 (1.2e-7 to 2e-7 measured).
+# The same e4m3 values multiplied and added in float32 and in float64 (1.2e-7 to 3e-7 measured).
 FP8_DEFINITION = 1e-6
-FP8_DEFINITION_SHARE = 0.5  # of positions, those behind no flipped e4m3 value (0.81 measured)
+# A value within 1e-7 of the middle between two e4m3 numbers may round to either; what attends to
+# that position is then off by a few per cent (2.3e-2 measured). In one layer that is rare: every
+# model of the tests has 94 % of its positions exact, most all. Another formula has none.
+FP8_DEFINITION_SHARE = 0.75
+FP8_DEFINITION_SHARE_DEEP = 0.5  # through two layers; 0.81 measured
+FP8_FLIPPED = 0.1
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

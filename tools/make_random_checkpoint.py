@@ -173,7 +173,8 @@ def _write_shards(
     model_dir: Path, shards: list[list[StoredTensor]], config: NVLMConfig, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weight_map, total_size = {}, 0
+    weight_map: dict[str, str] = {}
+    total_size = 0
     for number, tensors in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         infos = {tensor.name: TensorInfo(tensor.dtype, tensor.shape) for tensor in tensors}

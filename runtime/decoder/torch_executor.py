@@ -21,7 +21,7 @@ from nvlm.decoder_model import (
 from nvlm.errors import UserError
 from nvlm.limits import EngineLimits
 from nvlm.memory import total_memory_bytes
-from nvlm.plan import kv_bytes_per_token, num_cache_tokens
+from nvlm.plan import plan_engine
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
 from runtime.decoder.kv_cache import PagedKVCache
 from runtime.decoder.scheduler import Scheduler, Sequence, num_blocks_for
@@ -51,14 +51,23 @@ class TorchDecoderExecutor:
 
     @classmethod
     def load(cls, engine: EngineDir, device: torch.device) -> TorchDecoderExecutor:
-        config, limits = engine.checkpoint_config, engine.limits
-        cache_bytes = kv_bytes_per_token(config) * num_cache_tokens(limits)
-        memory_bytes = total_memory_bytes(device)
-        if cache_bytes > memory_bytes:
+        config, memory_bytes = engine.checkpoint_config, total_memory_bytes(device)
+        plan = plan_engine(
+            config,
+            engine.vision.vision,
+            engine.vision_precision,
+            engine.limits,
+            device,
+            memory_bytes,
+        )
+        # A CPU maps its weights and can page them; the cache has to be there.
+        weight_bytes = 0 if device.type == "cpu" else plan.decoder_weight_bytes
+        needed_bytes = plan.kv_cache_bytes + weight_bytes
+        if needed_bytes > memory_bytes:
             raise UserError(
-                f"the KV cache of {engine.directory} takes {cache_bytes / 1e9:.1f} GB, {device} "
-                f"has {memory_bytes / 1e9:.1f} GB; build it with a smaller --max_batch_size or "
-                "--max_seq_len"
+                f"the KV cache of {engine.directory} takes {plan.kv_cache_bytes / 1e9:.1f} GB and "
+                f"its weights {weight_bytes / 1e9:.1f} GB of {device}'s {memory_bytes / 1e9:.1f} "
+                "GB; build it with a smaller --max_batch_size or --max_seq_len"
             )
         weights = load_weights(engine.directory / "llm" / "rank0.safetensors", config, device)
         return cls(config, engine.limits, weights, device)
