@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,14 +58,16 @@ def staged_directory(place: OutputPlace, needed_bytes: int = 0) -> Iterator[Path
     `needed_bytes` is checked against the free disk before anything is written. Only a directory
     with our manifest of the same kind is ever replaced.
     """
-    staging = place.staging
     with ExitStack() as stack:
         try:
             check_replaceable(place)
+            staging = place.staging
             place.final.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(place))
             _clear(place)
         except OSError as error:
+            with suppress(OSError, ValueError):
+                place.staging.rmdir()  # made just now, if it is empty
             if error.errno in _NO_SPACE:
                 raise _disk_full(place) from error
             raise UserError(

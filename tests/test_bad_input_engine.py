@@ -54,8 +54,8 @@ def test_a_truncated_decoder_file_is_refused(
     [
         (lambda d: cut(d / "rank0.safetensors", 9999), ("rank0.safetensors", "not a whole")),
         (
-            lambda d: edit_json(d / "config.json", "hidden_size", 64),
-            ("rank0.safetensors", "64]", "asks for"),
+            lambda d: edit_json(d / "config.json", "intermediate_size", 64),
+            ("rank0.safetensors", "[64, 128]", "asks for"),
         ),
         (lambda d: edit_json(d / "config.json", "vocab_size", ...), ("vocab_size is missing",)),
         (lambda d: edit_json(d / "config.json", "qwen_type", "qwen3"), ("'qwen3'", "'qwen2'")),
@@ -191,7 +191,7 @@ def test_an_unfinished_or_damaged_engine_is_refused(
         (lambda d: edit_json(d / "manifest.json", "limits.max_input_len", ...), ("max_input_len",)),
         (lambda d: edit_json(d / "manifest.json", "limits.x", 1), ("'x'", "again")),
         (
-            lambda d: edit_json(d / "llm" / "config.json", "pretrained_config.hidden_size", 64),
+            lambda d: edit_json(d / "llm" / "config.json", "pretrained_config.vocab_size", 64),
             ("rank0", "asks for"),
         ),
         (lambda d: (d / "llm" / "config.json").unlink(), ("config.json does not exist",)),

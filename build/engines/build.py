@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -57,7 +58,7 @@ def _provenance(spec: EngineSpec) -> dict[str, object]:
 def _needed_bytes(spec: EngineSpec, place: OutputPlace) -> int:
     """Disk for what is exported, and for what is carried over where links do not reach."""
     exported = spec.plan.vision_weight_bytes if spec.vision == "onnxruntime" else 0
-    parent = next(p for p in (place.final, *place.final.parents) if p.exists())
+    parent = next(p for p in (place.final, *place.final.parents) if os.path.exists(p))
     if parent.stat().st_dev == spec.checkpoint_dir.stat().st_dev:
         return exported
     return exported + sum(entry.size_bytes for entry in spec.checkpoint.files.values())
