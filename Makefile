@@ -12,8 +12,6 @@ DECODER ?= auto
 VISION ?= auto
 
 DEMO := work/demo
-PHOTO := examples/coffee.jpg
-QUESTION := What is in the cup?
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-test demo engine test test-all lint benchmark clean
@@ -43,14 +41,7 @@ $(VENV)/.test: requirements/test.txt $(VENV)/.cpu
 demo: setup
 	@echo "No weights of NVLM-D are shipped: this demo makes a tiny model of RANDOM weights in the"
 	@echo "published layout, so the answer below shows the machinery, not knowledge."
-	@test -f $(DEMO)/model/config.json || \
-		$(BIN)/python -m tools.make_random_checkpoint --output_dir $(DEMO)/model
-	@$(MAKE) --no-print-directory engine MODEL_DIR=$(DEMO)/model \
-		CHECKPOINT_DIR=$(DEMO)/checkpoint ENGINE_DIR=$(DEMO)/engine
-	@echo "photo:    $(PHOTO)"
-	@echo "question: $(QUESTION)"
-	@$(BIN)/python run.py --engine_dir $(DEMO)/engine --image $(PHOTO) \
-		--prompt "$(QUESTION)" --max_new_tokens 24 --json
+	@$(BIN)/python -m tools.demo
 
 # Converts and builds what is not up to date with its input and arguments.
 engine: setup
