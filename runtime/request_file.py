@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm.errors import UserError
+from nvlm.jsonl import read_jsonl_lines
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, ImageSource
 
@@ -38,16 +39,9 @@ class RequestLine:
 
 def read_requests(path: Path, defaults: GenerationRequest) -> list[RequestLine]:
     """All lines; `defaults` gives the options a line leaves out."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"--input_file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--input_file {path} is not UTF-8: {error}") from None
     return [
         _read_line(path, number, line, defaults)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
+        for number, line in read_jsonl_lines(path, "--input_file")
     ]
 
 

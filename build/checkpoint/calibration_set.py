@@ -21,6 +21,7 @@ from nvlm.inputs.images import load_image
 from nvlm.inputs.prompt import Prompt, build_prompt, images_first
 from nvlm.inputs.tiling import tile_image
 from nvlm.inputs.tokenizer import Tokenizer
+from nvlm.jsonl import read_jsonl_lines
 
 _EXPECTED = 'expected {"prompt": "...", "images": ["path", ...]} on each line'
 
@@ -48,17 +49,7 @@ def load_calibration_set(
     path: Path, num_samples: int, config: NVLMConfig, tokenizer: Tokenizer
 ) -> list[CalibrationSample]:
     """The first `num_samples` samples of a JSONL file. Raises `UserError` naming file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(
-            f"--calib_data {path} cannot be read: {error.strerror}; give a JSONL file"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--calib_data {path} cannot be read: {error}; give a JSONL file in UTF-8"
-        ) from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    numbered = read_jsonl_lines(path, "--calib_data")
     if not numbered:
         raise UserError(f"--calib_data {path} has no samples; {_EXPECTED}")
     samples = []
