@@ -14,7 +14,7 @@ from runtime.engine_dir import EngineDir
 from runtime.runner import Runner
 from runtime.types import GenerationRequest
 from tests.reference import internvit_float64, prompts, qwen2_hugging_face, tiling
-from tools.make_random_checkpoint import Shape
+from tools.model_dir import Shape
 
 IMAGES = Path(__file__).parent / "data" / "images"
 PHOTO = Path(__file__).parents[1] / "examples" / "coffee.jpg"

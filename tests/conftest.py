@@ -13,7 +13,8 @@ from build.checkpoint.convert import ConvertOptions, convert
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
-from tools.make_random_checkpoint import PRESETS, Shape, write_random_checkpoint
+from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
+from tools.model_dir import Shape
 
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]

@@ -10,7 +10,8 @@ import pytest
 
 from nvlm.config import NVLMConfig
 from nvlm.errors import UserError
-from tools.make_random_checkpoint import PRESETS, config_json
+from tools.make_random_checkpoint import PRESETS
+from tools.model_dir import config_json
 
 PATH = Path("model/config.json")
 

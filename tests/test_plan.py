@@ -12,7 +12,8 @@ from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.config import NVLMConfig
 from nvlm.errors import UserError
 from nvlm.limits import EngineLimits, derive_limits
-from tools.make_random_checkpoint import PRESETS, config_json
+from tools.make_random_checkpoint import PRESETS
+from tools.model_dir import config_json
 
 GIB = 1 << 30
 

@@ -21,7 +21,8 @@ from nvlm.tensor_names import (
     StoredTensor,
     model_tensors,
 )
-from tools.make_random_checkpoint import PRESETS, config_json
+from tools.make_random_checkpoint import PRESETS
+from tools.model_dir import config_json
 
 
 def engine_slots(config: NVLMConfig) -> dict[str, tuple[str, int]]:

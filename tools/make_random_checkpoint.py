@@ -9,40 +9,15 @@ and tokenizer. For tests, benchmarks and, until real weights are at hand, for tr
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nvlm.config import NUM_DUMMY_HEADS, NVLMConfig
-from nvlm.safetensors_files import SafetensorsWriter, TensorInfo
-from nvlm.tensor_names import StoredTensor, model_tensors
+from nvlm.tensor_names import StoredTensor
 from tools.make_tokenizer import write_tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The sizes of a checkpoint; the defaults make one that runs anywhere in milliseconds."""
-
-    vision_hidden_size: int = 96
-    vision_intermediate_size: int = 192
-    vision_num_hidden_layers: int = 2
-    vision_num_attention_heads: int = 3
-    image_size: int = 56
-    patch_size: int = 14
-    hidden_size: int = 128
-    intermediate_size: int = 256
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    vocab_size: int = 512
-    max_position_embeddings: int = 32768
-    rope_theta: float = 1e6
-    max_dynamic_patch: int = 6
-
+from tools.model_dir import Shape, model_config, write_model_dir
 
 PRESETS = {
     "tiny": Shape(),
@@ -77,64 +52,6 @@ PRESETS = {
 }
 
 
-def config_json(shape: Shape) -> dict[str, Any]:
-    """config.json as nvidia/NVLM-D-72B publishes it, stale keys included, with other sizes."""
-    return {
-        "architectures": ["NVLM_D"],
-        "model_type": "NVLM_D",
-        "torch_dtype": "bfloat16",
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "force_image_size": shape.image_size,
-        "max_dynamic_patch": shape.max_dynamic_patch,
-        "min_dynamic_patch": 1,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "template": "chatml",
-        "use_thumbnail": True,
-        "use_backbone_lora": 0,
-        "use_llm_lora": 0,
-        "llm_config": {
-            "_name_or_path": "Qwen/Qwen2-72B-Instruct",
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": shape.hidden_size,
-            "intermediate_size": shape.intermediate_size,
-            "num_hidden_layers": shape.num_hidden_layers,
-            "num_attention_heads": shape.num_attention_heads,
-            "num_key_value_heads": shape.num_key_value_heads,
-            "vocab_size": shape.vocab_size,
-            "max_position_embeddings": shape.max_position_embeddings,
-            "rope_theta": shape.rope_theta,
-            "rope_scaling": {"type": "dynamic", "factor": 3.0},
-            "rms_norm_eps": 1e-6,
-            "hidden_act": "silu",
-            "attention_bias": True,
-            "mlp_bias": False,
-            "attention_dropout": 0.0,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-        },
-        "vision_config": {
-            "architectures": ["InternVisionModel"],
-            "model_type": "intern_vit_6b",
-            "hidden_size": shape.vision_hidden_size,
-            "intermediate_size": shape.vision_intermediate_size,
-            "num_hidden_layers": shape.vision_num_hidden_layers,
-            "num_attention_heads": shape.vision_num_attention_heads,
-            "image_size": shape.image_size,
-            "patch_size": shape.patch_size,
-            "num_channels": 3,
-            "qk_normalization": True,
-            "qkv_bias": False,
-            "norm_type": "rms_norm",
-            "layer_norm_eps": 1e-6,
-            "hidden_act": "gelu",
-            "torch_dtype": "bfloat16",
-        },
-    }
-
-
 def write_random_checkpoint(
     model_dir: Path,
     shape: Shape,
@@ -145,49 +62,19 @@ def write_random_checkpoint(
 ) -> None:
     """Writes a whole model directory; with `tokenizer_dir`, that tokenizer is copied into it."""
     model_dir.mkdir(parents=True, exist_ok=True)
-    values = config_json(shape)
-    config = NVLMConfig.from_hf(values, model_dir / "config.json")
     if tokenizer_dir is None:
         num_tokens = write_tokenizer(model_dir)
         assert num_tokens <= shape.vocab_size, f"{num_tokens} tokens, {shape.vocab_size} rows"
     else:
         for path in tokenizer_dir.glob("tokenizer*.json"):
             shutil.copy(path, model_dir)
-    _write_shards(model_dir, _shards(model_tensors(config), max_shard_bytes), config, seed)
-    # Last: a directory with a config.json is a whole one.
-    (model_dir / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
-    shards: list[list[StoredTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        num_bytes = TensorInfo(tensor.dtype, tensor.shape).num_bytes
-        if shards[-1] and size + num_bytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += num_bytes
-    return shards
-
-
-def _write_shards(
-    model_dir: Path, shards: list[list[StoredTensor]], config: NVLMConfig, seed: int
-) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weight_map: dict[str, str] = {}
-    total_size = 0
-    for number, tensors in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        infos = {tensor.name: TensorInfo(tensor.dtype, tensor.shape) for tensor in tensors}
-        (model_dir / file_name).unlink(missing_ok=True)
-        with SafetensorsWriter(model_dir / file_name, infos) as writer:
-            for tensor in tensors:
-                writer.write(tensor.name, random_tensor(tensor, config, generator))
-        weight_map |= dict.fromkeys(infos, file_name)
-        total_size += sum(info.num_bytes for info in infos.values())
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (model_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config = model_config(shape)
+
+    def value_of(tensor: StoredTensor) -> torch.Tensor:
+        return random_tensor(tensor, config, generator)
+
+    write_model_dir(model_dir, shape, value_of, max_shard_bytes)
 
 
 def random_tensor(

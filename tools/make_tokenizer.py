@@ -35,7 +35,20 @@ quick brown fox jumps over the lazy dog. system user assistant <Image><tile_1><t
 
 def write_tokenizer(tokenizer_dir: Path, num_base_tokens: int = 400) -> int:
     """Writes tokenizer.json and tokenizer_config.json; returns the number of tokens."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = qwen_tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_base_tokens,
+        initial_alphabet=pre.ByteLevel.alphabet(),
+        show_progress=False,
+        min_frequency=1,
+    )
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    return save_tokenizer(tokenizer, tokenizer_dir)
+
+
+def qwen_tokenizer(model: models.BPE) -> Tokenizer:
+    """Qwen2's normaliser, splits and byte alphabet around `model`."""
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre.Sequence(
         [
@@ -44,13 +57,11 @@ def write_tokenizer(tokenizer_dir: Path, num_base_tokens: int = 400) -> int:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=num_base_tokens,
-        initial_alphabet=pre.ByteLevel.alphabet(),
-        show_progress=False,
-        min_frequency=1,
-    )
-    tokenizer.train_from_iterator([_TEXT], trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, tokenizer_dir: Path) -> int:
+    """Adds the special tokens and writes both files; returns the number of tokens."""
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token) for token in NON_SPECIAL_TOKENS])
     tokenizer.save(str(tokenizer_dir / "tokenizer.json"))
