@@ -338,13 +338,14 @@ def test_dummy_heads_that_are_not_zero_are_kept_as_from_hugging_face(tmp_path: P
         (Layout(2, iteration=12345678), "iter_12345678"),
         (Layout(2, iteration="release"), "release"),
         (Layout(1, 2, layers_per_stage=(1, 3)), "iter_0000001"),
+        (Layout(2, 3, layers_per_stage=(0, 3, 1), embedding_stage=1), "iter_0000001"),
         # As pp_checkpoint_converter.py leaves them.
         (Layout(1, 2, extra_args={"pipeline_model_parallel_size": 1}), "iter_0000001"),
         # As another language model's conversion leaves them.
         (Layout(extra_args={"vision_model_type": ..., "kv_channels": None}), "iter_0000001"),
     ],
 )
-def test_the_iteration_is_found_from_the_tracker_or_as_the_only_one_or_given(
+def test_any_iteration_and_stages_are_found_from_the_tracker_or_without_it(
     tmp_path: Path, hf_dir: Path, layout: Layout, folder: str
 ) -> None:
     top = tmp_path / "megatron"
@@ -354,8 +355,9 @@ def test_the_iteration_is_found_from_the_tracker_or_as_the_only_one_or_given(
     def check(model_dir: Path) -> None:
         source = open_source(model_dir, tokenizer_dir=hf_dir)
         assert isinstance(source, MegatronSource)
-        for name in (EMBED_TOKENS, "language_model.model.layers.3.mlp.up_proj.weight"):
-            assert torch.equal(source.read(name), whole.read(name).bfloat16())
+        for tensor in model_tensors(whole.config):
+            found, expected = source.read(tensor.name), whole.read(tensor.name)
+            assert torch.equal(found, expected.bfloat16()), tensor.name
 
     check(top)
     check(top / folder)

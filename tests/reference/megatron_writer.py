@@ -35,13 +35,18 @@ Edit = Callable[[int, int, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Layout:
-    """`layers_per_stage`: None for an even split. `vocab_rows`: None for Megatron's padding."""
+    """`layers_per_stage`: None for an even split. `vocab_rows`: None for Megatron's padding.
+
+    `embedding_stage` is 1 where the vision model has the first stage for itself
+    (--encoder-pipeline-model-parallel-size 1).
+    """
 
     tp_size: int = 1
     pp_size: int = 1
     iteration: int | str = 1
     layers_per_stage: tuple[int, ...] | None = None
     vocab_rows: int | None = None
+    embedding_stage: int = 0
     extra_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -106,6 +111,7 @@ def rank_tensors(
     model: dict[str, Any] = OrderedDict()
     if pp == 0:
         model |= _vision(weights, config, size, tp)
+    if pp == layout.embedding_stage:
         rows = _padded(weights["language_model.model.embed_tokens.weight"], layout)
         model["language_model.embedding.word_embeddings.weight"] = _part(rows, 0, size, tp)
     for local in range(per_stage[pp]):

@@ -7,6 +7,7 @@ what is allowed here. Classes that training state is made of become placeholders
 from __future__ import annotations
 
 import argparse
+import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,6 @@ _INERT = {
     "numpy.ndarray",
     "numpy.dtype",
     "signal.Signals",  # args.exit_signal
-    "builtins.getattr",  # how Python 3.11 writes a member of an enumeration
 }
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -65,7 +65,7 @@ class RankFile:
         if not isinstance(values, dict) or not isinstance(args, argparse.Namespace):
             raise UserError(
                 f"{path} holds no Megatron arguments, expected a dictionary with 'args' and "
-                "'model' as Megatron-Core saves it; give such a checkpoint"
+                "'model' as Megatron-Core saves it; give such a checkpoint, or copy it again"
             )
         if "model0" in values:
             raise UserError(
@@ -98,8 +98,6 @@ def _load(path: Path) -> Any:
             # Mapped, a compressed record would be read as if its bytes were the tensor's.
             stored = all(r.compress_type == zipfile.ZIP_STORED for r in archive.infolist())
         names = set(get_unsafe_globals_in_checkpoint(str(path)))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except Exception as error:  # zip and pickle readers raise whatever the bytes lead them to
         raise _damaged(path, error) from None
     if not stored:
@@ -107,13 +105,18 @@ def _load(path: Path) -> Any:
     refused = sorted(n for n in names if n != _NAMESPACE and not _is_inert(n))
     if refused:
         raise UserError(
-            f"{path} asks for {', '.join(refused[:3])}, which is refused: only tensors, plain "
-            "values and Megatron's own classes are read; save it with 'args' and 'model' alone"
+            f"{path} asks for {refused[0][:80]!r}, which is refused: only tensors, plain values "
+            "and Megatron's own classes are read; save it with 'args' and 'model' alone"
         )
     allowed: list[Any] = [(_Placeholder, name) for name in names - {_NAMESPACE}]
     try:
         with safe_globals([*allowed, (argparse.Namespace, _NAMESPACE)]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:  # torch's own words advise to switch the protection off
+        raise UserError(
+            f"{path} is refused: its pickle does more than name tensors and plain values, expected "
+            "what Megatron-Core saves; copy or save the checkpoint again"
+        ) from None
     except Exception as error:
         raise _damaged(path, error) from None
 
@@ -123,9 +126,10 @@ def _is_inert(name: str) -> bool:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+    reason = str(error).strip().partition("\n")[0][:200] or "it ends too early"
     return UserError(
-        f"{path} is not a whole file of torch.save ({reason}); copy or save the checkpoint again"
+        f"{path} cannot be read ({reason}), expected a whole file in the zip format of "
+        "torch.save; copy or save the checkpoint again"
     )
 
 
