@@ -102,11 +102,11 @@ def _load(path: Path) -> Any:
         raise _damaged(path, error) from None
     if not stored:
         raise UserError(f"{path} is compressed, expected what torch.save wrote; save it again")
-    refused = sorted(n for n in names if n != _NAMESPACE and not _is_inert(n))
+    refused = sorted(repr(n[:80]) for n in names if n != _NAMESPACE and not _is_inert(n))
     if refused:
         raise UserError(
-            f"{path} asks for {refused[0][:80]!r}, which is refused: only tensors, plain values "
-            "and Megatron's own classes are read; save it with 'args' and 'model' alone"
+            f"{path} asks for {', '.join(refused[:3])}, which is refused: only tensors, plain "
+            "values and Megatron's own classes are read; save it with 'args' and 'model' alone"
         )
     allowed: list[Any] = [(_Placeholder, name) for name in names - {_NAMESPACE}]
     try:
