@@ -393,6 +393,21 @@ def test_a_replicated_tensor_that_differs_between_ranks_is_told(
     assert "norm.weight differs between tensor-parallel ranks" in caplog.text
 
 
+def test_what_is_not_used_is_told(
+    tmp_path: Path, hf_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def edit(_tp: int, _pp: int, content: dict[str, Any]) -> None:
+        content["model"]["language_model.decoder.layers.0.mlp.router.weight"] = torch.ones(2)
+        content["args"].rotary_base = 10000
+        content["args"].norm_epsilon = 1e-5
+
+    write_megatron(hf_dir, tmp_path, Layout(2), edit)
+    MegatronSource(tmp_path, tokenizer_dir=hf_dir)
+    assert "1 tensors are not NVLM-D's and are ignored: ['language_model.deco" in caplog.text
+    assert "args.rotary_base is 10000; NVLM-D's 1000000.0 is used" in caplog.text
+    assert "args.norm_epsilon is 1e-05; NVLM-D's 1e-06 is used" in caplog.text
+
+
 def test_the_manifest_tells_the_source_and_if_stale_sees_its_changes(
     tmp_path: Path, hf_dir: Path
 ) -> None:
