@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from build.sources.megatron.source import MegatronSource
 from tests.command import CONVERT, PLAIN, refused
 from tests.conftest import Workshop
 from tests.damage import Damage, cut
@@ -487,7 +488,5 @@ def test_a_class_that_calls_itself_megatrons_runs_nothing(
     zipped_again(path, renamed, zipfile.ZIP_STORED)
     assert b"cmegatron\nrun\n" in path.read_bytes()
     monkeypatch.syspath_prepend(str(tmp_path / "installed"))
-    from build.sources.megatron.source import MegatronSource
-
     MegatronSource(tmp_path / "megatron", tokenizer_dir=hf_dir)
     assert not (tmp_path / "ran").exists()

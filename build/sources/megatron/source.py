@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from build.sources.megatron.folder import iteration_dir, rank_files
-from build.sources.megatron.merge import Merge, Shards, replicated
+from build.sources.megatron.merge import Merge, Shards, positions, replicated
 from build.sources.megatron.model_config import MODEL_ARGS, Stages, model_config
 from build.sources.megatron.rank_file import RankFile
 from build.sources.megatron.tensors import MegatronTensor, megatron_tensors
@@ -60,7 +60,8 @@ class MegatronSource:
 
     def read(self, name: str) -> torch.Tensor:
         how, shards = self._parts[name]
-        if how is replicated and not all(torch.equal(shards[0], other) for other in shards[1:]):
+        is_whole = how in (replicated, positions)
+        if is_whole and not all(torch.equal(shards[0], other) for other in shards[1:]):
             log.warning("%s differs between tensor-parallel ranks; the first rank's is taken", name)
         return how(shards, self.config)
 
