@@ -8,10 +8,16 @@ from pathlib import Path
 
 from build.checkpoint.calibration_set import BUILT_IN
 from build.checkpoint.convert import ConvertOptions, convert, is_up_to_date
-from build.sources.hugging_face import HuggingFaceSource
+from build.sources.detect import open_source
 from nvlm import plan
 from nvlm.checkpoint_config import QuantAlgo
-from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
+from nvlm.command_line import (
+    ArgumentParser,
+    positive_float,
+    positive_int,
+    resolve_device,
+    run,
+)
 from nvlm.dtypes import TORCH_DTYPES
 
 log = logging.getLogger("nvlm.convert_checkpoint")
@@ -22,7 +28,13 @@ ALGORITHMS: dict[str, QuantAlgo | None] = {"FP8": "FP8", "none": None}
 def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "")
     add = parser.add_argument
-    add("--model_dir", type=Path, required=True, help="NVLM-D as published (Hugging Face)")
+    add(
+        "--model_dir",
+        type=Path,
+        required=True,
+        help="NVLM-D as published (Hugging Face or Megatron)",
+    )
+    add("--tokenizer_dir", type=Path, help="its tokenizer files (default: --model_dir)")
     add("--output_dir", type=Path, required=True, help="checkpoint directory to make")
     add("--quant_algo", choices=ALGORITHMS, default="FP8", help="of the decoder's linears")
     add("--kv_cache_quant_algo", choices=ALGORITHMS, help="default: as --quant_algo")
@@ -34,6 +46,12 @@ def parser() -> ArgumentParser:
         help="JSONL of prompts and images (default: built in)",
     )
     add("--calib_size", type=positive_int, default=16, help="samples used, at most")
+    add(
+        "--projector_norm_eps",
+        type=positive_float,
+        help="epsilon of the projector's LayerNorm (default: 1e-5 from Hugging Face, 1e-6 from "
+        "Megatron, as each runs it)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="calibration runs there")
     add("--dry_run", action="store_true", help="print the plan as JSON and write nothing")
     add("--if_stale", action="store_true", help="nothing if up to date, else as --overwrite")
@@ -50,7 +68,11 @@ def main() -> None:
         calib_data=arguments.calib_data,
         calib_size=arguments.calib_size,
     )
-    source = HuggingFaceSource(arguments.model_dir)
+    source = open_source(
+        arguments.model_dir,
+        tokenizer_dir=arguments.tokenizer_dir,
+        projector_norm_eps=arguments.projector_norm_eps,
+    )
     if arguments.dry_run:
         config = options.config(source)
         decoder = plan.decoder_weight_bytes(config)

@@ -6,7 +6,7 @@ computation must have the value this project implements; others are ignored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,17 @@ class NVLMConfig:
     decoder: DecoderConfig
     tiling: TilingConfig
 
+    def with_projector_norm_eps(self, value: float) -> NVLMConfig:
+        return replace(self, vision=replace(self.vision, projector_norm_eps=value))
+
     @classmethod
     def from_model_dir(cls, model_dir: Path) -> NVLMConfig:
         path = model_dir / "config.json"
         if not path.is_file():
             raise UserError(
                 f"{model_dir} has no config.json; expected an NVLM-D checkpoint in Hugging Face "
-                "layout, give its folder as --model_dir"
+                "layout, or Megatron-Core's latest_checkpointed_iteration.txt and iter_*; give "
+                "its folder as --model_dir"
             )
         return cls.from_hf(read_json_object(path), path)
 
@@ -169,8 +173,8 @@ def _decoder_from_hf(llm: StrictReader) -> DecoderConfig:
         rms_norm_eps=llm.positive_float("rms_norm_eps"),
     )
     # RoPE rotates pairs of channels, so a head has an even number of them.
-    _require_multiple(llm, "hidden_size", 2, "num_attention_heads")
-    _require_multiple(llm, "num_attention_heads", 1, "num_key_value_heads")
+    llm.require_multiple("hidden_size", 2, "num_attention_heads")
+    llm.require_multiple("num_attention_heads", 1, "num_key_value_heads")
     return config
 
 
@@ -193,18 +197,7 @@ def _vision_from_hf(vision: StrictReader, decoder: DecoderConfig) -> VisionConfi
         projector_hidden_size=decoder.intermediate_size,
         output_size=decoder.hidden_size,
     )
-    _require_multiple(vision, "hidden_size", 1, "num_attention_heads")
+    vision.require_multiple("hidden_size", 1, "num_attention_heads")
     # The pixel shuffle merges 2 x 2 patches, so a tile has an even number of them per side.
-    _require_multiple(vision, "image_size", 2, "patch_size")
+    vision.require_multiple("image_size", 2, "patch_size")
     return config
-
-
-def _require_multiple(reader: StrictReader, key: str, factor: int, divisor_key: str) -> None:
-    """`key` must be a multiple of `factor` times the value of `divisor_key`."""
-    value, divisor = reader.positive_int(key), factor * reader.positive_int(divisor_key)
-    if value % divisor:
-        times = "" if factor == 1 else f"{factor} x "
-        raise UserError(
-            f"{reader.path}: {reader.prefix}{key} is {value}, expected a multiple of {divisor} "
-            f"({times}{divisor_key})"
-        )

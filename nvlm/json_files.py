@@ -75,6 +75,16 @@ class StrictReader:
             raise UserError(f"{self._where(key)} is {value!r}, expected a positive number")
         return float(value)
 
+    def require_multiple(self, key: str, factor: int, divisor_key: str) -> None:
+        """`key` must be a multiple of `factor` times the value of `divisor_key`."""
+        value, divisor = self.positive_int(key), factor * self.positive_int(divisor_key)
+        if value % divisor:
+            times = "" if factor == 1 else f"{factor} x "
+            raise UserError(
+                f"{self._where(key)} is {value}, expected a multiple of {divisor} "
+                f"({times}{divisor_key})"
+            )
+
     def one_of(self, key: str, supported: tuple[Any, ...], default: Any = ...) -> Any:
         """The value of `key`, which must be one of `supported`."""
         value = self.values.get(key, default) if default is not ... else self._get(key)

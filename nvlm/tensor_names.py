@@ -1,6 +1,6 @@
 """Tables of tensor names: the published checkpoint, and where each tensor goes.
 
-One row per kind of tensor. Shapes are written in the symbols of `_dimensions`; `{i}` is the layer.
+One row per kind of tensor. Shapes are written in the symbols of `dimensions`; `{i}` is the layer.
 Source: model.safetensors.index.json of nvidia/NVLM-D-72B (1,556 names) and TensorRT-LLM 1.2.1's
 QWenForCausalLM. The tests check that the tables are a bijection on the full list.
 """
@@ -89,7 +89,7 @@ _DECODER_LAYER_ROWS = (
 Row = tuple[str, str, torch.dtype]
 
 
-def _dimensions(config: NVLMConfig) -> dict[str, int]:
+def dimensions(config: NVLMConfig) -> dict[str, int]:
     vision, decoder = config.vision, config.decoder
     key_value_size = decoder.num_key_value_heads * decoder.head_dim
     return {
@@ -113,7 +113,7 @@ def _dimensions(config: NVLMConfig) -> dict[str, int]:
 
 def model_tensors(config: NVLMConfig) -> list[StoredTensor]:
     """Every tensor of an NVLM-D checkpoint of this shape: 1,556 for the 72B model."""
-    dims = _dimensions(config)
+    dims = dimensions(config)
 
     def rows(table: tuple[Row, ...], prefix: str = "") -> Iterator[StoredTensor]:
         for name, shape, dtype in table:

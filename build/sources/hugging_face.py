@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from build.sources.provenance import file_entries, tokenizer_digests
 from nvlm.config import NVLMConfig
 from nvlm.errors import UserError
-from nvlm.inputs.tokenizer import tokenizer_files
 from nvlm.json_files import read_json_object
 from nvlm.manifest import sha256_of
 from nvlm.safetensors_files import SafetensorsReader
@@ -32,11 +32,19 @@ class HuggingFaceSource:
     Raises `UserError` for a missing or truncated shard, a missing tensor or a wrong shape.
     """
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        tokenizer_dir: Path | None = None,
+        projector_norm_eps: float | None = None,
+    ) -> None:
         if not model_dir.is_dir():
             raise UserError(f"--model_dir {model_dir} is not a directory; give NVLM-D's folder")
         self.config = NVLMConfig.from_model_dir(model_dir)
-        self.tokenizer_dir = model_dir
+        if projector_norm_eps is not None:
+            self.config = self.config.with_projector_norm_eps(projector_norm_eps)
+        self.tokenizer_dir = tokenizer_dir or model_dir
         self._model_dir = model_dir
         self._weight_map = _weight_map(model_dir)
         files = sorted(set(self._weight_map.values()))
@@ -91,14 +99,11 @@ class HuggingFaceSource:
             "layout": "hugging_face",
             "config_sha256": sha256_of(self._model_dir / "config.json"),
             "index_sha256": sha256_of(index) if index.is_file() else None,
-            "tokenizer_sha256": {
-                path.name: sha256_of(path) for path in tokenizer_files(self.tokenizer_dir)
-            },
-            "files": {
-                name: {"size_bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-                for name in sorted(self._readers)
-                for stat in [(self._model_dir / name).stat()]
-            },
+            "projector_norm_eps": self.config.vision.projector_norm_eps,
+            "tokenizer_sha256": tokenizer_digests(self.tokenizer_dir),
+            "files": file_entries(
+                [self._model_dir / name for name in sorted(self._readers)], self._model_dir
+            ),
         }
 
 

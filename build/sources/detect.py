@@ -1,0 +1,36 @@
+"""Which layout a model directory has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from build.sources.hugging_face import HuggingFaceSource
+from build.sources.megatron.folder import is_megatron
+from build.sources.megatron.source import MegatronSource
+from build.sources.source import WeightSource
+from nvlm.errors import UserError
+
+
+def open_source(
+    model_dir: Path,
+    *,
+    tokenizer_dir: Path | None = None,
+    projector_norm_eps: float | None = None,
+) -> WeightSource:
+    """The weights in `model_dir`, in either published layout.
+
+    `tokenizer_dir` is `model_dir` by default, `projector_norm_eps` what the layout's own software
+    runs: 1e-5 for Hugging Face, 1e-6 for Megatron.
+    """
+    if not is_megatron(model_dir):
+        return HuggingFaceSource(
+            model_dir, tokenizer_dir=tokenizer_dir, projector_norm_eps=projector_norm_eps
+        )
+    if any(model_dir.glob("*.safetensors")):
+        raise UserError(
+            f"{model_dir} holds a Megatron checkpoint and safetensors files; give a folder with "
+            "one of them as --model_dir"
+        )
+    return MegatronSource(
+        model_dir, tokenizer_dir=tokenizer_dir, projector_norm_eps=projector_norm_eps
+    )
