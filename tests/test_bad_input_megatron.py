@@ -24,7 +24,7 @@ from tests.command import CONVERT, PLAIN, refused
 from tests.conftest import Workshop
 from tests.damage import Damage, cut
 from tests.reference.megatron_writer import Edit, Layout, write_megatron
-from tools.make_random_checkpoint import Shape
+from tools.model_dir import Shape
 
 SHAPE = Shape(
     vision_hidden_size=128,

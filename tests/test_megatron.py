@@ -25,7 +25,8 @@ from tests.command import CONVERT, PLAIN, ROOT, run_command, tree
 from tests.conftest import Workshop
 from tests.reference import megatron_writer
 from tests.reference.megatron_writer import Edit, Layout, write_megatron
-from tools.make_random_checkpoint import PRESETS, Shape, config_json
+from tools.make_random_checkpoint import PRESETS
+from tools.model_dir import Shape, config_json
 
 SHAPE = Shape(
     vision_hidden_size=256,

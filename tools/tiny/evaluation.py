@@ -258,7 +258,11 @@ def write_requests(directory: Path, per_task: int) -> Path:
     lines = []
     for task in TASKS:
         for sample in samples(task, per_task):
-            line = {"id": sample.id, "prompt": sample.question, "system": sample.system}
+            line: dict[str, object] = {
+                "id": sample.id,
+                "prompt": sample.question,
+                "system": sample.system,
+            }
             line |= {"prompt_format": sample.prompt_format, "max_new_tokens": 20}
             if sample.image is not None:
                 sample.image.save(directory / f"{sample.id}.png")

@@ -96,7 +96,6 @@ def _qwen2_config(config: NVLMConfig) -> Qwen2Config:
         **values,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
     )
 
 
@@ -131,7 +130,7 @@ def _with_dummy_heads(tensor: StoredTensor, value: Tensor) -> Tensor:
 
 def load_exported(model: TinyNVLM, model_dir: Path) -> None:
     """Takes over the weights of an exported model; the dense losses' linears start anew."""
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for path in sorted(model_dir.glob("*.safetensors")):
         reader = SafetensorsReader(path)
         stored |= {name: reader.read(name).float() for name in reader.tensors}

@@ -7,6 +7,7 @@ Lengths are pixels of the canvas, the image as the tiling stretches it over its 
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -257,9 +258,9 @@ class SceneSampler:
         answer = a - b if kind == 3 else a + b
         return "arithmetic", str(self.random.choice(wordings)).format(a=a, b=b), str(answer)
 
-    def _ask(self, batch: SceneBatch, task: str, wordings: object, answer: str) -> None:
+    def _ask(self, batch: SceneBatch, task: str, wordings: Sequence[str], answer: str) -> None:
         batch.task.append(task)
-        batch.question.append(str(self.random.choice(wordings)))  # type: ignore[arg-type]
+        batch.question.append(str(self.random.choice(wordings)))
         batch.answer.append(answer)
 
     def _text(self, min_length: int, max_length: int = MAX_CHARACTERS) -> tuple[str, int]:
