@@ -106,7 +106,7 @@ class Trainer:
             )
         )
         started, total_s = time.monotonic(), 60 * arguments.minutes
-        step, num_samples, next_save = 0, 0, 0.25
+        step, num_samples, next_save = 0, 0, 0.05
         sums: dict[str, list[Tensor]] = defaultdict(list)
         while (progress := (time.monotonic() - started) / total_s) < 1:
             self._schedule(step, progress)
@@ -130,7 +130,7 @@ class Trainer:
                 self._write(line)
             if progress > next_save:
                 export(self.model, arguments.output_dir)
-                next_save += 0.25
+                next_save += 0.05
         self._write({"step": step, "samples": num_samples, "validation": self.validate(6)})
         export(self.model, arguments.output_dir)
 
