@@ -25,6 +25,25 @@ _OVERHANG = 0.15
 
 
 @dataclass(slots=True)
+class Labels:
+    """What points show, each [N, P]: 0 for nothing, then characters, then shapes; the character's
+    index in its line (8 more on a second line) or -1; its colour's name or IGNORE."""
+
+    content: Tensor
+    index: Tensor
+    colour: Tensor
+
+    @classmethod
+    def nothing(cls, num_scenes: int, num_points: int, device: torch.device) -> Labels:
+        shape = (num_scenes, num_points)
+        return cls(*(torch.full(shape, value, device=device) for value in (0, -1, IGNORE)))
+
+    def tiles(self, num_tiles: int) -> Labels:
+        """[N, P] -> [N, tiles, P / tiles]."""
+        return Labels(*(getattr(self, f.name).unflatten(1, (num_tiles, -1)) for f in fields(self)))
+
+
+@dataclass(slots=True)
 class DeviceLines:
     """`Lines` as tensors, each with its rows first."""
 
@@ -35,6 +54,7 @@ class DeviceLines:
     angle: Tensor
     font: Tensor
     colour: Tensor
+    colour_name: Tensor
 
     @classmethod
     def of(cls, lines: Lines, device: torch.device, rows: slice) -> DeviceLines:
@@ -101,13 +121,14 @@ class Compositor:
         alpha = ((alpha / 255 - 0.5) * sharpen + 0.5).clamp(0, 1)
         return alpha * inside
 
-    def line_labels(self, lines: DeviceLines, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(label, index of the character) of the points; 0 and -1 where there is no character."""
+    def line_labels(self, lines: DeviceLines, x: Tensor, y: Tensor) -> Labels:
+        """Of the points x, y [N or 1, P]."""
         u, v, index = _line_coordinates(lines, x, y)
         ends = lines.starts.masked_fill(lines.starts > 1e3, 0).amax(1, keepdim=True)
         hit = (u >= 0) & (u < ends) & (v.abs() < 0.5) & (lines.characters[:, :1] >= 0)
         label = 1 + lines.characters.clamp(min=0).gather(1, index)
-        return label.where(hit, 0), index.where(hit, -1)
+        colour = lines.colour_name[:, None].expand_as(label)
+        return Labels(label.where(hit, 0), index.where(hit, -1), colour.where(hit, IGNORE))
 
 
 def shape_distance(shapes: dict[str, Tensor], k: int, x: Tensor, y: Tensor) -> Tensor:
@@ -164,14 +185,13 @@ def grid_points(
 class Picture:
     """tiles [B, tiles (+ thumbnail), 3, S, S] float in 0..1, and labels for the dense losses.
 
-    patch_labels [B, tiles, patches]; token_labels and token_index [B, tiles, tokens]: the character
-    at the centre and its index in its line (8 more on a second line). IGNORE where unreadable.
+    patches, tokens: `Labels` [B, tiles, points] of what lies at the centre of each; content is
+    IGNORE where it can't be read.
     """
 
     tiles: Tensor
-    patch_labels: Tensor
-    token_labels: Tensor
-    token_index: Tensor
+    patches: Labels
+    tokens: Labels
 
 
 def draw(
@@ -191,10 +211,7 @@ def draw(
     x, y = xs.repeat(rows * size)[None], ys.repeat_interleave(columns * size)[None]
     sides = (patches_per_side, patches_per_side // 2)
     points = [grid_points(grid, size, side, device) for side in sides]
-    labels = [
-        torch.zeros(num_scenes, p[0].shape[1], dtype=torch.int64, device=device) for p in points
-    ]
-    index = torch.full_like(labels[1], -1)
+    labels = [Labels.nothing(num_scenes, p[0].shape[1], device) for p in points]
     for k in range(num_lines):
         stop = batch.num_two_lines if k == 1 and num_lines == 2 else batch.num_text
         lines = DeviceLines.of(batch.lines, device, slice(k * num_scenes, k * num_scenes + stop))
@@ -203,12 +220,13 @@ def draw(
         alpha = compositor.line_alpha(lines, x, y).unflatten(1, canvas.shape[2:])[:, None]
         canvas[:stop] += alpha * (lines.colour[:, :, None, None] - canvas[:stop])
         for found, (px, py) in zip(labels, points, strict=True):
-            label, where = compositor.line_labels(lines, px, py)
-            label = _hide_unreadable(label, lines, grid, px.shape[1])
-            found[:stop] = torch.where(label != 0, label, found[:stop])
-            if found is labels[1]:
-                index[:stop] = torch.where(where >= 0, where + 8 * min(k, 1), index[:stop])
-    _draw_tile_digits(compositor, batch, canvas, labels, index, sides)
+            new = compositor.line_labels(lines, px, py)
+            content = _hide_unreadable(new.content, lines, grid, px.shape[1])
+            hit = new.content != 0
+            found.content[:stop] = torch.where(hit, content, found.content[:stop])
+            found.index[:stop] = torch.where(hit, new.index + 8 * min(k, 1), found.index[:stop])
+            found.colour[:stop] = torch.where(hit, new.colour, found.colour[:stop])
+    _draw_tile_digits(compositor, batch, canvas, labels, sides)
     _draw_shapes(batch, canvas, labels, x, y, points, device)
     canvas = _degrade(canvas, batch.blur, generator)
     tiles = to_tiles(canvas, grid)
@@ -217,9 +235,7 @@ def draw(
     num_tiles = tiles.shape[1]
     return Picture(
         tiles,
-        labels[0].unflatten(1, (num_tiles, -1)),
-        labels[1].unflatten(1, (num_tiles, -1)),
-        index.unflatten(1, (num_tiles, -1)),
+        *(found.tiles(num_tiles) for found in labels),
     )
 
 
@@ -256,8 +272,7 @@ def _draw_tile_digits(
     compositor: Compositor,
     batch: SceneBatch,
     canvas: Tensor,
-    labels: list[Tensor],
-    index: Tensor,
+    labels: list[Labels],
     sides: tuple[int, int],
 ) -> None:
     columns, rows = batch.grid
@@ -276,18 +291,17 @@ def _draw_tile_digits(
     canvas[scenes] += alpha * (colour - canvas[scenes])
     for found, side in zip(labels, sides, strict=True):
         px, py = grid_points((1, 1), size, side, device)
-        label, where = compositor.line_labels(lines, px, py)
+        new = compositor.line_labels(lines, px, py)
         cells = num_tiles * side * side
-        found[scenes, :cells] = label.reshape(-1, cells)
-        found[scenes, cells:] = IGNORE
-        if found is labels[1]:
-            index[scenes, :cells] = where.reshape(-1, cells)
+        for f in fields(Labels):
+            getattr(found, f.name)[scenes, :cells] = getattr(new, f.name).reshape(-1, cells)
+        found.content[scenes, cells:] = IGNORE
 
 
 def _draw_shapes(
     batch: SceneBatch,
     canvas: Tensor,
-    labels: list[Tensor],
+    labels: list[Labels],
     x: Tensor,
     y: Tensor,
     points: list[tuple[Tensor, Tensor]],
@@ -306,7 +320,7 @@ def _draw_shapes(
         for found, (px, py) in zip(labels, points, strict=True):
             hit = shape_distance(shapes, k, px, py) < 0
             label = 1 + len(CHARACTERS) + shapes["kind"][:, k, None]
-            found[rows] = torch.where(hit, label, found[rows])
+            found.content[rows] = torch.where(hit, label, found.content[rows])
 
 
 def _degrade(canvas: Tensor, blur: float, generator: torch.Generator) -> Tensor:

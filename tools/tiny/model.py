@@ -19,6 +19,7 @@ from nvlm.tensor_names import DECODER_PREFIX, StoredTensor
 from nvlm.vision_model import RMSNorm, VisionLayer, VisionModel
 from tools.model_dir import Shape, model_config, write_model_dir
 from tools.tiny.compositor import NUM_LABELS
+from tools.tiny.questions import COLOURS
 from tools.tiny.scene import MAX_CHARACTERS
 
 TINY = Shape(
@@ -37,6 +38,9 @@ TINY = Shape(
 NO_INDEX = 2 * MAX_CHARACTERS
 """Class of image tokens that lie on no character, behind those of both lines."""
 NUM_TILE_LABELS = 7
+NUM_COLOURS = len(COLOURS)
+TOKEN_LABELS = (NUM_LABELS, NO_INDEX + 1, NUM_TILE_LABELS, NUM_COLOURS)
+"""Classes of the image tokens' dense losses: content, index, tile, colour."""
 _LABELLED_LAYER = 3
 """Decoder layers before the dense losses, so that later layers can use what they teach."""
 _SHARD_BYTES = 12_000_000
@@ -49,9 +53,9 @@ class TinyNVLM(nn.Module):
         vision = replace(self.config.vision, num_dummy_heads=0)
         self.vision = VisionModel(vision)
         self.decoder = Qwen2ForCausalLM(_qwen2_config(self.config))
-        self.patch_labels = nn.Linear(vision.hidden_size, NUM_LABELS)
+        self.patch_labels = nn.Linear(vision.hidden_size, NUM_LABELS + NUM_COLOURS)
         size = self.config.decoder.hidden_size
-        self.token_labels = nn.Linear(size, NUM_LABELS + NO_INDEX + 1 + NUM_TILE_LABELS)
+        self.token_labels = nn.Linear(size, sum(TOKEN_LABELS))
         self._initialise()
 
     def _initialise(self) -> None:

@@ -25,6 +25,12 @@ MIN_EM = 15.0
 FAR = 1e4
 """Em; where a line's absent characters begin."""
 
+Ink = tuple[int, NDArray[np.float32]]
+"""Index of the colour's name, and the colour."""
+
+_COLOUR_SHARE = 0.2  # of the questions on one line
+_WHICH_TILE_SHARE = 0.7  # of the questions on tiles
+
 
 @dataclass(slots=True)
 class Lines:
@@ -32,7 +38,8 @@ class Lines:
 
     characters [N, 8] index CHARACTERS, behind the last -1; starts [N, 9] em of each character's
     left edge, the line's end behind the last, then FAR; centre [N, 2] (x, y); em [N, 2] pixels of
-    an em in x and y; angle [N] radians; font [N]; colour [N, 3] in 0..1.
+    an em in x and y; angle [N] radians; font [N]; colour [N, 3] in 0..1; colour_name [N] indexes
+    questions.COLOURS.
     """
 
     characters: NDArray[np.int64]
@@ -42,6 +49,7 @@ class Lines:
     angle: NDArray[np.float32]
     font: NDArray[np.int64]
     colour: NDArray[np.float32]
+    colour_name: NDArray[np.int64]
 
     @classmethod
     def empty(cls, num_lines: int) -> Lines:
@@ -53,6 +61,7 @@ class Lines:
             np.zeros(num_lines, np.float32),
             np.zeros(num_lines, np.int64),
             np.zeros((num_lines, 3), np.float32),
+            np.zeros(num_lines, np.int64),
         )
 
 
@@ -160,12 +169,12 @@ class SceneSampler:
         )
         band = self.tile_size / num_lines
         for page in range(num_pages):
-            _, colour = self._colours(batch, page)
+            ink = self._colours(batch, page)
             for k in range(num_lines):
                 text, font = self._text(1)
                 row = k * num_pages + page
                 self._place(
-                    batch.lines, row, text, font, colour, batch.blur, (0.0, k * band),
+                    batch.lines, row, text, font, ink, batch.blur, (0.0, k * band),
                     (float(self.tile_size), band),
                 )  # fmt: skip
         return batch
@@ -174,16 +183,16 @@ class SceneSampler:
         num_scenes = len(batch.background)
         columns, rows = batch.grid
         width, height = columns * self.tile_size, rows * self.tile_size
-        _, colour = self._colours(batch, index)
+        ink = self._colours(batch, index)
         middle = height * self.random.uniform(0.35, 0.65)
         first, font = self._text(1, max_length=6)
         second, other_font = self._text(1, max_length=6)
         if self.random.random() < 0.7:
             other_font = font if second.islower() <= self.has_lower_case[font] else other_font
         area = (width, middle), (width, height - middle)
-        self._place(batch.lines, index, first, font, colour, batch.blur, (0.0, 0.0), area[0])
+        self._place(batch.lines, index, first, font, ink, batch.blur, (0.0, 0.0), area[0])
         self._place(
-            batch.lines, num_scenes + index, second, other_font, colour, batch.blur,
+            batch.lines, num_scenes + index, second, other_font, ink, batch.blur,
             (0.0, middle), area[1],
         )  # fmt: skip
         self._ask(batch, "two_lines", questions.TWO_LINES, f"{first}\n{second}")
@@ -191,11 +200,11 @@ class SceneSampler:
     def _one_line(self, batch: SceneBatch, index: int) -> None:
         columns, rows = batch.grid
         text, font = self._text(1)
-        name, colour = self._colours(batch, index)
+        ink = self._colours(batch, index)
         area = (columns * self.tile_size, rows * self.tile_size)
-        self._place(batch.lines, index, text, font, colour, batch.blur, (0.0, 0.0), area)
-        if self.random.random() < 0.12:
-            self._ask(batch, "colour", questions.COLOUR, name)
+        self._place(batch.lines, index, text, font, ink, batch.blur, (0.0, 0.0), area)
+        if self.random.random() < _COLOUR_SHARE:
+            self._ask(batch, "colour", questions.COLOUR, list(questions.COLOURS)[ink[0]])
         elif text.isdigit():
             self._ask(batch, "number", questions.NUMBER, text)
         else:
@@ -204,7 +213,7 @@ class SceneSampler:
     def _tile_digits(self, batch: SceneBatch, index: int, nth: int) -> None:
         """A different digit in each tile."""
         num_tiles = batch.grid[0] * batch.grid[1]
-        _, colour = self._colours(batch, index)
+        ink = self._colours(batch, index)
         digits = self.random.permutation(10)[:num_tiles]
         font = int(self.random.choice(self.fonts))
         size = float(self.tile_size)
@@ -212,11 +221,11 @@ class SceneSampler:
             row = nth * num_tiles + tile
             text = str(digit)
             self._place(
-                batch.tile_lines, row, text, font, colour, batch.blur, (0.0, 0.0), (size, size), 0.8
+                batch.tile_lines, row, text, font, ink, batch.blur, (0.0, 0.0), (size, size), 0.8
             )
         tile = int(self.random.integers(num_tiles))
         values = {"tile": tile + 1, "digit": digits[tile]}
-        if self.random.random() < 0.5:
+        if self.random.random() < _WHICH_TILE_SHARE:
             wordings = [wording.format(**values) for wording in questions.WHICH_TILE]
             self._ask(batch, "which_tile", wordings, questions.WHICH_TILE_ANSWER.format(**values))
         else:
@@ -287,7 +296,7 @@ class SceneSampler:
         row: int,
         text: str,
         font: int,
-        colour: NDArray[np.float32],
+        ink: Ink,
         blur: float,
         corner: tuple[float, float],
         area: tuple[float, float],
@@ -312,13 +321,11 @@ class SceneSampler:
         lines.em[row] = em * stretch, em
         lines.angle[row] = angle
         lines.font[row] = font
-        lines.colour[row] = colour
+        lines.colour_name[row], lines.colour[row] = ink
         lines.characters[row, : len(text)] = characters
         lines.starts[row, : len(starts)] = starts
 
-    def _colours(
-        self, batch: SceneBatch, index: int, *, draw_background: bool = True
-    ) -> tuple[str, NDArray[np.float32]]:
+    def _colours(self, batch: SceneBatch, index: int, *, draw_background: bool = True) -> Ink:
         """A named colour for the text and a background it stands out from."""
         names = list(questions.COLOURS)
         if self.random.random() < 0.3:
@@ -337,7 +344,7 @@ class SceneSampler:
             contrast = min(float(np.abs(_luma(colour) - _luma(end))) for end in background)
             distance = min(float(np.abs(colour - end).max()) for end in background)
             if contrast > 0.2 and distance > 0.3:
-                return name, colour
+                return list(questions.COLOURS).index(name), colour
             if not draw_background:
                 names = list(questions.COLOURS)
 

@@ -27,7 +27,16 @@ from nvlm.inputs.tiling import IMAGENET_MEAN, IMAGENET_STD
 from tools.tiny.atlas import draw_atlas
 from tools.tiny.compositor import IGNORE, NUM_LABELS, Compositor, Picture, draw
 from tools.tiny.fonts import training_font_files, validation_font_files
-from tools.tiny.model import NO_INDEX, NUM_TILE_LABELS, TINY, TinyNVLM, export, load_exported
+from tools.tiny.model import (
+    NO_INDEX,
+    NUM_COLOURS,
+    NUM_TILE_LABELS,
+    TINY,
+    TOKEN_LABELS,
+    TinyNVLM,
+    export,
+    load_exported,
+)
 from tools.tiny.prompts import PromptEncoder, TrainingBatch, TrainingData, make_batch
 from tools.tiny.scene import SceneSampler
 from tools.tiny.tokenizer import write_tokenizer
@@ -157,8 +166,12 @@ class Trainer:
             if batch.scenes is None:
                 return {"answer": self._answer_loss(batch, None, None)}
             picture, hidden = self._see(batch, self.vit)
+            content, colour = self.model.patch_labels(hidden[:, 1:]).split(
+                (NUM_LABELS, NUM_COLOURS), -1
+            )
             losses = {
-                "patch": _dense_loss(self.model.patch_labels(hidden[:, 1:]), picture.patch_labels)
+                "patch": _dense_loss(content, picture.patches.content),
+                "patch_colour": 0.2 * _where_known(colour, picture.patches.colour),
             }
             if batch.token_ids is not None:
                 embeddings = self.model.vision.project(hidden).unflatten(0, picture.tiles.shape[:2])
@@ -206,20 +219,24 @@ class Trainer:
         return self.model.decoder.lm_head(answers), labelled, order
 
     def _token_losses(self, picture: Picture, labelled: Tensor, order: Tensor) -> dict[str, Tensor]:
-        """Each image token names its character, its index in the line and its tile."""
-        predicted = self.model.token_labels(labelled)
-        labels, index, tiles = predicted.split((NUM_LABELS, NO_INDEX + 1, NUM_TILE_LABELS), -1)
-        character = _in_order(picture.token_labels, order)
-        where = _in_order(picture.token_index, order)
-        where = where.masked_fill(where < 0, NO_INDEX).masked_fill(character == IGNORE, IGNORE)
+        """Each image token names its character, its index in the line, its tile and its colour."""
+        parts = self.model.token_labels(labelled).split(TOKEN_LABELS, -1)
+        content = _in_order(picture.tokens.content, order)
+        shape = content.shape
+        predicted_content, predicted_index, predicted_tile, predicted_colour = (
+            part.unflatten(1, shape[1:]) for part in parts
+        )
+        index = _in_order(picture.tokens.index, order)
+        index = index.masked_fill(index < 0, NO_INDEX).masked_fill(content == IGNORE, IGNORE)
         num_tiles = order.shape[1]
-        names = order.masked_fill(order == num_tiles - 1, NUM_TILE_LABELS - 1)
-        names = names[:, :, None].expand_as(character)
-        shape = character.shape
+        tile = order.masked_fill(order == num_tiles - 1, NUM_TILE_LABELS - 1)
+        tile = tile[:, :, None].expand(shape)
+        colour = _in_order(picture.tokens.colour, order)
         return {
-            "token": 0.5 * _dense_loss(labels.unflatten(1, shape[1:]), character),
-            "index": 0.5 * _dense_loss(index.unflatten(1, shape[1:]), where, NO_INDEX),
-            "tile": 0.1 * cross_entropy(tiles.flatten(0, 1).float(), names.flatten()),
+            "token": 0.5 * _dense_loss(predicted_content, content),
+            "index": 0.5 * _dense_loss(predicted_index, index, NO_INDEX),
+            "tile": 0.1 * _where_known(predicted_tile, tile),
+            "token_colour": 0.2 * _where_known(predicted_colour, colour),
         }
 
     @torch.no_grad()
@@ -249,6 +266,14 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
     """values [B, tiles, ...] rearranged so that place i holds tile order[:, i]."""
     rows = torch.arange(len(order), device=values.device)[:, None]
     return values[rows, order]
+
+
+def _where_known(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over labels that are not IGNORE; 0 when there are none."""
+    total = cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 def _dense_loss(logits: Tensor, labels: Tensor, nothing: int = 0) -> Tensor:
