@@ -1,0 +1,214 @@
+"""Runs a tritonserver process on a rendered repository: start, wait until it answers, stop.
+
+The server of a Triton container where there is one, else that of the wheel nvidia-pytriton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvlm.errors import UserError
+
+CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
+STOP_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    address: str = "127.0.0.1"
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A tritonserver and what its Python backend needs to find this interpreter's packages."""
+
+    path: Path
+    flags: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def find_program(scratch: Path) -> Program:
+    """`scratch` is a directory for the links the wheel's backend needs."""
+    if CONTAINER_SERVER.is_file():
+        return Program(CONTAINER_SERVER, (), {})
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"there is no Triton server: neither {CONTAINER_SERVER} (NVIDIA's containers) nor the "
+            "wheel nvidia-pytriton (CPU); pip install -r requirements/triton.txt"
+        )
+    root = Path(spec.origin).parent / "tritonserver"
+    return Program(
+        root / "bin" / "tritonserver",
+        ("--backend-directory", str(_link_backend(root, scratch))),
+        {
+            "LD_LIBRARY_PATH": _libpython_dir(),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+        },
+    )
+
+
+def _link_backend(root: Path, scratch: Path) -> Path:
+    """A backend folder with the stub of this Python in it. Links, because a copied backend does
+    not find the libraries beside the original."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise UserError(f"nvidia-pytriton has no backend for Python {version}; use 3.11 or 3.12")
+    backend = scratch / "backends" / "python"
+    backend.mkdir(parents=True)
+    source = root / "backends" / "python"
+    for path in (
+        source / "libtriton_python.so",
+        source / "triton_python_backend_utils.py",
+        stub,
+    ):
+        (backend / path.name).symlink_to(path)
+    return backend.parent
+
+
+def _libpython_dir() -> str:
+    """Where libpython lies: the stub links to it and, without it, waits for ever."""
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    places = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+    for place in (*places, f"/usr/lib/{multiarch}", "/usr/lib64", "/usr/local/lib"):
+        if place and (Path(place) / name).is_file():
+            return str(place)
+    package = name.removesuffix(".so.1.0")
+    raise UserError(
+        f"{name} is not installed, which Triton's Python backend needs; apt install {package}, or "
+        "use a Python that was built with --enable-shared"
+    )
+
+
+def server_command(
+    program: Program, repository: Path, ports: Ports, prefix: str, world_size: int
+) -> list[str]:
+    """One server, or under mpirun one per rank of which rank 0 alone answers.
+
+    The flags per rank are those of TensorRT-LLM's launch_triton_server.py.
+    """
+    common = [str(program.path), *program.flags, f"--model-repository={repository}"]
+    common += ["--disable-auto-complete-config", "--allow-gpu-metrics=true"]
+
+    def rank_flags(rank: int) -> list[str]:
+        flags = [
+            f"--http-port={ports.http + 10 * rank}",
+            f"--grpc-port={ports.grpc + 10 * rank}",
+            f"--metrics-port={ports.metrics + 10 * rank}",
+            f"--backend-config=python,shm-region-prefix-name={prefix}{rank}_",
+        ]
+        flags += [f"--{kind}-address={ports.address}" for kind in ("http", "grpc", "metrics")]
+        if rank > 0:
+            flags += ["--model-control-mode=explicit", "--load-model=tensorrt_llm"]
+        return flags
+
+    if world_size == 1:
+        return [*common, *rank_flags(0)]
+    command = ["mpirun", "--allow-run-as-root"]
+    for rank in range(world_size):
+        command += [*([":"] if rank else []), "-n", "1", *common, *rank_flags(rank)]
+    return command
+
+
+class TritonServer:
+    """A server process; `stop` (or leaving the `with`) ends it and removes what it left."""
+
+    def __init__(
+        self, repository: Path, scratch: Path, ports: Ports, *, world_size: int = 1
+    ) -> None:
+        program = find_program(scratch)
+        self.ports = ports
+        self.log = scratch / "tritonserver.log"
+        self._prefix = f"nvlm_{os.getpid()}_{id(self):x}_"
+        command = server_command(program, repository, ports, self._prefix, world_size)
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **program.environment},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> TritonServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Returns once a question was really answered: models may be "ready" and yet be unable to.
+
+        Raises `UserError` when the server ends before, or `timeout_s` is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._is_healthy():
+            if self.process.poll() is not None:
+                raise UserError(f"tritonserver ended while starting: {self.last_error()}")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"tritonserver is not ready after {timeout_s:g} s: {self.last_error()}; a "
+                    "large engine needs a larger --startup_timeout_s"
+                )
+            time.sleep(0.05)
+        self._ask(max(1.0, deadline - time.monotonic()))
+
+    def stop(self) -> None:
+        """Ends requests under way, then the server; kills it if it takes too long."""
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+            region.unlink(missing_ok=True)  # what a backend that died has left
+
+    def _url(self, path: str) -> str:
+        host = "127.0.0.1" if self.ports.address in ("0.0.0.0", "::") else self.ports.address
+        return f"http://{host}:{self.ports.http}/v2/{path}"
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(self._url("health/ready"), timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    def _ask(self, timeout_s: float) -> None:
+        question = json.dumps({"text_input": "Ready?", "max_tokens": 1}).encode()
+        request = urllib.request.Request(self._url("models/nvlm/generate"), data=question)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                answer = json.load(response)
+        except urllib.error.HTTPError as error:
+            told = error.read().decode(errors="replace")
+            raise UserError(f"tritonserver is up but cannot answer: {told}") from None
+        except OSError as error:
+            raise UserError(f"tritonserver is up but does not answer: {error}") from None
+        if answer.get("num_tokens") != 1 and answer.get("finish_reason") != "stop":
+            raise UserError(f"tritonserver is up but answers {answer}, expected one token")
+
+    def last_error(self) -> str:
+        """The last line of the log that tells of an error, else its last."""
+        lines = self.log.read_text(errors="replace").splitlines() or ["it wrote no log"]
+        errors = [line for line in lines if line[:1] == "E" or "rror" in line]
+        return (errors or lines)[-1].strip()
