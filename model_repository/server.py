@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from pathlib import Path
 from nvlm.errors import UserError
 
 CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
-STOP_TIMEOUT_S = 30.0
+EXIT_TIMEOUT_S = 20  # for requests under way
+STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def server_command(
     The flags per rank are those of TensorRT-LLM's launch_triton_server.py.
     """
     common = [str(program.path), *program.flags, f"--model-repository={repository}"]
-    common += ["--disable-auto-complete-config", "--allow-gpu-metrics=true"]
+    common += ["--disable-auto-complete-config", f"--exit-timeout-secs={EXIT_TIMEOUT_S}"]
 
     def rank_flags(rank: int) -> list[str]:
         flags = [
@@ -137,6 +139,8 @@ class TritonServer:
         self.log = scratch / "tritonserver.log"
         self._prefix = f"nvlm_{os.getpid()}_{id(self):x}_"
         command = server_command(program, repository, ports, self._prefix, world_size)
+        if setpriv := shutil.which("setpriv"):  # ends with us even if we are killed
+            command = [setpriv, "--pdeathsig", "TERM", *command]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 command,

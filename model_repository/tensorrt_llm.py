@@ -52,7 +52,7 @@ def stop_tensors() -> dict[str, NDArray[Any]]:
 
 
 def new_token_ids(outputs: Mapping[str, NDArray[Any]]) -> list[int]:
-    """What one streamed response adds: output_ids [1, beams, n] up to sequence_length [1, beams]."""
+    """What one streamed response adds: output_ids [1, 1, n] up to sequence_length [1, 1]."""
     length = int(outputs["sequence_length"].reshape(-1)[0])
     ids: list[int] = outputs["output_ids"][0, 0, :length].tolist()
     return ids

@@ -52,6 +52,9 @@ class ServingMetrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: defaultdict[tuple[str, Labels], float] = defaultdict(float)
+        for name, metric in METRICS.items():
+            if metric.label is None and not metric.buckets:
+                self._values[name, ()] = 0.0  # seen before anything happens
 
     def add(self, name: str, amount: float = 1.0, label: str = "") -> None:
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from build.checkpoint.convert import ConvertOptions, convert
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
+from tests.triton_server import Served, serving
 from tools.make_random_checkpoint import PRESETS, Shape, write_random_checkpoint
 
 CPU = torch.device("cpu")
@@ -91,6 +92,15 @@ def float32_engine_dir(workshop: Workshop, model_dir: Path) -> Path:
 def onnx_engine_dir(workshop: Workshop, checkpoint_dir: Path) -> Path:
     """FP8 decoder, ONNX Runtime vision: what `build_engine.py` makes by default."""
     return workshop.engine("engine_onnx", checkpoint_dir, vision="onnxruntime", max_num_images=3)
+
+
+@pytest.fixture(scope="session")
+def triton_server(
+    float32_engine_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """A real Triton server in the `torch` form, which many tests ask."""
+    with serving(float32_engine_dir, tmp_path_factory.mktemp("triton")) as served:
+        yield served
 
 
 @pytest.fixture(scope="session")

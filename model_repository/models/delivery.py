@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 0.05  # how soon a cancelled client is noticed
 _TICKS_PER_EXPORT = 5
+_CLOSE_TIMEOUT_S = 1.0
 
 
 @dataclass(eq=False, slots=True)
@@ -40,7 +41,7 @@ class Delivery:
         self._exporter = MetricsExporter()
         self._queue: SimpleQueue[tuple[Client, Answer | Ticket] | None] = SimpleQueue()
         self._tickets: dict[Client, Ticket] = {}
-        self._thread = threading.Thread(target=self._loop)
+        self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
 
     def put(self, client: Client, answer: Answer) -> None:
@@ -52,9 +53,10 @@ class Delivery:
         self._queue.put((client, ticket))
 
     def close(self) -> None:
-        """Sends what is left and ends."""
+        """Ends the thread. Triton answers no metrics and no `is_cancelled` any more while a model
+        is finalized, so one that waits for such an answer is left behind."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(_CLOSE_TIMEOUT_S)
 
     def _loop(self) -> None:
         next_tick, num_ticks = 0.0, 0
