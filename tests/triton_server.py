@@ -182,7 +182,7 @@ class Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.client.stop_stream(cancel_requests=True)
+        self.client.stop_stream(cancel_requests=bool(self._open))
         self.client.close()
 
     def send(self, name: str, inputs: list[grpcclient.InferInput], model: str = "nvlm") -> None:

@@ -22,8 +22,9 @@ NUMPY = {
     "TYPE_INT32": np.int32,
     "TYPE_FP32": np.float32,
     "TYPE_UINT64": np.uint64,
-    "TYPE_BOOL": bool,
+    "TYPE_BOOL": np.bool_,
 }
+REFUSED_TEMPERATURE = 99.0  # an error on demand
 REQUIRED = {"input_ids", "input_lengths", "request_output_len", "end_id", "pad_id", "streaming"}
 SAMPLING = {"runtime_top_k", "runtime_top_p", "temperature", "seed"}
 TABLE = {"prompt_embedding_table", "prompt_vocab_size", "prompt_table_extra_ids"}
@@ -32,9 +33,7 @@ TABLE = {"prompt_embedding_table", "prompt_vocab_size", "prompt_table_extra_ids"
 class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
-        self._types = {
-            spec["name"]: spec["data_type"].removeprefix("TYPE_") for spec in config["input"]
-        }
+        self._types = {spec["name"]: spec["data_type"] for spec in config["input"]}
         llm_dir = Path(config["parameters"]["gpt_model_path"]["string_value"])
         engine = EngineDir.read(llm_dir.parent)
         self._decoder_config = engine.checkpoint_config.decoder
@@ -75,6 +74,7 @@ class TritonPythonModel:
             return
         arrays = self._checked(tensors)
         sampling = {k: arrays[k].item() for k in SAMPLING & arrays.keys()}
+        assert sampling.get("temperature") != REFUSED_TEMPERATURE, "the temperature"
         greedy = sampling["runtime_top_k"] == 1
         end_id = arrays["end_id"].item()
         request_id = self._executor.submit(
