@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -32,6 +34,21 @@ class Ports:
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
+
+    def require_free(self) -> None:
+        """Triton itself would wait, or serve the other ports."""
+        for flag, port in (
+            ("--http_port", self.http),
+            ("--grpc_port", self.grpc),
+            ("--metrics_port", self.metrics),
+        ):
+            try:
+                socket.create_server((self.address, port)).close()
+            except OSError as error:
+                raise UserError(
+                    f"port {port} of {self.address} cannot be used ({error.strerror}); choose "
+                    f"another with {flag}"
+                ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +151,7 @@ class TritonServer:
     def __init__(
         self, repository: Path, scratch: Path, ports: Ports, *, world_size: int = 1
     ) -> None:
+        ports.require_free()
         program = find_program(scratch)
         self.ports = ports
         self.log = scratch / "tritonserver.log"
@@ -212,7 +230,9 @@ class TritonServer:
             raise UserError(f"tritonserver is up but answers {answer}, expected one token")
 
     def last_error(self) -> str:
-        """The last line of the log that tells of an error, else its last."""
+        """What the log says last of an error, without Triton's own prefix and trace."""
         lines = self.log.read_text(errors="replace").splitlines() or ["it wrote no log"]
-        errors = [line for line in lines if line[:1] == "E" or "rror" in line]
-        return (errors or lines)[-1].strip()
+        told = [line for line in lines if re.match(r"E\d{4} ", line) and "failed to load" in line]
+        errors = told or [line for line in lines if line.startswith("error:")] or lines
+        line = re.sub(r"^E\d{4} \S+ \d+ \S+ ", "", errors[-1].strip())
+        return line.split("\\n\\nAt:")[0].strip('"')

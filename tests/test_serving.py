@@ -95,9 +95,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
     return True
 
 
-def test_concurrent_requests_get_the_answers_they_get_alone(
-    runner: Runner, images: Images
-) -> None:
+def test_concurrent_requests_get_the_answers_they_get_alone(runner: Runner, images: Images) -> None:
     names = ("landscape_800x450.png", "portrait_400x1000.png", "pixel_1x1.png")
     paths = [images(name) for name in names]
     requests = [question(f"Question {i}?", 3 + 2 * i, *paths[: i % 4]) for i in range(12)]

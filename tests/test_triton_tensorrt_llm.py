@@ -120,15 +120,15 @@ def test_an_answer_ends_at_its_end_token(server: Served, runner: Runner) -> None
 
 
 def test_a_stop_word_and_a_cancellation_stop_the_backend(server: Served, runner: Runner) -> None:
-    """Else its eight places would stay taken by answers of 2000 tokens."""
-    whole = runner.generate(GenerationRequest(("How?",), max_new_tokens=2000)).text
+    """Else its eight places would stay taken by answers of 400 tokens."""
+    whole = runner.generate(GenerationRequest(("How?",), max_new_tokens=400)).text
     assert len(whole) > 100
     with Stream(server) as stream:
         for i in range(8):
-            stream.send(f"gone{i}", tensors("How?", 2000, stream=True))
+            stream.send(f"gone{i}", tensors("How?", 400, stream=True))
         stream.take()
     for _ in range(3):
-        found = ask(server, tensors("How?", 2000, stop_words=[whole[5:8].encode()]))
+        found = ask(server, tensors("How?", 400, stop_words=[whole[5:8].encode()]))
         assert found.text == whole[: whole.index(whole[5:8])]
     server.wait_for_sample("nvlm_requests_running", 0)
 
