@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton_python_backend_utils as pb_utils
+from torch.utils.dlpack import from_dlpack
 
 from model_repository.tensorrt_llm import new_token_ids, request_tensors, stop_tensors
 from nvlm.dtypes import TORCH_DTYPES
@@ -38,7 +39,7 @@ class BlsVisionExecutor:
         )
         response = _checked(request.exec())
         output = pb_utils.get_output_tensor_by_name(response, "image_embeddings")
-        return torch.from_dlpack(output.to_dlpack()).clone()  # it outlives the response
+        return from_dlpack(output.to_dlpack()).clone()  # it outlives the response
 
     def close(self) -> None:
         """The model is Triton's to unload."""

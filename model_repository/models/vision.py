@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton_python_backend_utils as pb_utils
+from torch.utils.dlpack import from_dlpack
 
 from nvlm.command_line import resolve_device
 from nvlm.dtypes import TORCH_DTYPES
@@ -42,7 +43,7 @@ class TritonPythonModel:
         hidden_size]."""
         tensor = pb_utils.get_input_tensor_by_name(request, "tiles")
         try:
-            tiles = torch.from_dlpack(tensor.to_dlpack())
+            tiles = from_dlpack(tensor.to_dlpack())
             embeddings = self._executor.encode(tiles).to(self._dtype).contiguous()
         except Exception as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
