@@ -29,7 +29,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "nvlm_requests_total": Metric("counter", "Requests that ended, by how", "outcome"),
     "nvlm_prompt_tokens_total": Metric("counter", "Prompt tokens, virtual ones included"),
-    "nvlm_generated_tokens_total": Metric("counter", "Tokens generated"),
+    "nvlm_generated_tokens_total": Metric("counter", "Tokens of finished answers"),
     "nvlm_tiles_total": Metric("counter", "Image tiles encoded"),
     "nvlm_requests_running": Metric("gauge", "Requests in the decoder's batch"),
     "nvlm_requests_waiting": Metric("gauge", "Requests accepted and not yet in the batch"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from build.checkpoint.convert import ConvertOptions, convert
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
-from tests.triton_server import Served, serving
 from tools.make_random_checkpoint import PRESETS, Shape, write_random_checkpoint
+
+if TYPE_CHECKING:
+    from tests.triton_server import Served
 
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
@@ -99,6 +102,8 @@ def triton_server(
     float32_engine_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     """A real Triton server in the `torch` form, which many tests ask."""
+    from tests.triton_server import serving
+
     with serving(float32_engine_dir, tmp_path_factory.mktemp("triton")) as served:
         yield served
 
