@@ -13,8 +13,9 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
+from model_repository.program import Program
 from model_repository.render import Form, ServeOptions, form_of, render
-from model_repository.server import Ports, Program, server_command
+from model_repository.server import Ports, server_command
 from model_repository.signature import NVLM_INPUTS
 from model_repository.tensorrt_llm import new_token_ids, request_tensors
 from runtime.decoder.executor import DecoderRequest
@@ -222,6 +223,7 @@ def test_ranks_start_under_mpirun_as_tensorrt_llm_starts_them(tmp_path: Path) ->
 
 def test_every_input_is_read_or_refused() -> None:
     """No tensor of the signature is silently without effect but those that cannot have one."""
-    source = (Path(__file__).parents[1] / "model_repository" / "request.py").read_text()
+    package = Path(__file__).parents[1] / "model_repository"
+    source = "".join((package / name).read_text() for name in ("request.py", "pictures.py"))
     unread = {spec.name for spec in NVLM_INPUTS if f'"{spec.name}"' not in source}
     assert unread == {"pad_id", "prompt_table_extra_id", "length_penalty"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -41,6 +42,7 @@ class Delivery:
         self._exporter = MetricsExporter()
         self._queue: SimpleQueue[tuple[Client, Answer | Ticket] | None] = SimpleQueue()
         self._tickets: dict[Client, Ticket] = {}
+        self._next_tick, self._num_ticks = 0.0, 0
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
 
@@ -59,21 +61,27 @@ class Delivery:
         self._thread.join(_CLOSE_TIMEOUT_S)
 
     def _loop(self) -> None:
-        next_tick, num_ticks = 0.0, 0
         while True:
-            try:
-                item = self._queue.get(timeout=_TICK_S)
-            except Empty:
-                pass
-            else:
-                if item is None:
+            item: tuple[Client, Answer | Ticket] | None = None
+            with suppress(Empty):
+                if (item := self._queue.get(timeout=_TICK_S)) is None:
                     return
-                self._handle(*item)
-            if (now := time.monotonic()) >= next_tick:
-                next_tick, num_ticks = now + _TICK_S, num_ticks + 1
-                self._cancel_those_gone()
-                if num_ticks % _TICKS_PER_EXPORT == 0:
-                    self._exporter.export(self._server.samples())
+            try:
+                if item is not None:
+                    self._handle(*item)
+                self._tick()
+            except Exception:  # one client's trouble is not the others'
+                logger.exception("an answer could not be sent")
+
+    def _tick(self) -> None:
+        """Now and then, looks for clients that are gone and tells the metrics."""
+        if (now := time.monotonic()) < self._next_tick:
+            return
+        self._next_tick = now + _TICK_S
+        self._num_ticks += 1
+        self._cancel_those_gone()
+        if self._num_ticks % _TICKS_PER_EXPORT == 0:
+            self._exporter.export(self._server.samples())
 
     def _handle(self, client: Client, item: Answer | Ticket) -> None:
         if client.is_done:
