@@ -26,7 +26,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from tests.command import ROOT
 
-START_TIMEOUT_S = 90
+START_TIMEOUT_S = 150
 ANSWER_TIMEOUT_S = 60
 
 
