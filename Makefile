@@ -10,21 +10,27 @@ ENGINE_DIR ?= work/engine
 QUANT ?= FP8
 DECODER ?= auto
 VISION ?= auto
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+TRITON_FLAGS ?=
 
 DEMO := work/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo engine test test-all lint benchmark clean
+.PHONY: help setup setup-test setup-triton demo engine triton test test-all lint benchmark clean
 
 help:
 	@echo "make demo        set up, convert, build, and answer a question about a photo on the CPU"
 	@echo "make test        set up and run the tests that need no GPU"
 	@echo "make engine MODEL_DIR=... [CHECKPOINT_DIR=... ENGINE_DIR=... QUANT=FP8|none VISION=...]"
+	@echo "make triton ENGINE_DIR=... [HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002 TRITON_FLAGS=...]"
 	@echo "make setup | test-all | lint | benchmark | clean"
 
 # A stamp per requirements file: installing again is a no-op until the file changes.
 setup: $(VENV)/.cpu
 setup-test: $(VENV)/.test
+setup-triton: $(VENV)/.triton
 
 $(VENV)/.cpu: requirements/cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
@@ -34,7 +40,11 @@ $(VENV)/.cpu: requirements/cpu.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt $(VENV)/.cpu
+$(VENV)/.triton: requirements/triton.txt $(VENV)/.cpu
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/triton.txt
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt requirements/triton.txt $(VENV)/.cpu
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	@touch $@
 
@@ -50,6 +60,11 @@ engine: setup
 		--output_dir "$(CHECKPOINT_DIR)" --quant_algo $(QUANT) --if_stale
 	@$(BIN)/python build_engine.py --checkpoint_dir "$(CHECKPOINT_DIR)" \
 		--engine_dir "$(ENGINE_DIR)" --decoder $(DECODER) --vision $(VISION) --if_stale
+
+# Serves an engine until Control-C. In NVIDIA's container use its python: PYTHON and VENV as it has.
+triton: setup-triton
+	@$(BIN)/python -m model_repository.serve --engine_dir "$(ENGINE_DIR)" --http_port $(HTTP_PORT) \
+		--grpc_port $(GRPC_PORT) --metrics_port $(METRICS_PORT) $(TRITON_FLAGS)
 
 # Two workers, one thread each: the suite is sized for two cores.
 test: setup-test

@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 
 from nvlm.errors import UserError
+from nvlm.inputs.images import ignore_remarks
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -73,6 +74,7 @@ def run(main: Callable[[], int | None], *, rank: int = 0) -> NoReturn:
     )
     for package in ("nvlm", "build", "runtime"):
         logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    ignore_remarks()
     # What a scheduler sends to stop a program ends it like Control-C: cleaning up behind it.
     signal.signal(signal.SIGTERM, _interrupt)
     try:

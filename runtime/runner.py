@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 
 from nvlm.errors import UserError
-from nvlm.inputs.images import load_image
-from nvlm.inputs.prompt import ImageSlot, Prompt, build_prompt
-from nvlm.inputs.tiling import Grid, TiledImage, normalize, tile_image
+from nvlm.inputs.tiling import Grid, TiledImage, normalize
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from runtime.boxes import parse_boxes
 from runtime.decoder.executor import (
@@ -27,22 +25,32 @@ from runtime.decoder.executor import (
 )
 from runtime.engine_dir import EngineDir
 from runtime.mpi import World, require_world_size
+from runtime.prepare import PreparedRequest, prepare
 from runtime.text_stream import TextStream
 from runtime.types import GenerationRequest, GenerationResult, TextDelta, Timings
 from runtime.vision.executor import VisionExecutor, create_vision_executor
 
 
-@dataclass(slots=True)
-class _Answer:
-    """One request under way: what it took to submit it and what has come back."""
+@dataclass(frozen=True, slots=True)
+class EncodedRequest:
+    """What the decoder needs of a request, and what its answer will report."""
 
-    stream: TextStream
-    num_prompt_tokens: int
+    decoder_request: DecoderRequest
+    stop: tuple[str, ...]
     grids: list[Grid]
     num_tiles: int
     started: float
-    tiled: float
-    encoded: float
+    tiling_s: float
+    vision_s: float
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One request under way: what was submitted and what has come back."""
+
+    encoded: EncodedRequest
+    stream: TextStream
+    submitted: float
     first_token: float | None = None
     token_ids: list[int] = field(default_factory=list)
 
@@ -69,32 +77,46 @@ class Runner:
 
         Raises `UserError` for a request this engine cannot answer.
         """
-        started = time.perf_counter()
-        content = self._tile(request)
-        images = [part for part in content if isinstance(part, TiledImage)]
-        prompt = self._prompt(request, content)
-        tiled = time.perf_counter()
+        return self.start(self.encode(self.prepare(request)))
+
+    def prepare(self, request: GenerationRequest, started: float | None = None) -> PreparedRequest:
+        """Tiles the images and tokenises the prompt. Any number of threads may do so at once.
+
+        Raises `UserError` for a request this engine cannot answer.
+        """
+        return prepare(self.engine, self.tokenizer, request, started)
+
+    def encode(self, prepared: PreparedRequest) -> EncodedRequest:
+        """Runs the vision encoder, if there are images; then by one thread at a time, which need
+        not be the decoder's."""
+        begun = time.perf_counter()
+        images, request = prepared.images, prepared.request
         table = self._encode(images)
-        encoded = time.perf_counter()
-        request_id = self.decoder.submit(
+        tokens_per_tile = self.engine.vision.vision.tokens_per_tile
+        return EncodedRequest(
             DecoderRequest(
-                token_ids=prompt.token_ids,
+                token_ids=prepared.prompt.token_ids,
                 max_new_tokens=request.max_new_tokens,
                 prompt_table=table,
                 cache_keys=tuple(image.cache_key for image in images),
-                stop_ids=frozenset({self.tokenizer.special_id(IM_END)}),
+                rows_per_image=tuple(image.num_tiles * tokens_per_tile for image in images),
+                stop_ids=request.end_ids | {self.tokenizer.special_id(IM_END)},
                 sampling=request.sampling,
-            )
-        )
-        self._answers[request_id] = _Answer(
-            stream=TextStream(self.tokenizer, request.stop),
-            num_prompt_tokens=len(prompt.token_ids),
+            ),
+            stop=request.stop,
             grids=[image.grid for image in images],
             num_tiles=sum(image.num_tiles for image in images),
-            started=started,
-            tiled=tiled,
-            encoded=encoded,
+            started=prepared.started,
+            tiling_s=prepared.tiling_s,
+            vision_s=time.perf_counter() - begun,
         )
+
+    def start(self, encoded: EncodedRequest) -> int:
+        """Queues an encoded request and returns its id: like `step` and `cancel`, the decoder's
+        thread only."""
+        request_id = self.decoder.submit(encoded.decoder_request)
+        stream = TextStream(self.tokenizer, encoded.stop)
+        self._answers[request_id] = _Answer(encoded, stream, submitted=time.perf_counter())
         return request_id
 
     def step(self) -> list[TextDelta]:
@@ -137,6 +159,8 @@ class Runner:
                 if not under_way:
                     return
                 for delta in self.step():
+                    if delta.error is not None:
+                        raise delta.error
                     if delta.result is not None and delta.request_id in under_way:
                         yield under_way.pop(delta.request_id), delta.result
         finally:  # the caller may stop listening
@@ -153,38 +177,6 @@ class Runner:
         self.vision.close()
         self.decoder.close()
 
-    def _tile(self, request: GenerationRequest) -> list[str | TiledImage]:
-        tiling, limits = self.engine.vision.tiling, self.engine.limits
-        num_images = sum(not isinstance(part, str) for part in request.content)
-        if num_images > limits.max_num_images:
-            raise UserError(
-                f"the request has {num_images} images, the engine takes {limits.max_num_images}; "
-                "build it with a larger --max_num_images"
-            )
-        max_num_tiles = request.max_num_tiles
-        if max_num_tiles is None:
-            max_num_tiles = tiling.max_num_tiles
-        if not 1 <= max_num_tiles <= tiling.max_num_tiles:
-            raise UserError(
-                f"max_num_tiles is {max_num_tiles}, expected 1 to {tiling.max_num_tiles}"
-            )
-        return [
-            part
-            if isinstance(part, str)
-            else tile_image(load_image(part), tiling.image_size, max_num_tiles)
-            for part in request.content
-        ]
-
-    def _prompt(self, request: GenerationRequest, content: list[str | TiledImage]) -> Prompt:
-        return build_prompt(
-            [part if isinstance(part, str) else ImageSlot(part.num_tiles) for part in content],
-            self.tokenizer,
-            tokens_per_tile=self.engine.vision.vision.tokens_per_tile,
-            vocab_size=self.engine.checkpoint_config.decoder.vocab_size,
-            system=request.system,
-            prompt_format=request.prompt_format,
-        )
-
     def _encode(self, images: list[TiledImage]) -> torch.Tensor | None:
         """The prompt table [num_virtual_tokens, hidden_size]: all tiles' embeddings in order."""
         if not images:
@@ -194,6 +186,9 @@ class Runner:
 
     def _take(self, output: StepOutput) -> TextDelta:
         answer = self._answers[output.request_id]
+        if output.error is not None:
+            self.cancel(output.request_id)
+            return TextDelta(output.request_id, "", None, output.error)
         if answer.first_token is None:
             answer.first_token = time.perf_counter()
         text = ""
@@ -210,6 +205,7 @@ class Runner:
 
 def _result(answer: _Answer, reason: FinishReason) -> GenerationResult:
     now = time.perf_counter()
+    encoded, submitted = answer.encoded, answer.submitted
     first_token = answer.first_token or now
     decode_s = now - first_token
     num_tokens = len(answer.token_ids)
@@ -217,17 +213,18 @@ def _result(answer: _Answer, reason: FinishReason) -> GenerationResult:
         text=answer.stream.text,
         token_ids=answer.token_ids,
         finish_reason=reason,
-        num_prompt_tokens=answer.num_prompt_tokens,
+        num_prompt_tokens=len(encoded.decoder_request.token_ids),
         num_tokens=num_tokens,
-        num_tiles=answer.num_tiles,
-        grids=answer.grids,
+        num_tiles=encoded.num_tiles,
+        grids=encoded.grids,
         boxes=parse_boxes(answer.stream.text),
         timings=Timings(
-            tiling_ms=1e3 * (answer.tiled - answer.started),
-            vision_ms=1e3 * (answer.encoded - answer.tiled),
-            prefill_ms=1e3 * (first_token - answer.encoded),
+            queue_ms=1e3 * (submitted - encoded.started - encoded.tiling_s - encoded.vision_s),
+            tiling_ms=1e3 * encoded.tiling_s,
+            vision_ms=1e3 * encoded.vision_s,
+            prefill_ms=1e3 * (first_token - submitted),
             decode_ms=1e3 * decode_s,
-            total_ms=1e3 * (now - answer.started),
+            total_ms=1e3 * (now - encoded.started),
             decode_tokens_per_s=(num_tokens - 1) / decode_s if num_tokens > 1 else 0.0,
         ),
     )

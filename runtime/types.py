@@ -5,23 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
-from nvlm.inputs.tiling import Grid
+from nvlm.inputs.tiling import Grid, TiledImage
 from nvlm.limits import DEFAULT_MAX_NEW_TOKENS
 from runtime.boxes import Box
 from runtime.decoder.executor import FinishReason
 from runtime.sampling import SamplingParams
 
-ImageSource = Path | bytes
+ImageSource = Path | bytes | NDArray[np.uint8] | TiledImage
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A question about zero or more images.
 
-    `content` is what the user says, in order: text and images (a file's path, or its bytes).
-    Without `max_num_tiles` the engine's own number applies. `stop` holds strings that end the
-    answer and are not part of it.
+    `content` is what the user says, in order: text and images (a file's path, its bytes, RGB
+    pixels [height, width, 3], or tiles). Without `max_num_tiles` the engine's own number applies.
+    `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
+    beside <|im_end|>.
     """
 
     content: tuple[str | ImageSource, ...]
@@ -30,6 +34,7 @@ class GenerationRequest:
     max_num_tiles: int | None = None
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
+    end_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     @classmethod
@@ -43,9 +48,11 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds. prefill_ms runs from submission to the first token, so in a batch it includes
-    waiting for a place; decode_tokens_per_s counts the tokens after the first."""
+    """Milliseconds; all but the last two add up to total_ms. queue_ms: waiting between the steps,
+    as in a server; prefill_ms: from submission to the first token, so in a batch it includes
+    waiting for a place. decode_tokens_per_s counts the tokens after the first."""
 
+    queue_ms: float
     tiling_ms: float
     vision_ms: float
     prefill_ms: float
@@ -71,8 +78,10 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that a step added to one request's answer; `result` is set when it is complete."""
+    """Text that a step added to one request's answer; `result` is set when it is complete,
+    `error` when something of ours ended it."""
 
     request_id: int
     text: str
     result: GenerationResult | None
+    error: Exception | None = None

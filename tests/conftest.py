@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 from tools.model_dir import Shape
+
+if TYPE_CHECKING:
+    from tests.triton_server import Served
 
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
@@ -92,6 +96,17 @@ def float32_engine_dir(workshop: Workshop, model_dir: Path) -> Path:
 def onnx_engine_dir(workshop: Workshop, checkpoint_dir: Path) -> Path:
     """FP8 decoder, ONNX Runtime vision: what `build_engine.py` makes by default."""
     return workshop.engine("engine_onnx", checkpoint_dir, vision="onnxruntime", max_num_images=3)
+
+
+@pytest.fixture(scope="session")
+def triton_server(
+    float32_engine_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """A real Triton server in the `torch` form, which many tests ask."""
+    from tests.triton_server import serving
+
+    with serving(float32_engine_dir, tmp_path_factory.mktemp("triton")) as served:
+        yield served
 
 
 @pytest.fixture(scope="session")

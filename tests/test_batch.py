@@ -52,7 +52,7 @@ class EchoRunner:
 
 
 def result(text: str) -> GenerationResult:
-    timings = Timings(*[1.23456] * 6)
+    timings = Timings(*[1.23456] * 7)
     return GenerationResult(text, [1, 2], "stop", 7, 2, 0, [], [], timings)
 
 

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from nvlm.errors import UserError
@@ -36,14 +37,17 @@ _UPRIGHT = {
 
 
 def load_image(
-    source: Path | bytes, name: str = "image", *, apply_exif: bool = True
+    source: Path | bytes | NDArray[np.uint8], name: str = "image", *, apply_exif: bool = True
 ) -> Image.Image:
-    """An RGB image from a file or its bytes.
+    """An RGB image from a file, its bytes, or pixels [height, width, 3].
 
-    `name` stands for the image in messages when `source` is bytes. Raises `UserError` for what is
-    missing, no image, truncated, empty, or larger than `MAX_IMAGE_PIXELS` (known from the header,
-    before any pixel is decoded).
+    `name` stands for the image in messages when `source` is no file. Raises `UserError` for what
+    is missing, no image, truncated, empty, or larger than `MAX_IMAGE_PIXELS` (known from the
+    header, before any pixel is decoded). Any number of threads may load at once; Pillow's remarks
+    on odd metadata and palettes are warnings, which a program switches off once (`ignore_remarks`).
     """
+    if isinstance(source, np.ndarray):
+        return _from_pixels(source, name)
     where = str(source) if isinstance(source, Path) else name
     if isinstance(source, Path) and _is_endless(source):
         raise UserError(f"image {where} is not a regular file; give a picture file")
@@ -57,20 +61,39 @@ def load_image(
     if size == 0:
         raise UserError(f"image {where} is empty (0 bytes); give a whole picture file")
     try:
-        with warnings.catch_warnings():
-            # Remarks on odd metadata and palettes; what matters is raised.
-            warnings.simplefilter("ignore")
-            return _decode(source, apply_exif)
+        return _decode(source, apply_exif)
     except Image.DecompressionBombError:
-        raise UserError(
-            f"image {where} has more than {MAX_IMAGE_PIXELS:,} pixels; give a smaller one"
-        ) from None
+        raise _too_large(where) from None
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
         what = (str(error).splitlines() or [""])[0].split("<_io.")[0].strip()
         raise UserError(
             f"image {where} is not a whole image that Pillow can read "
             f"({what or type(error).__name__}); expected a JPEG, PNG or other picture file"
         ) from None
+
+
+def ignore_remarks() -> None:
+    """Keeps Pillow's warnings from stderr for the whole process; what matters is raised.
+
+    Once, at the start of a program: a filter set around each image (`warnings.catch_warnings`)
+    would be taken back by one thread under the feet of another.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _too_large(where: str) -> UserError:
+    return UserError(f"image {where} has more than {MAX_IMAGE_PIXELS:,} pixels; give a smaller one")
+
+
+def _from_pixels(pixels: NDArray[np.uint8], name: str) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+        raise UserError(
+            f"image {name} is {pixels.dtype} {list(pixels.shape)}, expected uint8 RGB pixels "
+            "[height, width, 3]"
+        )
+    if pixels.shape[0] * pixels.shape[1] > MAX_IMAGE_PIXELS:
+        raise _too_large(name)
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def _decode(source: Path | bytes, apply_exif: bool) -> Image.Image:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,3 +82,17 @@ def normalize(tiles: NDArray[np.uint8]) -> torch.Tensor:
     mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     return values.sub_(mean).div_(std).contiguous()
+
+
+def denormalize(tiles: NDArray[Any]) -> NDArray[np.uint8]:
+    """The inverse of `normalize`: [num_tiles, 3, S, S] of any float type -> [num_tiles, S, S, 3].
+
+    Exact for tiles that came from 8-bit pixels: float16 keeps them to 0.06 of a step. Raises
+    `ValueError` for numbers that no pixel gives.
+    """
+    mean = np.array(IMAGENET_MEAN, np.float32).reshape(3, 1, 1)
+    std = np.array(IMAGENET_STD, np.float32).reshape(3, 1, 1)
+    values = (tiles.astype(np.float32) * std + mean) * 255.0
+    if not ((values > -0.5) & (values < 255.5)).all():  # NaN is refused too
+        raise ValueError(f"they stand for pixels from {values.min():.1f} to {values.max():.1f}")
+    return np.ascontiguousarray(values.round().astype(np.uint8).transpose(0, 2, 3, 1))

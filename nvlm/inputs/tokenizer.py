@@ -63,6 +63,7 @@ class Tokenizer:
             text = "" if token["special"] else token["content"]
             self._token_bytes[token["id"]] = text.encode()
         self.num_tokens = max(self._token_bytes) + 1
+        self.max_token_bytes = max(map(len, self._token_bytes.values()))
 
     def special_id(self, name: str) -> int:
         return self._special_ids[name]

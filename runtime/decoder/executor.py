@@ -25,14 +25,16 @@ class DecoderRequest:
 
     token_ids: ids below vocab_size are text, an id vocab_size + r is row r of `prompt_table`
     [num_virtual_tokens, hidden_size] (any float dtype; cast to the engine's). cache_keys: one key
-    per image, equal exactly for equal pixels. A token in `stop_ids` ends the answer and is not
-    part of it. max_new_tokens is cut to what max_seq_len leaves.
+    per image, equal exactly for equal pixels; rows_per_image: the rows of each in the table. A
+    token in `stop_ids` ends the answer and is not part of it. max_new_tokens is cut to what
+    max_seq_len leaves.
     """
 
     token_ids: list[int]
     max_new_tokens: int
     prompt_table: torch.Tensor | None = None
     cache_keys: tuple[bytes, ...] = ()
+    rows_per_image: tuple[int, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     return_logits: bool = False
@@ -43,13 +45,15 @@ class StepOutput:
     """What one step did for one request.
 
     token_id is None when a stop token came; finish_reason is None while the request goes on.
-    logits: [vocab_size] float32 the token was drawn from, if asked for.
+    logits: [vocab_size] float32 the token was drawn from, if asked for. error: what ended this
+    request alone.
     """
 
     request_id: int
     token_id: int | None
     finish_reason: FinishReason | None
     logits: torch.Tensor | None = None
+    error: Exception | None = None
 
 
 class DecoderExecutor(Protocol):
@@ -97,19 +101,27 @@ def check_request(
     num_tokens = len(request.token_ids)
     if num_tokens == 0:
         raise UserError("the prompt has no tokens")
-    if num_tokens > limits.max_input_len:
-        raise UserError(
-            f"the prompt has {num_tokens} tokens, the engine takes {limits.max_input_len}; shorten "
-            "it or build the engine with a larger --max_input_len"
-        )
-    if request.max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {request.max_new_tokens}, expected 1 or more")
+    check_prompt_length(num_tokens, limits)
+    check_max_new_tokens(request.max_new_tokens)
     num_rows = 0 if table is None else len(table)
     if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size + num_rows:
         raise UserError(
             f"token ids run from {min(request.token_ids)} to {max(request.token_ids)}, expected 0 "
             f"to {vocab_size + num_rows - 1} ({vocab_size} words, {num_rows} prompt-table rows)"
         )
+
+
+def check_prompt_length(num_tokens: int, limits: EngineLimits) -> None:
+    if num_tokens > limits.max_input_len:
+        raise UserError(
+            f"the prompt has {num_tokens} tokens, the engine takes {limits.max_input_len}; shorten "
+            "it or build the engine with a larger --max_input_len"
+        )
+
+
+def check_max_new_tokens(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
 
 
 def generate(

@@ -1,0 +1,85 @@
+"""From the tensors of one request to a `GenerationRequest`.
+
+What a client sends and we cannot do is refused by name and in one sentence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model_repository.pictures import read_images
+from model_repository.tensors import Tensors, decode, scalar, strings, text
+from nvlm.errors import UserError
+from nvlm.inputs.prompt import DEFAULT_SYSTEM
+from runtime.request_file import with_sampling
+from runtime.sampling import SamplingParams
+from runtime.types import GenerationRequest
+
+# What TensorRT-LLM can do and we cannot, and the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "decoder_text_input": (b"",),
+    "video_bytes_input": (),
+    "bad_words": (b"",),
+    "embedding_bias_words": (b"",),
+    "embedding_bias_weights": (0.0,),
+    "min_tokens": (0, 1),
+    "beam_width": (0, 1),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "return_log_probs": (False,),
+    "return_context_logits": (False,),
+    "return_generation_logits": (False,),
+}
+
+
+def read_request(tensors: Tensors) -> GenerationRequest:
+    """Raises `UserError` for what no engine of ours can answer."""
+    _refuse_unsupported(tensors)
+    prompt = text(tensors, "text_input", "")
+    images = read_images(tensors)
+    if not prompt and not images:
+        raise UserError("text_input is empty and there is no image; give a question")
+    end_id = scalar(tensors, "end_id", -1)
+    return GenerationRequest.images_first(
+        prompt,
+        images,
+        system=text(tensors, "system", DEFAULT_SYSTEM),
+        max_num_tiles=scalar(tensors, "max_num_tiles", None),
+        max_new_tokens=_max_tokens(tensors),
+        stop=tuple(decode(word, "stop_words") for word in strings(tensors, "stop_words")),
+        end_ids=frozenset({end_id} if end_id >= 0 else ()),
+        sampling=_sampling(tensors),
+    )
+
+
+def wants_stream(tensors: Tensors) -> bool:
+    return bool(scalar(tensors, "stream", False))
+
+
+def _max_tokens(tensors: Tensors) -> int:
+    value: int = scalar(tensors, "max_tokens", 0)
+    if value < 1:
+        raise UserError(f"max_tokens is {value}, expected 1 or more")
+    return value
+
+
+def _sampling(tensors: Tensors) -> SamplingParams:
+    """run.py's meaning, and TensorRT-LLM's of zero: top_p 0 is off, both filters 0 is greedy."""
+    given = {
+        name: scalar(tensors, name, None)
+        for name in ("temperature", "top_k", "top_p", "seed")
+        if name in tensors
+    }
+    if given.get("top_k") == 0 and given.get("top_p") == 0.0:
+        return SamplingParams()
+    if given.get("top_p") == 0.0:
+        given["top_p"] = 1.0
+    return with_sampling(SamplingParams(), given)
+
+
+def _refuse_unsupported(tensors: Tensors) -> None:
+    for name, neutral in _NEUTRAL.items():
+        values = tensors[name].reshape(-1).tolist() if name in tensors else []
+        if any(value not in neutral for value in values):
+            raise UserError(f"{name} is not supported by this server; leave it out")

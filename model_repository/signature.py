@@ -1,0 +1,83 @@
+"""The tensors clients send and receive, as tables.
+
+Names, types and shapes (without the batch dimension) of TensorRT-LLM 1.2.1's multimodal
+`ensemble`, then what only `nvlm` has. One row feeds the rendered config.pbtxt of both models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """`data_type` is Triton's; a dim of -1 is free."""
+
+    name: str
+    data_type: str
+    dims: tuple[int, ...]
+    optional: bool = True
+
+
+def _specs(data_type: str, dims: tuple[int, ...], names: str) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, data_type, dims) for name in names.split())
+
+
+ENSEMBLE_INPUTS = (
+    TensorSpec("text_input", "TYPE_STRING", (1,), optional=False),
+    TensorSpec("max_tokens", "TYPE_INT32", (1,), optional=False),
+    *_specs("TYPE_STRING", (1,), "decoder_text_input"),
+    *_specs("TYPE_FP16", (-1, -1, -1, -1), "image_input"),
+    *_specs("TYPE_UINT8", (-1, -1, -1, -1), "image_bytes_input video_bytes_input"),
+    *_specs("TYPE_INT64", (-1, 2), "image_sizes_input"),
+    *_specs("TYPE_STRING", (-1,), "image_url_input bad_words stop_words embedding_bias_words"),
+    *_specs("TYPE_INT32", (1,), "end_id pad_id top_k min_tokens beam_width"),
+    *_specs(
+        "TYPE_FP32",
+        (1,),
+        "top_p temperature length_penalty repetition_penalty presence_penalty frequency_penalty",
+    ),
+    *_specs("TYPE_FP32", (-1,), "embedding_bias_weights"),
+    *_specs("TYPE_UINT64", (1,), "seed prompt_table_extra_id"),
+    *_specs(
+        "TYPE_BOOL", (1,), "return_log_probs return_context_logits return_generation_logits stream"
+    ),
+)
+
+NVLM_INPUTS = (
+    *ENSEMBLE_INPUTS,
+    *_specs("TYPE_STRING", (-1,), "image_bytes image_base64"),
+    *_specs("TYPE_STRING", (1,), "system"),
+    *_specs("TYPE_INT32", (1,), "max_num_tiles"),
+)
+
+ENSEMBLE_OUTPUTS = (
+    *_specs("TYPE_STRING", (-1,), "text_output"),
+    *_specs("TYPE_FP32", (-1,), "cum_log_probs"),
+    *_specs("TYPE_FP32", (-1, -1), "output_log_probs context_logits"),
+    *_specs("TYPE_FP32", (-1, -1, -1), "generation_logits"),
+    *_specs("TYPE_INT32", (1,), "batch_index sequence_index"),
+)
+
+NVLM_OUTPUTS = (
+    *ENSEMBLE_OUTPUTS,
+    *_specs("TYPE_STRING", (1,), "finish_reason"),
+    *_specs("TYPE_INT32", (1,), "num_prompt_tokens num_tokens num_tiles"),
+    *_specs("TYPE_FP32", (1,), "queue_ms tiling_ms vision_ms prefill_ms decode_ms total_ms"),
+)
+
+
+def to_pbtxt(field: str, specs: tuple[TensorSpec, ...]) -> str:
+    """The `input` or `output` blocks of a config.pbtxt."""
+    return "\n".join(
+        f'{field} {{ name: "{spec.name}" data_type: {spec.data_type} dims: {list(spec.dims)}'
+        + (" optional: true }" if field == "input" and spec.optional else " }")
+        for spec in specs
+    )
+
+
+def identity_map(field: str, specs: tuple[TensorSpec, ...]) -> str:
+    """An ensemble step's `input_map` or `output_map` that keeps every name."""
+    return "\n".join(
+        f'      {field} {{ key: "{spec.name}" value: "{spec.name}" }}' for spec in specs
+    )

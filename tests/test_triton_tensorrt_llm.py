@@ -1,0 +1,192 @@
+"""The `tensorrt_llm` form on the real Triton server, the C++ backend replaced by a double.
+
+TensorRT-LLM needs a GPU. The double (tests/data/tensorrt_llm_double) has the rendered signature of
+its Triton backend and refuses whatever that could not be given. Also here: models that answer once
+(decoupled: false), as TensorRT-LLM's clients without streaming need them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from model_repository.render import PROJECT_DIR, ServeOptions, render
+from model_repository.server import Ports, TritonServer
+from nvlm.inputs.images import load_image
+from runtime.engine_dir import EngineDir
+from runtime.request_file import with_sampling
+from runtime.runner import Runner
+from runtime.sampling import SamplingParams
+from runtime.types import GenerationRequest
+from tests.asking import Images
+from tests.cases import PHOTO
+from tests.triton_server import (
+    START_TIMEOUT_S,
+    Served,
+    Stream,
+    ask,
+    free_ports,
+    tensors,
+)
+
+DOUBLE = Path(__file__).parent / "data" / "tensorrt_llm_double" / "1" / "model.py"
+
+
+def put_double(repository: Path) -> None:
+    """The rendered configuration stays, but for the backend's name."""
+    model = repository / "tensorrt_llm"
+    config = (model / "config.pbtxt").read_text()
+    assert config.count('backend: "tensorrtllm"') == 1
+    (model / "config.pbtxt").write_text(config.replace('"tensorrtllm"', '"python"'))
+    path = f"import sys\nsys.path.insert(0, {str(PROJECT_DIR)!r})\n"
+    (model / "1" / "model.py").write_text(path + DOUBLE.read_text())
+
+
+def put_unary(repository: Path) -> None:
+    """`nvlm_unary` beside `nvlm`, and `ensemble` in front of it."""
+    shutil.copytree(repository / "nvlm", repository / "nvlm_unary")
+    for model, changes in (
+        (
+            "nvlm_unary",
+            (('name: "nvlm"', 'name: "nvlm_unary"'), ("decoupled: true", "decoupled: false")),
+        ),
+        ("ensemble", (('model_name: "nvlm"', 'model_name: "nvlm_unary"'),)),
+    ):
+        path = repository / model / "config.pbtxt"
+        text = path.read_text()
+        for old, new in changes:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def server(float32_engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    scratch = tmp_path_factory.mktemp("tensorrt_llm")
+    repository = scratch / "models"
+    repository.mkdir()
+    options = ServeOptions("tensorrt_llm", device="cpu", num_threads=1)
+    render(EngineDir.read(float32_engine_dir), repository, options)
+    put_double(repository)
+    put_unary(repository)
+    http, grpc, metrics = free_ports(3)
+    with TritonServer(repository, scratch, Ports("127.0.0.1", http, grpc, metrics)) as triton:
+        triton.wait_until_ready(START_TIMEOUT_S)
+        yield Served(triton.process, http, grpc, metrics, triton.log)
+
+
+@pytest.fixture(scope="module")
+def runner(float32_engine_dir: Path) -> Runner:
+    return Runner.open(float32_engine_dir, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.9, "seed": 3}, {"temperature": 0.9, "top_k": 9, "seed": 2**40}],
+)
+def test_answers_are_those_of_the_runner(
+    server: Served, runner: Runner, images: Images, num_images: int, options: dict[str, float]
+) -> None:
+    names = ("landscape_800x450.png", "portrait_400x1000.png", "pixel_1x1.png")[:num_images]
+    paths = tuple(images(name) for name in names)
+    sampling = with_sampling(SamplingParams(), options)
+    expected = runner.generate(
+        GenerationRequest.images_first("How?", paths, max_new_tokens=16, sampling=sampling)
+    )
+    files = {"image_bytes": [path.read_bytes() for path in paths]} if paths else {}
+    found = ask(server, tensors("How?", 16, stream=True, **options, **files))
+    assert found.error is None
+    assert found.text == expected.text
+    assert found.outputs["finish_reason"].decode() == expected.finish_reason
+    assert found.outputs["num_tokens"] == expected.num_tokens
+    assert found.outputs["num_prompt_tokens"] == expected.num_prompt_tokens
+
+
+def test_an_answer_ends_at_its_end_token(server: Served, runner: Runner) -> None:
+    """The backend leaves it out and says nothing of the reason."""
+    ids = runner.generate(GenerationRequest(("How?",), max_new_tokens=16)).token_ids
+    found = ask(server, tensors("How?", 16, end_id=ids[4]))
+    assert found.outputs["finish_reason"] == b"stop"
+    assert found.text == runner.tokenizer.decode(ids[: ids.index(ids[4])])
+
+
+def test_a_stop_word_and_a_cancellation_stop_the_backend(server: Served, runner: Runner) -> None:
+    """Else its eight places would stay taken by answers of 400 tokens."""
+    whole = runner.generate(GenerationRequest(("How?",), max_new_tokens=400)).text
+    assert len(whole) > 100
+    with Stream(server) as stream:
+        for i in range(8):
+            stream.send(f"gone{i}", tensors("How?", 400, stream=True))
+        stream.take()
+    for _ in range(3):
+        found = ask(server, tensors("How?", 400, stop_words=[whole[5:8].encode()]))
+        assert found.text == whole[: whole.index(whole[5:8])]
+    server.wait_for_sample("nvlm_requests_running", 0)
+
+
+def test_requests_share_the_backend(server: Served, runner: Runner) -> None:
+    questions = [f"Question {i}?" for i in range(12)]
+    expected = [
+        runner.generate(GenerationRequest((text,), max_new_tokens=20)).text for text in questions
+    ]
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda text: ask(server, tensors(text, 20)).text, questions))
+    assert found == expected
+
+
+def test_an_error_of_the_backend_ends_one_request(server: Served) -> None:
+    with Stream(server) as other:
+        other.send("kept", tensors("How?", 40))
+        answer = ask(server, tensors("How?", 4, temperature=99.0))
+        assert answer.error is not None
+        assert "the double refuses: the temperature" in answer.error
+        other.finish()
+        assert other.answers["kept"].error is None
+    assert ask(server, tensors("How?", 4)).error is None
+
+
+@pytest.mark.parametrize("model", ["ensemble", "nvlm_unary"])
+def test_models_that_answer_once_take_unary_calls(
+    server: Served, runner: Runner, model: str
+) -> None:
+    """TensorRT-LLM's client without --streaming: one call, one response, text_output by beam."""
+    pixels = np.asarray(load_image(PHOTO))
+    expected = runner.generate(
+        GenerationRequest.images_first("Which city?", (PHOTO,), max_new_tokens=16)
+    )
+    inputs = tensors(
+        "Which city?",
+        16,
+        beam_width=1,
+        temperature=1.0,
+        end_id=-1,
+        pad_id=1,
+        top_k=1,
+        top_p=0.0,
+        stream=False,
+        image_bytes_input=np.array([[pixels]]),
+        repetition_penalty=1.0,
+    )
+    outputs = [grpcclient.InferRequestedOutput("text_output")]
+
+    def call(_: int) -> str:
+        with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+            result = client.infer(model, inputs, outputs=outputs, client_timeout=60)
+            return str(result.as_numpy("text_output")[0].decode())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(call, range(8))) == {expected.text}
+    with (
+        grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client,
+        pytest.raises(InferenceServerException, match="stream is true"),
+    ):
+        client.infer(model, tensors("x", 4, stream=True), client_timeout=60)
