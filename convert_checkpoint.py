@@ -33,9 +33,16 @@ def parser() -> ArgumentParser:
         "--calib_data",
         type=Path,
         default=BUILT_IN,
-        help="JSONL of prompts and images (default: built in)",
+        help="JSONL of prompts and images, folder of images, or .txt of prompts "
+        "(default: built in)",
     )
     add("--calib_size", type=positive_int, default=16, help="samples used, at most")
+    add(
+        "--calib_cache",
+        type=Path,
+        help="quantization_report.json of an earlier conversion of these weights: its amax are "
+        "taken, nothing is calibrated",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="calibration runs there")
     add("--dry_run", action="store_true", help="print the plan as JSON and write nothing")
     add("--if_stale", action="store_true", help="nothing if up to date, else as --overwrite")
@@ -51,6 +58,7 @@ def main() -> None:
         dtype=arguments.dtype,
         calib_data=arguments.calib_data,
         calib_size=arguments.calib_size,
+        calib_cache=arguments.calib_cache,
         tp_size=arguments.tp_size,
         pp_size=arguments.pp_size,
     )

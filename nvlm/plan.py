@@ -71,6 +71,17 @@ def checkpoint_bytes(config: CheckpointConfig, vision: VisionConfig) -> int:
     return ranks + vision_weight_bytes(vision, config.dtype) + _CHECKPOINT_SLACK_BYTES
 
 
+def calibration_bytes(
+    config: CheckpointConfig, vision: VisionConfig, num_tiles: int, num_tokens: int
+) -> int:
+    """Disk that calibration takes while it runs: the samples' hidden states before a layer and
+    behind it."""
+    in_vision = 4 * num_tiles * vision.num_positions * vision.hidden_size
+    embeddings = 4 * num_tiles * vision.tokens_per_tile * vision.output_size
+    in_decoder = TORCH_DTYPES[config.dtype].itemsize * num_tokens * config.decoder.hidden_size
+    return 2 * max(in_vision, embeddings, in_decoder)
+
+
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
     """Bytes on one rank. `workspace_bytes` estimates the largest step's activations."""
