@@ -25,6 +25,7 @@ from build.checkpoint.output_files import OutputFiles
 from build.checkpoint.pipeline import DEFAULT_BUFFERS, Buffers, ReadAhead
 from build.checkpoint.report import FILE_NAME as REPORT_FILE
 from build.checkpoint.report import QuantizationReport, from_records
+from build.checkpoint.report_page import write_page
 from build.checkpoint.row_file import RowFile
 from build.checkpoint.unit import Unit
 from build.checkpoint.vision_step import VISION_FILE, VisionStep, write_scales
@@ -120,6 +121,7 @@ def convert(
         if options.is_quantised:
             report = from_records(journal.records, *calibration.counts)
             report.write(staging / REPORT_FILE)
+            write_page(staging, report)
             write_scales(staging, vision, report)
         write_manifest(staging, "checkpoint", limits={}, known=entries, **made_from)
 
