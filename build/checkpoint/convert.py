@@ -32,7 +32,7 @@ from build.checkpoint.vision_step import VISION_FILE, VisionStep, write_scales
 from build.sources.source import WeightSource
 from nvlm.checkpoint_config import CheckpointConfig, QuantAlgo
 from nvlm.checkpoint_tensors import decoder_tensors, rank_file, vision_tensors
-from nvlm.config import VisionConfig
+from nvlm.config import NVLMConfig, VisionConfig
 from nvlm.dtypes import TORCH_DTYPES
 from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer, tokenizer_files
@@ -67,15 +67,14 @@ class ConvertOptions:
     def is_quantised(self) -> bool:
         return self.quant_algo is not None or self.kv_cache_quant_algo is not None
 
-    def config(self, source: WeightSource) -> CheckpointConfig:
+    def config(self, model: NVLMConfig) -> CheckpointConfig:
         """Raises `UserError` where the decoder does not divide into the ranks asked for."""
-        decoder = source.config.decoder
         try:
-            check_divides(decoder, self.tp_size, self.pp_size)
+            check_divides(model.decoder, self.tp_size, self.pp_size)
         except UserError as error:
             raise UserError(f"--{error}") from None
         return CheckpointConfig(
-            decoder,
+            model.decoder,
             self.dtype,
             self.quant_algo,
             self.kv_cache_quant_algo,
@@ -95,7 +94,7 @@ def convert(
 ) -> None:
     """Converts and, for FP8, calibrates. `output_dir` appears whole or not at all; what an
     interrupted run has done stays beside it and is gone on with."""
-    config = options.config(source)
+    config = options.config(source.config)
     calibration = _load_calibration(source, options)
     made_from = _made_from(source, options, calibration)  # before the first byte is read
     journal_of = partial(Journal.open, made_from=_fingerprint(made_from, device))
