@@ -100,22 +100,30 @@ def measure_disk(folder: Path, repeats: int) -> dict[str, Any]:
     plain = ("--quant_algo", "none")
     write_bytes = {"bf16": 0, "fp8": 0}
     runs: dict[str, list[float]] = {"copy": [], "bf16": [], "fp8": []}
+    cpu: dict[str, list[float]] = {"copy": [], "bf16": [], "fp8": []}
     for repeat in range(repeats):
         for name, flags in (("bf16", plain), ("fp8", ("--calib_cache", str(cache)))):
             forget(files)
-            runs[name].append(convert(model, output, *flags).seconds)
+            measured = convert(model, output, *flags)
+            runs[name].append(measured.seconds)
+            cpu[name].append(measured.cpu_seconds)
             write_bytes[name] = size_of(output)
             shutil.rmtree(output)
-            print(f"{name} {runs[name][-1]:.1f} s", file=sys.stderr)
         forget(files)
+        cpu_start = time.process_time()
         runs["copy"].append(copy_seconds(files, copied, write_bytes["bf16"]))
+        cpu["copy"].append(time.process_time() - cpu_start)
         copied.unlink()
-        print(f"copy {runs['copy'][-1]:.1f} s ({repeat + 1} of {repeats})", file=sys.stderr)
+        for name, times in runs.items():
+            told = f"{times[-1]:.1f} s ({cpu[name][-1]:.1f} s of CPU), {repeat + 1} of {repeats}"
+            print(f"{name} {told}", file=sys.stderr)
     rates = {name: read_bytes / 1e9 / statistics.median(times) for name, times in runs.items()}
     return {
         "read_bytes": read_bytes,
         "write_bytes": write_bytes,
         "seconds": runs,
+        "cpu_seconds": cpu,
+        "load_average": os.getloadavg(),
         "read_gb_per_s": rates,
         "bf16_share_of_copy": rates["bf16"] / rates["copy"],
         "fp8_share_of_copy": rates["fp8"] / rates["copy"],

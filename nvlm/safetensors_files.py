@@ -142,8 +142,9 @@ class SafetensorsWriter:
             data, offset = data[written:], offset + written
 
     def sync(self) -> None:
-        """Waits until everything written is on the disk."""
+        """Waits until everything written is on the disk, and gives its page cache back."""
         os.fdatasync(self._fd)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sha256(self) -> str:
         """Of the whole file; reads again what was not written in order."""
