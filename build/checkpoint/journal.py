@@ -48,15 +48,13 @@ class Journal:
     def commit(self, record: dict[str, Any]) -> None:
         """Records a unit whose output is on the disk."""
         lines = [record] if self.records else [self.made_from, record]
-        flags = os.O_APPEND if self.records else os.O_TRUNC
         if self.records:
             self._drop_torn_line()
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | flags, 0o644)
-        try:
-            os.write(fd, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        # A file object writes all or raises; os.write may stop half way on a full disk.
+        with open(self.path, "ab" if self.records else "wb") as file:
+            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
         self.records.append(record)
 
     def _drop_torn_line(self) -> None:

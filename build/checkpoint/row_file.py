@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 
@@ -41,12 +40,14 @@ class RowFile:
 
     def read(self, rows: range) -> torch.Tensor:
         """[len(rows), *row_shape]."""
-        if not rows:
-            return torch.empty(0, *self.row_shape, dtype=self.dtype)
-        count = len(rows) * self.row_bytes
-        data = np.fromfile(self.path, np.uint8, count, offset=rows.start * self.row_bytes)
-        assert data.size == count, f"{self.path} is too short"
-        return torch.from_numpy(data).view(self.dtype).view(len(rows), *self.row_shape)
+        # torch's own memory is aligned; products of unaligned rows may differ in their last bits.
+        result = torch.empty(len(rows), *self.row_shape, dtype=self.dtype)
+        if rows:
+            with open(self.path, "rb") as file:
+                file.seek(rows.start * self.row_bytes)
+                num_bytes = file.readinto(result.view(-1).view(torch.uint8).numpy().data)
+            assert num_bytes == result.nbytes, f"{self.path} is too short"
+        return result
 
     @contextmanager
     def writer(self) -> Iterator[RowWriter]:
