@@ -4,12 +4,16 @@ Same tensor names, F32/BF16 mix, zero dummy heads, sharded safetensors with an i
 and tokenizer. For tests, benchmarks and, until real weights are at hand, for trying the commands.
 
     python -m tools.make_random_checkpoint --output_dir D [--preset tiny|demo|small|72b] [--seed N]
+        [--num_hidden_layers N] [--vision_num_hidden_layers N]    # fewer layers of the real width
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +22,8 @@ from nvlm.config import NUM_DUMMY_HEADS, NVLMConfig
 from nvlm.tensor_names import StoredTensor
 from tools.make_tokenizer import write_tokenizer
 from tools.model_dir import Shape, model_config, write_model_dir
+
+_MAX_BLOCK_VALUES = 1 << 26
 
 PRESETS = {
     "tiny": Shape(),
@@ -71,10 +77,22 @@ def write_random_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     config = model_config(shape)
 
-    def value_of(tensor: StoredTensor) -> torch.Tensor:
-        return random_tensor(tensor, config, generator)
+    def blocks_of(tensor: StoredTensor) -> Iterator[torch.Tensor]:
+        for part in _row_blocks(tensor):
+            yield random_tensor(part, config, generator)
 
-    write_model_dir(model_dir, shape, value_of, max_shard_bytes)
+    write_model_dir(model_dir, shape, blocks_of, max_shard_bytes)
+
+
+def _row_blocks(tensor: StoredTensor) -> Iterator[StoredTensor]:
+    """Parts of a large tensor that does not fit in memory as float32, in order; else itself."""
+    rows = max(1, _MAX_BLOCK_VALUES // math.prod(tensor.shape[1:]))
+    if rows >= tensor.shape[0] or tensor.name.startswith("vision_model."):  # dummy heads
+        yield tensor
+        return
+    for start in range(0, tensor.shape[0], rows):
+        count = min(rows, tensor.shape[0] - start)
+        yield replace(tensor, shape=(count, *tensor.shape[1:]))
 
 
 def random_tensor(
@@ -122,8 +140,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
+    depths = ("num_hidden_layers", "vision_num_hidden_layers")
+    for name in depths:
+        parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     arguments = parser.parse_args()
-    write_random_checkpoint(arguments.output_dir, PRESETS[arguments.preset], seed=arguments.seed)
+    given = {name: getattr(arguments, name) for name in depths if getattr(arguments, name)}
+    shape = replace(PRESETS[arguments.preset], **given)
+    write_random_checkpoint(arguments.output_dir, shape, seed=arguments.seed)
 
 
 if __name__ == "__main__":

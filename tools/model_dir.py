@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,13 @@ def model_config(shape: Shape) -> NVLMConfig:
 def write_model_dir(
     model_dir: Path,
     shape: Shape,
-    value_of: Callable[[StoredTensor], torch.Tensor],
+    blocks_of: Callable[[StoredTensor], Iterable[torch.Tensor]],
     max_shard_bytes: int = 4_000_000_000,
 ) -> None:
-    """Writes weights and config.json. `value_of` gives each tensor, in its published dtype."""
+    """Writes weights and config.json.
+
+    `blocks_of` gives each tensor in its published dtype: whole, or blocks of rows in order.
+    """
     shards = _shards(model_tensors(model_config(shape)), max_shard_bytes)
     weight_map: dict[str, str] = {}
     total_size = 0
@@ -114,7 +117,8 @@ def write_model_dir(
         (model_dir / file_name).unlink(missing_ok=True)
         with SafetensorsWriter(model_dir / file_name, infos) as writer:
             for tensor in tensors:
-                writer.write(tensor.name, value_of(tensor))
+                for block in blocks_of(tensor):
+                    writer.append(tensor.name, block)
         weight_map |= dict.fromkeys(infos, file_name)
         total_size += sum(info.num_bytes for info in infos.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}

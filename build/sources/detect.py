@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from build.sources.hugging_face import HuggingFaceSource
+from build.sources.hugging_face import HuggingFaceSource, read_index
 from build.sources.megatron.folder import is_megatron
 from build.sources.megatron.source import MegatronSource
 from build.sources.source import WeightSource
+from nvlm.config import NVLMConfig
 from nvlm.errors import UserError
 
 
@@ -34,3 +35,11 @@ def open_source(
     return MegatronSource(
         model_dir, tokenizer_dir=tokenizer_dir, projector_norm_eps=projector_norm_eps
     )
+
+
+def read_config(model_dir: Path, *, tokenizer_dir: Path | None = None) -> NVLMConfig:
+    """The model's shapes for a plan. In Hugging Face's layout config.json and the index are enough,
+    the weights need not be there yet; Megatron's shapes are in its rank files."""
+    if is_megatron(model_dir):
+        return open_source(model_dir, tokenizer_dir=tokenizer_dir).config
+    return read_index(model_dir)

@@ -111,10 +111,10 @@ def export(model: TinyNVLM, model_dir: Path) -> None:
     for name, value in model.decoder.state_dict().items():
         state[DECODER_PREFIX + name] = value.detach().float().cpu()
 
-    def value_of(tensor: StoredTensor) -> Tensor:
-        return _with_dummy_heads(tensor, state[tensor.name]).to(tensor.dtype)
+    def blocks_of(tensor: StoredTensor) -> list[Tensor]:
+        return [_with_dummy_heads(tensor, state[tensor.name]).to(tensor.dtype)]
 
-    write_model_dir(model_dir, TINY, value_of, _SHARD_BYTES)
+    write_model_dir(model_dir, TINY, blocks_of, _SHARD_BYTES)
 
 
 def _with_dummy_heads(tensor: StoredTensor, value: Tensor) -> Tensor:
