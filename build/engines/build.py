@@ -74,7 +74,7 @@ def _build_vision(spec: EngineSpec, directory: Path) -> None:
     directory.mkdir()
     source = spec.vision_checkpoint
     if spec.vision == "onnxruntime":
-        from build.engines.vision_onnx import export_vision  # needs onnx, onnxruntime
+        from build.engines.vision_onnxruntime import export_vision  # needs onnx, onnxruntime
 
         export_vision(source, spec.vision_precision, directory)
     else:
