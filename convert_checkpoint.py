@@ -27,6 +27,8 @@ def parser() -> ArgumentParser:
     add("--quant_algo", choices=ALGORITHMS, default="FP8", help="of the decoder's linears")
     add("--kv_cache_quant_algo", choices=ALGORITHMS, help="default: as --quant_algo")
     add("--dtype", choices=TORCH_DTYPES, default="bfloat16", help="of what is not quantised")
+    add("--tp_size", type=positive_int, default=1, help="ranks that share every layer")
+    add("--pp_size", type=positive_int, default=1, help="stages that the layers are divided into")
     add(
         "--calib_data",
         type=Path,
@@ -49,6 +51,8 @@ def main() -> None:
         dtype=arguments.dtype,
         calib_data=arguments.calib_data,
         calib_size=arguments.calib_size,
+        tp_size=arguments.tp_size,
+        pp_size=arguments.pp_size,
     )
     source = HuggingFaceSource(arguments.model_dir)
     if arguments.dry_run:

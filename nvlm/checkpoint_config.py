@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvlm.config import DecoderConfig
+from nvlm.errors import UserError
 from nvlm.json_files import StrictReader, read_json_object
+from nvlm.mapping import Mapping, check_divides
 
 QuantAlgo = Literal["FP8"]
 
@@ -49,6 +51,13 @@ class CheckpointConfig:
     tp_size: int = 1
     pp_size: int = 1
 
+    def mapping(self, rank: int = 0) -> Mapping:
+        return Mapping(self.tp_size, self.pp_size, rank)
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size
+
     def to_json(self) -> dict[str, Any]:
         decoder = self.decoder
         return {
@@ -65,7 +74,7 @@ class CheckpointConfig:
             "rotary_base": decoder.rope_theta,
             "norm_epsilon": decoder.rms_norm_eps,
             "mapping": {
-                "world_size": self.tp_size * self.pp_size,
+                "world_size": self.world_size,
                 "tp_size": self.tp_size,
                 "pp_size": self.pp_size,
                 "cp_size": 1,
@@ -102,6 +111,10 @@ class CheckpointConfig:
             pp_size=mapping.positive_int("pp_size"),
         )
         reader.refuse_unlike(config.to_json())
+        try:
+            check_divides(decoder, config.tp_size, config.pp_size)
+        except UserError as error:
+            raise UserError(f"{path}: mapping: {error}") from None
         return config
 
     @classmethod

@@ -15,6 +15,7 @@ from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.config import VisionConfig
 from nvlm.dtypes import TORCH_DTYPES
 from nvlm.errors import UserError
+from nvlm.exact import exact_div
 from nvlm.safetensors_files import SafetensorsReader, TensorInfo
 from nvlm.tensor_names import (
     ACTIVATION_SCALE,
@@ -30,13 +31,21 @@ from nvlm.vision_model import VisionModel
 _SCALE = TensorInfo(torch.float32, (1,))
 
 
+def rank_file(rank: int) -> str:
+    """The file of a rank's decoder tensors in a checkpoint directory."""
+    return f"rank{rank}.safetensors"
+
+
 def decoder_layer_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
-    """One layer's tensors under names relative to `transformer.layers.{i}.`."""
+    """One layer's tensors on any rank, under names relative to `transformer.layers.{i}.`."""
     decoder, dtype = config.decoder, TORCH_DTYPES[config.dtype]
     weight_dtype = fp8.E4M3 if config.quant_algo == "FP8" else dtype
-    query_size = decoder.num_attention_heads * decoder.head_dim
-    qkv_size = query_size + 2 * decoder.num_key_value_heads * decoder.head_dim
-    hidden, intermediate = decoder.hidden_size, decoder.intermediate_size
+    mapping = config.mapping()
+    query_size = mapping.local_heads(decoder.num_attention_heads) * decoder.head_dim
+    key_value_size = mapping.local_heads(decoder.num_key_value_heads) * decoder.head_dim
+    qkv_size = query_size + 2 * key_value_size
+    hidden = decoder.hidden_size
+    intermediate = exact_div(decoder.intermediate_size, config.tp_size)
     linear_shapes = {
         "attention.qkv": (qkv_size, hidden),
         "attention.dense": (hidden, query_size),
@@ -58,16 +67,25 @@ def decoder_layer_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
     return tensors
 
 
-def decoder_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
-    """All tensors of `rank0.safetensors` at one rank, in the order they are written."""
-    decoder, dtype = config.decoder, TORCH_DTYPES[config.dtype]
-    table = TensorInfo(dtype, (decoder.vocab_size, decoder.hidden_size))
-    tensors = {"transformer.vocab_embedding.weight": table}
-    for i in range(decoder.num_hidden_layers):
+def decoder_tensors(config: CheckpointConfig, rank: int = 0) -> dict[str, TensorInfo]:
+    """All tensors of a rank's file, in the order they are written; layers count from 0.
+
+    The embedding is whole on every rank of the first stage (use_parallel_embedding is false); the
+    head's rows are split over the last one.
+    """
+    decoder, dtype, mapping = config.decoder, TORCH_DTYPES[config.dtype], config.mapping(rank)
+    vocab_size, hidden = decoder.vocab_size, decoder.hidden_size
+    tensors = {}
+    if mapping.is_first_stage:
+        tensors["transformer.vocab_embedding.weight"] = TensorInfo(dtype, (vocab_size, hidden))
+    layer = decoder_layer_tensors(config)
+    for i in range(len(mapping.layers(decoder.num_hidden_layers))):
         prefix = ENGINE_LAYER.format(i=i)
-        tensors |= {prefix + name: info for name, info in decoder_layer_tensors(config).items()}
-    tensors["transformer.ln_f.weight"] = TensorInfo(dtype, (decoder.hidden_size,))
-    tensors["lm_head.weight"] = table
+        tensors |= {prefix + name: info for name, info in layer.items()}
+    if mapping.is_last_stage:
+        tensors["transformer.ln_f.weight"] = TensorInfo(dtype, (hidden,))
+        rows = exact_div(mapping.padded_vocab_size(vocab_size), config.tp_size)
+        tensors["lm_head.weight"] = TensorInfo(dtype, (rows, hidden))
     return tensors
 
 

@@ -13,6 +13,7 @@ from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.checkpoint_tensors import decoder_tensors, vision_tensors
 from nvlm.config import VisionConfig
 from nvlm.dtypes import TORCH_DTYPES
+from nvlm.exact import exact_div
 from nvlm.limits import EngineLimits
 from nvlm.tensor_names import VISION_LINEARS
 
@@ -20,14 +21,15 @@ _MLP_BYTES_PER_VALUE = 22  # 5.5 GB measured for one 72B MLP over 8,192 tokens
 _CHECKPOINT_SLACK_BYTES = 64 << 20  # tokenizer, headers, reports
 
 
-def decoder_weight_bytes(config: CheckpointConfig) -> int:
-    return sum(info.num_bytes for info in decoder_tensors(config).values())
+def decoder_weight_bytes(config: CheckpointConfig, rank: int = 0) -> int:
+    """Of one rank."""
+    return sum(info.num_bytes for info in decoder_tensors(config, rank).values())
 
 
-def decoder_parameter_count(config: CheckpointConfig) -> int:
-    """Parameters of the decoder, biases and norms included, FP8 scales not."""
+def decoder_parameter_count(config: CheckpointConfig, rank: int = 0) -> int:
+    """Parameters of the decoder on one rank, biases and norms included, FP8 scales not."""
     plain = replace(config, quant_algo=None, kv_cache_quant_algo=None)
-    return sum(math.prod(info.shape) for info in decoder_tensors(plain).values())
+    return sum(math.prod(info.shape) for info in decoder_tensors(plain, rank).values())
 
 
 def may_widen(num_parameters: int, device: torch.device, memory_bytes: int) -> bool:
@@ -40,11 +42,11 @@ def may_widen(num_parameters: int, device: torch.device, memory_bytes: int) -> b
 
 
 def kv_bytes_per_token(config: CheckpointConfig) -> int:
-    """K and V of one position in every layer."""
+    """K and V of one position in every layer of a rank."""
     dtype = fp8.E4M3 if config.kv_cache_quant_algo == "FP8" else TORCH_DTYPES[config.dtype]
-    decoder = config.decoder
-    row = decoder.num_key_value_heads * decoder.head_dim * dtype.itemsize
-    return 2 * decoder.num_hidden_layers * row
+    decoder, mapping = config.decoder, config.mapping()
+    row = mapping.local_heads(decoder.num_key_value_heads) * decoder.head_dim * dtype.itemsize
+    return 2 * len(mapping.layers(decoder.num_hidden_layers)) * row
 
 
 def vision_weight_bytes(config: VisionConfig, precision: str) -> int:
@@ -65,8 +67,8 @@ def vision_parameter_count(config: VisionConfig) -> int:
 
 def checkpoint_bytes(config: CheckpointConfig, vision: VisionConfig) -> int:
     """Disk that a checkpoint directory takes."""
-    weights = decoder_weight_bytes(config) + vision_weight_bytes(vision, config.dtype)
-    return weights + _CHECKPOINT_SLACK_BYTES
+    ranks = sum(decoder_weight_bytes(config, rank) for rank in range(config.world_size))
+    return ranks + vision_weight_bytes(vision, config.dtype) + _CHECKPOINT_SLACK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +123,16 @@ def plan_engine(
     device: torch.device,
     memory_bytes: int,
 ) -> EnginePlan:
-    """What the torch executor takes on `device` when it runs at the engine's limits."""
+    """What the torch executor takes on `device` when it runs at the engine's limits.
+
+    On rank 0, which holds most: vision runs there only, and the embedding is not split.
+    """
     decoder, itemsize = config.decoder, TORCH_DTYPES[config.dtype].itemsize
     decoder_weights = decoder_weight_bytes(config)
     vision_weights = vision_weight_bytes(vision, vision_precision)
     # What a linear widened at each use adds; the head is the largest one.
-    widened = 4 * decoder.vocab_size * decoder.hidden_size
+    vocab_rows = exact_div(config.mapping().padded_vocab_size(decoder.vocab_size), config.tp_size)
+    widened = 4 * vocab_rows * decoder.hidden_size
     if may_widen(decoder_parameter_count(config), device, memory_bytes):
         decoder_weights += 4 * decoder_parameter_count(config)  # beside the mapped file
         widened = 0
@@ -136,7 +142,8 @@ def plan_engine(
     num_tokens = limits.max_batch_size * limits.max_seq_len  # every place at its longest
     is_wide_cache = config.kv_cache_quant_algo == "FP8" and device.type == "cpu"
     # A step's widest rows: the MLP's halves and their product, in `dtype` and in float32.
-    mlp = _MLP_BYTES_PER_VALUE * limits.max_num_tokens * decoder.intermediate_size
+    intermediate = exact_div(decoder.intermediate_size, config.tp_size)
+    mlp = _MLP_BYTES_PER_VALUE * limits.max_num_tokens * intermediate
     logits = limits.max_batch_size * decoder.vocab_size * 4
     return EnginePlan(
         decoder_weight_bytes=decoder_weights,

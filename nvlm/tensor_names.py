@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -129,32 +130,49 @@ def model_tensors(config: NVLMConfig) -> list[StoredTensor]:
     return tensors
 
 
+Split = Literal["column", "row"]
+"""Over tensor-parallel ranks: "column" parallel splits outputs (dim 0), "row" inputs (dim 1)."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineTensor:
-    """A tensor of a TensorRT-LLM checkpoint and the published ones stacked into it on dim 0."""
+    """A tensor of a TensorRT-LLM checkpoint and the published ones stacked into it on dim 0.
+
+    Without `split` every rank holds all of it. Ranks split each source, then stack their parts.
+    """
 
     name: str
     sources: tuple[str, ...]
+    split: Split | None = None
 
 
 QKV_SOURCES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+KEY_VALUE_SOURCES = QKV_SOURCES[1:]
+"""Their rows are key and value heads, which ranks share where there are too few."""
 
 ENGINE_LAYER_TENSORS = (
     EngineTensor("input_layernorm.weight", ("input_layernorm.weight",)),
-    EngineTensor("attention.qkv.weight", tuple(f"{source}.weight" for source in QKV_SOURCES)),
-    EngineTensor("attention.qkv.bias", tuple(f"{source}.bias" for source in QKV_SOURCES)),
-    EngineTensor("attention.dense.weight", ("self_attn.o_proj.weight",)),
+    EngineTensor(
+        "attention.qkv.weight", tuple(f"{source}.weight" for source in QKV_SOURCES), "column"
+    ),
+    EngineTensor("attention.qkv.bias", tuple(f"{source}.bias" for source in QKV_SOURCES), "column"),
+    EngineTensor("attention.dense.weight", ("self_attn.o_proj.weight",), "row"),
+    EngineTensor("mlp.fc.weight", ("mlp.gate_proj.weight",), "column"),
+    EngineTensor("mlp.gate.weight", ("mlp.up_proj.weight",), "column"),
+    EngineTensor("mlp.proj.weight", ("mlp.down_proj.weight",), "row"),
     EngineTensor("post_layernorm.weight", ("post_attention_layernorm.weight",)),
-    EngineTensor("mlp.fc.weight", ("mlp.gate_proj.weight",)),
-    EngineTensor("mlp.gate.weight", ("mlp.up_proj.weight",)),
-    EngineTensor("mlp.proj.weight", ("mlp.down_proj.weight",)),
 )
 
-ENGINE_TOP_TENSORS = (
-    EngineTensor("transformer.vocab_embedding.weight", (EMBED_TOKENS,)),
+ENGINE_FIRST_TENSORS = (EngineTensor("transformer.vocab_embedding.weight", (EMBED_TOKENS,)),)
+"""On the first pipeline stage."""
+
+ENGINE_LAST_TENSORS = (
     EngineTensor("transformer.ln_f.weight", (FINAL_NORM,)),
-    EngineTensor("lm_head.weight", (LM_HEAD,)),
+    EngineTensor("lm_head.weight", (LM_HEAD,), "column"),
 )
+"""On the last pipeline stage."""
+
+ENGINE_TOP_TENSORS = ENGINE_FIRST_TENSORS + ENGINE_LAST_TENSORS
 
 ENGINE_LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 """The linears of a decoder layer that FP8 quantises."""

@@ -24,6 +24,7 @@ from runtime.decoder.executor import (
     FinishReason,
     StepOutput,
     create_decoder_executor,
+    require_ranks_supported,
 )
 from runtime.engine_dir import EngineDir
 from runtime.mpi import World, require_world_size
@@ -59,6 +60,7 @@ class Runner:
     def open(cls, engine_dir: Path, device: torch.device, world: World | None = None) -> Runner:
         """Loads an engine directory onto a device; `world` is the ranks that run, if several."""
         engine = EngineDir.read(engine_dir)
+        require_ranks_supported(engine)
         config = engine.checkpoint_config
         require_world_size(world or World(), config.tp_size, config.pp_size)
         vision = create_vision_executor(engine, device)

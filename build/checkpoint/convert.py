@@ -20,6 +20,7 @@ from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer, tokenizer_files
 from nvlm.json_files import write_json_atomically
 from nvlm.manifest import is_current, write_manifest
+from nvlm.mapping import check_divides
 from nvlm.output_dir import OutputPlace, staged_directory
 from nvlm.plan import checkpoint_bytes
 
@@ -33,14 +34,27 @@ class ConvertOptions:
     dtype: str = "bfloat16"
     calib_data: Path = calibration_set.BUILT_IN
     calib_size: int = 16
+    tp_size: int = 1
+    pp_size: int = 1
 
     @property
     def is_calibrated(self) -> bool:
         return self.quant_algo is not None or self.kv_cache_quant_algo is not None
 
     def config(self, source: WeightSource) -> CheckpointConfig:
+        """Raises `UserError` where the decoder does not divide into the ranks asked for."""
+        decoder = source.config.decoder
+        try:
+            check_divides(decoder, self.tp_size, self.pp_size)
+        except UserError as error:
+            raise UserError(f"--{error}") from None
         return CheckpointConfig(
-            source.config.decoder, self.dtype, self.quant_algo, self.kv_cache_quant_algo
+            decoder,
+            self.dtype,
+            self.quant_algo,
+            self.kv_cache_quant_algo,
+            self.tp_size,
+            self.pp_size,
         )
 
 
@@ -63,9 +77,7 @@ def convert(
         write_json_atomically(staging / "config.json", config.to_json())
         tiles = [sample.tiles for sample in samples]
         vision = convert_vision(source, staging / "vision", options.dtype, tiles, device)
-        decoder = convert_decoder(
-            source, staging / "rank0.safetensors", config, samples, vision.image_embeddings, device
-        )
+        decoder = convert_decoder(source, staging, config, samples, vision.image_embeddings, device)
         if samples:
             linears = vision.report + decoder.linears
             report = staging / "quantization_report.json"

@@ -6,6 +6,7 @@ needs one layer in memory: its tensors in the checkpoint's dtype and in float32,
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,19 +18,23 @@ from build.checkpoint.calibration_set import CalibrationSample
 from build.checkpoint.cast import amax, cast
 from build.checkpoint.quantize import quantize_layer
 from build.checkpoint.report import AttentionReport, LinearReport
+from build.checkpoint.shard import shard
 from build.sources.source import WeightSource
 from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.checkpoint_tensors import decoder_tensors
+from nvlm.checkpoint_tensors import decoder_tensors, rank_file
 from nvlm.decoder_model import DecoderLayer, causal_attention, embed, rope_tables
 from nvlm.dtypes import TORCH_DTYPES
+from nvlm.mapping import Mapping
 from nvlm.safetensors_files import SafetensorsWriter
 from nvlm.tensor_names import (
     DECODER_LAYER,
     EMBED_TOKENS,
+    ENGINE_FIRST_TENSORS,
     ENGINE_LAYER,
     ENGINE_LAYER_TENSORS,
     ENGINE_LINEARS,
     ENGINE_TOP_TENSORS,
+    EngineTensor,
 )
 
 
@@ -41,33 +46,71 @@ class DecoderStep:
 
 def convert_decoder(
     source: WeightSource,
-    path: Path,
+    output_dir: Path,
     config: CheckpointConfig,
     samples: list[CalibrationSample],
     image_embeddings: torch.Tensor,
     device: torch.device,
 ) -> DecoderStep:
-    """Writes `rank0.safetensors`.
+    """Writes every rank's file, in one pass over the source.
 
     image_embeddings: [tiles of all samples, tokens_per_tile, hidden_size]. `samples` may be empty
     when nothing is quantised.
     """
     hidden = _embed_samples(source, config, samples, image_embeddings, device)
     result = DecoderStep([], [])
-    with SafetensorsWriter(path, decoder_tensors(config)) as writer:
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                SafetensorsWriter(output_dir / rank_file(rank), decoder_tensors(config, rank))
+            )
+            for rank in range(config.world_size)
+        ]
+        files = _RankFiles(writers, config)
         dtype = TORCH_DTYPES[config.dtype]
         for tensor in ENGINE_TOP_TENSORS:
-            writer.write(
-                tensor.name, cast(tensor.sources[0], source.read(tensor.sources[0]), dtype)
-            )
+            source_name = tensor.sources[0]
+            files.write(tensor, None, [cast(source_name, source.read(source_name), dtype)])
         for i in tqdm(range(config.decoder.num_hidden_layers), "decoder layers"):
-            _convert_layer(source, writer, config, i, hidden, result, device)
+            _convert_layer(source, files, config, i, hidden, result, device)
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _RankFiles:
+    """The files of all ranks, written together."""
+
+    writers: list[SafetensorsWriter]
+    config: CheckpointConfig
+
+    def write(self, tensor: EngineTensor, layer: int | None, parts: list[torch.Tensor]) -> None:
+        """Each rank's part of a tensor of `layer` (None: of the top), given whole by source."""
+        for rank, writer in enumerate(self.writers):
+            mapping = self.config.mapping(rank)
+            if (prefix := self._prefix(mapping, tensor, layer)) is not None:
+                pieces = [
+                    shard(tensor, source, part, self.config.decoder, mapping)
+                    for source, part in zip(tensor.sources, parts, strict=True)
+                ]
+                writer.write(prefix + tensor.name, torch.cat(pieces))
+
+    def write_scale(self, name: str, layer: int, scale: torch.Tensor) -> None:
+        self.write(EngineTensor(name, (name,)), layer, [scale])
+
+    def _prefix(self, mapping: Mapping, tensor: EngineTensor, layer: int | None) -> str | None:
+        """What stands before the tensor's name in a rank's file; None if it is not there."""
+        if layer is None:
+            is_here = (
+                mapping.is_first_stage if tensor in ENGINE_FIRST_TENSORS else mapping.is_last_stage
+            )
+            return "" if is_here else None
+        layers = mapping.layers(self.config.decoder.num_hidden_layers)
+        return ENGINE_LAYER.format(i=layers.index(layer)) if layer in layers else None
 
 
 def _convert_layer(
     source: WeightSource,
-    writer: SafetensorsWriter,
+    files: _RankFiles,
     config: CheckpointConfig,
     i: int,
     hidden: list[torch.Tensor],
@@ -84,8 +127,15 @@ def _convert_layer(
         tensors = quantize_layer(tensors, config, linears, attention)
         result.linears.extend(linears.values())
         result.attentions.append(attention)
-    for name, value in tensors.items():
-        writer.write(prefix + name, value)
+    decoder = config.decoder
+    query_rows = decoder.num_attention_heads * decoder.head_dim
+    key_value_rows = decoder.num_key_value_heads * decoder.head_dim
+    for tensor in ENGINE_LAYER_TENSORS:
+        whole = tensors.pop(tensor.name)
+        rows = [query_rows, key_value_rows, key_value_rows]
+        files.write(tensor, i, list(whole.split(rows)) if len(tensor.sources) > 1 else [whole])
+    for name, scale in tensors.items():
+        files.write_scale(name, i, scale)
 
 
 def _embed_samples(

@@ -10,7 +10,7 @@ from pathlib import Path
 from build.engines.files import link_or_copy
 from build.engines.specification import BuildOptions, EngineSpec
 from nvlm import __version__, manifest
-from nvlm.checkpoint_tensors import decoder_tensors, open_checked
+from nvlm.checkpoint_tensors import decoder_tensors, open_checked, rank_file
 from nvlm.json_files import write_json_atomically
 from nvlm.output_dir import OutputPlace, staged_directory
 from nvlm.vision_checkpoint import SCALES, WEIGHTS
@@ -25,7 +25,8 @@ def build_engine(
         _build_vision(spec, staging / "vision")
         _build_decoder(spec, staging / "llm")
         _copy_tokenizer(spec.checkpoint_dir / "tokenizer", staging / "tokenizer")
-        carried = {"llm/rank0.safetensors": "rank0.safetensors"}
+        ranks = [rank_file(rank) for rank in range(spec.config.world_size)]
+        carried = {f"llm/{name}": name for name in ranks}
         carried |= {f"vision/{name}": f"vision/{name}" for name in (WEIGHTS, SCALES)}
         files = spec.checkpoint.files
         manifest.write_manifest(
@@ -96,9 +97,10 @@ def _build_vision(spec: EngineSpec, directory: Path) -> None:
 def _build_decoder(spec: EngineSpec, directory: Path) -> None:
     """The torch target runs exactly the checkpoint's tensors; layouts are made at load."""
     directory.mkdir()
-    weights = spec.checkpoint_dir / "rank0.safetensors"
-    open_checked(weights, decoder_tensors(spec.config))
-    link_or_copy(weights, directory / "rank0.safetensors")
+    for rank in range(spec.config.world_size):
+        weights = spec.checkpoint_dir / rank_file(rank)
+        open_checked(weights, decoder_tensors(spec.config, rank))
+        link_or_copy(weights, directory / weights.name)
     # The three keys of an engine's config.json in TensorRT-LLM.
     write_json_atomically(
         directory / "config.json",

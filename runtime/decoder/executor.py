@@ -73,6 +73,17 @@ class DecoderExecutor(Protocol):
     def close(self) -> None: ...
 
 
+def require_ranks_supported(engine: EngineDir) -> None:
+    """Refuses ranks that no executor here runs. Tensor parallel execution lifts this."""
+    config = engine.checkpoint_config
+    if engine.decoder_target == "torch" and config.world_size > 1:
+        raise UserError(
+            f"{engine.directory} was converted with tp_size={config.tp_size}, "
+            f"pp_size={config.pp_size}, and decoder 'torch' runs one rank only; convert with "
+            "--tp_size 1 --pp_size 1"
+        )
+
+
 def create_decoder_executor(engine: EngineDir, device: torch.device) -> DecoderExecutor:
     """The executor for the target the engine was built for."""
     if engine.decoder_target == "torch":

@@ -69,7 +69,7 @@ class TorchDecoderExecutor:
                 f"its weights {weight_bytes / 1e9:.1f} GB of {device}'s {memory_bytes / 1e9:.1f} "
                 "GB; build it with a smaller --max_batch_size or --max_seq_len"
             )
-        weights = load_weights(engine.directory / "llm" / "rank0.safetensors", config, device)
+        weights = load_weights(engine.directory / "llm", config, device)
         return cls(config, engine.limits, weights, device)
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.checkpoint_tensors import decoder_layer_tensors, decoder_tensors, open_checked
+from nvlm.checkpoint_tensors import decoder_layer_tensors, decoder_tensors, open_checked, rank_file
 from nvlm.decoder_model import DecoderLayer
 from nvlm.linear import QuantizableLinear
 from nvlm.memory import total_memory_bytes
@@ -27,9 +27,9 @@ class DecoderWeights:
     kv_scales: list[float] | None
 
 
-def load_weights(path: Path, config: CheckpointConfig, device: torch.device) -> DecoderWeights:
+def load_weights(directory: Path, config: CheckpointConfig, device: torch.device) -> DecoderWeights:
     """Maps (on a CPU) or copies every tensor; linears are widened where `plan.may_widen` allows."""
-    reader = open_checked(path, decoder_tensors(config))
+    reader = open_checked(directory / rank_file(0), decoder_tensors(config))
 
     def read(name: str) -> torch.Tensor:
         return reader.read(name).to(device)
