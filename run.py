@@ -7,17 +7,20 @@ import os
 import sys
 from pathlib import Path
 
-from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
+from nvlm.command_line import ArgumentParser, fraction, positive_int, resolve_device, run
 from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.limits import DEFAULT_MAX_NEW_TOKENS
+from nvlm.plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
 from runtime.answer_file import answer_json
 from runtime.batch import run_batch
+from runtime.decoder.executor import DecoderOptions
 from runtime.mpi import World, rank_from
 from runtime.request_file import read_requests, with_sampling
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult
+from runtime.worker import run_worker
 
 EXIT_SOME_FAILED = 1
 
@@ -40,6 +43,12 @@ def parser() -> ArgumentParser:
     add("--seed", type=int, help="of the sampling")
     add("--stop", nargs="+", default=[], help="strings that end the answer")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--kv_cache_free_gpu_memory_fraction",
+        type=fraction,
+        default=KV_CACHE_FREE_GPU_MEMORY_FRACTION,
+        help="of what is free after loading, for decoder tensorrt_llm",
+    )
     add("--streaming", action="store_true", help="print the answer as it comes")
     add("--json", action="store_true", help="print one JSON object")
     return parser
@@ -71,6 +80,8 @@ def stream(runner: Runner, request: GenerationRequest) -> GenerationResult:
     while deltas := runner.step():
         for delta in deltas:
             print(delta.text, end="", flush=True)
+            if delta.error is not None:
+                raise delta.error
             if delta.result is not None:
                 print(flush=True)
                 return delta.result
@@ -92,7 +103,11 @@ def main() -> int:
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
     world = World.from_environment(os.environ)
     device = resolve_device(arguments.device)
-    with Runner.open(arguments.engine_dir, device, world) as runner:
+    options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
+    if world.rank > 0:
+        run_worker(arguments.engine_dir, device, world, options)
+        return 0
+    with Runner.open(arguments.engine_dir, device, world, options) as runner:
         if arguments.input_file:
             num_errors = run_batch(runner, lines, arguments.output_file)
             print(f"{len(lines)} requests, {num_errors} failed", file=sys.stderr)

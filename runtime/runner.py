@@ -20,6 +20,7 @@ from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from runtime.boxes import parse_boxes
 from runtime.decoder.executor import (
     DecoderExecutor,
+    DecoderOptions,
     DecoderRequest,
     FinishReason,
     StepOutput,
@@ -27,6 +28,7 @@ from runtime.decoder.executor import (
     require_ranks_supported,
 )
 from runtime.engine_dir import EngineDir
+from runtime.engine_packages import require_packages
 from runtime.mpi import World, require_world_size
 from runtime.text_stream import TextStream
 from runtime.types import GenerationRequest, GenerationResult, TextDelta, Timings
@@ -57,14 +59,21 @@ class Runner:
         self._answers: dict[int, _Answer] = {}
 
     @classmethod
-    def open(cls, engine_dir: Path, device: torch.device, world: World | None = None) -> Runner:
+    def open(
+        cls,
+        engine_dir: Path,
+        device: torch.device,
+        world: World | None = None,
+        options: DecoderOptions | None = None,
+    ) -> Runner:
         """Loads an engine directory onto a device; `world` is the ranks that run, if several."""
         engine = EngineDir.read(engine_dir)
         require_ranks_supported(engine)
         config = engine.checkpoint_config
         require_world_size(world or World(), config.tp_size, config.pp_size)
+        require_packages(engine, device)
         vision = create_vision_executor(engine, device)
-        return cls(engine, vision, create_decoder_executor(engine, device))
+        return cls(engine, vision, create_decoder_executor(engine, device, options))
 
     def submit(self, request: GenerationRequest) -> int:
         """Tiles and encodes the images and queues the prompt; returns the request's id.
@@ -78,12 +87,14 @@ class Runner:
         tiled = time.perf_counter()
         table = self._encode(images)
         encoded = time.perf_counter()
+        tokens_per_tile = self.engine.vision.vision.tokens_per_tile
         request_id = self.decoder.submit(
             DecoderRequest(
                 token_ids=prompt.token_ids,
                 max_new_tokens=request.max_new_tokens,
                 prompt_table=table,
                 cache_keys=tuple(image.cache_key for image in images),
+                image_rows=tuple(image.num_tiles * tokens_per_tile for image in images),
                 stop_ids=frozenset({self.tokenizer.special_id(IM_END)}),
                 sampling=request.sampling,
             )
@@ -101,7 +112,11 @@ class Runner:
 
     def step(self) -> list[TextDelta]:
         """One token for every request under way; empty when there is none."""
-        return [self._take(output) for output in self.decoder.step()]
+        return [
+            self._take(output)
+            for output in self.decoder.step()
+            if output.request_id in self._answers  # a stop string may have ended it in this step
+        ]
 
     def cancel(self, request_id: int) -> None:
         """Frees the request's place; no more comes of it."""
@@ -139,6 +154,8 @@ class Runner:
                 if not under_way:
                     return
                 for delta in self.step():
+                    if delta.error is not None and delta.request_id in under_way:
+                        yield under_way.pop(delta.request_id), delta.error
                     if delta.result is not None and delta.request_id in under_way:
                         yield under_way.pop(delta.request_id), delta.result
         finally:  # the caller may stop listening
@@ -196,6 +213,10 @@ class Runner:
 
     def _take(self, output: StepOutput) -> TextDelta:
         answer = self._answers[output.request_id]
+        if output.error is not None:
+            self.cancel(output.request_id)
+            error = UserError(f"the decoder gave the request up: {output.error}")
+            return TextDelta(output.request_id, "", None, error)
         if answer.first_token is None:
             answer.first_token = time.perf_counter()
         text = ""

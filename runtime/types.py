@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.inputs.tiling import Grid
 from nvlm.limits import DEFAULT_MAX_NEW_TOKENS
@@ -71,8 +72,10 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that a step added to one request's answer; `result` is set when it is complete."""
+    """Text that a step added to one request's answer; `result` is set when it is complete, `error`
+    when it never will be."""
 
     request_id: int
     text: str
     result: GenerationResult | None
+    error: UserError | None = None

@@ -1,8 +1,8 @@
 """An FP8 linear as ONNX states it: QuantizeLinear and DequantizeLinear around a product.
 
-TensorRT turns DQ(weight), DQ(Q(x)) and the MatMul behind them into one FP8 GEMM; the same pattern is
-TensorRT-LLM's FP8Linear (tensorrt_llm/quantization/layers.py) without its plugins. ONNX's
-QuantizeLinear saturates, so it is the numerics contract's e4m3(clamp(x / s_a)).
+TensorRT turns DQ(weight), DQ(Q(x)) and the MatMul behind them into one FP8 GEMM; TensorRT-LLM's
+FP8Linear (tensorrt_llm/quantization/layers.py) makes the same pattern where it uses no plugin.
+ONNX's QuantizeLinear saturates, so it is the numerics contract's e4m3(clamp(x / s_a)).
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ class Fp8Linear(nn.Module):
     the weight is quantised anew with the rounded one, so both sides of the product agree. In
     float32 that changes nothing.
     """
+
+    weight_scale: torch.Tensor
+    activation_scale: torch.Tensor
 
     def __init__(
         self,

@@ -33,9 +33,12 @@ class EngineSummary:
         most = sorted(counts.items(), key=lambda item: -item[1])
         rows = [f"  {count:>6} {name}" for name, count in most[:_MAX_LINES]]
         rest = sum(count for _, count in most[_MAX_LINES:])
-        return [
+        title = (
             f"{self.package} {self.version}: {self.engine_bytes / 1e6:.1f} MB, "
-            f"{sum(counts.values())} {kind} layers, {self.num_fp8_products} FP8 products",
+            f"{sum(counts.values())} {kind} layers, {self.num_fp8_products} FP8 products"
+        )
+        return [
+            title,
             *rows,
             *([f"  {rest:>6} others"] if rest else []),
         ]
