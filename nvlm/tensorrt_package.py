@@ -38,6 +38,21 @@ def load_tensorrt(package: str) -> Any:
         ) from None
 
 
+def compute_capability(trt: Any, wanted: str) -> Any:
+    """The package's name for "8.9" and the like; raises `UserError` where it has none."""
+    known = {
+        f"{name[2:-1]}.{name[-1]}": name
+        for name in dir(getattr(trt, "ComputeCapability", None))
+        if name.startswith("SM")
+    }
+    if wanted not in known:
+        raise UserError(
+            f"--compute_capability {wanted} is not one of {trt.__name__}'s "
+            f"({', '.join(known) or 'none: it builds for the GPU of this machine'})"
+        )
+    return getattr(trt.ComputeCapability, known[wanted])
+
+
 def make_logger(trt: Any) -> Any:
     """A `trt.ILogger`; `errors` keeps what TensorRT complained about, which it raises nowhere."""
     severity = trt.ILogger.Severity

@@ -377,7 +377,7 @@ def test_the_doubles_refuse_what_the_originals_refuse(doubles: Doubles) -> None:
     """Without this the tests above would prove nothing."""
     executor = doubles.executor
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_new_tokens'"):
-        executor.Request(input_token_ids=[1], max_new_tokens=4)
+        executor.Request(input_token_ids=[1], max_tokens=4, max_new_tokens=4)
     with pytest.raises(TypeError, match="missing a required argument: 'max_tokens'"):
         executor.Request(input_token_ids=[1])
     with pytest.raises(AttributeError, match="no attribute cache"):

@@ -19,7 +19,7 @@ from build.engines.target import (
     choose_precision,
     choose_vision,
 )
-from nvlm import manifest
+from nvlm import manifest, tensorrt_package
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import Tokenizer
@@ -158,7 +158,10 @@ def _packages(
 ) -> dict[str, str]:
     packages: dict[str, str] = {}
     if vision in PACKAGES:
-        packages[vision] = str(load_tensorrt(vision).__version__)
+        trt = load_tensorrt(vision)
+        packages[vision] = str(trt.__version__)
+        if compute_capability is not None:
+            tensorrt_package.compute_capability(trt, compute_capability)  # refused now, not later
     if decoder == "tensorrt_llm":
         packages["tensorrt_llm"] = str(load_tensorrt_llm().__version__)
         packages["tensorrt"] = str(load_tensorrt("tensorrt").__version__)

@@ -15,10 +15,9 @@ from typing import Any
 from build.engines.tensorrt_network import TensorrtBuildError, parse_onnx
 from build.engines.tensorrt_summary import EngineSummary, summarise
 from build.engines.vision_onnx import INPUT, export_graph, graph_dtype, graph_module
-from nvlm.errors import UserError
 from nvlm.json_files import write_json_atomically
 from nvlm.tensor_names import VISION_LINEARS
-from nvlm.tensorrt_package import make_logger
+from nvlm.tensorrt_package import compute_capability, make_logger
 from nvlm.vision_checkpoint import VisionCheckpoint
 
 ENGINE, SUMMARY = "model.engine", "summary.json"
@@ -124,17 +123,6 @@ def _load_timing_cache(config: Any, path: Path | None) -> Any:
 
 def _set_compute_capability(trt: Any, config: Any, wanted: str | None) -> None:
     """Only TensorRT-RTX compiles for a GPU that is not there."""
-    if wanted is None:
-        return
-    known = {
-        f"{name[2:-1]}.{name[-1]}": name
-        for name in dir(getattr(trt, "ComputeCapability", None))
-        if name.startswith("SM")
-    }
-    if wanted not in known:
-        raise UserError(
-            f"--compute_capability {wanted} is not one of {trt.__name__}'s "
-            f"({', '.join(known) or 'none: it builds for the GPU of this machine'})"
-        )
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, known[wanted]), 0)
+    if wanted is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(compute_capability(trt, wanted), 0)

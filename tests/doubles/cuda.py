@@ -71,9 +71,11 @@ class CudaDouble(TorchFunctionMode):
         """`function`, called where the double is not."""
 
         def called(*args: Any, **named: Any) -> Any:
-            with _pop_mode_temporarily(), patch.object(
-                torch.cuda, "is_available", lambda: False
-            ), patch.object(torch.cuda, "device_count", lambda: 0):
+            with (
+                _pop_mode_temporarily(),
+                patch.object(torch.cuda, "is_available", lambda: False),
+                patch.object(torch.cuda, "device_count", lambda: 0),
+            ):
                 return function(*args, **named)
 
         return called
