@@ -32,6 +32,7 @@ from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult
 from runtime.worker import run_worker
 from tests.cases import QUESTIONS, SEVEN_TILES, THREE_IMAGES
+from tests.command import BUILD, RUN, one_line_error, run_command
 from tests.conftest import TINY, Workshop
 from tests.doubles.tensorrt_llm import Doubles, installed
 
@@ -39,7 +40,9 @@ rtx = pytest.importorskip("tensorrt_rtx")
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 GPU_BYTES = 80 << 30
-SHAPE = replace(TINY, num_attention_heads=8, num_key_value_heads=2)
+SHAPE = replace(
+    TINY, num_attention_heads=8, num_key_value_heads=2, vision_num_hidden_layers=1
+)
 OPTIONS = BuildOptions(max_num_images=3, vision_precision="float16")
 NEW_TOKENS = 12
 
@@ -388,3 +391,63 @@ def test_the_doubles_refuse_what_the_originals_refuse(doubles: Doubles) -> None:
     with pytest.raises(TypeError, match="numpy"):
         mixed.numpy()
     assert json.dumps(str(mixed.device)) == '"cuda:0"'
+
+
+class TestCommands:
+    """The programs as users start them."""
+
+    def test_build_run_and_compare(
+        self,
+        workshop: Workshop,
+        doubles: Doubles,
+        reference: Runner,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        path = tmp_path / "engine"
+        built = run_command(
+            BUILD,
+            *("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", path),
+            *("--vision_precision", "float16", "--max_num_images", 3, "--timing_cache", tmp_path),
+        )
+        assert built.exit_code == 0, built.stderr
+        assert built.stdout == ""
+        assert "[TensorRT-LLM]" not in capfd.readouterr().out, "stdout belongs to answers"
+        question = ("--prompt", SEVEN_TILES.text, "--image", *SEVEN_TILES.paths)
+        asked = run_command(
+            RUN, "--engine_dir", path, *question, "--max_new_tokens", NEW_TOKENS, "--json"
+        )
+        assert asked.exit_code == 0, asked.stderr
+        expected = answers(reference, requests()[1:2])[0]
+        assert json.loads(asked.stdout)["token_ids"] == expected
+        num_builds = len(doubles.builds)
+        again = run_command(
+            BUILD,
+            *("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", path, "--if_stale"),
+            *("--vision_precision", "float16", "--max_num_images", 3),
+        )
+        assert again.exit_code == 0, again.stderr
+        assert len(doubles.builds) == num_builds, "up to date"
+
+    def test_an_engine_too_large_is_refused_in_one_line(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        result = run_command(
+            BUILD,
+            *("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", tmp_path / "engine"),
+            *("--memory_gb", "2", "--max_num_tokens", "100000"),
+        )
+        one_line_error(result, "a rank needs", "larger --tp_size")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_table_says_which_gpus_hold_the_72b_model() -> None:
+    from tools.memory_table import table
+
+    fits = {}
+    for row in table(8, 1, "bfloat16")[2:]:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        fits[cells[0], int(cells[1])] = cells[-1]
+    assert fits["H100 80 GB", 1] == "no", "75 GB of weights leave no room"
+    assert all(fits["H100 80 GB", tp] == "yes" for tp in (2, 4, 8))
+    assert all(fits["H200 141 GB", tp] == "yes" for tp in (1, 2, 4, 8))
