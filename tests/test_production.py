@@ -32,7 +32,7 @@ from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult
 from runtime.worker import run_worker
 from tests.cases import QUESTIONS, SEVEN_TILES, THREE_IMAGES
-from tests.command import BUILD, RUN, one_line_error, run_command
+from tests.command import BUILD, ROOT, RUN, one_line_error, run_command
 from tests.conftest import TINY, Workshop
 from tests.doubles.tensorrt_llm import Doubles, installed
 
@@ -40,9 +40,7 @@ rtx = pytest.importorskip("tensorrt_rtx")
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 GPU_BYTES = 80 << 30
-SHAPE = replace(
-    TINY, num_attention_heads=8, num_key_value_heads=2, vision_num_hidden_layers=1
-)
+SHAPE = replace(TINY, num_attention_heads=8, num_key_value_heads=2, vision_num_hidden_layers=1)
 OPTIONS = BuildOptions(max_num_images=3, vision_precision="float16")
 NEW_TOKENS = 12
 
@@ -451,3 +449,9 @@ def test_the_memory_table_says_which_gpus_hold_the_72b_model() -> None:
     assert fits["H100 80 GB", 1] == "no", "75 GB of weights leave no room"
     assert all(fits["H100 80 GB", tp] == "yes" for tp in (2, 4, 8))
     assert all(fits["H200 141 GB", tp] == "yes" for tp in (1, 2, 4, 8))
+
+
+def test_the_document_holds_the_table_that_the_command_prints() -> None:
+    from tools.memory_table import table
+
+    assert "\n".join(table(8, 1, "bfloat16")) in (ROOT / "docs" / "hopper.md").read_text()

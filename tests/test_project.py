@@ -12,7 +12,9 @@ import pytest
 
 from tests.command import ROOT
 
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/decisions.md")]
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/hopper.md")
+]
 
 
 def test_imports_go_only_in_the_stated_directions() -> None:
