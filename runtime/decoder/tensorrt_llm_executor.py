@@ -6,6 +6,7 @@ over MPI. Nothing but token ids, tables, extra ids and settings is passed to it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -114,35 +115,30 @@ class TensorrtLlmDecoderExecutor:
         if response.has_error():
             del self._requests[request_id]
             return [StepOutput(request_id, None, "error", error=response.error_msg)]
-        result = response.result
-        outputs = self._tokens(request_id, request, result)
-        if outputs and outputs[-1].finish_reason is not None and not result.is_final:
-            self._executor.cancel_request(request_id)
-        elif result.is_final and not (outputs and outputs[-1].finish_reason):
-            reason = self._finish_reason(result)
-            if outputs:
-                outputs[-1] = StepOutput(
-                    request_id, outputs[-1].token_id, reason, outputs[-1].logits
-                )
-            else:
-                outputs.append(StepOutput(request_id, None, reason))
+        outputs = self._tokens(request_id, request, response.result)
         if outputs and outputs[-1].finish_reason is not None:
             del self._requests[request_id]
+            if not response.result.is_final:  # ended by a stop token that it does not know of
+                self._executor.cancel_request(request_id)
         return outputs
 
     def _tokens(self, request_id: int, request: DecoderRequest, result: Any) -> list[StepOutput]:
-        """The response's new tokens up to one that ends the answer."""
-        logits = result.generation_logits if request.return_logits else None
-        outputs = []
-        for index, token_id in enumerate(result.output_token_ids[0]):
-            row = None if logits is None else logits[0][index].to(torch.float32)
-            if row is not None:
-                row = row[: self._config.decoder.vocab_size]  # padded at several ranks
+        """Its new tokens, up to one that ends the answer; an end without a token has its own."""
+        rows = [None] * (len(result.output_token_ids[0]) + 1)
+        if request.return_logits and result.generation_logits is not None:
+            # [1, beam_width, vocab] in streaming; the vocabulary is padded at several ranks.
+            logits = result.generation_logits.flatten(0, -2).to(torch.float32)
+            rows = [*logits[:, : self._config.decoder.vocab_size], *rows]
+        outputs: list[StepOutput] = []
+        for token_id, row in zip(result.output_token_ids[0], rows, strict=False):
             if token_id in request.stop_ids:
-                outputs.append(StepOutput(request_id, None, "stop", row))
-                break
+                return [*outputs, StepOutput(request_id, None, "stop", row)]
             outputs.append(StepOutput(request_id, int(token_id), None, row))
-        return outputs
+        if not result.is_final:
+            return outputs
+        if not outputs:
+            return [StepOutput(request_id, None, self._finish_reason(result), rows[0])]
+        return [*outputs[:-1], replace(outputs[-1], finish_reason=self._finish_reason(result))]
 
     def _finish_reason(self, result: Any) -> FinishReason:
         reasons = self._trtllm.FinishReason
