@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from argparse import Namespace
 from pathlib import Path
 
 from build.checkpoint.calibration_set import BUILT_IN
 from build.checkpoint.convert import ConvertOptions, convert, is_up_to_date
-from build.sources.hugging_face import HuggingFaceSource
-from nvlm import plan
+from build.checkpoint.speeds import measure_speeds
+from build.sources.hugging_face import HuggingFaceSource, read_index
 from nvlm.checkpoint_config import QuantAlgo
 from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
+from nvlm.config import NVLMConfig
+from nvlm.conversion_plan import plan_conversion
 from nvlm.dtypes import TORCH_DTYPES
 
 log = logging.getLogger("nvlm.convert_checkpoint")
@@ -33,14 +36,35 @@ def parser() -> ArgumentParser:
         "--calib_data",
         type=Path,
         default=BUILT_IN,
-        help="JSONL of prompts and images (default: built in)",
+        help="JSONL of prompts and images, folder of images, or .txt of prompts "
+        "(default: built in)",
     )
     add("--calib_size", type=positive_int, default=16, help="samples used, at most")
+    add(
+        "--calib_cache",
+        type=Path,
+        help="quantization_report.json of an earlier conversion of these weights: its amax are "
+        "taken, nothing is calibrated",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="calibration runs there")
     add("--dry_run", action="store_true", help="print the plan as JSON and write nothing")
     add("--if_stale", action="store_true", help="nothing if up to date, else as --overwrite")
     add("--overwrite", action="store_true", help="replace a finished --output_dir")
     return parser
+
+
+def dry_run(model: NVLMConfig, options: ConvertOptions, arguments: Namespace) -> None:
+    """Prints the plan, timed at this machine's speeds; writes nothing that stays."""
+    config = options.config(model)
+    is_calibrated = options.is_quantised and options.calib_cache is None
+    speeds = measure_speeds(
+        arguments.model_dir, arguments.output_dir, resolve_device(arguments.device)
+    )
+    num_samples = options.calib_size if is_calibrated else 0
+    plan = plan_conversion(model, config, num_samples, speeds)
+    print(json.dumps(plan.to_json()))
+    for line in plan.lines():
+        log.info(line)
 
 
 def main() -> None:
@@ -51,16 +75,14 @@ def main() -> None:
         dtype=arguments.dtype,
         calib_data=arguments.calib_data,
         calib_size=arguments.calib_size,
+        calib_cache=arguments.calib_cache,
         tp_size=arguments.tp_size,
         pp_size=arguments.pp_size,
     )
-    source = HuggingFaceSource(arguments.model_dir)
     if arguments.dry_run:
-        config = options.config(source)
-        decoder = plan.decoder_weight_bytes(config)
-        vision = plan.vision_weight_bytes(source.config.vision, options.dtype)
-        print(json.dumps({"decoder_bytes": decoder, "vision_bytes": vision}))
+        dry_run(read_index(arguments.model_dir), options, arguments)
         return
+    source = HuggingFaceSource(arguments.model_dir)
     if arguments.if_stale and is_up_to_date(source, arguments.output_dir, options):
         log.info("%s is up to date", arguments.output_dir)
         return

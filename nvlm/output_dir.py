@@ -2,22 +2,26 @@
 
 Everything is written to `<name>.partial` beside it and renamed at the end, after the manifest, so
 a process killed at any moment leaves nothing that looks finished. A stale `.partial` of ours is
-cleared by the next run (a marker tells ours from a user's); a lock keeps two runs apart.
+gone on with or cleared by the next run (a marker tells ours from a user's); a lock keeps two runs
+apart. Hidden files in it are scaffolding and go before it gets its name.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm import manifest
 from nvlm.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _LITTLE_SPACE_BYTES = 1 << 20
@@ -52,11 +56,17 @@ class OutputPlace:
 
 
 @contextmanager
-def staged_directory(place: OutputPlace, needed_bytes: int = 0) -> Iterator[Path]:
-    """Yields an empty directory that becomes `place` when the block ends without an error.
+def staged_directory(
+    place: OutputPlace,
+    needed_bytes: int = 0,
+    is_worth_keeping: Callable[[Path], bool] = lambda _: False,
+) -> Iterator[Path]:
+    """Yields a directory that becomes `place` when the block ends without an error.
 
-    `needed_bytes` is checked against the free disk before anything is written. Only a directory
-    with our manifest of the same kind is ever replaced.
+    It is empty, or holds what an earlier run left that `is_worth_keeping`. An interrupted run
+    leaves it under the same condition, a user's mistake never. `needed_bytes` is checked against
+    the free disk before anything is written. Only a directory with our manifest of the same kind
+    is ever replaced.
     """
     with ExitStack() as stack:
         try:
@@ -64,7 +74,9 @@ def staged_directory(place: OutputPlace, needed_bytes: int = 0) -> Iterator[Path
             staging = place.staging
             place.final.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(place))
-            _clear(place)
+            _claim(place)
+            if not is_worth_keeping(staging):
+                _clear(staging)
         except OSError as error:
             with suppress(OSError, ValueError):
                 place.staging.rmdir()  # made just now, if it is empty
@@ -81,7 +93,10 @@ def staged_directory(place: OutputPlace, needed_bytes: int = 0) -> Iterator[Path
             _replace(place)
         except BaseException as error:
             is_full = isinstance(error, OSError) and _is_full(error, staging)
-            shutil.rmtree(staging, ignore_errors=True)
+            if not isinstance(error, UserError) and is_worth_keeping(staging):
+                log.warning("%s keeps what is done; the same command goes on with it", staging)
+            else:
+                shutil.rmtree(staging, ignore_errors=True)
             if is_full:
                 raise _disk_full(place) from error
             raise
@@ -123,8 +138,8 @@ def _locked(place: OutputPlace) -> Iterator[None]:
         os.close(fd)
 
 
-def _clear(place: OutputPlace) -> None:
-    """Empties the staging directory if a run of ours left it, and marks it as ours."""
+def _claim(place: OutputPlace) -> None:
+    """Marks the staging directory as ours. Raises `UserError` if it holds a user's files."""
     staging = place.staging
     is_ours = (staging / _MARKER).is_file() or manifest.is_ours(staging, place.kind)
     if any(staging.iterdir()) and not is_ours:
@@ -132,12 +147,15 @@ def _clear(place: OutputPlace) -> None:
             f"{staging} has files that this program did not write; move them or choose another "
             f"{place.flag}"
         )
+    (staging / _MARKER).touch()
+
+
+def _clear(staging: Path) -> None:
     for path in staging.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != _MARKER:
             path.unlink()
-    (staging / _MARKER).touch()
 
 
 def _disk_full(place: OutputPlace) -> UserError:
@@ -153,6 +171,8 @@ def _is_full(error: OSError, staging: Path) -> bool:
 
 def _check_free_space(place: OutputPlace, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(place.staging).free
+    files = [path for path in place.staging.rglob("*") if path.is_file()]
+    needed_bytes -= sum(512 * path.stat().st_blocks for path in files)  # of an earlier run
     if needed_bytes > free_bytes:
         raise UserError(
             f"{place.name} needs {needed_bytes / 1e9:.1f} GB but its disk has "
@@ -167,7 +187,8 @@ def _replace(place: OutputPlace) -> None:
     if final.exists():
         shutil.rmtree(place.replaced, ignore_errors=True)
         os.rename(final, place.replaced)
-    (place.staging / _MARKER).unlink()
+    for scaffolding in sorted(place.staging.glob(".*"), key=lambda path: path.name == _MARKER):
+        scaffolding.unlink()
     os.rename(place.staging, final)
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)

@@ -73,6 +73,29 @@ def checkpoint_bytes(config: CheckpointConfig, vision: VisionConfig) -> int:
     return ranks + vision_weight_bytes(vision, config.dtype) + _CHECKPOINT_SLACK_BYTES
 
 
+def calibration_bytes(
+    config: CheckpointConfig, vision: VisionConfig, num_tiles: int, num_tokens: int
+) -> int:
+    """Disk that calibration takes while it runs: the samples' hidden states before a layer and
+    behind it."""
+    in_vision = 4 * num_tiles * vision.num_positions * vision.hidden_size
+    embeddings = 4 * num_tiles * vision.tokens_per_tile * vision.output_size
+    in_decoder = TORCH_DTYPES[config.dtype].itemsize * num_tokens * config.decoder.hidden_size
+    return 2 * max(in_vision, embeddings, in_decoder)
+
+
+def mlp_activation_bytes(num_tokens: int, intermediate_size: int) -> int:
+    """A step's widest rows: the MLP's halves and their product, in `dtype` and in float32."""
+    return _MLP_BYTES_PER_VALUE * num_tokens * intermediate_size
+
+
+def workspace_bytes(config: CheckpointConfig, limits: EngineLimits) -> int:
+    """Activations of a rank's largest step."""
+    intermediate = exact_div(config.decoder.intermediate_size, config.tp_size)
+    logits = limits.max_batch_size * config.decoder.vocab_size * 4
+    return mlp_activation_bytes(limits.max_num_tokens, intermediate) + logits
+
+
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
     """Bytes on one rank. `workspace_bytes` estimates the largest step's activations.
@@ -197,16 +220,12 @@ def plan_engine(
     per_token = kv_bytes_per_token(config)
     num_tokens = limits.max_batch_size * limits.max_seq_len  # every place at its longest
     is_wide_cache = config.kv_cache_quant_algo == "FP8" and device.type == "cpu"
-    # A step's widest rows: the MLP's halves and their product, in `dtype` and in float32.
-    intermediate = exact_div(decoder.intermediate_size, config.tp_size)
-    mlp = _MLP_BYTES_PER_VALUE * limits.max_num_tokens * intermediate
-    logits = limits.max_batch_size * decoder.vocab_size * 4
     return EnginePlan(
         decoder_weight_bytes=decoder_weights,
         vision_weight_bytes=vision_weights,
         kv_bytes_per_token=per_token,
         kv_cache_bytes=(2 if is_wide_cache else 1) * per_token * num_tokens,
         prompt_table_bytes=limits.max_multimodal_len * decoder.hidden_size * itemsize,
-        workspace_bytes=mlp + logits + widened,
+        workspace_bytes=workspace_bytes(config, limits) + widened,
         limits=limits,
     )

@@ -513,11 +513,6 @@ GOOD = {"prompt": "What is it?"}
         ({"prompt": "x", "images": None}, ("line 2",)),
         ({"prompt": "x", "images": "cat.png"}, ("line 2", "list")),
         ({"prompt": "x", "images": [1]}, ("line 2", "list")),
-        ({"prompt": "x", "images": ["absent.png"]}, ("line 2", "absent.png")),
-        ({"prompt": "x", "images": ["calibration.jsonl"]}, ("line 2", "calibration.jsonl")),
-        ({"prompt": "x", "images": ["."]}, ("line 2", "directory")),
-        ({"prompt": "x", "images": ["nul\0.png"]}, ("line 2", ".png")),
-        ({"prompt": "x", "images": ["\ud800.png"]}, ("line 2", ".png")),
         ({"prompt": "x \udcff"}, ("line 2", "Unicode")),
         ({"prompt": "word " * 40_000}, ("line 2", "32768", "shorten")),
     ],
@@ -536,9 +531,37 @@ def test_calibration_data_that_holds_nothing_or_cannot_be_read_is_refused(
     for flags in (calibrated(folder=tmp_path), calibrated(" ", "", folder=tmp_path)):
         convert_refused(model_dir, tmp_path, *flags, fragments=("--calib_data", "no samples"))
     (tmp_path / "latin1").write_bytes(b'{"prompt": "\xe9"}\n')
-    for name in ("absent", "latin1", "."):
+    for name in ("absent", "latin1"):
         flags = ("--calib_data", tmp_path / name)
         convert_refused(model_dir, tmp_path, *flags, fragments=("--calib_data", "cannot be read"))
+
+
+@pytest.mark.parametrize(
+    "name", ["absent.png", "calibration.jsonl", ".", "nul\0.png", "\ud800.png"], ids=repr
+)
+def test_calibration_images_that_cannot_be_read_are_skipped_and_counted(
+    model_dir: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    unreadable = {"prompt": "x", "images": [name]}
+    flags = calibrated(unreadable, GOOD, {**unreadable, "image": name}, folder=tmp_path)
+    where = ("--model_dir", model_dir, "--output_dir", tmp_path / "new")
+    assert run_command(CONVERT, *where, *flags).exit_code == 0
+    assert "line 1 is skipped: image" in caplog.text
+    report = json.loads((tmp_path / "new" / "quantization_report.json").read_text())
+    assert (report["num_calibration_samples"], report["num_skipped"]) == (1, 2)
+
+
+def test_calibration_data_of_which_no_image_can_be_read_is_refused(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    flags = calibrated({"prompt": "x", "image": "absent.png"}, folder=tmp_path)
+    fragments = ("--calib_data", "1 unreadable images and nothing else", "expected")
+    convert_refused(model_dir, tmp_path, *flags, fragments=fragments)
+    (tmp_path / "folder").mkdir()
+    flags = ("--calib_data", tmp_path / "folder")
+    convert_refused(model_dir, tmp_path, *flags, fragments=("--calib_data", "no samples"))
+    (tmp_path / "folder" / "notes.md").write_text("no picture")
+    convert_refused(model_dir, tmp_path, *flags, fragments=("1 unreadable images",))
 
 
 def test_line_separators_inside_a_calibration_string_end_no_line(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from build.checkpoint.calibration_set import BUILT_IN, load_calibration_set
 from build.checkpoint.convert import ConvertOptions, convert, is_up_to_date
+from build.checkpoint.pipeline import Buffers
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
@@ -116,7 +117,8 @@ def test_config_json_has_the_keys_tensorrt_llm_needs(checkpoint_dir: Path) -> No
 def hugging_face_maxima(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What enters each linear and the cache when the calibration set runs through transformers."""
     source = HuggingFaceSource(model_dir)
-    samples = load_calibration_set(BUILT_IN, FP8.calib_size, source.config, Tokenizer(model_dir))
+    tokenizer = Tokenizer(model_dir)
+    samples = load_calibration_set(BUILT_IN, FP8.calib_size, source.config, tokenizer).samples
     model = qwen2_hugging_face.load(model_dir)
     maxima: dict[str, float] = {}
     layer = 0
@@ -155,8 +157,9 @@ def hugging_face_maxima(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> dic
         )
     for sample in samples:
         embeddings = None
-        if len(sample.tiles):
-            embeddings = internvit_float64.encode_tiles(model_dir, normalize(sample.tiles).numpy())
+        if sample.num_tiles:
+            tiles = normalize(sample.load_tiles()).numpy()
+            embeddings = internvit_float64.encode_tiles(model_dir, tiles)
             embeddings = embeddings.reshape(-1, embeddings.shape[-1])
         token_ids = [min(token_id, TINY.vocab_size - 1) for token_id in sample.prompt.token_ids]
         pad = TINY.vocab_size - 1
@@ -270,19 +273,22 @@ def peak_bytes(workshop: Workshop, num_layers: int) -> int:
         vision_intermediate_size=1024,
     )
     source = CountingSource(HuggingFaceSource(workshop.model(f"model{num_layers}", shape)))
-    convert(source, workshop.root / f"out{num_layers}", replace(FP8, calib_size=2), CPU)
+    options = replace(FP8, calib_size=2)
+    convert(source, workshop.root / f"out{num_layers}", options, CPU, buffers=Buffers(0, 0))
     assert len(source.layers) == 2 * num_layers
     return source.most_bytes
 
 
 @pytest.mark.usefixtures("frozen_gc")
 def test_no_two_layers_are_ever_alive_together(fresh: Workshop) -> None:
-    """Every live tensor counts (stored, cast, widened, quantised); depth adds nothing to them."""
+    """Every live tensor counts (stored, cast, widened, quantised); depth adds nothing to them but
+    the two tensors of the next layer that are read ahead."""
     layer_bytes = 2 * (3 * 128 * 1024 + 128 * 128 * 3)  # one decoder layer in bfloat16
+    ahead_bytes = 2 * 2 * 128 * 1024
     one, two, six = (peak_bytes(fresh, num_layers) for num_layers in (1, 2, 6))
     assert one > layer_bytes, "the count sees the layer that is resident"
-    assert two - one < layer_bytes / 4, f"{one} bytes with 1 layer, {two} with 2"
-    assert six - one < layer_bytes / 4, f"{one} bytes with 1 layer, {six} with 6"
+    assert two - one <= ahead_bytes, f"{one} bytes with 1 layer, {two} with 2"
+    assert six - two < layer_bytes / 4, f"{two} bytes with 2 layers, {six} with 6"
 
 
 def test_the_same_input_gives_the_same_bytes(

@@ -73,6 +73,10 @@ class Making:
         shutil.rmtree(self.place)
         return int(log.read_text())
 
+    def forget(self) -> None:
+        """So that the next run starts from nothing, not where the last one stopped."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+
     def assert_absent_or_whole(self) -> None:
         if self.place.exists():
             manifest.verify_all(self.place, self.kind)
@@ -127,13 +131,16 @@ def test_killed_before_a_change_of_the_disk_leaves_nothing_that_looks_finished(
     making: Callable[..., Making], tmp_path: Path, name: str, step: int
 ) -> None:
     """Moments at which a file or directory is about to be made, written, synced or renamed: every
-    `step`th of the work and each of the last ones. Every run finds what the one before it left.
+    `step`th of the work and each of the last ones. A build finds what the one before it left; a
+    conversion starts from nothing, as it would go on (test_resume) and never see the same moment.
     """
     making_ = making(name, tmp_path / "out")
     total = making_.num_changes()
     assert total > 15, f"{total} changes: the run is not watched"
     kill_at, code = 1, -1
     while code != 0:
+        if name == CONVERT:
+            making_.forget()
         code = making_.start(kill_at=kill_at).wait().exit_code
         assert code in (-signal.SIGKILL, 0)
         making_.assert_absent_or_whole()
@@ -155,6 +162,7 @@ def test_killed_while_overwriting_loses_neither_the_old_nor_looks_finished(
     while code != 0:
         if not making_.place.exists():
             assert making_.run() == 0
+        making_.forget()
         code = making_.start("--overwrite", kill_at=kill_at).wait().exit_code
         assert code in (-signal.SIGKILL, 0)
         making_.assert_absent_or_whole()
@@ -303,13 +311,18 @@ def test_two_runs_for_one_place_do_not_mix(
 def test_a_stopped_command_cleans_up(
     making: Callable[..., Making], tmp_path: Path, name: str, signal_number: signal.Signals
 ) -> None:
-    """Control-C and what a scheduler or `docker stop` sends: nothing half-written is left."""
+    """Control-C and what a scheduler or `docker stop` sends: nothing half-written is left, but what
+    a conversion has done, and it says so."""
     making_ = making(name, tmp_path / "out")
     kill_at = making_.num_changes() // 2
     result = making_.start(kill_at=kill_at, kill_with=signal_number).wait()
     assert result.exit_code not in (0, -signal_number), "ignored, or ended without cleaning up"
     assert "Traceback" not in result.stderr
-    assert list(making_.place.parent.iterdir()) == []
+    if name == CONVERT:
+        assert "new.partial keeps what is done; the same command goes on" in result.stderr
+        assert list(making_.place.parent.iterdir()) == [making_.staging]
+    else:
+        assert list(making_.place.parent.iterdir()) == []
     making_.assert_rerun_mends()
 
 
@@ -342,11 +355,15 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 
 
 def full_disk_error(name: str, arguments: tuple[object, ...], disk: Path) -> None:
+    """Told in one line; nothing is left, or what a conversion has done so far, which says so."""
     flag = "--output_dir" if name == CONVERT else "--engine_dir"
     place = disk / "new"
     result = run_command(name, *arguments, flag, place)
     one_line_error(result, f"{flag} {place}", "disk", "free some space or choose another disk")
-    assert list(disk.iterdir()) == []
+    if name == BUILD or list(disk.iterdir()):
+        left = [str(path.relative_to(disk)) for path in disk.glob("*/.journal")]
+        assert left == (["new.partial/.journal"] if name == CONVERT else [])
+        assert len(list(disk.iterdir())) == len(left)
 
 
 def test_a_disk_too_small_is_told_before_any_work(model_dir: Path, mount: Mount) -> None:
@@ -368,8 +385,12 @@ def test_a_disk_that_fills_up_during_conversion_is_told(
     total = sum(path.stat().st_size for path in room.rglob("*") if path.is_file())
     free = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    for part in (0.01, 0.03, 0.1, 0.4, 0.6, 0.9, 0.99):
-        full_disk_error(CONVERT, start, mount(f"size={int(part * total)}"))
+    for part in (0.01, 0.03, 0.1, 0.4, 0.6, 0.9, 0.99, 1.01):
+        disk = mount(f"size={int(part * total)}")
+        full_disk_error(CONVERT, start, disk)
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        assert run_command(CONVERT, *start, "--output_dir", disk / "new").exit_code == 0
+        assert tree(disk / "new") == tree(room)
 
 
 def test_a_disk_without_room_for_file_names_is_told_during_conversion(

@@ -4,14 +4,17 @@ Same tensor names, F32/BF16 mix, zero dummy heads, sharded safetensors with an i
 and tokenizer. For tests, benchmarks and, until real weights are at hand, for trying the commands.
 
     python -m tools.make_random_checkpoint --output_dir D [--preset tiny|demo|small|72b] [--seed N]
+        [--num_hidden_layers N] [--vision_num_hidden_layers N]    # fewer layers of the real width
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,8 @@ class Shape:
     rope_theta: float = 1e6
     max_dynamic_patch: int = 6
 
+
+_MAX_BLOCK_VALUES = 1 << 26
 
 PRESETS = {
     "tiny": Shape(),
@@ -183,11 +188,23 @@ def _write_shards(
         (model_dir / file_name).unlink(missing_ok=True)
         with SafetensorsWriter(model_dir / file_name, infos) as writer:
             for tensor in tensors:
-                writer.write(tensor.name, random_tensor(tensor, config, generator))
+                for part in _row_blocks(tensor):
+                    writer.append(tensor.name, random_tensor(part, config, generator))
         weight_map |= dict.fromkeys(infos, file_name)
         total_size += sum(info.num_bytes for info in infos.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _row_blocks(tensor: StoredTensor) -> Iterator[StoredTensor]:
+    """Parts of a large tensor that does not fit in memory as float32, in order; else itself."""
+    rows = max(1, _MAX_BLOCK_VALUES // math.prod(tensor.shape[1:]))
+    if rows >= tensor.shape[0] or tensor.name.startswith("vision_model."):  # dummy heads
+        yield tensor
+        return
+    for start in range(0, tensor.shape[0], rows):
+        count = min(rows, tensor.shape[0] - start)
+        yield replace(tensor, shape=(count, *tensor.shape[1:]))
 
 
 def random_tensor(
@@ -235,8 +252,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
+    depths = ("num_hidden_layers", "vision_num_hidden_layers")
+    for name in depths:
+        parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     arguments = parser.parse_args()
-    write_random_checkpoint(arguments.output_dir, PRESETS[arguments.preset], seed=arguments.seed)
+    given = {name: getattr(arguments, name) for name in depths if getattr(arguments, name)}
+    shape = replace(PRESETS[arguments.preset], **given)
+    write_random_checkpoint(arguments.output_dir, shape, seed=arguments.seed)
 
 
 if __name__ == "__main__":

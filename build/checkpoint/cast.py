@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 
 from nvlm.errors import UserError
+
+BLOCK_BYTES = 16 << 20
 
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` in `dtype`. Raises `UserError` naming it when a value is, or becomes, not finite."""
     result = tensor.to(dtype)
-    if not torch.isfinite(torch.tensor(amax(result))):
+    if not math.isfinite(amax(result)):
         if torch.isfinite(tensor).all():
             wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
             raise UserError(f"{name} overflows {dtype}; use --dtype {wider}")
         raise UserError(f"{name} has NaN or infinite values; download the checkpoint again")
     return result
+
+
+def cast_amax(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> float:
+    """Largest magnitude of `cast`, which is checked on the way; a block in memory at a time."""
+    return max(amax(cast(name, block, dtype)) for block in row_blocks(tensor))
+
+
+def row_blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of consecutive rows, `BLOCK_BYTES` or one row each."""
+    yield from tensor.split(max(1, BLOCK_BYTES * len(tensor) // tensor.nbytes))
 
 
 def amax(tensor: torch.Tensor) -> float:

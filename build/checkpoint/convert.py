@@ -1,55 +1,80 @@
-"""Step 1 on one page: model directory -> TensorRT-LLM checkpoint directory."""
+"""Step 1 on one page: model directory -> TensorRT-LLM checkpoint directory.
+
+Work is a list of units: ViT embeddings, its layers, projector, decoder embedding, its layers, head.
+Each reads its tensors once and writes all ranks' parts; the journal knows which units are done.
+"""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from build.checkpoint import calibration_set
-from build.checkpoint.calibration_set import CalibrationSample
-from build.checkpoint.decoder_step import convert_decoder
-from build.checkpoint.report import write_report
-from build.checkpoint.vision_step import convert_vision
+from build.checkpoint.calibration_set import BUILT_IN, Calibration, load_calibration_set
+from build.checkpoint.decoder_step import DecoderStep
+from build.checkpoint.dummy_heads import converted_vision_config
+from build.checkpoint.journal import Journal
+from build.checkpoint.output_files import OutputFiles
+from build.checkpoint.pipeline import DEFAULT_BUFFERS, Buffers, ReadAhead
+from build.checkpoint.report import FILE_NAME as REPORT_FILE
+from build.checkpoint.report import QuantizationReport, from_records
+from build.checkpoint.report_page import write_page
+from build.checkpoint.row_file import RowFile
+from build.checkpoint.unit import Unit
+from build.checkpoint.vision_step import VISION_FILE, VisionStep, write_scales
 from build.sources.source import WeightSource
 from nvlm.checkpoint_config import CheckpointConfig, QuantAlgo
+from nvlm.checkpoint_tensors import decoder_tensors, rank_file, vision_tensors
+from nvlm.config import NVLMConfig, VisionConfig
+from nvlm.dtypes import TORCH_DTYPES
 from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer, tokenizer_files
 from nvlm.json_files import write_json_atomically
-from nvlm.manifest import is_current, write_manifest
+from nvlm.manifest import FileEntry, code_digest, is_current, sha256_of, write_manifest
 from nvlm.mapping import check_divides
 from nvlm.output_dir import OutputPlace, staged_directory
-from nvlm.plan import checkpoint_bytes
+from nvlm.plan import calibration_bytes, checkpoint_bytes
+from nvlm.safetensors_files import TensorInfo
+from nvlm.tensor_names import model_tensors
+
+log = logging.getLogger(__name__)
+
+_STATES = ".states-"
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What the command line chooses."""
+    """What the command line chooses. calib_cache: an earlier conversion's report, instead of
+    calibration."""
 
     quant_algo: QuantAlgo | None = "FP8"
     kv_cache_quant_algo: QuantAlgo | None = "FP8"
     dtype: str = "bfloat16"
-    calib_data: Path = calibration_set.BUILT_IN
+    calib_data: Path = BUILT_IN
     calib_size: int = 16
+    calib_cache: Path | None = None
     tp_size: int = 1
     pp_size: int = 1
 
     @property
-    def is_calibrated(self) -> bool:
+    def is_quantised(self) -> bool:
         return self.quant_algo is not None or self.kv_cache_quant_algo is not None
 
-    def config(self, source: WeightSource) -> CheckpointConfig:
+    def config(self, model: NVLMConfig) -> CheckpointConfig:
         """Raises `UserError` where the decoder does not divide into the ranks asked for."""
-        decoder = source.config.decoder
         try:
-            check_divides(decoder, self.tp_size, self.pp_size)
+            check_divides(model.decoder, self.tp_size, self.pp_size)
         except UserError as error:
             raise UserError(f"--{error}") from None
         return CheckpointConfig(
-            decoder,
+            model.decoder,
             self.dtype,
             self.quant_algo,
             self.kv_cache_quant_algo,
@@ -65,43 +90,65 @@ def convert(
     device: torch.device,
     *,
     overwrite: bool = False,
+    buffers: Buffers = DEFAULT_BUFFERS,
 ) -> None:
-    """Converts and, for FP8, calibrates. `output_dir` appears whole or not at all."""
-    config = options.config(source)
-    samples = _load_samples(source, options)
-    made_from = _made_from(source, options, samples)  # before the first byte is read
+    """Converts and, for FP8, calibrates. `output_dir` appears whole or not at all; what an
+    interrupted run has done stays beside it and is gone on with."""
+    config = options.config(source.config)
+    calibration = _load_calibration(source, options)
+    made_from = _made_from(source, options, calibration)  # before the first byte is read
+    journal_of = partial(Journal.open, made_from=_fingerprint(made_from, device))
     place = OutputPlace(output_dir, "--output_dir", "checkpoint", overwrite)
-    needed_bytes = checkpoint_bytes(config, source.config.vision)
-    with torch.inference_mode(), staged_directory(place, needed_bytes) as staging:
-        _copy_tokenizer(source, staging / "tokenizer")
-        write_json_atomically(staging / "config.json", config.to_json())
-        tiles = [sample.tiles for sample in samples]
-        vision = convert_vision(source, staging / "vision", options.dtype, tiles, device)
-        decoder = convert_decoder(source, staging, config, samples, vision.image_embeddings, device)
-        if samples:
-            linears = vision.report + decoder.linears
-            report = staging / "quantization_report.json"
-            write_report(report, len(samples), linears, decoder.attentions)
-        write_manifest(staging, "checkpoint", limits={}, **made_from)
+    needed_bytes = checkpoint_bytes(config, source.config.vision) + calibration_bytes(
+        config, source.config.vision, calibration.num_tiles, calibration.num_tokens
+    )
+
+    def is_worth_keeping(staging: Path) -> bool:
+        return is_current(staging, "checkpoint", **made_from) or journal_of(staging).num_done > 0
+
+    with torch.inference_mode(), staged_directory(place, needed_bytes, is_worth_keeping) as staging:
+        if is_current(staging, "checkpoint", **made_from):
+            return  # killed before it got its name
+        journal = journal_of(staging)
+        vision = converted_vision_config(source)
+        units = _units(source.config.vision, vision, config, calibration, device, staging)
+        files = {VISION_FILE: vision_tensors(vision, TORCH_DTYPES[options.dtype])}
+        for rank in range(config.world_size):
+            files[rank_file(rank)] = decoder_tensors(config, rank)
+        entries = _run(source, units, files, journal, staging, buffers)
+        _write_configs(source, vision, config, staging)
+        if options.is_quantised:
+            report = from_records(journal.records, *calibration.counts)
+            report.write(staging / REPORT_FILE)
+            write_page(staging, report)
+            write_scales(staging, vision, report)
+        write_manifest(staging, "checkpoint", limits={}, known=entries, **made_from)
 
 
 def is_up_to_date(source: WeightSource, output_dir: Path, options: ConvertOptions) -> bool:
     """Whether `convert` would only repeat what `output_dir` already holds."""
-    made_from = _made_from(source, options, _load_samples(source, options))
+    made_from = _made_from(source, options, _load_calibration(source, options))
     return is_current(output_dir, "checkpoint", **made_from)
 
 
 def _made_from(
-    source: WeightSource, options: ConvertOptions, samples: list[CalibrationSample]
+    source: WeightSource, options: ConvertOptions, calibration: Calibration
 ) -> dict[str, dict[str, Any]]:
     """What the result depends on, for the manifest: the samples themselves, not their file."""
     arguments = asdict(options)
-    del arguments["calib_data"], arguments["calib_size"]
-    arguments["calibration_sha256"] = calibration_set.digest(samples) if samples else None
+    for name in ("calib_data", "calib_size", "calib_cache"):
+        del arguments[name]
+    arguments["calibration_sha256"] = calibration.sha256
     return {"arguments": arguments, "source": source.provenance()}
 
 
-def _load_samples(source: WeightSource, options: ConvertOptions) -> list[CalibrationSample]:
+def _fingerprint(made_from: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What an interrupted run must share with the one that goes on, for the same bytes."""
+    versions = {"code": code_digest(), "torch": torch.__version__}
+    return {**made_from, "versions": versions, "device": device.type}
+
+
+def _load_calibration(source: WeightSource, options: ConvertOptions) -> Calibration:
     """Also the first look at the tokenizer, which must fit the model."""
     tokenizer = Tokenizer(source.tokenizer_dir)
     vocab_size = source.config.decoder.vocab_size
@@ -110,14 +157,93 @@ def _load_samples(source: WeightSource, options: ConvertOptions) -> list[Calibra
             f"{source.tokenizer_dir / FILE_NAME} has {tokenizer.num_tokens} tokens but the model "
             f"has {vocab_size} embeddings; expected the tokenizer that belongs to the checkpoint"
         )
-    if not options.is_calibrated:
-        return []
-    return calibration_set.load_calibration_set(
-        options.calib_data, options.calib_size, source.config, tokenizer
+    if not options.is_quantised:
+        return Calibration()
+    if options.calib_cache is not None:
+        cache = QuantizationReport.read(options.calib_cache)
+        return Calibration(cache=cache, sha256=sha256_of(options.calib_cache))
+    return load_calibration_set(options.calib_data, options.calib_size, source.config, tokenizer)
+
+
+def _units(
+    published: VisionConfig,
+    vision: VisionConfig,
+    config: CheckpointConfig,
+    calibration: Calibration,
+    device: torch.device,
+    staging: Path,
+) -> list[Unit]:
+    numbers = count()
+
+    def next_states(num_rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> RowFile:
+        return RowFile(staging / f"{_STATES}{next(numbers)}", num_rows, row_shape, dtype)
+
+    dtype = TORCH_DTYPES[config.dtype]
+    vision_units = VisionStep(published, vision, dtype, calibration, device).units(next_states)
+    image_embeddings = vision_units[-1].states
+    decoder = DecoderStep(config, calibration, device)
+    return vision_units + decoder.units(image_embeddings, next_states)
+
+
+def _run(
+    source: WeightSource,
+    units: list[Unit],
+    files: dict[str, dict[str, TensorInfo]],
+    journal: Journal,
+    staging: Path,
+    buffers: Buffers,
+) -> dict[str, FileEntry]:
+    """Runs the units that the journal does not know; the files' entries for the manifest."""
+    done, todo = units[: journal.num_done], units[journal.num_done :]
+    if done:
+        log.info("going on behind %s, %d of %d steps", done[-1].name, len(done), len(units))
+    states = done[-1].states if done else None
+    _keep_only(staging, {staging / name for name in files}, states)
+    (staging / "vision").mkdir(exist_ok=True)
+    finished = {pair for unit in done for pair in unit.writes} if done else None
+    sizes = {t.name: TensorInfo(t.dtype, t.shape).num_bytes for t in model_tensors(source.config)}
+    reads = [name for unit in todo for name in unit.reads]
+    with (
+        OutputFiles(staging, files, finished, buffers.write_behind_bytes) as out,
+        ReadAhead(source, reads, buffers.read_ahead_bytes) as reader,
+        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True) as progress,
+    ):
+        progress.update(sum(sizes[name] for unit in done for name in unit.reads))
+
+        def read(name: str) -> torch.Tensor:
+            tensor = reader.read(name)
+            progress.update(sizes[name])
+            return tensor
+
+        for unit in todo:
+            progress.set_description(unit.name)
+            record = unit.run(read, out)
+            out.commit(journal, record, None if states is None else states.path)
+            states = unit.states
+    return out.entries
+
+
+def _keep_only(staging: Path, weights: set[Path], states: RowFile | None) -> None:
+    """Deletes what an interrupted run wrote beside the weights, which is written again."""
+    for path in staging.rglob("*"):
+        is_stale_states = path.name.startswith(_STATES) and (states is None or path != states.path)
+        is_small_file = not path.name.startswith(".") and path not in weights
+        if path.is_file() and (is_stale_states or is_small_file):
+            path.unlink()
+
+
+def _write_configs(
+    source: WeightSource, vision: VisionConfig, config: CheckpointConfig, staging: Path
+) -> None:
+    write_json_atomically(staging / "config.json", config.to_json())
+    write_json_atomically(
+        staging / "vision" / "config.json",
+        {
+            "dtype": config.dtype,
+            "vision": asdict(vision),
+            "tiling": asdict(source.config.tiling),
+        },
     )
-
-
-def _copy_tokenizer(source: WeightSource, tokenizer_dir: Path) -> None:
-    tokenizer_dir.mkdir()
+    (staging / "tokenizer").mkdir(exist_ok=True)
     for path in tokenizer_files(source.tokenizer_dir):
-        shutil.copyfile(path, tokenizer_dir / path.name)
+        shutil.copyfile(path, staging / "tokenizer" / path.name)

@@ -1,195 +1,252 @@
-"""Decoder part of the conversion: layer by layer, calibrated, quantised, written.
+"""Decoder part of the conversion: layer by layer, calibrated, quantised, sharded, written.
 
-The calibration samples' hidden states are carried from layer to layer, so a model of any depth
-needs one layer in memory: its tensors in the checkpoint's dtype and in float32, and the states.
+Peak memory: one layer as the source gives it (nothing, if it maps files), its widest linear in
+float32, a window of the samples' hidden states; without calibration a few blocks.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from build.checkpoint.amax_observer import AmaxObserver
-from build.checkpoint.calibration_set import CalibrationSample
-from build.checkpoint.cast import amax, cast
-from build.checkpoint.quantize import quantize_layer
-from build.checkpoint.report import AttentionReport, LinearReport
-from build.checkpoint.shard import shard
-from build.sources.source import WeightSource
+from build.checkpoint.calibrate_decoder import run_layer
+from build.checkpoint.calibration_set import Calibration
+from build.checkpoint.cast import cast, cast_amax, row_blocks
+from build.checkpoint.output_files import OutputFiles
+from build.checkpoint.report import AttentionReport, LinearReport, as_record
+from build.checkpoint.row_file import NextStates, RowFile
+from build.checkpoint.scales import report_linears
+from build.checkpoint.shard import RankFiles
+from build.checkpoint.unit import Read, Unit
+from nvlm import fp8
 from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.checkpoint_tensors import decoder_tensors, rank_file
-from nvlm.decoder_model import DecoderLayer, causal_attention, embed, rope_tables
+from nvlm.checkpoint_tensors import decoder_layer_tensors, rank_file
+from nvlm.decoder_model import DecoderLayer, embed
 from nvlm.dtypes import TORCH_DTYPES
-from nvlm.mapping import Mapping
-from nvlm.safetensors_files import SafetensorsWriter
+from nvlm.errors import UserError
 from nvlm.tensor_names import (
+    ACTIVATION_SCALE,
     DECODER_LAYER,
     EMBED_TOKENS,
     ENGINE_FIRST_TENSORS,
+    ENGINE_LAST_TENSORS,
     ENGINE_LAYER,
     ENGINE_LAYER_TENSORS,
     ENGINE_LINEARS,
-    ENGINE_TOP_TENSORS,
+    KV_CACHE_SCALE,
+    WEIGHT_SCALE,
     EngineTensor,
 )
+
+Run = Callable[[Read, OutputFiles], dict[str, Any]]
+_BY_NAME = {tensor.name: tensor for tensor in ENGINE_LAYER_TENSORS}
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderStep:
-    linears: list[LinearReport]
-    attentions: list[AttentionReport]
+    """Makes the units; the calibration samples run through the layers, if there are any."""
 
-
-def convert_decoder(
-    source: WeightSource,
-    output_dir: Path,
-    config: CheckpointConfig,
-    samples: list[CalibrationSample],
-    image_embeddings: torch.Tensor,
-    device: torch.device,
-) -> DecoderStep:
-    """Writes every rank's file, in one pass over the source.
-
-    image_embeddings: [tiles of all samples, tokens_per_tile, hidden_size]. `samples` may be empty
-    when nothing is quantised.
-    """
-    hidden = _embed_samples(source, config, samples, image_embeddings, device)
-    result = DecoderStep([], [])
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                SafetensorsWriter(output_dir / rank_file(rank), decoder_tensors(config, rank))
-            )
-            for rank in range(config.world_size)
-        ]
-        files = _RankFiles(writers, config)
-        dtype = TORCH_DTYPES[config.dtype]
-        for tensor in ENGINE_TOP_TENSORS:
-            source_name = tensor.sources[0]
-            files.write(tensor, None, [cast(source_name, source.read(source_name), dtype)])
-        for i in tqdm(range(config.decoder.num_hidden_layers), "decoder layers"):
-            _convert_layer(source, files, config, i, hidden, result, device)
-    return result
-
-
-@dataclass(frozen=True, slots=True)
-class _RankFiles:
-    """The files of all ranks, written together."""
-
-    writers: list[SafetensorsWriter]
     config: CheckpointConfig
+    calibration: Calibration
+    device: torch.device
 
-    def write(self, tensor: EngineTensor, layer: int | None, parts: list[torch.Tensor]) -> None:
-        """Each rank's part of a tensor of `layer` (None: of the top), given whole by source."""
-        for rank, writer in enumerate(self.writers):
-            mapping = self.config.mapping(rank)
-            if (prefix := self._prefix(mapping, tensor, layer)) is not None:
-                pieces = [
-                    shard(tensor, source, part, self.config.decoder, mapping)
-                    for source, part in zip(tensor.sources, parts, strict=True)
-                ]
-                writer.write(prefix + tensor.name, torch.cat(pieces))
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.config.dtype]
 
-    def write_scale(self, name: str, layer: int, scale: torch.Tensor) -> None:
-        self.write(EngineTensor(name, (name,)), layer, [scale])
-
-    def _prefix(self, mapping: Mapping, tensor: EngineTensor, layer: int | None) -> str | None:
-        """What stands before the tensor's name in a rank's file; None if it is not there."""
-        if layer is None:
-            is_here = (
-                mapping.is_first_stage if tensor in ENGINE_FIRST_TENSORS else mapping.is_last_stage
+    def units(self, image_embeddings: RowFile | None, next_states: NextStates) -> list[Unit]:
+        """In the order of the model. image_embeddings: [tiles of all samples, tokens_per_tile,
+        hidden_size], where there are samples."""
+        first, last = ENGINE_FIRST_TENSORS, ENGINE_LAST_TENSORS
+        states = self._states(next_states)
+        units = [
+            self._unit(
+                "embedding", first, None, partial(self._run_first, image_embeddings, states), states
             )
-            return "" if is_here else None
-        layers = mapping.layers(self.config.decoder.num_hidden_layers)
-        return ENGINE_LAYER.format(i=layers.index(layer)) if layer in layers else None
+        ]
+        for i in range(self.config.decoder.num_hidden_layers):
+            before, states = states, self._states(next_states)
+            run = partial(self._run_layer, i, before, states)
+            units.append(self._unit(f"decoder layer {i}", ENGINE_LAYER_TENSORS, i, run, states))
+        units.append(self._unit("head", last, None, partial(self._write_all, last), None))
+        return units
+
+    def _states(self, next_states: NextStates) -> RowFile | None:
+        """Hidden states [tokens of all samples, hidden_size] in `dtype`."""
+        if not self.calibration.samples:
+            return None
+        num_tokens = self.calibration.num_tokens
+        return next_states(num_tokens, (self.config.decoder.hidden_size,), self.dtype)
+
+    def _unit(
+        self,
+        name: str,
+        tensors: tuple[EngineTensor, ...],
+        layer: int | None,
+        run: Run,
+        states: RowFile | None,
+    ) -> Unit:
+        prefix = "" if layer is None else DECODER_LAYER.format(i=layer)
+        reads = tuple(prefix + source for tensor in tensors for source in tensor.sources)
+        files = RankFiles(self.config)
+        if layer is None:
+            names = [tensor.name for tensor in tensors]
+        else:
+            names = list(decoder_layer_tensors(self.config))
+        writes = tuple(
+            (rank_file(mapping.rank), written)
+            for tensor_name in names
+            for mapping, written in files.names(tensor_name, layer)
+        )
+        return Unit(name, reads, writes, run, states)
+
+    def _write_all(
+        self, tensors: tuple[EngineTensor, ...], read: Read, out: OutputFiles
+    ) -> dict[str, Any]:
+        for tensor in tensors:
+            (source,) = tensor.sources
+            self._append(out, tensor, None, source, read(source))
+        return {}
+
+    def _run_first(
+        self,
+        image_embeddings: RowFile | None,
+        states: RowFile | None,
+        read: Read,
+        out: OutputFiles,
+    ) -> dict[str, Any]:
+        """The embedding, and every sample's input of the first layer."""
+        (tensor,) = ENGINE_FIRST_TENSORS
+        embedding = read(EMBED_TOKENS)
+        self._append(out, tensor, None, EMBED_TOKENS, embedding)
+        if states is None:
+            return {}
+        first_tile = 0
+        with states.writer() as writer:
+            for sample in self.calibration.samples:
+                tiles = range(first_tile, first_tile + sample.num_tiles)
+                table = image_embeddings.read(tiles).flatten(0, 1) if image_embeddings else None
+                token_ids = torch.tensor(sample.prompt.token_ids)
+                writer.append(embed(token_ids, embedding, table, self.dtype))
+                first_tile = tiles.stop
+        return {}
+
+    def _run_layer(
+        self, i: int, before: RowFile | None, after: RowFile | None, read: Read, out: OutputFiles
+    ) -> dict[str, Any]:
+        """Samples run through the layer as published; then its linears are quantised."""
+        layer = _LayerTensors(DECODER_LAYER.format(i=i), read, self.dtype)
+        prefix = ENGINE_LAYER.format(i=i)
+        linears: list[LinearReport] = []
+        attention = None
+        cache = self.calibration.cache
+        if before is not None and after is not None:
+            linears, attention = self._calibrate(layer, prefix, before, after)
+        elif cache is not None:
+            linears, attention = cache.rows_of(prefix)
+        by_name = {row.linear.removeprefix(prefix): row for row in linears}
+        scales = {}
+        for name, row in by_name.items():
+            scales[f"{name}.{WEIGHT_SCALE}"] = row.weights_scaling_factor
+            scales[f"{name}.{ACTIVATION_SCALE}"] = row.activation_scaling_factor
+        if attention is not None:
+            scales[KV_CACHE_SCALE] = attention.kv_cache_scaling_factor
+        files = RankFiles(self.config)
+        for name in decoder_layer_tensors(self.config):
+            if name in scales:
+                files.append_scale(out, name, i, scales[name])
+                continue
+            tensor, report = _BY_NAME[name], by_name.get(name.removesuffix(".weight"))
+            if cache is not None and report is not None:
+                _check_cached(report, layer.amax(tensor))
+            is_quantised = self.config.quant_algo == "FP8" and report is not None
+            weight_scale = report.weights_scaling_factor if report and is_quantised else None
+            for source in tensor.sources:
+                self._append(out, tensor, i, source, layer.pop(source), weight_scale, layer.prefix)
+        return as_record(linears, attention)
+
+    def _calibrate(
+        self, tensors: _LayerTensors, prefix: str, before: RowFile, after: RowFile
+    ) -> tuple[list[LinearReport], AttentionReport]:
+        """Runs every sample through the layer in the unquantised dtype."""
+        weight_amax = {name: tensors.amax(_BY_NAME[f"{name}.weight"]) for name in ENGINE_LINEARS}
+        whole = {t.name: tensors.whole(t).to(self.device) for t in ENGINE_LAYER_TENSORS}
+        layer = DecoderLayer(self.config.decoder, whole)
+        observer = AmaxObserver(prefix, torch.finfo(self.dtype).max, before.num_rows)
+        decoder, lengths = self.config.decoder, self.calibration.lengths
+        run_layer(layer, decoder, lengths, before, after, observer, self.device)
+        seen = observer.maxima
+        weights = {name: layer.linear(name).weight for name in ENGINE_LINEARS}
+        linears = report_linears(prefix, weights, weight_amax, seen, observer.rows)
+        return linears, AttentionReport(prefix + "attention", seen["q"], seen["k"], seen["v"])
+
+    def _append(
+        self,
+        out: OutputFiles,
+        tensor: EngineTensor,
+        layer: int | None,
+        source: str,
+        published: torch.Tensor,
+        weight_scale: float | None = None,
+        prefix: str = "",
+    ) -> None:
+        """Writes `published` as `tensor` (or its part), quantised if given a scale."""
+
+        def blocks() -> Iterator[torch.Tensor]:
+            for block in row_blocks(published):
+                rows = cast(prefix + source, block, self.dtype)
+                if weight_scale is not None:
+                    rows = fp8.quantize(rows.to(self.device), weight_scale)
+                yield rows
+
+        RankFiles(self.config).append(out, tensor, layer, source, blocks(), len(published))
 
 
-def _convert_layer(
-    source: WeightSource,
-    files: _RankFiles,
-    config: CheckpointConfig,
-    i: int,
-    hidden: list[torch.Tensor],
-    result: DecoderStep,
-    device: torch.device,
-) -> None:
-    """A function of its own so that nothing of a layer outlives it."""
-    tensors = _read_layer(source, i, TORCH_DTYPES[config.dtype])
-    prefix = ENGINE_LAYER.format(i=i)
-    if hidden:
-        layer = DecoderLayer(config.decoder, {k: v.to(device) for k, v in tensors.items()})
-        linears, attention = _calibrate_layer(layer, prefix, config, hidden)
-        del layer
-        tensors = quantize_layer(tensors, config, linears, attention)
-        result.linears.extend(linears.values())
-        result.attentions.append(attention)
-    decoder = config.decoder
-    query_rows = decoder.num_attention_heads * decoder.head_dim
-    key_value_rows = decoder.num_key_value_heads * decoder.head_dim
-    for tensor in ENGINE_LAYER_TENSORS:
-        whole = tensors.pop(tensor.name)
-        rows = [query_rows, key_value_rows, key_value_rows]
-        files.write(tensor, i, list(whole.split(rows)) if len(tensor.sources) > 1 else [whole])
-    for name, scale in tensors.items():
-        files.write_scale(name, i, scale)
+class _LayerTensors:
+    """A layer's published tensors, read in their order when the first of them is needed."""
+
+    def __init__(self, prefix: str, read: Read, dtype: torch.dtype) -> None:
+        self.prefix = prefix
+        self._read = read
+        self._dtype = dtype
+        sources = [source for tensor in ENGINE_LAYER_TENSORS for source in tensor.sources]
+        self._to_read = iter(sources)
+        self._parts: dict[str, torch.Tensor] = {}
+
+    def _part(self, source: str) -> torch.Tensor:
+        while source not in self._parts:
+            following = next(self._to_read)
+            self._parts[following] = self._read(self.prefix + following)
+        return self._parts[source]
+
+    def pop(self, source: str) -> torch.Tensor:
+        """The tensor as published, which is then forgotten."""
+        self._part(source)
+        return self._parts.pop(source)
+
+    def amax(self, tensor: EngineTensor) -> float:
+        """Of the values in `dtype`; every one is checked."""
+        return max(
+            cast_amax(self.prefix + source, self._part(source), self._dtype)
+            for source in tensor.sources
+        )
+
+    def whole(self, tensor: EngineTensor) -> torch.Tensor:
+        """All of an engine tensor in `dtype`."""
+        parts = [
+            cast(self.prefix + source, self._part(source), self._dtype) for source in tensor.sources
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _embed_samples(
-    source: WeightSource,
-    config: CheckpointConfig,
-    samples: list[CalibrationSample],
-    image_embeddings: torch.Tensor,
-    device: torch.device,
-) -> list[torch.Tensor]:
-    """Input of the first layer, [num_tokens, hidden_size] for each sample."""
-    if not samples:
-        return []
-    embedding = source.read(EMBED_TOKENS)  # memory-mapped: only the rows that are used are read
-    tables = image_embeddings.split([len(sample.tiles) for sample in samples])
-    dtype = TORCH_DTYPES[config.dtype]
-    hidden = []
-    for sample, table in zip(samples, tables, strict=True):
-        token_ids = torch.tensor(sample.prompt.token_ids)
-        hidden.append(embed(token_ids, embedding, table.flatten(0, 1), dtype).to(device))
-    return hidden
-
-
-def _read_layer(source: WeightSource, i: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """One layer under TensorRT-LLM's names, cast, with q, k and v stacked."""
-    prefix = DECODER_LAYER.format(i=i)
-    tensors = {}
-    for tensor in ENGINE_LAYER_TENSORS:
-        parts = [cast(prefix + part, source.read(prefix + part), dtype) for part in tensor.sources]
-        tensors[tensor.name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return tensors
-
-
-def _calibrate_layer(
-    layer: DecoderLayer, prefix: str, config: CheckpointConfig, hidden: list[torch.Tensor]
-) -> tuple[dict[str, LinearReport], AttentionReport]:
-    """Runs every sample through the layer in the unquantised dtype, in place."""
-    observer = AmaxObserver(prefix, torch.finfo(TORCH_DTYPES[config.dtype]).max)
-    for name in ENGINE_LINEARS:
-        layer.linear(name).widen()
-        observer.watch_inputs({name: layer.linear(name)})
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            observer.see(name, x)
-        return causal_attention(q, k, v, first_position=0).to(q.dtype)
-
-    decoder = config.decoder
-    for index, rows in enumerate(hidden):
-        positions = torch.arange(len(rows), device=rows.device)
-        cos, sin = rope_tables(positions, decoder.head_dim, decoder.rope_theta)
-        hidden[index] = layer(rows, cos, sin, attend)
-    maxima = observer.maxima
-    linears = {
-        name: LinearReport(prefix + name, amax(layer.linear(name).weight), maxima[name])
-        for name in ENGINE_LINEARS
-    }
-    return linears, AttentionReport(prefix + "attention", maxima["q"], maxima["k"], maxima["v"])
+def _check_cached(report: LinearReport, amax: float) -> None:
+    if amax != report.weight_amax:
+        raise UserError(
+            f"--calib_cache is of other weights or another --dtype: {report.linear} has amax "
+            f"{amax}, the cache says {report.weight_amax}; calibrate again"
+        )

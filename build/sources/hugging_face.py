@@ -102,6 +102,23 @@ class HuggingFaceSource:
         }
 
 
+def read_index(model_dir: Path) -> NVLMConfig:
+    """The configuration of a model whose weights need not be there: config.json, and the index,
+    which must name every tensor."""
+    if not model_dir.is_dir():
+        raise UserError(f"--model_dir {model_dir} is not a directory; give NVLM-D's folder")
+    config = NVLMConfig.from_model_dir(model_dir)
+    if (model_dir / INDEX).is_file():
+        names = _weight_map(model_dir)
+        missing = [tensor.name for tensor in model_tensors(config) if tensor.name not in names]
+        if missing:
+            raise UserError(
+                f"{model_dir / INDEX} has no tensor {missing[0]} ({len(missing)} are missing), "
+                "which config.json asks for; download it again"
+            )
+    return config
+
+
 def _weight_map(model_dir: Path) -> dict[str, str]:
     """Tensor name -> file name."""
     index, single = model_dir / INDEX, model_dir / SINGLE_FILE

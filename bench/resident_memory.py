@@ -1,0 +1,50 @@
+"""Runs a command and samples the memory that is its own: RssAnon + RssShmem.
+
+Pages of files that it maps (the model's weights) belong to the page cache and are left out.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_INTERVAL_S = 0.05
+_OWN = ("RssAnon:", "RssShmem:")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    seconds: float
+    peak_bytes: int
+    log: str
+
+
+def run_measured(command: Sequence[str], *, cwd: Path | None = None) -> Measured:
+    """Raises `CalledProcessError` with what the command printed, if it fails."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output) as process:
+            peak = 0
+            while process.poll() is None:
+                peak = max(peak, own_bytes(process.pid))
+                time.sleep(_INTERVAL_S)
+        seconds = time.perf_counter() - start
+        output.seek(0)
+        log = output.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, log)
+    return Measured(seconds, peak, log)
+
+
+def own_bytes(pid: int) -> int:
+    """RssAnon + RssShmem of a process; 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    lines = [line.split() for line in status.splitlines()]
+    return sum(1024 * int(line[1]) for line in lines if line and line[0] in _OWN)

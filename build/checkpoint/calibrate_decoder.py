@@ -1,0 +1,97 @@
+"""Runs the calibration samples through one decoder layer and says what entered its linears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from build.checkpoint.amax_observer import AmaxObserver
+from build.checkpoint.row_file import RowFile
+from nvlm.config import DecoderConfig
+from nvlm.decoder_model import DecoderLayer, causal_attention, rope_tables
+from nvlm.tensor_names import ENGINE_LINEARS
+
+_ROWS_PER_WINDOW = 2048
+"""Tokens that a layer works on at a time: about 1 GB of activations at the 72B model's width."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """`count` tokens of a sequence, from `position` on; `is_last` ends it."""
+
+    sequence: int
+    position: int
+    count: int
+    is_last: bool
+
+
+def run_layer(
+    layer: DecoderLayer,
+    config: DecoderConfig,
+    lengths: list[int],
+    before: RowFile,
+    after: RowFile,
+    observer: AmaxObserver,
+    device: torch.device,
+) -> None:
+    """Hidden states of all sequences, [sum of lengths, hidden_size], from `before` to `after`.
+
+    In the unquantised dtype, window by window: a sequence that a window's edge cuts goes on in the
+    next one with the keys and values so far, as in chunked prefill. Memory: the layer as given,
+    its widest linear in float32, one window's activations, one sequence's keys and values.
+    """
+    observer.watch_inputs({name: layer.linear(name) for name in ENGINE_LINEARS})
+    past: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with after.writer() as writer:
+        for window in before.windows(_ROWS_PER_WINDOW):
+            segments = list(_segments(lengths, window))
+            ranges = [torch.arange(s.position, s.position + s.count) for s in segments]
+            positions = torch.cat(ranges).to(device)
+            cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
+
+            def attend(
+                q: torch.Tensor,
+                k: torch.Tensor,
+                v: torch.Tensor,
+                segments: list[_Segment] = segments,
+            ) -> torch.Tensor:
+                for name, x in (("q", q), ("k", k), ("v", v)):
+                    observer.see(name, x)
+                return _attend(q, k, v, segments, past)
+
+            writer.append(layer(before.read(window).to(device), cos, sin, attend))
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: list[_Segment],
+    past: dict[int, tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """Attention of every segment over its own sequence; `past` holds what windows before saw."""
+    counts = [segment.count for segment in segments]
+    outputs = []
+    for segment, rows, *new in zip(
+        segments, q.split(counts), k.split(counts), v.split(counts), strict=True
+    ):
+        keys, values = new
+        if segment.position:
+            old_keys, old_values = past.pop(segment.sequence)
+            keys, values = torch.cat((old_keys, keys)), torch.cat((old_values, values))
+        if not segment.is_last:
+            past[segment.sequence] = keys, values
+        outputs.append(causal_attention(rows, keys, values, segment.position))
+    return torch.cat(outputs).to(q.dtype)
+
+
+def _segments(lengths: list[int], window: range) -> Iterator[_Segment]:
+    """The parts of sequences that lie in a window of all their tokens."""
+    start = 0
+    for sequence, length in enumerate(lengths):
+        first, last = max(window.start, start), min(window.stop, start + length)
+        if first < last:
+            yield _Segment(sequence, first - start, last - first, last == start + length)
+        start += length

@@ -1,0 +1,85 @@
+"""A line plot as inline SVG: no script, no font, no file besides it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 720, 260
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 34
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """Maps values to pixels, linearly or by their logarithm."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def pixel(self, value: float) -> float:
+        low, high, value = (self._scaled(v) for v in (self.low, self.high, value))
+        share = (value - low) / (high - low) if high > low else 0.5
+        return self.start + share * (self.end - self.start)
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(max(value, self.low)) if self.is_log else value
+
+    def ticks(self) -> list[float]:
+        if self.is_log:
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            step = max(1, -(-(last - first) // 6))
+            powers = [10.0**power for power in range(first, last + 1, step)]
+            return [power for power in powers if self.low <= power <= self.high]
+        length = (self.high - self.low) or 1.0
+        unit = 10.0 ** math.floor(math.log10(length))
+        width = unit * next(f for f in (0.2, 0.5, 1.0, 2.0) if length / (f * unit) <= 6)
+        numbers = range(math.ceil(self.low / width), math.floor(self.high / width + 1e-9) + 1)
+        return [width * number for number in numbers]
+
+
+def line_plot(series: Mapping[str, Points], y_label: str, *, is_log: bool = False) -> str:
+    """Lines of (layer, value) points, each with a tooltip, and a legend below."""
+    values = [y for points in series.values() for _, y in points if y > 0 or not is_log]
+    layers = [x for points in series.values() for x, _ in points]
+    if not values:
+        return "<p>nothing to show</p>"
+    low, high = (min(values), max(values)) if is_log else (0.0, max(values) * 1.05)
+    if is_log:  # whole powers of ten, so that a tick is always seen
+        low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
+    if low == high:
+        low, high = (low / 10, high * 10) if is_log else (0.0, 1.0)
+    x_axis = _Axis(min(layers), max(layers), _LEFT, WIDTH - _RIGHT)
+    y_axis = _Axis(low, high, HEIGHT - _BOTTOM, _TOP, is_log)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">']
+    for tick in y_axis.ticks():
+        y = y_axis.pixel(tick)
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="y">{tick:g}</text>')
+    for tick in x_axis.ticks():
+        if tick == round(tick):
+            x = x_axis.pixel(tick)
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 16}" class="x">{tick:.0f}</text>')
+    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 2}" class="x">layer</text>')
+    for number, (name, points) in enumerate(series.items()):
+        where = [(x_axis.pixel(x), y_axis.pixel(y)) for x, y in points]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in where)
+        parts.append(f'<polyline class="s{number}" points="{line}"/>')
+        for (x, y), (layer, value) in zip(where, points, strict=True):
+            tip = escape(f"{name}, layer {layer:.0f}: {value:.4g}")
+            place = f'cx="{x:.1f}" cy="{y:.1f}" r="2.5"'
+            parts.append(f'<circle class="s{number}" {place}><title>{tip}</title></circle>')
+    parts.append("</svg>")
+    legend = "".join(
+        f'<span><i class="s{number}"></i>{escape(name)}</span>'
+        for number, name in enumerate(series)
+    )
+    return f'{"".join(parts)}<div class="legend">{legend}</div>'
