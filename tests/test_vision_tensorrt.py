@@ -147,17 +147,17 @@ class TestBuilds:
             *("--checkpoint_dir", checkpoint_dir, "--engine_dir", path, "--device", "cpu"),
             *("--decoder", "torch", "--vision", "tensorrt_rtx", "--compute_capability", ADA),
             *("--vision_precision", precision, "--timing_cache", workshop.root / "timings"),
+            *(["--keep_onnx"] if precision == "FP8" else []),
         )
         assert result.exit_code == 0, result.stderr
         assert result.stdout == ""
         engine = EngineDir.read(path)
         assert (engine.vision_executor, engine.vision_precision) == ("tensorrt_rtx", precision)
         assert engine.packages["compute_capability"] == ADA
-        assert sorted(p.name for p in (path / "vision").iterdir()) == [
-            "config.json",
-            "model.engine",
-            "summary.json",
-        ]
+        kept = ["model.onnx", "model.onnx.data"] if precision == "FP8" else []
+        names = sorted(p.name for p in (path / "vision").iterdir())
+        assert names == ["config.json", "model.engine", *kept, "summary.json"]
+        assert (workshop.root / "timings" / "vision.cache").stat().st_size > 0
         summary = json.loads((path / "vision" / "summary.json").read_text())
         num_fp8 = 8 if precision == "FP8" else 0
         kind = "HALF" if precision == "float16" else "BF16"

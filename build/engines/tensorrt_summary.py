@@ -64,7 +64,7 @@ def _compiled_layers(trt: Any, engine: Any) -> dict[str, int]:
     """The inspector's layers. Its JSON is detailed because the build asked for that."""
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     counts: Counter[str] = Counter()
-    for layer in json.loads(text)["Layers"]:
+    for layer in json.loads(text).get("Layers", []):
         if isinstance(layer, str):  # names only
             counts["layer"] += 1
             continue

@@ -104,11 +104,11 @@ class CudaDouble(TorchFunctionMode):
         if on_cuda and func in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.item):
             return func(*plain(args), **named)
         target = _device(args[1:], named) if func is torch.Tensor.to else _device((), named)
-        if func is torch.Tensor.to and target is not None:
-            args = (args[0], *(a for a in args[1:] if not _is_device(a)))
-            named.pop("device", None)
-            moved = func(*plain(args), **named) if args[1:] or named else plain(args[0])
-            return self._wrap(moved) if target.type == "cuda" else moved
+        if func is torch.Tensor.to and target is not None and (on_cuda or target.type == "cuda"):
+            dtypes = [a for a in (*args[1:], named.get("dtype")) if isinstance(a, torch.dtype)]
+            moved = plain(args[0])
+            moved = moved.to(*dtypes) if dtypes else moved
+            return self._wrap(moved) if target.type == "cuda" else moved.to(target)
         if target is not None and target.type == "cuda":
             named.pop("device")
             return self._wrap(func(*plain(args), **named))
