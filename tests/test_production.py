@@ -427,6 +427,16 @@ class TestCommands:
         assert again.exit_code == 0, again.stderr
         assert len(doubles.builds) == num_builds, "up to date"
 
+    def test_a_rank_that_does_not_lead_says_nothing(
+        self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = built(2)
+        monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+        result = run_command(RUN, "--engine_dir", path, "--prompt", "What?")
+        assert (result.exit_code, result.stdout) == (0, ""), result.stderr
+        assert doubles.executor.executors[-1].rank == 1
+
     def test_an_engine_too_large_is_refused_in_one_line(
         self, workshop: Workshop, doubles: Doubles, tmp_path: Path
     ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from build.engines.tensorrt_network import count_layers, num_fp8_products
 
 _MAX_LINES = 12
+_SHAPE_ARITHMETIC = ("INT64", "INT32", "BOOL")  # gone once compiled; not worth a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,12 @@ class EngineSummary:
     engine: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        counts = self.engine or self.network
         kind = "compiled" if self.engine else "network"
+        counts = {
+            name: count
+            for name, count in (self.engine or self.network).items()
+            if not name.endswith(_SHAPE_ARITHMETIC)
+        }
         most = sorted(counts.items(), key=lambda item: -item[1])
         rows = [f"  {count:>6} {name}" for name, count in most[:_MAX_LINES]]
         rest = sum(count for _, count in most[_MAX_LINES:])
