@@ -264,6 +264,8 @@ class TestAnswers:
         assert generate(decoder, [stopping]) == [(ids[:cut], "stop")]
         both = replace(request, stop_ids=frozenset({ids[cut], unused}))
         assert generate(decoder, [both])[0][0] == ids[:cut]
+        sent = list(doubles.executor.executors[-1].requests.values())[-1]
+        assert [sent.end_id, *(word for (word,) in sent.stop_words)] == sorted(both.stop_ids)
 
     def test_sampling_settings_reach_the_executor(self, built: Any, doubles: Doubles) -> None:
         decoder = create_decoder_executor(EngineDir.read(built()), CUDA)

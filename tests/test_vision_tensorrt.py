@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import onnx
@@ -251,10 +252,13 @@ def _random_vision(config: VisionConfig, directory: Path) -> VisionCheckpoint:
     """Weights that are only there to be compiled."""
     directory.mkdir()
     tensors = vision_tensors(config, torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)  # equal weights would be stored once
+    pattern = 0.01 * torch.randn(65537, generator=torch.Generator().manual_seed(0)).bfloat16()
     with SafetensorsWriter(directory / WEIGHTS, tensors) as writer:
-        for name, info in tensors.items():
-            writer.write(name, 0.01 * torch.randn(info.shape, generator=generator).bfloat16())
+        for index, (name, info) in enumerate(tensors.items()):
+            num_values = math.prod(info.shape)
+            rolled = pattern.roll(index)  # equal tensors would be stored once
+            values = rolled.repeat(num_values // len(pattern) + 1)[:num_values]
+            writer.write(name, values.view(info.shape))
     scales = vision_scales(config)
     with SafetensorsWriter(directory / SCALES, scales) as writer:
         for name in scales:

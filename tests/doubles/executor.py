@@ -166,6 +166,8 @@ class _Executor:
         """The request as far as the engine can see it."""
         ids, extra = request.input_token_ids, None
         assert all(type(token_id) is int for token_id in ids)
+        assert len(ids) <= self.engine["max_input_len"]
+        assert len(ids) + request.max_tokens <= self.engine["max_seq_len"], "no room for it"
         table = None
         if request.prompt_tuning_config is not None:
             table = self._read_table(request.prompt_tuning_config.embedding_table)
