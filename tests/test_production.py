@@ -35,6 +35,7 @@ from tests.cases import QUESTIONS, SEVEN_TILES, THREE_IMAGES
 from tests.command import BUILD, ROOT, RUN, one_line_error, run_command
 from tests.conftest import TINY, Workshop
 from tests.doubles.tensorrt_llm import Doubles, installed
+from tests.tolerances import FLOAT16_ONNX, FP8_LOGITS
 
 rtx = pytest.importorskip("tensorrt_rtx")
 
@@ -420,6 +421,22 @@ class TestCommands:
         assert asked.exit_code == 0, asked.stderr
         expected = answers(reference, requests()[1:2])[0]
         assert json.loads(asked.stdout)["token_ids"] == expected
+        torch_engine = workshop.engine(
+            "engine_8_heads_reference",
+            checkpoint(workshop, 1),
+            decoder="torch",
+            vision="torch",
+            vision_precision="float32",
+        )
+        compared = run_command(
+            RUN,
+            *("--engine_dir", path, "--compare", torch_engine, *question),
+            *("--max_new_tokens", NEW_TOKENS, "--json"),
+        )
+        assert compared.exit_code == 0, compared.stderr
+        (difference,) = json.loads(compared.stdout)["requests"]
+        assert 0 < difference["vision_error"] < FLOAT16_ONNX, "float16 against float32"
+        assert 0 < difference["logit_error"] < FP8_LOGITS
         num_builds = len(doubles.builds)
         again = run_command(
             BUILD,

@@ -133,6 +133,8 @@ def _check_plugins(build_config: Any, values: dict[str, Any]) -> None:
     plugins = build_config.plugin_config
     assert build_config.max_prompt_embedding_table_size > 0, "prompt tuning would not be built"
     assert plugins.dtype == values["dtype"]
+    for name, choices in api.manifest()["tensorrt_llm.plugin.PluginConfig"]["choices"].items():
+        assert getattr(plugins, name) in choices, f"Pydantic would refuse this {name}"
     assert build_config.output_timing_cache != "model.cache", "written into the working directory"
     if plugins.low_latency_gemm_plugin:
         assert plugins.gemm_plugin is None, "the low-latency plugin would take precedence"
