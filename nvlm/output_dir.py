@@ -64,9 +64,9 @@ def staged_directory(
     """Yields a directory that becomes `place` when the block ends without an error.
 
     It is empty, or holds what an earlier run left that `is_worth_keeping`. An interrupted run
-    leaves it under the same condition, a user's mistake never. `needed_bytes` is checked against
-    the free disk before anything is written. Only a directory with our manifest of the same kind
-    is ever replaced.
+    leaves it under the same condition, one that met bad input never. `needed_bytes` is checked
+    against the free disk before anything is written. Only a directory with our manifest of the
+    same kind is ever replaced.
     """
     with ExitStack() as stack:
         try:
@@ -86,14 +86,18 @@ def staged_directory(
                 f"{place.name} cannot be written: {error.strerror or error} ({error.filename}); "
                 "choose another directory"
             ) from error
+        is_at_work = False
         try:
             _check_free_space(place, needed_bytes)
+            is_at_work = True
             yield staging
+            is_at_work = False
             check_replaceable(place)  # something may have come there since
             _replace(place)
         except BaseException as error:
             is_full = isinstance(error, OSError) and _is_full(error, staging)
-            if not isinstance(error, UserError) and is_worth_keeping(staging):
+            is_bad_input = is_at_work and isinstance(error, UserError)
+            if not is_bad_input and is_worth_keeping(staging):
                 log.warning("%s keeps what is done; the same command goes on with it", staging)
             else:
                 shutil.rmtree(staging, ignore_errors=True)

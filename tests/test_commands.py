@@ -62,7 +62,7 @@ def test_dry_runs_print_a_plan_and_write_nothing(
     flags = ("--model_dir", model_dir, "--output_dir", tmp_path / "c", "--dry_run")
     plan = json.loads(run_command(CONVERT, *flags).stdout)
     stored = (checkpoint_dir / "rank0.safetensors").stat().st_size
-    assert plan["decoder_bytes"] == pytest.approx(stored, rel=0.05)
+    assert plan["rank_bytes"] == [pytest.approx(stored, rel=0.05)]
     flags = ("--checkpoint_dir", checkpoint_dir, "--engine_dir", tmp_path / "e", "--dry_run")
     plan = json.loads(run_command(BUILD, *flags).stdout)
     assert plan["fits"] is True

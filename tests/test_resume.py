@@ -15,7 +15,7 @@ from build.checkpoint.convert import convert
 from build.checkpoint.pipeline import Buffers
 from build.sources.hugging_face import HuggingFaceSource
 from nvlm.manifest import verify_all
-from tests.command import CONVERT, background, run_command, tree
+from tests.command import CONVERT, background, one_line_error, run_command, tree
 from tests.conftest import CPU, FP8
 
 UNITS = 1 + 2 + 1 + 1 + 2 + 1
@@ -140,6 +140,24 @@ def test_a_torn_line_of_the_journal_is_not_believed(
     result = run_command(CONVERT, *flags, "--output_dir", place)
     assert result.exit_code == 0
     assert f"{done} of {UNITS} steps" in caplog.text
+    assert tree(place) == whole
+
+
+def test_a_disk_too_full_to_go_on_loses_nothing(
+    flags: tuple[object, ...],
+    whole: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert killed(flags, tmp_path, 60) == -signal.SIGKILL
+    place = tmp_path / "out" / "new"
+    done = num_done(place.parent)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))  # type: ignore[attr-defined]
+        result = run_command(CONVERT, *flags, "--output_dir", place)
+    one_line_error(result, "--output_dir", "free some space")
+    assert num_done(place.parent) == done > 0
+    assert run_command(CONVERT, *flags, "--output_dir", place).exit_code == 0
     assert tree(place) == whole
 
 

@@ -6,7 +6,6 @@ Each reads its tensors once and writes all ranks' parts; the journal knows which
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from build.checkpoint.calibration_set import BUILT_IN, Calibration, load_calibration_set
 from build.checkpoint.decoder_step import DecoderStep
 from build.checkpoint.dummy_heads import converted_vision_config
 from build.checkpoint.journal import Journal
-from build.checkpoint.output_files import OutputFiles
-from build.checkpoint.pipeline import DEFAULT_BUFFERS, Buffers, ReadAhead
+from build.checkpoint.pipeline import DEFAULT_BUFFERS, Buffers
 from build.checkpoint.report import FILE_NAME as REPORT_FILE
 from build.checkpoint.report import QuantizationReport, from_records
 from build.checkpoint.report_page import write_page
 from build.checkpoint.row_file import RowFile
+from build.checkpoint.run_units import STATES, run_units
 from build.checkpoint.unit import Unit
 from build.checkpoint.vision_step import VISION_FILE, VisionStep, write_scales
 from build.sources.source import WeightSource
@@ -37,16 +35,10 @@ from nvlm.dtypes import TORCH_DTYPES
 from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer, tokenizer_files
 from nvlm.json_files import write_json_atomically
-from nvlm.manifest import FileEntry, code_digest, is_current, sha256_of, write_manifest
+from nvlm.manifest import code_digest, is_current, sha256_of, write_manifest
 from nvlm.mapping import check_divides
 from nvlm.output_dir import OutputPlace, staged_directory
 from nvlm.plan import calibration_bytes, checkpoint_bytes
-from nvlm.safetensors_files import TensorInfo
-from nvlm.tensor_names import model_tensors
-
-log = logging.getLogger(__name__)
-
-_STATES = ".states-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +107,7 @@ def convert(
         files = {VISION_FILE: vision_tensors(vision, TORCH_DTYPES[options.dtype])}
         for rank in range(config.world_size):
             files[rank_file(rank)] = decoder_tensors(config, rank)
-        entries = _run(source, units, files, journal, staging, buffers)
+        entries = run_units(source, units, files, journal, staging, buffers)
         _write_configs(source, vision, config, staging)
         if options.is_quantised:
             report = from_records(journal.records, *calibration.counts)
@@ -176,60 +168,13 @@ def _units(
     numbers = count()
 
     def next_states(num_rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> RowFile:
-        return RowFile(staging / f"{_STATES}{next(numbers)}", num_rows, row_shape, dtype)
+        return RowFile(staging / f"{STATES}{next(numbers)}", num_rows, row_shape, dtype)
 
     dtype = TORCH_DTYPES[config.dtype]
     vision_units = VisionStep(published, vision, dtype, calibration, device).units(next_states)
     image_embeddings = vision_units[-1].states
     decoder = DecoderStep(config, calibration, device)
     return vision_units + decoder.units(image_embeddings, next_states)
-
-
-def _run(
-    source: WeightSource,
-    units: list[Unit],
-    files: dict[str, dict[str, TensorInfo]],
-    journal: Journal,
-    staging: Path,
-    buffers: Buffers,
-) -> dict[str, FileEntry]:
-    """Runs the units that the journal does not know; the files' entries for the manifest."""
-    done, todo = units[: journal.num_done], units[journal.num_done :]
-    if done:
-        log.info("going on behind %s, %d of %d steps", done[-1].name, len(done), len(units))
-    states = done[-1].states if done else None
-    _keep_only(staging, {staging / name for name in files}, states)
-    (staging / "vision").mkdir(exist_ok=True)
-    finished = {pair for unit in done for pair in unit.writes} if done else None
-    sizes = {t.name: TensorInfo(t.dtype, t.shape).num_bytes for t in model_tensors(source.config)}
-    reads = [name for unit in todo for name in unit.reads]
-    with (
-        OutputFiles(staging, files, finished, buffers.write_behind_bytes) as out,
-        ReadAhead(source, reads, buffers.read_ahead_bytes) as reader,
-        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True) as progress,
-    ):
-        progress.update(sum(sizes[name] for unit in done for name in unit.reads))
-
-        def read(name: str) -> torch.Tensor:
-            tensor = reader.read(name)
-            progress.update(sizes[name])
-            return tensor
-
-        for unit in todo:
-            progress.set_description(unit.name)
-            record = unit.run(read, out)
-            out.commit(journal, record, None if states is None else states.path)
-            states = unit.states
-    return out.entries
-
-
-def _keep_only(staging: Path, weights: set[Path], states: RowFile | None) -> None:
-    """Deletes what an interrupted run wrote beside the weights, which is written again."""
-    for path in staging.rglob("*"):
-        is_stale_states = path.name.startswith(_STATES) and (states is None or path != states.path)
-        is_small_file = not path.name.startswith(".") and path not in weights
-        if path.is_file() and (is_stale_states or is_small_file):
-            path.unlink()
 
 
 def _write_configs(

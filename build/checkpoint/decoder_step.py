@@ -16,7 +16,8 @@ import torch
 from build.checkpoint.amax_observer import AmaxObserver
 from build.checkpoint.calibrate_decoder import run_layer
 from build.checkpoint.calibration_set import Calibration
-from build.checkpoint.cast import cast, cast_amax, row_blocks
+from build.checkpoint.cast import cast, row_blocks
+from build.checkpoint.layer_tensors import LayerTensors
 from build.checkpoint.output_files import OutputFiles
 from build.checkpoint.report import AttentionReport, LinearReport, as_record
 from build.checkpoint.row_file import NextStates, RowFile
@@ -140,7 +141,7 @@ class DecoderStep:
         self, i: int, before: RowFile | None, after: RowFile | None, read: Read, out: OutputFiles
     ) -> dict[str, Any]:
         """Samples run through the layer as published; then its linears are quantised."""
-        layer = _LayerTensors(DECODER_LAYER.format(i=i), read, self.dtype)
+        layer = LayerTensors(DECODER_LAYER.format(i=i), read, self.dtype)
         prefix = ENGINE_LAYER.format(i=i)
         linears: list[LinearReport] = []
         attention = None
@@ -171,7 +172,7 @@ class DecoderStep:
         return as_record(linears, attention)
 
     def _calibrate(
-        self, tensors: _LayerTensors, prefix: str, before: RowFile, after: RowFile
+        self, tensors: LayerTensors, prefix: str, before: RowFile, after: RowFile
     ) -> tuple[list[LinearReport], AttentionReport]:
         """Runs every sample through the layer in the unquantised dtype."""
         weight_amax = {name: tensors.amax(_BY_NAME[f"{name}.weight"]) for name in ENGINE_LINEARS}
@@ -205,43 +206,6 @@ class DecoderStep:
                 yield rows
 
         RankFiles(self.config).append(out, tensor, layer, source, blocks(), len(published))
-
-
-class _LayerTensors:
-    """A layer's published tensors, read in their order when the first of them is needed."""
-
-    def __init__(self, prefix: str, read: Read, dtype: torch.dtype) -> None:
-        self.prefix = prefix
-        self._read = read
-        self._dtype = dtype
-        sources = [source for tensor in ENGINE_LAYER_TENSORS for source in tensor.sources]
-        self._to_read = iter(sources)
-        self._parts: dict[str, torch.Tensor] = {}
-
-    def _part(self, source: str) -> torch.Tensor:
-        while source not in self._parts:
-            following = next(self._to_read)
-            self._parts[following] = self._read(self.prefix + following)
-        return self._parts[source]
-
-    def pop(self, source: str) -> torch.Tensor:
-        """The tensor as published, which is then forgotten."""
-        self._part(source)
-        return self._parts.pop(source)
-
-    def amax(self, tensor: EngineTensor) -> float:
-        """Of the values in `dtype`; every one is checked."""
-        return max(
-            cast_amax(self.prefix + source, self._part(source), self._dtype)
-            for source in tensor.sources
-        )
-
-    def whole(self, tensor: EngineTensor) -> torch.Tensor:
-        """All of an engine tensor in `dtype`."""
-        parts = [
-            cast(self.prefix + source, self._part(source), self._dtype) for source in tensor.sources
-        ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _check_cached(report: LinearReport, amax: float) -> None:

@@ -10,6 +10,9 @@ from html import escape
 WIDTH, HEIGHT = 720, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 34
 
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5588f", "#b08900")
+_TEXT = 'font-size="11" fill="currentColor"'
+
 Points = Sequence[tuple[float, float]]
 
 
@@ -45,7 +48,11 @@ class _Axis:
 
 
 def line_plot(series: Mapping[str, Points], y_label: str, *, is_log: bool = False) -> str:
-    """Lines of (layer, value) points, each with a tooltip, and a legend below."""
+    """Up to five lines of (layer, value) points, each with a tooltip, and a legend below.
+
+    Attributes rather than classes, so that mail and PDF programs show it as browsers do.
+    """
+    assert len(series) <= len(_COLOURS), f"{len(series)} lines"
     values = [y for points in series.values() for _, y in points if y > 0 or not is_log]
     layers = [x for points in series.values() for x, _ in points]
     if not values:
@@ -63,23 +70,28 @@ def line_plot(series: Mapping[str, Points], y_label: str, *, is_log: bool = Fals
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="y">{tick:g}</text>')
+        place = f'x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end"'
+        parts.append(f"<text {place} {_TEXT}>{tick:g}</text>")
     for tick in x_axis.ticks():
         if tick == round(tick):
             x = x_axis.pixel(tick)
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 16}" class="x">{tick:.0f}</text>')
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 2}" class="x">layer</text>')
-    for number, (name, points) in enumerate(series.items()):
+            place = f'x="{x:.1f}" y="{HEIGHT - 16}" text-anchor="middle"'
+            parts.append(f"<text {place} {_TEXT}>{tick:.0f}</text>")
+    place = f'x="{WIDTH / 2}" y="{HEIGHT - 2}" text-anchor="middle"'
+    parts.append(f"<text {place} {_TEXT}>layer</text>")
+    for colour, (name, points) in zip(_COLOURS, series.items(), strict=False):
         where = [(x_axis.pixel(x), y_axis.pixel(y)) for x, y in points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in where)
-        parts.append(f'<polyline class="s{number}" points="{line}"/>')
+        parts.append(
+            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
+        )
         for (x, y), (layer, value) in zip(where, points, strict=True):
             tip = escape(f"{name}, layer {layer:.0f}: {value:.4g}")
             place = f'cx="{x:.1f}" cy="{y:.1f}" r="2.5"'
-            parts.append(f'<circle class="s{number}" {place}><title>{tip}</title></circle>')
+            parts.append(f'<circle {place} fill="{colour}"><title>{tip}</title></circle>')
     parts.append("</svg>")
     legend = "".join(
-        f'<span><i class="s{number}"></i>{escape(name)}</span>'
-        for number, name in enumerate(series)
+        f'<span><i style="background:{colour}"></i>{escape(name)}</span>'
+        for colour, name in zip(_COLOURS, series, strict=False)
     )
     return f'{"".join(parts)}<div class="legend">{legend}</div>'

@@ -12,7 +12,6 @@ from nvlm.tensor_names import ENGINE_LINEARS, VISION_LINEARS
 
 FILE_NAME = "quantization_report.html"
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5588f", "#b08900")
 _STYLE = """
 :root { color-scheme: light dark;
   --fg: #1a1a1a; --bg: #fff; --soft: #666; --rule: #ddd; --bar: #c8dcf0 }
@@ -26,10 +25,7 @@ p, .legend, .tiles { color: var(--soft); margin: .2rem 0 .6rem }
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0 }
 .tiles div { border: 1px solid var(--rule); border-radius: 6px; padding: .5rem .9rem }
 .tiles b { display: block; font-size: 1.25rem; color: var(--fg) }
-svg { width: 100%; height: auto }
-svg text { fill: var(--soft); font-size: 11px }
-.x { text-anchor: middle } .y { text-anchor: end } .grid { stroke: var(--rule) }
-polyline { fill: none; stroke-width: 1.6 }
+svg { width: 100%; height: auto; color: var(--soft) }
 .legend span { margin-right: 1.2rem; white-space: nowrap }
 .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px;
   margin-right: .35rem }
@@ -40,11 +36,7 @@ th { color: var(--soft); position: sticky; top: 0; background: var(--bg) }
 td { font-variant-numeric: tabular-nums }
 th:first-child, td:first-child { text-align: left; white-space: nowrap }
 td.bar { background: linear-gradient(to right, var(--bar) var(--w), transparent var(--w)) }
-""" + "".join(
-    f"polyline.s{n} {{ stroke: {colour} }} circle.s{n} {{ fill: {colour} }} "
-    f"i.s{n} {{ background: {colour} }}\n"
-    for n, colour in enumerate(_COLOURS)
-)
+"""
 
 _COLUMNS = (
     ("linear", "linear", ""),

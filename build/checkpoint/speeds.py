@@ -11,7 +11,7 @@ import torch
 
 from nvlm.conversion_plan import Speeds
 
-_SAMPLE_BYTES = 256 << 20
+_SAMPLE_BYTES = 64 << 20
 _CHUNK_BYTES = 8 << 20
 
 

@@ -11,7 +11,11 @@ from nvlm.config import NVLMConfig
 
 
 class WeightSource(Protocol):
-    """Random access by published name. Nothing read is kept: one tensor resident at a time."""
+    """Random access by published name. Nothing read is kept: one tensor resident at a time.
+
+    The converter reads ahead from a thread of its own, one tensor at a time, in the order of the
+    model's layers.
+    """
 
     config: NVLMConfig
     tokenizer_dir: Path
