@@ -8,27 +8,39 @@ MODEL_DIR ?=
 CHECKPOINT_DIR ?= work/checkpoint
 ENGINE_DIR ?= work/engine
 QUANT ?= FP8
+TP ?= 1
 DECODER ?= auto
 VISION ?= auto
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 TRITON_FLAGS ?=
+# More flags of build_engine.py, as BUILD_FLAGS="--max_batch_size 16 --optimize_for latency".
+BUILD_FLAGS ?=
 
 DEMO := work/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-triton demo engine triton test test-all lint benchmark clean
+.PHONY: help setup setup-test setup-triton demo engine doctor triton test test-all lint benchmark clean
 
 help:
 	@echo "make demo        set up, convert, build, and answer a question about a photo on the CPU"
 	@echo "make test        set up and run the tests that need no GPU"
-	@echo "make engine MODEL_DIR=... [CHECKPOINT_DIR=... ENGINE_DIR=... QUANT=FP8|none VISION=...]"
+	@echo "make engine MODEL_DIR=... [CHECKPOINT_DIR=... ENGINE_DIR=... TP=1 QUANT=FP8|none"
+	@echo "            DECODER=... VISION=... BUILD_FLAGS=...]"
 	@echo "make triton ENGINE_DIR=... [HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002 TRITON_FLAGS=...]"
+	@echo "make doctor      what can be built and run here, and what is missing for the rest"
 	@echo "make setup | test-all | lint | benchmark | clean"
 
 # A stamp per requirements file: installing again is a no-op until the file changes.
+# SYSTEM_PYTHON=1 takes $(PYTHON) as it is, in a container that has everything (docker/Dockerfile).
+ifdef SYSTEM_PYTHON
+RUN := $(PYTHON)
+setup:
+else
+RUN := $(BIN)/python
 setup: $(VENV)/.cpu
+endif
 setup-test: $(VENV)/.test
 setup-triton: $(VENV)/.triton
 
@@ -44,22 +56,26 @@ $(VENV)/.triton: requirements/triton.txt $(VENV)/.cpu
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/triton.txt
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt requirements/triton.txt $(VENV)/.cpu
+$(VENV)/.test: requirements/test.txt requirements/triton.txt requirements/tensorrt-rtx.txt $(VENV)/.cpu
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	@touch $@
 
 demo: setup
 	@echo "No weights of NVLM-D are shipped: this demo makes a tiny model of RANDOM weights in the"
 	@echo "published layout, so the answer below shows the machinery, not knowledge."
-	@$(BIN)/python -m tools.demo
+	@$(RUN) -m tools.demo
 
 # Converts and builds what is not up to date with its input and arguments.
 engine: setup
 	@test -n "$(MODEL_DIR)" || { echo "error: make engine needs MODEL_DIR=<NVLM-D checkpoint>" >&2; exit 2; }
-	@$(BIN)/python convert_checkpoint.py --model_dir "$(MODEL_DIR)" \
-		--output_dir "$(CHECKPOINT_DIR)" --quant_algo $(QUANT) --if_stale
-	@$(BIN)/python build_engine.py --checkpoint_dir "$(CHECKPOINT_DIR)" \
-		--engine_dir "$(ENGINE_DIR)" --decoder $(DECODER) --vision $(VISION) --if_stale
+	@$(RUN) convert_checkpoint.py --model_dir "$(MODEL_DIR)" \
+		--output_dir "$(CHECKPOINT_DIR)" --quant_algo $(QUANT) --tp_size $(TP) --if_stale
+	@$(RUN) build_engine.py --checkpoint_dir "$(CHECKPOINT_DIR)" \
+		--engine_dir "$(ENGINE_DIR)" --decoder $(DECODER) --vision $(VISION) \
+		$(BUILD_FLAGS) --if_stale
+
+doctor: setup
+	@$(RUN) -m runtime.doctor
 
 # Serves an engine until Control-C. In NVIDIA's container use its python: PYTHON and VENV as it has.
 triton: setup-triton
@@ -80,7 +96,7 @@ lint: setup-test
 	$(BIN)/lint-imports --no-cache --verbose > $(VENV)/.lint-imports.log || { cat $(VENV)/.lint-imports.log; exit 1; }
 
 benchmark: setup
-	@$(BIN)/python -m bench.cpu_path
+	@$(RUN) -m bench.cpu_path
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

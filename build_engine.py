@@ -1,4 +1,4 @@
-"""Step 2: a checkpoint directory -> an engine directory (ONNX vision, decoder for the runtime)."""
+"""Step 2: a checkpoint directory -> an engine directory (vision and decoder for one target)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 import logging
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
-from build.engines.build import build_engine, is_up_to_date
-from build.engines.specification import BuildOptions, specify
+from build.engines.build import BuildRun, build_engine, is_up_to_date
+from build.engines.decoder_tensorrt_llm import OptimizeFor
+from build.engines.specification import BuildOptions, require_fit, specify
+from build.engines.target import AUTO, Decoder, Vision
 from nvlm.command_line import ArgumentParser, positive_float, positive_int, resolve_device, run
 from nvlm.memory import total_memory_bytes
 
@@ -20,19 +23,28 @@ def parser() -> ArgumentParser:
     add = parser.add_argument
     add("--checkpoint_dir", type=Path, required=True, help="made by convert_checkpoint.py")
     add("--engine_dir", type=Path, required=True, help="engine directory to make")
-    add("--decoder", choices=("auto", "torch"), default="auto", help="what runs the decoder")
-    add(
-        "--vision",
-        choices=("auto", "onnxruntime", "torch"),
-        default="auto",
-        help="what runs vision",
-    )
+    add("--decoder", choices=(AUTO, *get_args(Decoder)), default=AUTO, help="what runs the decoder")
+    add("--vision", choices=(AUTO, *get_args(Vision)), default=AUTO, help="what runs vision")
     add("--vision_precision", choices=("float32", "bfloat16", "float16", "FP8"))
     add("--max_batch_size", type=positive_int, default=8, help="requests decoded together")
     add("--max_num_images", type=positive_int, default=1, help="images a request may hold")
     add("--max_input_len", type=positive_int, help="tokens of a prompt, images included")
     add("--max_seq_len", type=positive_int, help="tokens of a prompt and its answer")
     add("--max_num_tokens", type=positive_int, help="tokens of all requests in one step")
+    add(
+        "--optimize_for",
+        choices=get_args(OptimizeFor),
+        default="throughput",
+        help="plugins of --decoder tensorrt_llm: for small or for large batches",
+    )
+    add("--workers", type=positive_int, default=8, help="ranks built at a time, one a GPU")
+    add("--timing_cache", type=Path, help="directory for TensorRT's timings between builds")
+    add(
+        "--compute_capability",
+        metavar="X.Y",
+        help="GPU that --vision tensorrt_rtx compiles for, as 8.9 (default: this machine's)",
+    )
+    add("--keep_onnx", action="store_true", help="keep the graph a TensorRT engine is made from")
     add("--memory_gb", type=positive_float, help="memory to plan for (default: this machine's)")
     add("--dry_run", action="store_true", help="print the memory plan as JSON and write nothing")
     add("--verify", action="store_true", help="hash every file of --checkpoint_dir first")
@@ -55,12 +67,14 @@ def main() -> None:
     if arguments.if_stale and is_up_to_date(spec, arguments.engine_dir, options):
         log.info("%s is up to date", arguments.engine_dir)
         return
-    fits = spec.plan.total_bytes <= memory_bytes
+    fits = spec.plan.fits(memory_bytes)
     if arguments.dry_run:
         print(json.dumps({**spec.plan.to_json(), "memory_bytes": memory_bytes, "fits": fits}))
     else:
+        require_fit(spec, memory_bytes)
         overwrite = arguments.overwrite or arguments.if_stale
-        build_engine(spec, arguments.engine_dir, options, overwrite=overwrite)
+        build = BuildRun(overwrite, arguments.workers, arguments.timing_cache)
+        build_engine(spec, arguments.engine_dir, options, build)
         log.info("engine written to %s", arguments.engine_dir)
     for line in spec.plan.lines():
         log.info(line)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from pathlib import Path
 
-from nvlm.command_line import ArgumentParser, positive_int, resolve_device, run
+import torch
+
+from nvlm.command_line import ArgumentParser, fraction, positive_int, resolve_device, run
 from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.limits import DEFAULT_MAX_NEW_TOKENS
+from nvlm.plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
 from runtime.answer_file import answer_json
 from runtime.batch import run_batch
+from runtime.compare import differences, record, report_json
+from runtime.decoder.executor import DecoderOptions
 from runtime.mpi import World, rank_from
 from runtime.request_file import read_requests, with_sampling
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult
+from runtime.worker import run_worker
 
 EXIT_SOME_FAILED = 1
 
@@ -40,6 +47,18 @@ def parser() -> ArgumentParser:
     add("--seed", type=int, help="of the sampling")
     add("--stop", nargs="+", default=[], help="strings that end the answer")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--kv_cache_free_gpu_memory_fraction",
+        type=fraction,
+        default=KV_CACHE_FREE_GPU_MEMORY_FRACTION,
+        help="of what is free after loading, for decoder tensorrt_llm",
+    )
+    add(
+        "--compare",
+        type=Path,
+        metavar="ENGINE_DIR",
+        help="run the requests through this engine too (one for torch) and report what differs",
+    )
     add("--streaming", action="store_true", help="print the answer as it comes")
     add("--json", action="store_true", help="print one JSON object")
     return parser
@@ -71,28 +90,67 @@ def stream(runner: Runner, request: GenerationRequest) -> GenerationResult:
     while deltas := runner.step():
         for delta in deltas:
             print(delta.text, end="", flush=True)
+            if delta.error is not None:
+                raise delta.error
             if delta.result is not None:
                 print(flush=True)
                 return delta.result
     raise AssertionError("the request never finished")
 
 
-def main() -> int:
-    arguments = parser().parse_args()
+def _check_flags(arguments: argparse.Namespace) -> None:
     if (arguments.prompt is None) == (arguments.input_file is None):
         raise UserError("give either --prompt or --input_file")
-    if (arguments.input_file is None) != (arguments.output_file is None):
+    if arguments.compare and (arguments.output_file or arguments.streaming):
+        raise UserError("--compare prints a report; it takes no --output_file and no --streaming")
+    if not arguments.compare and (arguments.input_file is None) != (arguments.output_file is None):
         raise UserError("--input_file and --output_file go together")
     if arguments.streaming and (arguments.json or arguments.input_file):
         raise UserError("--streaming prints text; it does not go with --json or --input_file")
-    if arguments.input_file and (arguments.image or arguments.json):
+    if arguments.input_file and (arguments.image or (arguments.json and not arguments.compare)):
         flag = "--image" if arguments.image else "--json"
         raise UserError(f"{flag} goes with --prompt; a batch has its images in the request lines")
+
+
+def compare(
+    arguments: argparse.Namespace,
+    requests: list[GenerationRequest],
+    device: torch.device,
+    world: World,
+) -> None:
+    """Both engines one after the other, then what differs."""
+    options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction, gather_logits=True)
+    with Runner.open(arguments.engine_dir, device, world, options) as runner:
+        engine = record(runner, requests)
+    with Runner.open(arguments.compare, device) as runner:
+        reference = record(runner, requests)
+    if arguments.json:
+        print(json.dumps(report_json(engine, reference)))
+        return
+    for number, difference in enumerate(differences(engine, reference), start=1):
+        print(f"request {number}: {difference.line()}")
+    print(f"{engine.tokens_per_s:.1f} tokens/s, reference {reference.tokens_per_s:.1f}")
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    _check_flags(arguments)
     request = default_request(arguments)
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
     world = World.from_environment(os.environ)
     device = resolve_device(arguments.device)
-    with Runner.open(arguments.engine_dir, device, world) as runner:
+    options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
+    if world.rank > 0:
+        run_worker(arguments.engine_dir, device, world, options)
+        return 0
+    if arguments.compare:
+        for line in lines:
+            if isinstance(line.request, UserError):
+                raise line.request
+        asked = [line.request for line in lines if isinstance(line.request, GenerationRequest)]
+        compare(arguments, asked or [request], device, world)
+        return 0
+    with Runner.open(arguments.engine_dir, device, world, options) as runner:
         if arguments.input_file:
             num_errors = run_batch(runner, lines, arguments.output_file)
             print(f"{len(lines)} requests, {num_errors} failed", file=sys.stderr)

@@ -62,6 +62,13 @@ def positive_float(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    value = positive_float(text)
+    if value >= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
 def run(main: Callable[[], int | None], *, rank: int = 0) -> NoReturn:
     """Runs an entry script's `main` and exits with its code (None is 0).
 

@@ -18,6 +18,8 @@ from nvlm.limits import EngineLimits
 from nvlm.tensor_names import VISION_LINEARS
 
 _MLP_BYTES_PER_VALUE = 22  # 5.5 GB measured for one 72B MLP over 8,192 tokens
+_CUDA_CONTEXT_BYTES = 2 << 30  # contexts, cuBLAS and NCCL buffers: an allowance, not measured
+KV_CACHE_FREE_GPU_MEMORY_FRACTION = 0.9  # TensorRT-LLM's default
 _CHECKPOINT_SLACK_BYTES = 64 << 20  # tokenizer, headers, reports
 
 
@@ -96,7 +98,11 @@ def workspace_bytes(config: CheckpointConfig, limits: EngineLimits) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """Bytes on one rank. `workspace_bytes` estimates the largest step's activations."""
+    """Bytes on one rank. `workspace_bytes` estimates the largest step's activations.
+
+    The KV cache of decoder `torch` holds every place at its longest; that of TensorRT-LLM takes
+    what is left.
+    """
 
     decoder_weight_bytes: int
     vision_weight_bytes: int
@@ -115,6 +121,14 @@ class EnginePlan:
             + self.prompt_table_bytes
             + self.workspace_bytes
         )
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        return self.kv_cache_bytes // self.kv_bytes_per_token
+
+    def fits(self, memory_bytes: int) -> bool:
+        """Whether it does, with a cache that holds at least one request of the longest kind."""
+        return self.total_bytes <= memory_bytes and self.kv_cache_tokens >= self.limits.max_seq_len
 
     def to_json(self) -> dict[str, Any]:
         names = [name for name in self.__slots__ if name != "limits"]
@@ -136,6 +150,48 @@ class EnginePlan:
             *(f"{name:<36}{value / 1e9:>10.3f} GB" for name, value in rows),
             f"limits: {limits}",
         ]
+
+
+def vision_workspace_bytes(config: VisionConfig, num_tiles: int) -> int:
+    """Activations of one pass in two-byte types: a layer's widest rows and its residual stream."""
+    values = 2 * config.intermediate_size + 4 * config.hidden_size
+    return 2 * num_tiles * config.num_positions * values
+
+
+def plan_tensorrt_llm(
+    config: CheckpointConfig,
+    vision: VisionConfig,
+    vision_precision: str,
+    limits: EngineLimits,
+    max_num_tiles: int,
+    memory_bytes: int,
+    kv_cache_free_gpu_memory_fraction: float = KV_CACHE_FREE_GPU_MEMORY_FRACTION,
+) -> EnginePlan:
+    """What TensorRT-LLM takes of a GPU with `memory_bytes`, on rank 0, where vision runs too.
+
+    Its runtime allocates the whole prompt table on every rank, and gives the KV cache a fraction of
+    what is free after loading. `max_num_tiles`: the largest vision pass.
+    """
+    decoder, itemsize = config.decoder, TORCH_DTYPES[config.dtype].itemsize
+    intermediate = exact_div(decoder.intermediate_size, config.tp_size)
+    # Gate and up halves and a dozen hidden-sized rows (residual, norm, q, k, v, attention and its
+    # workspace) of every token in a step, then float32 logits, twice.
+    rows = itemsize * (3 * intermediate + 12 * decoder.hidden_size)
+    logits = 2 * 4 * limits.max_batch_size * decoder.vocab_size
+    fixed = EnginePlan(
+        decoder_weight_bytes=decoder_weight_bytes(config),
+        vision_weight_bytes=vision_weight_bytes(vision, vision_precision),
+        kv_bytes_per_token=kv_bytes_per_token(config),
+        kv_cache_bytes=0,
+        prompt_table_bytes=limits.max_multimodal_len * decoder.hidden_size * itemsize,
+        workspace_bytes=rows * limits.max_num_tokens
+        + logits
+        + vision_workspace_bytes(vision, max_num_tiles)
+        + _CUDA_CONTEXT_BYTES,
+        limits=limits,
+    )
+    free = max(0, memory_bytes - fixed.total_bytes)
+    return replace(fixed, kv_cache_bytes=int(free * kv_cache_free_gpu_memory_fraction))
 
 
 def plan_engine(

@@ -54,41 +54,55 @@ class VisionCheckpoint:
         with `widen` once for all.
         """
         is_fp8 = precision == "FP8"
-        dtype = TORCH_DTYPES[self.dtype if is_fp8 else precision]
+        dtype = self.dtype if is_fp8 else precision
+        model = self.load_plain(dtype, device)
+        if is_fp8:
+            self._quantize(model)
+        if device.type == "cpu" and dtype != "float32":
+            _compute_in_float32(model, widen)
+        return model.requires_grad_(False).eval()
+
+    def load_plain(self, dtype: str, device: torch.device) -> VisionModel:
+        """The module as torch computes it in `dtype`, nothing quantised."""
         stored = vision_tensors(self.vision, TORCH_DTYPES[self.dtype])
         reader = open_checked(self.directory / WEIGHTS, stored)
         with torch.device("meta"):
             model = VisionModel(self.vision)
-        state = {name: reader.read(name).to(device, dtype) for name in stored}
+        state = {name: reader.read(name).to(device, TORCH_DTYPES[dtype]) for name in stored}
         model.load_state_dict(state, assign=True)
-        if is_fp8:
-            self._quantize(model)
-        if device.type == "cpu" and dtype != torch.float32:
-            _compute_in_float32(model, widen)
-        return model.requires_grad_(False).eval()
+        return model
 
-    def _quantize(self, model: VisionModel) -> None:
+    def read_scales(self) -> dict[str, tuple[float, float]]:
+        """(weight scale, activation scale) of every linear that FP8 quantises, by full name."""
         if not self.has_scales:
             raise UserError(
                 f"{self.directory} has no {SCALES}, which FP8 vision needs; convert with "
                 "--quant_algo FP8 or choose another --vision_precision"
             )
         scales = open_checked(self.directory / SCALES, vision_scales(self.vision))
-        for i in range(self.vision.num_hidden_layers):
-            for linear in VISION_LINEARS:
-                name = VISION_LAYER.format(i=i) + linear
-                weight_scale, activation_scale = (
-                    float(scales.read(f"{name}.{kind}"))
-                    for kind in (WEIGHT_SCALE, ACTIVATION_SCALE)
-                )
-                module = linear_of(model, name)
-                quantised = QuantizableLinear(
-                    fp8.quantize(module.weight, weight_scale),
-                    module.bias,
-                    weight_scale=weight_scale,
-                    activation_scale=activation_scale,
-                )
-                model.set_submodule(name, quantised)
+        names = [
+            VISION_LAYER.format(i=i) + linear
+            for i in range(self.vision.num_hidden_layers)
+            for linear in VISION_LINEARS
+        ]
+        return {
+            name: (
+                float(scales.read(f"{name}.{WEIGHT_SCALE}")),
+                float(scales.read(f"{name}.{ACTIVATION_SCALE}")),
+            )
+            for name in names
+        }
+
+    def _quantize(self, model: VisionModel) -> None:
+        for name, (weight_scale, activation_scale) in self.read_scales().items():
+            module = linear_of(model, name)
+            quantised = QuantizableLinear(
+                fp8.quantize(module.weight, weight_scale),
+                module.bias,
+                weight_scale=weight_scale,
+                activation_scale=activation_scale,
+            )
+            model.set_submodule(name, quantised)
 
 
 def _compute_in_float32(model: VisionModel, widen: bool) -> None:

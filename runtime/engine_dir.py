@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.dtypes import TORCH_DTYPES
+from nvlm.engine_layout import decoder_config_file
 from nvlm.errors import UserError
 from nvlm.json_files import StrictReader, read_json_object
 from nvlm.limits import EngineLimits
@@ -27,11 +28,18 @@ class EngineDir:
     vision_executor: str
     vision_precision: str
 
+    @property
+    def packages(self) -> dict[str, str]:
+        """Versions of the packages, and the compute capability of the GPU, it was built with."""
+        packages: dict[str, str] = self.manifest.source.get("packages", {})
+        return packages
+
     @classmethod
     def read(cls, directory: Path) -> EngineDir:
         """Raises `UserError` for a directory that is missing, unfinished or damaged."""
         manifest = read_manifest(directory, "engine")
-        llm_path = directory / "llm" / "config.json"
+        target = manifest.source.get("decoder")
+        llm_path = directory / "llm" / decoder_config_file(str(target))
         llm = StrictReader(read_json_object(llm_path), llm_path)
         vision_path = directory / "vision" / "config.json"
         vision = StrictReader(read_json_object(vision_path), vision_path)

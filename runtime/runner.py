@@ -18,6 +18,7 @@ from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from runtime.boxes import parse_boxes
 from runtime.decoder.executor import (
     DecoderExecutor,
+    DecoderOptions,
     DecoderRequest,
     FinishReason,
     StepOutput,
@@ -25,6 +26,7 @@ from runtime.decoder.executor import (
     require_ranks_supported,
 )
 from runtime.engine_dir import EngineDir
+from runtime.engine_packages import require_packages
 from runtime.mpi import World, require_world_size
 from runtime.prepare import PreparedRequest, prepare
 from runtime.text_stream import TextStream
@@ -65,14 +67,21 @@ class Runner:
         self._answers: dict[int, _Answer] = {}
 
     @classmethod
-    def open(cls, engine_dir: Path, device: torch.device, world: World | None = None) -> Runner:
+    def open(
+        cls,
+        engine_dir: Path,
+        device: torch.device,
+        world: World | None = None,
+        options: DecoderOptions | None = None,
+    ) -> Runner:
         """Loads an engine directory onto a device; `world` is the ranks that run, if several."""
         engine = EngineDir.read(engine_dir)
         require_ranks_supported(engine)
         config = engine.checkpoint_config
         require_world_size(world or World(), config.tp_size, config.pp_size)
+        require_packages(engine, device)
         vision = create_vision_executor(engine, device)
-        return cls(engine, vision, create_decoder_executor(engine, device))
+        return cls(engine, vision, create_decoder_executor(engine, device, options))
 
     def submit(self, request: GenerationRequest) -> int:
         """Tiles and encodes the images and queues the prompt; returns the request's id.
@@ -123,7 +132,11 @@ class Runner:
 
     def step(self) -> list[TextDelta]:
         """One token for every request under way; empty when there is none."""
-        return [self._take(output) for output in self.decoder.step()]
+        return [
+            self._take(output)
+            for output in self.decoder.step()
+            if output.request_id in self._answers  # a stop string may have ended it in this step
+        ]
 
     def cancel(self, request_id: int) -> None:
         """Frees the request's place; no more comes of it."""
@@ -161,7 +174,9 @@ class Runner:
                 if not under_way:
                     return
                 for delta in self.step():
-                    if delta.error is not None:
+                    if isinstance(delta.error, UserError) and delta.request_id in under_way:
+                        yield under_way.pop(delta.request_id), delta.error
+                    elif delta.error is not None:
                         raise delta.error
                     if delta.result is not None and delta.request_id in under_way:
                         yield under_way.pop(delta.request_id), delta.result

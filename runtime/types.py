@@ -78,8 +78,8 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that a step added to one request's answer; `result` is set when it is complete,
-    `error` when something of ours ended it."""
+    """Text that a step added to one request's answer; `result` is set when it is complete, `error`
+    when it never will be."""
 
     request_id: int
     text: str

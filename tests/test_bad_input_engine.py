@@ -180,12 +180,12 @@ def test_an_unfinished_or_damaged_engine_is_refused(
         (lambda d: cut(d / "llm" / "rank0.safetensors", 9999), ("rank0", "not a whole")),
         (lambda d: cut(d / "vision" / "model.safetensors", 9999), ("model.safet", "not a whole")),
         (
-            lambda d: edit_json(d / "llm" / "config.json", "build_config.target", "tensorrt_llm"),
-            ("'tensorrt_llm'", "--decoder torch"),
+            lambda d: edit_json(d / "llm" / "config.json", "build_config.target", "vllm"),
+            ("'vllm'", "--decoder torch"),
         ),
         (
-            lambda d: edit_json(d / "vision" / "config.json", "executor", "tensorrt"),
-            ("'tensorrt'", "--vision"),
+            lambda d: edit_json(d / "vision" / "config.json", "executor", "openvino"),
+            ("'openvino'", "--vision"),
         ),
         (lambda d: edit_json(d / "vision" / "config.json", "precision", "int8"), ("'int8'",)),
         (lambda d: edit_json(d / "manifest.json", "limits.max_input_len", ...), ("max_input_len",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,9 +13,12 @@ import torch
 from safetensors import safe_open
 
 from build.checkpoint.convert import ConvertOptions
+from build.engines.build import build_engine
+from build.engines.specification import BuildOptions, specify
 from nvlm.errors import UserError
 from runtime.decoder.executor import (
     DecoderExecutor,
+    DecoderOptions,
     DecoderRequest,
     FinishReason,
     StepOutput,
@@ -23,6 +27,8 @@ from runtime.decoder.executor import (
 )
 from runtime.engine_dir import EngineDir
 from runtime.sampling import SamplingParams
+from tests.conftest import Workshop
+from tests.doubles.tensorrt_llm import installed
 
 VOCAB_SIZE, HIDDEN_SIZE = 512, 128
 MAX_BATCH_SIZE, MAX_INPUT_LEN, MAX_SEQ_LEN = 3, 96, 128
@@ -43,7 +49,16 @@ class Implementation:
     device: torch.device
 
     def open(self) -> DecoderExecutor:
-        return create_decoder_executor(self.engine, self.device)
+        options = DecoderOptions(gather_logits=True)
+        return create_decoder_executor(self.engine, self.device, options)
+
+    @property
+    def weights(self) -> Path:
+        """A file with the decoder's embedding."""
+        if self.engine.decoder_target == "torch":
+            return self.engine.directory / "llm" / "rank0.safetensors"
+        named = json.loads((self.engine.directory / "llm" / "rank0.engine").read_text())
+        return Path(named["checkpoint_dir"]) / "rank0.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +76,35 @@ def fp8_engine(workshop, checkpoint_dir: Path) -> EngineDir:  # type: ignore[no-
     )
 
 
+@pytest.fixture(scope="module")
+def tensorrt_llm_engine(workshop: Workshop, checkpoint_dir: Path) -> EngineDir:
+    """With room for the contract's prompt tables, which are longer than those of real images."""
+    options = BuildOptions(decoder="tensorrt_llm", vision="torch", **LIMITS)
+    spec = specify(checkpoint_dir, options, torch.device("cuda"), 80 << 30)
+    limits = replace(spec.limits, max_multimodal_len=MAX_BATCH_SIZE * MAX_INPUT_LEN)
+    path = workshop.root / "engine_contract_tensorrt_llm"
+    build_engine(replace(spec, limits=limits), path, options)
+    return EngineDir.read(path)
+
+
 @pytest.fixture(
     scope="module",
     params=[
         pytest.param(("float32_engine", "cpu"), id="torch float32"),
         pytest.param(("fp8_engine", "cpu"), id="torch FP8"),
+        pytest.param(("tensorrt_llm_engine", "cuda"), id="TensorRT-LLM double"),
         pytest.param(("fp8_engine", "cuda"), id="torch FP8 cuda", marks=pytest.mark.gpu),
     ],
 )
-def implementation(request: pytest.FixtureRequest) -> Implementation:
+def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     fixture, device = request.param
+    if fixture == "tensorrt_llm_engine":
+        with installed(pytest.importorskip("tensorrt_rtx")):
+            yield Implementation(request.getfixturevalue(fixture), torch.device(device))
+        return
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA GPU")
-    return Implementation(request.getfixturevalue(fixture), torch.device(device))
+    yield Implementation(request.getfixturevalue(fixture), torch.device(device))
 
 
 @pytest.fixture
@@ -101,7 +132,9 @@ def with_images(rows_of_images: list[int], seed: int = 0) -> DecoderRequest:
         first += num_rows
     table = torch.randn(sum(rows_of_images), HIDDEN_SIZE, generator=generator)
     keys = tuple(f"{seed} {i}".encode() for i in range(len(rows_of_images)))
-    return DecoderRequest(token_ids, 6, prompt_table=table, cache_keys=keys)
+    return DecoderRequest(
+        token_ids, 6, prompt_table=table, cache_keys=keys, rows_per_image=tuple(rows_of_images)
+    )
 
 
 MIXED = [
@@ -141,7 +174,9 @@ def tokens_of(outputs: list[StepOutput], request_id: int) -> list[int]:
 
 
 def num_free_blocks(executor: DecoderExecutor) -> int:
-    return executor.scheduler.num_free_blocks  # type: ignore[attr-defined, no-any-return]
+    """0 where the executor keeps its cache to itself."""
+    scheduler = getattr(executor, "scheduler", None)
+    return 0 if scheduler is None else scheduler.num_free_blocks
 
 
 def test_limits_are_those_the_engine_was_built_with(executor: DecoderExecutor) -> None:
@@ -421,8 +456,7 @@ class TestSampling:
 class TestPromptTable:
     @pytest.fixture
     def embedding(self, implementation: Implementation) -> torch.Tensor:
-        path = implementation.engine.directory / "llm" / "rank0.safetensors"
-        with safe_open(path, framework="pt") as file:
+        with safe_open(implementation.weights, framework="pt") as file:
             table: torch.Tensor = file.get_tensor("transformer.vocab_embedding.weight")
         return table
 

@@ -98,6 +98,32 @@ def test_limits_that_contradict_themselves_are_refused(
         limits_for(config, **given)
 
 
+class TestTensorrtLlm:
+    def plan(self, config: NVLMConfig, tp_size: int, memory_bytes: int) -> plan.EnginePlan:
+        fp8 = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8", tp_size)
+        limits = limits_for(config, max_batch_size=16)
+        return plan.plan_tensorrt_llm(fp8, config.vision, "bfloat16", limits, 56, memory_bytes)
+
+    def test_the_kv_cache_takes_its_fraction_of_what_is_left(self, config: NVLMConfig) -> None:
+        found = self.plan(config, 4, 80 * 10**9)
+        left = 80e9 - (found.total_bytes - found.kv_cache_bytes)
+        assert found.kv_cache_bytes == pytest.approx(0.9 * left)
+        assert found.kv_cache_tokens == found.kv_cache_bytes // (40 * 1024)
+        assert found.total_bytes < 80e9
+
+    def test_every_rank_holds_the_whole_prompt_table(self, config: NVLMConfig) -> None:
+        tables = {self.plan(config, tp, 80 * 10**9).prompt_table_bytes for tp in (1, 2, 4, 8)}
+        assert tables == {16 * 7 * 256 * 8192 * 2}
+
+    def test_it_fits_only_with_a_cache_for_the_longest_request(self, config: NVLMConfig) -> None:
+        fixed = self.plan(config, 1, 0).total_bytes
+        longest = limits_for(config).max_seq_len * 160 * 1024
+        assert not self.plan(config, 1, fixed).fits(fixed)
+        memory = int(fixed + longest / 0.9) + 10**6
+        assert self.plan(config, 1, memory).fits(memory)
+        assert not self.plan(config, 1, memory - 2 * 10**6).fits(memory - 2 * 10**6)
+
+
 def test_on_a_cpu_the_plan_counts_what_is_widened(config: NVLMConfig) -> None:
     fp8 = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8")
     limits = limits_for(config)

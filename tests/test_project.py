@@ -13,7 +13,11 @@ import pytest
 from tests.command import ROOT
 
 DOCUMENTS = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/triton.md")
+    ROOT / name
+    for name in (
+        *("README.md", "CONTRIBUTING.md"),
+        *("docs/decisions.md", "docs/hopper.md", "docs/triton.md"),
+    )
 ]
 
 

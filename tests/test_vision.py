@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from build.engines import vision_onnx
+from build.engines import vision_onnxruntime
 from nvlm.vision_checkpoint import VisionCheckpoint
 from nvlm.vision_model import pixel_shuffle
 from runtime.vision.onnxruntime_executor import OnnxRuntimeVisionExecutor
@@ -103,7 +103,7 @@ def test_pixel_shuffle_puts_the_four_patches_of_a_cell_in_reading_order() -> Non
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint_dir: Path) -> Path:
     directory = tmp_path_factory.mktemp("onnx")
-    vision_onnx.export_vision(
+    vision_onnxruntime.export_vision(
         VisionCheckpoint.read(checkpoint_dir / "vision"), "float32", directory
     )
     return directory / "model.onnx"
@@ -135,12 +135,12 @@ def test_an_export_that_computes_something_else_fails_loudly(
     save = torch.onnx.ONNXProgram.save
     checkpoint = VisionCheckpoint.read(checkpoint_dir / "vision")
     model = checkpoint.load("float32", CPU)
-    monkeypatch.setattr(VisionCheckpoint, "load", lambda *_: model)
+    monkeypatch.setattr(VisionCheckpoint, "load_plain", lambda *_: model)
 
     def save_and_change(program: torch.onnx.ONNXProgram, *args: object, **named: object) -> None:
         save(program, *args, **named)
         model.vision_model.embeddings.class_embedding.mul_(1.5)
 
     monkeypatch.setattr(torch.onnx.ONNXProgram, "save", save_and_change)
-    with pytest.raises(vision_onnx.ExportMismatchError, match="relative error"):
-        vision_onnx.export_vision(checkpoint, "float32", tmp_path)
+    with pytest.raises(vision_onnxruntime.ExportMismatchError, match="relative error"):
+        vision_onnxruntime.export_vision(checkpoint, "float32", tmp_path)

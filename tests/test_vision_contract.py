@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from build.engines.build import build_engine
+from build.engines.specification import BuildOptions, specify
 from nvlm.errors import UserError
 from runtime.engine_dir import EngineDir
 from runtime.vision.executor import VisionExecutor, create_vision_executor
+from tests.doubles.tensorrt_llm import installed
 
 IMAGE_SIZE, TOKENS_PER_TILE, HIDDEN_SIZE = 56, 4, 128
 MAX_NUM_TILES = 7  # six and a thumbnail
@@ -35,6 +38,7 @@ IMPLEMENTATIONS = {
     "torch bfloat16": Implementation("torch", "bfloat16", "cpu", 0.02),
     "torch FP8": Implementation("torch", "FP8", "cpu", 0.05),
     "onnxruntime float32": Implementation("onnxruntime", "float32", "cpu", 1e-5),
+    "TensorRT double float16": Implementation("tensorrt", "float16", "cuda", 0.01),
     "torch bfloat16 cuda": Implementation("torch", "bfloat16", "cuda", 0.1),
     "torch FP8 cuda": Implementation("torch", "FP8", "cuda", 0.2),
 }
@@ -43,17 +47,21 @@ IMPLEMENTATIONS = {
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(made, id=name, marks=[pytest.mark.gpu] if made.device == "cuda" else [])
+        pytest.param(made, id=name, marks=[pytest.mark.gpu] if name.endswith("cuda") else [])
         for name, made in IMPLEMENTATIONS.items()
     ],
 )
-def implementation(request: pytest.FixtureRequest) -> Implementation:
+def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     made: Implementation = request.param
+    if made.vision == "tensorrt":
+        with installed(pytest.importorskip("tensorrt_rtx")):
+            yield made
+        return
     if made.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA GPU")
     if made.vision == "onnxruntime":
         pytest.importorskip("onnxruntime")
-    return made
+    yield made
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +70,14 @@ def executor(
 ) -> Iterator[VisionExecutor]:
     if implementation.vision == "onnxruntime":  # exporting takes seconds, so it is shared
         engine_dir = request.getfixturevalue("onnx_engine_dir")
+    elif implementation.vision == "tensorrt":
+        engine_dir = workshop.root / "engine_vision_tensorrt"
+        options = BuildOptions(
+            decoder="torch", vision="tensorrt", vision_precision="float16", max_batch_size=1
+        )
+        checkpoint_dir = request.getfixturevalue("checkpoint_dir")
+        spec = specify(checkpoint_dir, options, torch.device("cuda"), 80 << 30)
+        build_engine(spec, engine_dir, options)
     else:
         engine_dir = workshop.engine(
             f"engine_vision_{implementation.precision}",

@@ -34,9 +34,10 @@ def main() -> None:
         write_random_checkpoint(FOLDER / "model", PRESETS["demo"])
     convert = ("--model_dir", model, "--output_dir", checkpoint, "--if_stale")
     call(convert_checkpoint, "convert_checkpoint", *convert)
-    build = ("--checkpoint_dir", checkpoint, "--engine_dir", engine, "--if_stale")
+    place = ("--engine_dir", engine, "--device", "cpu")
+    build = ("--checkpoint_dir", checkpoint, *place, "--if_stale")
     call(build_engine, "build_engine", *build)
-    ask = ("--engine_dir", engine, "--image", PHOTO, "--prompt", QUESTION)
+    ask = (*place, "--image", PHOTO, "--prompt", QUESTION)
     call(run, "run", *ask, "--max_new_tokens", "24", "--json")
 
 

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from build.engines.decoder_tensorrt_llm import DecoderBuildOptions, build_decoder
 from build.engines.files import link_or_copy
 from build.engines.specification import BuildOptions, EngineSpec
+from build.engines.vision_tensorrt import TensorrtOptions, TileProfile, build_vision
 from nvlm import __version__, manifest
 from nvlm.checkpoint_tensors import decoder_tensors, open_checked, rank_file
+from nvlm.engine_layout import decoder_config_file
 from nvlm.json_files import write_json_atomically
 from nvlm.output_dir import OutputPlace, staged_directory
+from nvlm.tensorrt_package import load_tensorrt
 from nvlm.vision_checkpoint import SCALES, WEIGHTS
 
 
+@dataclass(frozen=True, slots=True)
+class BuildRun:
+    """How to build, which changes nothing about what is built. timing_cache: a directory."""
+
+    overwrite: bool = False
+    workers: int = 1
+    timing_cache: Path | None = None
+
+
 def build_engine(
-    spec: EngineSpec, engine_dir: Path, options: BuildOptions, *, overwrite: bool = False
+    spec: EngineSpec, engine_dir: Path, options: BuildOptions, run: BuildRun | None = None
 ) -> None:
     """Writes vision, decoder, tokenizer and manifest; `engine_dir` appears whole or not at all."""
-    place = OutputPlace(engine_dir, "--engine_dir", "engine", overwrite)
+    run = run or BuildRun()
+    place = OutputPlace(engine_dir, "--engine_dir", "engine", run.overwrite)
     with staged_directory(place, _needed_bytes(spec, place)) as staging:
-        _build_vision(spec, staging / "vision")
-        _build_decoder(spec, staging / "llm")
+        _build_vision(spec, options, run, staging / "vision")
+        _build_decoder(spec, options, run, staging / "llm")
         _copy_tokenizer(spec.checkpoint_dir / "tokenizer", staging / "tokenizer")
         ranks = [rank_file(rank) for rank in range(spec.config.world_size)]
         carried = {f"llm/{name}": name for name in ranks}
@@ -53,16 +67,21 @@ def _provenance(spec: EngineSpec) -> dict[str, object]:
         "checkpoint_versions": spec.checkpoint.versions,
         "decoder": spec.decoder,
         "vision": spec.vision,
+        "packages": spec.packages,
     }
 
 
 def _needed_bytes(spec: EngineSpec, place: OutputPlace) -> int:
-    """Disk for what is exported, and for what is carried over where links do not reach."""
-    exported = spec.plan.vision_weight_bytes if spec.vision == "onnxruntime" else 0
+    """Disk for what is exported or compiled, and for what is carried over where links do not
+    reach. A TensorRT engine stands beside its ONNX file while it is built."""
+    times = {"onnxruntime": 1, "torch": 0, "tensorrt": 2, "tensorrt_rtx": 2}[spec.vision]
+    made = times * spec.plan.vision_weight_bytes
+    if spec.decoder == "tensorrt_llm":
+        return made + spec.config.world_size * spec.plan.decoder_weight_bytes
     parent = next(p for p in (place.final, *place.final.parents) if os.path.exists(p))
     if parent.stat().st_dev == spec.checkpoint_dir.stat().st_dev:
-        return exported
-    return exported + sum(entry.size_bytes for entry in spec.checkpoint.files.values())
+        return made
+    return made + sum(entry.size_bytes for entry in spec.checkpoint.files.values())
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -71,17 +90,33 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _build_vision(spec: EngineSpec, directory: Path) -> None:
+def _build_vision(spec: EngineSpec, options: BuildOptions, run: BuildRun, directory: Path) -> None:
     directory.mkdir()
     source = spec.vision_checkpoint
     if spec.vision == "onnxruntime":
-        from build.engines.vision_onnx import export_vision  # needs onnx, onnxruntime
+        from build.engines.vision_onnxruntime import export_vision  # needs onnx, onnxruntime
 
         export_vision(source, spec.vision_precision, directory)
-    else:
+    elif spec.vision == "torch":
         for name in (WEIGHTS, SCALES):
             if (source.directory / name).is_file():
                 link_or_copy(source.directory / name, directory / name)
+    else:
+        usual = min(
+            spec.limits.max_num_images * source.tiling.max_tiles_per_image, spec.max_num_tiles
+        )
+        build_vision(
+            load_tensorrt(spec.vision),
+            source,
+            spec.vision_precision,
+            TensorrtOptions(
+                TileProfile(1, usual, spec.max_num_tiles),
+                compute_capability=options.compute_capability,
+                timing_cache=_cache_file(run, "vision.cache"),
+                keep_onnx=options.keep_onnx,
+            ),
+            directory,
+        )
     write_json_atomically(
         directory / "config.json",
         {
@@ -94,19 +129,28 @@ def _build_vision(spec: EngineSpec, directory: Path) -> None:
     )
 
 
-def _build_decoder(spec: EngineSpec, directory: Path) -> None:
+def _build_decoder(spec: EngineSpec, options: BuildOptions, run: BuildRun, directory: Path) -> None:
     """The torch target runs exactly the checkpoint's tensors; layouts are made at load."""
     directory.mkdir()
     for rank in range(spec.config.world_size):
         weights = spec.checkpoint_dir / rank_file(rank)
         open_checked(weights, decoder_tensors(spec.config, rank))
-        link_or_copy(weights, directory / weights.name)
-    # The three keys of an engine's config.json in TensorRT-LLM.
+        if spec.decoder == "torch":
+            link_or_copy(weights, directory / weights.name)
+    if spec.decoder == "tensorrt_llm":
+        decoder_options = DecoderBuildOptions(
+            options.optimize_for, run.workers, _cache_file(run, "llm.cache")
+        )
+        build_decoder(spec.checkpoint_dir, spec.config, spec.limits, decoder_options, directory)
     write_json_atomically(
-        directory / "config.json",
+        directory / decoder_config_file(spec.decoder),
         {
             "version": __version__,
             "pretrained_config": spec.config.to_json(),
             "build_config": {"target": spec.decoder, **spec.limits.to_json()},
         },
     )
+
+
+def _cache_file(run: BuildRun, name: str) -> Path | None:
+    return None if run.timing_cache is None else run.timing_cache / name

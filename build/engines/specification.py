@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from nvlm import manifest
+from build.engines.decoder_tensorrt_llm import OptimizeFor
+from build.engines.target import (
+    AUTO,
+    Auto,
+    Decoder,
+    TargetMachine,
+    Vision,
+    choose_decoder,
+    choose_precision,
+    choose_vision,
+)
+from nvlm import manifest, tensorrt_package
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.limits import EngineLimits, derive_limits
-from nvlm.plan import EnginePlan, plan_engine, vision_weight_bytes
-from nvlm.vision_checkpoint import SCALES, VisionCheckpoint
+from nvlm.plan import EnginePlan, plan_engine, plan_tensorrt_llm
+from nvlm.tensorrt_llm_package import load_tensorrt_llm
+from nvlm.tensorrt_package import PACKAGES, load_tensorrt
+from nvlm.vision_checkpoint import VisionCheckpoint
 
 log = logging.getLogger(__name__)
 
-Decoder = Literal["torch"]
-Vision = Literal["onnxruntime", "torch"]
-ONNX_PRECISIONS = ("float32", "float16")
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+MAX_TILES_PER_PASS = 56
+"""Eight images of seven tiles: 57,400 rows keep any GPU busy, and activations grow with more."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What the command line chooses; None is derived from the model."""
+    """What the command line chooses; None is derived from the model or the machine."""
 
-    decoder: Decoder | Literal["auto"] = "auto"
-    vision: Vision | Literal["auto"] = "auto"
+    decoder: Decoder | Auto = AUTO
+    vision: Vision | Auto = AUTO
     vision_precision: str | None = None
     max_batch_size: int = 8
     max_num_images: int = 1
     max_input_len: int | None = None
     max_seq_len: int | None = None
     max_num_tokens: int | None = None
+    optimize_for: OptimizeFor = "throughput"
+    compute_capability: str | None = None
+    keep_onnx: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
+    """`packages`: versions of what an engine depends on; it runs with no others."""
+
     checkpoint_dir: Path
     checkpoint: manifest.Manifest
     config: CheckpointConfig
@@ -51,6 +65,8 @@ class EngineSpec:
     vision_precision: str
     limits: EngineLimits
     plan: EnginePlan
+    max_num_tiles: int
+    packages: dict[str, str]
 
 
 def specify(
@@ -71,10 +87,16 @@ def specify(
     config = CheckpointConfig.read(checkpoint_dir / "config.json")
     checkpoint = VisionCheckpoint.read(checkpoint_dir / "vision")
     Tokenizer(checkpoint_dir / "tokenizer")  # found damaged now, not when the engine runs
-    vision = _choose_vision(checkpoint, options, device, memory_bytes)
-    precision = _choose_precision(checkpoint, options.vision_precision, vision)
-    if options.decoder == "auto":
-        log.info("decoder: torch (TensorRT-LLM engines are not built by this version)")
+    machine = TargetMachine(device, memory_bytes)
+    decoder = choose_decoder(options.decoder, machine)
+    vision = choose_vision(
+        options.vision,
+        checkpoint,
+        machine,
+        precision=options.vision_precision,
+        compute_capability=options.compute_capability,
+    )
+    precision = choose_precision(checkpoint, options.vision_precision, vision)
     limits = derive_limits(
         config.decoder,
         checkpoint.tiling,
@@ -85,51 +107,66 @@ def specify(
         max_seq_len=options.max_seq_len,
         max_num_tokens=options.max_num_tokens,
     )
-    plan = plan_engine(config, checkpoint.vision, precision, limits, device, memory_bytes)
+    tiles_per_image = checkpoint.tiling.max_tiles_per_image
+    max_num_tiles = max(
+        tiles_per_image, min(limits.max_batch_size * tiles_per_image, MAX_TILES_PER_PASS)
+    )
+    if decoder == "tensorrt_llm":
+        plan = plan_tensorrt_llm(
+            config, checkpoint.vision, precision, limits, max_num_tiles, memory_bytes
+        )
+    else:
+        plan = plan_engine(config, checkpoint.vision, precision, limits, device, memory_bytes)
     return EngineSpec(
-        checkpoint_dir, made, config, checkpoint, "torch", vision, precision, limits, plan
+        checkpoint_dir=checkpoint_dir,
+        checkpoint=made,
+        config=config,
+        vision_checkpoint=checkpoint,
+        decoder=decoder,
+        vision=vision,
+        vision_precision=precision,
+        limits=limits,
+        plan=plan,
+        max_num_tiles=max_num_tiles,
+        packages=_packages(decoder, vision, device, options.compute_capability),
     )
 
 
-def _choose_vision(
-    checkpoint: VisionCheckpoint, options: BuildOptions, device: torch.device, memory_bytes: int
-) -> Vision:
-    """`auto` is ONNX Runtime unless something speaks against it, which is logged."""
-    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if options.vision == "onnxruntime" and missing:
-        raise UserError(
-            f"--vision onnxruntime needs {', '.join(missing)}; pip install them or use "
-            "--vision torch"
-        )
-    if options.vision != "auto":
-        return options.vision
-    graph_bytes = vision_weight_bytes(checkpoint.vision, "float32")
-    sizes = f"its float32 graph has {graph_bytes / 1e9:.1f} GB"
-    memory = f"half of {memory_bytes / 1e9:.1f} GB memory"
-    if missing:
-        against = f"{', '.join(missing)} cannot be imported"
-    elif device.type != "cpu":
-        against = f"it runs on {device}, where ONNX Runtime's CPU kernels do not"
-    elif options.vision_precision not in (None, *ONNX_PRECISIONS):
-        against = f"ONNX Runtime does not run {options.vision_precision} on a CPU"
-    elif graph_bytes > memory_bytes / 2:
-        against = f"{sizes}, more than {memory}"
-    else:
-        log.info("vision: onnxruntime (%s, at most %s)", sizes, memory)
-        return "onnxruntime"
-    log.info("vision: torch (%s)", against)
-    return "torch"
+def require_fit(spec: EngineSpec, memory_bytes: int) -> None:
+    """Refuses an engine that could not be loaded where it takes hours to build."""
+    plan = spec.plan
+    if spec.decoder != "tensorrt_llm" or plan.fits(memory_bytes):
+        return
+    needed = plan.total_bytes - plan.kv_cache_bytes
+    needed += plan.limits.max_seq_len * plan.kv_bytes_per_token
+    parts = {
+        "weights": plan.decoder_weight_bytes,
+        "vision": plan.vision_weight_bytes,
+        "prompt table": plan.prompt_table_bytes,
+        "workspace": plan.workspace_bytes,
+    }
+    told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    raise UserError(
+        f"a rank needs {needed / 1e9:.1f} GB ({told}, and a KV cache for one request) but its GPU "
+        f"has {memory_bytes / 1e9:.1f} GB; convert with a larger --tp_size or lower "
+        "--max_batch_size, --max_num_images or --max_num_tokens"
+    )
 
 
-def _choose_precision(checkpoint: VisionCheckpoint, asked: str | None, vision: Vision) -> str:
-    if vision == "onnxruntime" and asked not in (None, *ONNX_PRECISIONS):
-        raise UserError(
-            f"--vision_precision {asked} is not for --vision onnxruntime, expected "
-            f"{' or '.join(ONNX_PRECISIONS)}; use --vision torch"
+def _packages(
+    decoder: Decoder, vision: Vision, device: torch.device, compute_capability: str | None
+) -> dict[str, str]:
+    packages: dict[str, str] = {}
+    if vision in PACKAGES:
+        trt = load_tensorrt(vision)
+        packages[vision] = str(trt.__version__)
+        if compute_capability is not None:
+            tensorrt_package.compute_capability(trt, compute_capability)  # refused now, not later
+    if decoder == "tensorrt_llm":
+        packages["tensorrt_llm"] = str(load_tensorrt_llm().__version__)
+        packages["tensorrt"] = str(load_tensorrt("tensorrt").__version__)
+    if packages:
+        packages["compute_capability"] = compute_capability or "{}.{}".format(
+            *torch.cuda.get_device_capability(device)
         )
-    if asked == "FP8" and not checkpoint.has_scales:
-        raise UserError(
-            f"{checkpoint.directory} has no {SCALES}, which --vision_precision FP8 needs; "
-            "convert with --quant_algo FP8"
-        )
-    return asked or ("float32" if vision == "onnxruntime" else checkpoint.dtype)
+    return packages

@@ -1,6 +1,7 @@
-"""The vision model as ONNX for ONNX Runtime, checked right after export.
+"""The vision model as an ONNX graph: what ONNX Runtime runs and TensorRT compiles.
 
-Float32 (what ONNX Runtime's CPU kernels take) or float16; the number of tiles is dynamic.
+The precision is in the graph (explicit types and casts, FP8 as Q/DQ), as a strongly typed TensorRT
+network needs it; the number of tiles is dynamic.
 """
 
 from __future__ import annotations
@@ -9,32 +10,40 @@ import logging
 import warnings
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import torch
 
+from build.engines.fp8_linear import Fp8Linear
+from nvlm.dtypes import TORCH_DTYPES
 from nvlm.vision_checkpoint import VisionCheckpoint
-from nvlm.vision_model import VisionModel
+from nvlm.vision_model import VisionModel, linear_of
 
 INPUT, OUTPUT = "tiles", "image_embeddings"
 FILE_NAME = "model.onnx"
 OPSET = 20  # the newest that TensorRT 10's parser covers in full
 
-_MAX_RELATIVE_ERROR = {"float32": 1e-4, "float16": 2e-2}
-
 log = logging.getLogger(__name__)
 
 
-def export_vision(checkpoint: VisionCheckpoint, precision: str, directory: Path) -> None:
-    """Writes `model.onnx` and `model.onnx.data`, then runs both models on 1, 2 and 7 tiles.
+def graph_module(checkpoint: VisionCheckpoint, precision: str, dtype: str) -> VisionModel:
+    """The module to trace: plain linears in `dtype`; FP8 ones where `precision` says so.
 
-    Raises `ExportMismatchError` when they disagree: such an export is never to be used. Peak
-    memory: about three times the float32 weights.
+    `dtype` names the type of everything that is not FP8: patch embedding, norms, attention
+    products, residual stream and projector. Peak memory: the weights in `dtype`, twice for one
+    tensor.
     """
-    model = checkpoint.load("float32", torch.device("cpu"))
-    model.to({"float32": torch.float32, "float16": torch.float16}[precision])
-    size = checkpoint.vision.image_size
-    tiles = torch.randn(2, 3, size, size, dtype=next(model.parameters()).dtype)
+    model = checkpoint.load_plain(dtype, torch.device("cpu"))
+    if precision == "FP8":
+        for name, (weight_scale, activation_scale) in checkpoint.read_scales().items():
+            linear = linear_of(model, name)
+            quantised = Fp8Linear(linear.weight, linear.bias, weight_scale, activation_scale)
+            model.set_submodule(name, quantised)
+    return model.requires_grad_(False).eval()
+
+
+def export_graph(model: VisionModel, image_size: int, directory: Path) -> Path:
+    """Writes `model.onnx` and `model.onnx.data`. Peak memory: about three times the weights."""
+    dtype = model.vision_model.embeddings.patch_embedding.weight.dtype
+    tiles = torch.zeros(2, 3, image_size, image_size, dtype=dtype)
     log.info("exporting the vision model to ONNX")
     # The exporter warns about torchvision, which is not there, and about its own internals.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -52,30 +61,10 @@ def export_vision(checkpoint: VisionCheckpoint, precision: str, directory: Path)
         )
     assert exported is not None
     exported.save(directory / FILE_NAME, external_data=True)
-    session = onnxruntime.InferenceSession(
-        directory / FILE_NAME, providers=["CPUExecutionProvider"]
-    )
-    for num_tiles in (1, 2, checkpoint.tiling.max_tiles_per_image):
-        error = compare_with_torch(model, session, num_tiles)
-        log.info("ONNX against torch, %d tiles: relative error %.1e", num_tiles, error)
-        if not error <= _MAX_RELATIVE_ERROR[precision]:
-            raise ExportMismatchError(f"{num_tiles} tiles: relative error {error}")
+    return directory / FILE_NAME
 
 
-class ExportMismatchError(RuntimeError):
-    """The exported graph computes something else than the module: a mistake of ours."""
-
-
-def compare_with_torch(
-    model: VisionModel, session: onnxruntime.InferenceSession, num_tiles: int
-) -> float:
-    """Relative error (2-norm) of ONNX Runtime against torch on random tiles."""
-    parameter = next(model.parameters())
-    size = model.patches_per_side * model.vision_model.embeddings.patch_embedding.kernel_size[0]
-    generator = torch.Generator().manual_seed(num_tiles)
-    tiles = torch.randn(num_tiles, 3, size, size, generator=generator).to(parameter.dtype)
-    found = session.run([OUTPUT], {INPUT: tiles.numpy()})[0].astype(np.float64)
-    with torch.inference_mode():
-        expected = model(tiles).to(torch.float64).numpy()
-    assert found.shape == expected.shape, f"{found.shape} is not {expected.shape}"
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def graph_dtype(checkpoint: VisionCheckpoint, precision: str) -> str:
+    """The type around FP8 linears is the checkpoint's."""
+    assert precision == "FP8" or precision in TORCH_DTYPES
+    return checkpoint.dtype if precision == "FP8" else precision

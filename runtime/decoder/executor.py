@@ -13,6 +13,7 @@ import torch
 
 from nvlm.errors import UserError
 from nvlm.limits import EngineLimits
+from nvlm.plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
 from runtime.engine_dir import EngineDir
 from runtime.sampling import SamplingParams
 
@@ -45,8 +46,8 @@ class StepOutput:
     """What one step did for one request.
 
     token_id is None when a stop token came; finish_reason is None while the request goes on.
-    logits: [vocab_size] float32 the token was drawn from, if asked for. error: what ended this
-    request alone.
+    logits: [vocab_size] float32 the token was drawn from, if asked for. error: why the executor
+    gave up this request, and no other.
     """
 
     request_id: int
@@ -54,6 +55,15 @@ class StepOutput:
     finish_reason: FinishReason | None
     logits: torch.Tensor | None = None
     error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOptions:
+    """How an engine is loaded. kv_cache_free_gpu_memory_fraction: of what is free after loading,
+    for `tensorrt_llm`. gather_logits: requests will ask for logits."""
+
+    kv_cache_free_gpu_memory_fraction: float = KV_CACHE_FREE_GPU_MEMORY_FRACTION
+    gather_logits: bool = False
 
 
 class DecoderExecutor(Protocol):
@@ -74,6 +84,10 @@ class DecoderExecutor(Protocol):
         """Ends a request, waiting or running; it appears in no later step. Unknown ids are fine."""
         ...
 
+    def run_worker(self) -> None:
+        """On ranks other than 0, instead of the above: works until rank 0 closes."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -88,15 +102,21 @@ def require_ranks_supported(engine: EngineDir) -> None:
         )
 
 
-def create_decoder_executor(engine: EngineDir, device: torch.device) -> DecoderExecutor:
+def create_decoder_executor(
+    engine: EngineDir, device: torch.device, options: DecoderOptions | None = None
+) -> DecoderExecutor:
     """The executor for the target the engine was built for."""
+    if engine.decoder_target == "tensorrt_llm":
+        from runtime.decoder.tensorrt_llm_executor import TensorrtLlmDecoderExecutor
+
+        return TensorrtLlmDecoderExecutor(engine, device, options or DecoderOptions())
     if engine.decoder_target == "torch":
         from runtime.decoder.torch_executor import TorchDecoderExecutor
 
         return TorchDecoderExecutor.load(engine, device)
     raise UserError(
         f"{engine.directory} was built for decoder {engine.decoder_target!r}, which this version "
-        "does not run; build it again with --decoder torch"
+        "does not run; build it again with --decoder torch or tensorrt_llm"
     )
 
 
@@ -146,6 +166,8 @@ def generate(
             continue
         if output.token_id is not None:
             tokens[output.request_id].append(output.token_id)
+        if output.error is not None:
+            raise output.error
         if output.finish_reason is not None:
             reasons[output.request_id] = output.finish_reason
     return [(ids, reasons[request_id]) for request_id, ids in tokens.items()]

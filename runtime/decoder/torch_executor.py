@@ -91,6 +91,9 @@ class TorchDecoderExecutor:
     def cancel(self, request_id: int) -> None:
         self._scheduler.cancel(request_id)
 
+    def run_worker(self) -> None:
+        raise AssertionError("one rank runs this executor")
+
     def close(self) -> None:
         """Nothing is held beyond memory."""
 

@@ -10,6 +10,7 @@ import torch
 from nvlm.errors import UserError
 from nvlm.memory import total_memory_bytes
 from nvlm.plan import may_widen, vision_parameter_count
+from nvlm.tensorrt_package import PACKAGES, load_tensorrt
 from runtime.engine_dir import EngineDir
 
 
@@ -45,6 +46,11 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
         widen = may_widen(num_parameters, device, total_memory_bytes(device))
         model = engine.vision.load(engine.vision_precision, device, widen=widen)
         return TorchVisionExecutor(model, max_num_tiles)
+    if engine.vision_executor in PACKAGES:
+        from runtime.vision.tensorrt_executor import TensorrtVisionExecutor
+
+        package = load_tensorrt(engine.vision_executor)
+        return TensorrtVisionExecutor(package, engine.vision.directory / "model.engine", device)
     raise UserError(
         f"{engine.directory} was built for vision executor {engine.vision_executor!r}, which this "
         "version does not run; build it again with --vision onnxruntime or torch"

@@ -1,0 +1,128 @@
+"""Vision targets `tensorrt` and `tensorrt_rtx`: ONNX -> strongly typed network -> engine.
+
+Which package builds is the caller's choice (nvlm/tensorrt_package.py); the code is the same.
+Precision: a dtype name, or "FP8": the four linears of each layer as Q/DQ with calibrated scales;
+patch embedding, norms, attention products and projector stay in the checkpoint's dtype.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from build.engines.tensorrt_network import TensorrtBuildError, parse_onnx
+from build.engines.tensorrt_summary import EngineSummary, summarise
+from build.engines.vision_onnx import INPUT, export_graph, graph_dtype, graph_module
+from nvlm.json_files import write_json_atomically
+from nvlm.tensor_names import VISION_LINEARS
+from nvlm.tensorrt_package import compute_capability, make_logger
+from nvlm.vision_checkpoint import VisionCheckpoint
+
+ENGINE, SUMMARY = "model.engine", "summary.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TileProfile:
+    """The numbers of tiles an engine takes: any from `smallest` to `largest`, tuned for `usual`."""
+
+    smallest: int
+    usual: int
+    largest: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorrtOptions:
+    """compute_capability: "8.9" and the like, for `tensorrt_rtx` only; None is this machine's GPU.
+    timing_cache: file that is read, if there, and written."""
+
+    profile: TileProfile
+    compute_capability: str | None = None
+    timing_cache: Path | None = None
+    keep_onnx: bool = False
+
+
+def build_vision(
+    trt: Any,
+    checkpoint: VisionCheckpoint,
+    precision: str,
+    options: TensorrtOptions,
+    directory: Path,
+) -> EngineSummary:
+    """Writes `model.engine` and `summary.json` (and keeps `model.onnx` if asked)."""
+    model = graph_module(checkpoint, precision, graph_dtype(checkpoint, precision))
+    onnx = export_graph(model, checkpoint.vision.image_size, directory)
+    del model
+    summary = build_engine_from_onnx(trt, onnx, options, directory)
+    expected = 0
+    if precision == "FP8":
+        expected = len(VISION_LINEARS) * checkpoint.vision.num_hidden_layers
+    if summary.num_fp8_products != expected:
+        raise TensorrtBuildError(
+            f"the network has {summary.num_fp8_products} FP8 products, expected {expected}"
+        )
+    if not options.keep_onnx:
+        for path in (onnx, onnx.with_name(onnx.name + ".data")):
+            path.unlink(missing_ok=True)
+    return summary
+
+
+def build_engine_from_onnx(
+    trt: Any, onnx: Path, options: TensorrtOptions, directory: Path
+) -> EngineSummary:
+    """Compiles a graph whose one input is `tiles` [num_tiles, 3, S, S]."""
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = parse_onnx(trt, builder, logger, onnx)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
+    _set_compute_capability(trt, config, options.compute_capability)
+    config.add_optimization_profile(_profile(builder, network, options.profile))
+    cache = _load_timing_cache(config, options.timing_cache)
+    log.info("building the vision engine with %s %s", trt.__name__, trt.__version__)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise TensorrtBuildError(
+            f"{trt.__name__} {trt.__version__} built no engine: {'; '.join(logger.errors)}"
+        )
+    with open(directory / ENGINE, "wb") as file:
+        file.write(plan)
+    if options.timing_cache is not None and cache is not None:
+        options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        options.timing_cache.write_bytes(cache.serialize())
+    summary = summarise(trt, network, plan, logger)
+    write_json_atomically(directory / SUMMARY, summary.to_json())
+    for line in summary.lines():
+        log.info(line)
+    return summary
+
+
+def _profile(builder: Any, network: Any, tiles: TileProfile) -> Any:
+    tensor = network.get_input(0)
+    assert network.num_inputs == 1, "one input is expected"
+    assert tensor.name == INPUT, f"the input is called {tensor.name}"
+    shape = tuple(tensor.shape)[1:]
+    profile = builder.create_optimization_profile()
+    profile.set_shape(
+        INPUT, (tiles.smallest, *shape), (tiles.usual, *shape), (tiles.largest, *shape)
+    )
+    return profile
+
+
+def _load_timing_cache(config: Any, path: Path | None) -> Any:
+    """Tactic timings of earlier builds; TensorRT ignores those of other versions and GPUs."""
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=True)
+    return cache
+
+
+def _set_compute_capability(trt: Any, config: Any, wanted: str | None) -> None:
+    """Only TensorRT-RTX compiles for a GPU that is not there."""
+    if wanted is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(compute_capability(trt, wanted), 0)

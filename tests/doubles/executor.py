@@ -1,0 +1,252 @@
+"""`tensorrt_llm.bindings.executor`: the C++ Executor, computed by the torch executor.
+
+It sees ids, tables, extra ids and settings of requests, nothing of the product. Blocks of its KV
+cache are known by (token id, extra id), as TensorRT-LLM hashes them: two prompts that agree there
+but not in their tables would share blocks, which fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.limits import EngineLimits
+from runtime.decoder.executor import DecoderRequest, StepOutput
+from runtime.decoder.torch_executor import TorchDecoderExecutor
+from runtime.decoder.torch_weights import load_weights
+from runtime.sampling import SamplingParams
+from tests.doubles import api
+from tests.doubles.cuda import CudaDouble, CudaTensor, plain
+from tests.doubles.merge import merge_ranks
+
+_PREFIX = "tensorrt_llm.bindings.executor."
+_CLASSES = (
+    *("SamplingConfig", "OutputConfig", "PromptTuningConfig", "Request", "Response"),
+    *("KvCacheConfig", "ParallelConfig", "SchedulerConfig", "ExecutorConfig"),
+)
+_ENUMS = ("ModelType", "FinishReason", "CommunicationType", "CommunicationMode", "BatchingType")
+_CPU = torch.device("cpu")
+
+
+def make_executor_module(gpu: CudaDouble) -> ModuleType:
+    """`module.executors` lists what was opened; `module.faults` maps a request's number (from 1) to
+    the error that its response will carry; `module.includes_end_token` is how END_ID is told."""
+    module = ModuleType("tensorrt_llm.bindings.executor")
+    values = {name: api.value_class(_PREFIX + name) for name in _CLASSES}
+    values |= {name: api.enum_class(_PREFIX + name) for name in _ENUMS}
+    values |= {"executors": [], "faults": {}, "includes_end_token": False}
+
+    class Executor(_Executor):
+        @api.method(_PREFIX + "Executor")
+        def __init__(self, model_path: Path, model_type: Any, executor_config: Any) -> None:
+            assert model_type is values["ModelType"].DECODER_ONLY
+            assert isinstance(executor_config, values["ExecutorConfig"])
+            super().__init__(module, gpu, Path(model_path), executor_config)
+            values["executors"].append(self)
+
+    values["Executor"] = Executor
+    for name, value in values.items():
+        setattr(module, name, value)
+    return module
+
+
+class _Executor:
+    def __init__(self, module: Any, gpu: CudaDouble, model_path: Path, config: Any) -> None:
+        self.module, self.gpu, self.config = module, gpu, config
+        engine_config = json.loads((model_path / "config.json").read_text())
+        self.engine = engine_config["build_config"]
+        self.rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+        named = json.loads((model_path / f"rank{self.rank}.engine").read_text())
+        assert named["rank"] == self.rank
+        self.closed = False
+        self.requests: dict[int, Any] = {}
+        self.blocks: dict[tuple[tuple[int, int], ...], bytes] = {}
+        self.num_reused_tokens = 0
+        self._responses: list[Any] = []
+        self._check_config(config)
+        if self.can_enqueue_requests():
+            checkpoint_dir = Path(named["checkpoint_dir"])
+            self._torch = _load(checkpoint_dir, self._limits())
+            dtype = json.loads((checkpoint_dir / "config.json").read_text())["dtype"]
+            self.dtype = getattr(torch, dtype)
+
+    def _limits(self) -> EngineLimits:
+        engine = self.engine
+        return EngineLimits(
+            max_batch_size=self.config.max_batch_size,
+            max_input_len=engine["max_input_len"],
+            max_seq_len=engine["max_seq_len"],
+            max_num_tokens=self.config.max_num_tokens,
+            max_num_images=1,
+            max_multimodal_len=engine["max_prompt_embedding_table_size"],
+        )
+
+    def _check_config(self, config: Any) -> None:
+        plugins, module = self.engine["plugin_config"], self.module
+        assert config.max_batch_size <= self.engine["max_batch_size"]
+        assert config.max_num_tokens <= self.engine["max_num_tokens"]
+        assert config.max_beam_width <= self.engine["max_beam_width"]
+        assert isinstance(config.kv_cache_config, module.KvCacheConfig)
+        assert 0 < config.kv_cache_config.free_gpu_memory_fraction < 1
+        if config.kv_cache_config.enable_block_reuse or config.enable_chunked_context:
+            assert plugins["use_paged_context_fmha"], "reuse and chunks need it"
+        assert config.parallel_config.communication_mode is module.CommunicationMode.LEADER
+
+    @api.method(_PREFIX + "Executor.can_enqueue_requests")
+    def can_enqueue_requests(self) -> bool:
+        return self.rank == 0 and not self.closed
+
+    @api.method(_PREFIX + "Executor.enqueue_request")
+    def enqueue_request(self, request: Any) -> int:
+        self._alive()
+        assert isinstance(request, self.module.Request)
+        number = len(self.requests) + 1
+        self.requests[number] = request
+        if number in self.module.faults:
+            message = self.module.faults[number]
+            response = SimpleNamespace(request_id=number, has_error=lambda: True, error_msg=message)
+            self._responses.append(response)
+            return number
+        found = self._torch.submit(self._read(request))
+        assert found == number - sum(fault < number for fault in self.module.faults)
+        self._ids = getattr(self, "_ids", {})
+        self._ids[found] = number
+        return number
+
+    @api.method(_PREFIX + "Executor.await_responses")
+    def await_responses(self, timeout: timedelta | None) -> list[Any]:
+        self._alive()
+        assert isinstance(timeout, timedelta), "std::chrono::milliseconds comes from a timedelta"
+        responses, self._responses = self._responses, []
+        return responses + [self._response(output) for output in self._torch.step()]
+
+    @api.method(_PREFIX + "Executor.cancel_request")
+    def cancel_request(self, id: int | None) -> None:  # noqa: A002
+        """A last response says so, as the real one does."""
+        self._alive()
+        assert isinstance(id, int)
+        for ours, number in self._ids.items():
+            if number == id:
+                self._torch.cancel(ours)
+        reasons = [self.module.FinishReason.CANCELLED]
+        self._responses.append(_response(id, [], reasons, is_final=True))
+
+    @api.method(_PREFIX + "Executor.shutdown")
+    def shutdown(self) -> None:
+        self.closed = True
+
+    def _alive(self) -> None:
+        if self.closed:
+            raise RuntimeError("Shutdown called")
+        if self.rank != 0:
+            raise RuntimeError("only the leader takes requests")
+
+    def _response(self, output: StepOutput) -> Any:
+        number, reasons = self._ids[output.request_id], self.module.FinishReason
+        tokens = [] if output.token_id is None else [output.token_id]
+        reason = reasons.NOT_FINISHED
+        if output.finish_reason == "length":
+            reason = reasons.LENGTH
+        elif output.finish_reason == "stop":
+            reason = reasons.END_ID
+            if self.module.includes_end_token:
+                tokens = [self.requests[number].end_id]
+        logits = None if output.logits is None else output.logits[None, None]
+        return _response(number, tokens, [reason], output.finish_reason is not None, logits)
+
+    def _read(self, request: Any) -> DecoderRequest:
+        """The request as far as the engine can see it."""
+        ids, extra = request.input_token_ids, None
+        assert all(type(token_id) is int for token_id in ids)
+        assert len(ids) <= self.engine["max_input_len"]
+        assert len(ids) + request.max_tokens <= self.engine["max_seq_len"], "no room for it"
+        table = None
+        if request.prompt_tuning_config is not None:
+            table = self._read_table(request.prompt_tuning_config.embedding_table)
+            extra = request.prompt_tuning_config.input_token_extra_ids
+            assert extra is not None, "reuse of KV blocks would confuse pictures"
+            assert len(extra) == len(ids)
+            self._check_reuse(ids, extra, table)
+        stop = {request.end_id} if request.end_id is not None else set()
+        for word in request.stop_words or []:
+            assert len(word) == 1
+            stop |= set(word)
+        output = request.output_config
+        assert output.exclude_input_from_output, "the prompt would come back"
+        assert request.streaming, "tokens would come at the end only"
+        if output.return_generation_logits:
+            assert self.config.gather_generation_logits, "the runtime gathers none"
+        return DecoderRequest(
+            token_ids=ids,
+            max_new_tokens=request.max_tokens,
+            prompt_table=table,
+            stop_ids=frozenset(stop),
+            sampling=_sampling(request.sampling_config),
+            return_logits=bool(output.return_generation_logits),
+        )
+
+    def _read_table(self, table: Any) -> torch.Tensor:
+        assert isinstance(table, CudaTensor), "the table has to be on the GPU"
+        values: torch.Tensor = plain(table)
+        if values.dtype != self.dtype:
+            raise RuntimeError(
+                "Request embedding table data type doesn't match model weight data type."
+            )
+        assert values.ndim == 2, "Expected prompt embedding table to have shape [rows, hidden]"
+        assert values.is_contiguous()
+        size = self.engine["max_prompt_embedding_table_size"] // self.engine["max_batch_size"]
+        assert len(values) <= size, f"{len(values)} rows, the runtime allocates {size} a request"
+        return values.clone()
+
+    def _check_reuse(self, ids: list[int], extra: list[int], table: torch.Tensor) -> None:
+        vocab_size = self._torch._config.decoder.vocab_size
+        for token_id, number in zip(ids, extra, strict=True):
+            assert (number != 0) == (token_id >= vocab_size), "text is 0, a picture never"
+            assert 0 <= number < 2**64
+        block = self.engine["plugin_config"]["tokens_per_block"]
+        for end in range(block, len(ids), block):
+            key = tuple(zip(ids[:end], extra[:end], strict=True))
+            rows = [table[i - vocab_size] for i in ids[:end] if i >= vocab_size]
+            content = torch.stack(rows).float().numpy().tobytes() if rows else b""
+            assert self.blocks.setdefault(key, content) == content, "blocks of two pictures mixed"
+
+
+def _response(
+    number: int, tokens: list[int], reasons: list[Any], is_final: bool, logits: Any = None
+) -> Any:
+    result = SimpleNamespace(
+        is_final=is_final,
+        output_token_ids=[tokens],
+        finish_reasons=reasons,
+        generation_logits=logits,
+    )
+    return SimpleNamespace(request_id=number, has_error=lambda: False, result=result)
+
+
+def _sampling(config: Any) -> SamplingParams:
+    assert config.beam_width == 1
+    if config.top_k == 1:
+        return SamplingParams()
+    return SamplingParams(config.temperature, config.top_k, config.top_p, config.seed)
+
+
+def _load(checkpoint_dir: Path, limits: EngineLimits) -> TorchDecoderExecutor:
+    """The checkpoint on one rank, whatever ranks it is divided into."""
+    values = json.loads((checkpoint_dir / "config.json").read_text())
+    directory = checkpoint_dir
+    with tempfile.TemporaryDirectory() as folder:
+        if values["mapping"]["world_size"] > 1:
+            directory = Path(folder)
+            merge_ranks(checkpoint_dir, values, directory / "rank0.safetensors")
+            values["mapping"] |= {"world_size": 1, "tp_size": 1, "pp_size": 1}
+        config = CheckpointConfig.from_json(values, directory)
+        weights = load_weights(directory, config, _CPU)
+    return TorchDecoderExecutor(config, limits, weights, _CPU)

@@ -1,0 +1,85 @@
+"""`run.py --compare`: what a report says of engines that agree and of engines that do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.compare import Recording, Run, differences
+from tests.cases import ONE_TILE, SEVEN_TILES
+from tests.command import RUN, one_line_error, run_command
+from tests.conftest import Workshop
+
+
+def report(engine_dir: Path, reference: Path, *flags: object) -> dict[str, object]:
+    result = run_command(
+        RUN,
+        *("--engine_dir", engine_dir, "--compare", reference, "--device", "cpu", "--json"),
+        *("--max_new_tokens", 6, *flags),
+    )
+    assert result.exit_code == 0, result.stderr
+    values: dict[str, object] = json.loads(result.stdout)
+    return values
+
+
+def test_an_engine_equals_itself_with_no_error(engine_dir: Path) -> None:
+    asked = ("--prompt", ONE_TILE.text, "--image", *ONE_TILE.paths)
+    found = report(engine_dir, engine_dir, *asked)
+    assert found["num_equal"] == 1
+    (request,) = found["requests"]  # type: ignore[misc]
+    assert request == {
+        "num_tokens": 6,
+        "first_differing_token": None,
+        "vision_error": 0.0,
+        "logit_error": 0.0,
+        "margin": None,
+    }
+    assert found["tokens_per_s"] > 0  # type: ignore[operator]
+
+
+def test_fp8_vision_shows_as_an_error_of_vision_and_logits(
+    workshop: Workshop, checkpoint_dir: Path, engine_dir: Path, tmp_path: Path
+) -> None:
+    fp8 = workshop.engine(
+        "engine_fp8_vision", checkpoint_dir, vision="torch", vision_precision="FP8"
+    )
+    lines = [{"id": i, "prompt": "What?", "images": [str(SEVEN_TILES.paths[0])]} for i in range(2)]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = report(fp8, engine_dir, "--input_file", tmp_path / "requests.jsonl")
+    requests = found["requests"]
+    assert isinstance(requests, list)
+    assert len(requests) == 2
+    for request in requests:
+        assert 0.001 < request["vision_error"] < 0.05
+        assert request["logit_error"] > 0
+
+
+def run_of(token_ids: list[int], logits: list[list[float]]) -> Run:
+    return Run([Recording(token_ids, None, torch.tensor(logits))], seconds=1.0)
+
+
+def test_only_what_both_saw_alike_is_compared() -> None:
+    engine = run_of([1, 0, 5], [[0, 1, 0], [2.0, 1.0, 0], [9, 9, 9]])
+    reference = run_of([1, 1, 7], [[0, 1, 0], [1.5, 2.0, 0], [0, 0, 0]])
+    (found,) = differences(engine, reference)
+    assert found.first_differing_token == 1
+    assert found.margin == pytest.approx(0.5)  # preferred by 0.5, logits differ by up to 1
+    expected = torch.tensor([[0, 1, 0], [1.5, 2.0, 0]]).norm()
+    assert found.logit_error == pytest.approx(float((0.25 + 1.0) ** 0.5 / expected))
+    assert "token 1 of 3 differs" in found.line()
+
+
+def test_an_answer_that_ends_early_differs_where_it_ends() -> None:
+    (found,) = differences(run_of([1, 2], [[0.0]] * 2), run_of([1, 2, 3], [[0.0]] * 3))
+    assert found.first_differing_token == 2
+
+
+def test_flags_that_do_not_go_with_it_are_refused(engine_dir: Path, tmp_path: Path) -> None:
+    for flags in (("--streaming",), ("--output_file", tmp_path / "out.jsonl")):
+        result = run_command(
+            RUN, "--engine_dir", engine_dir, "--compare", engine_dir, "--prompt", "x", *flags
+        )
+        one_line_error(result, "--compare")

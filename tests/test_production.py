@@ -1,0 +1,486 @@
+"""The production path, TensorRT and TensorRT-LLM, from checkpoint to answers, against doubles.
+
+The doubles (tests/doubles) refuse what the originals' signatures refuse and compute what their
+arguments say, so the answers must be those of `--decoder torch`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from build.checkpoint.convert import ConvertOptions
+from build.engines.build import BuildRun, build_engine
+from build.engines.specification import BuildOptions, specify
+from nvlm.errors import UserError
+from runtime.decoder.executor import (
+    DecoderOptions,
+    DecoderRequest,
+    create_decoder_executor,
+    generate,
+)
+from runtime.engine_dir import EngineDir
+from runtime.mpi import World
+from runtime.runner import Runner
+from runtime.sampling import SamplingParams
+from runtime.types import GenerationRequest, GenerationResult
+from runtime.worker import run_worker
+from tests.cases import QUESTIONS, SEVEN_TILES, THREE_IMAGES
+from tests.command import BUILD, ROOT, RUN, one_line_error, run_command
+from tests.conftest import TINY, Workshop
+from tests.doubles.tensorrt_llm import Doubles, installed
+from tests.tolerances import FLOAT16_ONNX, FP8_LOGITS
+
+rtx = pytest.importorskip("tensorrt_rtx")
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+GPU_BYTES = 80 << 30
+SHAPE = replace(TINY, num_attention_heads=8, num_key_value_heads=2, vision_num_hidden_layers=1)
+OPTIONS = BuildOptions(max_num_images=3, vision_precision="float16")
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def doubles() -> Iterator[Doubles]:
+    with installed(rtx) as found:
+        yield found
+
+
+def checkpoint(workshop: Workshop, tp_size: int) -> Path:
+    model = workshop.model("model_8_heads", SHAPE)
+    options = ConvertOptions(calib_size=4, tp_size=tp_size)
+    return workshop.checkpoint(f"checkpoint_8_heads_tp{tp_size}", model, options)
+
+
+@pytest.fixture(scope="module")
+def built(workshop: Workshop, doubles: Doubles) -> Any:
+    """Builds with the doubles, once per number of ranks."""
+
+    def build(tp_size: int = 1) -> Path:
+        path = workshop.root / f"engine_tensorrt_llm_tp{tp_size}"
+        if not path.exists():
+            spec = specify(checkpoint(workshop, tp_size), OPTIONS, CUDA, GPU_BYTES)
+            build_engine(spec, path, OPTIONS, BuildRun(workers=2))
+        return path
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def reference(workshop: Workshop) -> Runner:
+    """The torch decoder behind the same float16 graph in ONNX Runtime, on one rank."""
+    options = {"decoder": "torch", "vision": "onnxruntime", "vision_precision": "float16"}
+    path = workshop.engine(
+        "engine_8_heads_torch", checkpoint(workshop, 1), max_num_images=3, **options
+    )
+    return Runner.open(path, CPU)
+
+
+def requests() -> list[GenerationRequest]:
+    """No image, one of one tile, one of seven, three of several."""
+    return [
+        GenerationRequest.images_first(q.text, q.paths, max_new_tokens=NEW_TOKENS)
+        for q in QUESTIONS
+    ]
+
+
+def answers(runner: Runner, asked: list[GenerationRequest]) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    for index, result in runner.generate_batch(asked):
+        assert isinstance(result, GenerationResult), result
+        found[index] = result.token_ids
+    return [found[index] for index in range(len(asked))]
+
+
+@pytest.fixture
+def runner(built: Any) -> Iterator[Runner]:
+    with Runner.open(built(), CUDA) as runner:
+        yield runner
+
+
+class TestBuild:
+    @pytest.mark.parametrize("tp_size", [1, 2, 8])
+    def test_every_rank_gets_an_engine_and_auto_picks_the_production_targets(
+        self, built: Any, tp_size: int
+    ) -> None:
+        engine = EngineDir.read(built(tp_size))
+        assert (engine.decoder_target, engine.vision_executor) == ("tensorrt_llm", "tensorrt")
+        assert sorted(path.name for path in (engine.directory / "llm").iterdir()) == sorted(
+            ["config.json", "decoder.json", *(f"rank{rank}.engine" for rank in range(tp_size))]
+        )
+        assert sorted(path.name for path in (engine.directory / "vision").iterdir()) == [
+            "config.json",
+            "model.engine",
+            "summary.json",
+        ]
+        assert engine.packages == {
+            "tensorrt": "10.14.1.48",
+            "tensorrt_llm": "1.2.1",
+            "compute_capability": "9.0",
+        }
+
+    def test_the_prompt_table_holds_a_whole_batch_of_the_largest_requests(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        limits = EngineDir.read(built()).limits
+        settings = doubles.builds[0]["build_config"]
+        rows = OPTIONS.max_num_images * 7 * 4  # images x tiles x tokens of a tile
+        assert settings.max_prompt_embedding_table_size == limits.max_batch_size * rows
+        assert settings.max_input_len == limits.max_input_len
+        assert settings.max_num_tokens >= limits.max_input_len
+
+    @pytest.mark.parametrize("workers", [1, 3, 100])
+    def test_workers_are_at_most_one_a_rank_and_one_a_gpu(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path, workers: int
+    ) -> None:
+        options = replace(OPTIONS, vision="torch", vision_precision=None)
+        spec = specify(checkpoint(workshop, 2), options, CUDA, GPU_BYTES)
+        build_engine(spec, tmp_path / "engine", options, BuildRun(workers=workers))
+        assert doubles.builds[-1]["workers"] == min(workers, 2)
+
+    @pytest.mark.parametrize(
+        ("optimize_for", "plugins"),
+        [
+            ("latency", {"low_latency_gemm_plugin": "fp8", "gemm_swiglu_plugin": None}),
+            ("throughput", {"low_latency_gemm_plugin": None, "gemm_swiglu_plugin": "fp8"}),
+        ],
+    )
+    def test_plugins_follow_what_the_engine_is_optimised_for(
+        self,
+        workshop: Workshop,
+        doubles: Doubles,
+        tmp_path: Path,
+        optimize_for: Any,
+        plugins: dict[str, Any],
+    ) -> None:
+        options = replace(OPTIONS, vision="torch", vision_precision=None, optimize_for=optimize_for)
+        spec = specify(checkpoint(workshop, 1), options, CUDA, GPU_BYTES)
+        cache = BuildRun(timing_cache=tmp_path / "cache")
+        build_engine(spec, tmp_path / "engine", options, cache)
+        settings = doubles.builds[-1]["build_config"]
+        found = vars(settings.plugin_config)
+        assert {name: found[name] for name in plugins} == plugins
+        assert found["use_fp8_context_fmha"]
+        assert found["use_paged_context_fmha"]
+        assert settings.output_timing_cache == str(tmp_path / "cache" / "llm.cache")
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("tp_size", [1, 2, 8])
+    def test_a_batch_of_none_one_and_three_images_gets_the_torch_decoders_tokens(
+        self, built: Any, reference: Runner, monkeypatch: pytest.MonkeyPatch, tp_size: int
+    ) -> None:
+        expected = answers(reference, requests())
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+        with Runner.open(built(tp_size), CUDA, World(tp_size, 0)) as runner:
+            assert answers(runner, requests()) == expected
+        assert len({tuple(tokens) for tokens in expected}) == len(expected)
+
+    def test_two_pictures_with_equal_token_ids_are_told_apart_and_the_same_one_is_known_again(
+        self, runner: Runner, doubles: Doubles
+    ) -> None:
+        """The double fails when (token id, extra id) pairs agree and tables do not."""
+        first, second = THREE_IMAGES.paths[0], SEVEN_TILES.paths[0]
+        for path in (first, second, first):
+            runner.generate(GenerationRequest.images_first("What?", (path,), max_new_tokens=2))
+        numbers = [
+            set(request.prompt_tuning_config.input_token_extra_ids) - {0}
+            for request in doubles.executor.executors[-1].requests.values()
+        ]
+        assert [len(found) for found in numbers] == [1, 1, 1]
+        assert numbers[0] == numbers[2]
+        assert numbers[0] != numbers[1]
+
+    def test_each_image_of_a_request_has_its_own_number(
+        self, runner: Runner, doubles: Doubles
+    ) -> None:
+        request = GenerationRequest.images_first("What?", THREE_IMAGES.paths, max_new_tokens=1)
+        runner.generate(request)
+        (sent,) = doubles.executor.executors[-1].requests.values()
+        extra = sent.prompt_tuning_config.input_token_extra_ids
+        runs = [number for i, number in enumerate(extra) if number and number not in extra[:i]]
+        assert len(runs) == len(THREE_IMAGES.paths)
+        counts = [sum(number == run for number in extra) for run in runs]
+        assert counts == [4 * tiles for tiles in THREE_IMAGES.num_tiles]
+
+    def test_streaming_gives_the_text_piece_by_piece(self, runner: Runner) -> None:
+        request = requests()[1]
+        whole = runner.generate(request).text
+        runner.submit(request)
+        pieces = [delta.text for deltas in iter(runner.step, []) for delta in deltas]
+        assert len(pieces) == NEW_TOKENS
+        assert "".join(pieces) == whole
+
+    def test_a_cancelled_request_gives_nothing_more_and_the_others_go_on(
+        self, runner: Runner, reference: Runner
+    ) -> None:
+        kept, gone = requests()[0], requests()[1]
+        expected = answers(reference, [kept])[0]
+        ids = [runner.submit(request) for request in (kept, gone)]
+        runner.step()
+        runner.cancel(ids[1])
+        deltas = [delta for step in iter(runner.step, []) for delta in step]
+        assert {delta.request_id for delta in deltas} == {ids[0]}
+        assert deltas[-1].result is not None
+        assert deltas[-1].result.token_ids == expected
+
+    def test_an_error_of_the_executor_fails_its_request_alone(
+        self, built: Any, reference: Runner, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doubles.executor, "faults", {2: "Prompt length exceeds maximum"})
+        asked = requests()
+        with Runner.open(built(), CUDA) as runner:
+            found = dict(runner.generate_batch(asked))
+        assert isinstance(found[1], UserError)
+        assert "Prompt length exceeds maximum" in str(found[1])
+        expected = answers(reference, asked)
+        for index in (0, 2, 3):
+            result = found[index]
+            assert isinstance(result, GenerationResult)
+            assert result.token_ids == expected[index]
+
+    @pytest.mark.parametrize("includes_end_token", [False, True])
+    def test_stop_tokens_end_an_answer_and_are_not_part_of_it(
+        self,
+        built: Any,
+        doubles: Doubles,
+        monkeypatch: pytest.MonkeyPatch,
+        includes_end_token: bool,
+    ) -> None:
+        """Whichever way the executor tells it."""
+        monkeypatch.setattr(doubles.executor, "includes_end_token", includes_end_token)
+        decoder = create_decoder_executor(EngineDir.read(built()), CUDA)
+        request = DecoderRequest(list(range(9)), max_new_tokens=12)
+        ((ids, reason),) = generate(decoder, [request])
+        assert (len(ids), reason) == (12, "length")
+        cut = next(i for i in range(11, 0, -1) if ids[i] not in ids[:i])
+        unused = max(set(range(512)) - set(ids))
+        stopping = replace(request, stop_ids=frozenset({ids[cut]}))
+        assert generate(decoder, [stopping]) == [(ids[:cut], "stop")]
+        both = replace(request, stop_ids=frozenset({ids[cut], unused}))
+        assert generate(decoder, [both])[0][0] == ids[:cut]
+        sent = list(doubles.executor.executors[-1].requests.values())[-1]
+        assert [sent.end_id, *(word for (word,) in sent.stop_words)] == sorted(both.stop_ids)
+
+    def test_sampling_settings_reach_the_executor(self, built: Any, doubles: Doubles) -> None:
+        decoder = create_decoder_executor(EngineDir.read(built()), CUDA)
+        sampling = SamplingParams(temperature=0.7, top_k=9, top_p=0.8, seed=2**63)
+        decoder.submit(DecoderRequest([1, 2, 3], 4, sampling=sampling))
+        decoder.submit(DecoderRequest([1, 2, 3], 4))
+        first, second = doubles.executor.executors[-1].requests.values()
+        config = first.sampling_config
+        found = (config.temperature, config.top_k, config.top_p, config.seed)
+        assert found == (0.7, 9, 0.8, 2**63)
+        assert second.sampling_config.top_k == 1
+
+    def test_logits_come_where_they_were_asked_for_at_load(self, built: Any) -> None:
+        options = DecoderOptions(gather_logits=True)
+        decoder = create_decoder_executor(EngineDir.read(built()), CUDA, options)
+        decoder.submit(DecoderRequest([1, 2, 3], 4, return_logits=True))
+        outputs = [output for step in iter(decoder.step, []) for output in step]
+        assert len(outputs) == 4
+        for output in outputs:
+            assert output.logits is not None
+            assert int(output.logits.argmax()) == output.token_id
+
+
+class TestLoad:
+    def test_limits_and_memory_fraction_reach_the_executor(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        engine = EngineDir.read(built())
+        create_decoder_executor(engine, CUDA, DecoderOptions(0.5))
+        config = doubles.executor.executors[-1].config
+        assert config.kv_cache_config.free_gpu_memory_fraction == 0.5
+        assert config.kv_cache_config.enable_block_reuse
+        assert config.enable_chunked_context
+        assert config.max_batch_size == engine.limits.max_batch_size
+
+    def test_the_other_ranks_load_their_engine_and_wait(
+        self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+        run_worker(built(2), CUDA, World(2, 1), DecoderOptions())
+        worker = doubles.executor.executors[-1]
+        assert (worker.rank, worker.closed, worker.requests) == (1, True, {})
+
+    @pytest.mark.parametrize(
+        ("package", "version"),
+        [("tensorrt", "10.13.3.9"), ("tensorrt_llm", "1.2.0"), ("tensorrt_llm", "1.3.0rc29")],
+    )
+    def test_another_version_is_refused_with_both_named(
+        self,
+        built: Any,
+        doubles: Doubles,
+        monkeypatch: pytest.MonkeyPatch,
+        package: str,
+        version: str,
+    ) -> None:
+        path = built()
+        monkeypatch.setattr(getattr(doubles, package), "__version__", version)
+        with pytest.raises(UserError, match=rf"{package} .*{version}"):
+            Runner.open(path, CUDA)
+
+    def test_another_gpu_is_refused(
+        self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = built()
+        monkeypatch.setattr(doubles.gpu, "capability", (8, 9))
+        with pytest.raises(UserError, match=r"compute capability 9.0 but cuda has 8.9"):
+            Runner.open(path, CUDA)
+
+    def test_a_cpu_is_refused(self, built: Any) -> None:
+        with pytest.raises(UserError, match="need its GPU, but it is to run on cpu"):
+            Runner.open(built(), CPU)
+
+    def test_a_wrong_number_of_ranks_is_refused(self, built: Any) -> None:
+        with pytest.raises(UserError, match="use mpirun -n 2"):
+            Runner.open(built(2), CUDA)
+
+    def test_a_vision_engine_of_another_version_is_refused_with_tensorrts_words(
+        self, fresh: Workshop, workshop: Workshop, doubles: Doubles
+    ) -> None:
+        from runtime.vision.tensorrt_executor import TensorrtVisionExecutor
+
+        path = fresh.root / "model.engine"
+        path.write_bytes(b"of another version")
+        with pytest.raises(UserError, match="magicTag; build the engine again"):
+            TensorrtVisionExecutor(doubles.tensorrt, path, CUDA)
+
+
+def test_an_engine_that_cannot_fit_its_gpu_is_refused_before_it_is_built(
+    workshop: Workshop, doubles: Doubles
+) -> None:
+    from build.engines.specification import require_fit
+
+    spec = specify(checkpoint(workshop, 1), OPTIONS, CUDA, 2 << 30)
+    with pytest.raises(UserError, match=r"a rank needs .* GB .* larger --tp_size"):
+        require_fit(spec, 2 << 30)
+
+
+def test_a_directory_up_to_date_is_not_built_again_but_another_version_is(
+    built: Any, workshop: Workshop, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from build.engines.build import is_up_to_date
+
+    path = built()
+    spec = specify(checkpoint(workshop, 1), OPTIONS, CUDA, GPU_BYTES)
+    assert is_up_to_date(spec, path, OPTIONS)
+    monkeypatch.setattr(doubles.tensorrt, "__version__", "10.14.2.0")
+    spec = specify(checkpoint(workshop, 1), OPTIONS, CUDA, GPU_BYTES)
+    assert not is_up_to_date(spec, path, OPTIONS)
+
+
+def test_the_doubles_refuse_what_the_originals_refuse(doubles: Doubles) -> None:
+    """Without this the tests above would prove nothing."""
+    executor = doubles.executor
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_new_tokens'"):
+        executor.Request(input_token_ids=[1], max_tokens=4, max_new_tokens=4)
+    with pytest.raises(TypeError, match="missing a required argument: 'max_tokens'"):
+        executor.Request(input_token_ids=[1])
+    with pytest.raises(AttributeError, match="no attribute cache"):
+        executor.KvCacheConfig().cache = 1
+    mixed = torch.ones(2, device="cuda")
+    with pytest.raises(RuntimeError, match="same device"):
+        mixed + torch.ones(2)
+    with pytest.raises(TypeError, match="numpy"):
+        mixed.numpy()
+    assert json.dumps(str(mixed.device)) == '"cuda:0"'
+
+
+class TestCommands:
+    """The programs as users start them."""
+
+    def test_build_run_and_compare(
+        self,
+        workshop: Workshop,
+        doubles: Doubles,
+        reference: Runner,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        path = tmp_path / "engine"
+        built = run_command(
+            BUILD,
+            *("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", path),
+            *("--vision_precision", "float16", "--max_num_images", 3, "--timing_cache", tmp_path),
+        )
+        assert built.exit_code == 0, built.stderr
+        assert built.stdout == ""
+        assert "[TensorRT-LLM]" not in capfd.readouterr().out, "stdout belongs to answers"
+        question = ("--prompt", SEVEN_TILES.text, "--image", *SEVEN_TILES.paths)
+        asked = run_command(
+            RUN, "--engine_dir", path, *question, "--max_new_tokens", NEW_TOKENS, "--json"
+        )
+        assert asked.exit_code == 0, asked.stderr
+        expected = answers(reference, requests()[1:2])[0]
+        assert json.loads(asked.stdout)["token_ids"] == expected
+        torch_engine = workshop.engine(
+            "engine_8_heads_reference",
+            checkpoint(workshop, 1),
+            decoder="torch",
+            vision="torch",
+            vision_precision="float32",
+        )
+        compared = run_command(
+            RUN,
+            *("--engine_dir", path, "--compare", torch_engine, *question),
+            *("--max_new_tokens", NEW_TOKENS, "--json"),
+        )
+        assert compared.exit_code == 0, compared.stderr
+        (difference,) = json.loads(compared.stdout)["requests"]
+        assert 0 < difference["vision_error"] < FLOAT16_ONNX, "float16 against float32"
+        assert 0 < difference["logit_error"] < FP8_LOGITS
+        num_builds = len(doubles.builds)
+        again = run_command(
+            BUILD,
+            *("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", path, "--if_stale"),
+            *("--vision_precision", "float16", "--max_num_images", 3),
+        )
+        assert again.exit_code == 0, again.stderr
+        assert len(doubles.builds) == num_builds, "up to date"
+
+    def test_a_rank_that_does_not_lead_says_nothing(
+        self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = built(2)
+        monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+        result = run_command(RUN, "--engine_dir", path, "--prompt", "What?")
+        assert (result.exit_code, result.stdout) == (0, ""), result.stderr
+        assert doubles.executor.executors[-1].rank == 1
+
+    def test_an_engine_too_large_is_refused_in_one_line(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        result = run_command(
+            BUILD,
+            *("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", tmp_path / "engine"),
+            *("--memory_gb", "2", "--max_num_tokens", "100000"),
+        )
+        one_line_error(result, "a rank needs", "larger --tp_size")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_table_says_which_gpus_hold_the_72b_model() -> None:
+    from tools.memory_table import table
+
+    fits = {}
+    for row in table(8, 1, "bfloat16")[2:]:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        fits[cells[0], int(cells[1])] = cells[-1]
+    assert fits["H100 80 GB", 1] == "no", "75 GB of weights leave no room"
+    assert all(fits["H100 80 GB", tp] == "yes" for tp in (2, 4, 8))
+    assert all(fits["H200 141 GB", tp] == "yes" for tp in (1, 2, 4, 8))
+
+
+def test_the_document_holds_the_table_that_the_command_prints() -> None:
+    from tools.memory_table import table
+
+    assert "\n".join(table(8, 1, "bfloat16")) in (ROOT / "docs" / "hopper.md").read_text()
