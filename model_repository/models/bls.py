@@ -107,9 +107,8 @@ class BlsDecoderExecutor:
         """One output per token; the backend leaves the end token out of its last response."""
         room = self.limits.max_seq_len - len(request.token_ids)
         num_left = min(request.max_new_tokens, room)
-        vocab_size = self._config.decoder.vocab_size
         dtype = TORCH_DTYPES[self._config.dtype]
-        tensors = request_tensors(request, num_left, vocab_size, dtype)
+        tensors = request_tensors(request, num_left, self._config.decoder.vocab_size, dtype)
         for token_id in self._token_ids(request_id, tensors):
             if token_id in request.stop_ids:
                 self._stop(request_id)
