@@ -134,7 +134,9 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(
         with Stream(triton_server) as stream:
             for i in range(8):
                 stream.send(f"gone{i}", tensors("Tell me everything.", 2000, stream=True))
-            stream.take()
+            under_way = set()
+            while len(under_way) < 8:
+                under_way.add(stream.take())
         other.finish()
         assert other.answers["kept"].text == expected[19]
     triton_server.wait_for_sample(RUNNING, 0, timeout_s=3)
