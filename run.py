@@ -23,6 +23,7 @@ from runtime.mpi import World, rank_from
 from runtime.request_file import read_requests, with_sampling
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
+from runtime.show_tiles import write_tiles
 from runtime.types import GenerationRequest, GenerationResult
 from runtime.worker import run_worker
 
@@ -59,6 +60,7 @@ def parser() -> ArgumentParser:
         metavar="ENGINE_DIR",
         help="run the requests through this engine too (one for torch) and report what differs",
     )
+    add("--show_tiles", type=Path, metavar="PNG", help="draw the tiles and their tags into a file")
     add("--streaming", action="store_true", help="print the answer as it comes")
     add("--json", action="store_true", help="print one JSON object")
     return parser
@@ -110,6 +112,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.input_file and (arguments.image or (arguments.json and not arguments.compare)):
         flag = "--image" if arguments.image else "--json"
         raise UserError(f"{flag} goes with --prompt; a batch has its images in the request lines")
+    if arguments.show_tiles and not arguments.image:
+        raise UserError("--show_tiles draws the images of --image; give one")
 
 
 def compare(
@@ -155,6 +159,8 @@ def main() -> int:
             num_errors = run_batch(runner, lines, arguments.output_file)
             print(f"{len(lines)} requests, {num_errors} failed", file=sys.stderr)
             return EXIT_SOME_FAILED if num_errors else 0
+        if arguments.show_tiles:
+            write_tiles(runner.prepare(request).images, arguments.show_tiles)
         if arguments.streaming:
             stream(runner, request)
             return 0
