@@ -25,6 +25,10 @@ def is_installed() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
+def is_supported(version: str) -> bool:
+    return f"{version}.".startswith(f"{SUPPORTED}.")
+
+
 def load_tensorrt_llm() -> Any:
     """The module. Raises `UserError` when it is absent, broken or of another release line."""
     with stdout_to_stderr():
@@ -32,7 +36,7 @@ def load_tensorrt_llm() -> Any:
             module = importlib.import_module(PACKAGE)
         except (ImportError, OSError) as error:
             raise UserError(f"tensorrt_llm cannot be imported ({error}); {INSTALL}") from None
-    if not f"{module.__version__}.".startswith(f"{SUPPORTED}."):
+    if not is_supported(module.__version__):
         raise UserError(
             f"tensorrt_llm {module.__version__} is installed, expected {SUPPORTED}.x, the last "
             f"line that builds engines; {INSTALL}"

@@ -79,9 +79,7 @@ def targets(gpus: list[Gpu]) -> list[Target]:
             "--decoder tensorrt_llm",
             _no_gpu(gpus),
             _not_hopper(gpus),
-            None
-            if tensorrt_llm_package.is_installed()
-            else ("tensorrt_llm is not installed", tensorrt_llm_package.INSTALL),
+            _no_tensorrt_llm(),
         ),
         Target("--vision torch"),
         _first(
@@ -131,6 +129,16 @@ def _not_hopper(gpus: list[Gpu]) -> Lack:
     if _any_hopper(gpus):
         return None
     return ("FP8 engines of this project are for Hopper", "run on an H100, H200 or GH200")
+
+
+def _no_tensorrt_llm() -> Lack:
+    if not tensorrt_llm_package.is_installed():
+        return ("tensorrt_llm is not installed", tensorrt_llm_package.INSTALL)
+    version = _version(tensorrt_llm_package.PACKAGE)
+    if version is not None and not tensorrt_llm_package.is_supported(version):
+        found = f"tensorrt_llm {version} is installed, the engine workflow ended with 1.2"
+        return (found, tensorrt_llm_package.INSTALL)
+    return None
 
 
 def _not_installed(package: str) -> Lack:

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from runtime import doctor
 from runtime.doctor import Gpu, examine, lines, targets
 from tests.command import ROOT
 
@@ -32,6 +33,15 @@ def test_targets_follow_gpu_and_packages(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ready([H100], {"tensorrt", "tensorrt_llm"}, monkeypatch) == torch_targets | production
     rtx = {"--vision tensorrt_rtx"}
     assert ready([ADA], {"tensorrt_rtx"}, monkeypatch) == torch_targets | rtx
+
+
+def test_a_tensorrt_llm_without_the_engine_workflow_is_not_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed = {"tensorrt", "tensorrt_llm"}
+    for version, is_ready in (("1.2.1", True), ("1.3.0rc29", False)):
+        monkeypatch.setattr(doctor, "_version", lambda name, found=version: found)
+        assert ("--decoder tensorrt_llm" in ready([H100], installed, monkeypatch)) == is_ready
 
 
 def test_what_is_missing_comes_with_what_mends_it() -> None:

@@ -6,7 +6,9 @@ arguments say, so the answers must be those of `--decoder torch`.
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from build.checkpoint.convert import ConvertOptions
 from build.engines.build import BuildRun, build_engine
@@ -183,10 +186,12 @@ class TestAnswers:
         assert len({tuple(tokens) for tokens in expected}) == len(expected)
 
     def test_two_pictures_with_equal_token_ids_are_told_apart_and_the_same_one_is_known_again(
-        self, runner: Runner, doubles: Doubles
+        self, runner: Runner, doubles: Doubles, tmp_path: Path
     ) -> None:
         """The double fails when (token id, extra id) pairs agree and tables do not."""
-        first, second = THREE_IMAGES.paths[0], SEVEN_TILES.paths[0]
+        first = SEVEN_TILES.paths[0]
+        second = tmp_path / "mirrored.png"  # the same grid, so the same token ids
+        ImageOps.mirror(Image.open(first)).save(second)
         for path in (first, second, first):
             runner.generate(GenerationRequest.images_first("What?", (path,), max_new_tokens=2))
         numbers = [
@@ -194,6 +199,7 @@ class TestAnswers:
             for request in doubles.executor.executors[-1].requests.values()
         ]
         assert [len(found) for found in numbers] == [1, 1, 1]
+        assert min(numbers[0] | numbers[1]) >= 2**40, "few bits would be shared by chance"
         assert numbers[0] == numbers[2]
         assert numbers[0] != numbers[1]
 
@@ -301,6 +307,16 @@ class TestLoad:
         assert config.kv_cache_config.enable_block_reuse
         assert config.enable_chunked_context
         assert config.max_batch_size == engine.limits.max_batch_size
+
+    def test_a_closed_decoder_lets_go_of_the_executor_and_its_memory(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        decoder = create_decoder_executor(EngineDir.read(built()), CUDA)
+        decoder.submit(DecoderRequest([1, 2, 3], 4))
+        opened = weakref.ref(doubles.executor.executors.pop())
+        decoder.close()
+        gc.collect()
+        assert opened() is None
 
     def test_the_other_ranks_load_their_engine_and_wait(
         self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch

@@ -65,13 +65,12 @@ def plugin_settings(config: CheckpointConfig, optimize_for: OptimizeFor) -> dict
     return {**settings, "gemm_plugin": None, "gemm_swiglu_plugin": "fp8"}
 
 
-def build_settings(limits: EngineLimits, timing_cache: Path | None) -> dict[str, Any]:
+def build_settings(limits: EngineLimits, timing_cache: Path) -> dict[str, Any]:
     """Keywords of BuildConfig, without the plugins.
 
     max_prompt_embedding_table_size counts rows of a whole batch; the runtime gives a request a
     max_batch_size-th of it.
     """
-    cache = None if timing_cache is None else str(timing_cache)
     return {
         "max_batch_size": limits.max_batch_size,
         "max_input_len": limits.max_input_len,
@@ -80,8 +79,9 @@ def build_settings(limits: EngineLimits, timing_cache: Path | None) -> dict[str,
         "max_beam_width": 1,
         "max_prompt_embedding_table_size": limits.max_multimodal_len,
         "strongly_typed": True,
-        "input_timing_cache": cache if timing_cache and timing_cache.is_file() else None,
-        "output_timing_cache": cache,  # its default is a file in the working directory
+        "input_timing_cache": str(timing_cache) if timing_cache.is_file() else None,
+        # Not optional: Pydantic refuses None, and the default is a file in the working directory.
+        "output_timing_cache": str(timing_cache),
     }
 
 
@@ -103,8 +103,9 @@ def build_decoder(
         from tensorrt_llm.models.modeling_utils import PretrainedConfig
         from tensorrt_llm.plugin import PluginConfig
 
-        if options.timing_cache is not None:
-            options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        unkept = directory / "model.cache"
+        timing_cache = options.timing_cache or unkept
+        timing_cache.parent.mkdir(parents=True, exist_ok=True)
         plugins = PluginConfig(**plugin_settings(config, options.optimize_for))
         workers = num_workers(options.workers, config.world_size, torch.cuda.device_count)
         log.info(
@@ -115,13 +116,14 @@ def build_decoder(
             PretrainedConfig.from_json_file(str(checkpoint_dir / "config.json")),
             str(checkpoint_dir),
             BuildConfig(
-                **build_settings(limits, options.timing_cache),
+                **build_settings(limits, timing_cache),
                 plugin_config=plugins,
             ),
             str(directory),
             workers=workers,
             log_level="warning",
         )
+    unkept.unlink(missing_ok=True)
     for rank in range(config.world_size):
         engine = directory / f"rank{rank}.engine"
         assert engine.is_file(), f"TensorRT-LLM wrote no {engine.name}"

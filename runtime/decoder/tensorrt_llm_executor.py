@@ -40,7 +40,7 @@ class TensorrtLlmDecoderExecutor:
             self._config = engine.checkpoint_config
             self._dtype = TORCH_DTYPES[self._config.dtype]
             self._device = device
-            self._executor = trtllm.Executor(
+            self._executor: Any = trtllm.Executor(
                 engine.directory / "llm",
                 trtllm.ModelType.DECODER_ONLY,
                 executor_config(trtllm, engine, options),
@@ -81,14 +81,23 @@ class TensorrtLlmDecoderExecutor:
         self._executor.shutdown()
 
     def close(self) -> None:
-        self._executor.shutdown()
+        """Gives the GPU back: weights and KV cache live as long as the Executor object does, and
+        its shutdown would wait for the answers under way."""
+        for request_id in list(self._requests):
+            self.cancel(request_id)
+        if self._executor is not None:
+            self._executor.shutdown()
+        self._executor = None
 
     def _to_trtllm(self, request: DecoderRequest) -> Any:
         trtllm, table = self._trtllm, request.prompt_table
         prompt_tuning = None
         if table is not None and len(table):
+            table = table.to(self._device, self._dtype).contiguous()
+            # The Executor reads it on streams of its own, which do not wait for torch's.
+            torch.cuda.current_stream(self._device).synchronize()
             prompt_tuning = trtllm.PromptTuningConfig(
-                embedding_table=table.to(self._device, self._dtype).contiguous(),
+                embedding_table=table,
                 input_token_extra_ids=extra_ids(request, self._config.decoder.vocab_size),
             )
         stop_ids = sorted(request.stop_ids)  # one may be the end id, the others are stop words

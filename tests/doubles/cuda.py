@@ -50,6 +50,7 @@ class CudaDouble(TorchFunctionMode):
         super().__init__()
         self.capability = (9, 0)
         self.allocated: dict[int, int] = {}  # address -> bytes of what called itself CUDA
+        self.is_busy = False  # what was launched on torch's stream may not be done
         properties = SimpleNamespace(total_memory=memory_bytes, name="NVIDIA H100 80GB HBM3")
         self._patches = [
             patch.object(torch.cuda, "is_available", lambda: True),
@@ -60,12 +61,17 @@ class CudaDouble(TorchFunctionMode):
             patch.object(
                 torch.cuda,
                 "current_stream",
-                lambda device=None: SimpleNamespace(cuda_stream=STREAM),
+                lambda device=None: SimpleNamespace(
+                    cuda_stream=STREAM, synchronize=self._synchronize
+                ),
             ),
         ]
 
         # Tracing asks whether there is a GPU and then prepares for a real one.
         self._patches.append(patch.object(torch.onnx, "export", self._without(torch.onnx.export)))
+
+    def _synchronize(self) -> None:
+        self.is_busy = False
 
     def _without(self, function: Any) -> Any:
         """`function`, called where the double is not."""

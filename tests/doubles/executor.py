@@ -98,6 +98,7 @@ class _Executor:
         assert 0 < config.kv_cache_config.free_gpu_memory_fraction < 1
         if config.kv_cache_config.enable_block_reuse or config.enable_chunked_context:
             assert plugins["use_paged_context_fmha"], "reuse and chunks need it"
+        assert config.batching_type is module.BatchingType.INFLIGHT
         assert config.parallel_config.communication_mode is module.CommunicationMode.LEADER
 
     @api.method(_PREFIX + "Executor.can_enqueue_requests")
@@ -195,6 +196,7 @@ class _Executor:
 
     def _read_table(self, table: Any) -> torch.Tensor:
         assert isinstance(table, CudaTensor), "the table has to be on the GPU"
+        assert not self.gpu.is_busy, "another stream would read the table before it is written"
         values: torch.Tensor = plain(table)
         if values.dtype != self.dtype:
             raise RuntimeError(

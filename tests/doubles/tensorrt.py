@@ -171,6 +171,7 @@ class ExecutionContext:
         source, target = names
         (found,) = self._session.run([target], {source: np.array(memory[source])})
         memory[target].copy_(torch.from_numpy(found))
+        self._engine.gpu.is_busy = True
         return True
 
 

@@ -135,7 +135,10 @@ def _check_plugins(build_config: Any, values: dict[str, Any]) -> None:
     assert plugins.dtype == values["dtype"]
     for name, choices in api.manifest()["tensorrt_llm.plugin.PluginConfig"]["choices"].items():
         assert getattr(plugins, name) in choices, f"Pydantic would refuse this {name}"
-    assert build_config.output_timing_cache != "model.cache", "written into the working directory"
+    cache = build_config.output_timing_cache
+    assert isinstance(cache, str), "Pydantic would refuse this output_timing_cache"
+    assert cache != "model.cache", "written into the working directory"
+    Path(cache).write_bytes(b"timings")
     if plugins.low_latency_gemm_plugin:
         assert plugins.gemm_plugin is None, "the low-latency plugin would take precedence"
     if plugins.gemm_swiglu_plugin or plugins.low_latency_gemm_swiglu_plugin:
