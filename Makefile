@@ -78,8 +78,8 @@ doctor: setup
 	@$(RUN) -m runtime.doctor
 
 # Serves an engine until Control-C. In NVIDIA's container use its python: PYTHON and VENV as it has.
-triton: setup-triton
-	@$(BIN)/python -m model_repository.serve --engine_dir "$(ENGINE_DIR)" --http_port $(HTTP_PORT) \
+triton: $(if $(SYSTEM_PYTHON),,setup-triton)
+	@$(RUN) -m model_repository.serve --engine_dir "$(ENGINE_DIR)" --http_port $(HTTP_PORT) \
 		--grpc_port $(GRPC_PORT) --metrics_port $(METRICS_PORT) $(TRITON_FLAGS)
 
 # Two workers, one thread each: the suite is sized for two cores.

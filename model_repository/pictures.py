@@ -18,7 +18,7 @@ from runtime.types import ImageSource
 
 
 def read_images(tensors: Tensors) -> tuple[ImageSource, ...]:
-    given = [name for name in _IMAGE_READERS if name in tensors and tensors[name].size]
+    given = [name for name in _IMAGE_READERS if name in tensors and tensors[name].shape[1]]
     if len(given) > 1:
         raise UserError(f"images come as {' and '.join(given)}; give one of them")
     return _IMAGE_READERS[given[0]](tensors) if given else ()
@@ -32,6 +32,11 @@ def _pixels(tensors: Tensors) -> tuple[ImageSource, ...]:
         return tuple(np.array(image) for image in images)
     if sizes.shape[1] != len(images):
         raise UserError(f"image_sizes_input has {sizes.shape[1]} rows for {len(images)} images")
+    if (sizes[0] > images.shape[1:3]).any():
+        raise UserError(
+            f"image_sizes_input goes up to {sizes[0].max(axis=0).tolist()}, expected at most the "
+            f"{list(images.shape[1:3])} of image_bytes_input"
+        )
     return tuple(
         np.array(image[: max(0, height), : max(0, width)])
         for image, (height, width) in zip(images, sizes[0].tolist(), strict=True)

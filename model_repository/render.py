@@ -17,7 +17,6 @@ from model_repository.signature import (
     ENSEMBLE_OUTPUTS,
     NVLM_INPUTS,
     NVLM_OUTPUTS,
-    identity_map,
     to_pbtxt,
 )
 from runtime.engine_dir import EngineDir
@@ -29,10 +28,13 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 # Model -> the module that holds its code, if it is Python's.
 _MODELS: dict[Form, dict[str, str | None]] = {
-    "torch": {"nvlm": "model_repository.models.nvlm", "ensemble": None},
+    "torch": {
+        "nvlm": "model_repository.models.nvlm",
+        "ensemble": "model_repository.models.ensemble",
+    },
     "tensorrt_llm": {
         "nvlm": "model_repository.models.nvlm",
-        "ensemble": None,
+        "ensemble": "model_repository.models.ensemble",
         "vision": "model_repository.models.vision",
         "tensorrt_llm": None,
     },
@@ -91,8 +93,6 @@ def _values(engine: EngineDir, options: ServeOptions) -> dict[str, object]:
         "nvlm_outputs": to_pbtxt("output", NVLM_OUTPUTS),
         "ensemble_inputs": to_pbtxt("input", ENSEMBLE_INPUTS),
         "ensemble_outputs": to_pbtxt("output", ENSEMBLE_OUTPUTS),
-        "ensemble_input_map": identity_map("input_map", ENSEMBLE_INPUTS),
-        "ensemble_output_map": identity_map("output_map", ENSEMBLE_OUTPUTS),
     }
 
 

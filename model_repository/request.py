@@ -32,6 +32,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_generation_logits": (False,),
 }
 
+_MOST_VALUES = 1000
+MAX_STOP_WORDS = 64
+"""Every token is searched for each of them while all other requests wait."""
+
 
 def read_request(tensors: Tensors) -> GenerationRequest:
     """Raises `UserError` for what no engine of ours can answer."""
@@ -47,7 +51,7 @@ def read_request(tensors: Tensors) -> GenerationRequest:
         system=text(tensors, "system", DEFAULT_SYSTEM),
         max_num_tiles=scalar(tensors, "max_num_tiles", None),
         max_new_tokens=_max_tokens(tensors),
-        stop=tuple(decode(word, "stop_words") for word in strings(tensors, "stop_words")),
+        stop=_stop_words(tensors),
         end_ids=frozenset({end_id} if end_id >= 0 else ()),
         sampling=_sampling(tensors),
     )
@@ -55,6 +59,18 @@ def read_request(tensors: Tensors) -> GenerationRequest:
 
 def wants_stream(tensors: Tensors) -> bool:
     return bool(scalar(tensors, "stream", False))
+
+
+def asks_to_stop(tensors: Tensors) -> bool:
+    """As in TensorRT-LLM's backend: not a question, but the end of the request of the same id."""
+    return bool(scalar(tensors, "stop", False))
+
+
+def _stop_words(tensors: Tensors) -> tuple[str, ...]:
+    words = strings(tensors, "stop_words")
+    if len(words) > MAX_STOP_WORDS:
+        raise UserError(f"there are {len(words)} stop_words, expected {MAX_STOP_WORDS} at most")
+    return tuple(decode(word, "stop_words") for word in words)
 
 
 def _max_tokens(tensors: Tensors) -> int:
@@ -80,6 +96,7 @@ def _sampling(tensors: Tensors) -> SamplingParams:
 
 def _refuse_unsupported(tensors: Tensors) -> None:
     for name, neutral in _NEUTRAL.items():
-        values = tensors[name].reshape(-1).tolist() if name in tensors else []
-        if any(value not in neutral for value in values):
+        values = tensors[name].reshape(-1) if name in tensors else ()
+        # A large one is not looked through: a list of its values would be many times its size.
+        if len(values) > (_MOST_VALUES if neutral else 0) or any(v not in neutral for v in values):
             raise UserError(f"{name} is not supported by this server; leave it out")

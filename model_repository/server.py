@@ -19,6 +19,7 @@ from model_repository.program import Program, find_program
 from nvlm.errors import UserError
 
 EXIT_TIMEOUT_S = 20  # for requests under way
+NUM_BACKEND_THREADS = 512  # more than requests may be open
 STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 20.0
 
 
@@ -31,6 +32,11 @@ class Ports:
 
     def require_free(self) -> None:
         """Triton itself would wait, or serve the other ports."""
+        if len({self.http, self.grpc, self.metrics}) < 3:
+            raise UserError(
+                f"the ports {self.http}, {self.grpc} and {self.metrics} are not three; choose "
+                "others with --http_port, --grpc_port and --metrics_port"
+            )
         for flag, port in (
             ("--http_port", self.http),
             ("--grpc_port", self.grpc),
@@ -38,9 +44,10 @@ class Ports:
         ):
             try:
                 socket.create_server((self.address, port)).close()
-            except OSError as error:
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or error
                 raise UserError(
-                    f"port {port} of {self.address} cannot be used ({error.strerror}); choose "
+                    f"port {port} of {self.address} cannot be used ({reason}); choose "
                     f"another with {flag}"
                 ) from None
 
@@ -54,6 +61,10 @@ def server_command(
     """
     common = [str(program.path), *program.flags, f"--model-repository={repository}"]
     common += ["--disable-auto-complete-config", f"--exit-timeout-secs={EXIT_TIMEOUT_S}"]
+
+    # A call of another model holds a thread of its caller to its end, and so does a sent response;
+    # of the 32 that are Triton's own choice none is left when many are under way.
+    common += [f"--backend-config=python,thread-pool-size={NUM_BACKEND_THREADS}"]
 
     def rank_flags(rank: int) -> list[str]:
         flags = [
@@ -161,7 +172,8 @@ class TritonServer:
 
     def last_error(self) -> str:
         """What the log says last of an error, without Triton's own prefix and trace."""
-        lines = self.log.read_text(errors="replace").splitlines() or ["it wrote no log"]
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = lines or ["it wrote no log"]
         told = [line for line in lines if re.match(r"E\d{4} ", line) and "failed to load" in line]
         errors = told or [line for line in lines if line.startswith("error:")] or lines
         line = re.sub(r"^E\d{4} \S+ \d+ \S+ ", "", errors[-1].strip())

@@ -1,6 +1,7 @@
 """Many clients, one runner: requests from any thread share the decoder's steps.
 
-A request goes through three kinds of threads: some tile images and tokenise, one encodes images,
+A request goes through three kinds of threads: some tile images and tokenise (one only requests
+without images, which wait for no picture), one encodes images,
 one owns the decoder, so a picture that is decoded or encoded stops nobody's tokens. Requests
 without images pass by the encoder. What is accepted and not yet answered is bounded.
 """
@@ -74,15 +75,20 @@ class Server:
         self._open: set[Ticket] = set()
         self._lock = threading.Lock()
         self._to_prepare: SimpleQueue[Ticket | None] = SimpleQueue()
+        self._to_prepare_text: SimpleQueue[Ticket | None] = SimpleQueue()
         self._to_encode: SimpleQueue[tuple[Ticket, PreparedRequest] | None] = SimpleQueue()
         # None wakes the decoder's thread: something was cancelled, or the server closes.
         self._to_decode: SimpleQueue[tuple[Ticket, EncodedRequest] | None] = SimpleQueue()
         self._is_closing = False
         self._num_running = 0
         self._threads = [
-            *(threading.Thread(target=self._prepare_loop) for _ in range(num_preparing)),
+            *(
+                threading.Thread(target=self._prepare_loop, args=(self._to_prepare,))
+                for _ in range(num_preparing)
+            ),
+            threading.Thread(target=self._prepare_loop, args=(self._to_prepare_text,)),
             threading.Thread(target=self._encode_loop),
-            threading.Thread(target=self._decode_loop),
+            threading.Thread(target=self._run_decoder),
         ]
         for thread in self._threads:
             thread.start()
@@ -101,7 +107,8 @@ class Server:
         if is_full:
             self.metrics.add("nvlm_requests_total", label="busy")
             raise BusyError(f"the server is busy with {self._max_open} requests; try again later")
-        self._to_prepare.put(ticket)
+        is_text = all(isinstance(part, str) for part in request.content)
+        (self._to_prepare_text if is_text else self._to_prepare).put(ticket)
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -119,16 +126,23 @@ class Server:
 
     def close(self) -> None:
         """Refuses what is open and waits for the threads; the runner stays open."""
-        self._is_closing = True
-        for ticket in list(self._open):
-            self._fail(ticket, BusyError("the server is stopping; ask another"))
-            ticket.is_cancelled = True
+        self._refuse_all(BusyError("the server is stopping; ask another"))
         for _ in self._threads:
             self._to_prepare.put(None)
+        self._to_prepare_text.put(None)
         self._to_encode.put(None)
         self._to_decode.put(None)
         for thread in self._threads:
             thread.join()
+
+    def _refuse_all(self, error: Exception) -> None:
+        """Of now and from now on."""
+        with self._lock:
+            self._is_closing = True
+            tickets = list(self._open)
+        for ticket in tickets:
+            self._fail(ticket, error)
+            ticket.is_cancelled = True
 
     def _end(self, ticket: Ticket, outcome: Outcome) -> bool:
         """Whether the ticket was open; from here on it is not."""
@@ -159,8 +173,8 @@ class Server:
             self._end(ticket, "cancelled")
         return ticket.is_cancelled
 
-    def _prepare_loop(self) -> None:
-        while (ticket := self._to_prepare.get()) is not None:
+    def _prepare_loop(self, queue: SimpleQueue[Ticket | None]) -> None:
+        while (ticket := queue.get()) is not None:
             if self._is_dropped(ticket):
                 continue
             try:
@@ -184,6 +198,14 @@ class Server:
                 continue
             self.metrics.add("nvlm_tiles_total", encoded.num_tiles)
             self._to_decode.put((ticket, encoded))
+
+    def _run_decoder(self) -> None:
+        """Nobody waits for a decoder that has ended."""
+        try:
+            self._decode_loop()
+        except Exception as error:
+            logger.exception("the decoder's thread ended")
+            self._refuse_all(error)
 
     def _decode_loop(self) -> None:
         waiting: deque[tuple[Ticket, EncodedRequest]] = deque()

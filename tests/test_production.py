@@ -101,9 +101,13 @@ def answers(runner: Runner, asked: list[GenerationRequest]) -> list[list[int]]:
     return [found[index] for index in range(len(asked))]
 
 
-@pytest.fixture
-def runner(built: Any) -> Iterator[Runner]:
-    with Runner.open(built(), CUDA) as runner:
+@pytest.fixture(params=[1, 2, 8], ids="tp{}".format)
+def runner(
+    built: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Runner]:
+    """Rank 0 of each number of ranks, which is what answers."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    with Runner.open(built(request.param), CUDA, World(request.param, 0)) as runner:
         yield runner
 
 
@@ -175,14 +179,11 @@ class TestBuild:
 
 
 class TestAnswers:
-    @pytest.mark.parametrize("tp_size", [1, 2, 8])
     def test_a_batch_of_none_one_and_three_images_gets_the_torch_decoders_tokens(
-        self, built: Any, reference: Runner, monkeypatch: pytest.MonkeyPatch, tp_size: int
+        self, runner: Runner, reference: Runner
     ) -> None:
         expected = answers(reference, requests())
-        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-        with Runner.open(built(tp_size), CUDA, World(tp_size, 0)) as runner:
-            assert answers(runner, requests()) == expected
+        assert answers(runner, requests()) == expected
         assert len({tuple(tokens) for tokens in expected}) == len(expected)
 
     def test_two_pictures_with_equal_token_ids_are_told_apart_and_the_same_one_is_known_again(
@@ -237,12 +238,11 @@ class TestAnswers:
         assert deltas[-1].result.token_ids == expected
 
     def test_an_error_of_the_executor_fails_its_request_alone(
-        self, built: Any, reference: Runner, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+        self, runner: Runner, reference: Runner, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(doubles.executor, "faults", {2: "Prompt length exceeds maximum"})
         asked = requests()
-        with Runner.open(built(), CUDA) as runner:
-            found = dict(runner.generate_batch(asked))
+        found = dict(runner.generate_batch(asked))
         assert isinstance(found[1], UserError)
         assert "Prompt length exceeds maximum" in str(found[1])
         expected = answers(reference, asked)

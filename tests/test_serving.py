@@ -329,3 +329,19 @@ def test_many_threads_load_images_and_every_limit_holds(images: Images) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(load, range(150)))
     assert list(warnings.filters) == filters
+
+
+def test_a_decoder_that_ends_leaves_nobody_waiting(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not an error of a step, which fails that step's requests, but one of the loop itself."""
+    server, listener = Server(runner), Listener()
+    monkeypatch.setattr(server, "_step", lambda running: 1 / 0)
+    request = GenerationRequest.images_first("Hello?", ())
+    server.submit(request, listener)
+    assert isinstance(listener.first().error, ZeroDivisionError)
+    with pytest.raises(BusyError):
+        server.submit(request, listener)
+    server.close()
+    for request_id in list(runner._answers):
+        runner.cancel(request_id)

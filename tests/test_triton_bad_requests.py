@@ -18,6 +18,8 @@ from tests.test_bad_input_image import one_bit_png
 from tests.triton_server import Served, ask, tensors
 
 GOOD = PHOTO.read_bytes()
+EMPTY_PIXELS = np.zeros((1, 1, 0, 5, 3), np.uint8)
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 
 
 def pixel_png() -> bytes:
@@ -97,6 +99,9 @@ BAD: list[tuple[str, Make, str]] = [
         lambda: tensors("x", 4, image_input=half(1, 1, 3, 56, 56, value=float("nan"))),
         "not normalised",
     ),
+    ("empty_pixels", lambda: tensors("x", 4, image_bytes_input=EMPTY_PIXELS), "RGB pixels"),
+    ("eps", lambda: tensors("x", 4, image_bytes=[EPS]), "EPS is a program"),
+    ("stop_words", lambda: tensors("x", 4, stop_words=[b"a"] * 65), "65 stop_words"),
     (
         "video",
         lambda: tensors("x", 4, video_bytes_input=np.zeros((1, 2, 2, 2, 3), np.uint8)),

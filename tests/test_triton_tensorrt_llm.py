@@ -58,7 +58,13 @@ def put_unary(repository: Path) -> None:
             "nvlm_unary",
             (('name: "nvlm"', 'name: "nvlm_unary"'), ("decoupled: true", "decoupled: false")),
         ),
-        ("ensemble", (('model_name: "nvlm"', 'model_name: "nvlm_unary"'),)),
+        (
+            "ensemble",
+            (
+                ('string_value: "nvlm"', 'string_value: "nvlm_unary"'),
+                ("decoupled: true", "decoupled: false"),
+            ),
+        ),
     ):
         path = repository / model / "config.pbtxt"
         text = path.read_text()

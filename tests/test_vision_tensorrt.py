@@ -168,14 +168,7 @@ class TestBuilds:
         assert summary["network"][f"MATRIX_MULTIPLY {kind}"] == 2 * 6 + 1 + 2
         assert f"{num_fp8} FP8 products" in caplog.text, "the summary is printed"
 
-    @pytest.mark.parametrize(
-        "precision",
-        [
-            "FP8",
-            pytest.param("bfloat16", marks=pytest.mark.slow),
-            pytest.param("float16", marks=pytest.mark.slow),
-        ],
-    )
+    @pytest.mark.parametrize("precision", ["FP8", "bfloat16", "float16"])
     def test_internvit_builds_at_its_width(self, tmp_path: Path, precision: str) -> None:
         from build.engines.vision_tensorrt import TensorrtOptions, TileProfile, build_vision
         from nvlm.tensorrt_package import load_tensorrt

@@ -13,14 +13,14 @@ import triton_python_backend_utils as pb_utils
 
 from model_repository.models.bls import BlsDecoderExecutor, BlsVisionExecutor
 from model_repository.models.delivery import Client, Delivery, error_response, send_last
-from model_repository.request import read_request, wants_stream
+from model_repository.request import asks_to_stop, read_request, wants_stream
 from model_repository.signature import NVLM_INPUTS
 from nvlm.command_line import resolve_device
 from nvlm.errors import UserError
 from nvlm.inputs.images import ignore_remarks
 from runtime.engine_dir import EngineDir
 from runtime.runner import Runner
-from runtime.serving import Server
+from runtime.serving import BusyError, Server
 
 
 class TritonPythonModel:
@@ -53,8 +53,15 @@ class TritonPythonModel:
         sender = request.get_response_sender()
         try:
             tensors = _tensors(request)
+            if asks_to_stop(tensors):
+                self._delivery.stop(request.request_id())
+                send_last(sender, pb_utils.InferenceResponse(output_tensors=[]))
+                return
             client = Client(
-                sender, wants_stream(tensors), frozenset(request.requested_output_names())
+                sender,
+                wants_stream(tensors),
+                frozenset(request.requested_output_names()),
+                request.request_id(),
             )
             if client.streams and not self._is_decoupled:
                 raise UserError(
@@ -64,6 +71,8 @@ class TritonPythonModel:
                 read_request(tensors), lambda answer: self._delivery.put(client, answer)
             )
         except Exception as error:
+            if isinstance(error, UserError) and not isinstance(error, BusyError):
+                self._server.metrics.add("nvlm_requests_total", label="refused")
             send_last(sender, error_response(error))
             return
         self._delivery.watch(client, ticket)

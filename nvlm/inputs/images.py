@@ -98,6 +98,8 @@ def _from_pixels(pixels: NDArray[np.uint8], name: str) -> Image.Image:
 
 def _decode(source: Path | bytes, apply_exif: bool) -> Image.Image:
     with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+        if image.format == "EPS":  # Pillow would start Ghostscript on it
+            raise ValueError("EPS is a program")
         width, height = image.size
         if width * height > MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
