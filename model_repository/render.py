@@ -17,6 +17,7 @@ from model_repository.signature import (
     ENSEMBLE_OUTPUTS,
     NVLM_INPUTS,
     NVLM_OUTPUTS,
+    identity_map,
     to_pbtxt,
 )
 from runtime.engine_dir import EngineDir
@@ -28,13 +29,10 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 # Model -> the module that holds its code, if it is Python's.
 _MODELS: dict[Form, dict[str, str | None]] = {
-    "torch": {
-        "nvlm": "model_repository.models.nvlm",
-        "ensemble": "model_repository.models.ensemble",
-    },
+    "torch": {"nvlm": "model_repository.models.nvlm", "ensemble": None},
     "tensorrt_llm": {
         "nvlm": "model_repository.models.nvlm",
-        "ensemble": "model_repository.models.ensemble",
+        "ensemble": None,
         "vision": "model_repository.models.vision",
         "tensorrt_llm": None,
     },
@@ -93,6 +91,8 @@ def _values(engine: EngineDir, options: ServeOptions) -> dict[str, object]:
         "nvlm_outputs": to_pbtxt("output", NVLM_OUTPUTS),
         "ensemble_inputs": to_pbtxt("input", ENSEMBLE_INPUTS),
         "ensemble_outputs": to_pbtxt("output", ENSEMBLE_OUTPUTS),
+        "ensemble_input_map": identity_map("input_map", ENSEMBLE_INPUTS),
+        "ensemble_output_map": identity_map("output_map", ENSEMBLE_OUTPUTS),
     }
 
 

@@ -61,11 +61,6 @@ def wants_stream(tensors: Tensors) -> bool:
     return bool(scalar(tensors, "stream", False))
 
 
-def asks_to_stop(tensors: Tensors) -> bool:
-    """As in TensorRT-LLM's backend: not a question, but the end of the request of the same id."""
-    return bool(scalar(tensors, "stop", False))
-
-
 def _stop_words(tensors: Tensors) -> tuple[str, ...]:
     words = strings(tensors, "stop_words")
     if len(words) > MAX_STOP_WORDS:

@@ -19,7 +19,6 @@ from model_repository.program import Program, find_program
 from nvlm.errors import UserError
 
 EXIT_TIMEOUT_S = 20  # for requests under way
-NUM_BACKEND_THREADS = 512  # more than requests may be open
 STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 20.0
 
 
@@ -61,10 +60,6 @@ def server_command(
     """
     common = [str(program.path), *program.flags, f"--model-repository={repository}"]
     common += ["--disable-auto-complete-config", f"--exit-timeout-secs={EXIT_TIMEOUT_S}"]
-
-    # A call of another model holds a thread of its caller to its end, and so does a sent response;
-    # of the 32 that are Triton's own choice none is left when many are under way.
-    common += [f"--backend-config=python,thread-pool-size={NUM_BACKEND_THREADS}"]
 
     def rank_flags(rank: int) -> list[str]:
         flags = [

@@ -49,7 +49,6 @@ NVLM_INPUTS = (
     *_specs("TYPE_STRING", (-1,), "image_bytes image_base64"),
     *_specs("TYPE_STRING", (1,), "system"),
     *_specs("TYPE_INT32", (1,), "max_num_tiles"),
-    *_specs("TYPE_BOOL", (1,), "stop"),
 )
 
 ENSEMBLE_OUTPUTS = (
@@ -74,4 +73,11 @@ def to_pbtxt(field: str, specs: tuple[TensorSpec, ...]) -> str:
         f'{field} {{ name: "{spec.name}" data_type: {spec.data_type} dims: {list(spec.dims)}'
         + (" optional: true }" if field == "input" and spec.optional else " }")
         for spec in specs
+    )
+
+
+def identity_map(field: str, specs: tuple[TensorSpec, ...]) -> str:
+    """An ensemble step's `input_map` or `output_map` that keeps every name."""
+    return "\n".join(
+        f'      {field} {{ key: "{spec.name}" value: "{spec.name}" }}' for spec in specs
     )

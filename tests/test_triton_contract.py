@@ -76,14 +76,18 @@ def test_ensemble_has_the_signature_of_tensorrt_llms(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_ensemble_hands_every_tensor_on_to_one_that_knows_it(
+def test_ensemble_hands_every_tensor_on_under_its_name(
     engine_dir: Path, tmp_path: Path, form: Form
 ) -> None:
     configs = repository(engine_dir, tmp_path, form)
     ensemble, nvlm = configs["ensemble"], configs["nvlm"]
-    assert ensemble.parameters["model"].string_value == "nvlm"
-    assert ensemble.model_transaction_policy == nvlm.model_transaction_policy
-    for tensors, inner in ((ensemble.input, nvlm.input), (ensemble.output, nvlm.output)):
+    (step,) = ensemble.ensemble_scheduling.step
+    assert step.model_name == "nvlm"
+    for tensors, mapped, inner in (
+        (ensemble.input, step.input_map, nvlm.input),
+        (ensemble.output, step.output_map, nvlm.output),
+    ):
+        assert dict(mapped) == {tensor.name: tensor.name for tensor in tensors}
         assert tensors_of(tensors).items() <= tensors_of(inner).items()
 
 

@@ -125,16 +125,15 @@ def test_streamed_pieces_come_one_after_another(triton_server: Served) -> None:
     assert answer.times[0] - answer.sent < 0.5 * (answer.times[-1] - answer.sent)
 
 
-@pytest.mark.parametrize("model", ["nvlm", "ensemble"])
 def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(
-    triton_server: Served, questions: list[Question], expected: list[str], model: str
+    triton_server: Served, questions: list[Question], expected: list[str]
 ) -> None:
     before = settled(triton_server)
     with Stream(triton_server) as other:
         other.send("kept", questions[19].inputs)
         with Stream(triton_server) as stream:
             for i in range(8):
-                stream.send(f"gone{i}", tensors("Tell me everything.", 2000, stream=True), model)
+                stream.send(f"gone{i}", tensors("Tell me everything.", 2000, stream=True))
             under_way = set()
             while len(under_way) < 8:
                 under_way.add(stream.take())
@@ -155,8 +154,8 @@ def test_a_client_that_hangs_up_over_http_frees_its_slot(triton_server: Served) 
         connection.sendall(head.encode() + body)
         assert b"200 OK" in connection.recv(1000)
         triton_server.wait_for_sample(RUNNING, 1)  # else 0 below might be from before
+    triton_server.wait_for_sample(cancelled, before.get(cancelled, 0.0) + 1)
     triton_server.wait_for_sample(RUNNING, 0, timeout_s=3)
-    assert triton_server.samples()[cancelled] == before.get(cancelled, 0.0) + 1
 
 
 def test_a_full_server_says_busy_and_recovers(triton_server: Served) -> None:

@@ -58,13 +58,7 @@ def put_unary(repository: Path) -> None:
             "nvlm_unary",
             (('name: "nvlm"', 'name: "nvlm_unary"'), ("decoupled: true", "decoupled: false")),
         ),
-        (
-            "ensemble",
-            (
-                ('string_value: "nvlm"', 'string_value: "nvlm_unary"'),
-                ("decoupled: true", "decoupled: false"),
-            ),
-        ),
+        ("ensemble", (('model_name: "nvlm"', 'model_name: "nvlm_unary"'),)),
     ):
         path = repository / model / "config.pbtxt"
         text = path.read_text()

@@ -19,7 +19,7 @@ from runtime.serving import Answer, BusyError, Server, Ticket
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.05  # how soon a cancelled client is noticed
+_TICK_S = 0.05  # how soon a cancelled client is noticed
 _TICKS_PER_EXPORT = 5
 _CLOSE_TIMEOUT_S = 1.0
 
@@ -31,9 +31,7 @@ class Client:
     sender: Any
     streams: bool
     outputs: frozenset[str]
-    request_id: str
     is_done: bool = False
-    is_stopped: bool = False
 
 
 class Delivery:
@@ -56,12 +54,6 @@ class Delivery:
         """From now on the request is cancelled when its client goes away."""
         self._queue.put((client, ticket))
 
-    def stop(self, request_id: str) -> None:
-        """Cancels the requests of this id; one that is not watched yet is not found."""
-        for client in list(self._tickets):
-            if client.request_id == request_id:
-                client.is_stopped = True
-
     def close(self) -> None:
         """Ends the thread. Triton answers no metrics and no `is_cancelled` any more while a model
         is finalized, so one that waits for such an answer is left behind."""
@@ -72,7 +64,7 @@ class Delivery:
         while True:
             item: tuple[Client, Answer | Ticket] | None = None
             with suppress(Empty):
-                if (item := self._queue.get(timeout=TICK_S)) is None:
+                if (item := self._queue.get(timeout=_TICK_S)) is None:
                     return
             try:
                 if item is not None:
@@ -85,7 +77,7 @@ class Delivery:
         """Now and then, looks for clients that are gone and tells the metrics."""
         if (now := time.monotonic()) < self._next_tick:
             return
-        self._next_tick = now + TICK_S
+        self._next_tick = now + _TICK_S
         self._num_ticks += 1
         self._cancel_those_gone()
         if self._num_ticks % _TICKS_PER_EXPORT == 0:
@@ -105,7 +97,7 @@ class Delivery:
 
     def _cancel_those_gone(self) -> None:
         for client, ticket in list(self._tickets.items()):
-            if client.is_stopped or client.sender.is_cancelled():
+            if client.sender.is_cancelled():
                 self._server.cancel(ticket)
                 self._finish(client, _error("cancelled by the client", "CANCELLED"))
 

@@ -13,7 +13,7 @@ import triton_python_backend_utils as pb_utils
 
 from model_repository.models.bls import BlsDecoderExecutor, BlsVisionExecutor
 from model_repository.models.delivery import Client, Delivery, error_response, send_last
-from model_repository.request import asks_to_stop, read_request, wants_stream
+from model_repository.request import read_request, wants_stream
 from model_repository.signature import NVLM_INPUTS
 from nvlm.command_line import resolve_device
 from nvlm.errors import UserError
@@ -53,15 +53,8 @@ class TritonPythonModel:
         sender = request.get_response_sender()
         try:
             tensors = _tensors(request)
-            if asks_to_stop(tensors):
-                self._delivery.stop(request.request_id())
-                send_last(sender, pb_utils.InferenceResponse(output_tensors=[]))
-                return
             client = Client(
-                sender,
-                wants_stream(tensors),
-                frozenset(request.requested_output_names()),
-                request.request_id(),
+                sender, wants_stream(tensors), frozenset(request.requested_output_names())
             )
             if client.streams and not self._is_decoupled:
                 raise UserError(

@@ -7,7 +7,6 @@ nothing but the requests' ids, tables, extra ids and settings, so a wrong one sh
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -23,6 +21,7 @@ from tests.doubles import api
 from tests.doubles.cuda import CudaDouble
 from tests.doubles.executor import make_executor_module
 from tests.doubles.tensorrt import make_tensorrt
+from tests.modules import importable
 from tests.reference.tensorrt_llm_tensors import expected_tensors, stored_tensors
 
 VERSION = "1.2.1"
@@ -49,7 +48,7 @@ def installed(rtx: Any, num_gpus: int = 8, memory_bytes: int = 80 << 30) -> Iter
         modules["tensorrt"] = make_tensorrt(rtx, gpu)
         for name, module in modules.items():
             module.__spec__ = ModuleSpec(name, None)
-        with patch.dict(sys.modules, modules):
+        with importable(modules):
             yield Doubles(gpu, modules["tensorrt"], modules["tensorrt_llm"], builds, executor)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import enum
 import io
-import sys
 import types
 from argparse import Namespace
 from collections import OrderedDict
@@ -19,12 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from tests.modules import importable
 from tests.reference.safetensors_numpy import read_config
 
 VISION_HEAD_DIM = 128
@@ -253,7 +252,7 @@ def _importable_classes() -> Iterator[None]:
             name = ".".join(path[:end])
             modules.setdefault(name, types.ModuleType(name))
         setattr(modules[cls.__module__], cls.__name__, cls)
-    with patch.dict(sys.modules, modules):
+    with importable(modules):
         yield
 
 
