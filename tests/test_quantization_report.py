@@ -22,7 +22,7 @@ from build.sources.hugging_face import HuggingFaceSource
 from nvlm import fp8
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.linear import QuantizableLinear
-from tests.command import CONVERT, run_command
+from tests.command import CONVERT, one_line_error, run_command
 from tests.conftest import TINY
 from tests.reference import fp8_e4m3, qwen2_hugging_face
 from tests.tolerances import FP8_LINEAR, FP8_LINEAR_ELSEWHERE, relative_error
@@ -209,3 +209,14 @@ def test_text_calibrates_the_decoder_alone(model_dir: Path, tmp_path: Path) -> N
     assert report.num_samples == 2
     assert all(row.linear.startswith("transformer.") for row in report.linears)
     assert not (tmp_path / "out" / "vision" / "scales.safetensors").exists()
+
+
+@pytest.mark.parametrize("text", ["# no JSON", "{}"])
+def test_a_cache_that_is_no_report_is_refused_with_what_to_give(
+    tmp_path: Path, model_dir: Path, text: str
+) -> None:
+    (tmp_path / "cache").write_text(text)
+    flags = ("--model_dir", model_dir, "--output_dir", tmp_path / "new")
+    result = run_command(CONVERT, *flags, "--calib_cache", tmp_path / "cache")
+    one_line_error(result, str(tmp_path / "cache"), "quantization_report.json", "--calib_cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

@@ -92,7 +92,11 @@ class QuantizationReport:
     @classmethod
     def read(cls, path: Path) -> QuantizationReport:
         """Raises `UserError` for a file that no conversion of this version wrote."""
-        values = read_json_object(path)
+        advice = f"give the {FILE_NAME} of an earlier conversion as --calib_cache"
+        try:
+            values = read_json_object(path)
+        except UserError as error:
+            raise UserError(f"{error}; {advice}") from None
         try:
             attentions = [dict(row) for row in values["attention"]]
             for row in attentions:
@@ -105,8 +109,7 @@ class QuantizationReport:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path} is no quantization report of this version ({error!r}); give the "
-                f"{FILE_NAME} of an earlier conversion"
+                f"{path} is no quantization report of this version ({error!r}); {advice}"
             ) from None
 
 
