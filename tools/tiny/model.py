@@ -43,6 +43,8 @@ TOKEN_LABELS = (NUM_LABELS, NO_INDEX + 1, NUM_TILE_LABELS, NUM_COLOURS)
 """Classes of the image tokens' dense losses: content, index, tile, colour."""
 _LABELLED_LAYER = 3
 """Decoder layers before the dense losses, so that later layers can use what they teach."""
+_PROBED_LAYER = 4
+"""Decoder layers before a probe names its tile: one layer is left to pass that on."""
 _SHARD_BYTES = 12_000_000
 
 
@@ -56,6 +58,7 @@ class TinyNVLM(nn.Module):
         self.patch_labels = nn.Linear(vision.hidden_size, NUM_LABELS + NUM_COLOURS)
         size = self.config.decoder.hidden_size
         self.token_labels = nn.Linear(size, sum(TOKEN_LABELS))
+        self.probe_labels = nn.Linear(size, NUM_TILE_LABELS)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -71,8 +74,8 @@ class TinyNVLM(nn.Module):
 
     def decode(
         self, token_ids: Tensor, image_embeddings: Tensor | None, first_rows: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Last hidden states [B, T, H], and the image tokens' states of the labelled layer.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Last hidden states [B, T, H], the image tokens' labelled ones and the probed ones.
 
         token_ids: [B, T]; image_embeddings: [B, tiles, tokens, H] in the order of the prompt;
         first_rows: position of each tile's first token, the same for all of the batch.
@@ -90,7 +93,7 @@ class TinyNVLM(nn.Module):
             inputs_embeds=inputs, output_hidden_states=True, use_cache=False
         )
         labelled = output.hidden_states[_LABELLED_LAYER].index_select(1, positions)
-        return output.last_hidden_state, labelled
+        return output.last_hidden_state, labelled, output.hidden_states[_PROBED_LAYER]
 
 
 def _qwen2_config(config: NVLMConfig) -> Qwen2Config:

@@ -31,6 +31,7 @@ _SHUFFLED_SHARE = 0.3
 _TEXT_SHARE = 0.04
 _ONE_TILE_SHARE = 0.2
 _PAGE_SHARE = 0.15
+_PROBES = 6
 
 
 @dataclass(slots=True)
@@ -49,6 +50,8 @@ class TrainingBatch:
     targets: NDArray[np.int64] | None = None
     tile_order: NDArray[np.int64] | None = None
     first_rows: tuple[int, ...] = ()
+    probe_rows: NDArray[np.int64] | None = None
+    probe_tiles: NDArray[np.int64] | None = None
 
 
 class PromptEncoder:
@@ -99,6 +102,29 @@ class PromptEncoder:
             batch.answer_rows[i, : len(target)] = len(prompt) - 1 + np.arange(len(target))
             batch.targets[i, : len(target)] = target
         batch.token_ids = token_ids
+
+    def add_probes(self, batch: TrainingBatch, random: np.random.Generator) -> None:
+        """Digits behind the answers, where no answer sees them, for a dense loss."""
+        assert batch.scenes is not None
+        assert batch.token_ids is not None
+        assert batch.answer_rows is not None
+        num_tiles = batch.scenes.grid[0] * batch.scenes.grid[1]
+        shown = batch.scenes.tile_lines.characters[:, 0].reshape(-1, num_tiles)
+        batch.probe_tiles = random.integers(num_tiles, size=(len(shown), _PROBES))
+        batch.probe_rows = np.zeros_like(batch.probe_tiles)
+        digits = np.array(self.digits)
+        for nth, tiles in enumerate(batch.probe_tiles):
+            index = batch.scenes.num_text + nth
+            token_ids = batch.token_ids[index]
+            behind = int(batch.answer_rows[index].max()) + 2
+            batch.probe_rows[nth] = behind + np.arange(_PROBES)
+            token_ids[batch.probe_rows[nth]] = digits[shown[nth, tiles]]
+            if batch.tasks[index] == "which_tile":
+                question = token_ids[: batch.answer_rows[index, 0]]
+                tiles[0] = int(batch.scenes.answer[index].split()[1]) - 1
+                batch.probe_rows[nth, 0] = np.flatnonzero(question == digits[shown[nth, tiles[0]]])[
+                    -1
+                ]
 
     def shuffle_tiles(self, batch: TrainingBatch, random: np.random.Generator) -> None:
         """Puts tiles with their tags into another order, so that only the tag tells the place."""
@@ -169,6 +195,8 @@ def make_batch(
     scenes = sampler.scenes(grid, num_tiles_per_batch // num_tiles)
     batch = TrainingBatch(scenes, scenes.task)
     encoder.encode(batch, scenes.question, scenes.answer, num_tiles, style)
+    if num_tiles > 1:
+        encoder.add_probes(batch, random)
     batch.tile_order = np.tile(np.arange(num_tiles), (len(scenes.task), 1))
     if num_tiles > 1 and random.random() < _SHUFFLED_SHARE:
         encoder.shuffle_tiles(batch, random)

@@ -132,7 +132,7 @@ class SceneSampler:
         num_tiles = grid[0] * grid[1]
         num_two_lines = round(0.17 * num_scenes)
         num_shapes = round(0.09 * num_scenes)
-        num_tile_scenes = round(0.17 * num_scenes) if num_tiles > 1 else 0
+        num_tile_scenes = round(0.2 * num_scenes) if num_tiles > 1 else 0
         num_text = num_scenes - num_shapes - num_tile_scenes
         batch = SceneBatch(
             grid,

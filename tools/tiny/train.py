@@ -194,17 +194,19 @@ class Trainer:
         embeddings: Tensor | None,
         dense: tuple[Picture, dict[str, Tensor]] | None,
     ) -> Tensor:
-        logits, labelled, order = self._logits(batch, embeddings)
+        logits, labelled, probed, order = self._logits(batch, embeddings)
         assert batch.targets is not None
         if dense is not None:
             picture, losses = dense
             losses |= self._token_losses(picture, labelled, order)
+            if batch.probe_rows is not None:
+                losses["probe"] = 0.2 * self._probe_loss(batch, probed)
         targets = torch.from_numpy(batch.targets).to(self.device)
         return cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def _logits(
         self, batch: TrainingBatch, embeddings: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert batch.token_ids is not None
         assert batch.answer_rows is not None
         token_ids = torch.from_numpy(batch.token_ids).to(self.device)
@@ -213,10 +215,22 @@ class Trainer:
             assert batch.tile_order is not None
             order = torch.from_numpy(batch.tile_order).to(self.device)
             embeddings = _in_order(embeddings, order)
-        hidden, labelled = self.model.decode(token_ids, embeddings, list(batch.first_rows))
+        hidden, labelled, probed = self.model.decode(token_ids, embeddings, list(batch.first_rows))
         rows = torch.from_numpy(batch.answer_rows).to(self.device)[:, :, None]
         answers = hidden.gather(1, rows.expand(-1, -1, hidden.shape[2]))
-        return self.model.decoder.lm_head(answers), labelled, order
+        return self.model.decoder.lm_head(answers), labelled, probed, order
+
+    def _probe_loss(self, batch: TrainingBatch, probed: Tensor) -> Tensor:
+        """Each probe, a digit that one tile shows, names this tile."""
+        assert batch.scenes is not None
+        assert batch.probe_rows is not None
+        assert batch.probe_tiles is not None
+        rows = torch.from_numpy(batch.probe_rows).to(self.device)
+        first = batch.scenes.num_text
+        probed = probed[first : first + len(rows)]
+        states = probed.gather(1, rows[:, :, None].expand(-1, -1, probed.shape[2]))
+        tiles = torch.from_numpy(batch.probe_tiles).to(self.device)
+        return cross_entropy(self.model.probe_labels(states).flatten(0, 1).float(), tiles.flatten())
 
     def _token_losses(self, picture: Picture, labelled: Tensor, order: Tensor) -> dict[str, Tensor]:
         """Each image token names its character, its index in the line, its tile and its colour."""
@@ -254,7 +268,7 @@ class Trainer:
                 # Not the compiled encoder, which would be compiled again without gradients.
                 picture, hidden = self._see(batch, self.model.vision.vision_model)
                 embeddings = self.model.vision.project(hidden).unflatten(0, picture.tiles.shape[:2])
-                logits, _, _ = self._logits(batch, embeddings)
+                logits, _, _, _ = self._logits(batch, embeddings)
             targets = torch.from_numpy(batch.targets).to(self.device)
             hits = ((logits.argmax(-1) == targets) | (targets == -100)).all(1).tolist()
             for task, hit in zip(batch.tasks, hits, strict=True):
