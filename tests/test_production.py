@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,9 @@ from PIL import Image, ImageOps
 from build.checkpoint.convert import ConvertOptions
 from build.engines.build import BuildRun, build_engine
 from build.engines.specification import BuildOptions, specify
+from nvlm import tensorrt_llm_package
 from nvlm.errors import UserError
+from nvlm.tensorrt_package import make_logger
 from runtime.decoder.executor import (
     DecoderOptions,
     DecoderRequest,
@@ -132,6 +135,57 @@ class TestBuild:
             "compute_capability": "9.0",
         }
 
+    def test_one_profile_reaches_from_a_tile_over_a_request_to_a_batch(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        plan = (built() / "vision" / "model.engine").read_bytes()
+        engine = doubles.tensorrt.Runtime(make_logger(doubles.tensorrt)).deserialize_cuda_engine(
+            plan
+        )
+        shapes = engine.get_tensor_profile_shape("tiles", 0)
+        assert [shape[0] for shape in shapes] == [1, OPTIONS.max_num_images * 7, 8 * 7]
+
+    def test_timings_of_an_earlier_build_are_read_by_the_next(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        """Of the decoder; test_vision_tensorrt says so of the vision engine."""
+        options = replace(OPTIONS, vision="torch", vision_precision=None)
+        spec = specify(checkpoint(workshop, 1), options, CUDA, GPU_BYTES)
+        cache = str(tmp_path / "timings" / "llm.cache")
+        for name, expected in (("first", None), ("second", cache)):
+            run = BuildRun(timing_cache=tmp_path / "timings")
+            build_engine(spec, tmp_path / name, options, run)
+            config = doubles.builds[-1]["build_config"]
+            assert (config.input_timing_cache, config.output_timing_cache) == (expected, cache)
+
+    @pytest.mark.parametrize("version", ["1.2.0", "1.3.0rc29"])
+    def test_auto_looks_at_the_version_of_tensorrt_llm(
+        self,
+        workshop: Workshop,
+        doubles: Doubles,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        version: str,
+    ) -> None:
+        monkeypatch.setattr(tensorrt_llm_package, "installed_version", lambda: version)
+        with caplog.at_level(logging.INFO):
+            spec = specify(checkpoint(workshop, 1), OPTIONS, CUDA, GPU_BYTES)
+        assert spec.decoder == "torch"
+        assert f"decoder: torch (tensorrt_llm {version} is installed, expected 1.2.1)" in (
+            caplog.text
+        )
+        asked = replace(OPTIONS, decoder="tensorrt_llm")
+        with pytest.raises(UserError, match=f"{version} is installed, expected 1.2.1: pip install"):
+            specify(checkpoint(workshop, 1), asked, CUDA, GPU_BYTES)
+
+    def test_another_gpu_than_hopper_is_refused_by_the_builder_as_by_the_doctor(
+        self, workshop: Workshop, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doubles.gpu, "capability", (8, 9))
+        asked = replace(OPTIONS, decoder="tensorrt_llm")
+        with pytest.raises(UserError, match=r"capability 8\.9, its FP8 engines are for Hopper"):
+            specify(checkpoint(workshop, 1), asked, CUDA, GPU_BYTES)
+
     def test_the_prompt_table_holds_a_whole_batch_of_the_largest_requests(
         self, built: Any, doubles: Doubles
     ) -> None:
@@ -215,6 +269,12 @@ class TestAnswers:
         assert len(runs) == len(THREE_IMAGES.paths)
         counts = [sum(number == run for number in extra) for run in runs]
         assert counts == [4 * tiles for tiles in THREE_IMAGES.num_tiles]
+
+    def test_the_time_of_vision_ends_when_the_gpu_has_done_it(
+        self, runner: Runner, doubles: Doubles
+    ) -> None:
+        runner.encode(runner.prepare(requests()[1]))
+        assert not doubles.gpu.is_busy
 
     def test_streaming_gives_the_text_piece_by_piece(self, runner: Runner) -> None:
         request = requests()[1]
@@ -420,6 +480,7 @@ class TestCommands:
         reference: Runner,
         tmp_path: Path,
         capfd: pytest.CaptureFixture[str],
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         path = tmp_path / "engine"
         built = run_command(
@@ -429,6 +490,12 @@ class TestCommands:
         )
         assert built.exit_code == 0, built.stderr
         assert built.stdout == ""
+        summary = json.loads((path / "vision" / "summary.json").read_text())
+        assert summary["engine"] == {"gemm Half": 1}, "what the double's inspector says"
+        engine_bytes = (path / "vision" / "model.engine").stat().st_size
+        assert summary["engine_bytes"] == engine_bytes
+        assert "1 compiled layers, 0 FP8 products" in caplog.text
+        assert "1 gemm Half" in caplog.text
         assert "[TensorRT-LLM]" not in capfd.readouterr().out, "stdout belongs to answers"
         question = ("--prompt", SEVEN_TILES.text, "--image", *SEVEN_TILES.paths)
         asked = run_command(
