@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from PIL import Image, ImageOps
 from build.checkpoint.convert import ConvertOptions
 from build.engines.build import BuildRun, build_engine
 from build.engines.specification import BuildOptions, specify
-from nvlm import tensorrt_llm_package
+from nvlm import command_line, tensorrt_llm_package
 from nvlm.errors import UserError
 from nvlm.tensorrt_package import make_logger
 from runtime.decoder.executor import (
@@ -38,8 +39,9 @@ from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult
 from runtime.worker import run_worker
 from tests.cases import QUESTIONS, SEVEN_TILES, THREE_IMAGES
-from tests.command import BUILD, ROOT, RUN, one_line_error, run_command
+from tests.command import BUILD, ROOT, RUN, one_line_error, run_command, script
 from tests.conftest import TINY, Workshop
+from tests.doubles.ranks import mpirun
 from tests.doubles.tensorrt_llm import Doubles, installed
 from tests.tolerances import FLOAT16_ONNX, FP8_LOGITS
 
@@ -106,11 +108,18 @@ def answers(runner: Runner, asked: list[GenerationRequest]) -> list[list[int]]:
 
 @pytest.fixture(params=[1, 2, 8], ids="tp{}".format)
 def runner(
-    built: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    built: Any, doubles: Doubles, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Runner]:
-    """Rank 0 of each number of ranks, which is what answers."""
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    with Runner.open(built(request.param), CUDA, World(request.param, 0)) as runner:
+    """Rank 0, with the other ranks working beside it."""
+    size, path = request.param, built(request.param)
+
+    def work(rank: int) -> None:
+        run_worker(path, CUDA, World(size, rank), DecoderOptions())
+
+    with (
+        mpirun(doubles.executor, size, work, tmp_path),
+        Runner.open(path, CUDA, World(size, 0)) as runner,
+    ):
         yield runner
 
 
@@ -378,14 +387,6 @@ class TestLoad:
         gc.collect()
         assert opened() is None
 
-    def test_the_other_ranks_load_their_engine_and_wait(
-        self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
-        run_worker(built(2), CUDA, World(2, 1), DecoderOptions())
-        worker = doubles.executor.executors[-1]
-        assert (worker.rank, worker.closed, worker.requests) == (1, True, {})
-
     @pytest.mark.parametrize(
         ("package", "version"),
         [("tensorrt", "10.13.3.9"), ("tensorrt_llm", "1.2.0"), ("tensorrt_llm", "1.3.0rc29")],
@@ -529,16 +530,6 @@ class TestCommands:
         assert again.exit_code == 0, again.stderr
         assert len(doubles.builds) == num_builds, "up to date"
 
-    def test_a_rank_that_does_not_lead_says_nothing(
-        self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = built(2)
-        monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
-        result = run_command(RUN, "--engine_dir", path, "--prompt", "What?")
-        assert (result.exit_code, result.stdout) == (0, ""), result.stderr
-        assert doubles.executor.executors[-1].rank == 1
-
     def test_an_engine_too_large_is_refused_in_one_line(
         self, workshop: Workshop, doubles: Doubles, tmp_path: Path
     ) -> None:
@@ -549,6 +540,77 @@ class TestCommands:
         )
         one_line_error(result, "a rank needs", "larger --tp_size")
         assert list(tmp_path.iterdir()) == []
+
+
+class TestRanks:
+    """`mpirun -n N run.py`: the same command line on every rank."""
+
+    @pytest.mark.parametrize("tp_size", [2, 8])
+    def test_all_ranks_work_and_the_leader_alone_talks(
+        self, built: Any, doubles: Doubles, reference: Runner, tmp_path: Path, tp_size: int
+    ) -> None:
+        lines = [
+            {"id": i, "prompt": q.text, "images": list(map(str, q.paths))}
+            for i, q in enumerate(QUESTIONS)
+        ]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        answered = tmp_path / "out.jsonl"
+        flags = (
+            *("--engine_dir", built(tp_size), "--max_new_tokens", NEW_TOKENS),
+            *("--input_file", tmp_path / "in.jsonl", "--output_file", answered),
+        )
+        with mpirun(doubles.executor, tp_size, command(*flags), tmp_path) as ranks:
+            result = run_command(RUN, *flags)
+        assert result.exit_code == 0, result.stderr
+        found = [json.loads(line)["token_ids"] for line in answered.read_text().splitlines()]
+        assert found == answers(reference, requests())
+        assert [rank.told for rank in ranks] == [""] * (tp_size - 1)
+
+    def test_compare_closes_the_ranks_before_the_reference_is_loaded(
+        self, built: Any, doubles: Doubles, reference: Runner, tmp_path: Path
+    ) -> None:
+        flags = (
+            *("--engine_dir", built(2), "--compare", reference.engine.directory, "--json"),
+            *("--prompt", "What?", "--max_new_tokens", NEW_TOKENS),
+        )
+        with mpirun(doubles.executor, 2, command(*flags), tmp_path):
+            result = run_command(RUN, *flags)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["num_equal"] == 1
+
+    def test_a_mistake_on_rank_0_ends_all_ranks(
+        self, built: Any, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        flags = ("--engine_dir", built(2), "--prompt", "x", "--image", tmp_path / "none.jpg")
+        with mpirun(doubles.executor, 2, command(*flags), tmp_path) as ranks:
+            result = run_command(RUN, *flags)
+        one_line_error(result, "none.jpg")
+        assert ranks[0].told == ""
+
+    def test_a_rank_that_dies_is_an_error_and_no_wait_for_ever(
+        self, built: Any, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        """Of the double: else a worker that does nothing would pass above."""
+        path = built(2)
+        with (
+            pytest.raises(RuntimeError, match="rank 1 has ended"),
+            mpirun(doubles.executor, 2, lambda rank: None, tmp_path),
+        ):
+            Runner.open(path, CUDA, World(2, 0))
+
+    def test_an_engine_does_not_open_alone(self, built: Any) -> None:
+        with pytest.raises(AssertionError, match="all ranks of an engine run together"):
+            Runner.open(built(2), CUDA, World(2, 0))
+
+
+def command(*flags: object) -> Callable[[int], None]:
+    """`run.py` with these flags on a rank of its own process."""
+
+    def work(rank: int) -> None:
+        sys.argv = ["run.py", *map(str, flags)]
+        command_line.run(script(RUN).main, rank=rank)
+
+    return work
 
 
 def test_the_memory_table_says_which_gpus_hold_the_72b_model() -> None:
