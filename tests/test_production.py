@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -454,21 +455,97 @@ def test_a_directory_up_to_date_is_not_built_again_but_another_version_is(
     assert not is_up_to_date(spec, path, OPTIONS)
 
 
-def test_the_doubles_refuse_what_the_originals_refuse(doubles: Doubles) -> None:
-    """Without this the tests above would prove nothing."""
-    executor = doubles.executor
-    with pytest.raises(TypeError, match="unexpected keyword argument 'max_new_tokens'"):
-        executor.Request(input_token_ids=[1], max_tokens=4, max_new_tokens=4)
-    with pytest.raises(TypeError, match="missing a required argument: 'max_tokens'"):
-        executor.Request(input_token_ids=[1])
-    with pytest.raises(AttributeError, match="no attribute cache"):
-        executor.KvCacheConfig().cache = 1
-    mixed = torch.ones(2, device="cuda")
-    with pytest.raises(RuntimeError, match="same device"):
-        mixed + torch.ones(2)
-    with pytest.raises(TypeError, match="numpy"):
-        mixed.numpy()
-    assert json.dumps(str(mixed.device)) == '"cuda:0"'
+@pytest.fixture(scope="module")
+def executor(built: Any, doubles: Doubles) -> Any:
+    """The double itself, opened by the product."""
+    create_decoder_executor(EngineDir.read(built()), CUDA)
+    return doubles.executor.executors[-1]
+
+
+class TestStrictness:
+    """What the doubles refuse: without this the tests above would prove nothing."""
+
+    def test_unknown_and_missing_arguments_and_mixed_devices(self, doubles: Doubles) -> None:
+        executor = doubles.executor
+        with pytest.raises(TypeError, match="unexpected keyword argument 'max_new_tokens'"):
+            executor.Request(input_token_ids=[1], max_tokens=4, max_new_tokens=4)
+        with pytest.raises(TypeError, match="missing a required argument: 'max_tokens'"):
+            executor.Request(input_token_ids=[1])
+        with pytest.raises(AttributeError, match="no attribute cache"):
+            executor.KvCacheConfig().cache = 1
+        mixed = torch.ones(2, device="cuda")
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed + torch.ones(2)
+        with pytest.raises(TypeError, match="numpy"):
+            mixed.numpy()
+        assert json.dumps(str(mixed.device)) == '"cuda:0"'
+
+    def request(self, doubles: Doubles, table: Any, extra: list[int] | None) -> Any:
+        trtllm = doubles.executor
+        return trtllm.Request(
+            input_token_ids=[1, 512, 513, 2],
+            max_tokens=2,
+            streaming=True,
+            sampling_config=trtllm.SamplingConfig(top_k=1),
+            output_config=trtllm.OutputConfig(exclude_input_from_output=True),
+            prompt_tuning_config=trtllm.PromptTuningConfig(table, extra),
+        )
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "device", "extra", "told"),
+        [
+            ((2, 128), torch.bfloat16, "cpu", [0, 7, 7, 0], "on the GPU"),
+            ((2, 128), torch.float16, "cuda", [0, 7, 7, 0], "doesn't match model weight"),
+            ((1, 2, 128), torch.bfloat16, "cuda", [0, 7, 7, 0], "shape"),
+            ((9999, 128), torch.bfloat16, "cuda", [0, 7, 7, 0], "the runtime allocates"),
+            ((2, 128), torch.bfloat16, "cuda", None, "would confuse pictures"),
+            ((2, 128), torch.bfloat16, "cuda", [0, 7, 7], "one for every token"),
+            ((2, 128), torch.bfloat16, "cuda", [0, 7, 0, 0], "a picture never"),
+        ],
+    )
+    def test_a_wrong_table_or_wrong_extra_ids(
+        self,
+        executor: Any,
+        doubles: Doubles,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: str,
+        extra: list[int] | None,
+        told: str,
+    ) -> None:
+        table = torch.zeros(shape, dtype=dtype, device=device)
+        with pytest.raises((AssertionError, RuntimeError), match=told):
+            executor.enqueue_request(self.request(doubles, table, extra))
+
+    def test_a_call_behind_the_end(self, built: Any, doubles: Doubles) -> None:
+        create_decoder_executor(EngineDir.read(built()), CUDA).close()
+        executor = doubles.executor.executors[-1]
+        with pytest.raises(RuntimeError, match="Shutdown called"):
+            executor.await_responses(timeout=timedelta(0))
+        with pytest.raises(RuntimeError, match="Shutdown called"):
+            executor.cancel_request(1)
+
+    def test_vision_calls_in_a_wrong_order_and_foreign_memory(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        trt, stream = doubles.tensorrt, torch.cuda.current_stream().cuda_stream
+        plan = (built() / "vision" / "model.engine").read_bytes()
+        engine = trt.Runtime(make_logger(trt)).deserialize_cuda_engine(plan)
+        context = engine.create_execution_context()
+        with pytest.raises(AssertionError, match="once the input's is set"):
+            context.get_tensor_shape("image_embeddings")
+        with pytest.raises(AssertionError, match="has no address"):
+            context.execute_async_v3(stream)
+        with pytest.raises(AssertionError, match="no tensor is called"):
+            context.set_tensor_address("pixels", 0)
+        assert not context.set_input_shape("tiles", (57, 3, 56, 56)), "beyond the profile"
+        assert context.set_input_shape("tiles", (1, 3, 56, 56))
+        for name in ("tiles", "image_embeddings"):
+            context.set_tensor_address(name, torch.zeros(9).data_ptr())
+        with pytest.raises(AssertionError, match="another stream"):
+            context.execute_async_v3(0)
+        with pytest.raises(AssertionError, match="not memory of the GPU"):
+            context.execute_async_v3(stream)
 
 
 class TestCommands:

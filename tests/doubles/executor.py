@@ -187,7 +187,7 @@ class _Executor:
             table = self._read_table(request.prompt_tuning_config.embedding_table)
             extra = request.prompt_tuning_config.input_token_extra_ids
             assert extra is not None, "reuse of KV blocks would confuse pictures"
-            assert len(extra) == len(ids)
+            assert len(extra) == len(ids), "one for every token"
             self._check_reuse(ids, extra, table)
         stop = {request.end_id} if request.end_id is not None else set()
         for word in request.stop_words or []:
