@@ -75,6 +75,11 @@ def server_command(
 
     if world_size == 1:
         return [*common, *rank_flags(0)]
+    if shutil.which("mpirun") is None:
+        raise UserError(
+            f"the engine has {world_size} ranks, which mpirun starts, and it is not installed; use "
+            "NVIDIA's container, which has Open MPI"
+        )
     command = ["mpirun", "--allow-run-as-root"]
     for rank in range(world_size):
         command += [*([":"] if rank else []), "-n", "1", *common, *rank_flags(rank)]
@@ -141,7 +146,7 @@ class TritonServer:
             region.unlink(missing_ok=True)  # what a backend that died has left
 
     def _url(self, path: str) -> str:
-        host = "127.0.0.1" if self.ports.address in ("0.0.0.0", "::") else self.ports.address
+        host = "127.0.0.1" if self.ports.address == "0.0.0.0" else self.ports.address
         return f"http://{host}:{self.ports.http}/v2/{path}"
 
     def _is_healthy(self) -> bool:

@@ -58,10 +58,11 @@ class TritonPythonModel:
             )
             if client.streams and not self._is_decoupled:
                 raise UserError(
-                    "stream is true, but this server was started with DECOUPLED=false; leave it out"
+                    "stream is true, but this server was started with --unary; leave it out"
                 )
             ticket = self._server.submit(
-                read_request(tensors), lambda answer: self._delivery.put(client, answer)
+                read_request(tensors, self._server.runner.engine.limits),
+                lambda answer: self._delivery.put(client, answer),
             )
         except Exception as error:
             if isinstance(error, UserError) and not isinstance(error, BusyError):
