@@ -37,15 +37,16 @@ def main() -> int:
     arguments = parser().parse_args()
     engine = EngineDir.read(arguments.engine_dir)
     form = form_of(engine) if arguments.form == "auto" else arguments.form
+    ports = Ports(
+        arguments.address, arguments.http_port, arguments.grpc_port, arguments.metrics_port
+    )
     options = ServeOptions(
         form,
         arguments.device,
         arguments.num_threads or 0,
         arguments.max_queue_size,
         not arguments.unary,
-    )
-    ports = Ports(
-        arguments.address, arguments.http_port, arguments.grpc_port, arguments.metrics_port
+        ports.grpc_url,
     )
     config = engine.checkpoint_config
     world_size = config.tp_size * config.pp_size if form == "tensorrt_llm" else 1

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import triton_python_backend_utils as pb_utils
 
-from model_repository.models.bls import BlsDecoderExecutor, BlsVisionExecutor
 from model_repository.models.delivery import Client, Delivery, error_response, send_last
 from model_repository.request import read_request, wants_stream
 from model_repository.signature import NVLM_INPUTS
@@ -78,7 +77,10 @@ def _open(parameters: dict[str, str]) -> Runner:
     if parameters["form"] == "torch":
         return Runner.open(engine_dir, resolve_device(parameters["device"]))
     engine = EngineDir.read(engine_dir)
-    return Runner(engine, BlsVisionExecutor(engine), BlsDecoderExecutor(engine))
+    from model_repository.models.remote import RemoteDecoderExecutor, RemoteVisionExecutor
+
+    url = parameters["grpc_url"]
+    return Runner(engine, RemoteVisionExecutor(engine, url), RemoteDecoderExecutor(engine, url))
 
 
 def _tensors(request: Any) -> dict[str, Any]:
