@@ -140,6 +140,14 @@ def test_make_engine_is_one_command_from_checkpoint_to_engine_for_any_ranks() ->
     assert '--checkpoint_dir "/c" --engine_dir "/e" --decoder tensorrt_llm --vision auto' in words
 
 
+def test_make_triton_serves_an_engine_on_the_ports_asked_for() -> None:
+    variables = {"ENGINE_DIR": "/e", "HTTP_PORT": 1, "GRPC_PORT": 2, "METRICS_PORT": 3}
+    printed = make("triton", "--dry-run", "-o", "setup-triton", TRITON_FLAGS="--unary", **variables)
+    words = " ".join(printed.stdout.replace("\\\n", " ").split())
+    assert '-m model_repository.serve --engine_dir "/e" --http_port 1 --grpc_port 2' in words
+    assert "--metrics_port 3 --unary" in words
+
+
 def test_make_takes_a_containers_python_as_it_is() -> None:
     """As docker/Dockerfile does, where `mpirun` and TensorRT-LLM belong to that Python."""
     result = make("doctor", SYSTEM_PYTHON=1, PYTHON=sys.executable, VENV="/nowhere")

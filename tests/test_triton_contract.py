@@ -245,6 +245,13 @@ def test_images_are_counted_before_any_is_copied(engine_dir: Path, name: str) ->
         tracemalloc.stop()
 
 
+def test_model_code_is_thin() -> None:
+    """What runs in Triton calls `runtime`; it grows no logic of its own."""
+    package = Path(__file__).parents[1] / "model_repository" / "models"
+    lengths = {path.name: len(path.read_text().splitlines()) for path in package.glob("*.py")}
+    assert max(lengths.values()) < 150, lengths
+
+
 def test_every_input_is_read_or_refused() -> None:
     """No tensor of the signature is silently without effect but those that cannot have one."""
     package = Path(__file__).parents[1] / "model_repository"

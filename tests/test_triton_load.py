@@ -160,22 +160,14 @@ def test_a_client_that_hangs_up_over_http_frees_its_slot(triton_server: Served) 
     triton_server.wait_for_sample(RUNNING, 0, timeout_s=3)
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_a_client_that_waits_for_the_whole_and_goes_away_frees_its_slot(
-    triton_server: Served, protocol: str
+    triton_server: Served,
 ) -> None:
     """Nothing is sent to it before the end, so it is not a broken pipe that tells."""
     before, cancelled = settled(triton_server), 'nvlm_requests_total{outcome="cancelled"}'
-    if protocol == "grpc":
-        with Stream(triton_server) as stream:
-            stream.send("gone", tensors("Tell me everything.", 2000))
-            triton_server.wait_for_sample(RUNNING, 1)
-    else:
-        body = b'{"text_input": "Tell me everything.", "max_tokens": 2000}'
-        head = f"POST /v2/models/nvlm/generate HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", triton_server.http)) as connection:
-            connection.sendall(head.encode() + body)
-            triton_server.wait_for_sample(RUNNING, 1)
+    with Stream(triton_server) as stream:
+        stream.send("gone", tensors("Tell me everything.", 2000))
+        triton_server.wait_for_sample(RUNNING, 1)
     triton_server.wait_for_sample(RUNNING, 0, timeout_s=3)
     assert settled(triton_server)[cancelled] - before.get(cancelled, 0.0) == 1
 

@@ -145,6 +145,21 @@ def test_requests_share_the_backend(server: Served, runner: Runner) -> None:
     assert found == expected
 
 
+def test_hundreds_of_requests_at_once_are_all_answered(server: Served, runner: Runner) -> None:
+    """The Python backend's own calls to other models broke here after some hundred."""
+    texts = [f"Question {i}?" for i in range(6)]
+    expected = {
+        text: runner.generate(GenerationRequest((text,), max_new_tokens=4)).text for text in texts
+    }
+
+    def wrong(number: int) -> bool:
+        text = texts[number % len(texts)]
+        return ask(server, tensors(text, 4)).text != expected[text]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(wrong, range(300))) == 0
+
+
 def test_an_error_of_the_backend_ends_one_request(server: Served) -> None:
     with Stream(server) as other:
         other.send("kept", tensors("How?", 40))

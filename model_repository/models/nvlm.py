@@ -77,7 +77,8 @@ def _open(parameters: dict[str, str]) -> Runner:
     if parameters["form"] == "torch":
         return Runner.open(engine_dir, resolve_device(parameters["device"]))
     engine = EngineDir.read(engine_dir)
-    from model_repository.models.remote import RemoteDecoderExecutor, RemoteVisionExecutor
+    from model_repository.models.remote_decoder import RemoteDecoderExecutor
+    from model_repository.models.remote_vision import RemoteVisionExecutor
 
     url = parameters["grpc_url"]
     return Runner(engine, RemoteVisionExecutor(engine, url), RemoteDecoderExecutor(engine, url))

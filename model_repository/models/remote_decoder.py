@@ -1,9 +1,5 @@
-"""The executors' interfaces over other models of the same Triton server, by its gRPC endpoint.
-
-`vision` encodes tiles; `tensorrt_llm` is TensorRT-LLM's C++ backend, whose tensors these are. The
-Python backend's own calls (business logic scripting) corrupt memory when several threads make them
-(docs/decisions.md).
-"""
+"""`DecoderExecutor` over the model `tensorrt_llm` of the same Triton server: TensorRT-LLM's C++
+backend, which batches by itself and whose tensors these are."""
 
 from __future__ import annotations
 
@@ -14,52 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
-import grpc
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
-
+from model_repository.models.channel import (
+    Channel,
+    RemoteError,
+    remote_error,
+    to_arrays,
+    to_request,
+)
 from model_repository.tensorrt_llm import new_token_ids, request_tensors
 from nvlm.dtypes import TORCH_DTYPES
 from runtime.decoder.executor import DecoderRequest, FinishReason, StepOutput, check_request
 from runtime.engine_dir import EngineDir
 
-_UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-_DATATYPES = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
-
-
-class RemoteError(Exception):
-    """What another model of the server answered instead of tensors."""
-
-
-class RemoteVisionExecutor:
-    """`VisionExecutor` over the model `vision`."""
-
-    def __init__(self, engine: EngineDir, url: str) -> None:
-        self.max_num_tiles = engine.vision.tiling.max_tiles_per_image
-        self._dtype = TORCH_DTYPES[engine.checkpoint_config.dtype]
-        self._channel = grpc.insecure_channel(url, _UNLIMITED)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-
-    def encode(self, tiles: torch.Tensor) -> torch.Tensor:
-        try:
-            response = self._stub.ModelInfer(_request("vision", "", {"tiles": tiles}))
-        except grpc.RpcError as error:
-            raise RemoteError(error.details()) from None
-        raw = bytearray(response.raw_output_contents[0])
-        return torch.frombuffer(raw, dtype=self._dtype).view(*response.outputs[0].shape)
-
-    def close(self) -> None:
-        self._channel.close()
-
 
 class RemoteDecoderExecutor:
-    """`DecoderExecutor` over the model `tensorrt_llm`, which batches by itself.
-
-    A thread for each request under way reads its responses; `step` waits for the next of any.
-    """
+    """A thread for each request under way reads its responses; `step` waits for the next of any."""
 
     def __init__(self, engine: EngineDir, url: str) -> None:
         self.limits = engine.limits
@@ -68,8 +33,7 @@ class RemoteDecoderExecutor:
         self._open: set[int] = set()
         self._outputs: SimpleQueue[StepOutput] = SimpleQueue()
         self._next: StepOutput | None = None
-        self._channel = grpc.insecure_channel(url, _UNLIMITED)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._channel = Channel(url)
         self._lock = threading.Lock()
         self._calls: dict[int, Any] = {}
         # Twice as many, because the thread of a cancelled request ends a moment later.
@@ -121,8 +85,7 @@ class RemoteDecoderExecutor:
             for output in self._answers(request_id, request):
                 self._outputs.put(output)
         except Exception as error:
-            told = RemoteError(error.details()) if isinstance(error, grpc.RpcError) else error
-            self._outputs.put(StepOutput(request_id, None, None, error=told))
+            self._outputs.put(StepOutput(request_id, None, None, error=remote_error(error)))
         finally:
             with self._lock:
                 self._calls.pop(request_id, None)
@@ -133,9 +96,9 @@ class RemoteDecoderExecutor:
         num_left = min(request.max_new_tokens, room)
         dtype = TORCH_DTYPES[self._config.dtype]
         tensors = request_tensors(request, num_left, self._config.decoder.vocab_size, dtype)
-        call = self._stub.ModelStreamInfer(
-            iter([_request("tensorrt_llm", str(request_id), tensors)])
-        )
+        outputs = ("output_ids", "sequence_length")
+        asked = to_request("tensorrt_llm", tensors, outputs, str(request_id))
+        call = self._channel.stub.ModelStreamInfer(iter([asked]))
         with self._lock:
             self._calls[request_id] = call
         if request_id not in self._open:  # cancelled before there was anything to cancel
@@ -155,29 +118,6 @@ def _token_ids(call: Any) -> Iterator[int]:
     for answer in call:
         if answer.error_message:
             raise RemoteError(answer.error_message)
-        outputs = _outputs(answer.infer_response)
+        outputs = to_arrays(answer.infer_response)
         if outputs:  # the last response may hold nothing
             yield from new_token_ids(outputs)
-
-
-def _request(model: str, request_id: str, tensors: dict[str, Any]) -> Any:
-    request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
-    for name, value in tensors.items():
-        if isinstance(value, torch.Tensor):
-            datatype = _DATATYPES[value.dtype]
-            raw = value.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        else:
-            datatype, raw = np_to_triton_dtype(value.dtype), value.tobytes()
-        request.inputs.add(name=name, datatype=datatype, shape=value.shape)
-        request.raw_input_contents.append(raw)
-    if model == "tensorrt_llm":
-        for name in ("output_ids", "sequence_length"):
-            request.outputs.add(name=name)
-    return request
-
-
-def _outputs(response: Any) -> dict[str, NDArray[Any]]:
-    return {
-        output.name: np.frombuffer(raw, triton_to_np_dtype(output.datatype)).reshape(output.shape)
-        for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
-    }
