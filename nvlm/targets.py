@@ -93,7 +93,9 @@ def _tensorrt_llm(_: Machine) -> Lack | None:
 def _gpu(machine: Machine) -> Lack | None:
     if machine.capabilities:
         return None
-    return Lack("torch sees no GPU", "run on the one it is for, with a CUDA build of torch")
+    return Lack(
+        "torch sees or may use no GPU", "run on the one it is for, with a CUDA build of torch"
+    )
 
 
 def _hopper(machine: Machine) -> Lack | None:
