@@ -306,11 +306,13 @@ def check_soak(
     grown_bytes = served.memory_bytes() - warm_bytes
     print(f"{sent} in {seconds:g} s ended as {found}, memory grew by {grown_bytes / 1e6:.1f} MB")
     assert sent.total > 5 * seconds
-    assert found["stop"] + found["length"] == sent.good
     assert found["refused"] == sent.bad
     assert (found["failed"], found["busy"]) == (0, 0)
-    # Triton drops a request that is cancelled before it has handed it over.
-    assert 0.5 * sent.gone < found["cancelled"] <= sent.gone
+    # Triton drops a request that is cancelled before it has handed it over, and now and then loses
+    # a cancellation that comes while it does: such a request runs to its end.
+    uncancelled = found["stop"] + found["length"] - sent.good
+    assert 0 <= uncancelled <= max(2, 0.01 * sent.gone)
+    assert 0.5 * sent.gone < found["cancelled"] <= sent.gone - uncancelled
     assert grown_bytes < 30e6
 
 
