@@ -90,6 +90,16 @@ def server_command(
     return command
 
 
+def _mpirun(world_size: int) -> str:
+    """The user's, whatever the program's environment puts before it."""
+    if (path := shutil.which("mpirun")) is not None:
+        return path
+    raise UserError(
+        f"the engine has {world_size} ranks, which mpirun starts, and it is not installed; use "
+        "NVIDIA's container, which has Open MPI"
+    )
+
+
 class TritonServer:
     """A server process; `stop` (or leaving the `with`) ends it and removes what it left."""
 
@@ -97,16 +107,13 @@ class TritonServer:
         self, repository: Path, scratch: Path, ports: Ports, *, world_size: int = 1
     ) -> None:
         ports.require_free()
-        if world_size > 1 and shutil.which("mpirun") is None:
-            raise UserError(
-                f"the engine has {world_size} ranks, which mpirun starts, and it is not installed; "
-                "use NVIDIA's container, which has Open MPI"
-            )
         program = find_program(scratch)
         self.ports = ports
         self.log = scratch / "tritonserver.log"
         self._prefix = f"nvlm_{os.getpid()}_{id(self):x}_"
         command = server_command(program, repository, ports, self._prefix, world_size)
+        if world_size > 1:
+            command[0] = _mpirun(world_size)
         if setpriv := shutil.which("setpriv"):  # ends with us even if we are killed
             command = [setpriv, "--pdeathsig", "TERM", *command]
         with open(self.log, "wb") as log:
