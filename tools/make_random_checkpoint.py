@@ -3,7 +3,7 @@
 Same tensor names, F32/BF16 mix, zero dummy heads, sharded safetensors with an index, config.json
 and tokenizer. For tests, benchmarks and, until real weights are at hand, for trying the commands.
 
-    python -m tools.make_random_checkpoint --output_dir D [--preset tiny|demo|small|72b] [--seed N]
+    python -m tools.make_random_checkpoint --output_dir D [--preset tiny|small|72b] [--seed N]
         [--num_hidden_layers N] [--vision_num_hidden_layers N]    # fewer layers of the real width
 """
 
@@ -27,8 +27,6 @@ _MAX_BLOCK_VALUES = 1 << 26
 
 PRESETS = {
     "tiny": Shape(),
-    # Exports to ONNX in seconds.
-    "demo": Shape(vision_num_hidden_layers=1),
     # Wide enough that time goes where it goes in the real model, small enough for a laptop.
     "small": Shape(
         vision_hidden_size=400,
