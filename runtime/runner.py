@@ -199,7 +199,10 @@ class Runner:
         if not images:
             return None
         tiles = torch.cat([normalize(image.tiles) for image in images])
-        return self.vision.encode(tiles).flatten(0, 1)
+        table = self.vision.encode(tiles).flatten(0, 1)
+        if table.is_cuda:  # what is launched is not yet done, and its time is vision's
+            torch.cuda.current_stream(table.device).synchronize()
+        return table
 
     def _take(self, output: StepOutput) -> TextDelta:
         answer = self._answers[output.request_id]
