@@ -29,7 +29,7 @@ from runtime.decoder.executor import (
     generate,
 )
 from runtime.engine_dir import EngineDir
-from runtime.mpi import World
+from runtime.mpi import Job, World
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult
@@ -107,7 +107,7 @@ def runner(
 ) -> Iterator[Runner]:
     """Rank 0 of each number of ranks, which is what answers."""
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    with Runner.open(built(request.param), CUDA, World(request.param, 0)) as runner:
+    with Runner.open(built(request.param), CUDA, Job(World(request.param, 0))) as runner:
         yield runner
 
 
@@ -322,7 +322,7 @@ class TestLoad:
         self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
-        run_worker(built(2), CUDA, World(2, 1), DecoderOptions())
+        run_worker(built(2), CUDA, Job(World(2, 1)), DecoderOptions())
         worker = doubles.executor.executors[-1]
         assert (worker.rank, worker.closed, worker.requests) == (1, True, {})
 
