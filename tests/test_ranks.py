@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,3 +192,63 @@ def test_fewer_gpus_than_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_tiles_are_spread_evenly() -> None:
     assert spread(7, 4) == [2, 2, 2, 1]
     assert spread(1, 2) == [1, 0]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Path]:
+    """Two network namespaces with addresses of their own, and a launcher in place of ssh."""
+    names = [f"nvlm{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*words: str) -> int:
+        return subprocess.run(["ip", *words], capture_output=True, check=False).returncode
+
+    try:
+        if shutil.which("ip") is None or any(ip("netns", "add", name) for name in names):
+            pytest.skip("network namespaces cannot be made here (needs root and iproute2)")
+        ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "name", "vb")
+        ip("link", "set", "vb", "netns", names[1])
+        for name, link, address in zip(
+            names, ("va", "vb"), ("10.77.0.1", "10.77.0.2"), strict=True
+        ):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        launcher = tmp_path / "launcher"
+        launcher.write_text(
+            '#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do shift; done\nhost=$1; shift\n'
+            f"case $host in 10.77.0.1) ns={names[0]};; *) ns={names[1]};; esac\n"
+            'exec ip netns exec $ns /bin/sh -c "$*"\n'
+        )
+        launcher.chmod(0o755)
+        yield launcher
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@needs_mpi
+@pytest.mark.mpi
+def test_two_hosts_with_folders_of_their_own_give_the_tokens_of_one(
+    engine: Callable[..., Path], hosts: Path, tmp_path: Path
+) -> None:
+    assert MPIRUN is not None
+    flags = ["--image", PHOTO, "--prompt", "hi", "--max_new_tokens", "8", "--json"]
+    one = mpirun(1, "", "--engine_dir", engine(1), *flags)
+    command: list[object] = []
+    for side in "ab":
+        shutil.copytree(engine(2), tmp_path / side / "engine")
+        program = (sys.executable, PROGRAM, "", "--engine_dir", "engine", *flags)
+        command += [":"] * bool(command) + ["-n", 1, "-wdir", tmp_path / side, *program]
+    namespace = hosts.read_text().partition("ns=")[2].partition(";")[0]
+    start = ["ip", "netns", "exec", namespace, MPIRUN, "-launcher", "ssh", "-launcher-exec", hosts]
+    two = subprocess.run(
+        [*map(str, start), "-hosts", "10.77.0.1,10.77.0.2", "-ppn", "1", *map(str, command)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=60,
+        check=False,
+    )
+    assert two.returncode == 0, two.stderr
+    assert json.loads(two.stdout)["token_ids"] == json.loads(one.stdout)["token_ids"]
