@@ -44,7 +44,7 @@ class ProcessGroup:
             )
         self.job, self.device = job, device
         self.size, self.rank = job.world.size, job.world.rank
-        self._work: dict[str, Callable[[Any], None]] = {}
+        self._work: dict[str, Callable[[Any], object]] = {}
         self._lock = threading.Lock()
         self._is_broken = False
         # Every rank talks through the interface by which it reaches the leader, or is reached. For
@@ -101,7 +101,7 @@ class ProcessGroup:
             dist.recv(x, rank)
         return x
 
-    def on(self, name: str, work: Callable[[Any], None]) -> None:
+    def on(self, name: str, work: Callable[[Any], object]) -> None:
         """What a worker does when the leader leads `name`."""
         self._work[name] = work
 
@@ -110,6 +110,8 @@ class ProcessGroup:
         """On the leader: workers do `name` with `told` while the block does the leader's part.
         One at a time, from any thread."""
         with self._lock:
+            if self._is_broken:
+                raise PeerError("an earlier failure left the ranks at different places")
             self._is_broken = True  # until the block is through, no other work can be told
             with _with_peers():
                 dist.broadcast_object_list([(name, told)], 0, device=torch.device("cpu"))
