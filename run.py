@@ -146,6 +146,8 @@ def main() -> int:
     with Job(World.from_environment(os.environ)) as job:
         arguments = job.agree(_parse)
         device = job.agree(lambda: job.world.device(resolve_device(arguments.device)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(job.world.share_of(torch.get_num_threads()))
         if job.world.rank > 0:
             options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
             run_worker(arguments.engine_dir, device, job, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 import time
 import traceback
@@ -71,6 +72,10 @@ class World:
                 return cls(int(values[0]), int(values[1]), *numbers)
         return cls()
 
+    def share_of(self, num_threads: int) -> int:
+        """Of a machine's threads, for each of its ranks."""
+        return max(1, num_threads // self.local_size)
+
     def device(self, device: torch.device) -> torch.device:
         """This rank's GPU, or the CPU. Raises `UserError` for fewer GPUs than ranks."""
         if device.type != "cuda" or self.size == 1:
@@ -118,26 +123,30 @@ class Job:
         self._watch: Watch | None = None
         self._mpi: Any = None
         self._comm: Any = None
-        if world.size > 1 and importlib.util.find_spec("mpi4py") is not None:
-            from mpi4py import MPI
-
-            self._mpi, self._comm = MPI, MPI.COMM_WORLD
 
     def __enter__(self) -> Job:
-        if self._comm is None:
+        if self.world.size == 1 or importlib.util.find_spec("mpi4py") is None:
             return self
-        if self._comm.size != self.world.size:
-            found, size = self._comm.size, self.world.size
-            self._comm = None
-            raise UserError(
-                f"the launcher started {size} ranks but mpi4py sees {found}: it belongs to another "
-                "MPI library; use the mpirun of the one that mpi4py loads"
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # it looks for libmpi by itself
+            reason = str(error).partition("\n")[0]
+            self.refuse(
+                f"mpi4py finds no MPI library ({reason}); pip install mpich, or set MPI4PY_LIBMPI "
+                "to the libmpi.so of the mpirun in use"
             )
-        is_leader = self.world.rank == 0
-        offer = Watch.start(self.world.size) if is_leader else None
+        if MPI.COMM_WORLD.size != self.world.size:
+            self.refuse(
+                f"the launcher started {self.world.size} ranks but mpi4py sees "
+                f"{MPI.COMM_WORLD.size}: it belongs to another MPI library; use the mpirun of the "
+                "one that mpi4py loads"
+            )
+        self._mpi, self._comm = MPI, MPI.COMM_WORLD
+        is_one_machine = self.world.local_size == self.world.size
+        offer = Watch.start(self.world.size, is_one_machine) if self.world.rank == 0 else None
         offer = self._comm.bcast(offer)
         assert offer is not None
-        self._watch = Watch.join(offer, self.world.rank, self.world.local_size == self.world.size)
+        self._watch = Watch.join(offer, self.world.rank)
         sys.excepthook = self._fail
         return self
 
@@ -147,11 +156,14 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and issubclass(kind, Exception) and not issubclass(kind, UserError):
+        if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
             return  # `_fail` tells where
-        if kind is None and self._comm is not None:
+        if error is not None:
+            self._abort()
+        elif self._comm is not None:
             self._comm.Barrier()
-        self._leave()
+            self.watch.leave()
+            self._mpi.Finalize()  # all did their work: from here on each ends alone (see `end`)
 
     @property
     def has_mpi(self) -> bool:
@@ -192,9 +204,16 @@ class Job:
             return result
         if failed[0] == self.world.rank and error is not None:
             raise error
-        self._leave()
+        self.watch.leave()
         time.sleep(_ABORT_S)
         os._exit(EXIT_USER_ERROR)
+
+    def refuse(self, message: str) -> NoReturn:
+        """For a mistake that every rank of a machine finds while they cannot speak to one another:
+        raises `UserError` on the first of them, the others end without a word."""
+        if self.world.local_rank > 0:
+            sys.exit(EXIT_USER_ERROR)
+        raise UserError(message)
 
     def require_equal(self, what: str, value: str, expected: str, remedy: str) -> None:
         """Raises `UserError` on a rank whose `value` is not the leader's, `expected`."""
@@ -207,22 +226,25 @@ class Job:
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         """An error of ours: the traceback, which rank and where, then the end of all."""
-        if isinstance(error, PeerError):
-            time.sleep(_CAUSE_S)  # the rank that failed tells why, and ends this one
+        if isinstance(error, PeerError):  # the rank that failed tells why, and ends this one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_CAUSE_S)
         traceback.print_exception(kind, error, trace)
         print(f"rank {self.world.rank} failed in phase {self._phase}", file=sys.stderr)
-        self._leave()
+        self._abort()
         end(1)
 
-    def _leave(self) -> None:
+    def _abort(self) -> None:
+        """Before `end` with a code other than 0."""
         if self._watch is not None:
-            self._watch.leave()
+            self._watch.abort()
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process with `code`; other than 0 ends every rank, and mpirun returns it."""
+    """Ends this process with `code`. Other than 0, and before the ranks have left their `Job`, it
+    ends every rank, and mpirun returns it."""
     mpi = sys.modules.get("mpi4py.MPI")
-    if code != 0 and mpi is not None and mpi.COMM_WORLD.size > 1:
+    if code != 0 and mpi is not None and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from nvlm.errors import UserError
 from runtime.mpi import Job, PeerError
 from runtime.watch import interface_addresses
 
@@ -38,7 +37,7 @@ class ProcessGroup:
     def __init__(self, job: Job, device: torch.device) -> None:
         """Collective. Brings the ranks together by an address that rank 0 gives over MPI."""
         if not job.has_mpi:
-            raise UserError(
+            job.refuse(
                 "several ranks with decoder 'torch' need mpi4py, which is not installed; "
                 "pip install mpi4py mpich"
             )
@@ -52,7 +51,8 @@ class ProcessGroup:
         addresses = job.gather(job.watch.leader_address)
         address = addresses[-1] if self.rank == 0 else job.watch.local_address
         names = {value: name for name, value in interface_addresses().items()}
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[address])
+        if address in names:  # a second address of an interface is not
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", names[address])
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         host = job.watch.leader_address
         is_leader = self.rank == 0

@@ -13,18 +13,20 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _CONNECT_S = 5.0
 _GRACE_S = 2.0  # for the launcher
-_LEAVE = "leave"
+_LEAVE, _ABORT = "leave", "abort"
 _READY = b"+"  # every rank is connected
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Where the watching process listens: every address of its machine, loopback last."""
+    """Where the watching process listens: the loopback if all ranks are on its machine, else every
+    other address of it."""
 
     addresses: tuple[str, ...]
     port: int
@@ -40,9 +42,12 @@ class Watch:
         threading.Thread(target=self._end_with_others, daemon=True).start()
 
     @staticmethod
-    def start(num_ranks: int) -> Offer:
+    def start(num_ranks: int, is_one_machine: bool) -> Offer:
         """Starts the watching process; it ends when every connection is closed."""
-        listener = socket.create_server(("", 0), backlog=num_ranks)
+        addresses = tuple(a for a in interface_addresses().values() if not _is_loopback(a))
+        if is_one_machine:
+            addresses = ("127.0.0.1",)
+        listener = socket.create_server((addresses[0] if is_one_machine else "", 0))
         subprocess.Popen(
             [sys.executable, "-m", "runtime.watch", str(listener.fileno()), str(num_ranks)],
             cwd=Path(__file__).parent.parent,
@@ -51,15 +56,14 @@ class Watch:
             pass_fds=[listener.fileno()],
             start_new_session=True,  # what ends the ranks must not end it first
         )
-        offer = Offer(tuple(interface_addresses().values()), listener.getsockname()[1])
+        offer = Offer(addresses, listener.getsockname()[1])
         listener.close()
         return offer
 
     @classmethod
-    def join(cls, offer: Offer, rank: int, is_one_machine: bool) -> Watch:
-        """Connects by the first address that answers; on one machine that is the loopback."""
-        addresses = [a for a in offer.addresses if a.startswith("127.") == is_one_machine]
-        for address in addresses:
+    def join(cls, offer: Offer, rank: int) -> Watch:
+        """Connects by the first address that answers."""
+        for address in offer.addresses:
             try:
                 connection = socket.create_connection((address, offer.port), timeout=_CONNECT_S)
             except OSError:
@@ -70,14 +74,19 @@ class Watch:
             if connection.recv(1) != _READY:
                 raise ConnectionError(f"the watching process ended before rank {rank} started")
             return cls(connection)
-        raise ConnectionError(f"rank {rank} reaches rank 0 at none of {addresses}")
+        raise ConnectionError(f"rank {rank} reaches rank 0 at none of {offer.addresses}")
 
     def phase(self, name: str) -> None:
-        self._connection.sendall(f"{name}\n".encode())
+        with suppress(OSError):  # without the watching process the ranks go on unwatched
+            self._connection.sendall(f"{name}\n".encode())
 
     def leave(self) -> None:
-        """Before a rank ends as it should, or has told why it does not."""
+        """Before a rank ends as it should."""
         self.phase(_LEAVE)
+
+    def abort(self) -> None:
+        """Before a rank that told why ends them all: who dies of that is not named."""
+        self.phase(_ABORT)
 
     def _end_with_others(self) -> None:
         try:
@@ -89,7 +98,7 @@ class Watch:
 
 
 def interface_addresses() -> dict[str, str]:
-    """The IPv4 address of every network interface of this machine, loopback last."""
+    """The (first) IPv4 address of every network interface of this machine."""
     import fcntl
     import struct
 
@@ -102,7 +111,11 @@ def interface_addresses() -> dict[str, str]:
             except OSError:
                 continue  # it has none
             addresses[name] = socket.inet_ntoa(reply[20:24])
-    return dict(sorted(addresses.items(), key=lambda item: item[1].startswith("127.")))
+    return addresses
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.")
 
 
 @dataclass(slots=True)
@@ -140,8 +153,10 @@ def watch(listener: socket.socket, num_ranks: int) -> None:
                 rank = ranks.pop(source)
                 if rank.phase != _LEAVE:
                     dead.append(f"rank {rank.number} died in phase {rank.phase}")
-            if dead:
+            is_aborting = any(rank.phase == _ABORT for rank in ranks.values())
+            if dead and not is_aborting:
                 os.write(2, f"{', '.join(sorted(dead))}; ending the others\n".encode())
+            if dead or is_aborting:
                 _end(list(ranks))
                 return
 
@@ -161,10 +176,8 @@ def _read(key: selectors.SelectorKey, ranks: dict[socket.socket, _Rank]) -> bool
 def _end(connections: list[socket.socket]) -> None:
     threading.Event().wait(_GRACE_S)
     for connection in connections:
-        try:
+        with suppress(OSError):
             connection.sendall(b"!")
-        except OSError:
-            continue
 
 
 if __name__ == "__main__":

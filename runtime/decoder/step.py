@@ -22,12 +22,14 @@ class SequenceStep:
 
     @classmethod
     def of(cls, sequence: Sequence) -> SequenceStep:
-        table = sequence.request.prompt_table if sequence.num_cached == 0 else None
+        is_prompt = sequence.num_cached < sequence.num_prompt_tokens
+        table = sequence.request.prompt_table if is_prompt else None
         return cls(sequence.pending, sequence.num_cached, sequence.blocks, table)
 
 
 def phase(steps: list[SequenceStep]) -> str:
-    return "prefill" if any(step.first_position == 0 for step in steps) else "decode"
+    is_prefill = any(step.first_position == 0 or len(step.token_ids) > 1 for step in steps)
+    return "prefill" if is_prefill else "decode"
 
 
 Told = list[tuple[SequenceStep, int | None]]
