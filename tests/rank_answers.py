@@ -1,10 +1,10 @@
 """One rank of a test's job: the same requests on all ranks, then on the leader alone.
 
-    rank_answers.py <engine of all ranks> <engine of one> <requests.jsonl> <folder for what is found>
+    rank_answers.py <engine of all ranks> <engine of one> <requests.jsonl> <folder of results>
 
 The leader writes found.json: token ids, text as it was streamed, a request that outlives its
-cancelled neighbour, and how far logits are apart. Every rank writes rank<r>.json: which files of the
-decoder it opened and the bytes of its weights.
+cancelled neighbour, and how far logits are apart. Every rank writes rank<r>.json: which files of
+the decoder it opened and the bytes of its weights.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def write_questions(path: Path, count: int) -> Path:
 
 def ask(many: Path, one: Path, requests: Path, num_ranks: int, folder: Path) -> dict[str, Any]:
     words = command(num_ranks, ANSWERS, many, one, requests, folder)
-    result = finished(words, folder)
+    result = finished(words, folder, timeout=250)
     assert result.returncode == 0, result.stderr
     found = json.loads((folder / "found.json").read_text())
     assert isinstance(found, dict)
@@ -114,6 +114,7 @@ def test_fp8_ranks_give_the_tokens_of_one(workshop: Workshop, tmp_path: Path) ->
     check_fp8(ask(two, one, write_questions(tmp_path / "in.jsonl", 40), 2, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (TRAINED_MODEL / "config.json").is_file(), reason="models/nvlm-d-tiny is not there"
 )
