@@ -82,8 +82,8 @@ class World:
             return device
         if (num_gpus := torch.cuda.device_count()) < self.local_size:
             raise UserError(
-                f"{self.local_size} ranks run on this machine and torch sees {num_gpus} GPUs; use "
-                "as many GPUs as ranks, or --device cpu"
+                f"{self.local_size} ranks run on this machine and torch sees {num_gpus} GPU"
+                f"{'' if num_gpus == 1 else 's'}; use as many GPUs as ranks, or --device cpu"
             )
         return torch.device("cuda", self.local_rank)
 
@@ -102,7 +102,7 @@ def require_world_size(world: World, tp_size: int, pp_size: int) -> None:
     if world.size != expected:
         raise UserError(
             f"engine_dir was built for tp_size={tp_size}, pp_size={pp_size} but {world.size} "
-            f"ranks are running; use mpirun -n {expected}"
+            f"{'rank is' if world.size == 1 else 'ranks are'} running; use mpirun -n {expected}"
         )
 
 

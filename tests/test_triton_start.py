@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 from tests.command import Result, one_line_error
+from tests.conftest import FP32, Workshop
+from tests.ranks import engine_of
 from tests.triton_server import start
 
 
@@ -23,6 +25,13 @@ def ended(engine_dir: Path, folder: Path, *flags: object) -> Result:
 
 def test_a_directory_that_is_no_engine_is_refused(tmp_path: Path) -> None:
     one_line_error(ended(tmp_path, tmp_path), str(tmp_path), "no manifest.json")
+
+
+def test_an_engine_of_several_ranks_for_decoder_torch_is_refused(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    result = ended(engine_of(workshop, 2, FP32), tmp_path)
+    one_line_error(result, "for 2 ranks", "--tp_size 1", "--decoder tensorrt_llm")
 
 
 def test_a_port_in_use_is_told(engine_dir: Path, tmp_path: Path) -> None:
