@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import signal
 import sys
 import time
@@ -219,7 +220,7 @@ class Job:
         """Raises `UserError` on a rank whose `value` is not the leader's, `expected`."""
         if value != expected:
             raise UserError(
-                f"rank {self.world.rank} has {what} {value}, rank 0 has {expected}; {remedy}"
+                f"on {platform.node()} is {what} {value}, rank 0 has {expected}; {remedy}"
             )
 
     def _fail(

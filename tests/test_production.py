@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -466,6 +467,7 @@ class TestCommands:
         self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = built(2)
+        monkeypatch.setitem(sys.modules, "mpi4py", None)  # nor is there a launcher
         monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
         monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
         result = run_command(RUN, "--engine_dir", path, "--prompt", "What?")

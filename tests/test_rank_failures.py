@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import RUN, one_line_error, run_process
 from tests.conftest import FP32, Workshop
 from tests.ranks import (
     MAX_SECONDS_TO_END,
@@ -79,7 +81,12 @@ def test_a_failed_rank_shows_its_traceback_and_phase_and_nobody_else_is_named(
     ("num_ranks", "what", "flags", "message"),
     [
         (3, "", (), "tp_size=2, pp_size=1 but 3 ranks are running; use mpirun -n 2"),
-        (2, "version=9.9", (), "rank 1 has nvlm-engine 9.9, rank 0 has"),
+        (
+            2,
+            "version=9.9",
+            (),
+            f"rank 1: error: on {platform.node()} is nvlm-engine 9.9, rank 0",
+        ),
         (2, "gpus=1", ("--device", "cuda"), "2 ranks run on this machine and torch sees 1 GPU"),
         (2, "", ("--top_k", "-1"), "top_k is -1"),
     ],
@@ -100,6 +107,21 @@ def test_a_mistake_is_told_once_in_one_line(
     assert message in line
     assert "Traceback" not in result.stderr
     assert "died" not in result.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_launcher_of_another_mpi_library_is_told_by_the_first_rank(
+    engine: Path, rank: int
+) -> None:
+    """Then mpi4py takes every process for one that was started alone."""
+    environment = {"PMI_SIZE": "2", "PMI_RANK": str(rank)}
+    flags = ("--engine_dir", engine, "--prompt", "hi")
+    result = run_process(RUN, *flags, environment=environment)
+    assert result.exit_code == 2
+    if rank == 0:
+        one_line_error(result, "the launcher started 2 ranks but mpi4py sees 1")
+    else:
+        assert result.stderr == ""
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=["^C", "SIGTERM"])
