@@ -15,7 +15,7 @@ from evaluation.results_file import ResultsFile
 from evaluation.run_record import RunRecord, settings_of
 from evaluation.sample import Location, Sample
 from evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, TASKS, Task, find_task
-from nvlm.command_line import ArgumentParser, positive_int
+from nvlm.command_line import ArgumentParser, natural_int, positive_int
 from nvlm.errors import UserError
 from runtime.runner import Runner
 from runtime.types import GenerationRequest
@@ -38,8 +38,8 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--input_image_path", type=Path, metavar="DIR", help="its images, videos or parquet files")
     add("--gt_path", type=Path, nargs="+", default=[], metavar="FILE", help="its questions")
     add("--output_path", type=Path, metavar="PREFIX", help="of the files of answers")
-    add("--num_partitions", type=_natural, help="share the samples among this many processes")
-    add("--partition_id", type=_natural, help="which share this is, from 0")
+    add("--num_partitions", type=natural_int, help="share the samples among this many processes")
+    add("--partition_id", type=natural_int, help="which share this is, from 0")
     add("--num_samples_per_partition", type=positive_int, help="take so many instead of a share")
     add("--split", help="of MMMU (default validation) and MathVista (default testmini)")
     add(
@@ -95,6 +95,11 @@ class Job:
             raise UserError(
                 f"--input_image_path {location.image_dir} is not a directory; give the one with "
                 "the benchmark's images"
+            )
+        if not arguments.output_path.parent.is_dir():
+            raise UserError(
+                f"--output_path {arguments.output_path} lies in no directory that exists; make "
+                f"{arguments.output_path.parent} first"
             )
         data = task.read(location)
         if not data.samples:
@@ -186,8 +191,3 @@ def _tell(problems: list[str]) -> None:
     if len(problems) > _MAX_TOLD:
         print(f"... and {len(problems) - _MAX_TOLD} more", file=sys.stderr)
 
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
