@@ -25,12 +25,12 @@ DEFAULT_GALLERY_SIZE = 12
 def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "")
     add = parser.add_argument
-    add(
-        "--task", nargs="+", help=f"of {', '.join(TASKS)}; without it all that the prefix has"
-    )
+    add("--task", nargs="+", help=f"of {', '.join(TASKS)}; without it all that the prefix has")
     add("--input_path", type=Path, required=True, metavar="PREFIX", help="run.py's --output_path")
     add("--gt_path", type=Path, metavar="FILE", help="answers of MMMU, captions of captioning")
-    add("--compare", type=Path, metavar="PREFIX", help="another run: what changed, and is it chance")
+    add(
+        "--compare", type=Path, metavar="PREFIX", help="another run: what changed, and is it chance"
+    )
     add("--report_dir", type=Path, metavar="DIR", help="write report.md and report.html there")
     add(
         "--gallery_size",
@@ -74,9 +74,7 @@ def report_task(
     location = gallery_location(scored.results, image_dir)
     if gallery_size and scored.score and location:
         try:
-            gallery = make_gallery(
-                scored.results, scored.score, comparison, location, gallery_size
-            )
+            gallery = make_gallery(scored.results, scored.score, comparison, location, gallery_size)
         except UserError as error:
             print(f"{task.name}: no gallery: {error}", file=sys.stderr)
     return TaskReport(scored, other, comparison, gallery)

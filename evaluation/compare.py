@@ -60,9 +60,7 @@ def compare(score: TaskScore, other: TaskScore, unit: str) -> Comparison:
     paired = [i for i in score.samples if i in other.samples]
     if not paired:
         raise UserError("the two runs have no sample in common; compare runs of one data set")
-    values, others = (
-        np.array([run.samples[i].value for i in paired]) for run in (score, other)
-    )
+    values, others = (np.array([run.samples[i].value for i in paired]) for run in (score, other))
     gains = values - others
     # Points add up, everything else is a mean in percent.
     scale = 1.0 if unit == "points" else 100.0 / len(paired)

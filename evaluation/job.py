@@ -45,7 +45,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add(
         "--num_frames",
         type=positive_int,
-        help=f"of a video (default {DEFAULT_NUM_FRAMES}); the engine needs --max_num_images as many",
+        help=f"of a video (default {DEFAULT_NUM_FRAMES}), at most the engine's --max_num_images",
     )
 
 
@@ -190,4 +190,3 @@ def _tell(problems: list[str]) -> None:
         print(problem, file=sys.stderr)
     if len(problems) > _MAX_TOLD:
         print(f"... and {len(problems) - _MAX_TOLD} more", file=sys.stderr)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from evaluation.scored import Scored
 from evaluation.scoring.score import TaskScore
 
 MAX_CHANGES = 20
+UNITS = "Scores in percent, OCRBench in points of 1,000."
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,7 @@ def markdown(report: Report) -> str:
     parts = [
         "# Evaluation\n",
         markdown_table(table.columns, table.rows),
-        f"The last {table.num_published} rows: {table.source}. Scores in percent, OCRBench in "
-        "points of 1,000.\n",
+        f"The last {table.num_published} rows: {table.source}. {UNITS}\n",
         *(_task_markdown(task, report) for task in report.tasks),
     ]
     return "\n".join(parts)
@@ -99,7 +100,10 @@ def _task_markdown(task: TaskReport, report: Report) -> str:
             )
         )
     if task.comparison:
-        lines += [told(task.comparison, results.task.unit) + "\n", _changes(task.comparison, report)]
+        lines += [
+            told(task.comparison, results.task.unit) + "\n",
+            _changes(task.comparison, report),
+        ]
     return "\n".join(lines)
 
 
@@ -113,13 +117,12 @@ def headline(task: TaskReport) -> str:
 
 def told(comparison: Comparison, unit: str) -> str:
     """The comparison in a sentence."""
-    how_sure = (
-        "chance explains it" if comparison.p_value >= 0.05 else "more than chance explains"
-    )
+    how_sure = "chance explains it" if comparison.p_value >= 0.05 else "more than chance explains"
+    unit = "points" if unit == "%" else unit
     return (
         f"{comparison.value:.2f} against {comparison.other_value:.2f} over "
-        f"{comparison.num_paired:,} samples: {comparison.difference:+.2f} ± {comparison.margin:.2f} "
-        f"{'points' if unit == '%' else unit} (95 %), p = {comparison.p_value:.3g}, {how_sure}; "
+        f"{comparison.num_paired:,} samples: {comparison.difference:+.2f} ± "
+        f"{comparison.margin:.2f} {unit} (95 %), p = {comparison.p_value:.3g}, {how_sure}; "
         f"{len(comparison.changes)} answers differ, {comparison.num_better} better and "
         f"{comparison.num_worse} worse"
     )
@@ -163,7 +166,7 @@ def _task_json(task: TaskReport) -> dict[str, Any]:
             "score": comparison.value,
             "other_score": comparison.other_value,
             "difference": comparison.difference,
-            "margin": comparison.margin,
+            "margin": comparison.margin if math.isfinite(comparison.margin) else None,
             "p_value": comparison.p_value,
             "num_paired": comparison.num_paired,
             "num_better": comparison.num_better,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evaluation.compare import Comparison
 from evaluation.gallery import GalleryItem
-from evaluation.report import MAX_CHANGES, Report, TaskReport, headline, told
+from evaluation.report import MAX_CHANGES, UNITS, Report, TaskReport, headline, told
 
 _STYLE = Path(__file__).with_name("report_page.css")
 _SCRIPT = Path(__file__).with_name("report_page.js")
@@ -48,8 +48,8 @@ def _table(report: Report) -> str:
         body += "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
     return (
         f'<div class="scroll"><table id="card"><thead><tr>{head}</tr></thead><tbody>{body}'
-        f"</tbody></table></div><p class=note>Rows below the line: {escape(table.source)}. Scores "
-        "in percent, OCRBench in points of 1,000.</p>"
+        '</tbody></table></div><p class="note">'
+        f"Rows below the line: {escape(table.source)}. {UNITS}</p>"
     )
 
 
@@ -66,9 +66,7 @@ def _task(task: TaskReport, report: Report) -> str:
         parts.append("<dl>")
         for name, value in task.score.details.items():
             width = f"{min(value / most, 1.0):.1%}"
-            parts.append(
-                f'<dt>{escape(name)}</dt><dd style="--w:{width}"><b>{value:.1f}</b></dd>'
-            )
+            parts.append(f'<dt>{escape(name)}</dt><dd style="--w:{width}"><b>{value:.1f}</b></dd>')
         parts.append("</dl>")
     if task.comparison and task.comparison.changes:
         parts.append(_changes(task.comparison, report))
@@ -121,11 +119,15 @@ def _gallery(items: list[GalleryItem]) -> str:
 
 
 def _buttons(kind: str, names: list[str]) -> str:
-    return '<span class="group">' + "".join(
-        f'<button type="button" data-kind="{kind}" data-value="{name}" '
-        f'aria-pressed="{"true" if name == "all" else "false"}">{name}</button>'
-        for name in names
-    ) + "</span>"
+    return (
+        '<span class="group">'
+        + "".join(
+            f'<button type="button" data-kind="{kind}" data-value="{name}" '
+            f'aria-pressed="{"true" if name == "all" else "false"}">{name}</button>'
+            for name in names
+        )
+        + "</span>"
+    )
 
 
 def _card(item: GalleryItem) -> str:
@@ -136,17 +138,17 @@ def _card(item: GalleryItem) -> str:
         label = f"{item.num_tiles} tile" + ("s" if item.num_tiles != 1 else "")
         picture = (
             f'<button type="button" class="picture" title="Show the {label} the model saw">'
-            f'<img loading="lazy" src="{item.picture}" alt="image of sample {escape(str(item.id))}">'
+            f'<img loading="lazy" src="{item.picture}" alt="sample {escape(str(item.id))}">'
             f'<img loading="lazy" class="tiles" src="{item.tiles}" alt="its tiles">'
             f"<small>{label}</small></button>"
         )
-    rows = [("answer", escape(item.score.answer) or "<i>nothing</i>", item.verdict)]
+    rows: list[tuple[str, str, str]] = [
+        ("answer", escape(item.score.answer) or "<i>nothing</i>", item.verdict)
+    ]
     if item.other_answer is not None:
         rows.append(("other", escape(item.other_answer) or "<i>nothing</i>", ""))
     rows.append(("truth", escape(" / ".join(dict.fromkeys(item.score.truth))), ""))
-    facts = "".join(
-        f'<dt>{name}</dt><dd class="{kind}">{value}</dd>' for name, value, kind in rows
-    )
+    facts = "".join(f'<dt>{name}</dt><dd class="{kind}">{value}</dd>' for name, value, kind in rows)
     return (
         f'<figure data-task="{escape(item.task)}" data-verdict="{item.verdict}" '
         f'data-changed="{str(changed).lower()}">{picture}<figcaption>'

@@ -71,7 +71,8 @@ def _mmmu_answers(results: Results, gt_path: Path | None) -> dict[str, Any]:
     if results.records and results.records[0].location.image_dir.is_dir():
         return read_mmmu_answers(results.records[0].location)
     raise UserError(
-        "--task MMMU needs the answers: give the MMMU repository's answer_dict_val.json as --gt_path"
+        "--task MMMU needs the answers: give the MMMU repository's answer_dict_val.json as "
+        "--gt_path"
     )
 
 

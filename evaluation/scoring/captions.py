@@ -30,7 +30,9 @@ def score_captions(lines: dict[SampleId, Line], truth: Truth) -> TaskScore:
     tokenizer = require_package("pycocoevalcap.tokenizer.ptbtokenizer", "pycocoevalcap", "CIDEr")
     cider = require_package("pycocoevalcap.cider.cider", "pycocoevalcap", "CIDEr")
     if shutil.which("java") is None:
-        raise UserError("CIDEr needs Java for its tokenizer and found none; apt install default-jre")
+        raise UserError(
+            "CIDEr needs Java for its tokenizer and found none; apt install default-jre"
+        )
     truths = {
         sample_id: truth.answers.get(str(sample_id)) or line["ground_truth"]
         for sample_id, line in lines.items()

@@ -36,7 +36,7 @@ def score_mathvista(lines: dict[SampleId, Line], _: Truth) -> TaskScore:
 
 
 def two_decimals(text: str) -> str:
-    """Decimals beyond the second are cut, not rounded; zeros alone go; so do % and a last period."""
+    """Decimals are cut behind the second; zeros alone go, and so do % and a last period."""
     if match := _DECIMAL.fullmatch(text):
         whole, decimals = match.groups()
         text = f"{whole}.{decimals[:2]}" if int(decimals) else whole

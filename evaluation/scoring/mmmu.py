@@ -67,6 +67,4 @@ def score_mmmu(lines: dict[SampleId, Line], truth: Truth) -> TaskScore:
     for discipline, subjects in DISCIPLINES.items():
         if values := [value for subject in subjects for value in by_subject.get(subject, [])]:
             details[discipline] = mean_percent(values)
-    return TaskScore(
-        mean_percent([sample.value for sample in samples.values()]), samples, details
-    )
+    return TaskScore(mean_percent([sample.value for sample in samples.values()]), samples, details)

@@ -23,7 +23,7 @@ _FORMULAS = "HME100k"
 
 
 def points(answer: str, truths: list[str], dataset_name: str) -> int:
-    """Formulas are compared without whitespace and with their case, all else the other way round."""
+    """Formulas are compared without whitespace, everything else in lower case."""
 
     def comparable(text: str) -> str:
         text = text.strip().replace("\n", " ")

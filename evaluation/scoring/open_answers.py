@@ -9,9 +9,7 @@ import re
 
 Value = str | float
 
-_INDICATORS = (
-    *("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "),
-)
+_INDICATORS = (*("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "),)
 _TRIVIAL = (":", ",", ".", "!", "?", ";", "'")
 # With thousands' commas; in scientific notation; plain, and neither of the former.
 _NUMBERS = (

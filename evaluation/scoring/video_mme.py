@@ -21,7 +21,7 @@ _LETTER = re.compile("[ABCD]")
 
 
 def letter_in(response: str) -> str:
-    """"" where there is none."""
+    """ "" where there is none."""
     for announcement in _ANNOUNCEMENTS:
         response = response.replace(announcement, "")
     match = _LETTER.search(response)

@@ -19,7 +19,7 @@ _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none":
 
 # The reference's table by what it maps to. A form is found without its apostrophe; one with two or
 # three apostrophes when any one of them is missing.
-_CONTRACTIONS = """
+_CONTRACTIONS = """\
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
 might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
@@ -28,7 +28,7 @@ someone's something'd something'd've something'll that's there'd there'd've ther
 they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
 what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
 would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 
 
 def _missing_one_apostrophe(form: str) -> list[str]:
@@ -37,7 +37,7 @@ def _missing_one_apostrophe(form: str) -> list[str]:
 
 
 _CONTRACTED = {
-    spelling: form for form in _CONTRACTIONS for spelling in _missing_one_apostrophe(form)
+    spelling: form for form in _CONTRACTIONS.split() for spelling in _missing_one_apostrophe(form)
 } | {"somebody'd": "somebodyd"}
 
 

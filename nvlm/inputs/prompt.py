@@ -100,9 +100,7 @@ def prompt_text(content: Iterable[object], system: str, prompt_format: PromptFor
     """The prompt before the assistant's turn as Megatron-LM logs it: each part that is no string
     is an image, written <image>, without its tiles."""
     turn_end = f"{IM_END}{_FORMATS[prompt_format][0]}"
-    user = "".join(
-        part if isinstance(part, str) else "<Image><image></Image>" for part in content
-    )
+    user = "".join(part if isinstance(part, str) else "<Image><image></Image>" for part in content)
     return f"{IM_START}system\n{system}{turn_end}{IM_START}user\n{user}{turn_end}"
 
 
