@@ -138,8 +138,8 @@ def _card(item: GalleryItem) -> str:
         label = f"{item.num_tiles} tile" + ("s" if item.num_tiles != 1 else "")
         picture = (
             f'<button type="button" class="picture" title="Show the {label} the model saw">'
-            f'<img loading="lazy" src="{item.picture}" alt="sample {escape(str(item.id))}">'
-            f'<img loading="lazy" class="tiles" src="{item.tiles}" alt="its tiles">'
+            f'<img decoding="async" src="{item.picture}" alt="sample {escape(str(item.id))}">'
+            f'<img decoding="async" class="tiles" src="{item.tiles}" alt="its tiles">'
             f"<small>{label}</small></button>"
         )
     rows: list[tuple[str, str, str]] = [
