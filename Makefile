@@ -56,7 +56,8 @@ $(VENV)/.triton: requirements/triton.txt $(VENV)/.cpu
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/triton.txt
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt requirements/triton.txt requirements/mpi.txt $(VENV)/.cpu
+$(VENV)/.test: requirements/test.txt requirements/triton.txt requirements/mpi.txt \
+		requirements/evaluation.txt $(VENV)/.cpu
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	@touch $@
 

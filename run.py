@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from evaluation.task_run import TaskRun, add_flags, check_flags
 from nvlm.command_line import ArgumentParser, fraction, positive_int, resolve_device, run
 from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
@@ -39,8 +40,12 @@ def parser() -> ArgumentParser:
     add("--input_file", type=Path, help="JSONL of requests, instead of --prompt")
     add("--output_file", type=Path, help="JSONL of answers; a rerun goes on behind its last line")
     add("--system", default=DEFAULT_SYSTEM, help="system message")
-    add("--prompt_format", choices=("hf", "megatron"), default="hf", help="published template")
-    add("--max_new_tokens", type=positive_int, default=DEFAULT_MAX_NEW_TOKENS)
+    add("--prompt_format", choices=("hf", "megatron"), help="published template (default hf)")
+    add(
+        "--max_new_tokens",
+        type=positive_int,
+        help=f"end an answer at this length (default {DEFAULT_MAX_NEW_TOKENS})",
+    )
     add("--max_num_tiles", type=positive_int, help="tiles of an image's grid, at most")
     add("--temperature", type=float, help="0 is greedy (default; 1 with --top_k or --top_p)")
     add("--top_k", type=int, help="sample from the k likeliest tokens")
@@ -63,6 +68,7 @@ def parser() -> ArgumentParser:
     add("--show_tiles", type=Path, metavar="PNG", help="draw the tiles and their tags into a file")
     add("--streaming", action="store_true", help="print the answer as it comes")
     add("--json", action="store_true", help="print one JSON object")
+    add_flags(parser)
     return parser
 
 
@@ -78,8 +84,8 @@ def default_request(arguments: object) -> GenerationRequest:
         given["prompt"] or "",
         tuple(given["image"]),
         system=given["system"],
-        prompt_format=given["prompt_format"],
-        max_new_tokens=given["max_new_tokens"],
+        prompt_format=given["prompt_format"] or "hf",
+        max_new_tokens=given["max_new_tokens"] or DEFAULT_MAX_NEW_TOKENS,
         max_num_tiles=given["max_num_tiles"],
         stop=tuple(given["stop"]),
         sampling=with_sampling(SamplingParams(), sampling),
@@ -101,6 +107,9 @@ def stream(runner: Runner, request: GenerationRequest) -> GenerationResult:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
+    check_flags(arguments)
+    if arguments.task:
+        return
     if (arguments.prompt is None) == (arguments.input_file is None):
         raise UserError("give either --prompt or --input_file")
     if arguments.compare and (arguments.output_file or arguments.streaming):
@@ -158,6 +167,7 @@ def main() -> int:
 def lead(arguments: argparse.Namespace, device: torch.device, job: Job) -> int:
     """What rank 0 does, or the only one."""
     request = default_request(arguments)
+    task_run = TaskRun.read(arguments, request) if arguments.task else None
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
     options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
     if arguments.compare:
@@ -168,6 +178,8 @@ def lead(arguments: argparse.Namespace, device: torch.device, job: Job) -> int:
         compare(arguments, asked or [request], device, job)
         return 0
     with Runner.open(arguments.engine_dir, device, job, options) as runner:
+        if task_run:
+            return EXIT_SOME_FAILED if task_run.run(runner) else 0
         if arguments.input_file:
             num_errors = run_batch(runner, lines, arguments.output_file)
             print(f"{len(lines)} requests, {num_errors} failed", file=sys.stderr)

@@ -52,6 +52,12 @@ def positive_int(text: str) -> int:
     return value
 
 
+def natural_int(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     try:
         value = float(text)
@@ -81,7 +87,7 @@ def run(
         level=logging.WARNING,
         format="%(message)s" if rank == 0 else f"rank {rank}: %(message)s",
     )
-    for package in ("nvlm", "build", "runtime"):
+    for package in ("nvlm", "build", "runtime", "evaluation"):
         logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.ERROR)
     ignore_remarks()
     # What a scheduler sends to stop a program ends it like Control-C: cleaning up behind it.
