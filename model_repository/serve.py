@@ -48,8 +48,12 @@ def main() -> int:
         not arguments.unary,
         ports.grpc_url,
     )
-    config = engine.checkpoint_config
-    world_size = config.tp_size * config.pp_size if form == "tensorrt_llm" else 1
+    world_size = engine.checkpoint_config.world_size
+    if form == "torch" and world_size > 1:
+        raise UserError(
+            f"{arguments.engine_dir} was converted for {world_size} ranks, and Triton runs decoder "
+            "'torch' on one; convert with --tp_size 1, or build with --decoder tensorrt_llm"
+        )
     with tempfile.TemporaryDirectory(prefix="nvlm_triton_") as folder:
         scratch = Path(folder)
         repository = scratch / "models"

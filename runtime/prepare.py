@@ -94,7 +94,9 @@ def _tile(request: GenerationRequest, engine: EngineDir) -> list[str | TiledImag
         if isinstance(part, TiledImage):
             _check_tiles(part, tiling.image_size, tiling.max_tiles_per_image)
         elif not isinstance(part, str):
-            part = tile_image(load_image(part), tiling.image_size, max_num_tiles)
+            source = part() if callable(part) else part
+            image = load_image(source, apply_exif=request.apply_exif)
+            part = tile_image(image, tiling.image_size, max_num_tiles)
         content.append(part)
     return content
 

@@ -171,16 +171,6 @@ def test_make_engine_without_a_model_says_what_it_needs() -> None:
     assert "make engine needs MODEL_DIR" in result.stderr
 
 
-def test_only_rank_0_talks_and_another_rank_names_itself_in_its_errors(engine_dir: Path) -> None:
-    """Two ranks on an engine for one: the leader's line is plain, the worker's has its rank."""
-    flags = ask(engine_dir, "--prompt", "hi")
-    for rank, opening in (("0", "error: "), ("1", "rank 1: error: ")):
-        environment = {"PMI_SIZE": "2", "PMI_RANK": rank}
-        result = run_process(RUN, *flags, environment=environment)
-        assert result.exit_code == 2
-        assert result.stderr.startswith(f"{opening}engine_dir was built for tp_size=1"), rank
-
-
 @pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
 def test_a_world_size_that_is_no_number_is_told(engine_dir: Path, variable: str) -> None:
     with pytest.MonkeyPatch.context() as patch:

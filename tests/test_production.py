@@ -34,7 +34,7 @@ from runtime.decoder.executor import (
     generate,
 )
 from runtime.engine_dir import EngineDir
-from runtime.mpi import World
+from runtime.mpi import Job, World
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult
@@ -115,11 +115,11 @@ def runner(
     size, path = request.param, built(request.param)
 
     def work(rank: int) -> None:
-        run_worker(path, CUDA, World(size, rank), DecoderOptions())
+        run_worker(path, CUDA, Job(World(size, rank)), DecoderOptions())
 
     with (
         mpirun(doubles.executor, size, work, tmp_path),
-        Runner.open(path, CUDA, World(size, 0)) as runner,
+        Runner.open(path, CUDA, Job(World(size, 0))) as runner,
     ):
         yield runner
 
@@ -673,11 +673,11 @@ class TestRanks:
             pytest.raises(RuntimeError, match="rank 1 has ended"),
             mpirun(doubles.executor, 2, lambda rank: None, tmp_path),
         ):
-            Runner.open(path, CUDA, World(2, 0))
+            Runner.open(path, CUDA, Job(World(2, 0)))
 
     def test_an_engine_does_not_open_alone(self, built: Any) -> None:
         with pytest.raises(AssertionError, match="all ranks of an engine run together"):
-            Runner.open(built(2), CUDA, World(2, 0))
+            Runner.open(built(2), CUDA, Job(World(2, 0)))
 
 
 def command(*flags: object) -> Callable[[int], None]:

@@ -17,7 +17,8 @@ DOCUMENTS = [
     ROOT / name
     for name in (
         *("README.md", "CONTRIBUTING.md"),
-        *("docs/decisions.md", "docs/hopper.md", "docs/tiny_model.md", "docs/triton.md"),
+        *("docs/decisions.md", "docs/evaluation.md", "docs/hopper.md", "docs/ranks.md"),
+        *("docs/tiny_model.md", "docs/triton.md"),
     )
 ]
 

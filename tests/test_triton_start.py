@@ -20,7 +20,8 @@ from build.checkpoint.convert import ConvertOptions
 from model_repository.server import Ports, TritonServer
 from nvlm.errors import UserError
 from tests.command import Result, one_line_error, run_command
-from tests.conftest import Workshop
+from tests.conftest import FP32, Workshop
+from tests.ranks import engine_of
 from tests.triton_server import free_ports, start
 
 
@@ -46,6 +47,11 @@ def kept_log(error: str) -> str:
 
 def test_a_directory_that_is_no_engine_is_refused(tmp_path: Path) -> None:
     one_line_error(ended(tmp_path), str(tmp_path), "no manifest.json")
+
+
+def test_an_engine_of_several_ranks_for_decoder_torch_is_refused(workshop: Workshop) -> None:
+    result = ended(engine_of(workshop, 2, FP32))
+    one_line_error(result, "for 2 ranks", "--tp_size 1", "--decoder tensorrt_llm")
 
 
 def test_a_port_in_use_is_told(engine_dir: Path) -> None:

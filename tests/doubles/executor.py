@@ -19,6 +19,8 @@ import torch
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.limits import EngineLimits
 from runtime.decoder.executor import DecoderRequest, StepOutput
+from runtime.decoder.plain_model import PlainModel
+from runtime.decoder.scheduler import max_num_blocks
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.decoder.torch_weights import load_weights
 from runtime.sampling import SamplingParams
@@ -264,4 +266,6 @@ def _load(checkpoint_dir: Path, limits: EngineLimits) -> TorchDecoderExecutor:
             values["mapping"] |= {"world_size": 1, "tp_size": 1, "pp_size": 1}
         config = CheckpointConfig.from_json(values, directory)
         weights = load_weights(directory, config, _CPU)
-    return TorchDecoderExecutor(config, limits, weights, _CPU)
+    num_blocks = max_num_blocks(limits)
+    model = PlainModel(config, weights, num_blocks, _CPU)
+    return TorchDecoderExecutor(config, limits, model, num_blocks)
