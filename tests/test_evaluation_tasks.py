@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from evaluation.compare import compare
 from evaluation.datasets.video_mme import decode_frames
+from evaluation.generate import answers
 from evaluation.results import read_results
+from evaluation.sample import Location
 from evaluation.scored import score_results
 from evaluation.tasks import TASKS, find_task
+from runtime.runner import Runner
+from runtime.types import GenerationRequest
 from tests.benchmarks import MAKERS, READ_NUMBER, Benchmark, ocrbench, text_vqa, write_video
 from tests.command import EVALUATE, ROOT, RUN, Result, run_command
 from tests.conftest import BF16, FP8, Workshop
@@ -286,3 +291,25 @@ def test_fp8_costs_the_small_model_little_and_the_comparison_says_so(
 def test_a_video_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", ["1", "2"])
     assert len(decode_frames(tmp_path / "v.mp4", 4)) == 4
+
+
+class BrokenDecoder:
+    """Raises in its first step, as an executor with a mistake would."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+
+    def step(self) -> Any:
+        raise ZeroDivisionError("a mistake of ours")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+
+def test_a_mistake_of_ours_ends_the_run_as_itself(tmp_path: Path, float32_engine_dir: Path) -> None:
+    made = ocrbench(tmp_path / "data")
+    samples = TASKS["OCRBench"].read(Location(made.image_dir, made.gt_paths)).samples
+    runner = Runner.open(float32_engine_dir, torch.device("cpu"))
+    broken = Runner(runner.engine, runner.vision, BrokenDecoder(runner.decoder))
+    with pytest.raises(ZeroDivisionError):
+        list(answers(broken, (GenerationRequest(s.content) for s in samples * 20)))
