@@ -29,6 +29,15 @@ class Ports:
     grpc: int = 8001
     metrics: int = 8002
 
+    @property
+    def host(self) -> str:
+        """Where this machine reaches it."""
+        return "127.0.0.1" if self.address == "0.0.0.0" else self.address
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{self.host}:{self.grpc}"
+
     def require_free(self) -> None:
         """Triton itself would wait, or serve the other ports."""
         if len({self.http, self.grpc, self.metrics}) < 3:
@@ -88,6 +97,11 @@ class TritonServer:
         self, repository: Path, scratch: Path, ports: Ports, *, world_size: int = 1
     ) -> None:
         ports.require_free()
+        if world_size > 1 and shutil.which("mpirun") is None:
+            raise UserError(
+                f"the engine has {world_size} ranks, which mpirun starts, and it is not installed; "
+                "use NVIDIA's container, which has Open MPI"
+            )
         program = find_program(scratch)
         self.ports = ports
         self.log = scratch / "tritonserver.log"
@@ -141,8 +155,7 @@ class TritonServer:
             region.unlink(missing_ok=True)  # what a backend that died has left
 
     def _url(self, path: str) -> str:
-        host = "127.0.0.1" if self.ports.address in ("0.0.0.0", "::") else self.ports.address
-        return f"http://{host}:{self.ports.http}/v2/{path}"
+        return f"http://{self.ports.host}:{self.ports.http}/v2/{path}"
 
     def _is_healthy(self) -> bool:
         try:

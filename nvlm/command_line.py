@@ -75,10 +75,12 @@ def fraction(text: str) -> float:
     return value
 
 
-def run(main: Callable[[], int | None], *, rank: int = 0) -> NoReturn:
-    """Runs an entry script's `main` and exits with its code (None is 0).
+def run(
+    main: Callable[[], int | None], *, rank: int = 0, end: Callable[[int], NoReturn] = sys.exit
+) -> NoReturn:
+    """Runs an entry script's `main` and ends with its code (None is 0).
 
-    The log goes to stderr, from rank 0 only except for errors.
+    The log goes to stderr, from rank 0 only except for errors. `end` takes other ranks along.
     """
     logging.basicConfig(
         stream=sys.stderr,
@@ -94,25 +96,26 @@ def run(main: Callable[[], int | None], *, rank: int = 0) -> NoReturn:
         code = main() or 0
         if sys.stdout is not None:  # None when the caller closed it
             sys.stdout.flush()
-        sys.exit(code)
+        end(code)
     except UserError as error:
         who = "error" if rank == 0 else f"rank {rank}: error"
         print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        end(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        if rank == 0:
+            print("interrupted", file=sys.stderr)
+        end(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output went away (`run.py ... | head`). Keep the interpreter from
         # complaining again when it flushes stdout.
         _drop_stdout()
-        sys.exit(1)
+        end(1)
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
         _drop_stdout()
         print("error: stdout cannot be written: its disk is full; free some", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        end(EXIT_USER_ERROR)
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -11,7 +11,7 @@ from runtime.decoder.scheduler import TOKENS_PER_BLOCK
 
 
 class PagedKVCache:
-    """Storage [layers, 2, num_blocks, TOKENS_PER_BLOCK, kv_heads, head_dim].
+    """Storage [layers, 2, num_blocks, TOKENS_PER_BLOCK, kv_heads, head_dim], a rank's kv_heads.
 
     FP8: e4m3(clamp(x / scale)) with one scale a layer. A CPU holds the same values as bfloat16
     (every e4m3 number is one), which it widens twenty times faster.
@@ -32,7 +32,7 @@ class PagedKVCache:
             dtype = torch.bfloat16 if device.type == "cpu" else fp8.E4M3
         self._storage = torch.empty(
             *(decoder.num_hidden_layers, 2, num_blocks, TOKENS_PER_BLOCK),
-            *(decoder.num_key_value_heads, decoder.head_dim),
+            *(config.mapping().local_heads(decoder.num_key_value_heads), decoder.head_dim),
             dtype=dtype,
             device=device,
         )

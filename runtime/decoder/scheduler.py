@@ -21,6 +21,11 @@ def num_blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // TOKENS_PER_BLOCK)
 
 
+def max_num_blocks(limits: EngineLimits) -> int:
+    """Every place of the batch has room for max_seq_len."""
+    return limits.max_batch_size * num_blocks_for(limits.max_seq_len)
+
+
 class BlockAllocator:
     """Free blocks of the paged cache, by number."""
 

@@ -1,76 +1,62 @@
-"""The embedded decoder: a TensorRT-LLM checkpoint run by plain PyTorch, on any device.
+"""The embedded decoder: a TensorRT-LLM checkpoint run by PyTorch, on any device.
 
-Computes exactly what the numerics contract says (docs/decisions.md), so it is the oracle of every
-faster path.
+Scheduling and sampling are here; what computes is a `DecoderModel`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.decoder_model import (
-    Attend,
-    causal_attention,
-    embed,
-    rms_norm,
-    rope_tables,
-)
 from nvlm.errors import UserError
 from nvlm.limits import EngineLimits
 from nvlm.memory import total_memory_bytes
 from nvlm.plan import plan_engine
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
-from runtime.decoder.kv_cache import PagedKVCache
-from runtime.decoder.scheduler import Scheduler, Sequence, num_blocks_for
-from runtime.decoder.torch_weights import DecoderWeights, load_weights
+from runtime.decoder.parallel_model import ParallelModel
+from runtime.decoder.plain_model import PlainModel
+from runtime.decoder.scheduler import Scheduler, Sequence, max_num_blocks
+from runtime.decoder.step import DecoderModel, SequenceStep
+from runtime.decoder.torch_weights import load_weights
 from runtime.engine_dir import EngineDir
+from runtime.process_group import ProcessGroup
 from runtime.sampling import sample
 
 
 class TorchDecoderExecutor:
-    """`DecoderExecutor` on one device."""
+    """`DecoderExecutor` on one device, or on a rank of a tensor parallel `group`: its leader alone
+    schedules and samples. num_blocks: of the model's KV cache."""
 
     def __init__(
         self,
         config: CheckpointConfig,
         limits: EngineLimits,
-        weights: DecoderWeights,
-        device: torch.device,
+        model: DecoderModel,
+        num_blocks: int,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.limits = limits
         self._config = config
-        self._weights = weights
-        self._device = device
-        num_blocks = limits.max_batch_size * num_blocks_for(limits.max_seq_len)
-        self._cache = PagedKVCache(config, num_blocks, weights.kv_scales, device)
+        self._model = model
         self._scheduler = Scheduler(limits, num_blocks)
         self._next_id = 0
+        self._group = group
 
     @classmethod
-    def load(cls, engine: EngineDir, device: torch.device) -> TorchDecoderExecutor:
-        config, memory_bytes = engine.checkpoint_config, total_memory_bytes(device)
-        plan = plan_engine(
-            config,
-            engine.vision.vision,
-            engine.vision_precision,
-            engine.limits,
-            device,
-            memory_bytes,
-        )
-        # A CPU maps its weights and can page them; the cache has to be there.
-        weight_bytes = 0 if device.type == "cpu" else plan.decoder_weight_bytes
-        needed_bytes = plan.kv_cache_bytes + weight_bytes
-        if needed_bytes > memory_bytes:
-            raise UserError(
-                f"the KV cache of {engine.directory} takes {plan.kv_cache_bytes / 1e9:.1f} GB and "
-                f"its weights {weight_bytes / 1e9:.1f} GB of {device}'s {memory_bytes / 1e9:.1f} "
-                "GB; build it with a smaller --max_batch_size or --max_seq_len"
-            )
-        weights = load_weights(engine.directory / "llm", config, device)
-        return cls(config, engine.limits, weights, device)
+    def load(
+        cls, engine: EngineDir, device: torch.device, group: ProcessGroup | None = None
+    ) -> TorchDecoderExecutor:
+        config, limits = engine.checkpoint_config, engine.limits
+        _require_fit(engine, device, 1 if group is None else group.job.world.local_size)
+        directory = engine.directory / "llm"
+        num_blocks = max_num_blocks(limits)
+        if group is None:
+            weights = load_weights(directory, config, device)
+            return cls(config, limits, PlainModel(config, weights, num_blocks, device), num_blocks)
+        weights = load_weights(directory, config, device, group.rank, group.all_reduce)
+        own = PlainModel(config, weights, num_blocks, device)
+        model = ParallelModel(own, group, weights.embedding, config.decoder.vocab_size)
+        return cls(config, limits, model, num_blocks, group)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -92,17 +78,19 @@ class TorchDecoderExecutor:
         self._scheduler.cancel(request_id)
 
     def run_worker(self) -> None:
-        raise AssertionError("one rank runs this executor")
+        assert self._group is not None, "one rank runs this executor"
+        self._group.follow()
 
     def close(self) -> None:
-        """Nothing is held beyond memory."""
+        if self._group is not None:
+            self._group.close()
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         sequences = self._scheduler.schedule()
         if not sequences:
             return []
-        logits = self._forward(sequences)
+        logits = self._model.forward([SequenceStep.of(sequence) for sequence in sequences])
         return [self._advance(*pair) for pair in zip(sequences, logits, strict=True)]
 
     def _advance(self, sequence: Sequence, logits: torch.Tensor) -> StepOutput:
@@ -120,53 +108,24 @@ class TorchDecoderExecutor:
             self._scheduler.finish(sequence)
         return StepOutput(sequence.request_id, token_id, "length" if is_full else None, kept_logits)
 
-    def _forward(self, sequences: list[Sequence]) -> torch.Tensor:
-        """Runs every sequence's pending tokens; float32 logits [num_sequences, vocab_size]."""
-        weights, decoder = self._weights, self._config.decoder
-        counts = [len(sequence.pending) for sequence in sequences]
-        starts = [sequence.num_cached for sequence in sequences]
-        hidden = torch.cat([self._embed(sequence) for sequence in sequences])  # [T, hidden_size]
-        positions = torch.cat(
-            [torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
-        ).to(self._device)
-        slots = torch.cat(
-            [
-                self._cache.slots(sequence.blocks, start, count)
-                for sequence, start, count in zip(sequences, starts, counts, strict=True)
-            ]
+
+def _require_fit(engine: EngineDir, device: torch.device, num_ranks: int) -> None:
+    """num_ranks: those of this machine, which share its memory where the device is a CPU."""
+    memory_bytes = total_memory_bytes(device)
+    plan = plan_engine(
+        engine.checkpoint_config,
+        engine.vision.vision,
+        engine.vision_precision,
+        engine.limits,
+        device,
+        memory_bytes,
+    )
+    weight_bytes = plan.decoder_weight_bytes
+    if device.type == "cpu":  # it maps its weights and can page them; the cache has to be there
+        weight_bytes, memory_bytes = 0, memory_bytes // num_ranks
+    if plan.kv_cache_bytes + weight_bytes > memory_bytes:
+        raise UserError(
+            f"the KV cache of {engine.directory} takes {plan.kv_cache_bytes / 1e9:.1f} GB and "
+            f"its weights {weight_bytes / 1e9:.1f} GB of {device}'s {memory_bytes / 1e9:.1f} "
+            "GB; build it with a smaller --max_batch_size or --max_seq_len"
         )
-        cos, sin = rope_tables(positions, decoder.head_dim, decoder.rope_theta)
-        attend_in = self._attention(sequences, counts, slots)
-        for index, layer in enumerate(weights.layers):
-            hidden = layer(hidden, cos, sin, attend_in(index))
-        last_rows = torch.tensor(counts, device=self._device).cumsum(0) - 1
-        normed = rms_norm(hidden[last_rows], weights.final_norm, decoder.rms_norm_eps)
-        logits: torch.Tensor = weights.lm_head(normed)
-        return logits
-
-    def _embed(self, sequence: Sequence) -> torch.Tensor:
-        token_ids = torch.tensor(sequence.pending, device=self._device)
-        embedding, table = self._weights.embedding, sequence.request.prompt_table
-        if sequence.num_cached > 0:
-            table = None  # only the prompt holds virtual tokens
-        table = None if table is None else table.to(self._device)
-        return embed(token_ids, embedding, table, embedding.dtype)
-
-    def _attention(
-        self, sequences: list[Sequence], counts: list[int], slots: torch.Tensor
-    ) -> Callable[[int], Attend]:
-        """For each layer, attention of every sequence over its own blocks of the cache."""
-
-        def attend_in(layer: int) -> Attend:
-            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-                self._cache.write(layer, slots, k, v)
-                outputs = []
-                for sequence, rows in zip(sequences, q.split(counts), strict=True):
-                    first = sequence.num_cached
-                    cached = self._cache.read(layer, sequence.blocks, first + len(rows))
-                    outputs.append(causal_attention(rows, *cached, first))
-                return torch.cat(outputs).to(q.dtype)
-
-            return attend
-
-        return attend_in

@@ -45,6 +45,8 @@ PAGES_UNTIL = 0.12  # of the time: pages only
 CURRICULUM = ((0.17, 3), (0.22, 5))  # (until this share of the time, characters at most), then 8
 WARM_UP_STEPS = 200
 LEARNING_RATE = 1e-3
+WHICH_TILE_WEIGHT = 4.0
+"""Of its tokens in the answers' loss: one of the six tells something."""
 PATCHES_PER_SIDE = TINY.image_size // TINY.patch_size
 VALIDATION_GRIDS = ((1, 1), (2, 1), (1, 3), (2, 2), (3, 2), (5, 1))
 
@@ -70,10 +72,16 @@ class Trainer:
             self.compositor.line_alpha = torch.compile(  # type: ignore[method-assign]
                 self.compositor.line_alpha, dynamic=True
             )
-        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
-        others = [p for p in self.model.parameters() if p.ndim < 2]
+        heads = [p for name, p in self.model.named_parameters() if "_labels." in name]
+        trunk = [p for name, p in self.model.named_parameters() if "_labels." not in name]
+        decayed = [p for p in trunk if p.ndim >= 2]
+        others = [p for p in trunk if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": heads, "weight_decay": 0.0},
+                {"params": decayed, "weight_decay": 0.05},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=LEARNING_RATE,
             betas=(0.9, 0.95),
             fused=self.device.type == "cuda",
@@ -150,16 +158,21 @@ class Trainer:
         self.log.flush()
 
     def _schedule(self, step: int, progress: float) -> None:
-        """Warm-up, then a straight line down to zero at the end."""
+        """Warm-up, then a straight line down to zero at the end.
+
+        Taken-over weights wait for the new heads of the dense losses, which would mislead them.
+        """
         fresh = not self.arguments.init_from
         self.pages_only.value = int(fresh and progress < PAGES_UNTIL)
         self.max_length.value = next(
             (length for until, length in CURRICULUM if fresh and progress < until), 8
         )
-        rate = self.arguments.learning_rate * min(1.0, (step + 1) / WARM_UP_STEPS)
-        rate *= min(1.0, (1 - progress) / 0.85)
-        for group in self.optimizer.param_groups:
-            group["lr"] = max(rate, 1e-6)
+        rate = self.arguments.learning_rate * min(1.0, (1 - progress) / 0.85)
+        heads, *trunk = self.optimizer.param_groups
+        heads["lr"] = max(rate * min(1.0, (step + 1) / WARM_UP_STEPS), 1e-6)
+        step -= 0 if fresh else WARM_UP_STEPS
+        for group in trunk:
+            group["lr"] = max(rate * min(1.0, (step + 1) / WARM_UP_STEPS), 0.0)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -202,7 +215,13 @@ class Trainer:
             if batch.probe_rows is not None:
                 losses["probe"] = 0.2 * self._probe_loss(batch, probed)
         targets = torch.from_numpy(batch.targets).to(self.device)
-        return cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        each = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        weights = torch.tensor(
+            [WHICH_TILE_WEIGHT if task == "which_tile" else 1.0 for task in batch.tasks],
+            device=self.device,
+        )
+        weights = (weights[:, None] * (targets != IGNORE)).flatten()
+        return (each * weights).sum() / weights.sum()
 
     def _logits(
         self, batch: TrainingBatch, embeddings: Tensor | None

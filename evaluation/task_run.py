@@ -68,7 +68,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TaskRun:
     """The samples of one partition and how they are asked; `problems` names what of the data set
     is no sample."""
 
@@ -82,7 +82,7 @@ class Job:
     num_partitions: int
 
     @classmethod
-    def read(cls, arguments: argparse.Namespace, request: GenerationRequest) -> Job:
+    def read(cls, arguments: argparse.Namespace, request: GenerationRequest) -> TaskRun:
         """Reads the data set; `request` has the flags that every request shares."""
         task = find_task(arguments.task)
         location = Location(
