@@ -25,9 +25,6 @@ from tests.command import EVALUATE, ROOT, RUN, Result, run_command
 from tests.conftest import BF16, FP8, Workshop
 
 TRAINED_MODEL = ROOT / "models" / "nvlm-d-tiny"
-needs_trained_model = pytest.mark.skipif(
-    not (TRAINED_MODEL / "config.json").is_file(), reason="models/nvlm-d-tiny is not there"
-)
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
 
@@ -63,7 +60,6 @@ def with_unknown_answers(expected: Any, found: Any) -> Any:
     return found if expected is None and isinstance(found, str) else expected
 
 
-@needs_trained_model
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_task_writes_the_lines_and_gets_the_score_by_hand(
     name: str, tmp_path: Path, reading_engine_dir: Path
@@ -154,7 +150,6 @@ def test_video_frames_are_spaced_evenly_and_of_one_tile_each(tmp_path: Path) -> 
     assert brightness == [0, 4, 8]
 
 
-@needs_trained_model
 def test_partitions_share_the_samples_and_are_scored_as_one(
     tmp_path: Path, reading_engine_dir: Path
 ) -> None:
@@ -245,7 +240,6 @@ def test_answers_are_those_of_a_batch_file(tmp_path: Path, float32_engine_dir: P
 
 
 @pytest.mark.slow
-@needs_trained_model
 def test_fp8_costs_the_small_model_little_and_the_comparison_says_so(
     tmp_path: Path, workshop: Workshop, reading_engine_dir: Path
 ) -> None:
