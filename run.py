@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from evaluation.task_run import TaskRun, add_flags, check_flags
+from evaluation.tasks import DEFAULT_MAX_NEW_TOKENS as TASK_MAX_NEW_TOKENS
 from nvlm.command_line import ArgumentParser, fraction, positive_int, resolve_device, run
 from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
@@ -40,11 +41,16 @@ def parser() -> ArgumentParser:
     add("--input_file", type=Path, help="JSONL of requests, instead of --prompt")
     add("--output_file", type=Path, help="JSONL of answers; a rerun goes on behind its last line")
     add("--system", default=DEFAULT_SYSTEM, help="system message")
-    add("--prompt_format", choices=("hf", "megatron"), help="published template (default hf)")
+    add(
+        "--prompt_format",
+        choices=("hf", "megatron"),
+        help="template (default hf; with --task megatron)",
+    )
     add(
         "--max_new_tokens",
         type=positive_int,
-        help=f"end an answer at this length (default {DEFAULT_MAX_NEW_TOKENS})",
+        help=f"length of an answer (default {DEFAULT_MAX_NEW_TOKENS}; {TASK_MAX_NEW_TOKENS} with "
+        "--task)",
     )
     add("--max_num_tiles", type=positive_int, help="tiles of an image's grid, at most")
     add("--temperature", type=float, help="0 is greedy (default; 1 with --top_k or --top_p)")

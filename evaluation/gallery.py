@@ -68,7 +68,8 @@ def make_gallery(
 def choose(
     ids: Sequence[SampleId], score: TaskScore, changed: Sequence[SampleId], number: int
 ) -> list[SampleId]:
-    chosen = [i for i in changed if i in ids][:number]
+    known = set(ids)
+    chosen = [i for i in changed if i in known][:number]
     rest = [i for i in ids if i not in chosen]
     wrong = [i for i in rest if score.samples[i].value < 1.0]
     right = [i for i in rest if score.samples[i].value >= 1.0]

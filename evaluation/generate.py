@@ -16,7 +16,7 @@ from evaluation.tasks import Task, answer_line
 from nvlm.errors import UserError
 from nvlm.inputs.prompt import prompt_text
 from runtime.runner import Runner
-from runtime.serving import Answer, Server
+from runtime.serving import Answer, BusyError, Server
 from runtime.types import GenerationRequest, GenerationResult
 
 MAX_PREPARING_THREADS = 8
@@ -66,36 +66,43 @@ def answers(
 
     Beside the batch a few more are open: their images are being decoded, or wait encoded.
     """
-    num_open, batch_size = 0, runner.engine.limits.max_batch_size
     num_preparing = min(MAX_PREPARING_THREADS, len(os.sched_getaffinity(0)))
-    num_waiting = min(NUM_AHEAD, batch_size) + num_preparing
+    num_waiting = min(NUM_AHEAD, runner.engine.limits.max_batch_size) + num_preparing
     server = Server(runner, max_queue_size=num_waiting, num_preparing=num_preparing)
     finished: SimpleQueue[tuple[int, Answer]] = SimpleQueue()
+    num_open = 0
 
-    def submit(index: int, request: GenerationRequest) -> None:
+    def submit(index: int, request: GenerationRequest) -> bool:
+        """Whether the server had room; one that takes nothing at all has ended."""
+
         def listen(answer: Answer) -> None:
             if answer.is_last:
                 finished.put((index, answer))
 
-        server.submit(request, listen)
-
-    def take() -> tuple[int, GenerationResult | UserError]:
-        index, answer = finished.get()
-        if isinstance(answer.error, UserError):
-            return index, answer.error
-        if answer.error is not None:
-            raise answer.error
-        assert answer.result is not None, "the last answer has a result or an error"
-        return index, answer.result
+        try:
+            server.submit(request, listen)
+        except BusyError:
+            if num_open == 0:
+                raise
+            return False
+        return True
 
     try:
         for index, request in enumerate(requests):
-            if num_open == batch_size + num_waiting:
-                yield take()
+            while not submit(index, request):
+                yield _result(*finished.get())
                 num_open -= 1
-            submit(index, request)
             num_open += 1
         for _ in range(num_open):
-            yield take()
+            yield _result(*finished.get())
     finally:
         server.close()
+
+
+def _result(index: int, answer: Answer) -> tuple[int, GenerationResult | UserError]:
+    if isinstance(answer.error, UserError):
+        return index, answer.error
+    if answer.error is not None:
+        raise answer.error
+    assert answer.result is not None, "the last answer has a result or an error"
+    return index, answer.result

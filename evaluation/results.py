@@ -73,6 +73,12 @@ def _missing(prefix: Path, task: Task, records: list[RunRecord], num_lines: int)
         for partition_id in range(records[0].num_partitions)
         if partition_id not in found
     ]
+    problems += [
+        f"{prefix}-{task.name} partition {record.partition_id} was made by another engine or with "
+        f"other settings than partition {records[0].partition_id}"
+        for record in records
+        if record.settings != records[0].settings
+    ]
     expected = sum(record.num_samples for record in records)
     if num_lines < expected:
         problems.append(

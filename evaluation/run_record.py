@@ -18,8 +18,8 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """`settings` decide the answers; `data` says where the data set lay; `num_samples` is the size
-    of this partition."""
+    """`settings` decide the answers; `data` says where engine and data set lay; `num_samples` is
+    the size of this partition."""
 
     task: str
     settings: dict[str, Any]
@@ -69,7 +69,6 @@ def settings_of(
     config = engine.checkpoint_config
     return {
         "engine": engine.manifest.digest,
-        "engine_dir": str(engine.directory.resolve()),
         "quant_algo": config.quant_algo,
         "kv_cache_quant_algo": config.kv_cache_quant_algo,
         "dtype": config.dtype,

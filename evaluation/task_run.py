@@ -165,6 +165,7 @@ class TaskRun:
                 self.task.max_num_tiles or self.request.max_num_tiles,
             ),
             {
+                "engine_dir": str(runner.engine.directory.resolve()),
                 "input_image_path": str(self.location.image_dir.resolve()),
                 "gt_path": [str(path.resolve()) for path in self.location.gt_paths],
                 "split": self.location.split,

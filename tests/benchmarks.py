@@ -634,3 +634,19 @@ MAKERS: dict[str, Callable[[Path], Benchmark]] = {
     "RealworldQA": realworld_qa,
     "VideoMME": video_mme,
 }
+
+
+def write_answers(
+    prefix: Path, task: str, lines: list[dict[str, Any] | str], partition: int = 0
+) -> Path:
+    """A file of answers as run.py and Megatron-LM name it; strings are lines as they are."""
+    path = Path(f"{prefix}-{task}-dprank=0-partition={partition}.jsonl")
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
+    return path
+
+
+def short(sample_id: int | str, answer: str, *truths: str) -> dict[str, Any]:
+    """A line of a task with short answers."""
+    return {"sample_id": sample_id, "prompt": "", "answer": answer, "gt_answer": list(truths)}

@@ -11,9 +11,17 @@ import pytest
 
 from evaluation.packages import require_package
 from nvlm.errors import UserError
-from tests.benchmarks import Benchmark, ai2d, ocrbench, text_vqa, write_json
+from tests.benchmarks import (
+    Benchmark,
+    ai2d,
+    ocrbench,
+    short,
+    text_vqa,
+    video_mme,
+    write_answers,
+    write_json,
+)
 from tests.command import EVALUATE, RUN, Result, one_line_error, run_command
-from tests.test_evaluation_results import short, write_answers
 
 SOME_FAILED = 1
 
@@ -151,8 +159,6 @@ def test_a_missing_video_is_named_and_too_few_images_refused(
     tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     pytest.importorskip("av")
-    from tests.benchmarks import video_mme
-
     made = video_mme(tmp_path)
     (made.image_dir / "fFjv93ACGo8.mp4").write_bytes(b"no video")
     result = run_task(float32_engine_dir, made, tmp_path / "out")
@@ -230,6 +236,17 @@ def test_a_mixture_of_hidden_and_public_answers_is_refused(tmp_path: Path) -> No
     write_answers(tmp_path / "run", "VQAv2", [short(1, "a", ""), short(2, "b", "b")])
     result = run_command(EVALUATE, "--input_path", tmp_path / "run")
     one_line_error(result, "has 1 answers of a split whose truth is hidden among 2")
+
+
+def test_partitions_of_different_runs_are_told(tmp_path: Path, float32_engine_dir: Path) -> None:
+    made = ocrbench(tmp_path)
+    for partition, prompt_format in ((0, "hf"), (1, "megatron")):
+        flags = ("--num_partitions", "2", "--partition_id", partition)
+        flags = (*flags, "--prompt_format", prompt_format)
+        assert run_task(float32_engine_dir, made, tmp_path / "out", *flags).exit_code == 0
+    result = run_command(EVALUATE, "--input_path", tmp_path / "out", "--json")
+    assert result.exit_code == SOME_FAILED
+    assert "partition 1 was made by another engine or with other settings" in result.stderr
 
 
 def test_partitions_that_are_missing_are_told(tmp_path: Path, float32_engine_dir: Path) -> None:

@@ -12,21 +12,8 @@ import pytest
 from evaluation.card import card_table
 from evaluation.compare import compare, sign_flip_p_value
 from evaluation.scoring.score import SampleScore, TaskScore
+from tests.benchmarks import short, write_answers
 from tests.command import EVALUATE, run_command
-
-
-def write_answers(
-    prefix: Path, task: str, lines: list[dict[str, Any] | str], partition: int = 0
-) -> Path:
-    path = Path(f"{prefix}-{task}-dprank=0-partition={partition}.jsonl")
-    path.write_text(
-        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-    )
-    return path
-
-
-def short(sample_id: int | str, answer: str, *truths: str) -> dict[str, Any]:
-    return {"sample_id": sample_id, "prompt": "", "answer": answer, "gt_answer": list(truths)}
 
 
 def evaluated(*flags: object) -> dict[str, Any]:

@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from evaluation.compare import compare
 from evaluation.datasets.video_mme import decode_frames
+from evaluation.generate import answers
 from evaluation.results import read_results
+from evaluation.sample import Location
 from evaluation.scored import score_results
 from evaluation.tasks import TASKS, find_task
+from runtime.runner import Runner
+from runtime.types import GenerationRequest
 from tests.benchmarks import MAKERS, READ_NUMBER, Benchmark, ocrbench, text_vqa, write_video
 from tests.command import EVALUATE, ROOT, RUN, Result, run_command
 from tests.conftest import BF16, FP8, Workshop
 
 TRAINED_MODEL = ROOT / "models" / "nvlm-d-tiny"
-needs_trained_model = pytest.mark.skipif(
-    not (TRAINED_MODEL / "config.json").is_file(), reason="models/nvlm-d-tiny is not there"
-)
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
 
@@ -58,7 +60,6 @@ def with_unknown_answers(expected: Any, found: Any) -> Any:
     return found if expected is None and isinstance(found, str) else expected
 
 
-@needs_trained_model
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_task_writes_the_lines_and_gets_the_score_by_hand(
     name: str, tmp_path: Path, reading_engine_dir: Path
@@ -149,7 +150,6 @@ def test_video_frames_are_spaced_evenly_and_of_one_tile_each(tmp_path: Path) -> 
     assert brightness == [0, 4, 8]
 
 
-@needs_trained_model
 def test_partitions_share_the_samples_and_are_scored_as_one(
     tmp_path: Path, reading_engine_dir: Path
 ) -> None:
@@ -240,7 +240,6 @@ def test_answers_are_those_of_a_batch_file(tmp_path: Path, float32_engine_dir: P
 
 
 @pytest.mark.slow
-@needs_trained_model
 def test_fp8_costs_the_small_model_little_and_the_comparison_says_so(
     tmp_path: Path, workshop: Workshop, reading_engine_dir: Path
 ) -> None:
@@ -286,3 +285,25 @@ def test_fp8_costs_the_small_model_little_and_the_comparison_says_so(
 def test_a_video_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", ["1", "2"])
     assert len(decode_frames(tmp_path / "v.mp4", 4)) == 4
+
+
+class BrokenDecoder:
+    """Raises in its first step, as an executor with a mistake would."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+
+    def step(self) -> Any:
+        raise ZeroDivisionError("a mistake of ours")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+
+def test_a_mistake_of_ours_ends_the_run_as_itself(tmp_path: Path, float32_engine_dir: Path) -> None:
+    made = ocrbench(tmp_path / "data")
+    samples = TASKS["OCRBench"].read(Location(made.image_dir, made.gt_paths)).samples
+    runner = Runner.open(float32_engine_dir, torch.device("cpu"))
+    broken = Runner(runner.engine, runner.vision, BrokenDecoder(runner.decoder))
+    with pytest.raises(ZeroDivisionError):
+        list(answers(broken, (GenerationRequest(s.content) for s in samples * 20)))
