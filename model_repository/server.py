@@ -12,6 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,14 +151,14 @@ class TritonServer:
         self._ask(max(1.0, deadline - time.monotonic()))
 
     def stop(self) -> None:
-        """Ends requests under way, then the server; kills it if it takes too long."""
-        try:
+        """Ends requests under way, then the server; kills what takes too long or outlives it."""
+        with suppress(subprocess.TimeoutExpired):
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGTERM)
             self.process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):  # a server that dies leaves its backends behind
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
         for region in Path("/dev/shm").glob(f"{self._prefix}*"):
             region.unlink(missing_ok=True)  # what a backend that died has left
 

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -93,9 +93,21 @@ def test_a_server_that_dies_is_told_and_its_log_kept(engine_dir: Path, tmp_path:
     (triton,) = [int(child) for child in children]
     os.kill(triton, signal.SIGKILL)
     assert process.wait(150) == 2
+    assert running_in_group(triton) == [], "its backends are left behind"
     told = re.search(r"^error: tritonserver ended by itself with -9.*$", log.read_text(), re.M)
     assert told is not None, log.read_text()
     assert "Started GRPCInferenceService" in kept_log(told[0])
+
+
+def running_in_group(group: int) -> list[str]:
+    """Command lines of its processes that are not yet dead."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, process_group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                found.append((process / "cmdline").read_text())
+    return found
 
 
 class TestRanks:
