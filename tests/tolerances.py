@@ -50,6 +50,11 @@ FP8_FLIPPED = 0.1
 FP8_LINEAR = 0.05
 FP8_LINEAR_ELSEWHERE = 0.08
 
+# A kernel and its plain form differ in the order of float32 sums; a value near the middle of two
+# bfloat16 (e4m3) numbers then rounds to either.
+KERNEL_BF16 = 2e-3  # 2^-9 if every value were off by half a step
+E4M3_FLIPPED_SHARE = 0.01
+
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - expected| / |expected| in float64; NaN never passes a comparison."""

@@ -1,0 +1,74 @@
+"""Triton: residual + RMSNorm + quantise, and SwiGLU + quantise. A program holds one row, or a
+piece of one for SwiGLU, which needs no sum over it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nvlm.fp8 import E4M3
+from runtime.decoder.kernels.quantization import quantize
+
+
+@triton.jit
+def _add_rms_norm(
+    hidden, delta, weight, scale, new_hidden, normed, eps, size,
+    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * size
+    columns = tl.arange(0, BLOCK)
+    mask = columns < size
+    x = tl.load(hidden + row + columns, mask, other=0.0)
+    if HAS_DELTA:
+        y = tl.load(delta + row + columns, mask, other=0.0)
+        x = (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
+        tl.store(new_hidden + row + columns, x, mask)
+    x32 = x.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x32 * x32) / size + eps)
+    w = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
+    rounded = (x32 * factor * w).to(x.dtype)
+    if QUANTIZE:
+        tl.store(normed + row + columns, quantize(rounded.to(tl.float32), tl.load(scale)), mask)
+    else:
+        tl.store(normed + row + columns, rounded, mask)
+
+
+def add_rms_norm(
+    hidden: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, size = hidden.shape
+    new_hidden = hidden if delta is None else torch.empty_like(hidden)
+    normed = torch.empty_like(hidden, dtype=hidden.dtype if scale is None else E4M3)
+    _add_rms_norm[(num_tokens,)](
+        hidden, delta, weight, scale, new_hidden, normed, eps, size,
+        HAS_DELTA=delta is not None, QUANTIZE=scale is not None,
+        BLOCK=triton.next_power_of_2(size), num_warps=8,
+    )  # fmt: skip
+    return new_hidden, normed
+
+
+@triton.jit
+def _swiglu_quantize(gate_up, scale, product, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < size
+    gate = tl.load(gate_up + row * 2 * size + columns, mask, other=0.0)
+    up = tl.load(gate_up + row * 2 * size + size + columns, mask, other=0.0).to(tl.float32)
+    gate32 = gate.to(tl.float32)
+    activated = tl.div_rn(gate32, 1.0 + tl.exp(-gate32))
+    rounded = (activated * up).to(gate.dtype).to(tl.float32)
+    tl.store(product + row * size + columns, quantize(rounded, tl.load(scale)), mask)
+
+
+def swiglu_quantize(gate_up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    product = torch.empty(num_tokens, size, dtype=E4M3, device=gate_up.device)
+    block = 1024
+    grid = (num_tokens, triton.cdiv(size, block))
+    _swiglu_quantize[grid](gate_up, scale, product, size, BLOCK=block, num_warps=4)
+    return product
