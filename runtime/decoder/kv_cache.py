@@ -7,7 +7,7 @@ import torch
 from nvlm import fp8
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.dtypes import TORCH_DTYPES
-from runtime.decoder.scheduler import TOKENS_PER_BLOCK
+from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 
 
 class PagedKVCache:

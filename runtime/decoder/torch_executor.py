@@ -22,16 +22,19 @@ from nvlm.errors import UserError
 from nvlm.limits import EngineLimits
 from nvlm.memory import total_memory_bytes
 from nvlm.plan import plan_engine
+from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
+from runtime.decoder.image_ids import extra_ids
 from runtime.decoder.kv_cache import PagedKVCache
-from runtime.decoder.scheduler import Scheduler, Sequence, num_blocks_for
+from runtime.decoder.scheduler import Scheduler, Sequence
 from runtime.decoder.torch_weights import DecoderWeights, load_weights
 from runtime.engine_dir import EngineDir
 from runtime.sampling import sample
 
 
 class TorchDecoderExecutor:
-    """`DecoderExecutor` on one device."""
+    """`DecoderExecutor` on one device. num_blocks: of the KV cache; by default every place of the
+    batch has room for max_seq_len."""
 
     def __init__(
         self,
@@ -39,12 +42,14 @@ class TorchDecoderExecutor:
         limits: EngineLimits,
         weights: DecoderWeights,
         device: torch.device,
+        num_blocks: int | None = None,
     ) -> None:
         self.limits = limits
         self._config = config
         self._weights = weights
         self._device = device
-        num_blocks = limits.max_batch_size * num_blocks_for(limits.max_seq_len)
+        num_blocks = num_blocks or limits.max_batch_size * num_blocks_for(limits.max_seq_len)
+        assert num_blocks >= num_blocks_for(limits.max_seq_len), "no room for the longest request"
         self._cache = PagedKVCache(config, num_blocks, weights.kv_scales, device)
         self._scheduler = Scheduler(limits, num_blocks)
         self._next_id = 0
@@ -82,9 +87,10 @@ class TorchDecoderExecutor:
         check_request(request, self.limits, decoder.vocab_size, decoder.hidden_size)
         room = self.limits.max_seq_len - len(request.token_ids)
         max_num_tokens = len(request.token_ids) + min(request.max_new_tokens, room)
+        extra = [] if request.prompt_table is None else extra_ids(request, decoder.vocab_size)
         self._next_id += 1
         self._scheduler.add(
-            Sequence(self._next_id, request, max_num_tokens, list(request.token_ids))
+            Sequence(self._next_id, request, max_num_tokens, list(request.token_ids), extra)
         )
         return self._next_id
 
@@ -99,16 +105,17 @@ class TorchDecoderExecutor:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        sequences = self._scheduler.schedule()
-        if not sequences:
-            return []
-        logits = self._forward(sequences)
-        return [self._advance(*pair) for pair in zip(sequences, logits, strict=True)]
+        while sequences := self._scheduler.schedule():
+            drawing = [sequence for sequence in sequences if sequence.is_last_chunk]
+            logits = self._forward(sequences)
+            self._scheduler.advance(sequences)
+            if drawing:  # otherwise all were chunks of prompts that go on
+                return [self._draw(*pair) for pair in zip(drawing, logits, strict=True)]
+        return []
 
-    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> StepOutput:
+    def _draw(self, sequence: Sequence, logits: torch.Tensor) -> StepOutput:
         """Draws one sequence's token and ends it where it must end."""
         request = sequence.request
-        sequence.num_cached = len(sequence.token_ids)
         token_id = sample(logits, request.sampling, sequence.num_generated)
         kept_logits = logits if request.return_logits else None
         if token_id in request.stop_ids:
@@ -121,7 +128,7 @@ class TorchDecoderExecutor:
         return StepOutput(sequence.request_id, token_id, "length" if is_full else None, kept_logits)
 
     def _forward(self, sequences: list[Sequence]) -> torch.Tensor:
-        """Runs every sequence's pending tokens; float32 logits [num_sequences, vocab_size]."""
+        """Runs every sequence's pending tokens; float32 logits of those with their last chunk."""
         weights, decoder = self._weights, self._config.decoder
         counts = [len(sequence.pending) for sequence in sequences]
         starts = [sequence.num_cached for sequence in sequences]
@@ -139,15 +146,17 @@ class TorchDecoderExecutor:
         attend_in = self._attention(sequences, counts, slots)
         for index, layer in enumerate(weights.layers):
             hidden = layer(hidden, cos, sin, attend_in(index))
-        last_rows = torch.tensor(counts, device=self._device).cumsum(0) - 1
-        normed = rms_norm(hidden[last_rows], weights.final_norm, decoder.rms_norm_eps)
+        ends = torch.tensor(counts).cumsum(0) - 1
+        last_rows = ends[torch.tensor([sequence.is_last_chunk for sequence in sequences])]
+        hidden = hidden[last_rows.to(self._device)]
+        normed = rms_norm(hidden, weights.final_norm, decoder.rms_norm_eps)
         logits: torch.Tensor = weights.lm_head(normed)
         return logits
 
     def _embed(self, sequence: Sequence) -> torch.Tensor:
         token_ids = torch.tensor(sequence.pending, device=self._device)
         embedding, table = self._weights.embedding, sequence.request.prompt_table
-        if sequence.num_cached > 0:
+        if sequence.num_cached >= sequence.num_prompt_tokens:
             table = None  # only the prompt holds virtual tokens
         table = None if table is None else table.to(self._device)
         return embed(token_ids, embedding, table, embedding.dtype)
