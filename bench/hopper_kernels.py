@@ -1,0 +1,191 @@
+"""The kernels of a decoder layer on a Hopper GPU, each beside the ceiling that its bytes set.
+
+    python -m bench.hopper_kernels [--shape 72b|tiny] [--batch_sizes 1,8,64] [--context 2048]
+
+The device's copy rate is measured first, in the same run; a kernel's bytes (each input read once,
+each output written once) over its time are told as a share of it. The four FP8 linears are timed
+as the stream-K kernel with several tiles and as cuBLASLt. Times are medians of CUDA graph replays
+over weights larger than the cache. On a CPU the plain forms run, which only shows that the program
+works. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.machine import describe
+from nvlm import fp8
+from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
+from runtime.decoder.kernels import plain_forms
+
+SHAPES = {"72b": (8192, 29568, 64, 8, 128), "tiny": (256, 512, 4, 2, 64)}
+TILES = [(64, 256, 4, 5), (64, 128, 4, 6), (128, 128, 4, 4), (128, 128, 8, 4), (128, 256, 8, 3)]
+CACHE_BYTES = 200_000_000  # several times the level-2 cache
+LAUNCHES = 8  # in one graph, over different buffers
+
+Run = Callable[[int], object]  # takes the number of the buffers to use
+
+
+def median_ms(run: Run, device: torch.device) -> float:
+    """Of one launch."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        run(0)
+        return 1e3 * (time.perf_counter() - start)
+    for i in range(LAUNCHES):
+        run(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(LAUNCHES):
+            run(i)
+    times = []
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / LAUNCHES)
+    return statistics.median(times[2:])
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written a second."""
+    num_bytes = 2 << 30 if device.type == "cuda" else 1 << 20
+    source = torch.randint(256, (num_bytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2e3 * source.numel() / median_ms(lambda _: target.copy_(source), device)
+
+
+def e4m3(*shape: int, device: torch.device) -> torch.Tensor:
+    return fp8.quantize(torch.randn(*shape, device=device, dtype=torch.bfloat16), 0.01)
+
+
+def measure_linear(
+    forms: Any, rows: int, columns: int, depth: int, device: torch.device
+) -> dict[str, tuple[float, int]]:
+    num_buffers = (
+        1 if device.type == "cpu" else max(1, min(LAUNCHES, CACHE_BYTES * 4 // (columns * depth)))
+    )
+    weights = [e4m3(columns, depth, device=device) for _ in range(num_buffers)]
+    x, scale = e4m3(rows, depth, device=device), torch.tensor(1e-4, device=device)
+    moved = columns * depth + rows * depth + 2 * rows * columns
+
+    def timed(linear: Callable[..., object]) -> tuple[float, int]:
+        def run(i: int) -> object:
+            return linear(x, weights[i % num_buffers], scale, None, torch.bfloat16)
+
+        return median_ms(run, device), moved
+
+    found = {"tensor_core_linear": timed(forms.tensor_core_linear)}
+    if device.type == "cuda":
+        from runtime.decoder.kernels.streaming_linear import Tile, streaming_linear
+        from runtime.decoder.kernels.workspace import Workspace
+
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        for occupancy in (1, 2):
+            workspace = Workspace.allocate(device, occupancy * multiprocessors)
+            for tile in TILES:
+                linear = functools.partial(streaming_linear, workspace=workspace, tile=Tile(*tile))
+                name = f"stream-K {tile} x{occupancy}"
+                try:
+                    found[name] = timed(linear)
+                except Exception as error:  # e.g. more shared memory than there is
+                    print(f"{name}: {type(error).__name__}", file=sys.stderr)
+    else:
+        found["streaming_linear"] = timed(forms.streaming_linear)
+    return found
+
+
+def measure(
+    shape: tuple[int, ...], batch_size: int, context: int, device: torch.device, forms: Any
+) -> dict[str, tuple[float, int]]:
+    """Milliseconds and bytes of each kernel."""
+    size, intermediate, heads, kv_heads, head_dim = shape
+    scale = torch.tensor(0.02, device=device)
+    hidden, delta = (torch.randn(batch_size, size, device=device).bfloat16() for _ in range(2))
+    norm = torch.ones(size, device=device, dtype=torch.bfloat16)
+    gate_up = torch.randn(batch_size, 2 * intermediate, device=device).bfloat16()
+    qkv = torch.randn(batch_size, (heads + 2 * kv_heads) * head_dim, device=device).bfloat16()
+    blocks_each = -(-context // TOKENS_PER_BLOCK)
+    num_blocks = batch_size * blocks_each
+    caches = [
+        [e4m3(num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim, device=device) for _ in "kv"]
+        for _ in range(1 if device.type == "cpu" else LAUNCHES)
+    ]
+    tables = torch.randperm(num_blocks, device=device).to(torch.int32).view(batch_size, -1)
+    lengths = torch.full((batch_size,), context, dtype=torch.int32, device=device)
+    slots = tables[:, -1].long() * TOKENS_PER_BLOCK
+    cos, sin = (torch.rand(batch_size, head_dim // 2, device=device) for _ in range(2))
+    q = torch.randn(batch_size, heads, head_dim, device=device).bfloat16()
+    width = (heads + 2 * kv_heads) * head_dim
+    runs: dict[str, tuple[Run, int]] = {
+        "add_rms_norm": (
+            lambda _: forms.add_rms_norm(hidden, delta, norm, 1e-6, scale),
+            7 * batch_size * size,
+        ),
+        "swiglu_quantize": (
+            lambda _: forms.swiglu_quantize(gate_up, scale),
+            5 * batch_size * intermediate,
+        ),
+        "rope_append": (
+            lambda i: forms.rope_append(qkv, cos, sin, slots, *caches[i % len(caches)], scale),
+            4 * batch_size * width,
+        ),
+        "paged_attention": (
+            lambda i: forms.paged_attention(
+                q, *caches[i % len(caches)], tables, lengths, scale, scale
+            ),
+            2 * batch_size * context * kv_heads * head_dim,
+        ),
+    }
+    found = {name: (median_ms(run, device), moved) for name, (run, moved) in runs.items()}
+    linears = {"qkv": (width, size), "dense": (size, heads * head_dim)}
+    linears |= {"gate_up": (2 * intermediate, size), "down": (size, intermediate)}
+    for linear, (columns, depth) in linears.items():
+        for name, row in measure_linear(forms, batch_size, columns, depth, device).items():
+            found[f"{linear} {name}"] = row
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="72b")
+    parser.add_argument("--batch_sizes", default="1,8,64")
+    parser.add_argument("--context", type=int, default=2048)
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    forms: Any = plain_forms
+    machine = describe()
+    if device.type == "cuda":
+        from runtime.decoder.kernels.triton_forms import TritonForms
+
+        forms = TritonForms(device)
+        machine |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    rate = copy_rate(device)
+    print(f"copy {rate / 1e12:.3f} TB/s")
+    rows = []
+    for batch_size in map(int, options.batch_sizes.split(",")):
+        found = measure(SHAPES[options.shape], batch_size, options.context, device, forms)
+        for name, (ms, moved) in found.items():
+            share = moved / (1e-3 * ms) / rate
+            print(
+                f"batch {batch_size:<3} {name:<44}{1e3 * ms:9.2f} us {share:7.1%} of the copy rate"
+            )
+            rows.append({"batch_size": batch_size, "kernel": name, "ms": ms, "bytes": moved})
+    json.dump({"machine": machine, "copy_bytes_per_s": rate, "kernels": rows}, sys.stdout)
+    print()
+
+
+if __name__ == "__main__":
+    main()
