@@ -241,12 +241,13 @@ class TestPrefixReuse:
 
     def test_other_pictures_under_the_same_tokens_are_not_shared(self) -> None:
         tested = scheduler()
-        extra = [0] * 8 + [77] * 192
-        for number, (extra_ids, num_shared) in enumerate(
-            [(extra, 0), (extra, 6), ([0] * 8 + [78] * 192, 0), ([0] * 200, 0), (extra, 6)]
+        key, other = b"8 bytes and more", b"8 bytes and else"
+        picture = [b""] * 8 + [key] * 192
+        for number, (image_keys, num_shared) in enumerate(
+            [(picture, 0), (picture, 6), ([b""] * 8 + [other] * 192, 0), ([], 0), (picture, 6)]
         ):
             item = sequence(0, 200)
-            item.extra_ids = extra_ids
+            item.image_keys = image_keys
             tested.add(item)
             tested.schedule()
             assert item.num_cached == 32 * num_shared, f"request {number}"

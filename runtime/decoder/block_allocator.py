@@ -19,11 +19,12 @@ def num_blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // TOKENS_PER_BLOCK)
 
 
-def block_key(previous: bytes, token_ids: Sequence[int], extra_ids: Sequence[int]) -> bytes:
-    """Of a full block behind the block `previous` (empty: the first). extra_ids: image_ids.py."""
-    digest = hashlib.blake2b(previous, digest_size=32)
+def block_key(previous: bytes, token_ids: Sequence[int], image_keys: Sequence[bytes]) -> bytes:
+    """Of a full block behind the block `previous` (empty: the first). image_keys: image_ids.py."""
+    digest = hashlib.sha256(previous)
     digest.update(array("Q", token_ids).tobytes())
-    digest.update(array("Q", extra_ids).tobytes())
+    for key in image_keys:
+        digest.update(len(key).to_bytes(2, "little") + key)
     return digest.digest()
 
 

@@ -27,14 +27,14 @@ from runtime.decoder.executor import DecoderRequest
 @dataclass(eq=False, slots=True)
 class Sequence:
     """A request on its way: `num_cached` of its tokens are in the cache, and the next step computes
-    `num_scheduled` more. extra_ids: one a prompt token (image_ids.py), none for text alone.
+    `num_scheduled` more. image_keys: one a prompt token (image_ids.py), none for text alone.
     `keys` are those of its blocks that are full and registered."""
 
     request_id: int
     request: DecoderRequest
     max_num_tokens: int
     token_ids: list[int]
-    extra_ids: list[int] = field(default_factory=list)
+    image_keys: list[bytes] = field(default_factory=list)
     num_cached: int = 0
     num_scheduled: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -65,9 +65,9 @@ class Sequence:
     def key_of(self, index: int) -> bytes:
         """Of its full block `index`, whose predecessors have theirs in `keys`."""
         part = slice(index * TOKENS_PER_BLOCK, (index + 1) * TOKENS_PER_BLOCK)
-        extra_ids = self.extra_ids[part]
-        extra_ids += [0] * (TOKENS_PER_BLOCK - len(extra_ids))
-        return block_key(self.keys[index - 1] if index else b"", self.token_ids[part], extra_ids)
+        image_keys = self.image_keys[part]
+        image_keys += [b""] * (TOKENS_PER_BLOCK - len(image_keys))
+        return block_key(self.keys[index - 1] if index else b"", self.token_ids[part], image_keys)
 
 
 class Scheduler:

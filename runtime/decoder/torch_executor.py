@@ -24,7 +24,7 @@ from nvlm.memory import total_memory_bytes
 from nvlm.plan import plan_engine
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
-from runtime.decoder.image_ids import extra_ids
+from runtime.decoder.image_ids import image_keys
 from runtime.decoder.kv_cache import PagedKVCache
 from runtime.decoder.scheduler import Scheduler, Sequence
 from runtime.decoder.torch_weights import DecoderWeights, load_weights
@@ -87,10 +87,10 @@ class TorchDecoderExecutor:
         check_request(request, self.limits, decoder.vocab_size, decoder.hidden_size)
         room = self.limits.max_seq_len - len(request.token_ids)
         max_num_tokens = len(request.token_ids) + min(request.max_new_tokens, room)
-        extra = [] if request.prompt_table is None else extra_ids(request, decoder.vocab_size)
+        keys = [] if request.prompt_table is None else image_keys(request, decoder.vocab_size)
         self._next_id += 1
         self._scheduler.add(
-            Sequence(self._next_id, request, max_num_tokens, list(request.token_ids), extra)
+            Sequence(self._next_id, request, max_num_tokens, list(request.token_ids), keys)
         )
         return self._next_id
 
