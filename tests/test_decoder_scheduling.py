@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from runtime.decoder.executor import DecoderRequest, generate
+from runtime.decoder.open_model import OpenedModel, max_num_blocks
+from runtime.decoder.plain_model import PlainModel
 from runtime.decoder.torch_executor import TorchDecoderExecutor
-from runtime.decoder.torch_weights import load_weights
+from runtime.decoder.torch_weights import load_weights, open_weights
 from runtime.engine_dir import EngineDir
 
 CPU = torch.device("cpu")
@@ -28,13 +30,14 @@ def open_executor(engine_dir: Path) -> Open:
     """Executors over one set of weights, with the limits a test asks for."""
     engine = EngineDir.read(engine_dir)
     config = engine.checkpoint_config
-    weights = load_weights(engine_dir / "llm", config, CPU)
+    weights = load_weights(open_weights(engine_dir / "llm", config), config, CPU)
 
     def open_(num_blocks: int | None = None, **limits: int) -> TorchDecoderExecutor:
         chosen = {"max_batch_size": 4, "max_input_len": 128, "max_seq_len": MAX_SEQ_LEN, **limits}
-        return TorchDecoderExecutor(
-            config, replace(engine.limits, **chosen), weights, CPU, num_blocks
-        )
+        engine_ = replace(engine, limits=replace(engine.limits, **chosen))
+        num_blocks = num_blocks or max_num_blocks(engine_.limits)
+        model = PlainModel(config, weights, num_blocks, CPU)
+        return TorchDecoderExecutor.over(engine_, OpenedModel(model, num_blocks))
 
     return open_
 

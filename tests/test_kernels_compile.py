@@ -31,7 +31,7 @@ POINTERS = {
     "block_tables": I32, "lengths": I32, "out": E4M3, "partial_sums": F32, "partial_stats": F32,
     "counters": I32, "x": E4M3, "bias": BF16, "y": BF16, "eps": "fp32", "softmax_scale": "fp32",
 }
-ALIGNED = ("size", "max_blocks", "N", "K")
+ALIGNED = ("size", "table_stride", "N", "K")
 
 def compile_(function, constants, types={}, **options):
     signature = {}

@@ -45,6 +45,10 @@ class PagedKVCache:
         slots = table[positions // TOKENS_PER_BLOCK] * TOKENS_PER_BLOCK
         return (slots + positions % TOKENS_PER_BLOCK).to(self._storage.device)
 
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V as stored: [num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim] each."""
+        return self._storage[layer, 0], self._storage[layer, 1]
+
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v: [num_tokens, kv_heads, head_dim], K after bias and RoPE, V after bias."""
         blocks, places = slots // TOKENS_PER_BLOCK, slots % TOKENS_PER_BLOCK

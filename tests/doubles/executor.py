@@ -20,8 +20,10 @@ import torch
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.limits import EngineLimits
 from runtime.decoder.executor import DecoderRequest, StepOutput
+from runtime.decoder.open_model import max_num_blocks
+from runtime.decoder.plain_model import PlainModel
 from runtime.decoder.torch_executor import TorchDecoderExecutor
-from runtime.decoder.torch_weights import load_weights
+from runtime.decoder.torch_weights import load_weights, open_weights
 from runtime.sampling import SamplingParams
 from tests.doubles import api
 from tests.doubles.cuda import CudaDouble, CudaTensor, plain
@@ -250,5 +252,8 @@ def _load(checkpoint_dir: Path, limits: EngineLimits) -> TorchDecoderExecutor:
             merge_ranks(checkpoint_dir, values, directory / "rank0.safetensors")
             values["mapping"] |= {"world_size": 1, "tp_size": 1, "pp_size": 1}
         config = CheckpointConfig.from_json(values, directory)
-        weights = load_weights(directory, config, _CPU)
-    return TorchDecoderExecutor(config, limits, weights, _CPU)
+        weights = load_weights(open_weights(directory, config), config, _CPU)
+    num_blocks = max_num_blocks(limits)
+    model = PlainModel(config, weights, num_blocks, _CPU)
+    decoder = config.decoder
+    return TorchDecoderExecutor(decoder.vocab_size, decoder.hidden_size, limits, model, num_blocks)

@@ -22,7 +22,7 @@ _TOKENS_PER_STEP = 64
 @triton.jit
 def _paged_attention(
     q, k_cache, v_cache, block_tables, lengths, kv_scale, scale, out,
-    partial_sums, partial_stats, counters, softmax_scale, max_blocks,
+    partial_sums, partial_stats, counters, softmax_scale, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
     QUANTIZE: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
@@ -48,7 +48,7 @@ def _paged_attention(
         position = step * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         is_cached = position < length
         block = tl.load(
-            block_tables + request * max_blocks + position // TOKENS, is_cached, other=0
+            block_tables + request * table_stride + position // TOKENS, is_cached, other=0
         ).to(tl.int64)
         cache_row = ((block * KV_HEADS + kv_head) * TOKENS + position % TOKENS) * HEAD_DIM
         mask = is_cached[:, None] & channel_mask[None, :]
@@ -130,7 +130,7 @@ def paged_attention(
     _paged_attention[(batch_size, kv_heads, splits)](
         q, k_cache, v_cache, block_tables, lengths, kv_scale, scale, out,
         workspace.partial_sums, workspace.stats, workspace.counters,
-        head_dim**-0.5, block_tables.shape[1],
+        head_dim**-0.5, block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,
         QUANTIZE=scale is not None, NUM_SPLITS=splits,
         BLOCK_ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),

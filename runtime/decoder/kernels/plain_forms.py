@@ -81,7 +81,30 @@ def paged_attention(
     return attended if scale is None else fp8.quantize(attended, scale)
 
 
-def streaming_linear(
+def prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    first_position: int,
+    kv_scale: float,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Rows at first_position, ... of one sequence over its positions up to theirs:
+    [T, heads * head_dim], e4m3 with `scale`.
+
+    q: [T, heads, head_dim]; blocks: [num_blocks of the sequence] int64, in order.
+    """
+    end = first_position + len(q)
+    k, v = (
+        fp8.dequantize(cache[blocks].transpose(1, 2).flatten(0, 1)[:end], kv_scale)
+        for cache in (k_cache, v_cache)
+    )
+    attended = causal_attention(q, k, v, first_position).flatten(1).to(q.dtype)
+    return attended if scale is None else fp8.quantize(attended, scale)
+
+
+def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
@@ -93,4 +116,9 @@ def streaming_linear(
     return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
 
 
-tensor_core_linear = streaming_linear
+streaming_linear = tensor_core_linear = linear
+
+
+def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Logits x @ weight.T in float32. x: [T, hidden_size], weight: [vocab_size, hidden_size]."""
+    return nn.functional.linear(x.to(torch.float32), weight.to(torch.float32))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
 from runtime.decoder.kernels import elementwise, paged_attention, rope, streaming_linear
 from runtime.decoder.kernels.workspace import Workspace
@@ -37,6 +39,47 @@ class TritonForms:
             q, k_cache, v_cache, block_tables, lengths, kv_scale, scale, self._workspace
         )
 
+    def prefill_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        blocks: torch.Tensor,
+        first_position: int,
+        kv_scale: float,
+        scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """FlashAttention by torch, over keys and values that are gathered and widened; e4m3 numbers
+        are exact in q's type, so their scale is put on the softmax and on the result."""
+        num_rows, _, head_dim = q.shape
+        end = first_position + num_rows
+        k, v = (_widen(cache, blocks, end, q.dtype) for cache in (k_cache, v_cache))
+        attended = nn.functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            k[None],
+            v[None],
+            attn_mask=causal_lower_right(num_rows, end),
+            scale=head_dim**-0.5 * kv_scale,
+            enable_gqa=True,
+        )
+        rows = attended[0].transpose(0, 1).reshape(num_rows, -1)  # [T, heads * head_dim]
+        if scale is None:
+            return rows * kv_scale
+        return elementwise.scale_quantize(rows.contiguous(), kv_scale, scale)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        return self.tensor_core_linear(x, weight, scale, bias, dtype)
+
+    def head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
     def streaming_linear(
         self,
         x: torch.Tensor,
@@ -59,3 +102,14 @@ class TritonForms:
         return torch._scaled_mm(
             x, weight.t(), scale, self._one, bias=bias, out_dtype=dtype, use_fast_accum=False
         )
+
+
+def _widen(
+    cache: torch.Tensor, blocks: torch.Tensor, length: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Positions below `length` on `blocks`, without their scale: [kv_heads, length, head_dim]."""
+    _, kv_heads, block_size, head_dim = cache.shape
+    pages = cache.view(torch.uint8)[blocks].view(cache.dtype)
+    wide = pages.new_empty(kv_heads, len(blocks), block_size, head_dim, dtype=dtype)
+    wide.copy_(pages.transpose(0, 1))
+    return wide.flatten(1, 2)[:, :length]

@@ -1,0 +1,47 @@
+"""What a model of the decoder is asked in one step: token rows, their positions, their blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from runtime.decoder.scheduler import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """`token_ids` run at positions first_position, ...; `prompt_table` only while they are the
+    prompt's, for only the prompt holds virtual tokens. wants_logits: of the last token."""
+
+    token_ids: list[int]
+    first_position: int
+    blocks: list[int]
+    prompt_table: torch.Tensor | None
+    wants_logits: bool
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> SequenceStep:
+        is_prompt = sequence.num_cached < sequence.num_prompt_tokens
+        table = sequence.request.prompt_table if is_prompt else None
+        return cls(
+            sequence.pending,
+            sequence.num_cached,
+            sequence.blocks,
+            table,
+            sequence.is_last_chunk,
+        )
+
+    @property
+    def end_position(self) -> int:
+        return self.first_position + len(self.token_ids)
+
+
+class DecoderModel(Protocol):
+    """Weights and KV cache on one device. Knows neither requests nor sampling."""
+
+    def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
+        """Runs every sequence's tokens; float32 logits [those that want them, vocab_size], valid
+        until the next call."""
+        ...
