@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench.machine import describe
+from bench.ceilings import copy_rate, median_ms
+from bench.machine import describe, describe_gpu
 from nvlm import fp8
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.decoder.kernels import plain_forms
@@ -31,40 +30,9 @@ SHAPES = {"72b": (8192, 29568, 64, 8, 128), "tiny": (256, 512, 4, 2, 64)}
 TILES = [(64, 256, 4, 5), (64, 128, 4, 6), (128, 128, 4, 4), (128, 128, 8, 4), (128, 256, 8, 3)]
 CACHE_BYTES = 200_000_000  # several times the level-2 cache
 LAUNCHES = 8  # in one graph, over different buffers
+SPLITS = (4, 8, 16, 32)  # of a context
 
 Run = Callable[[int], object]  # takes the number of the buffers to use
-
-
-def median_ms(run: Run, device: torch.device) -> float:
-    """Of one launch."""
-    if device.type == "cpu":
-        start = time.perf_counter()
-        run(0)
-        return 1e3 * (time.perf_counter() - start)
-    for i in range(LAUNCHES):
-        run(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(LAUNCHES):
-            run(i)
-    times = []
-    for _ in range(12):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / LAUNCHES)
-    return statistics.median(times[2:])
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes read and written a second."""
-    num_bytes = 2 << 30 if device.type == "cuda" else 1 << 20
-    source = torch.randint(256, (num_bytes,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2e3 * source.numel() / median_ms(lambda _: target.copy_(source), device)
 
 
 def e4m3(*shape: int, device: torch.device) -> torch.Tensor:
@@ -89,6 +57,9 @@ def measure_linear(
 
     found = {"tensor_core_linear": timed(forms.tensor_core_linear)}
     if device.type == "cuda":
+        fast = functools.partial(forms.tensor_core_linear, use_fast_accum=True)
+        found["tensor_core_linear, fast accumulation"] = timed(fast)
+    if device.type == "cuda" and rows <= 64:
         from runtime.decoder.kernels.streaming_linear import Tile, streaming_linear
         from runtime.decoder.kernels.workspace import Workspace
 
@@ -102,7 +73,7 @@ def measure_linear(
                     found[name] = timed(linear)
                 except Exception as error:  # e.g. more shared memory than there is
                     print(f"{name}: {type(error).__name__}", file=sys.stderr)
-    else:
+    elif device.type == "cpu":
         found["streaming_linear"] = timed(forms.streaming_linear)
     return found
 
@@ -150,12 +121,40 @@ def measure(
         ),
     }
     found = {name: (median_ms(run, device), moved) for name, (run, moved) in runs.items()}
-    linears = {"qkv": (width, size), "dense": (size, heads * head_dim)}
-    linears |= {"gate_up": (2 * intermediate, size), "down": (size, intermediate)}
-    for linear, (columns, depth) in linears.items():
-        for name, row in measure_linear(forms, batch_size, columns, depth, device).items():
-            found[f"{linear} {name}"] = row
-    return found
+    if device.type == "cuda":
+        from runtime.decoder.kernels.paged_attention import paged_attention
+        from runtime.decoder.kernels.workspace import Workspace
+
+        for splits in SPLITS:
+            workspace = Workspace.allocate(device, splits * batch_size * kv_heads)
+            attend = functools.partial(paged_attention, workspace=workspace)
+            found[f"paged_attention, {splits} splits"] = (
+                median_ms(
+                    lambda i, attend=attend: attend(
+                        q, *caches[i % len(caches)], tables, lengths, scale, scale
+                    ),
+                    device,
+                ),
+                2 * batch_size * context * kv_heads * head_dim,
+            )
+    return found | measure_linears(shape, batch_size, device, forms)
+
+
+def measure_linears(
+    shape: tuple[int, ...], num_rows: int, device: torch.device, forms: Any
+) -> dict[str, tuple[float, int]]:
+    size, intermediate, heads, kv_heads, head_dim = shape
+    linears = {
+        "qkv": ((heads + 2 * kv_heads) * head_dim, size),
+        "dense": (size, heads * head_dim),
+        "gate_up": (2 * intermediate, size),
+        "down": (size, intermediate),
+    }
+    return {
+        f"{linear} {name}": row
+        for linear, (columns, depth) in linears.items()
+        for name, row in measure_linear(forms, num_rows, columns, depth, device).items()
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -163,20 +162,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="72b")
     parser.add_argument("--batch_sizes", default="1,8,64")
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--prompts", default="", help="rows to time the linears alone with")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     forms: Any = plain_forms
-    machine = describe()
+    machine = describe() | describe_gpu(device)
     if device.type == "cuda":
         from runtime.decoder.kernels.triton_forms import TritonForms
 
         forms = TritonForms(device)
-        machine |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     rate = copy_rate(device)
     print(f"copy {rate / 1e12:.3f} TB/s")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    runs: list[tuple[int, dict[str, tuple[float, int]]]] = []
     for batch_size in map(int, options.batch_sizes.split(",")):
         found = measure(SHAPES[options.shape], batch_size, options.context, device, forms)
+        runs.append((batch_size, found))
+    for num_rows in map(int, filter(None, options.prompts.split(","))):
+        runs.append((num_rows, measure_linears(SHAPES[options.shape], num_rows, device, forms)))
+    for batch_size, found in runs:
         for name, (ms, moved) in found.items():
             share = moved / (1e-3 * ms) / rate
             print(

@@ -97,10 +97,19 @@ class TritonForms:
         scale: torch.Tensor,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
+        *,
+        use_fast_accum: bool = False,
     ) -> torch.Tensor:
-        """cuBLASLt, for any number of rows; sums leave the tensor cores every 128 products."""
+        """cuBLASLt, for any number of rows; sums leave the tensor cores every 128 products, with
+        fast accumulation at the end only."""
         return torch._scaled_mm(
-            x, weight.t(), scale, self._one, bias=bias, out_dtype=dtype, use_fast_accum=False
+            x,
+            weight.t(),
+            scale,
+            self._one,
+            bias=bias,
+            out_dtype=dtype,
+            use_fast_accum=use_fast_accum,
         )
 
 

@@ -1,0 +1,23 @@
+#!/bin/bash
+# What a GPU machine has to show, in a few minutes: tests against the CPU's numbers, then times.
+#     bash bench/gpu_check.sh OUT_FOLDER [part ...]        parts: tests decode kernels vision
+# A part that fails or takes too long does not stop the next. Every part has a file of its own.
+out=$1; shift
+parts=${*:-tests decode kernels vision}
+export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
+mkdir -p "$out"
+part() { # name, seconds, command
+  local name=$1 seconds=$2 started=$SECONDS; shift 2
+  case " $parts " in *" $name "*) ;; *) return ;; esac
+  timeout -k 5 "$seconds" "$@" >"$out/$name.log" 2>&1
+  echo "$name: exit $? after $((SECONDS - started)) s" | tee -a "$out/summary.log"
+}
+python3 -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' >"$out/summary.log" 2>&1
+part tests 100 python3 -m pytest -q -p no:cacheprovider -n 8 --tb=short --maxfail=12 \
+  tests/test_kernels.py tests/test_hopper_model.py tests/test_hopper_kernels_model.py \
+  tests/test_gpu.py "tests/test_decoder_contract.py" -k "not interpreter and not TensorRT and not float32"
+part decode 110 python3 -m bench.hopper decode prefill --layers 8,16 --batch_sizes 1,8,64 \
+  --prompts 1948,2048 --profile "$out/profile.log"
+part vision 60 python3 -m bench.hopper vision
+part kernels 70 python3 -m bench.hopper_kernels --batch_sizes 1,64 --prompts 1948
+tail -n 25 "$out"/*.log | cut -c 1-400
