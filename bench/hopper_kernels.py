@@ -125,16 +125,15 @@ def measure(
         from runtime.decoder.kernels.paged_attention import paged_attention
         from runtime.decoder.kernels.workspace import Workspace
 
+        def attend_with(workspace: Workspace, i: int) -> torch.Tensor:
+            k, v = caches[i % len(caches)]
+            return paged_attention(q, k, v, tables, lengths, scale, scale, workspace)
+
         for splits in SPLITS:
             workspace = Workspace.allocate(device, splits * batch_size * kv_heads)
-            attend = functools.partial(paged_attention, workspace=workspace)
+            run = functools.partial(attend_with, workspace)
             found[f"paged_attention, {splits} splits"] = (
-                median_ms(
-                    lambda i, attend=attend: attend(
-                        q, *caches[i % len(caches)], tables, lengths, scale, scale
-                    ),
-                    device,
-                ),
+                median_ms(run, device),
                 2 * batch_size * context * kv_heads * head_dim,
             )
     return found | measure_linears(shape, batch_size, device, forms)
