@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.limits import EngineLimits
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
@@ -24,15 +25,14 @@ class TorchDecoderExecutor:
 
     def __init__(
         self,
-        vocab_size: int,
-        hidden_size: int,
+        config: CheckpointConfig,
         limits: EngineLimits,
         model: DecoderModel,
         num_blocks: int,
     ) -> None:
         assert num_blocks >= num_blocks_for(limits.max_seq_len), "no room for the longest request"
         self.limits = limits
-        self._vocab_size, self._hidden_size = vocab_size, hidden_size
+        self._config = config
         self._model = model
         self._scheduler = Scheduler(limits, num_blocks)
         self._next_id = 0
@@ -44,14 +44,7 @@ class TorchDecoderExecutor:
     @classmethod
     def over(cls, engine: EngineDir, opened: OpenedModel) -> TorchDecoderExecutor:
         """An engine's executor over a model of its shape."""
-        decoder = engine.checkpoint_config.decoder
-        return cls(
-            decoder.vocab_size,
-            decoder.hidden_size,
-            engine.limits,
-            opened.model,
-            opened.num_blocks,
-        )
+        return cls(engine.checkpoint_config, engine.limits, opened.model, opened.num_blocks)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -59,10 +52,11 @@ class TorchDecoderExecutor:
         return self._scheduler
 
     def submit(self, request: DecoderRequest) -> int:
-        check_request(request, self.limits, self._vocab_size, self._hidden_size)
+        decoder = self._config.decoder
+        check_request(request, self.limits, decoder.vocab_size, decoder.hidden_size)
         room = self.limits.max_seq_len - len(request.token_ids)
         max_num_tokens = len(request.token_ids) + min(request.max_new_tokens, room)
-        keys = [] if request.prompt_table is None else image_keys(request, self._vocab_size)
+        keys = [] if request.prompt_table is None else image_keys(request, decoder.vocab_size)
         self._next_id += 1
         self._scheduler.add(
             Sequence(self._next_id, request, max_num_tokens, list(request.token_ids), keys)

@@ -255,5 +255,4 @@ def _load(checkpoint_dir: Path, limits: EngineLimits) -> TorchDecoderExecutor:
         weights = load_weights(open_weights(directory, config), config, _CPU)
     num_blocks = max_num_blocks(limits)
     model = PlainModel(config, weights, num_blocks, _CPU)
-    decoder = config.decoder
-    return TorchDecoderExecutor(decoder.vocab_size, decoder.hidden_size, limits, model, num_blocks)
+    return TorchDecoderExecutor(config, limits, model, num_blocks)
