@@ -1,7 +1,7 @@
 """Phases of the product on a GPU, each beside the device's ceilings of the same run.
 
-    python -m bench.hopper decode prefill [--shape 72b] [--layers 8,16] [--batch_sizes 1,8,64]
-                           [--context 2048] [--prompts 1948,2048] [--profile FILE]
+    python -m bench.hopper decode prefill vision [--shape 72b] [--layers 8,16] [--tiles 7]
+        [--batch_sizes 1,8,64] [--context 2048] [--prompts 1948,2048] [--profile FILE]
 
 A synthetic engine (bench/synthetic_engine.py) is loaded by the product's loader for each number of
 layers; with several, the slope per layer is told too. The last line is JSON.
@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.hopper_decoder import Row, measure_decode, measure_prefill, random_prompt
+from bench.hopper_decoder import measure_decode, measure_prefill, random_prompt
+from bench.hopper_row import Row
+from bench.hopper_vision import measure_vision
 from bench.machine import describe, describe_gpu
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from runtime.decoder.executor import DecoderRequest
@@ -30,7 +32,7 @@ from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine_dir import EngineDir
 
-PHASES = ("decode", "prefill")
+PHASES = ("decode", "prefill", "vision")
 
 
 def measure_decoder(
@@ -134,6 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch_sizes", default="1,8,64")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--prompts", default="1948,2048")
+    parser.add_argument("--tiles", default="7")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--profile", type=Path, help="append kernels' times to this file")
     options = parser.parse_args(arguments)
@@ -141,7 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
     ceilings = measure_ceilings(device)
     print(ceilings, flush=True)
     rows: list[Row] = []
-    for num_layers in numbers(options.layers):
+    decoder_layers = numbers(options.layers) if {"decode", "prefill"} & {*options.phases} else []
+    for num_layers in decoder_layers:
         for row in measure_decoder(options, num_layers, ceilings, device):
             print(row, flush=True)
             rows.append(row)
@@ -153,6 +157,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"{slope['phase']:<8}batch {slope['batch_size']:<3} {slope['num_tokens']:>5} tokens "
             f"{slope['ms_per_layer']:.4f} ms per layer, {slope['fixed_ms']:.3f} ms fixed"
         )
+    if "vision" in options.phases:
+        for precision in ("bfloat16", "FP8"):
+            for num_tiles in numbers(options.tiles):
+                row = measure_vision(options.shape, precision, num_tiles, ceilings, device)
+                print(row, flush=True)
+                rows.append(row)
     found = {
         "machine": describe() | describe_gpu(device),
         "ceilings": ceilings.to_json(),

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from bench.ceilings import Ceilings
+from bench.hopper_row import Row
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.checkpoint_tensors import decoder_tensors
 from nvlm.plan import kv_bytes_per_token
@@ -18,33 +17,6 @@ from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 
 _WARM_UP = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """ms: the median step's. rate: bytes or floating-point operations a second; share: of the
-    ceiling that binds."""
-
-    phase: str
-    num_layers: int
-    batch_size: int
-    num_tokens: int
-    ms: float
-    tokens_per_s: float
-    rate: float
-    share: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        unit = "GB/s" if self.phase == "decode" else "TFLOP/s"
-        rate = self.rate / (1e9 if self.phase == "decode" else 1e12)
-        return (
-            f"{self.phase:<8}{self.num_layers:>3} layers, batch {self.batch_size:<3} "
-            f"{self.num_tokens:>5} tokens {self.ms:9.3f} ms {self.tokens_per_s:10.1f} tokens/s "
-            f"{rate:8.1f} {unit} ({self.share:.1%})"
-        )
 
 
 def random_prompt(vocab_size: int, num_tokens: int, seed: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 
 from nvlm import fp8
 from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.checkpoint_tensors import decoder_tensors
+from nvlm.checkpoint_tensors import decoder_tensors, vision_scales, vision_tensors
 from nvlm.config import DecoderConfig, TilingConfig, VisionConfig
 from nvlm.limits import EngineLimits
 from nvlm.manifest import Manifest
@@ -54,10 +54,14 @@ class SyntheticTensors:
             for rows in weight.split(8192):
                 rows.copy_(fp8.quantize(self._randn(rows.shape), 1 / _E4M3_DEVIATION))
             return weight
+        if name.endswith(("ls1", "ls2")):
+            return torch.full(info.shape, 0.1, dtype=info.dtype, device=self._device)
         if len(info.shape) == 1 and name.endswith("weight"):
             return torch.ones(info.shape, dtype=info.dtype, device=self._device)  # a norm's
         values = self._randn(info.shape)
-        return (values / math.sqrt(info.shape[-1]) if "lm_head" in name else values).to(info.dtype)
+        if len(info.shape) > 1 and "vocab_embedding" not in name:
+            values /= math.sqrt(math.prod(info.shape[1:]))
+        return values.to(info.dtype)
 
     def _randn(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(
@@ -99,3 +103,9 @@ def synthetic_engine(
 
 def decoder_source(engine: EngineDir, device: torch.device) -> SyntheticTensors:
     return SyntheticTensors(decoder_tensors(engine.checkpoint_config), device)
+
+
+def vision_source(engine: EngineDir, device: torch.device) -> SyntheticTensors:
+    config = engine.vision.vision
+    infos = vision_tensors(config, torch.bfloat16) | vision_scales(config)
+    return SyntheticTensors(infos, device)

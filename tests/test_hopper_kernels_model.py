@@ -35,7 +35,7 @@ class _Forms(test_kernels.TritonForms):
     if DEVICE.type == "cpu":
         head = staticmethod(plain_forms.head)  # type: ignore[assignment]
 
-        def tensor_core_linear(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        def linear(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
             from runtime.decoder.kernels.streaming_linear import MAX_ROWS
 
             if len(x) > MAX_ROWS:

@@ -22,6 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from runtime.decoder.kernels import elementwise, paged_attention, rope, streaming_linear
+from runtime.kernels import quantization
+from runtime.vision.kernels import elementwise as vision
 
 BF16, F32, E4M3, I32, I64 = "*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64"
 POINTERS = {
@@ -30,7 +32,7 @@ POINTERS = {
     "slots": I64, "k_cache": E4M3, "v_cache": E4M3, "kv_scale": F32, "q_out": BF16, "q": BF16,
     "block_tables": I32, "lengths": I32, "out": E4M3, "partial_sums": F32, "partial_stats": F32,
     "counters": I32, "x": E4M3, "bias": BF16, "y": BF16, "eps": "fp32", "softmax_scale": "fp32",
-    "factor": "fp32",
+    "factor": "fp32", "layer_scale": BF16, "q_weight": BF16, "k_weight": BF16,
 }
 ALIGNED = ("size", "table_stride", "N", "K")
 
@@ -55,7 +57,12 @@ found = {
     "add_rms_norm": compile_(elementwise._add_rms_norm,
         {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 8192}, num_warps=8),
     "swiglu_quantize": compile_(elementwise._swiglu_quantize, {"BLOCK": 1024}),
-    "scale_quantize": compile_(elementwise._scale_quantize, {"BLOCK": 2048},
+    "scale_quantize": compile_(quantization._scale_quantize, {"BLOCK": 2048},
+        {"x": BF16, "y": E4M3}),
+    "vision add_rms_norm": compile_(vision._add_rms_norm,
+        {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 4096}, num_warps=8),
+    "vision normalize_qk": compile_(vision._normalize_qk, {"BLOCK": 4096}, num_warps=8),
+    "vision gelu": compile_(vision._gelu, {"QUANTIZE": True, "BLOCK": 2048},
         {"x": BF16, "y": E4M3}),
     "rope_append": compile_(rope._rope_append,
         {"HEAD_DIM": 128, "TOKENS": 32, "BLOCK_HEADS": 8, "BLOCK_HALF": 64}),
@@ -86,7 +93,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    assert len(found) == 9
+    assert len(found) == 12
     for name, kernel in found.items():
         assert kernel["cubin_bytes"] > 0, name
         assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, name

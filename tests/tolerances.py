@@ -17,6 +17,9 @@ BF16_VISION = 0.01  # 0.0057 measured; 2^-9 a rounding
 FLOAT16_VISION = 0.0015  # 0.0007 measured; 2^-12 a rounding
 FP8_VISION = 0.02  # 0.009 measured on tiles of a picture; layer scale damps e4m3's 2.6 %
 
+# A norm summed in another order may turn an e4m3 value to its neighbour (2^-4 of it).
+E4M3_SUM = 2e-3
+
 # ONNX Runtime and torch on one graph. Float16: order of sums and where each rounds.
 FLOAT16_ONNX = 2e-3
 # The same FP8 values, scales and float32 sums; a value that lies between two e4m3 numbers may round

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +19,7 @@ from runtime.decoder.plain_model import PlainModel
 from runtime.decoder.step import DecoderModel
 from runtime.decoder.torch_weights import load_weights, open_weights
 from runtime.engine_dir import EngineDir
-
-_HOPPER = (9, 0)
+from runtime.kernels import hopper
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +34,8 @@ def max_num_blocks(limits: EngineLimits) -> int:
 
 
 def takes_fast_path(config: CheckpointConfig, device: torch.device) -> bool:
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= _HOPPER
-        and config.quant_algo == "FP8"
-        and config.kv_cache_quant_algo == "FP8"
-        and config.dtype != "float32"
-        and importlib.util.find_spec("triton") is not None
-    )
+    is_fp8 = config.quant_algo == config.kv_cache_quant_algo == "FP8"
+    return is_fp8 and config.dtype != "float32" and hopper.has_kernels(device)
 
 
 def open_model(

@@ -1,5 +1,5 @@
-"""Triton: residual + RMSNorm + quantise, SwiGLU + quantise, and a factor + quantise. A program
-holds one row for the norm, else a piece of one."""
+"""Triton: residual + RMSNorm + quantise, and SwiGLU + quantise. A program holds one row, or a
+piece of one for SwiGLU, which needs no sum over it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from nvlm.fp8 import E4M3
-from runtime.decoder.kernels.quantization import quantize
+from runtime.kernels.quantization import quantize
 
 
 @triton.jit
@@ -72,22 +72,3 @@ def swiglu_quantize(gate_up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     grid = (num_tokens, triton.cdiv(size, block))
     _swiglu_quantize[grid](gate_up, scale, product, size, BLOCK=block, num_warps=4)
     return product
-
-
-@triton.jit
-def _scale_quantize(x, scale, y, factor, size, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
-    values = tl.load(x + index, mask, other=0.0)
-    rounded = (values.to(tl.float32) * factor).to(values.dtype).to(tl.float32)
-    tl.store(y + index, quantize(rounded, tl.load(scale)), mask)
-
-
-def scale_quantize(x: torch.Tensor, factor: float, scale: torch.Tensor) -> torch.Tensor:
-    """e4m3 of x * factor, rounded to x's type in between. x: contiguous."""
-    assert x.is_contiguous()
-    y = torch.empty_like(x, dtype=E4M3)
-    block = 2048
-    grid = (triton.cdiv(x.numel(), block),)
-    _scale_quantize[grid](x, scale, y, factor, x.numel(), BLOCK=block, num_warps=4)
-    return y

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from nvlm.fp8 import E4M3
-from runtime.decoder.kernels.quantization import quantize
 from runtime.decoder.kernels.workspace import Workspace
+from runtime.kernels.quantization import quantize
 
 _MIN_ROWS = 16  # of a tensor-core product
 _TOKENS_PER_STEP = 64

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.decoder.kernels.quantization import quantize
+from runtime.kernels.quantization import quantize
 
 
 @triton.jit

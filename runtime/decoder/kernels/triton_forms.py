@@ -8,6 +8,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from runtime.decoder.kernels import elementwise, paged_attention, rope, streaming_linear
 from runtime.decoder.kernels.workspace import Workspace
+from runtime.kernels.quantization import scale_quantize
+from runtime.kernels.tensor_core_linear import TensorCoreLinear
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
@@ -23,7 +25,7 @@ class TritonForms:
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         num_programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
         self._workspace = Workspace.allocate(device, num_programs)
-        self._one = torch.ones((), device=device)
+        self.tensor_core_linear = TensorCoreLinear(device)
 
     def paged_attention(
         self,
@@ -65,7 +67,7 @@ class TritonForms:
         rows = attended[0].transpose(0, 1).reshape(num_rows, -1)  # [T, heads * head_dim]
         if scale is None:
             return rows * kv_scale
-        return elementwise.scale_quantize(rows.contiguous(), kv_scale, scale)
+        return scale_quantize(rows.contiguous(), kv_scale, scale)
 
     def linear(
         self,
@@ -89,28 +91,6 @@ class TritonForms:
         dtype: torch.dtype,
     ) -> torch.Tensor:
         return streaming_linear.streaming_linear(x, weight, scale, bias, dtype, self._workspace)
-
-    def tensor_core_linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        *,
-        use_fast_accum: bool = False,
-    ) -> torch.Tensor:
-        """cuBLASLt, for any number of rows; sums leave the tensor cores every 128 products, with
-        fast accumulation at the end only."""
-        return torch._scaled_mm(
-            x,
-            weight.t(),
-            scale,
-            self._one,
-            bias=bias,
-            out_dtype=dtype,
-            use_fast_accum=use_fast_accum,
-        )
 
 
 def _widen(
