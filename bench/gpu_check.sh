@@ -13,9 +13,9 @@ part() { # name, seconds, command
   echo "$name: exit $? after $((SECONDS - started)) s" | tee -a "$out/summary.log"
 }
 python3 -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' >"$out/summary.log" 2>&1
-part tests 100 python3 -m pytest -q -p no:cacheprovider -n 8 --tb=short --maxfail=12 \
+part tests 100 python3 -m pytest -q -p no:cacheprovider -n 8 --tb=short --maxfail=40 \
   tests/test_kernels.py tests/test_hopper_model.py tests/test_hopper_kernels_model.py \
-  tests/test_hopper_executor.py "tests/test_decoder_contract.py" -k "not interpreter and not TensorRT and not float32"
+  tests/test_hopper_executor.py tests/test_hopper_vision.py tests/test_decoder_contract.py -k "not interpreter and not TensorRT and not float32"
 part decode 110 python3 -m bench.hopper decode prefill --layers 8,16 --batch_sizes 1,8,64 \
   --prompts 1948,2048 --profile "$out/profile.log"
 part vision 60 python3 -m bench.hopper vision
