@@ -59,6 +59,11 @@ def measure_linear(
     if device.type == "cuda":
         fast = functools.partial(forms.tensor_core_linear, use_fast_accum=True)
         found["tensor_core_linear, fast accumulation"] = timed(fast)
+        exact = x[:16].float() @ weights[0].float().t() * scale
+        for name, linear in (("sums of 128", forms.tensor_core_linear), ("fast", fast)):
+            y = linear(x[:16], weights[0], scale, None, torch.bfloat16).float()
+            error = float((y - exact).norm() / exact.norm())
+            print(f"{rows} rows, {columns} x {depth}, {name}: relative error {error:.2e}")
     if device.type == "cuda" and rows <= 64:
         from runtime.decoder.kernels.streaming_linear import Tile, streaming_linear
         from runtime.decoder.kernels.workspace import Workspace
