@@ -46,9 +46,14 @@ def measure_decoder(
         max_seq_len=max(options.context + 512, *prompts) + 64,
     )
     start = time.perf_counter()
-    executor = TorchDecoderExecutor.over(
-        engine, open_model(engine, device, decoder_source(engine, device))
+    opened = open_model(
+        engine,
+        device,
+        decoder_source(engine, device),
+        prefetch_bytes=options.prefetch_kb << 10,
+        use_fast_accum=options.fast_accum,
     )
+    executor = TorchDecoderExecutor.over(engine, opened)
     print(f"{num_layers} layers are ready after {time.perf_counter() - start:.1f} s", flush=True)
     config = engine.checkpoint_config
     if "decode" in options.phases:
@@ -138,6 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", default="1948,2048")
     parser.add_argument("--tiles", default="7")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--prefetch_kb", type=int, default=0)
+    parser.add_argument("--fast_accum", action="store_true")
     parser.add_argument("--profile", type=Path, help="append kernels' times to this file")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -52,13 +52,20 @@ def models(workshop: Workshop, model_dir) -> dict[str, DecoderModel]:  # type: i
     source = open_weights(engine_dir / "llm", config)
     weights = load_hopper_weights(source, config, DEVICE)
 
-    def fast(use_graphs: bool) -> HopperModel:
-        forms = _Forms(DEVICE)
+    def fast(use_graphs: bool, prefetch_bytes: int = 0) -> HopperModel:
+        forms = _Forms(DEVICE, prefetch_bytes=prefetch_bytes)
         arguments = (config, 5, MAX_SEQ_LEN, weights, NUM_BLOCKS, DEVICE, forms)
         return HopperModel(*arguments, use_graphs=use_graphs)
 
     oracle = PlainModel(config, load_weights(source, config, CPU), NUM_BLOCKS, CPU)
-    return {"oracle": oracle, "graphs": fast(True), "launches": fast(False)}
+    models: dict[str, DecoderModel] = {
+        "oracle": oracle,
+        "graphs": fast(use_graphs=True),
+        "launches": fast(use_graphs=False),
+    }
+    if DEVICE.type == "cuda":
+        models["prefetch"] = fast(use_graphs=True, prefetch_bytes=9000)
+    return models
 
 
 @pytest.mark.parametrize("name", SCENES if DEVICE.type == "cuda" else INTERPRETED)
@@ -75,9 +82,10 @@ def test_every_mixture_gives_the_oracles_logits(models: dict[str, DecoderModel],
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("name", SCENES)
 @torch.inference_mode()
-def test_graphs_and_single_launches_agree_bit_for_bit(
+def test_graphs_prefetch_and_single_launches_agree_bit_for_bit(
     models: dict[str, DecoderModel], name: str
 ) -> None:
     for steps in SCENES[name]:
-        expected, found = (models[each].forward(steps) for each in ("launches", "graphs"))
-        assert torch.equal(expected, found)
+        expected = models["launches"].forward(steps)
+        assert torch.equal(expected, models["graphs"].forward(steps))
+        assert torch.equal(expected, models["prefetch"].forward(steps))

@@ -3,7 +3,6 @@ Triton's interpreter, whose conversion to narrow types is replaced (`rounding`).
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +21,6 @@ from tests.tolerances import (
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # no bfloat16 products there
-if DEVICE.type == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime import interpreter  # noqa: E402
 

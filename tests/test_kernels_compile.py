@@ -32,7 +32,7 @@ POINTERS = {
     "slots": I64, "k_cache": E4M3, "v_cache": E4M3, "kv_scale": F32, "q_out": BF16, "q": BF16,
     "block_tables": I32, "lengths": I32, "out": E4M3, "partial_sums": F32, "partial_stats": F32,
     "counters": I32, "x": E4M3, "bias": BF16, "y": BF16, "eps": "fp32", "softmax_scale": "fp32",
-    "factor": "fp32", "layer_scale": BF16, "q_weight": BF16, "k_weight": BF16,
+    "factor": "fp32", "following": E4M3, "layer_scale": BF16, "q_weight": BF16, "k_weight": BF16,
 }
 ALIGNED = ("size", "table_stride", "N", "K")
 
@@ -55,8 +55,9 @@ def compile_(function, constants, types={}, **options):
 
 found = {
     "add_rms_norm": compile_(elementwise._add_rms_norm,
-        {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 8192}, num_warps=8),
-    "swiglu_quantize": compile_(elementwise._swiglu_quantize, {"BLOCK": 1024}),
+        {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 8192, "PREFETCH": True}, num_warps=8),
+    "swiglu_quantize": compile_(elementwise._swiglu_quantize,
+        {"BLOCK": 1024, "PREFETCH": True}),
     "scale_quantize": compile_(quantization._scale_quantize, {"BLOCK": 2048},
         {"x": BF16, "y": E4M3}),
     "vision add_rms_norm": compile_(vision._add_rms_norm,
@@ -65,7 +66,8 @@ found = {
     "vision gelu": compile_(vision._gelu, {"QUANTIZE": True, "BLOCK": 2048},
         {"x": BF16, "y": E4M3}),
     "rope_append": compile_(rope._rope_append,
-        {"HEAD_DIM": 128, "TOKENS": 32, "BLOCK_HEADS": 8, "BLOCK_HALF": 64}),
+        {"HEAD_DIM": 128, "TOKENS": 32, "BLOCK_HEADS": 8, "BLOCK_HALF": 64,
+         "PREFETCH": True}),
 }
 for splits in (1, 16):
     found[f"paged_attention {splits}"] = compile_(paged_attention._paged_attention,

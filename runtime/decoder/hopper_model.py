@@ -188,20 +188,39 @@ class HopperModel:
         """hidden: [T, hidden_size]; returns the residual stream and what the last layer adds."""
         forms, cos, sin = self._forms, self._cos[positions], self._sin[positions]
         delta: torch.Tensor | None = None
+        # With many rows the tensor cores are what is short, not the memory.
+        is_streaming = len(hidden) <= _BATCH_SIZES[-1]
+
+        def following(linear: Fp8Linear) -> torch.Tensor | None:
+            return linear.weight if is_streaming else None
+
         for index, layer in enumerate(self._weights.layers):
             hidden, normed = forms.add_rms_norm(
-                hidden, delta, layer.input_norm, self._eps, layer.qkv.activation_scale
+                hidden,
+                delta,
+                layer.input_norm,
+                self._eps,
+                layer.qkv.activation_scale,
+                following(layer.qkv),
             )
             pages = self._cache.pages(index)
+            qkv = self._linear(layer.qkv, normed)
             q = forms.rope_append(
-                self._linear(layer.qkv, normed), cos, sin, slots, *pages, layer.kv_scale
+                qkv, cos, sin, slots, *pages, layer.kv_scale, following(layer.dense)
             )
             delta = self._row_parallel(layer.dense, attend(index, q))
             hidden, normed = forms.add_rms_norm(
-                hidden, delta, layer.post_norm, self._eps, layer.gate_up.activation_scale
+                hidden,
+                delta,
+                layer.post_norm,
+                self._eps,
+                layer.gate_up.activation_scale,
+                following(layer.gate_up),
             )
             product = forms.swiglu_quantize(
-                self._linear(layer.gate_up, normed), layer.down.activation_scale
+                self._linear(layer.gate_up, normed),
+                layer.down.activation_scale,
+                following(layer.down),
             )
             delta = self._row_parallel(layer.down, product)
         assert delta is not None, "a model has layers"

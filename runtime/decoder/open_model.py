@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,8 +45,9 @@ def open_model(
     source: TensorSource | None = None,
     *,
     use_graphs: bool = True,
+    **forms: Any,
 ) -> OpenedModel:
-    """source: of the weights, by default the engine's file."""
+    """source: of the weights, by default the engine's file. forms: settings of `TritonForms`."""
     config, limits = engine.checkpoint_config, engine.limits
     memory_bytes = total_memory_bytes(device)
     plan = plan_engine(
@@ -65,7 +67,7 @@ def open_model(
         load_hopper_weights(source, config, device),
         num_blocks,
         device,
-        TritonForms(device),
+        TritonForms(device, **forms),
         use_graphs=use_graphs,
     )
     return OpenedModel(model, num_blocks)

@@ -8,14 +8,20 @@ import triton
 import triton.language as tl
 
 from nvlm.fp8 import E4M3
+from runtime.kernels.prefetch import num_programs, prefetch, prefetched_bytes
 from runtime.kernels.quantization import quantize
 
 
 @triton.jit
 def _add_rms_norm(
-    hidden, delta, weight, scale, new_hidden, normed, eps, size,
-    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
+    following, following_bytes,
+    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
+    if PREFETCH:
+        if tl.program_id(0) >= num_tokens:
+            prefetch(following, tl.program_id(0) - num_tokens, following_bytes, THREADS=256)
+            return
     row = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     mask = columns < size
@@ -40,20 +46,33 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     scale: torch.Tensor | None,
+    following: torch.Tensor | None = None,
+    prefetch_limit: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, size = hidden.shape
+    num_bytes = prefetched_bytes(following, prefetch_limit)
     new_hidden = hidden if delta is None else torch.empty_like(hidden)
     normed = torch.empty_like(hidden, dtype=hidden.dtype if scale is None else E4M3)
-    _add_rms_norm[(num_tokens,)](
-        hidden, delta, weight, scale, new_hidden, normed, eps, size,
-        HAS_DELTA=delta is not None, QUANTIZE=scale is not None,
+    _add_rms_norm[(num_tokens + num_programs(num_bytes, 8),)](
+        hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
+        following, num_bytes,
+        HAS_DELTA=delta is not None, QUANTIZE=scale is not None, PREFETCH=num_bytes > 0,
         BLOCK=triton.next_power_of_2(size), num_warps=8,
     )  # fmt: skip
     return new_hidden, normed
 
 
 @triton.jit
-def _swiglu_quantize(gate_up, scale, product, size, BLOCK: tl.constexpr):
+def _swiglu_quantize(
+    gate_up, scale, product, size, following, following_bytes,
+    BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    if PREFETCH:
+        first = tl.cdiv(size, BLOCK)
+        if tl.program_id(1) >= first:
+            program = (tl.program_id(1) - first) * tl.num_programs(0) + tl.program_id(0)
+            prefetch(following, program, following_bytes, THREADS=128)
+            return
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
@@ -65,10 +84,19 @@ def _swiglu_quantize(gate_up, scale, product, size, BLOCK: tl.constexpr):
     tl.store(product + row * size + columns, quantize(rounded, tl.load(scale)), mask)
 
 
-def swiglu_quantize(gate_up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def swiglu_quantize(
+    gate_up: torch.Tensor,
+    scale: torch.Tensor,
+    following: torch.Tensor | None = None,
+    prefetch_limit: int = 0,
+) -> torch.Tensor:
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     product = torch.empty(num_tokens, size, dtype=E4M3, device=gate_up.device)
     block = 1024
-    grid = (num_tokens, triton.cdiv(size, block))
-    _swiglu_quantize[grid](gate_up, scale, product, size, BLOCK=block, num_warps=4)
+    num_bytes = prefetched_bytes(following, prefetch_limit)
+    extra = triton.cdiv(num_programs(num_bytes, 4), num_tokens)
+    _swiglu_quantize[(num_tokens, triton.cdiv(size, block) + extra)](
+        gate_up, scale, product, size, following, num_bytes,
+        BLOCK=block, PREFETCH=num_bytes > 0, num_warps=4,
+    )  # fmt: skip
     return product

@@ -8,7 +8,10 @@ import torch
 
 
 class Forms(Protocol):
-    """The module `plain_forms`, or `triton_forms.TritonForms`."""
+    """The module `plain_forms`, or `triton_forms.TritonForms`.
+
+    following: e4m3 weights that the next linear reads, to bring nearer meanwhile.
+    """
 
     def add_rms_norm(
         self,
@@ -17,9 +20,12 @@ class Forms(Protocol):
         weight: torch.Tensor,
         eps: float,
         scale: torch.Tensor | None,
+        following: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def swiglu_quantize(self, gate_up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor: ...
+    def swiglu_quantize(
+        self, gate_up: torch.Tensor, scale: torch.Tensor, following: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
 
     def rope_append(
         self,
@@ -30,6 +36,7 @@ class Forms(Protocol):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         kv_scale: torch.Tensor,
+        following: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
     def paged_attention(

@@ -1,6 +1,7 @@
 """The kernels in plain torch, by the numerics contract's words: oracle, and fallback on a CPU.
 
 e4m3 rows are [num_tokens, ...]; a scale is a float32 tensor of one value, on the rows' device.
+`following` (forms.py) changes nothing.
 Cache: K and V each [num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim] e4m3 (CPU: bfloat16 too).
 """
 
@@ -19,6 +20,7 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     scale: torch.Tensor | None,
+    following: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden + delta and its RMSNorm, e4m3 if a scale is given: two [T, hidden_size]."""
     if delta is not None:
@@ -27,7 +29,9 @@ def add_rms_norm(
     return hidden, normed if scale is None else fp8.quantize(normed, scale)
 
 
-def swiglu_quantize(gate_up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def swiglu_quantize(
+    gate_up: torch.Tensor, scale: torch.Tensor, following: torch.Tensor | None = None
+) -> torch.Tensor:
     """silu(gate) * up in float32, rounded, then e4m3. gate_up: [T, 2 I], gate first; [T, I]."""
     gate, up = gate_up.to(torch.float32).chunk(2, dim=-1)
     return fp8.quantize((nn.functional.silu(gate) * up).to(gate_up.dtype), scale)
@@ -41,6 +45,7 @@ def rope_append(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_scale: torch.Tensor,
+    following: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotates q and k, writes K and V to the cache, returns q [T, heads, head_dim] in `dtype`.
 

@@ -9,15 +9,22 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.prefetch import num_programs, prefetch, prefetched_bytes
 from runtime.kernels.quantization import quantize
 
 
 @triton.jit
 def _rope_append(
     qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q_out, kv_heads, group_size,
+    following, following_bytes,
     HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
+    if PREFETCH:
+        if tl.program_id(1) >= group_size + 2:
+            program = (tl.program_id(1) - group_size - 2) * tl.num_programs(0) + tl.program_id(0)
+            prefetch(following, program, following_bytes, THREADS=128)
+            return
     half: tl.constexpr = HEAD_DIM // 2
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
@@ -59,14 +66,20 @@ def rope_append(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_scale: torch.Tensor,
+    following: torch.Tensor | None = None,
+    prefetch_limit: int = 0,
 ) -> torch.Tensor:
     _, kv_heads, block_size, head_dim = k_cache.shape
     num_tokens, heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * kv_heads
     q = torch.empty(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     group_size = heads // kv_heads
-    _rope_append[(num_tokens, group_size + 2)](
+    num_bytes = prefetched_bytes(following, prefetch_limit)
+    extra = triton.cdiv(num_programs(num_bytes, 4), num_tokens)
+    _rope_append[(num_tokens, group_size + 2 + extra)](
         qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q, kv_heads, group_size,
+        following, num_bytes,
         HEAD_DIM=head_dim, TOKENS=block_size, BLOCK_HEADS=triton.next_power_of_2(kv_heads),
-        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), num_warps=4,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), PREFETCH=num_bytes > 0,
+        num_warps=4,
     )  # fmt: skip
     return q

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
@@ -15,11 +17,16 @@ _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 class TritonForms:
-    add_rms_norm = staticmethod(elementwise.add_rms_norm)
-    swiglu_quantize = staticmethod(elementwise.swiglu_quantize)
-    rope_append = staticmethod(rope.rope_append)
+    """prefetch_bytes: of the next linear's weights, while a small kernel runs. use_fast_accum:
+    tensor_core_linear.py."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, *, prefetch_bytes: int = 0, use_fast_accum: bool = False
+    ) -> None:
+        self._use_fast_accum = use_fast_accum
+        self.add_rms_norm = partial(elementwise.add_rms_norm, prefetch_limit=prefetch_bytes)
+        self.swiglu_quantize = partial(elementwise.swiglu_quantize, prefetch_limit=prefetch_bytes)
+        self.rope_append = partial(rope.rope_append, prefetch_limit=prefetch_bytes)
         multiprocessors = 4  # in Triton's interpreter
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -77,7 +84,9 @@ class TritonForms:
         bias: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        return self.tensor_core_linear(x, weight, scale, bias, dtype)
+        return self.tensor_core_linear(
+            x, weight, scale, bias, dtype, use_fast_accum=self._use_fast_accum
+        )
 
     def head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
