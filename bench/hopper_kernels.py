@@ -178,19 +178,18 @@ def main(arguments: list[str] | None = None) -> None:
     rate = copy_rate(device)
     print(f"copy {rate / 1e12:.3f} TB/s")
     rows: list[dict[str, Any]] = []
-    runs: list[tuple[int, dict[str, tuple[float, int]]]] = []
-    for batch_size in map(int, options.batch_sizes.split(",")):
-        found = measure(SHAPES[options.shape], batch_size, options.context, device, forms)
-        runs.append((batch_size, found))
-    for num_rows in map(int, filter(None, options.prompts.split(","))):
-        runs.append((num_rows, measure_linears(SHAPES[options.shape], num_rows, device, forms)))
-    for batch_size, found in runs:
+
+    def tell(num_rows: int, found: dict[str, tuple[float, int]]) -> None:
         for name, (ms, moved) in found.items():
             share = moved / (1e-3 * ms) / rate
-            print(
-                f"batch {batch_size:<3} {name:<44}{1e3 * ms:9.2f} us {share:7.1%} of the copy rate"
-            )
-            rows.append({"batch_size": batch_size, "kernel": name, "ms": ms, "bytes": moved})
+            print(f"rows {num_rows:<4} {name:<44}{1e3 * ms:9.2f} us {share:7.1%} of the copy rate")
+            rows.append({"batch_size": num_rows, "kernel": name, "ms": ms, "bytes": moved})
+
+    shape = SHAPES[options.shape]
+    for batch_size in map(int, options.batch_sizes.split(",")):
+        tell(batch_size, measure(shape, batch_size, options.context, device, forms))
+    for num_rows in map(int, filter(None, options.prompts.split(","))):
+        tell(num_rows, measure_linears(shape, num_rows, device, forms))
     json.dump({"machine": machine, "copy_bytes_per_s": rate, "kernels": rows}, sys.stdout)
     print()
 
