@@ -1,7 +1,8 @@
 """Phases of the product on a GPU, each beside the device's ceilings of the same run.
 
-    python -m bench.hopper decode prefill vision [--shape 72b] [--layers 8,16] [--tiles 7]
-        [--batch_sizes 1,8,64] [--context 2048] [--prompts 1948,2048] [--profile FILE]
+    python -m bench.hopper decode prefill first_token serving vision [--shape 72b] [--layers 8,16]
+        [--batch_sizes 1,8,64] [--context 2048] [--prompts 1948,2048] [--requests 256]
+        [--answer 128] [--tiles 7] [--profile FILE]
 
 A synthetic engine (bench/synthetic_engine.py) is loaded by the product's loader for each number of
 layers; with several, the slope per layer is told too. The last line is JSON.
@@ -23,6 +24,7 @@ import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper_decoder import measure_decode, measure_prefill, random_prompt
+from bench.hopper_requests import measure_first_token, measure_serving
 from bench.hopper_row import Row
 from bench.hopper_vision import measure_vision
 from bench.machine import describe, describe_gpu
@@ -32,7 +34,9 @@ from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine_dir import EngineDir
 
-PHASES = ("decode", "prefill", "vision")
+DECODER_PHASES = {"decode", "prefill", "first_token", "serving"}
+PHASES = (*sorted(DECODER_PHASES), "vision")
+PRECISIONS = ("bfloat16", "FP8")  # of vision
 
 
 def measure_decoder(
@@ -64,6 +68,13 @@ def measure_decoder(
     if "prefill" in options.phases:
         for num_tokens in prompts:
             yield measure_prefill(executor, config, num_tokens, ceilings)
+    if "first_token" in options.phases:
+        for precision in PRECISIONS:
+            yield measure_first_token(executor, engine, precision, ceilings, device)
+    if "serving" in options.phases:
+        yield measure_serving(
+            executor, config, options.requests, options.context, options.answer, ceilings
+        )
     if options.profile is not None:
         profile(executor, engine, options, device)
 
@@ -141,6 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch_sizes", default="1,8,64")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--prompts", default="1948,2048")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--tiles", default="7")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prefetch_kb", type=int, default=0)
@@ -151,8 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
     ceilings = measure_ceilings(device)
     print(ceilings, flush=True)
     rows: list[Row] = []
-    decoder_layers = numbers(options.layers) if {"decode", "prefill"} & {*options.phases} else []
-    for num_layers in decoder_layers:
+    needs_decoder = DECODER_PHASES & {*options.phases}
+    for num_layers in numbers(options.layers) if needs_decoder else []:
         for row in measure_decoder(options, num_layers, ceilings, device):
             print(row, flush=True)
             rows.append(row)
@@ -165,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{slope['ms_per_layer']:.4f} ms per layer, {slope['fixed_ms']:.3f} ms fixed"
         )
     if "vision" in options.phases:
-        for precision in ("bfloat16", "FP8"):
+        for precision in PRECISIONS:
             for num_tiles in numbers(options.tiles):
                 row = measure_vision(options.shape, precision, num_tiles, ceilings, device)
                 print(row, flush=True)

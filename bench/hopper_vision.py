@@ -12,6 +12,7 @@ from bench.ceilings import Ceilings
 from bench.hopper_row import Row
 from bench.synthetic_engine import synthetic_engine, vision_source
 from nvlm.config import VisionConfig
+from runtime.engine_dir import EngineDir
 from runtime.vision.torch_executor import TorchVisionExecutor
 
 
@@ -25,10 +26,8 @@ def measure_vision(
 ) -> Row:
     engine = synthetic_engine(shape, 1, max_batch_size=1, max_seq_len=64)
     config = engine.vision.vision
-    model = engine.vision.load(precision, device, source=vision_source(engine, device))
-    executor = TorchVisionExecutor(model, engine.vision.tiling.max_tiles_per_image)
-    generator = torch.Generator().manual_seed(0)
-    tiles = torch.randn(num_tiles, 3, config.image_size, config.image_size, generator=generator)
+    executor = load_vision(engine, precision, device)
+    tiles = random_tiles(config, num_tiles, seed=0)
     times = []
     for _ in range(2 + repeats):
         start = time.perf_counter()
@@ -50,6 +49,17 @@ def measure_vision(
         flop / seconds,
         flop / seconds / ceiling,
     )
+
+
+def load_vision(engine: EngineDir, precision: str, device: torch.device) -> TorchVisionExecutor:
+    model = engine.vision.load(precision, device, source=vision_source(engine, device))
+    return TorchVisionExecutor(model, engine.vision.tiling.max_tiles_per_image)
+
+
+def random_tiles(config: VisionConfig, num_tiles: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    size = config.image_size
+    return torch.randn(num_tiles, 3, size, size, generator=generator)
 
 
 def tile_flop(config: VisionConfig) -> float:
