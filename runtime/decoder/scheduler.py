@@ -168,7 +168,8 @@ class Scheduler:
             self.num_preemptions += 1
             if last is sequence:
                 return False
-        sequence.blocks += self._allocator.allocate(max(0, needed))
+        if needed > 0:
+            sequence.blocks += self._allocator.allocate(needed)
         return True
 
     def _release(self, sequence: Sequence) -> None:

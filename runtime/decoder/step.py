@@ -10,7 +10,7 @@ import torch
 from runtime.decoder.scheduler import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceStep:
     """`token_ids` run at positions first_position, ...; `prompt_table` only while they are the
     prompt's, for only the prompt holds virtual tokens. wants_logits: of the last token."""

@@ -87,12 +87,15 @@ class TorchDecoderExecutor:
         params = [sequence.request.sampling for sequence in sequences]
         steps = [sequence.num_generated for sequence in sequences]
         token_ids = sample_rows(logits, params, steps).tolist()
-        return [self._take(*row) for row in zip(sequences, token_ids, logits, strict=True)]
+        return [
+            self._take(sequence, token_id, logits[i] if sequence.request.return_logits else None)
+            for i, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
+        ]
 
-    def _take(self, sequence: Sequence, token_id: int, logits: torch.Tensor) -> StepOutput:
+    def _take(self, sequence: Sequence, token_id: int, logits: torch.Tensor | None) -> StepOutput:
         """Gives a sequence its token and ends it where it must end."""
         request = sequence.request
-        kept_logits = logits.clone() if request.return_logits else None
+        kept_logits = None if logits is None else logits.clone()
         if token_id in request.stop_ids:
             self._scheduler.finish(sequence)
             return StepOutput(sequence.request_id, None, "stop", kept_logits)
