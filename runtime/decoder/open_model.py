@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.checkpoint_tensors import rank_file
 from nvlm.errors import UserError
 from nvlm.limits import EngineLimits
 from nvlm.memory import total_memory_bytes
 from nvlm.plan import EnginePlan, plan_engine
+from nvlm.read_ahead import reading_ahead
 from nvlm.tensor_source import TensorSource
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK, num_blocks_for
 from runtime.decoder.hopper_model import HopperModel
@@ -54,17 +56,22 @@ def open_model(
         config, engine.vision.vision, engine.vision_precision, limits, device, memory_bytes
     )
     num_blocks = _num_blocks(engine, device, plan, memory_bytes)
-    source = source or open_weights(engine.directory / "llm", config)
+    directory = engine.directory / "llm"
     if not takes_fast_path(config, device):
-        weights = load_weights(source, config, device)
+        weights = load_weights(source or open_weights(directory, config), config, device)
         return OpenedModel(PlainModel(config, weights, num_blocks, device), num_blocks)
+    if source is None:
+        with reading_ahead(directory / rank_file(0)):
+            weights_on_gpu = load_hopper_weights(open_weights(directory, config), config, device)
+    else:
+        weights_on_gpu = load_hopper_weights(source, config, device)
     from runtime.decoder.kernels.triton_forms import TritonForms
 
     model = HopperModel(
         config,
         limits.max_batch_size,
         limits.max_seq_len,
-        load_hopper_weights(source, config, device),
+        weights_on_gpu,
         num_blocks,
         device,
         TritonForms(device, **forms),
