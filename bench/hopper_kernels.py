@@ -30,7 +30,7 @@ SHAPES = {"72b": (8192, 29568, 64, 8, 128), "tiny": (256, 512, 4, 2, 64)}
 TILES = [(64, 256, 4, 5), (64, 128, 4, 6), (128, 128, 4, 4), (128, 128, 8, 4), (128, 256, 8, 3)]
 CACHE_BYTES = 200_000_000  # several times the level-2 cache
 LAUNCHES = 8  # in one graph, over different buffers
-SPLITS = (4, 8, 16, 32)  # of a context
+SPLITS = (1, 2, 4, 8, 16)  # of a context
 
 Run = Callable[[int], object]  # takes the number of the buffers to use
 

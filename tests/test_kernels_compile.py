@@ -72,7 +72,8 @@ found = {
 for splits in (1, 16):
     found[f"paged_attention {splits}"] = compile_(paged_attention._paged_attention,
         {"KV_HEADS": 8, "GROUP": 8, "HEAD_DIM": 128, "TOKENS": 32, "QUANTIZE": True,
-         "NUM_SPLITS": splits, "BLOCK_ROWS": 16, "BLOCK_DIM": 128, "BLOCK_TOKENS": 64},
+         "NUM_SPLITS": splits, "BLOCK_ROWS": 16, "BLOCK_DIM": 128, "BLOCK_TOKENS": 64,
+         "BLOCK_SPLITS": splits},
         num_stages=3)
 for rows in (16, 32, 64):
     tile = streaming_linear.tile_for(rows)

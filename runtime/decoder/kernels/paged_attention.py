@@ -1,8 +1,8 @@
 """Triton: flash decoding over the paged FP8 cache, split along the context.
 
 After Flash-Decoding (crfm.stanford.edu, 2023): a program takes one request, one KV head with all
-its query heads, and one split of the positions; the split that ends last merges them all, in their
-order, so the result does not depend on which that is. FlashAttention: arXiv 2205.14135.
+its query heads, and one split of the positions; the split that ends last merges them all, always in
+the same order, so the result does not depend on which that is. FlashAttention: arXiv 2205.14135.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _paged_attention(
     partial_sums, partial_stats, counters, softmax_scale, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
     QUANTIZE: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, channel = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_DIM)
@@ -80,30 +80,38 @@ def _paged_attention(
         tl.debug_barrier()
         if tl.atomic_add(counters + task, 1, sem="acq_rel") == NUM_SPLITS - 1:
             tl.store(counters + task, 0)  # ready for the next launch
-            largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-            total = tl.zeros((BLOCK_ROWS,), tl.float32)
-            acc = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
-            for other in range(NUM_SPLITS):
+            # Row by row, so that nothing waits for what another split wrote more than once.
+            part = tl.arange(0, BLOCK_SPLITS)
+            part_mask = part < NUM_SPLITS
+            rows = (task * NUM_SPLITS + part) * BLOCK_ROWS
+            for i in tl.static_range(GROUP):
                 # Past the first level of cache: other multiprocessors wrote them.
-                place = task * NUM_SPLITS + other
-                theirs = tl.load(stats + place * 2 * BLOCK_ROWS, cache_modifier=".cg")
-                their_total = tl.load(
-                    stats + place * 2 * BLOCK_ROWS + BLOCK_ROWS, cache_modifier=".cg"
+                theirs = tl.load(
+                    partial_stats + 2 * rows + i, part_mask, float("-inf"), cache_modifier=".cg"
                 )
-                their_sums = tl.load(sums + place * area, cache_modifier=".cg")
-                new_largest = tl.maximum(largest, theirs)  # split 0 is never empty
-                decay, factor = tl.exp(largest - new_largest), tl.exp(theirs - new_largest)
-                total = total * decay + their_total * factor
-                acc = acc * decay[:, None] + their_sums * factor[:, None]
-                largest = new_largest
-            _store(acc * kv, total, scale, out + offsets, q_mask, queries.dtype, QUANTIZE)
+                their_totals = tl.load(
+                    partial_stats + 2 * rows + BLOCK_ROWS + i, part_mask, 0.0, cache_modifier=".cg"
+                )
+                their_sums = tl.load(
+                    partial_sums + (rows + i)[:, None] * BLOCK_DIM + channel[None, :],
+                    part_mask[:, None], 0.0, cache_modifier=".cg",
+                )  # fmt: skip
+                factors = tl.exp(theirs - tl.max(theirs))
+                row_sums = tl.sum(their_sums * factors[:, None], 0) * kv
+                row_total = tl.broadcast_to(tl.sum(their_totals * factors), row_sums.shape)
+                target = (request * KV_HEADS + kv_head) * GROUP + i
+                _store(
+                    row_sums, row_total, scale, out + target * HEAD_DIM + channel, channel_mask,
+                    queries.dtype, QUANTIZE,
+                )  # fmt: skip
     else:
-        _store(acc * kv, total, scale, out + offsets, q_mask, queries.dtype, QUANTIZE)
+        totals = tl.broadcast_to(total[:, None], acc.shape)
+        _store(acc * kv, totals, scale, out + offsets, q_mask, queries.dtype, QUANTIZE)
 
 
 @triton.jit
 def _store(sums, total, scale, target, mask, dtype: tl.constexpr, QUANTIZE: tl.constexpr):
-    attended = tl.div_rn(sums, tl.broadcast_to(total[:, None], sums.shape)).to(dtype)
+    attended = tl.div_rn(sums, total).to(dtype)
     if QUANTIZE:
         tl.store(target, quantize(attended.to(tl.float32), tl.load(scale)), mask)
     else:
@@ -135,6 +143,7 @@ def paged_attention(
         QUANTIZE=scale is not None, NUM_SPLITS=splits,
         BLOCK_ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_TOKENS=_TOKENS_PER_STEP,
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
         num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-_MAX_SPLITS = 32
+_MAX_SPLITS = 16  # what one program merges at once
 _ROWS_TIMES_CHANNELS = 64 * 256  # the largest attention tile: rows of a group, channels of a head
 _ROWS_TIMES_COLUMNS = 64 * 128  # the largest tile of a linear: tokens, output columns
 _MAX_TILES = 1 << 16  # of output columns, and of (request, KV head) pairs
