@@ -11,8 +11,8 @@ from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 
 
 class PagedKVCache:
-    """Storage [layers, 2, num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim]: what one KV head reads
-    of a block lies together.
+    """Storage [layers, 2, num_blocks, a rank's kv_heads, TOKENS_PER_BLOCK, head_dim]: what one KV
+    head reads of a block lies together.
 
     FP8: e4m3(clamp(x / scale)) with one scale a layer. A CPU holds the same values as bfloat16
     (every e4m3 number is one), which it widens twenty times faster.
@@ -33,7 +33,8 @@ class PagedKVCache:
             dtype = torch.bfloat16 if device.type == "cpu" else fp8.E4M3
         self._storage = torch.empty(
             *(decoder.num_hidden_layers, 2, num_blocks),
-            *(decoder.num_key_value_heads, TOKENS_PER_BLOCK, decoder.head_dim),
+            *(config.mapping().local_heads(decoder.num_key_value_heads), TOKENS_PER_BLOCK),
+            decoder.head_dim,
             dtype=dtype,
             device=device,
         )
