@@ -56,6 +56,7 @@ def measure_decoder(
         decoder_source(engine, device),
         prefetch_bytes=options.prefetch_kb << 10,
         use_fast_accum=options.fast_accum,
+        use_graphs=not options.no_graphs,
     )
     executor = TorchDecoderExecutor.over(engine, opened)
     print(f"{num_layers} layers are ready after {time.perf_counter() - start:.1f} s", flush=True)
@@ -158,6 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prefetch_kb", type=int, default=0)
     parser.add_argument("--fast_accum", action="store_true")
+    parser.add_argument("--no_graphs", action="store_true")
     parser.add_argument("--profile", type=Path, help="append kernels' times to this file")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
