@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from evaluation.task_run import TaskRun, add_flags, check_flags
+from evaluation.tasks import DEFAULT_MAX_NEW_TOKENS as TASK_MAX_NEW_TOKENS
 from nvlm.command_line import ArgumentParser, fraction, positive_int, resolve_device, run
 from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
@@ -19,7 +21,7 @@ from runtime.answer_file import answer_json
 from runtime.batch import run_batch
 from runtime.compare import differences, record, report_json
 from runtime.decoder.executor import DecoderOptions
-from runtime.mpi import World, rank_from
+from runtime.mpi import Job, World, end, rank_from
 from runtime.request_file import read_requests, with_sampling
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
@@ -39,8 +41,17 @@ def parser() -> ArgumentParser:
     add("--input_file", type=Path, help="JSONL of requests, instead of --prompt")
     add("--output_file", type=Path, help="JSONL of answers; a rerun goes on behind its last line")
     add("--system", default=DEFAULT_SYSTEM, help="system message")
-    add("--prompt_format", choices=("hf", "megatron"), default="hf", help="published template")
-    add("--max_new_tokens", type=positive_int, default=DEFAULT_MAX_NEW_TOKENS)
+    add(
+        "--prompt_format",
+        choices=("hf", "megatron"),
+        help="template (default hf; with --task megatron)",
+    )
+    add(
+        "--max_new_tokens",
+        type=positive_int,
+        help=f"length of an answer (default {DEFAULT_MAX_NEW_TOKENS}; {TASK_MAX_NEW_TOKENS} with "
+        "--task)",
+    )
     add("--max_num_tiles", type=positive_int, help="tiles of an image's grid, at most")
     add("--temperature", type=float, help="0 is greedy (default; 1 with --top_k or --top_p)")
     add("--top_k", type=int, help="sample from the k likeliest tokens")
@@ -63,6 +74,7 @@ def parser() -> ArgumentParser:
     add("--show_tiles", type=Path, metavar="PNG", help="draw the tiles and their tags into a file")
     add("--streaming", action="store_true", help="print the answer as it comes")
     add("--json", action="store_true", help="print one JSON object")
+    add_flags(parser)
     return parser
 
 
@@ -78,8 +90,8 @@ def default_request(arguments: object) -> GenerationRequest:
         given["prompt"] or "",
         tuple(given["image"]),
         system=given["system"],
-        prompt_format=given["prompt_format"],
-        max_new_tokens=given["max_new_tokens"],
+        prompt_format=given["prompt_format"] or "hf",
+        max_new_tokens=given["max_new_tokens"] or DEFAULT_MAX_NEW_TOKENS,
         max_num_tiles=given["max_num_tiles"],
         stop=tuple(given["stop"]),
         sampling=with_sampling(SamplingParams(), sampling),
@@ -101,6 +113,9 @@ def stream(runner: Runner, request: GenerationRequest) -> GenerationResult:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
+    check_flags(arguments)
+    if arguments.task:
+        return
     if (arguments.prompt is None) == (arguments.input_file is None):
         raise UserError("give either --prompt or --input_file")
     if arguments.compare and (arguments.output_file or arguments.streaming):
@@ -120,11 +135,11 @@ def compare(
     arguments: argparse.Namespace,
     requests: list[GenerationRequest],
     device: torch.device,
-    world: World,
+    job: Job,
 ) -> None:
     """Both engines one after the other, then what differs."""
     options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction, gather_logits=True)
-    with Runner.open(arguments.engine_dir, device, world, options) as runner:
+    with Runner.open(arguments.engine_dir, device, job, options) as runner:
         engine = record(runner, requests)
     with Runner.open(arguments.compare, device) as runner:
         reference = record(runner, requests)
@@ -136,25 +151,41 @@ def compare(
     print(f"{engine.tokens_per_s:.1f} tokens/s, reference {reference.tokens_per_s:.1f}")
 
 
-def main() -> int:
+def _parse() -> argparse.Namespace:
     arguments = parser().parse_args()
     _check_flags(arguments)
+    return arguments
+
+
+def main() -> int:
+    with Job(World.from_environment(os.environ)) as job:
+        arguments = job.agree(_parse)
+        device = job.agree(lambda: job.world.device(resolve_device(arguments.device)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(job.world.share_of(torch.get_num_threads()))
+        if job.world.rank > 0:
+            options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
+            run_worker(arguments.engine_dir, device, job, options)
+            return 0
+        return lead(arguments, device, job)
+
+
+def lead(arguments: argparse.Namespace, device: torch.device, job: Job) -> int:
+    """What rank 0 does, or the only one."""
     request = default_request(arguments)
+    task_run = TaskRun.read(arguments, request) if arguments.task else None
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
-    world = World.from_environment(os.environ)
-    device = resolve_device(arguments.device)
     options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
-    if world.rank > 0:
-        run_worker(arguments.engine_dir, device, world, options)
-        return 0
     if arguments.compare:
         for line in lines:
             if isinstance(line.request, UserError):
                 raise line.request
         asked = [line.request for line in lines if isinstance(line.request, GenerationRequest)]
-        compare(arguments, asked or [request], device, world)
+        compare(arguments, asked or [request], device, job)
         return 0
-    with Runner.open(arguments.engine_dir, device, world, options) as runner:
+    with Runner.open(arguments.engine_dir, device, job, options) as runner:
+        if task_run:
+            return EXIT_SOME_FAILED if task_run.run(runner) else 0
         if arguments.input_file:
             num_errors = run_batch(runner, lines, arguments.output_file)
             print(f"{len(lines)} requests, {num_errors} failed", file=sys.stderr)
@@ -171,4 +202,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main, rank=rank_from(os.environ))
+    run(main, rank=rank_from(os.environ), end=end)

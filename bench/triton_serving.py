@@ -156,7 +156,10 @@ def main() -> None:
         ports = Ports("127.0.0.1", free_port(), free_port(), free_port())
         repository = folder / "models"
         repository.mkdir()
-        render(engine, repository, ServeOptions(form_of(engine), num_threads=arguments.num_threads))
+        options = ServeOptions(
+            form_of(engine), num_threads=arguments.num_threads, grpc_url=ports.grpc_url
+        )
+        render(engine, repository, options)
         with TritonServer(repository, folder, ports) as server:
             server.wait_until_ready(600)
             url = f"127.0.0.1:{ports.grpc}"

@@ -14,14 +14,20 @@ import numpy as np
 from model_repository.tensors import Tensors, strings
 from nvlm.errors import UserError
 from nvlm.inputs.tiling import TiledImage, denormalize
+from nvlm.limits import EngineLimits
+from runtime.prepare import check_num_images
 from runtime.types import ImageSource
 
 
-def read_images(tensors: Tensors) -> tuple[ImageSource, ...]:
+def read_images(tensors: Tensors, limits: EngineLimits) -> tuple[ImageSource, ...]:
     given = [name for name in _IMAGE_READERS if name in tensors and tensors[name].shape[1]]
     if len(given) > 1:
         raise UserError(f"images come as {' and '.join(given)}; give one of them")
-    return _IMAGE_READERS[given[0]](tensors) if given else ()
+    if not given:
+        return ()
+    num_images = 1 if given[0] == "image_input" else tensors[given[0]].shape[1]
+    check_num_images(num_images, limits)  # before any is copied
+    return _IMAGE_READERS[given[0]](tensors)
 
 
 def _pixels(tensors: Tensors) -> tuple[ImageSource, ...]:

@@ -42,14 +42,16 @@ _TRITON_DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "T
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """num_threads: of each model's torch, 0 is torch's own choice. Without `decoupled` a model
-    answers once and cannot stream, as clients of TensorRT-LLM's `decoupled_mode: False` expect."""
+    """num_threads: of each model's torch, 0 is torch's own choice. grpc_url: where the server will
+    listen, by which `nvlm` asks the other models. Without `decoupled` a model answers once and
+    cannot stream, as clients of TensorRT-LLM's `decoupled_mode: False` expect."""
 
     form: Form
     device: str = "auto"
     num_threads: int = 0
     max_queue_size: int = 64
     decoupled: bool = True
+    grpc_url: str = "127.0.0.1:8001"
 
 
 def form_of(engine: EngineDir) -> Form:
@@ -81,6 +83,7 @@ def _values(engine: EngineDir, options: ServeOptions) -> dict[str, object]:
         "device": options.device,
         "num_threads": options.num_threads,
         "max_queue_size": options.max_queue_size,
+        "grpc_url": options.grpc_url,
         "decoupled": str(options.decoupled).lower(),
         "max_batch_size": engine.limits.max_batch_size,
         "image_size": engine.vision.tiling.image_size,

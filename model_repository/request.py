@@ -11,6 +11,7 @@ from model_repository.pictures import read_images
 from model_repository.tensors import Tensors, decode, scalar, strings, text
 from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
+from nvlm.limits import EngineLimits
 from runtime.request_file import with_sampling
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest
@@ -37,11 +38,11 @@ MAX_STOP_WORDS = 64
 """Every token is searched for each of them while all other requests wait."""
 
 
-def read_request(tensors: Tensors) -> GenerationRequest:
-    """Raises `UserError` for what no engine of ours can answer."""
+def read_request(tensors: Tensors, limits: EngineLimits) -> GenerationRequest:
+    """Raises `UserError` for what the engine cannot answer, before anything large is copied."""
     _refuse_unsupported(tensors)
     prompt = text(tensors, "text_input", "")
-    images = read_images(tensors)
+    images = read_images(tensors, limits)
     if not prompt and not images:
         raise UserError("text_input is empty and there is no image; give a question")
     end_id = scalar(tensors, "end_id", -1)

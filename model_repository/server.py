@@ -29,6 +29,15 @@ class Ports:
     grpc: int = 8001
     metrics: int = 8002
 
+    @property
+    def host(self) -> str:
+        """Where this machine reaches it."""
+        return "127.0.0.1" if self.address == "0.0.0.0" else self.address
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{self.host}:{self.grpc}"
+
     def require_free(self) -> None:
         """Triton itself would wait, or serve the other ports."""
         if len({self.http, self.grpc, self.metrics}) < 3:
@@ -81,6 +90,16 @@ def server_command(
     return command
 
 
+def _mpirun(world_size: int) -> str:
+    """The user's, whatever the program's environment puts before it."""
+    if (path := shutil.which("mpirun")) is not None:
+        return path
+    raise UserError(
+        f"the engine has {world_size} ranks, which mpirun starts, and it is not installed; use "
+        "NVIDIA's container, which has Open MPI"
+    )
+
+
 class TritonServer:
     """A server process; `stop` (or leaving the `with`) ends it and removes what it left."""
 
@@ -93,6 +112,8 @@ class TritonServer:
         self.log = scratch / "tritonserver.log"
         self._prefix = f"nvlm_{os.getpid()}_{id(self):x}_"
         command = server_command(program, repository, ports, self._prefix, world_size)
+        if world_size > 1:
+            command[0] = _mpirun(world_size)
         if setpriv := shutil.which("setpriv"):  # ends with us even if we are killed
             command = [setpriv, "--pdeathsig", "TERM", *command]
         with open(self.log, "wb") as log:
@@ -141,8 +162,7 @@ class TritonServer:
             region.unlink(missing_ok=True)  # what a backend that died has left
 
     def _url(self, path: str) -> str:
-        host = "127.0.0.1" if self.ports.address in ("0.0.0.0", "::") else self.ports.address
-        return f"http://{host}:{self.ports.http}/v2/{path}"
+        return f"http://{self.ports.host}:{self.ports.http}/v2/{path}"
 
     def _is_healthy(self) -> bool:
         try:

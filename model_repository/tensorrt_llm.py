@@ -41,16 +41,6 @@ def request_tensors(
     return tensors
 
 
-def stop_tensors() -> dict[str, NDArray[Any]]:
-    """Sent with the id of a request under way, they end it."""
-    return {
-        "input_ids": np.zeros((1, 1), np.int32),
-        "input_lengths": np.zeros((1, 1), np.int32),
-        "request_output_len": np.zeros((1, 1), np.int32),
-        "stop": np.array([[True]]),
-    }
-
-
 def new_token_ids(outputs: Mapping[str, NDArray[Any]]) -> list[int]:
     """What one streamed response adds: output_ids [1, 1, n] up to sequence_length [1, 1]."""
     length = int(outputs["sequence_length"].reshape(-1)[0])

@@ -52,6 +52,12 @@ def positive_int(text: str) -> int:
     return value
 
 
+def natural_int(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     try:
         value = float(text)
@@ -69,17 +75,19 @@ def fraction(text: str) -> float:
     return value
 
 
-def run(main: Callable[[], int | None], *, rank: int = 0) -> NoReturn:
-    """Runs an entry script's `main` and exits with its code (None is 0).
+def run(
+    main: Callable[[], int | None], *, rank: int = 0, end: Callable[[int], NoReturn] = sys.exit
+) -> NoReturn:
+    """Runs an entry script's `main` and ends with its code (None is 0).
 
-    The log goes to stderr, from rank 0 only except for errors.
+    The log goes to stderr, from rank 0 only except for errors. `end` takes other ranks along.
     """
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.WARNING,
         format="%(message)s" if rank == 0 else f"rank {rank}: %(message)s",
     )
-    for package in ("nvlm", "build", "runtime"):
+    for package in ("nvlm", "build", "runtime", "evaluation"):
         logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.ERROR)
     ignore_remarks()
     # What a scheduler sends to stop a program ends it like Control-C: cleaning up behind it.
@@ -88,25 +96,26 @@ def run(main: Callable[[], int | None], *, rank: int = 0) -> NoReturn:
         code = main() or 0
         if sys.stdout is not None:  # None when the caller closed it
             sys.stdout.flush()
-        sys.exit(code)
+        end(code)
     except UserError as error:
         who = "error" if rank == 0 else f"rank {rank}: error"
         print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        end(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        if rank == 0:
+            print("interrupted", file=sys.stderr)
+        end(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output went away (`run.py ... | head`). Keep the interpreter from
         # complaining again when it flushes stdout.
         _drop_stdout()
-        sys.exit(1)
+        end(1)
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
         _drop_stdout()
         print("error: stdout cannot be written: its disk is full; free some", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        end(EXIT_USER_ERROR)
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -21,6 +21,11 @@ from nvlm.tensor_names import ACTIVATION_SCALE, ENGINE_LINEARS, WEIGHT_SCALE
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, heads, head_dim], all `dtype`."""
 
+AllReduce = Callable[[torch.Tensor], torch.Tensor]
+"""The sum of a float32 tensor over the ranks that share a layer."""
+
+_ROW_PARALLEL = ("attention.dense", "mlp.proj")
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x * rsqrt(mean(x^2) + eps) * weight in float32, rounded once to x's dtype."""
@@ -74,16 +79,29 @@ class DecoderLayer(nn.Module):
     """Pre-norm attention and SwiGLU MLP; `tensors` maps the layer's TensorRT-LLM names.
 
     A linear with scaling factors beside it runs in FP8, others in the type they are stored in.
+    On a rank of several the tensors are its shards, and `all_reduce` adds the row-parallel linears'
+    float32 outputs before they are rounded once (Megatron-LM, arXiv 1909.08053).
     """
 
-    def __init__(self, config: DecoderConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tensors: Mapping[str, torch.Tensor],
+        all_reduce: AllReduce | None = None,
+    ) -> None:
         super().__init__()
+        self.all_reduce = all_reduce
         self.eps = config.rms_norm_eps
         self.head_dim = config.head_dim
         self.input_layernorm = tensors["input_layernorm.weight"]
         self.post_layernorm = tensors["post_layernorm.weight"]
         self.linears = nn.ModuleDict(
-            {name.replace(".", "_"): _linear(name, tensors) for name in ENGINE_LINEARS}
+            {
+                name.replace(".", "_"): _linear(
+                    name, tensors, torch.float32 if all_reduce and name in _ROW_PARALLEL else None
+                )
+                for name in ENGINE_LINEARS
+            }
         )
         rows = tensors["attention.qkv.weight"].shape[0]
         self.query_size = tensors["attention.dense.weight"].shape[1]
@@ -104,23 +122,30 @@ class DecoderLayer(nn.Module):
         sizes = (self.query_size, self.key_value_size, self.key_value_size)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(sizes, dim=-1))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        hidden = hidden + self.linear("attention.dense")(attend(q, k, v).flatten(1))
+        hidden = hidden + self._row_parallel("attention.dense", attend(q, k, v).flatten(1))
         normed = rms_norm(hidden, self.post_layernorm, self.eps)
         # TensorRT-LLM's names: `fc` is the activated half (gate_proj), `gate` is up_proj.
         activated = nn.functional.silu(self.linear("mlp.fc")(normed).to(torch.float32))
         product = activated * self.linear("mlp.gate")(normed).to(torch.float32)
-        return hidden + self.linear("mlp.proj")(product.to(hidden.dtype))
+        return hidden + self._row_parallel("mlp.proj", product.to(hidden.dtype))
+
+    def _row_parallel(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(name)(x)
+        return y if self.all_reduce is None else self.all_reduce(y).to(x.dtype)
 
 
-def _linear(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizableLinear:
+def _linear(
+    name: str, tensors: Mapping[str, torch.Tensor], output_dtype: torch.dtype | None
+) -> QuantizableLinear:
     weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
     if weight.dtype != fp8.E4M3:
-        return QuantizableLinear(weight, bias)
+        return QuantizableLinear(weight, bias, output_dtype=output_dtype)
     return QuantizableLinear(
         weight,
         bias,
         weight_scale=float(tensors[f"{name}.{WEIGHT_SCALE}"]),
         activation_scale=float(tensors[f"{name}.{ACTIVATION_SCALE}"]),
+        output_dtype=output_dtype,
     )
 
 

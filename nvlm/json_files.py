@@ -28,10 +28,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def write_json_atomically(path: Path, value: dict[str, Any]) -> None:
     """Writes `value` so that `path` is either absent, as before, or complete."""
+    write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes `text` so that `path` is either absent, as before, or complete."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

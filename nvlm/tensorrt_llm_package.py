@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -13,10 +14,11 @@ from typing import Any
 from nvlm.errors import UserError
 
 PACKAGE = "tensorrt_llm"
-SUPPORTED = "1.2"
-"""The last release line with the engine workflow (builder, C++ Executor): 1.2.1."""
+SUPPORTED = "1.2.1"
+"""The last release with the engine workflow (builder, C++ Executor), and the one whose settings
+these are."""
 INSTALL = (
-    'pip install "tensorrt-llm==1.2.1" from NVIDIA\'s package index, or use the image of '
+    f'pip install "tensorrt-llm=={SUPPORTED}" from NVIDIA\'s package index, or use the image of '
     "docker/Dockerfile"
 )
 
@@ -25,12 +27,21 @@ def is_installed() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
+def installed_version() -> str | None:
+    """Without importing it, which takes seconds; None where it came without pip's records."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def is_supported(version: str) -> bool:
-    return f"{version}.".startswith(f"{SUPPORTED}.")
+    """ "1.2.1+cu130" is 1.2.1 too."""
+    return version.partition("+")[0] == SUPPORTED
 
 
 def load_tensorrt_llm() -> Any:
-    """The module. Raises `UserError` when it is absent, broken or of another release line."""
+    """The module. Raises `UserError` when it is absent, broken or of another version."""
     with stdout_to_stderr():
         try:
             module = importlib.import_module(PACKAGE)
@@ -38,8 +49,8 @@ def load_tensorrt_llm() -> Any:
             raise UserError(f"tensorrt_llm cannot be imported ({error}); {INSTALL}") from None
     if not is_supported(module.__version__):
         raise UserError(
-            f"tensorrt_llm {module.__version__} is installed, expected {SUPPORTED}.x, the last "
-            f"line that builds engines; {INSTALL}"
+            f"tensorrt_llm {module.__version__} is installed, expected {SUPPORTED}, the last "
+            f"that builds engines; {INSTALL}"
         )
     return module
 

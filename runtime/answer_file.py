@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nvlm.errors import UserError
+from runtime.line_file import LineFile, encode_line
 from runtime.types import GenerationResult
 
 
@@ -29,16 +27,8 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, ids: list[Any]) -> None:
-        self._path = path
         self._ids = ids
-        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-            # Reading back what a pipe or device was given waits for ever.
-            raise UserError(f"--output_file {path} is not a regular file; give the name of one")
-        try:
-            # Unbuffered: what fails to be written must not be written again by `close`.
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"--output_file {path} cannot be written: {error.strerror}") from None
+        self._file = LineFile(path, "--output_file")
         try:
             self._take_over()
         except BaseException:
@@ -46,38 +36,18 @@ class AnswerFile:
             raise
 
     def _take_over(self) -> None:
-        """Locks the file, then counts what it holds: nobody else writes from here on."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is writing --output_file {self._path}; wait for it or choose "
-                "another"
-            ) from None
-        data = self._read()
-        whole, tail = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
-        answers = [self._parse(number, text) for number, text in enumerate(whole.splitlines(), 1)]
+        """Counts what the file holds: nobody else writes from here on."""
+        lines, tail = self._file.read()
+        answers = [self._parse(number, text) for number, text in enumerate(lines, 1)]
         self.num_finished = len(answers)
         self.num_errors = sum("error" in answer for answer in answers)
         if tail and not self._begins_next_answer(tail):
             raise self._foreign(self.num_finished + 1)
-        self._file.truncate(len(whole))
-        self._file.seek(0, os.SEEK_END)  # truncating does not move the position
+        self._file.cut_tail(tail)
 
     def append(self, answer: dict[str, Any]) -> None:
         """Writes the next answer, whole or (on an error) not at all."""
-        end = self._file.tell()
-        line = memoryview(_encode(answer) + b"\n")
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            self._file.truncate(end)
-            reason = "its disk is full" if error.errno == errno.ENOSPC else error.strerror
-            raise UserError(
-                f"--output_file {self._path} cannot be written: {reason}; mend that and run the "
-                "same command again, it goes on where it stopped"
-            ) from None
+        self._file.append(encode_line(answer))
         self.num_finished += 1
         self.num_errors += "error" in answer
 
@@ -86,14 +56,6 @@ class AnswerFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-    def _read(self) -> bytes:
-        try:
-            return self._path.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"--output_file {self._path} cannot be read: {error.strerror}"
-            ) from None
 
     def _parse(self, number: int, text: bytes) -> dict[str, Any]:
         try:
@@ -108,18 +70,11 @@ class AnswerFile:
     def _begins_next_answer(self, tail: bytes) -> bool:
         if self.num_finished == len(self._ids):
             return False
-        start = _encode({"id": self._ids[self.num_finished]})[:-1]  # without the brace
+        start = encode_line({"id": self._ids[self.num_finished]})[:-1]  # without the brace
         return tail.startswith(start) or start.startswith(tail)
 
     def _foreign(self, number: int) -> UserError:
         return UserError(
-            f"--output_file {self._path} line {number} is not an answer to this input file; choose "
+            f"{self._file.name} line {number} is not an answer to this input file; choose "
             "another output file"
         )
-
-
-def _encode(answer: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(answer, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # a lone surrogate, in an id
-        return json.dumps(answer).encode()

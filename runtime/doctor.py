@@ -6,24 +6,31 @@ python -m runtime.doctor [--json]
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from nvlm import tensorrt_llm_package, tensorrt_package
 from nvlm.command_line import ArgumentParser, run
 from nvlm.memory import total_memory_bytes
+from nvlm.targets import (
+    Decoder,
+    Lack,
+    Machine,
+    Vision,
+    compute_capability,
+    decoder_lacks,
+    vision_lacks,
+)
 
 _DISTRIBUTIONS = (
     *("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx"),
     *("tensorrt_llm", "mpi4py", "triton"),
 )
-_HOPPER = (9, 0)
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
@@ -36,15 +43,10 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """missing: what keeps it from running here; mend: what to do about it."""
+    """lacks: everything that keeps it from being built and run here."""
 
     flag: str
-    missing: str | None = None
-    mend: str | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        return self.missing is None
+    lacks: list[Lack]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,85 +72,11 @@ def examine() -> Findings:
 
 
 def targets(gpus: list[Gpu]) -> list[Target]:
-    """Every target, ready or with the first thing it lacks."""
-    has_export = all(map(_is_installed, ("onnx", "onnxscript")))
-    export = ("onnx or onnxscript is not installed", "pip install onnx onnxscript")
+    machine = Machine(tuple(gpu.compute_capability for gpu in gpus))
     return [
-        Target("--decoder torch"),
-        _first(
-            "--decoder tensorrt_llm",
-            _no_gpu(gpus),
-            _not_hopper(gpus),
-            _no_tensorrt_llm(),
-        ),
-        Target("--vision torch"),
-        _first(
-            "--vision onnxruntime",
-            None if has_export else export,
-            None
-            if _is_installed("onnxruntime")
-            else ("onnxruntime is not installed", "pip install onnxruntime"),
-        ),
-        _first(
-            "--vision tensorrt",
-            _no_gpu(gpus),
-            _not_installed("tensorrt"),
-            None if has_export else export,
-        ),
-        _first(
-            "--vision tensorrt_rtx",
-            _not_installed("tensorrt_rtx"),
-            None if has_export else export,
-            None
-            if gpus and not _any_hopper(gpus)
-            else (
-                "it runs on RTX GPUs only (Turing to Blackwell, not Hopper)",
-                "build here for one of those with --compute_capability, and run there",
-            ),
-        ),
+        *(Target(f"--decoder {name}", decoder_lacks(name, machine)) for name in get_args(Decoder)),
+        *(Target(f"--vision {name}", vision_lacks(name, machine)) for name in get_args(Vision)),
     ]
-
-
-Lack = tuple[str, str] | None
-
-
-def _first(flag: str, *lacks: Lack) -> Target:
-    lack = next((lack for lack in lacks if lack is not None), None)
-    return Target(flag) if lack is None else Target(flag, *lack)
-
-
-def _no_gpu(gpus: list[Gpu]) -> Lack:
-    return None if gpus else ("torch sees no GPU", "run on the GPU it is for")
-
-
-def _any_hopper(gpus: list[Gpu]) -> bool:
-    return any(gpu.compute_capability == "{}.{}".format(*_HOPPER) for gpu in gpus)
-
-
-def _not_hopper(gpus: list[Gpu]) -> Lack:
-    if _any_hopper(gpus):
-        return None
-    return ("FP8 engines of this project are for Hopper", "run on an H100, H200 or GH200")
-
-
-def _no_tensorrt_llm() -> Lack:
-    if not tensorrt_llm_package.is_installed():
-        return ("tensorrt_llm is not installed", tensorrt_llm_package.INSTALL)
-    version = _version(tensorrt_llm_package.PACKAGE)
-    if version is not None and not tensorrt_llm_package.is_supported(version):
-        found = f"tensorrt_llm {version} is installed, the engine workflow ended with 1.2"
-        return (found, tensorrt_llm_package.INSTALL)
-    return None
-
-
-def _not_installed(package: str) -> Lack:
-    if tensorrt_package.is_installed(package):
-        return None
-    return (f"{package} is not installed", tensorrt_package.INSTALL[package])
-
-
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def _version(distribution: str) -> str | None:
@@ -160,10 +88,8 @@ def _version(distribution: str) -> str | None:
 
 def _gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
-    capability = torch.cuda.get_device_capability(index)
-    return Gpu(
-        properties.name, round(properties.total_memory / 1e9, 1), "{}.{}".format(*capability)
-    )
+    memory_gb = round(properties.total_memory / 1e9, 1)
+    return Gpu(properties.name, memory_gb, compute_capability(index))
 
 
 def _driver() -> str | None:
@@ -186,8 +112,8 @@ def lines(findings: Findings) -> list[str]:
     told += [f"GPU {i}: {gpu}" for i, gpu in enumerate(gpus)] or ["no GPU that torch sees"]
     told += ["packages", *packages, "targets of build_engine.py"]
     for target in findings.targets:
-        state = "ready" if target.is_ready else f"no: {target.missing}; {target.mend}"
-        told.append(f"  {target.flag:<24}{state}")
+        told.append(f"  {target.flag:<24}{'no' if target.lacks else 'ready'}")
+        told += [f"    {lack.missing}: {lack.mend}" for lack in target.lacks]
     return told
 
 

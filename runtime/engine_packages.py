@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from nvlm.errors import UserError
+from nvlm.targets import compute_capability
 from nvlm.tensorrt_llm_package import load_tensorrt_llm
 from nvlm.tensorrt_package import load_tensorrt
 from runtime.engine_dir import EngineDir
@@ -36,7 +37,7 @@ def require_packages(engine: EngineDir, device: torch.device) -> None:
                 f"{engine.directory} was built with {name} {version} but {found} is installed, "
                 f"and engines run with no other version; install {name}=={version} or {rebuild}"
             )
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    capability = compute_capability(device)
     if capability != packages["compute_capability"]:
         raise UserError(
             f"{engine.directory} was built for a GPU of compute capability "

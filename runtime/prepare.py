@@ -13,6 +13,7 @@ from nvlm.inputs.images import load_image
 from nvlm.inputs.prompt import ImageSlot, Prompt, build_prompt
 from nvlm.inputs.tiling import TiledImage, tile_image
 from nvlm.inputs.tokenizer import Tokenizer
+from nvlm.limits import EngineLimits
 from runtime.decoder.executor import check_max_new_tokens, check_prompt_length
 from runtime.engine_dir import EngineDir
 from runtime.types import GenerationRequest
@@ -59,6 +60,14 @@ def prepare(
     )
 
 
+def check_num_images(num_images: int, limits: EngineLimits) -> None:
+    if num_images > limits.max_num_images:
+        raise UserError(
+            f"the request has {num_images} images, the engine takes {limits.max_num_images}; "
+            "build it with a larger --max_num_images"
+        )
+
+
 def _check_text_size(request: GenerationRequest, engine: EngineDir, tokenizer: Tokenizer) -> None:
     """Refuses text that cannot fit before time goes into tokenising it."""
     text = [request.system, *(part for part in request.content if isinstance(part, str))]
@@ -74,12 +83,7 @@ def _check_text_size(request: GenerationRequest, engine: EngineDir, tokenizer: T
 
 def _tile(request: GenerationRequest, engine: EngineDir) -> list[str | TiledImage]:
     tiling, limits = engine.vision.tiling, engine.limits
-    num_images = sum(not isinstance(part, str) for part in request.content)
-    if num_images > limits.max_num_images:
-        raise UserError(
-            f"the request has {num_images} images, the engine takes {limits.max_num_images}; "
-            "build it with a larger --max_num_images"
-        )
+    check_num_images(sum(not isinstance(part, str) for part in request.content), limits)
     max_num_tiles = request.max_num_tiles
     if max_num_tiles is None:
         max_num_tiles = tiling.max_num_tiles
@@ -90,7 +94,9 @@ def _tile(request: GenerationRequest, engine: EngineDir) -> list[str | TiledImag
         if isinstance(part, TiledImage):
             _check_tiles(part, tiling.image_size, tiling.max_tiles_per_image)
         elif not isinstance(part, str):
-            part = tile_image(load_image(part), tiling.image_size, max_num_tiles)
+            source = part() if callable(part) else part
+            image = load_image(source, apply_exif=request.apply_exif)
+            part = tile_image(image, tiling.image_size, max_num_tiles)
         content.append(part)
     return content
 

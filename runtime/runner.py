@@ -22,16 +22,14 @@ from runtime.decoder.executor import (
     DecoderRequest,
     FinishReason,
     StepOutput,
-    create_decoder_executor,
-    require_ranks_supported,
 )
 from runtime.engine_dir import EngineDir
-from runtime.engine_packages import require_packages
-from runtime.mpi import World, require_world_size
+from runtime.engine_parts import open_engine, open_parts
+from runtime.mpi import Job, World
 from runtime.prepare import PreparedRequest, prepare
 from runtime.text_stream import TextStream
 from runtime.types import GenerationRequest, GenerationResult, TextDelta, Timings
-from runtime.vision.executor import VisionExecutor, create_vision_executor
+from runtime.vision.executor import VisionExecutor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +69,13 @@ class Runner:
         cls,
         engine_dir: Path,
         device: torch.device,
-        world: World | None = None,
+        job: Job | None = None,
         options: DecoderOptions | None = None,
     ) -> Runner:
-        """Loads an engine directory onto a device; `world` is the ranks that run, if several."""
-        engine = EngineDir.read(engine_dir)
-        require_ranks_supported(engine)
-        config = engine.checkpoint_config
-        require_world_size(world or World(), config.tp_size, config.pp_size)
-        require_packages(engine, device)
-        vision = create_vision_executor(engine, device)
-        return cls(engine, vision, create_decoder_executor(engine, device, options))
+        """Loads an engine directory onto a device; `job` is the ranks that run, if several."""
+        job = job or Job(World())
+        engine = open_engine(engine_dir, device, job)
+        return cls(engine, *open_parts(engine, device, job, options))
 
     def submit(self, request: GenerationRequest) -> int:
         """Tiles and encodes the images and queues the prompt; returns the request's id.
@@ -199,7 +193,10 @@ class Runner:
         if not images:
             return None
         tiles = torch.cat([normalize(image.tiles) for image in images])
-        return self.vision.encode(tiles).flatten(0, 1)
+        table = self.vision.encode(tiles).flatten(0, 1)
+        if table.is_cuda:  # what is launched is not yet done, and its time is vision's
+            torch.cuda.current_stream(table.device).synchronize()
+        return table
 
     def _take(self, output: StepOutput) -> TextDelta:
         answer = self._answers[output.request_id]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from runtime.boxes import Box
 from runtime.decoder.executor import FinishReason
 from runtime.sampling import SamplingParams
 
-ImageSource = Path | bytes | NDArray[np.uint8] | TiledImage
+EncodedImage = Path | bytes | NDArray[np.uint8]
+ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,9 @@ class GenerationRequest:
     """A question about zero or more images.
 
     `content` is what the user says, in order: text and images (a file's path, its bytes, RGB
-    pixels [height, width, 3], or tiles). Without `max_num_tiles` the engine's own number applies.
+    pixels [height, width, 3], tiles, or a function that gets one of the first three when the
+    request is prepared). Without `max_num_tiles` the engine's own number applies.
+    `apply_exif` turns a picture upright as its metadata says.
     `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
     beside <|im_end|>.
     """
@@ -32,6 +36,7 @@ class GenerationRequest:
     system: str = DEFAULT_SYSTEM
     prompt_format: PromptFormat = "hf"
     max_num_tiles: int | None = None
+    apply_exif: bool = True
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
     end_ids: frozenset[int] = frozenset()

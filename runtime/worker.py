@@ -6,19 +6,15 @@ from pathlib import Path
 
 import torch
 
-from runtime.decoder.executor import DecoderOptions, create_decoder_executor
-from runtime.engine_dir import EngineDir
-from runtime.engine_packages import require_packages
-from runtime.mpi import World, require_world_size
+from runtime.decoder.executor import DecoderOptions
+from runtime.engine_parts import open_engine, open_parts
+from runtime.mpi import Job
 
 
-def run_worker(
-    engine_dir: Path, device: torch.device, world: World, options: DecoderOptions
-) -> None:
-    """Loads this rank's decoder and works; vision, tokenizer and answers are rank 0's."""
-    assert world.rank > 0
-    engine = EngineDir.read(engine_dir)
-    config = engine.checkpoint_config
-    require_world_size(world, config.tp_size, config.pp_size)
-    require_packages(engine, device)
-    create_decoder_executor(engine, device, options).run_worker()
+def run_worker(engine_dir: Path, device: torch.device, job: Job, options: DecoderOptions) -> None:
+    """Loads this rank's part and works; requests, tokenizer and answers are rank 0's."""
+    assert job.world.rank > 0
+    engine = open_engine(engine_dir, device, job)
+    _, decoder = open_parts(engine, device, job, options)
+    job.phase("waiting for work")
+    decoder.run_worker()

@@ -28,7 +28,7 @@ from unittest.mock import patch
 from nvlm import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
-CONVERT, BUILD, RUN = "convert_checkpoint", "build_engine", "run"
+CONVERT, BUILD, RUN, EVALUATE = "convert_checkpoint", "build_engine", "run", "evaluate"
 EXIT_USER_ERROR = 2
 
 PLAIN = ("--quant_algo", "none", "--device", "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,8 @@ def test_run_flags_that_are_wrong_are_refused(
 def test_more_ranks_than_built_for_are_told_the_right_number(
     engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
+    """Without mpi4py; with it, tests/test_rank_failures.py."""
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.setenv(variable, "2")
     fragments = ("tp_size=1", "2 ranks", "mpirun -n 1")
     run_refused(engine_dir, tmp_path, "--prompt", "hi", fragments=fragments)

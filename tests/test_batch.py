@@ -470,7 +470,7 @@ def test_a_full_disk_behind_a_cut_line_leaves_a_file_that_can_go_on(
     whole = b'{"id": 1, "text": "a"}\n'
     path.write_bytes(whole + b'{"id": 2, "te')
     with AnswerFile(path, [1, 2]) as file:
-        monkeypatch.setattr(file, "_file", FullDisk(file._file))
+        monkeypatch.setattr(file._file, "_file", FullDisk(file._file._file))
         with pytest.raises(UserError, match="its disk is full"):
             file.append({"id": 2, "text": "b"})
     assert path.read_bytes() == whole

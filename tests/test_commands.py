@@ -100,13 +100,13 @@ def test_if_stale_makes_again_exactly_what_has_changed(tmp_path: Path, model_dir
     assert run_command(BUILD, "--checkpoint_dir", checkpoint, "--engine_dir", engine).exit_code == 2
 
 
-def make(target: str, **variables: object) -> subprocess.CompletedProcess[str]:
+def make(target: str, *flags: str, **variables: object) -> subprocess.CompletedProcess[str]:
     """`make` with this Python in place of a fresh environment."""
-    variables["BIN"] = Path(sys.executable).parent
+    variables = {"BIN": Path(sys.executable).parent, **variables}
     settings = [f"{name}={value}" for name, value in variables.items()]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     return subprocess.run(
-        ["make", "--no-print-directory", "-o", "setup", target, *settings],
+        ["make", "--no-print-directory", "-o", "setup", *flags, target, *settings],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -131,20 +131,44 @@ def test_make_engine_converts_builds_and_then_skips(tmp_path: Path, model_dir: P
     assert second.stderr.count("is up to date") == 2, second.stderr
 
 
+def test_make_engine_is_one_command_from_checkpoint_to_engine_for_any_ranks() -> None:
+    """What it would run, with the flags of a production build."""
+    variables = {"MODEL_DIR": "/m", "CHECKPOINT_DIR": "/c", "ENGINE_DIR": "/e", "TP": 4}
+    printed = make("engine", "--dry-run", QUANT="FP8", DECODER="tensorrt_llm", **variables).stdout
+    words = " ".join(printed.replace("\\\n", " ").split())
+    assert '--model_dir "/m" --output_dir "/c" --quant_algo FP8 --tp_size 4 --if_stale' in words
+    assert '--checkpoint_dir "/c" --engine_dir "/e" --decoder tensorrt_llm --vision auto' in words
+
+
+def test_make_triton_serves_an_engine_on_the_ports_asked_for() -> None:
+    variables = {"ENGINE_DIR": "/e", "HTTP_PORT": 1, "GRPC_PORT": 2, "METRICS_PORT": 3}
+    printed = make("triton", "--dry-run", "-o", "setup-triton", TRITON_FLAGS="--unary", **variables)
+    words = " ".join(printed.stdout.replace("\\\n", " ").split())
+    assert '-m model_repository.serve --engine_dir "/e" --http_port 1 --grpc_port 2' in words
+    assert "--metrics_port 3 --unary" in words
+
+
+def test_make_takes_a_containers_python_as_it_is() -> None:
+    """As docker/Dockerfile does, where `mpirun` and TensorRT-LLM belong to that Python."""
+    result = make("doctor", SYSTEM_PYTHON=1, PYTHON=sys.executable, VENV="/nowhere")
+    assert result.returncode == 0, result.stderr
+    assert "--decoder tensorrt_llm" in result.stdout
+
+
+def test_make_goes_on_where_tensorrt_rtx_cannot_be_installed(tmp_path: Path) -> None:
+    (tmp_path / "pip").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "pip").chmod(0o755)
+    stamp, cpu = tmp_path / ".tensorrt-rtx", tmp_path / ".cpu"
+    result = make(str(stamp), "-o", str(cpu), VENV=tmp_path, BIN=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "the tests that build with it skip" in result.stderr
+    assert not stamp.exists(), "it would not be tried again"
+
+
 def test_make_engine_without_a_model_says_what_it_needs() -> None:
     result = make("engine", MODEL_DIR="")
     assert result.returncode != 0
     assert "make engine needs MODEL_DIR" in result.stderr
-
-
-def test_only_rank_0_talks_and_another_rank_names_itself_in_its_errors(engine_dir: Path) -> None:
-    """Two ranks on an engine for one: the leader's line is plain, the worker's has its rank."""
-    flags = ask(engine_dir, "--prompt", "hi")
-    for rank, opening in (("0", "error: "), ("1", "rank 1: error: ")):
-        environment = {"PMI_SIZE": "2", "PMI_RANK": rank}
-        result = run_process(RUN, *flags, environment=environment)
-        assert result.exit_code == 2
-        assert result.stderr.startswith(f"{opening}engine_dir was built for tp_size=1"), rank
 
 
 @pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])

@@ -15,8 +15,9 @@ from runtime.decoder.executor import DecoderRequest, generate
 from runtime.decoder.hopper_model import HopperModel
 from runtime.decoder.hopper_weights import load_hopper_weights
 from runtime.decoder.kernels import plain_forms
-from runtime.decoder.open_model import OpenedModel, max_num_blocks
+from runtime.decoder.open_model import OpenedModel
 from runtime.decoder.plain_model import PlainModel
+from runtime.decoder.scheduler import max_num_blocks
 from runtime.decoder.step import DecoderModel
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.decoder.torch_weights import load_weights, open_weights

@@ -166,7 +166,7 @@ def test_ranks_that_the_model_does_not_divide_into_are_refused(
     refused(tmp_path, CONVERT, *start, *flags, fragments=message)
 
 
-def test_an_engine_carries_every_rank_and_one_rank_refuses_to_run_it(
+def test_an_engine_carries_every_rank_and_decoder_torch_refuses_stages(
     workshop: Workshop, wide_model: Path, tmp_path: Path
 ) -> None:
     paths = ranks_of(workshop, wide_model, replace(PLAIN, tp_size=4, pp_size=2))
@@ -178,7 +178,7 @@ def test_an_engine_carries_every_rank_and_one_rank_refuses_to_run_it(
     config = json.loads((engine / "llm" / "config.json").read_text())
     assert config["pretrained_config"]["mapping"]["world_size"] == 8
     result = run_command(RUN, *ask(engine, "--prompt", "hi"))
-    one_line_error(result, "tp_size=4, pp_size=2", "one rank only", "--tp_size 1 --pp_size 1")
+    one_line_error(result, "tp_size=4, pp_size=2", "one stage only", "--tp_size 8 --pp_size 1")
 
 
 def test_the_plan_is_a_ranks(workshop: Workshop, wide_model: Path) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ from PIL import Image, ImageOps
 from build.checkpoint.convert import ConvertOptions
 from build.engines.build import BuildRun, build_engine
 from build.engines.specification import BuildOptions, specify
+from nvlm import command_line, tensorrt_llm_package
 from nvlm.errors import UserError
+from nvlm.tensorrt_package import make_logger
 from runtime.decoder.executor import (
     DecoderOptions,
     DecoderRequest,
@@ -29,14 +34,15 @@ from runtime.decoder.executor import (
     generate,
 )
 from runtime.engine_dir import EngineDir
-from runtime.mpi import World
+from runtime.mpi import Job, World
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult
 from runtime.worker import run_worker
 from tests.cases import QUESTIONS, SEVEN_TILES, THREE_IMAGES
-from tests.command import BUILD, ROOT, RUN, one_line_error, run_command
+from tests.command import BUILD, ROOT, RUN, one_line_error, run_command, script
 from tests.conftest import TINY, Workshop
+from tests.doubles.ranks import mpirun
 from tests.doubles.tensorrt_llm import Doubles, installed
 from tests.tolerances import FLOAT16_ONNX, FP8_LOGITS
 
@@ -103,11 +109,18 @@ def answers(runner: Runner, asked: list[GenerationRequest]) -> list[list[int]]:
 
 @pytest.fixture(params=[1, 2, 8], ids="tp{}".format)
 def runner(
-    built: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    built: Any, doubles: Doubles, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Runner]:
-    """Rank 0 of each number of ranks, which is what answers."""
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    with Runner.open(built(request.param), CUDA, World(request.param, 0)) as runner:
+    """Rank 0, with the other ranks working beside it."""
+    size, path = request.param, built(request.param)
+
+    def work(rank: int) -> None:
+        run_worker(path, CUDA, Job(World(size, rank)), DecoderOptions())
+
+    with (
+        mpirun(doubles.executor, size, work, tmp_path),
+        Runner.open(path, CUDA, Job(World(size, 0))) as runner,
+    ):
         yield runner
 
 
@@ -131,6 +144,57 @@ class TestBuild:
             "tensorrt_llm": "1.2.1",
             "compute_capability": "9.0",
         }
+
+    def test_one_profile_reaches_from_a_tile_over_a_request_to_a_batch(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        plan = (built() / "vision" / "model.engine").read_bytes()
+        engine = doubles.tensorrt.Runtime(make_logger(doubles.tensorrt)).deserialize_cuda_engine(
+            plan
+        )
+        shapes = engine.get_tensor_profile_shape("tiles", 0)
+        assert [shape[0] for shape in shapes] == [1, OPTIONS.max_num_images * 7, 8 * 7]
+
+    def test_timings_of_an_earlier_build_are_read_by_the_next(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        """Of the decoder; test_vision_tensorrt says so of the vision engine."""
+        options = replace(OPTIONS, vision="torch", vision_precision=None)
+        spec = specify(checkpoint(workshop, 1), options, CUDA, GPU_BYTES)
+        cache = str(tmp_path / "timings" / "llm.cache")
+        for name, expected in (("first", None), ("second", cache)):
+            run = BuildRun(timing_cache=tmp_path / "timings")
+            build_engine(spec, tmp_path / name, options, run)
+            config = doubles.builds[-1]["build_config"]
+            assert (config.input_timing_cache, config.output_timing_cache) == (expected, cache)
+
+    @pytest.mark.parametrize("version", ["1.2.0", "1.3.0rc29"])
+    def test_auto_looks_at_the_version_of_tensorrt_llm(
+        self,
+        workshop: Workshop,
+        doubles: Doubles,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        version: str,
+    ) -> None:
+        monkeypatch.setattr(tensorrt_llm_package, "installed_version", lambda: version)
+        with caplog.at_level(logging.INFO):
+            spec = specify(checkpoint(workshop, 1), OPTIONS, CUDA, GPU_BYTES)
+        assert spec.decoder == "torch"
+        assert f"decoder: torch (tensorrt_llm {version} is installed, expected 1.2.1)" in (
+            caplog.text
+        )
+        asked = replace(OPTIONS, decoder="tensorrt_llm")
+        with pytest.raises(UserError, match=f"{version} is installed, expected 1.2.1: pip install"):
+            specify(checkpoint(workshop, 1), asked, CUDA, GPU_BYTES)
+
+    def test_another_gpu_than_hopper_is_refused_by_the_builder_as_by_the_doctor(
+        self, workshop: Workshop, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doubles.gpu, "capability", (8, 9))
+        asked = replace(OPTIONS, decoder="tensorrt_llm")
+        with pytest.raises(UserError, match=r"capability 8\.9, its FP8 engines are for Hopper"):
+            specify(checkpoint(workshop, 1), asked, CUDA, GPU_BYTES)
 
     def test_the_prompt_table_holds_a_whole_batch_of_the_largest_requests(
         self, built: Any, doubles: Doubles
@@ -215,6 +279,12 @@ class TestAnswers:
         assert len(runs) == len(THREE_IMAGES.paths)
         counts = [sum(number == run for number in extra) for run in runs]
         assert counts == [4 * tiles for tiles in THREE_IMAGES.num_tiles]
+
+    def test_the_time_of_vision_ends_when_the_gpu_has_done_it(
+        self, runner: Runner, doubles: Doubles
+    ) -> None:
+        runner.encode(runner.prepare(requests()[1]))
+        assert not doubles.gpu.is_busy
 
     def test_streaming_gives_the_text_piece_by_piece(self, runner: Runner) -> None:
         request = requests()[1]
@@ -318,14 +388,6 @@ class TestLoad:
         gc.collect()
         assert opened() is None
 
-    def test_the_other_ranks_load_their_engine_and_wait(
-        self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
-        run_worker(built(2), CUDA, World(2, 1), DecoderOptions())
-        worker = doubles.executor.executors[-1]
-        assert (worker.rank, worker.closed, worker.requests) == (1, True, {})
-
     @pytest.mark.parametrize(
         ("package", "version"),
         [("tensorrt", "10.13.3.9"), ("tensorrt_llm", "1.2.0"), ("tensorrt_llm", "1.3.0rc29")],
@@ -393,21 +455,97 @@ def test_a_directory_up_to_date_is_not_built_again_but_another_version_is(
     assert not is_up_to_date(spec, path, OPTIONS)
 
 
-def test_the_doubles_refuse_what_the_originals_refuse(doubles: Doubles) -> None:
-    """Without this the tests above would prove nothing."""
-    executor = doubles.executor
-    with pytest.raises(TypeError, match="unexpected keyword argument 'max_new_tokens'"):
-        executor.Request(input_token_ids=[1], max_tokens=4, max_new_tokens=4)
-    with pytest.raises(TypeError, match="missing a required argument: 'max_tokens'"):
-        executor.Request(input_token_ids=[1])
-    with pytest.raises(AttributeError, match="no attribute cache"):
-        executor.KvCacheConfig().cache = 1
-    mixed = torch.ones(2, device="cuda")
-    with pytest.raises(RuntimeError, match="same device"):
-        mixed + torch.ones(2)
-    with pytest.raises(TypeError, match="numpy"):
-        mixed.numpy()
-    assert json.dumps(str(mixed.device)) == '"cuda:0"'
+@pytest.fixture(scope="module")
+def executor(built: Any, doubles: Doubles) -> Any:
+    """The double itself, opened by the product."""
+    create_decoder_executor(EngineDir.read(built()), CUDA)
+    return doubles.executor.executors[-1]
+
+
+class TestStrictness:
+    """What the doubles refuse: without this the tests above would prove nothing."""
+
+    def test_unknown_and_missing_arguments_and_mixed_devices(self, doubles: Doubles) -> None:
+        executor = doubles.executor
+        with pytest.raises(TypeError, match="unexpected keyword argument 'max_new_tokens'"):
+            executor.Request(input_token_ids=[1], max_tokens=4, max_new_tokens=4)
+        with pytest.raises(TypeError, match="missing a required argument: 'max_tokens'"):
+            executor.Request(input_token_ids=[1])
+        with pytest.raises(AttributeError, match="no attribute cache"):
+            executor.KvCacheConfig().cache = 1
+        mixed = torch.ones(2, device="cuda")
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed + torch.ones(2)
+        with pytest.raises(TypeError, match="numpy"):
+            mixed.numpy()
+        assert json.dumps(str(mixed.device)) == '"cuda:0"'
+
+    def request(self, doubles: Doubles, table: Any, extra: list[int] | None) -> Any:
+        trtllm = doubles.executor
+        return trtllm.Request(
+            input_token_ids=[1, 512, 513, 2],
+            max_tokens=2,
+            streaming=True,
+            sampling_config=trtllm.SamplingConfig(top_k=1),
+            output_config=trtllm.OutputConfig(exclude_input_from_output=True),
+            prompt_tuning_config=trtllm.PromptTuningConfig(table, extra),
+        )
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "device", "extra", "told"),
+        [
+            ((2, 128), torch.bfloat16, "cpu", [0, 7, 7, 0], "on the GPU"),
+            ((2, 128), torch.float16, "cuda", [0, 7, 7, 0], "doesn't match model weight"),
+            ((1, 2, 128), torch.bfloat16, "cuda", [0, 7, 7, 0], "shape"),
+            ((9999, 128), torch.bfloat16, "cuda", [0, 7, 7, 0], "the runtime allocates"),
+            ((2, 128), torch.bfloat16, "cuda", None, "would confuse pictures"),
+            ((2, 128), torch.bfloat16, "cuda", [0, 7, 7], "one for every token"),
+            ((2, 128), torch.bfloat16, "cuda", [0, 7, 0, 0], "a picture never"),
+        ],
+    )
+    def test_a_wrong_table_or_wrong_extra_ids(
+        self,
+        executor: Any,
+        doubles: Doubles,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: str,
+        extra: list[int] | None,
+        told: str,
+    ) -> None:
+        table = torch.zeros(shape, dtype=dtype, device=device)
+        with pytest.raises((AssertionError, RuntimeError), match=told):
+            executor.enqueue_request(self.request(doubles, table, extra))
+
+    def test_a_call_behind_the_end(self, built: Any, doubles: Doubles) -> None:
+        create_decoder_executor(EngineDir.read(built()), CUDA).close()
+        executor = doubles.executor.executors[-1]
+        with pytest.raises(RuntimeError, match="Shutdown called"):
+            executor.await_responses(timeout=timedelta(0))
+        with pytest.raises(RuntimeError, match="Shutdown called"):
+            executor.cancel_request(1)
+
+    def test_vision_calls_in_a_wrong_order_and_foreign_memory(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        trt, stream = doubles.tensorrt, torch.cuda.current_stream().cuda_stream
+        plan = (built() / "vision" / "model.engine").read_bytes()
+        engine = trt.Runtime(make_logger(trt)).deserialize_cuda_engine(plan)
+        context = engine.create_execution_context()
+        with pytest.raises(AssertionError, match="once the input's is set"):
+            context.get_tensor_shape("image_embeddings")
+        with pytest.raises(AssertionError, match="has no address"):
+            context.execute_async_v3(stream)
+        with pytest.raises(AssertionError, match="no tensor is called"):
+            context.set_tensor_address("pixels", 0)
+        assert not context.set_input_shape("tiles", (57, 3, 56, 56)), "beyond the profile"
+        assert context.set_input_shape("tiles", (1, 3, 56, 56))
+        for name in ("tiles", "image_embeddings"):
+            context.set_tensor_address(name, torch.zeros(9).data_ptr())
+        with pytest.raises(AssertionError, match="another stream"):
+            context.execute_async_v3(0)
+        with pytest.raises(AssertionError, match="not memory of the GPU"):
+            context.execute_async_v3(stream)
 
 
 class TestCommands:
@@ -420,6 +558,7 @@ class TestCommands:
         reference: Runner,
         tmp_path: Path,
         capfd: pytest.CaptureFixture[str],
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         path = tmp_path / "engine"
         built = run_command(
@@ -429,6 +568,12 @@ class TestCommands:
         )
         assert built.exit_code == 0, built.stderr
         assert built.stdout == ""
+        summary = json.loads((path / "vision" / "summary.json").read_text())
+        assert summary["engine"] == {"gemm Half": 1}, "what the double's inspector says"
+        engine_bytes = (path / "vision" / "model.engine").stat().st_size
+        assert summary["engine_bytes"] == engine_bytes
+        assert "1 compiled layers, 0 FP8 products" in caplog.text
+        assert "1 gemm Half" in caplog.text
         assert "[TensorRT-LLM]" not in capfd.readouterr().out, "stdout belongs to answers"
         question = ("--prompt", SEVEN_TILES.text, "--image", *SEVEN_TILES.paths)
         asked = run_command(
@@ -462,16 +607,6 @@ class TestCommands:
         assert again.exit_code == 0, again.stderr
         assert len(doubles.builds) == num_builds, "up to date"
 
-    def test_a_rank_that_does_not_lead_says_nothing(
-        self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = built(2)
-        monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
-        result = run_command(RUN, "--engine_dir", path, "--prompt", "What?")
-        assert (result.exit_code, result.stdout) == (0, ""), result.stderr
-        assert doubles.executor.executors[-1].rank == 1
-
     def test_an_engine_too_large_is_refused_in_one_line(
         self, workshop: Workshop, doubles: Doubles, tmp_path: Path
     ) -> None:
@@ -482,6 +617,77 @@ class TestCommands:
         )
         one_line_error(result, "a rank needs", "larger --tp_size")
         assert list(tmp_path.iterdir()) == []
+
+
+class TestRanks:
+    """`mpirun -n N run.py`: the same command line on every rank."""
+
+    @pytest.mark.parametrize("tp_size", [2, 8])
+    def test_all_ranks_work_and_the_leader_alone_talks(
+        self, built: Any, doubles: Doubles, reference: Runner, tmp_path: Path, tp_size: int
+    ) -> None:
+        lines = [
+            {"id": i, "prompt": q.text, "images": list(map(str, q.paths))}
+            for i, q in enumerate(QUESTIONS)
+        ]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        answered = tmp_path / "out.jsonl"
+        flags = (
+            *("--engine_dir", built(tp_size), "--max_new_tokens", NEW_TOKENS),
+            *("--input_file", tmp_path / "in.jsonl", "--output_file", answered),
+        )
+        with mpirun(doubles.executor, tp_size, command(*flags), tmp_path) as ranks:
+            result = run_command(RUN, *flags)
+        assert result.exit_code == 0, result.stderr
+        found = [json.loads(line)["token_ids"] for line in answered.read_text().splitlines()]
+        assert found == answers(reference, requests())
+        assert [rank.told for rank in ranks] == [""] * (tp_size - 1)
+
+    def test_compare_closes_the_ranks_before_the_reference_is_loaded(
+        self, built: Any, doubles: Doubles, reference: Runner, tmp_path: Path
+    ) -> None:
+        flags = (
+            *("--engine_dir", built(2), "--compare", reference.engine.directory, "--json"),
+            *("--prompt", "What?", "--max_new_tokens", NEW_TOKENS),
+        )
+        with mpirun(doubles.executor, 2, command(*flags), tmp_path):
+            result = run_command(RUN, *flags)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["num_equal"] == 1
+
+    def test_a_mistake_on_rank_0_ends_all_ranks(
+        self, built: Any, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        flags = ("--engine_dir", built(2), "--prompt", "x", "--image", tmp_path / "none.jpg")
+        with mpirun(doubles.executor, 2, command(*flags), tmp_path) as ranks:
+            result = run_command(RUN, *flags)
+        one_line_error(result, "none.jpg")
+        assert ranks[0].told == ""
+
+    def test_a_rank_that_dies_is_an_error_and_no_wait_for_ever(
+        self, built: Any, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        """Of the double: else a worker that does nothing would pass above."""
+        path = built(2)
+        with (
+            pytest.raises(RuntimeError, match="rank 1 has ended"),
+            mpirun(doubles.executor, 2, lambda rank: None, tmp_path),
+        ):
+            Runner.open(path, CUDA, Job(World(2, 0)))
+
+    def test_an_engine_does_not_open_alone(self, built: Any) -> None:
+        with pytest.raises(AssertionError, match="all ranks of an engine run together"):
+            Runner.open(built(2), CUDA, Job(World(2, 0)))
+
+
+def command(*flags: object) -> Callable[[int], None]:
+    """`run.py` with these flags on a rank of its own process."""
+
+    def work(rank: int) -> None:
+        sys.argv = ["run.py", *map(str, flags)]
+        command_line.run(script(RUN).main, rank=rank)
+
+    return work
 
 
 def test_the_memory_table_says_which_gpus_hold_the_72b_model() -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from nvlm.tensorrt_llm_package import SUPPORTED
 from tests.command import ROOT
 
 DOCUMENTS = [
     ROOT / name
     for name in (
         *("README.md", "CONTRIBUTING.md"),
-        *("docs/decisions.md", "docs/hopper.md", "docs/tiny_model.md", "docs/triton.md"),
+        *("docs/decisions.md", "docs/evaluation.md", "docs/hopper.md", "docs/ranks.md"),
+        *("docs/tiny_model.md", "docs/triton.md"),
     )
 ]
 
@@ -72,6 +74,16 @@ import runtime.runner, runtime.batch, runtime.decoder.torch_executor, runtime.vi
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_one_version_of_tensorrt_llm_is_named_everywhere() -> None:
+    """In what refuses others, the packages' metadata, the image and the documents."""
+    for name in ("pyproject.toml", "docker/Dockerfile", "docs/hopper.md", "README.md"):
+        text = (ROOT / name).read_text()
+        found = set(
+            re.findall(r"(?:TensorRT-LLM |tensorrt-llm==|tensorrt_llm==|== ')(1\.\d[.\w]*)", text)
+        )
+        assert {version.rstrip(".") for version in found} == {SUPPORTED}, name
 
 
 def test_no_package_holds_a_drawer_for_everything() -> None:

@@ -54,8 +54,8 @@ def test_without_onnx_packages_auto_is_torch_and_asking_for_it_is_refused(
     with caplog.at_level(logging.INFO):
         spec = specify(checkpoint_dir, BuildOptions(), CPU, MEMORY_BYTES)
     assert spec.vision == "torch"
-    assert "onnxruntime cannot be imported" in caplog.text
-    with pytest.raises(UserError, match="--vision onnxruntime needs onnxruntime; pip install"):
+    assert "vision: torch (onnxruntime is not installed)" in caplog.text
+    with pytest.raises(UserError, match="onnxruntime is not installed: pip install onnxruntime"):
         specify(checkpoint_dir, BuildOptions(vision="onnxruntime"), CPU, MEMORY_BYTES)
 
 

@@ -21,6 +21,7 @@ from tools.tiny.atlas import CHARACTERS, Atlas, draw_atlas
 from tools.tiny.compositor import Compositor, draw
 from tools.tiny.fonts import evaluation_font_files
 from tools.tiny.model import TinyNVLM, export, load_exported
+from tools.tiny.prompts import PromptEncoder, make_batch
 from tools.tiny.scene import SceneBatch, SceneSampler
 from tools.tiny.tokenizer import write_tokenizer
 from tools.tiny.words import held_out_words, training_words
@@ -124,6 +125,36 @@ def test_a_tile_scene_has_its_digit_in_the_tile_it_names(atlas: Atlas) -> None:
         else:
             assert digits[int(number) - 1] == answer
     assert seen == {"which_tile", "tile_shows"}
+
+
+def test_probes_are_digits_of_the_tiles_they_name(
+    atlas: Atlas, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The first of a which-tile question is the question's own; the others no answer sees."""
+    folder = tmp_path_factory.mktemp("probes")
+    write_tokenizer(folder)
+    encoder = PromptEncoder(folder, 64, 512)
+    fonts = np.arange(len(atlas.advances))
+    random = np.random.default_rng(0)
+    sampler = SceneSampler(atlas.advances, atlas.has_lower_case, fonts, TILE_SIZE, random)
+    batch = make_batch(sampler, encoder, 400, random, (3, 2))
+    assert batch.scenes is not None
+    assert batch.token_ids is not None
+    assert batch.answer_rows is not None
+    assert batch.probe_rows is not None
+    assert batch.probe_tiles is not None
+    shown = batch.scenes.tile_lines.characters[:, 0].reshape(-1, 6)
+    for nth, (rows, tiles) in enumerate(zip(batch.probe_rows, batch.probe_tiles, strict=True)):
+        index = batch.scenes.num_text + nth
+        tokens = batch.token_ids[index, rows].tolist()
+        assert [encoder.tokenizer.decode([t]) for t in tokens] == [
+            CHARACTERS[shown[nth, tile]] for tile in tiles
+        ]
+        is_question = rows < batch.answer_rows[index, 0]
+        assert is_question[0] == (batch.tasks[index] == "which_tile")
+        assert not is_question[1:].any()
+        assert (rows[1:] > batch.answer_rows[index].max() + 1).all()
+    assert len(set(batch.tasks) & {"which_tile", "tile_shows"}) == 2
 
 
 def test_export_has_the_published_names_types_and_zero_dummy_heads(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ and shapes (tests/data/tensorrt_llm_triton.json), and the tensors its backend is
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from model_repository.program import Program
 from model_repository.render import Form, ServeOptions, form_of, render
+from model_repository.request import read_request
 from model_repository.server import Ports, server_command
 from model_repository.signature import NVLM_INPUTS
 from model_repository.tensorrt_llm import new_token_ids, request_tensors
+from nvlm.errors import UserError
 from runtime.decoder.executor import DecoderRequest
 from runtime.engine_dir import EngineDir
 from runtime.sampling import SamplingParams
@@ -134,6 +137,7 @@ def test_options_reach_the_models(
         "device": "auto",
         "num_threads": "3",
         "max_queue_size": "5",
+        "grpc_url": "127.0.0.1:8001",
     }
     expected = {"nvlm", "ensemble"} | ({"vision", "tensorrt_llm"} if form != "torch" else set())
     assert set(configs) == expected
@@ -219,6 +223,33 @@ def test_ranks_start_under_mpirun_as_tensorrt_llm_starts_them(tmp_path: Path) ->
         assert f"--http-port={8000 + 10 * rank}" in text
     assert "--load-model" not in first
     assert "--model-control-mode=explicit --load-model=tensorrt_llm" in second
+
+
+@pytest.mark.parametrize("name", ["image_bytes_input", "image_bytes", "image_base64"])
+def test_images_are_counted_before_any_is_copied(engine_dir: Path, name: str) -> None:
+    """3 GB, of which here is but one value."""
+    one = np.uint8(0) if name == "image_bytes_input" else np.array(b"x" * 3_000_000, np.object_)
+    shape = (1, 1000, 1000, 1000, 3) if name == "image_bytes_input" else (1, 1000)
+    tensors = {
+        "text_input": np.array([[b"x"]], np.object_),
+        "max_tokens": np.array([[4]], np.int32),
+        name: np.broadcast_to(one, shape),
+    }
+    limits = EngineDir.read(engine_dir).limits
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="has 1000 images, the engine takes 3"):
+            read_request(tensors, limits)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_model_code_is_thin() -> None:
+    """What runs in Triton calls `runtime`; it grows no logic of its own."""
+    package = Path(__file__).parents[1] / "model_repository" / "models"
+    lengths = {path.name: len(path.read_text().splitlines()) for path in package.glob("*.py")}
+    assert max(lengths.values()) < 150, lengths
 
 
 def test_every_input_is_read_or_refused() -> None:

@@ -7,8 +7,9 @@ its Triton backend and refuses whatever that could not be given. Also here: mode
 
 from __future__ import annotations
 
+import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,12 +74,13 @@ def server(float32_engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     scratch = tmp_path_factory.mktemp("tensorrt_llm")
     repository = scratch / "models"
     repository.mkdir()
-    options = ServeOptions("tensorrt_llm", device="cpu", num_threads=1)
+    http, grpc, metrics = free_ports(3)
+    ports = Ports("127.0.0.1", http, grpc, metrics)
+    options = ServeOptions("tensorrt_llm", device="cpu", num_threads=1, grpc_url=ports.grpc_url)
     render(EngineDir.read(float32_engine_dir), repository, options)
     put_double(repository)
     put_unary(repository)
-    http, grpc, metrics = free_ports(3)
-    with TritonServer(repository, scratch, Ports("127.0.0.1", http, grpc, metrics)) as triton:
+    with TritonServer(repository, scratch, ports) as triton:
         triton.wait_until_ready(START_TIMEOUT_S)
         yield Served(triton.process, http, grpc, metrics, triton.log)
 
@@ -143,6 +145,21 @@ def test_requests_share_the_backend(server: Served, runner: Runner) -> None:
     assert found == expected
 
 
+def test_hundreds_of_requests_at_once_are_all_answered(server: Served, runner: Runner) -> None:
+    """The Python backend's own calls to other models broke here after some hundred."""
+    texts = [f"Question {i}?" for i in range(6)]
+    expected = {
+        text: runner.generate(GenerationRequest((text,), max_new_tokens=4)).text for text in texts
+    }
+
+    def wrong(number: int) -> bool:
+        text = texts[number % len(texts)]
+        return ask(server, tensors(text, 4)).text != expected[text]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(wrong, range(300))) == 0
+
+
 def test_an_error_of_the_backend_ends_one_request(server: Served) -> None:
     with Stream(server) as other:
         other.send("kept", tensors("How?", 40))
@@ -190,3 +207,63 @@ def test_models_that_answer_once_take_unary_calls(
         pytest.raises(InferenceServerException, match="stream is true"),
     ):
         client.infer(model, tensors("x", 4, stream=True), client_timeout=60)
+
+
+def status_of(call: Callable[[], object]) -> tuple[str, str]:
+    """gRPC's code and the sentence that `call` fails with."""
+    with pytest.raises(InferenceServerException) as raised:
+        call()
+    return str(raised.value.status()), str(raised.value.message())
+
+
+def test_unary_calls_fail_with_a_grpc_status_code(server: Served) -> None:
+    with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+
+        def status(inputs: list[grpcclient.InferInput]) -> tuple[str, str]:
+            return status_of(lambda: client.infer("nvlm_unary", inputs, client_timeout=60))
+
+        code, told = status(tensors("x", -4))
+        assert (code, told) == (
+            "StatusCode.INVALID_ARGUMENT",
+            "max_tokens is -4, expected 1 or more",
+        )
+        assert status(tensors("x", 4, image_bytes=[b"no"]))[0] == "StatusCode.INVALID_ARGUMENT"
+        code, told = status(tensors("x", 4, temperature=99.0))
+        assert code == "StatusCode.INTERNAL"
+        assert "the double refuses" in told
+
+
+def test_a_full_server_is_unavailable_by_its_grpc_status_code(server: Served) -> None:
+    def call(_: int) -> str:
+        with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+            try:
+                client.infer("nvlm_unary", tensors("How?", 60), client_timeout=60)
+            except InferenceServerException as error:
+                return str(error.status())
+            return "OK"
+
+    with ThreadPoolExecutor(100) as pool:
+        assert set(pool.map(call, range(100))) == {"OK", "StatusCode.UNAVAILABLE"}
+
+
+def test_a_unary_client_that_gives_up_frees_its_slot(server: Served) -> None:
+    with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+        code, _ = status_of(
+            lambda: client.infer("nvlm_unary", tensors("How?", 900), client_timeout=0.3)
+        )
+        assert code == "StatusCode.DEADLINE_EXCEEDED"
+    server.wait_for_sample("nvlm_requests_running", 0, timeout_s=3)
+
+
+def test_streams_that_ask_for_it_fail_with_a_status_code(server: Served) -> None:
+    """Else a stream's error is a sentence in a message of the stream."""
+    answers: queue.Queue[object] = queue.Queue()
+    with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+        client.start_stream(
+            lambda result, error: answers.put(error), headers={"triton_grpc_error": "true"}
+        )
+        client.async_stream_infer("nvlm", tensors("x", -4))
+        error = answers.get(timeout=30)
+        assert isinstance(error, InferenceServerException)
+        assert error.status() == "StatusCode.INVALID_ARGUMENT"
+        assert "max_tokens is -4" in str(error)

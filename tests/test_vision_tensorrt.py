@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import onnxruntime
@@ -17,7 +19,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from build.checkpoint.convert import ConvertOptions
 from build.engines.fp8_linear import round_up
 from build.engines.tensorrt_network import TensorrtBuildError
 from build.engines.vision_onnx import export_graph, graph_module
@@ -202,6 +203,43 @@ class TestBuilds:
         with pytest.raises(TensorrtBuildError, match="mixed_types"):
             _build(path, tmp_path)
 
+    def test_timings_of_an_earlier_build_are_read_by_the_next(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import tensorrt_rtx
+
+        create, given = tensorrt_rtx.IBuilderConfig.create_timing_cache, []
+
+        def recorded(config: object, data: bytes) -> object:
+            given.append(data)
+            return create(config, data)
+
+        monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "create_timing_cache", recorded)
+        path, cache = tmp_path / "negation.onnx", tmp_path / "timings" / "vision.cache"
+        _write_graph(path, node=helper.make_node("Neg", ["tiles"], ["y"], name="negation"))
+        _build(path, tmp_path, cache)
+        written = cache.read_bytes()
+        assert written
+        _build(path, tmp_path, cache)
+        assert given == [b"", written]
+
+    def test_a_tensorrt_without_the_flag_builds_too(self, tmp_path: Path) -> None:
+        """TensorRT 11 types every network strongly and may drop it."""
+        import tensorrt_rtx
+
+        from build.engines.tensorrt_network import parse_onnx
+        from nvlm.tensorrt_package import make_logger
+
+        eleven = SimpleNamespace(
+            NetworkDefinitionCreationFlag=object(),
+            OnnxParser=tensorrt_rtx.OnnxParser,
+        )
+        path = tmp_path / "negation.onnx"
+        _write_graph(path, node=helper.make_node("Neg", ["tiles"], ["y"], name="negation"))
+        logger = make_logger(tensorrt_rtx)
+        network = parse_onnx(eleven, tensorrt_rtx.Builder(logger), logger, path)
+        assert network.num_outputs == 1
+
     def test_a_gpu_it_cannot_compile_for_is_refused(
         self, tmp_path: Path, checkpoint_dir: Path
     ) -> None:
@@ -225,18 +263,16 @@ def test_without_a_gpu_or_a_target_the_engine_is_refused(
             *("--checkpoint_dir", checkpoint_dir, "--engine_dir", tmp_path / "engine"),
             *("--device", "cpu", "--vision", vision),
         )
-        one_line_error(result, f"--vision {vision}", "torch sees none", fragment)
+        one_line_error(result, f"--vision {vision}", "torch sees", fragment)
 
 
 def test_a_checkpoint_without_scales_builds_no_fp8_graph(
-    workshop: Workshop, model_dir: Path
+    checkpoint_dir: Path, tmp_path: Path
 ) -> None:
-    plain = ConvertOptions(quant_algo=None, kv_cache_quant_algo=None)
-    vision = VisionCheckpoint.read(
-        workshop.checkpoint("checkpoint_no_scales", model_dir, plain) / "vision"
-    )
-    if vision.has_scales:
-        pytest.skip("every conversion calibrates vision now")
+    """Conversion calibrates vision always; theirs may be from elsewhere."""
+    shutil.copytree(checkpoint_dir / "vision", tmp_path / "vision")
+    (tmp_path / "vision" / SCALES).unlink()
+    vision = VisionCheckpoint.read(tmp_path / "vision")
     with pytest.raises(UserError, match=r"no scales\.safetensors"):
         graph_module(vision, "FP8", "float32")
 
@@ -288,10 +324,10 @@ def _write_graph(
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
 
 
-def _build(path: Path, directory: Path) -> None:
+def _build(path: Path, directory: Path, timing_cache: Path | None = None) -> None:
     from build.engines.vision_tensorrt import TensorrtOptions, TileProfile, build_engine_from_onnx
     from nvlm.tensorrt_package import load_tensorrt
 
     logging.getLogger("nvlm.tensorrt_package").setLevel(logging.INFO)
-    options = TensorrtOptions(TileProfile(1, 2, 4), compute_capability=ADA)
+    options = TensorrtOptions(TileProfile(1, 2, 4), ADA, timing_cache)
     build_engine_from_onnx(load_tensorrt("tensorrt_rtx"), path, options, directory)

@@ -12,6 +12,11 @@ FLOAT32_LOGITS = 1e-4
 FLOAT32_VISION = 1e-5
 AMAX = 1e-4  # of a float32 activation against float32 or float64: as FLOAT32_LOGITS
 
+# Sums over a linear's inputs, cut among ranks: the same products in another order, one rounding.
+FLOAT32_ROW_PARALLEL = 1e-6  # 2.5e-7 measured
+# The rounding to bfloat16 goes the other way where a sum lies between two numbers.
+BF16_ROW_PARALLEL = 1e-4  # 0 to 3.5e-5 measured: one value in a million
+
 # Two vision layers and the projector in a narrow type, against float64.
 BF16_VISION = 0.01  # 0.0057 measured; 2^-9 a rounding
 FLOAT16_VISION = 0.0015  # 0.0007 measured; 2^-12 a rounding

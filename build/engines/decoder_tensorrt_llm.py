@@ -1,6 +1,6 @@
 """Decoder target `tensorrt_llm`: checkpoint directory -> config.json and rank{r}.engine.
 
-TensorRT-LLM 1.2's own builder reads the checkpoint; this chooses its settings. Reasons for the
+TensorRT-LLM 1.2.1's own builder reads the checkpoint; this chooses its settings. Reasons for the
 plugin choices: TensorRT-LLM's "Useful Build-Time Flags" (docs/source/legacy/performance).
 """
 

@@ -12,19 +12,18 @@ from build.engines.decoder_tensorrt_llm import OptimizeFor
 from build.engines.target import (
     AUTO,
     Auto,
-    Decoder,
     TargetMachine,
-    Vision,
     choose_decoder,
     choose_precision,
     choose_vision,
 )
-from nvlm import manifest, tensorrt_package
+from nvlm import manifest, targets, tensorrt_package
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.limits import EngineLimits, derive_limits
 from nvlm.plan import EnginePlan, plan_engine, plan_tensorrt_llm
+from nvlm.targets import Decoder, Vision
 from nvlm.tensorrt_llm_package import load_tensorrt_llm
 from nvlm.tensorrt_package import PACKAGES, load_tensorrt
 from nvlm.vision_checkpoint import VisionCheckpoint
@@ -166,7 +165,5 @@ def _packages(
         packages["tensorrt_llm"] = str(load_tensorrt_llm().__version__)
         packages["tensorrt"] = str(load_tensorrt("tensorrt").__version__)
     if packages:
-        packages["compute_capability"] = compute_capability or "{}.{}".format(
-            *torch.cuda.get_device_capability(device)
-        )
+        packages["compute_capability"] = compute_capability or targets.compute_capability(device)
     return packages

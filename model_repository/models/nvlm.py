@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import triton_python_backend_utils as pb_utils
 
-from model_repository.models.bls import BlsDecoderExecutor, BlsVisionExecutor
 from model_repository.models.delivery import Client, Delivery, error_response, send_last
 from model_repository.request import read_request, wants_stream
 from model_repository.signature import NVLM_INPUTS
@@ -58,10 +57,11 @@ class TritonPythonModel:
             )
             if client.streams and not self._is_decoupled:
                 raise UserError(
-                    "stream is true, but this server was started with DECOUPLED=false; leave it out"
+                    "stream is true, but this server was started with --unary; leave it out"
                 )
             ticket = self._server.submit(
-                read_request(tensors), lambda answer: self._delivery.put(client, answer)
+                read_request(tensors, self._server.runner.engine.limits),
+                lambda answer: self._delivery.put(client, answer),
             )
         except Exception as error:
             if isinstance(error, UserError) and not isinstance(error, BusyError):
@@ -77,7 +77,11 @@ def _open(parameters: dict[str, str]) -> Runner:
     if parameters["form"] == "torch":
         return Runner.open(engine_dir, resolve_device(parameters["device"]))
     engine = EngineDir.read(engine_dir)
-    return Runner(engine, BlsVisionExecutor(engine), BlsDecoderExecutor(engine))
+    from model_repository.models.remote_decoder import RemoteDecoderExecutor
+    from model_repository.models.remote_vision import RemoteVisionExecutor
+
+    url = parameters["grpc_url"]
+    return Runner(engine, RemoteVisionExecutor(engine, url), RemoteDecoderExecutor(engine, url))
 
 
 def _tensors(request: Any) -> dict[str, Any]:

@@ -96,6 +96,14 @@ def build_prompt(
     return _tokenize(items, tokenizer, vocab_size)
 
 
+def prompt_text(content: Iterable[object], system: str, prompt_format: PromptFormat) -> str:
+    """The prompt before the assistant's turn as Megatron-LM logs it: each part that is no string
+    is an image, written <image>, without its tiles."""
+    turn_end = f"{IM_END}{_FORMATS[prompt_format][0]}"
+    user = "".join(part if isinstance(part, str) else "<Image><image></Image>" for part in content)
+    return f"{IM_START}system\n{system}{turn_end}{IM_START}user\n{user}{turn_end}"
+
+
 def _tokenize(
     items: Iterable[str | int | _Special | _Break], tokenizer: Tokenizer, vocab_size: int
 ) -> Prompt:

@@ -15,6 +15,7 @@ from nvlm.errors import UserError
 from nvlm.limits import EngineLimits
 from nvlm.plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
 from runtime.engine_dir import EngineDir
+from runtime.process_group import ProcessGroup
 from runtime.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
@@ -92,20 +93,23 @@ class DecoderExecutor(Protocol):
 
 
 def require_ranks_supported(engine: EngineDir) -> None:
-    """Refuses ranks that no executor here runs. Tensor parallel execution lifts this."""
+    """Refuses stages that no executor here runs."""
     config = engine.checkpoint_config
-    if engine.decoder_target == "torch" and config.world_size > 1:
+    if engine.decoder_target == "torch" and config.pp_size > 1:
         raise UserError(
             f"{engine.directory} was converted with tp_size={config.tp_size}, "
-            f"pp_size={config.pp_size}, and decoder 'torch' runs one rank only; convert with "
-            "--tp_size 1 --pp_size 1"
+            f"pp_size={config.pp_size}, and decoder 'torch' runs one stage only; convert with "
+            f"--tp_size {config.world_size} --pp_size 1"
         )
 
 
 def create_decoder_executor(
-    engine: EngineDir, device: torch.device, options: DecoderOptions | None = None
+    engine: EngineDir,
+    device: torch.device,
+    options: DecoderOptions | None = None,
+    group: ProcessGroup | None = None,
 ) -> DecoderExecutor:
-    """The executor for the target the engine was built for."""
+    """The executor for the target the engine was built for; `group`: the ranks of target torch."""
     if engine.decoder_target == "tensorrt_llm":
         from runtime.decoder.tensorrt_llm_executor import TensorrtLlmDecoderExecutor
 
@@ -113,7 +117,7 @@ def create_decoder_executor(
     if engine.decoder_target == "torch":
         from runtime.decoder.torch_executor import TorchDecoderExecutor
 
-        return TorchDecoderExecutor.load(engine, device)
+        return TorchDecoderExecutor.load(engine, device, group)
     raise UserError(
         f"{engine.directory} was built for decoder {engine.decoder_target!r}, which this version "
         "does not run; build it again with --decoder torch or tensorrt_llm"

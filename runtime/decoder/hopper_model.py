@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.decoder_model import embed, rope_tables
+from nvlm.decoder_model import AllReduce, embed, rope_tables
 from nvlm.dtypes import TORCH_DTYPES
 from runtime.decoder.decode_inputs import DecodeInputs
 from runtime.decoder.hopper_weights import Fp8Linear, HopperWeights
@@ -24,9 +24,6 @@ _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """Layer and q [T, heads, head_dim] -> e4m3 [T, heads * head_dim]."""
-
-AllReduce = Callable[[torch.Tensor], torch.Tensor]
-"""The sum of a float32 tensor over the ranks that share a layer."""
 
 
 class HopperModel:

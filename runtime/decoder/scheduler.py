@@ -24,6 +24,11 @@ from runtime.decoder.block_allocator import (
 from runtime.decoder.executor import DecoderRequest
 
 
+def max_num_blocks(limits: EngineLimits) -> int:
+    """Every place of the batch has room for max_seq_len."""
+    return limits.max_batch_size * num_blocks_for(limits.max_seq_len)
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """A request on its way: `num_cached` of its tokens are in the cache, and the next step computes

@@ -43,5 +43,5 @@ class DecoderModel(Protocol):
 
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         """Runs every sequence's tokens; float32 logits [those that want them, vocab_size], valid
-        until the next call."""
+        until the next call. On a rank of several: the columns of its part of the vocabulary."""
         ...

@@ -17,11 +17,13 @@ from runtime.decoder.open_model import OpenedModel, open_model
 from runtime.decoder.scheduler import Scheduler, Sequence
 from runtime.decoder.step import DecoderModel, SequenceStep
 from runtime.engine_dir import EngineDir
+from runtime.process_group import ProcessGroup
 from runtime.sampling import sample_rows
 
 
 class TorchDecoderExecutor:
-    """`DecoderExecutor` on one device. num_blocks: of the model's KV cache."""
+    """`DecoderExecutor` on one device, or on a rank of a tensor parallel `group`: its leader alone
+    schedules and samples. num_blocks: of the model's KV cache."""
 
     def __init__(
         self,
@@ -29,6 +31,7 @@ class TorchDecoderExecutor:
         limits: EngineLimits,
         model: DecoderModel,
         num_blocks: int,
+        group: ProcessGroup | None = None,
     ) -> None:
         assert num_blocks >= num_blocks_for(limits.max_seq_len), "no room for the longest request"
         self.limits = limits
@@ -36,15 +39,21 @@ class TorchDecoderExecutor:
         self._model = model
         self._scheduler = Scheduler(limits, num_blocks)
         self._next_id = 0
+        self._group = group
 
     @classmethod
-    def load(cls, engine: EngineDir, device: torch.device) -> TorchDecoderExecutor:
-        return cls.over(engine, open_model(engine, device))
+    def load(
+        cls, engine: EngineDir, device: torch.device, group: ProcessGroup | None = None
+    ) -> TorchDecoderExecutor:
+        return cls.over(engine, open_model(engine, device, group=group), group)
 
     @classmethod
-    def over(cls, engine: EngineDir, opened: OpenedModel) -> TorchDecoderExecutor:
+    def over(
+        cls, engine: EngineDir, opened: OpenedModel, group: ProcessGroup | None = None
+    ) -> TorchDecoderExecutor:
         """An engine's executor over a model of its shape."""
-        return cls(engine.checkpoint_config, engine.limits, opened.model, opened.num_blocks)
+        config, limits = engine.checkpoint_config, engine.limits
+        return cls(config, limits, opened.model, opened.num_blocks, group)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -67,10 +76,12 @@ class TorchDecoderExecutor:
         self._scheduler.cancel(request_id)
 
     def run_worker(self) -> None:
-        raise AssertionError("one rank runs this executor")
+        assert self._group is not None, "one rank runs this executor"
+        self._group.follow()
 
     def close(self) -> None:
-        """Nothing is held beyond memory."""
+        if self._group is not None:
+            self._group.close()
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:

@@ -9,7 +9,7 @@ import torch
 
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.checkpoint_tensors import decoder_layer_tensors, decoder_tensors, open_checked, rank_file
-from nvlm.decoder_model import DecoderLayer
+from nvlm.decoder_model import AllReduce, DecoderLayer
 from nvlm.linear import QuantizableLinear
 from nvlm.memory import total_memory_bytes
 from nvlm.plan import decoder_parameter_count
@@ -19,7 +19,8 @@ from nvlm.tensor_source import TensorSource
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """embedding: [vocab_size, hidden_size]; kv_scales: one a layer, None without FP8 KV cache."""
+    """embedding: [vocab_size, hidden_size], whole on every rank; lm_head: the rank's rows of the
+    vocabulary; kv_scales: one a layer, None without FP8 KV cache."""
 
     embedding: torch.Tensor
     layers: list[DecoderLayer]
@@ -28,15 +29,20 @@ class DecoderWeights:
     kv_scales: list[float] | None
 
 
-def open_weights(directory: Path, config: CheckpointConfig) -> TensorSource:
-    """The rank's file in `directory`, memory-mapped."""
-    return open_checked(directory / rank_file(0), decoder_tensors(config))
+def open_weights(directory: Path, config: CheckpointConfig, rank: int = 0) -> TensorSource:
+    """The rank's file in `directory`, memory-mapped; the only one a rank opens."""
+    return open_checked(directory / rank_file(rank), decoder_tensors(config, rank))
 
 
 def load_weights(
-    source: TensorSource, config: CheckpointConfig, device: torch.device
+    source: TensorSource,
+    config: CheckpointConfig,
+    device: torch.device,
+    rank: int = 0,
+    all_reduce: AllReduce | None = None,
 ) -> DecoderWeights:
-    """Maps (on a CPU) or copies every tensor; linears are widened where `plan.may_widen` allows."""
+    """Maps (on a CPU) or copies every tensor; linears are widened where half of the memory allows,
+    which the ranks share."""
 
     def read(name: str) -> torch.Tensor:
         return source.read(name).to(device)
@@ -46,14 +52,12 @@ def load_weights(
     for i in range(config.decoder.num_hidden_layers):
         prefix = ENGINE_LAYER.format(i=i)
         tensors = {name: read(prefix + name) for name in names}
-        layers.append(DecoderLayer(config.decoder, tensors))
+        layers.append(DecoderLayer(config.decoder, tensors, all_reduce))
         if KV_CACHE_SCALE in tensors:
             kv_scales.append(float(tensors[KV_CACHE_SCALE]))
     lm_head = QuantizableLinear(read("lm_head.weight"), output_dtype=torch.float32)
-    if (
-        device.type == "cpu"
-        and 4 * decoder_parameter_count(config) < total_memory_bytes(device) / 2
-    ):
+    widened_bytes = 4 * decoder_parameter_count(config, rank) * config.tp_size
+    if device.type == "cpu" and widened_bytes < total_memory_bytes(device) / 2:
         for layer in layers:
             for name in ENGINE_LINEARS:
                 layer.linear(name).widen()

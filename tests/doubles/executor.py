@@ -8,7 +8,6 @@ but not in their tables would share blocks, which fails.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -20,14 +19,15 @@ import torch
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.limits import EngineLimits
 from runtime.decoder.executor import DecoderRequest, StepOutput
-from runtime.decoder.open_model import max_num_blocks
 from runtime.decoder.plain_model import PlainModel
+from runtime.decoder.scheduler import max_num_blocks
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.decoder.torch_weights import load_weights, open_weights
 from runtime.sampling import SamplingParams
 from tests.doubles import api
 from tests.doubles.cuda import CudaDouble, CudaTensor, plain
 from tests.doubles.merge import merge_ranks
+from tests.doubles.ranks import Worker
 
 _PREFIX = "tensorrt_llm.bindings.executor."
 _CLASSES = (
@@ -40,11 +40,12 @@ _CPU = torch.device("cpu")
 
 def make_executor_module(gpu: CudaDouble) -> ModuleType:
     """`module.executors` lists what was opened; `module.faults` maps a request's number (from 1) to
-    the error that its response will carry; `module.includes_end_token` is how END_ID is told."""
+    the error that its response will carry; `module.includes_end_token` is how END_ID is told;
+    `module.ranks` is this rank's side of tests.doubles.ranks, None where it is the only one."""
     module = ModuleType("tensorrt_llm.bindings.executor")
     values = {name: api.value_class(_PREFIX + name) for name in _CLASSES}
     values |= {name: api.enum_class(_PREFIX + name) for name in _ENUMS}
-    values |= {"executors": [], "faults": {}, "includes_end_token": False}
+    values |= {"executors": [], "faults": {}, "includes_end_token": False, "ranks": None}
 
     class Executor(_Executor):
         @api.method(_PREFIX + "Executor")
@@ -65,7 +66,10 @@ class _Executor:
         self.module, self.gpu, self.config = module, gpu, config
         engine_config = json.loads((model_path / "config.json").read_text())
         self.engine = engine_config["build_config"]
-        self.rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+        world_size = engine_config["pretrained_config"]["mapping"]["world_size"]
+        self.ranks = module.ranks
+        assert (self.ranks is None) == (world_size == 1), "all ranks of an engine run together"
+        self.rank = 0 if self.ranks is None else self.ranks.rank
         named = json.loads((model_path / f"rank{self.rank}.engine").read_text())
         assert named["rank"] == self.rank
         self.closed = False
@@ -79,6 +83,8 @@ class _Executor:
             self._torch = _load(checkpoint_dir, self._limits())
             dtype = json.loads((checkpoint_dir / "config.json").read_text())["dtype"]
             self.dtype = getattr(torch, dtype)
+        if self.ranks is not None:
+            self.ranks.open()
 
     def _limits(self) -> EngineLimits:
         engine = self.engine
@@ -128,6 +134,8 @@ class _Executor:
     def await_responses(self, timeout: timedelta | None) -> list[Any]:
         self._alive()
         assert isinstance(timeout, timedelta), "std::chrono::milliseconds comes from a timedelta"
+        if self.ranks is not None:
+            self.ranks.step()
         responses, self._responses = self._responses, []
         return responses + [self._response(output) for output in self._torch.step()]
 
@@ -144,6 +152,11 @@ class _Executor:
 
     @api.method(_PREFIX + "Executor.shutdown")
     def shutdown(self) -> None:
+        """On a rank that does not lead: waits until the leader's is called."""
+        if isinstance(self.ranks, Worker):
+            self.ranks.serve()
+        elif self.ranks is not None and not self.closed:
+            self.ranks.close()
         self.closed = True
 
     def _alive(self) -> None:
@@ -176,7 +189,7 @@ class _Executor:
             table = self._read_table(request.prompt_tuning_config.embedding_table)
             extra = request.prompt_tuning_config.input_token_extra_ids
             assert extra is not None, "reuse of KV blocks would confuse pictures"
-            assert len(extra) == len(ids)
+            assert len(extra) == len(ids), "one for every token"
             self._check_reuse(ids, extra, table)
         stop = {request.end_id} if request.end_id is not None else set()
         for word in request.stop_words or []:

@@ -54,10 +54,11 @@ class Sample:
 def samples(task: str, number: int) -> Iterator[Sample]:
     """The first `number` samples of a task; each depends on SEED, the task and its index only."""
     for index in range(number):
-        yield _sample(task, index, random.Random(f"{SEED}-{task}-{index}"))
+        yield draw_sample(task, index, random.Random(f"{SEED}-{task}-{index}"))
 
 
-def _sample(task: str, index: int, rng: random.Random) -> Sample:
+def draw_sample(task: str, index: int, rng: random.Random) -> Sample:
+    """A fresh question of one of TASKS; all that is random about it comes from `rng`."""
     image: Image.Image | None = None
     if task == "text":
         question, answer = _text_only(rng)

@@ -24,6 +24,7 @@ NUMPY = {
     "TYPE_UINT64": np.uint64,
     "TYPE_BOOL": np.bool_,
 }
+CANCELLATION_CHECK_PERIOD_S = 0.05
 REFUSED_TEMPERATURE = 99.0  # an error on demand
 REQUIRED = {"input_ids", "input_lengths", "request_output_len", "end_id", "pad_id", "streaming"}
 SAMPLING = {"runtime_top_k", "runtime_top_p", "temperature", "seed"}
@@ -39,7 +40,8 @@ class TritonPythonModel:
         self._decoder_config = engine.checkpoint_config.decoder
         self._dtype = TORCH_DTYPES[engine.checkpoint_config.dtype]
         self._executor = create_decoder_executor(engine, torch.device("cpu"))
-        self._senders = {}  # executor's request id -> (Triton's request id, sender)
+        self._senders = {}  # by the executor's request id
+        self._next_check = 0.0
         self._condition = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._loop)
@@ -63,15 +65,6 @@ class TritonPythonModel:
 
     def _accept(self, request, sender):
         tensors = {tensor.name(): tensor for tensor in request.inputs()}
-        if "stop" in tensors:
-            assert tensors["stop"].as_numpy().tolist() == [[True]], "stop"
-            for ours, (theirs, stopped) in list(self._senders.items()):
-                if theirs == request.request_id():
-                    self._executor.cancel(ours)
-                    del self._senders[ours]
-                    self._send(stopped)
-            self._send(sender)
-            return
         arrays = self._checked(tensors)
         sampling = {k: arrays[k].item() for k in SAMPLING & arrays.keys()}
         assert sampling.get("temperature") != REFUSED_TEMPERATURE, "the temperature"
@@ -93,7 +86,7 @@ class TritonPythonModel:
                 ),
             )
         )
-        self._senders[request_id] = (request.request_id(), sender)
+        self._senders[request_id] = sender
 
     def _checked(self, tensors):
         names = set(tensors)
@@ -133,8 +126,9 @@ class TritonPythonModel:
                 self._condition.wait_for(lambda: self._senders or self._is_closing)
                 if self._is_closing:
                     return
+                self._drop_cancelled()
                 for output in self._executor.step():
-                    _, sender = self._senders[output.request_id]
+                    sender = self._senders[output.request_id]
                     if output.token_id is not None:
                         ids = np.array([[[output.token_id]]], np.int32)
                         sender.send(
@@ -148,6 +142,17 @@ class TritonPythonModel:
                     if output.finish_reason is not None:
                         del self._senders[output.request_id]
                         self._send(sender)
+
+    def _drop_cancelled(self):
+        """As the backend's parameter cancellation_check_period_ms has it."""
+        if (now := time.monotonic()) < self._next_check:
+            return
+        self._next_check = now + CANCELLATION_CHECK_PERIOD_S
+        for request_id, sender in list(self._senders.items()):
+            if sender.is_cancelled():
+                self._executor.cancel(request_id)
+                del self._senders[request_id]
+                self._send(sender)
 
     def _send(self, sender, error=None):
         final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL

@@ -1,0 +1,124 @@
+"""Scores the answers that run.py --task wrote, beside the model card's, and reports on them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from evaluation.compare import compare
+from evaluation.gallery import gallery_location, make_gallery
+from evaluation.output_paths import tasks_of
+from evaluation.report import Report, TaskReport, markdown, report_json, run_name
+from evaluation.report_page import page
+from evaluation.results import read_results
+from evaluation.scored import score_results
+from evaluation.tasks import TASKS, Task, find_task
+from nvlm.command_line import ArgumentParser, natural_int, run
+from nvlm.errors import UserError
+from nvlm.json_files import write_text_atomically
+
+EXIT_INCOMPLETE = 1
+DEFAULT_GALLERY_SIZE = 12
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__ or "")
+    add = parser.add_argument
+    add("--task", nargs="+", help=f"of {', '.join(TASKS)}; without it all that the prefix has")
+    add("--input_path", type=Path, required=True, metavar="PREFIX", help="run.py's --output_path")
+    add("--gt_path", type=Path, metavar="FILE", help="answers of MMMU, captions of captioning")
+    add(
+        "--compare", type=Path, metavar="PREFIX", help="another run: what changed, and is it chance"
+    )
+    add("--report_dir", type=Path, metavar="DIR", help="write report.md and report.html there")
+    add(
+        "--gallery_size",
+        type=natural_int,
+        default=DEFAULT_GALLERY_SIZE,
+        help="samples of each task in the report, with their images",
+    )
+    add("--input_image_path", type=Path, metavar="DIR", help="the images, if they moved")
+    add("--json", action="store_true", help="print one JSON object instead of Markdown")
+    return parser
+
+
+def chosen_tasks(names: list[str] | None, prefix: Path) -> list[Task]:
+    if names:
+        return [find_task(name) for name in dict.fromkeys(names)]
+    if prefix.is_file():
+        raise UserError("--input_path is a single file; say whose it is with --task")
+    if found := tasks_of(prefix):
+        return found
+    raise UserError(
+        f"--input_path {prefix} has no answers (looked for {prefix}-<task>-dprank=*-partition=*"
+        ".jsonl); give run.py's --output_path"
+    )
+
+
+def report_task(
+    task: Task,
+    prefix: Path,
+    other_prefix: Path | None,
+    gt_path: Path | None,
+    image_dir: Path | None,
+    gallery_size: int,
+) -> TaskReport:
+    scored = score_results(read_results(prefix, task), gt_path)
+    other = comparison = None
+    if other_prefix is not None:
+        other = score_results(read_results(other_prefix, task, "--compare"), gt_path)
+        if scored.score and other.score:
+            comparison = compare(scored.score, other.score, task.unit)
+    gallery = []
+    location = gallery_location(scored.results, image_dir)
+    if gallery_size and scored.score and location:
+        try:
+            gallery = make_gallery(scored.results, scored.score, comparison, location, gallery_size)
+        except UserError as error:
+            print(f"{task.name}: no gallery: {error}", file=sys.stderr)
+    return TaskReport(scored, other, comparison, gallery)
+
+
+def write_report(report: Report, directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(directory / "report.md", markdown(report))
+        write_text_atomically(directory / "report.html", page(report))
+    except OSError as error:
+        raise UserError(f"--report_dir {directory} cannot be written: {error.strerror}") from None
+    print(f"{directory / 'report.html'}", file=sys.stderr)
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    tasks = chosen_tasks(arguments.task, arguments.input_path)
+    if arguments.gt_path and len(tasks) > 1:
+        raise UserError("--gt_path goes with one --task")
+    reports = [
+        report_task(
+            task,
+            arguments.input_path,
+            arguments.compare,
+            arguments.gt_path,
+            arguments.input_image_path,
+            arguments.gallery_size if arguments.report_dir else 0,
+        )
+        for task in tasks
+    ]
+    report = Report(
+        run_name(reports[0].results, arguments.input_path),
+        run_name(reports[0].other.results, arguments.compare) if reports[0].other else None,
+        reports,
+    )
+    if arguments.report_dir:
+        write_report(report, arguments.report_dir)
+    print(json.dumps(report_json(report)) if arguments.json else markdown(report), end="\n")
+    problems = [problem for task in reports for problem in task.problems]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return EXIT_INCOMPLETE if problems else 0
+
+
+if __name__ == "__main__":
+    run(main)

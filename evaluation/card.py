@@ -1,0 +1,51 @@
+"""The model card's table, with the rows of our runs above the published ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation.tasks import TASKS
+
+_NONE = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """`rows` hold a cell for each of `columns`, the first of which names the row; the last
+    `num_published` are the card's."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    num_published: int
+    source: str
+
+
+def card_table(runs: Sequence[tuple[str, Mapping[str, float]]]) -> Table:
+    """(name, task -> score) of each run; tasks that the card lacks get a column behind its own."""
+    card = json.loads(Path(__file__).with_name("card.json").read_text(encoding="utf-8"))
+    in_card = [task for _, task in card["columns"]]
+    others = [t for t in TASKS if t not in in_card and any(t in scores for _, scores in runs)]
+    ours = [
+        [name, *(_cell(task, scores.get(task)) for task in in_card + others)]
+        for name, scores in runs
+    ]
+    published = [row + [_NONE] * len(others) for row in card["rows"]]
+    columns = ["benchmark", *(title for title, _ in card["columns"]), *others]
+    return Table(columns, ours + published, len(published), card["source"])
+
+
+def _cell(task: str, value: float | None) -> str:
+    if value is None:
+        return _NONE
+    if TASKS[task].unit == "points":
+        return f"{value:.0f}"
+    # Only the validation split of MMMU is scored here; the server scores the other.
+    return f"{value:.1f} / {_NONE}" if task == "MMMU" else f"{value:.1f}"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)

@@ -1,0 +1,1 @@
+"""The benchmarks' published files, read into samples: one file per format."""

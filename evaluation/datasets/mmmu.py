@@ -1,0 +1,88 @@
+"""MMMU (MMMU/MMMU): a folder of parquet files for each of 30 subjects.
+
+As the reference does with prompt style single_image: the first picture alone, before the question,
+and every `<image k>` taken out of the text.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+from evaluation.datasets.parquet import ParquetFile, parquet_files
+from evaluation.datasets.records import Record, RecordError, collect, field
+from evaluation.prompts import mmmu_multiple_choice, options_by_letter, short_answer
+from evaluation.sample import DataSet, Location, Sample
+from evaluation.scoring.mmmu import SUBJECTS, subject_of
+from nvlm.errors import UserError
+
+DEFAULT_SPLIT = "validation"
+_IMAGE_MARK = re.compile(r"<image [0-7]>")
+
+
+def read_mmmu(location: Location) -> DataSet:
+    records = _records(location)
+    return collect(records, _sample)
+
+
+def read_mmmu_answers(location: Location) -> dict[str, Record]:
+    """id -> question_type and ground_truth, as in the MMMU repository's answer_dict_val.json."""
+    return {
+        str(record["id"]): {
+            "question_type": record["question_type"],
+            "ground_truth": _ground_truth(record),
+        }
+        for _, record in _records(location)
+    }
+
+
+def _records(location: Location) -> list[tuple[str, Record]]:
+    split = location.split or DEFAULT_SPLIT
+    records = []
+    for subject in SUBJECTS:
+        for path in parquet_files(location.image_dir / subject, split):
+            records += ParquetFile(path, re.compile(r"image_\d"), "MMMU").records()
+    if not records:
+        raise UserError(
+            f"--input_image_path {location.image_dir} has no <subject>/{split}-*.parquet; give a "
+            "copy of the data set MMMU/MMMU"
+        )
+    return records
+
+
+def _sample(_: int, record: Record) -> Sample:
+    question_type = field(record, "question_type", str)
+    question = field(record, "question", str).strip()
+    sample_id = field(record, "id", str)
+    fields: dict[str, Any] = {
+        "question_type": question_type,
+        "field": subject_of(sample_id).lower().replace("_", " "),
+        "subfield": field(record, "subfield", str),
+    }
+    if question_type == "multiple-choice":
+        letters = options_by_letter(_literal_list(record, "options"))
+        question = mmmu_multiple_choice(question, list(letters.values()))
+        fields |= {"index2ans": letters, "all_choices": list(letters)}
+    else:
+        question = short_answer(question)
+    return Sample(sample_id, (record["image_1"], "\n" + _IMAGE_MARK.sub("", question)), fields)
+
+
+def _ground_truth(record: Record) -> str | list[str]:
+    """Open questions may have several answers, written as a Python list."""
+    answer: str = field(record, "answer", str)
+    if record["question_type"] != "multiple-choice" and answer.startswith("["):
+        return _literal_list(record, "answer")
+    return answer
+
+
+def _literal_list(record: Record, key: str) -> list[str]:
+    text = field(record, key, str)
+    try:
+        values = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        values = None
+    if not isinstance(values, list):
+        raise RecordError(f"has {key} {text!r}, expected a list")
+    return [str(value) for value in values]

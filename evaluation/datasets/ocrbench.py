@@ -1,0 +1,30 @@
+"""OCRBench.json: a list of questions of ten types, the id is the position."""
+
+from __future__ import annotations
+
+from evaluation.datasets.records import Record, RecordError, collect, field, json_list, string_list
+from evaluation.sample import DataSet, Location, Sample
+from evaluation.scoring.ocrbench import TYPES
+
+
+def read_ocrbench(location: Location) -> DataSet:
+    def read(position: int, record: Record) -> Sample:
+        answers = field(record, "answers", (str, list))
+        if (data_type := field(record, "type", str)) not in TYPES:
+            raise RecordError(f"has type {data_type!r}, expected one of {', '.join(TYPES)}")
+        return Sample(
+            position,
+            (
+                location.image_dir / field(record, "image_path", str),
+                "\n" + field(record, "question", str),
+            ),
+            {
+                "gt_answer": [answers]
+                if isinstance(answers, str)
+                else string_list(record, "answers"),
+                "dataset_name": field(record, "dataset_name", str),
+                "data_type": data_type,
+            },
+        )
+
+    return collect([record for path in location.gt_paths for record in json_list(path)], read)

@@ -1,0 +1,68 @@
+"""Hugging Face data sets as they are published: parquet files with the pictures in them.
+
+Everything but the pictures is read at once; a picture is read, with its row group, when it is
+asked for, so memory holds one row group of pictures.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evaluation.datasets.records import Record
+from evaluation.packages import require_package
+from nvlm.errors import UserError
+
+
+def parquet_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split in a folder or its `data` (validation-00000-of-00001.parquet)."""
+    for place in (folder, folder / "data"):
+        if found := sorted(place.glob(f"{split}-*.parquet")):
+            return found
+    return []
+
+
+class ParquetFile:
+    def __init__(self, path: Path, picture_columns: re.Pattern[str], purpose: str) -> None:
+        parquet = require_package("pyarrow.parquet", "pyarrow", purpose)
+        self.path = path
+        try:
+            self._file: Any = parquet.ParquetFile(path)
+        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+            raise UserError(
+                f"{path} is not a whole parquet file ({str(error).splitlines()[0]}); download it "
+                "again"
+            ) from None
+        names: list[str] = self._file.schema_arrow.names
+        self.picture_columns = [name for name in names if picture_columns.fullmatch(name)]
+        self._columns = [name for name in names if name not in self.picture_columns]
+        self._lock = threading.Lock()
+        self._held: tuple[int, str, list[Any]] | None = None
+
+    def records(self) -> list[tuple[str, Record]]:
+        """(where it stands, values); a picture column holds a function that reads the picture."""
+        rows: list[Record] = self._file.read(self._columns).to_pylist()
+        for number, row in enumerate(rows):
+            row |= {name: self._reader(number, name) for name in self.picture_columns}
+        return [(f"{self.path} row {number}", row) for number, row in enumerate(rows)]
+
+    def _reader(self, number: int, column: str) -> Callable[[], bytes]:
+        group = 0
+        while number >= (length := self._file.metadata.row_group(group).num_rows):
+            group, number = group + 1, number - length
+        return partial(self._picture, group, number, column)
+
+    def _picture(self, group: int, number: int, column: str) -> bytes:
+        with self._lock:
+            if self._held is None or self._held[:2] != (group, column):
+                table = self._file.read_row_group(group, [column])
+                self._held = (group, column, table.column(column).to_pylist())
+            picture = self._held[2][number]
+        if not (isinstance(picture, dict) and isinstance(picture.get("bytes"), bytes)):
+            raise UserError(f"{self.path} has no picture {column} in row {number} of group {group}")
+        encoded: bytes = picture["bytes"]
+        return encoded

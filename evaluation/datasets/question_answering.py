@@ -1,0 +1,114 @@
+"""TextVQA, VQAv2, ChartQA, SPDocVQA and InfoVQA: a list of questions, an image each.
+
+The keys are the benchmarks' own. VQAv2 is read as published (a questions file, with the annotations
+as the second --gt_path where they are public) or in Megatron-LM's merged form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.datasets.records import (
+    Record,
+    RecordError,
+    collect,
+    field,
+    json_list,
+    read_json,
+    string_list,
+)
+from evaluation.prompts import short_answer
+from evaluation.sample import DataSet, Location, Sample
+from nvlm.errors import UserError
+
+HIDDEN = [""]
+"""The answers of a test split, as Megatron-LM writes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """`id` None: the sample's position in the file (or files)."""
+
+    image: str
+    question: str
+    answers: str
+    id: str | None = None
+
+
+TEXT_VQA = Keys("image_id", "question", "answers", "question_id")
+VQA_V2 = Keys("image", "question", "answer", "question_id")
+CHART_QA = Keys("imgname", "query", "label")
+SP_DOC_VQA = Keys("image", "question", "answers", "questionId")
+INFO_VQA = Keys("image_local_name", "question", "answers", "questionId")
+
+
+def read_questions(location: Location, keys: Keys) -> DataSet:
+    """Several files are one data set, one behind the other (ChartQA: human and augmented)."""
+    records = [record for path in location.gt_paths for record in json_list(path, "data")]
+    return _samples(records, location.image_dir, keys)
+
+
+def read_vqa_v2(location: Location) -> DataSet:
+    questions = read_json(location.gt_paths[0])
+    if not (isinstance(questions, dict) and "questions" in questions):
+        return read_questions(location, VQA_V2)
+    records = json_list(location.gt_paths[0], "questions")
+    annotations = _annotations(location.gt_paths[1:])
+    subtype = questions.get("data_subtype", "")
+    for _, record in records:
+        if isinstance(record, dict):
+            record["image"] = _coco_name(record.get("image_id"), str(subtype))
+            record["answer"] = annotations.get(record.get("question_id"), HIDDEN)
+    return _samples(records, location.image_dir, VQA_V2)
+
+
+def _annotations(paths: Iterable[Path]) -> dict[Any, list[str]]:
+    """question_id -> the people's answers."""
+    answers = {}
+    for path in paths:
+        for where, record in json_list(path, "annotations"):
+            try:
+                people = field(record, "answers", list)
+                given = [field(person, "answer", str) for person in people]
+                answers[field(record, "question_id", (int, str))] = given
+            except RecordError as error:
+                raise UserError(
+                    f"--gt_path {where} {error}; download the benchmark's file again"
+                ) from None
+    return answers
+
+
+def _coco_name(image_id: Any, subtype: str) -> str:
+    """COCO_val2014_000000262148: test-dev2015 has the pictures of test2015."""
+    split = "test2015" if subtype.startswith("test") else subtype or "val2014"
+    return f"COCO_{split}_{image_id:0>12}"
+
+
+def _samples(records: list[tuple[str, Any]], image_dir: Path, keys: Keys) -> DataSet:
+    def read(position: int, record: Record) -> Sample:
+        image = find_image(image_dir, str(field(record, keys.image, (str, int))))
+        question = short_answer(field(record, keys.question, str))
+        sample_id = position if keys.id is None else field(record, keys.id, (int, str))
+        return Sample(
+            sample_id, (image, "\n" + question), {"gt_answer": _answers(record, keys.answers)}
+        )
+
+    return collect(records, read)
+
+
+def _answers(record: Record, key: str) -> list[str]:
+    """A test split has none; a single string counts as a list."""
+    if record.get(key) is None:
+        return HIDDEN
+    return [record[key]] if isinstance(record[key], str) else string_list(record, key)
+
+
+def find_image(image_dir: Path, name: str) -> Path:
+    """The file of that name, or with .jpg, or with .png."""
+    for path in (image_dir / name, image_dir / f"{name}.jpg", image_dir / f"{name}.png"):
+        if path.is_file():
+            return path
+    return image_dir / name

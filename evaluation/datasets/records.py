@@ -1,0 +1,102 @@
+"""JSON records of a ground-truth file, each read on its own: a bad one is named, the rest go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from evaluation.sample import DataSet, Sample
+from nvlm.errors import UserError
+from nvlm.jsonl import read_jsonl_lines
+
+Record = dict[str, Any]
+
+
+class RecordError(Exception):
+    """What is wrong with one record."""
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a ground-truth file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(
+            f"--gt_path {path} cannot be read: {error.strerror}; give the benchmark's file"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"--gt_path {path} is not valid JSON ({error}); download the benchmark's file again"
+        ) from None
+
+
+def json_list(path: Path, key: str | None = None) -> list[tuple[str, Any]]:
+    """(where it stands, record) of a file that holds a list, or an object with one under `key`."""
+    value = read_json(path)
+    if key is not None and isinstance(value, dict):
+        value = value.get(key)
+    if not isinstance(value, list):
+        expected = "a list" + (f" or an object with a list {key!r}" if key else "")
+        raise UserError(
+            f"--gt_path {path} holds no list of records, expected {expected}; give the "
+            "benchmark's file"
+        )
+    return [(f"{path} record {index}", record) for index, record in enumerate(value)]
+
+
+def json_lines(path: Path) -> list[tuple[str, Any]]:
+    """(where it stands, record or the error) of a JSONL file."""
+    records: list[tuple[str, Any]] = []
+    for number, line in read_jsonl_lines(path, "--gt_path"):
+        where = f"{path} line {number}"
+        try:
+            records.append((where, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            records.append((where, RecordError(f"is not JSON ({error})")))
+    return records
+
+
+def field(record: Any, key: str, types: type | tuple[type, ...]) -> Any:
+    """A required value of one of `types`."""
+    if isinstance(record, RecordError):
+        raise record
+    if not isinstance(record, dict):
+        raise RecordError(f"is a {type(record).__name__}, expected an object")
+    if key not in record:
+        raise RecordError(f"has no {key!r}")
+    value = record[key]
+    if not isinstance(value, types) or isinstance(value, bool):
+        names = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
+        raise RecordError(f"has {key} {value!r}, expected {names}")
+    return value
+
+
+def string_list(record: Any, key: str) -> list[str]:
+    values = field(record, key, list)
+    if not all(isinstance(value, str) for value in values):
+        raise RecordError(f"has {key} {values!r}, expected a list of strings")
+    return list(values)
+
+
+def collect(
+    records: Iterable[tuple[str, Any]], read: Callable[[int, Any], Sample | Iterator[Sample]]
+) -> DataSet:
+    """Reads (position, record) one by one; the first sample of an id counts."""
+    samples: list[Sample] = []
+    problems: list[str] = []
+    places: dict[Any, str] = {}
+    for position, (where, record) in enumerate(records):
+        try:
+            found = read(position, record)
+            for sample in [found] if isinstance(found, Sample) else list(found):
+                if sample.id in places:
+                    raise RecordError(
+                        f"has the id {sample.id!r} of {places[sample.id]}, which counts"
+                    )
+                places[sample.id] = where
+                samples.append(sample)
+        except RecordError as error:
+            problems.append(f"{where} {error}")
+    return DataSet(samples, problems)

@@ -1,0 +1,21 @@
+"""Packages that a single task or scorer needs: a missing one is one line."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from nvlm.errors import UserError
+
+
+def require_package(module: str, package: str, purpose: str) -> ModuleType:
+    """Imports `module`, which `package` brings."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise UserError(
+            f"{purpose} needs the package {package}, which is not installed; pip install -r "
+            "requirements/evaluation.txt"
+        ) from None

@@ -1,0 +1,176 @@
+"""The report as data and as Markdown: the card's table with our rows, then task by task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evaluation.card import Table, card_table, markdown_table
+from evaluation.compare import Comparison
+from evaluation.gallery import GalleryItem
+from evaluation.results import Results
+from evaluation.scored import Scored
+from evaluation.scoring.score import TaskScore
+
+MAX_CHANGES = 20
+UNITS = "Scores in percent, OCRBench in points of 1,000."
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReport:
+    """One task of a run and, with --compare, of the other."""
+
+    scored: Scored
+    other: Scored | None = None
+    comparison: Comparison | None = None
+    gallery: list[GalleryItem] = field(default_factory=list)
+
+    @property
+    def results(self) -> Results:
+        return self.scored.results
+
+    @property
+    def name(self) -> str:
+        return self.results.task.name
+
+    @property
+    def score(self) -> TaskScore | None:
+        return self.scored.score
+
+    @property
+    def problems(self) -> list[str]:
+        return self.results.problems + (self.other.results.problems if self.other else [])
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """`name` and `other_name` are what the rows of the table are called."""
+
+    name: str
+    other_name: str | None
+    tasks: list[TaskReport]
+
+    @property
+    def table(self) -> Table:
+        runs = [(self.name, _values([task.scored for task in self.tasks]))]
+        if self.other_name is not None:
+            others = [task.other for task in self.tasks if task.other]
+            runs.append((self.other_name, _values(others)))
+        return card_table(runs)
+
+
+def _values(scored: Sequence[Scored]) -> dict[str, float]:
+    return {each.results.task.name: each.score.value for each in scored if each.score}
+
+
+def run_name(results: Results, prefix: Path) -> str:
+    """The prefix's last part and what the engine was: fp8 (FP8, KV cache FP8)."""
+    if not results.records:
+        return prefix.name
+    settings = results.records[0].settings
+    weights = settings["quant_algo"] or settings["dtype"]
+    cache = settings["kv_cache_quant_algo"] or settings["dtype"]
+    return f"{prefix.name} ({weights}, KV cache {cache})"
+
+
+def markdown(report: Report) -> str:
+    table = report.table
+    parts = [
+        "# Evaluation\n",
+        markdown_table(table.columns, table.rows),
+        f"The last {table.num_published} rows: {table.source}. {UNITS}\n",
+        *(_task_markdown(task, report) for task in report.tasks),
+    ]
+    return "\n".join(parts)
+
+
+def _task_markdown(task: TaskReport, report: Report) -> str:
+    results = task.results
+    lines = [f"## {task.name}\n", headline(task) + "\n"]
+    if results.num_duplicates:
+        lines.append(f"{results.num_duplicates} answers to samples that had one already left out.")
+    lines += [f"- {problem}" for problem in task.problems]
+    if task.score and task.score.details:
+        lines.append(
+            markdown_table(
+                ("part", "score"), [(n, f"{v:.2f}") for n, v in task.score.details.items()]
+            )
+        )
+    if task.comparison:
+        lines += [
+            told(task.comparison, results.task.unit) + "\n",
+            _changes(task.comparison, report),
+        ]
+    return "\n".join(lines)
+
+
+def headline(task: TaskReport) -> str:
+    if task.score is None:
+        return f"The truth is hidden: {task.scored.submission} is what the server takes."
+    unit = "" if task.results.task.unit == "%" else f" {task.results.task.unit}"
+    percent = "%" if task.results.task.unit == "%" else ""
+    return f"{task.score.value:.2f}{percent}{unit} over {len(task.score.samples):,} samples"
+
+
+def told(comparison: Comparison, unit: str) -> str:
+    """The comparison in a sentence."""
+    how_sure = "chance explains it" if comparison.p_value >= 0.05 else "more than chance explains"
+    unit = "points" if unit == "%" else unit
+    return (
+        f"{comparison.value:.2f} against {comparison.other_value:.2f} over "
+        f"{comparison.num_paired:,} samples: {comparison.difference:+.2f} ± "
+        f"{comparison.margin:.2f} {unit} (95 %), p = {comparison.p_value:.3g}, {how_sure}; "
+        f"{len(comparison.changes)} answers differ, {comparison.num_better} better and "
+        f"{comparison.num_worse} worse"
+    )
+
+
+def _changes(comparison: Comparison, report: Report) -> str:
+    rows = [
+        (str(c.id), _short(c.answer), _short(c.other_answer), f"{c.gain:+.2f}")
+        for c in comparison.changes[:MAX_CHANGES]
+    ]
+    columns = ("sample", report.name, report.other_name or "", "gain")
+    more = len(comparison.changes) - len(rows)
+    return markdown_table(columns, rows) + (f"\nand {more} more\n" if more else "")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    return {
+        "name": report.name,
+        "other_name": report.other_name,
+        "tasks": {task.name: _task_json(task) for task in report.tasks},
+    }
+
+
+def _task_json(task: TaskReport) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "score": task.score.value if task.score else None,
+        "unit": task.results.task.unit,
+        "num_samples": len(task.results.lines),
+        "num_duplicates": task.results.num_duplicates,
+        "problems": task.problems,
+        "details": task.score.details if task.score else {},
+        "submission": str(task.scored.submission) if task.scored.submission else None,
+    }
+    if task.comparison:
+        comparison = task.comparison
+        values["comparison"] = {
+            "score": comparison.value,
+            "other_score": comparison.other_value,
+            "difference": comparison.difference,
+            "margin": comparison.margin if math.isfinite(comparison.margin) else None,
+            "p_value": comparison.p_value,
+            "num_paired": comparison.num_paired,
+            "num_better": comparison.num_better,
+            "num_worse": comparison.num_worse,
+            "changed": [change.id for change in comparison.changes],
+        }
+    return values

@@ -1,0 +1,88 @@
+"""The answers of all partitions, read for scoring: a sample counts once, a broken line is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation.output_paths import answers_paths, record_path
+from evaluation.run_record import RunRecord
+from evaluation.sample import SampleId
+from evaluation.scoring.score import Line
+from evaluation.tasks import Task, line_id
+from nvlm.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """`lines` in the order of the files; `records`: of the files that run.py wrote; `problems`: a
+    sentence for each line that is no answer and for what is missing."""
+
+    prefix: Path
+    task: Task
+    lines: dict[SampleId, Line]
+    records: list[RunRecord]
+    problems: list[str]
+    num_duplicates: int
+
+
+def read_results(prefix: Path, task: Task, flag: str = "--input_path") -> Results:
+    """Raises `UserError` when there is no answer at all."""
+    paths = answers_paths(prefix, task)
+    lines: dict[SampleId, Line] = {}
+    problems: list[str] = []
+    num_duplicates = 0
+    for path in paths:
+        for number, text in _lines(path, flag):
+            try:
+                line = json.loads(text)
+                sample_id = line_id(task, line)
+            except (ValueError, TypeError, LookupError, RecursionError):
+                problems.append(f"{path} line {number} is no {task.name} answer and is left out")
+                continue
+            if sample_id in lines:
+                num_duplicates += 1
+            else:
+                lines[sample_id] = line
+    if not lines:
+        raise UserError(
+            f"{flag} {prefix} has no {task.name} answers (looked for "
+            f"{prefix}-{task.name}-dprank=*-partition=*.jsonl); give run.py's --output_path"
+        )
+    records = [RunRecord.read(p) for p in map(record_path, paths) if p.is_file()]
+    problems += _missing(prefix, task, records, len(lines))
+    return Results(prefix, task, lines, records, problems, num_duplicates)
+
+
+def _lines(path: Path, flag: str) -> list[tuple[int, bytes]]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
+    return [(number, text) for number, text in enumerate(data.split(b"\n"), 1) if text.strip()]
+
+
+def _missing(prefix: Path, task: Task, records: list[RunRecord], num_lines: int) -> list[str]:
+    """Partitions and samples that the records promise and the files lack."""
+    if not records:
+        return []
+    found = {record.partition_id for record in records}
+    problems = [
+        f"{prefix}-{task.name} lacks partition {partition_id} of {records[0].num_partitions}"
+        for partition_id in range(records[0].num_partitions)
+        if partition_id not in found
+    ]
+    problems += [
+        f"{prefix}-{task.name} partition {record.partition_id} was made by another engine or with "
+        f"other settings than partition {records[0].partition_id}"
+        for record in records
+        if record.settings != records[0].settings
+    ]
+    expected = sum(record.num_samples for record in records)
+    if num_lines < expected:
+        problems.append(
+            f"{prefix}-{task.name} has {num_lines} of {expected} answers; run.py with the same "
+            "flags goes on with the rest"
+        )
+    return problems

@@ -1,0 +1,84 @@
+"""<answers>.run.json: what made a file of answers, so that a rerun does not mix two engines' and
+the report can say what it reports on and find the images again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.sample import Location
+from nvlm.errors import UserError
+from nvlm.json_files import read_json_object, write_json_atomically
+from runtime.engine_dir import EngineDir
+from runtime.types import GenerationRequest
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """`settings` decide the answers; `data` says where engine and data set lay; `num_samples` is
+    the size of this partition."""
+
+    task: str
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    partition_id: int
+    num_partitions: int
+    num_samples: int
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        values = read_json_object(path)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(
+                f"{path} was not written by this version ({error}); use another --output_path"
+            ) from None
+
+    def write(self, path: Path) -> None:
+        write_json_atomically(path, asdict(self))
+
+    @property
+    def location(self) -> Location:
+        return Location(
+            Path(self.data["input_image_path"]),
+            tuple(map(Path, self.data["gt_path"])),
+            self.data["split"],
+            self.data["num_frames"],
+        )
+
+    def require_same(self, earlier: RunRecord, path: Path) -> None:
+        """Refuses to go on with answers of another engine or with other settings."""
+        for name, value in {**self.settings, "num_samples": self.num_samples}.items():
+            found = {**earlier.settings, "num_samples": earlier.num_samples}.get(name)
+            if found != value:
+                raise UserError(
+                    f"{path} says its answers were made with {name} {found!r} and this run has "
+                    f"{value!r}; choose another --output_path"
+                )
+
+
+def settings_of(
+    engine: EngineDir, request: GenerationRequest, max_num_tiles: int | None
+) -> dict[str, Any]:
+    """What decides the answers, and what the report shows."""
+    config = engine.checkpoint_config
+    return {
+        "engine": engine.manifest.digest,
+        "quant_algo": config.quant_algo,
+        "kv_cache_quant_algo": config.kv_cache_quant_algo,
+        "dtype": config.dtype,
+        "decoder": engine.decoder_target,
+        "vision": f"{engine.vision_executor} {engine.vision_precision}",
+        "image_size": engine.vision.tiling.image_size,
+        "max_num_tiles": max_num_tiles or engine.vision.tiling.max_num_tiles,
+        "system": request.system,
+        "prompt_format": request.prompt_format,
+        "max_new_tokens": request.max_new_tokens,
+        "stop": list(request.stop),
+        "sampling": asdict(request.sampling),
+    }

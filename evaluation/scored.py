@@ -1,0 +1,138 @@
+"""Answers to a score, or to the file that a benchmark's server scores where the truth is hidden."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.datasets.mmmu import read_mmmu_answers
+from evaluation.datasets.records import json_list, read_json
+from evaluation.output_paths import derived_path
+from evaluation.results import Results
+from evaluation.sample import SampleId
+from evaluation.scoring import mmmu
+from evaluation.scoring.captions import captions_by_image, comparable_caption
+from evaluation.scoring.score import Line, TaskScore, Truth
+from nvlm.errors import UserError
+from nvlm.json_files import write_text_atomically
+
+_SUBMISSION_ID = {
+    "VQAv2": "question_id",
+    "TextVQA": "question_id",
+    "SPDocVQA": "questionId",
+    "InfoVQA": "questionId",
+}
+"""What the server calls the id beside "answer" (EvalAI; Robust Reading Competition)."""
+_ANSWER_ONLY = ("TextVQA", "AI2D", "SPDocVQA", "InfoVQA")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """`score` is None where the truth is hidden; then `submission` was written."""
+
+    results: Results
+    score: TaskScore | None
+    submission: Path | None = None
+
+
+def score_results(results: Results, gt_path: Path | None) -> Scored:
+    """Writes the merged answers, as the reference does, or the submission."""
+    task = results.task
+    truth = read_truth(results, gt_path)
+    if is_hidden(results, truth):
+        return Scored(results, None, write_submission(results))
+    score = task.score(results.lines, truth)
+    write_json(derived_path(results.prefix, task, "merged"), merged(results))
+    return Scored(results, score)
+
+
+def read_truth(results: Results, gt_path: Path | None) -> Truth:
+    """What the answer lines do not hold themselves."""
+    if results.task.name == "MMMU":
+        answers = _mmmu_answers(results, gt_path)
+        if missing := [i for i in results.lines if str(i) not in answers]:
+            raise UserError(
+                f"the ground truth of MMMU lacks {missing[0]} and {len(missing) - 1} more; give "
+                "the MMMU repository's answer_dict_val.json as --gt_path"
+            )
+        return Truth(answers)
+    if results.task.name == "captioning" and gt_path is not None:
+        records = [record for _, record in json_list(gt_path, "annotations")]
+        return Truth(dict(captions_by_image(records)))
+    return Truth()
+
+
+def _mmmu_answers(results: Results, gt_path: Path | None) -> dict[str, Any]:
+    if gt_path is not None:
+        answers: dict[str, Any] = read_json(gt_path)
+        return answers
+    if results.records and results.records[0].location.image_dir.is_dir():
+        return read_mmmu_answers(results.records[0].location)
+    raise UserError(
+        "--task MMMU needs the answers: give the MMMU repository's answer_dict_val.json as "
+        "--gt_path"
+    )
+
+
+def is_hidden(results: Results, truth: Truth) -> bool:
+    """Whether no sample has a public answer. A mixture is refused."""
+    hidden = [_is_hidden(results, i, line, truth) for i, line in results.lines.items()]
+    if any(hidden) and not all(hidden):
+        raise UserError(
+            f"{results.prefix}-{results.task.name} has {sum(hidden)} answers of a split whose "
+            f"truth is hidden among {len(hidden)}; score the splits apart"
+        )
+    return all(hidden)
+
+
+def _is_hidden(results: Results, sample_id: SampleId, line: Line, truth: Truth) -> bool:
+    if results.task.name == "MMMU":
+        return bool(truth.answers[str(sample_id)]["ground_truth"] == mmmu.HIDDEN)
+    return line.get("gt_answer") == [""]
+
+
+def write_submission(results: Results) -> Path:
+    name, lines = results.task.name, results.lines
+    value: Any
+    if name == "MMMU":
+        value = {str(i): mmmu.parsed_prediction(line) for i, line in lines.items()}
+    elif name in _SUBMISSION_ID:
+        key = _SUBMISSION_ID[name]
+        value = [{key: i, "answer": line["answer"]} for i, line in lines.items()]
+    else:
+        raise UserError(
+            f"the answers to this split of {name} are hidden and its server takes no file of "
+            "answers alone; use the public split"
+        )
+    path = derived_path(results.prefix, results.task, "submission")
+    write_json(path, value)
+    return path
+
+
+def merged(results: Results) -> Any:
+    """The form in which the reference's evaluator of this task keeps the answers."""
+    name, lines = results.task.name, results.lines
+    if name == "MMMU":
+        return {str(i): mmmu.parsed_prediction(line) for i, line in lines.items()}
+    if name == "captioning":
+        return [
+            {"image_id": i, "caption": comparable_caption(line["caption"])}
+            for i, line in lines.items()
+        ]
+    if name in _ANSWER_ONLY:
+        return [
+            {"question_id": i, "answer": line["answer"], "gt_answer": line["gt_answer"]}
+            for i, line in lines.items()
+        ]
+    if name in ("VQAv2", "ChartQA", "RealworldQA"):
+        return [{**line, "question_id": i} for i, line in lines.items()]
+    return list(lines.values())
+
+
+def write_json(path: Path, value: Any) -> None:
+    try:
+        write_text_atomically(path, json.dumps(value, indent=4, sort_keys=True) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None

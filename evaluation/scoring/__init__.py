@@ -1,0 +1,1 @@
+"""Answer lines to scores, by the rules of Megatron-LM's evaluators (examples/multimodal)."""

@@ -1,0 +1,52 @@
+"""CIDEr of captions by pycocoevalcap, whose tokenizer is a Java program (evaluate_coco.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections import defaultdict
+
+from evaluation.packages import require_package
+from evaluation.sample import SampleId
+from evaluation.scoring.score import Line, SampleScore, TaskScore, Truth
+from nvlm.errors import UserError
+
+
+def comparable_caption(caption: str) -> str:
+    return caption.rstrip(".").lower()
+
+
+def captions_by_image(annotations: list[dict[str, object]]) -> dict[str, list[str]]:
+    """COCO's annotations as `Truth.answers`."""
+    captions: dict[str, list[str]] = defaultdict(list)
+    for annotation in annotations:
+        captions[str(annotation["image_id"])].append(str(annotation["caption"]))
+    return captions
+
+
+def score_captions(lines: dict[SampleId, Line], truth: Truth) -> TaskScore:
+    """Over the images that have an answer; document frequencies come from their captions."""
+    tokenizer = require_package("pycocoevalcap.tokenizer.ptbtokenizer", "pycocoevalcap", "CIDEr")
+    cider = require_package("pycocoevalcap.cider.cider", "pycocoevalcap", "CIDEr")
+    if shutil.which("java") is None:
+        raise UserError(
+            "CIDEr needs Java for its tokenizer and found none; apt install default-jre"
+        )
+    truths = {
+        sample_id: truth.answers.get(str(sample_id)) or line["ground_truth"]
+        for sample_id, line in lines.items()
+    }
+    answers = {i: [comparable_caption(line["caption"])] for i, line in lines.items()}
+    with contextlib.redirect_stdout(sys.stderr):  # what it prints is no score
+        tokenize = tokenizer.PTBTokenizer().tokenize
+        expected, given = (
+            tokenize({i: [{"caption": text} for text in texts] for i, texts in captions.items()})
+            for captions in (truths, answers)
+        )
+        mean, each = cider.Cider().compute_score(expected, given)
+    samples = {
+        sample_id: SampleScore(float(value), lines[sample_id]["caption"], truths[sample_id])
+        for sample_id, value in zip(expected, each, strict=True)
+    }
+    return TaskScore(100.0 * float(mean), samples)

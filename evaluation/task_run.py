@@ -1,0 +1,193 @@
+"""`run.py --task`: its flags, and a benchmark through an engine into a file of answers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evaluation.generate import generate
+from evaluation.output_paths import answers_path, record_path
+from evaluation.partition import partition_bounds
+from evaluation.results_file import ResultsFile
+from evaluation.run_record import RunRecord, settings_of
+from evaluation.sample import Location, Sample
+from evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, TASKS, Task, find_task
+from nvlm.command_line import ArgumentParser, natural_int, positive_int
+from nvlm.errors import UserError
+from runtime.runner import Runner
+from runtime.types import GenerationRequest
+
+_MAX_TOLD = 20
+_NEEDED = ("input_image_path", "output_path")
+_ONLY_WITH_TASK = (
+    *("input_image_path", "gt_path", "output_path", "num_partitions", "partition_id"),
+    *("num_samples_per_partition", "split", "num_frames"),
+)
+_NEVER_WITH_TASK = (
+    *("prompt", "image", "input_file", "output_file", "compare", "show_tiles", "streaming", "json"),
+)
+DEFAULT_NUM_FRAMES = 8
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("benchmarks (docs/evaluation.md)").add_argument
+    add("--task", help=f"one of {', '.join(TASKS)}")
+    add("--input_image_path", type=Path, metavar="DIR", help="its images, videos or parquet files")
+    add("--gt_path", type=Path, nargs="+", default=[], metavar="FILE", help="its questions")
+    add("--output_path", type=Path, metavar="PREFIX", help="of the files of answers")
+    add("--num_partitions", type=natural_int, help="share the samples among this many processes")
+    add("--partition_id", type=natural_int, help="which share this is, from 0")
+    add("--num_samples_per_partition", type=positive_int, help="take so many instead of a share")
+    add("--split", help="of MMMU (default validation) and MathVista (default testmini)")
+    add(
+        "--num_frames",
+        type=positive_int,
+        help=f"of a video (default {DEFAULT_NUM_FRAMES}), at most the engine's --max_num_images",
+    )
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    if not arguments.task:
+        for name in _ONLY_WITH_TASK:
+            if given[name] not in (None, []):
+                raise UserError(f"--{name} goes with --task")
+        return
+    for name in _NEVER_WITH_TASK:
+        if given[name] not in (None, [], False):
+            raise UserError(f"--{name} does not go with --task, which has its own data")
+    for name in _NEEDED:
+        if given[name] is None:
+            raise UserError(f"--task needs --{name}")
+    task = find_task(arguments.task)
+    if task.needs_gt_file and not arguments.gt_path:
+        raise UserError(f"--task {task.name} needs --gt_path, the benchmark's questions")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRun:
+    """The samples of one partition and how they are asked; `problems` names what of the data set
+    is no sample."""
+
+    task: Task
+    location: Location
+    samples: list[Sample]
+    problems: list[str]
+    request: GenerationRequest
+    output_path: Path
+    partition_id: int
+    num_partitions: int
+
+    @classmethod
+    def read(cls, arguments: argparse.Namespace, request: GenerationRequest) -> TaskRun:
+        """Reads the data set; `request` has the flags that every request shares."""
+        task = find_task(arguments.task)
+        location = Location(
+            arguments.input_image_path,
+            tuple(arguments.gt_path),
+            arguments.split,
+            arguments.num_frames or DEFAULT_NUM_FRAMES,
+        )
+        if not location.image_dir.is_dir():
+            raise UserError(
+                f"--input_image_path {location.image_dir} is not a directory; give the one with "
+                "the benchmark's images"
+            )
+        if not arguments.output_path.parent.is_dir():
+            raise UserError(
+                f"--output_path {arguments.output_path} lies in no directory that exists; make "
+                f"{arguments.output_path.parent} first"
+            )
+        data = task.read(location)
+        if not data.samples:
+            told = f" ({data.problems[0]})" if data.problems else ""
+            raise UserError(f"--task {task.name} found no sample{told}; see docs/evaluation.md")
+        partition_id = arguments.partition_id or 0
+        first, end = partition_bounds(
+            len(data.samples),
+            arguments.num_partitions or 0,
+            partition_id,
+            arguments.num_samples_per_partition or 0,
+        )
+        return cls(
+            task,
+            location,
+            data.samples[first:end],
+            data.problems,
+            replace(
+                request,
+                prompt_format=arguments.prompt_format or "megatron",
+                max_new_tokens=arguments.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+            ),
+            arguments.output_path,
+            partition_id,
+            max(arguments.num_partitions or 0, 1),
+        )
+
+    def run(self, runner: Runner) -> int:
+        """Answers what is not answered yet, tells what failed on stderr and returns how many."""
+        self._check_frames(runner)
+        path = answers_path(self.output_path, self.task, self.partition_id)
+        started = time.perf_counter()
+        with ResultsFile(path, self.task, self.samples) as file:
+            self._record(runner, path, file)
+            before = len(file.finished)
+            failures = generate(runner, self.task, self.samples, self.request, file)
+            num_new = len(file.finished) - before
+        seconds = time.perf_counter() - started
+        _tell([*self.problems, *failures])
+        print(
+            f"{path}: {len(file.finished)} of {len(self.samples)} samples answered, {num_new} of "
+            f"them now in {seconds:.1f} s ({num_new / seconds:.2f} a second), "
+            f"{len(failures)} failed, {len(self.problems)} records were no samples",
+            file=sys.stderr,
+        )
+        return len(failures) + len(self.problems)
+
+    def _check_frames(self, runner: Runner) -> None:
+        num_images = max(len(sample.images) for sample in self.samples)
+        most = runner.engine.limits.max_num_images
+        if num_images > most:
+            raise UserError(
+                f"--task {self.task.name} asks about {num_images} images at once and the engine "
+                f"takes {most}; build it with --max_num_images {num_images} or give --num_frames"
+            )
+
+    def _record(self, runner: Runner, path: Path, file: ResultsFile) -> None:
+        record = RunRecord(
+            self.task.name,
+            settings_of(
+                runner.engine,
+                self.request,
+                self.task.max_num_tiles or self.request.max_num_tiles,
+            ),
+            {
+                "engine_dir": str(runner.engine.directory.resolve()),
+                "input_image_path": str(self.location.image_dir.resolve()),
+                "gt_path": [str(path.resolve()) for path in self.location.gt_paths],
+                "split": self.location.split,
+                "num_frames": self.location.num_frames,
+            },
+            self.partition_id,
+            self.num_partitions,
+            len(self.samples),
+        )
+        place = record_path(path)
+        if file.finished:
+            if not place.exists():
+                raise UserError(
+                    f"{path} holds answers and {place} is missing, so what made them is unknown; "
+                    "choose another --output_path"
+                )
+            record.require_same(RunRecord.read(place), place)
+        record.write(place)
+
+
+def _tell(problems: list[str]) -> None:
+    for problem in problems[:_MAX_TOLD]:
+        print(problem, file=sys.stderr)
+    if len(problems) > _MAX_TOLD:
+        print(f"... and {len(problems) - _MAX_TOLD} more", file=sys.stderr)

@@ -1,0 +1,124 @@
+"""The tasks: how each is read, what its answer lines look like, how it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from evaluation.datasets.captioning import read_captions
+from evaluation.datasets.mathvista import read_mathvista
+from evaluation.datasets.mmmu import read_mmmu
+from evaluation.datasets.multiple_choice import read_ai2d, read_realworld_qa
+from evaluation.datasets.ocrbench import read_ocrbench
+from evaluation.datasets.question_answering import (
+    CHART_QA,
+    INFO_VQA,
+    SP_DOC_VQA,
+    TEXT_VQA,
+    read_questions,
+    read_vqa_v2,
+)
+from evaluation.datasets.video_mme import read_video_mme
+from evaluation.sample import DataSet, Location, Sample, SampleId
+from evaluation.scoring.captions import score_captions
+from evaluation.scoring.mathvista import score_mathvista
+from evaluation.scoring.mmmu import score_mmmu
+from evaluation.scoring.ocrbench import score_ocrbench
+from evaluation.scoring.score import Line, Scorer
+from evaluation.scoring.short_answers import (
+    anls,
+    exact_match,
+    relaxed_accuracy,
+    relaxed_accuracy_official,
+    score_by,
+    vqa_accuracy,
+    vqa_accuracy_official,
+)
+from evaluation.scoring.video_mme import score_video_mme
+from nvlm.errors import UserError
+
+DEFAULT_MAX_NEW_TOKENS = 128
+"""Megatron-LM's default. Its script for NVLM-D says 16, which cuts OCRBench's formulas short."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """`name` is Megatron-LM's spelling; `answer_fields` of a line hold the answer. Parquet data
+    sets bring their own ground truth. `max_num_tiles`: None for the engine's own number."""
+
+    name: str
+    read: Callable[[Location], DataSet]
+    score: Scorer
+    answer_fields: tuple[str, ...] = ("answer",)
+    needs_gt_file: bool = True
+    max_num_tiles: int | None = None
+    unit: str = "%"
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("captioning", read_captions, score_captions, ("caption",), unit="CIDEr"),
+        Task(
+            "TextVQA",
+            partial(read_questions, keys=TEXT_VQA),
+            score_by(vqa_accuracy, leaving_one_person_out=vqa_accuracy_official),
+        ),
+        Task(
+            "VQAv2",
+            read_vqa_v2,
+            score_by(vqa_accuracy, leaving_one_person_out=vqa_accuracy_official),
+        ),
+        Task(
+            "ChartQA",
+            partial(read_questions, keys=CHART_QA),
+            score_by(relaxed_accuracy, by_the_rules_of_ChartQA=relaxed_accuracy_official),
+        ),
+        Task("SPDocVQA", partial(read_questions, keys=SP_DOC_VQA), score_by(anls)),
+        Task("InfoVQA", partial(read_questions, keys=INFO_VQA), score_by(anls)),
+        Task("MMMU", read_mmmu, score_mmmu, ("text", "prediction"), needs_gt_file=False),
+        Task("MathVista", read_mathvista, score_mathvista, needs_gt_file=False),
+        Task("OCRBench", read_ocrbench, score_ocrbench, unit="points"),
+        Task("AI2D", read_ai2d, score_by(exact_match)),
+        Task("RealworldQA", read_realworld_qa, score_by(exact_match)),
+        Task("VideoMME", read_video_mme, score_video_mme, max_num_tiles=1),
+    )
+}
+
+_ALIASES = {"docvqa": "SPDocVQA", "infographicvqa": "InfoVQA"}
+
+
+def find_task(name: str) -> Task:
+    """By name, in upper or lower case."""
+    lowered = name.lower().replace("-", "").replace("_", "")
+    by_lower_case = {task.lower(): task for task in TASKS}
+    found = by_lower_case.get(lowered) or _ALIASES.get(lowered)
+    if found is None:
+        raise UserError(f"--task {name} is unknown, expected one of {', '.join(TASKS)}")
+    return TASKS[found]
+
+
+def answer_line(task: Task, sample: Sample, prompt: str, text: str) -> Line:
+    """What Megatron-LM's run_text_generation.py writes for an answer.
+
+    As its branch NVLM-1.0, an answer is its first line that is not empty.
+    """
+    answer = text.strip().split("\n")[0]
+    if task.name == "VideoMME":
+        (question,) = sample.fields["questions"]
+        return {**sample.fields, "questions": [{**question, "response": answer}]}
+    named = dict.fromkeys(task.answer_fields, answer)
+    return {"sample_id": sample.id, "prompt": prompt, **named, **sample.fields}
+
+
+def line_id(task: Task, line: Any) -> SampleId:
+    """Raises LookupError or TypeError for a line that is not one of this task's."""
+    sample_id: SampleId
+    if task.name == "VideoMME":
+        (question,) = line["questions"]
+        sample_id, _ = question["question_id"], question["response"]
+    else:
+        sample_id, _ = line["sample_id"], [line[name] for name in task.answer_fields]
+    return sample_id

@@ -1,0 +1,259 @@
+"""Bad benchmarks and bad answers: named, counted, and the rest goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from evaluation.packages import require_package
+from nvlm.errors import UserError
+from tests.benchmarks import (
+    Benchmark,
+    ai2d,
+    ocrbench,
+    short,
+    text_vqa,
+    video_mme,
+    write_answers,
+    write_json,
+)
+from tests.command import EVALUATE, RUN, Result, one_line_error, run_command
+
+SOME_FAILED = 1
+
+
+def run_task(engine_dir: Path, made: Benchmark, prefix: Path, *flags: object) -> Result:
+    common = ("--engine_dir", engine_dir, "--device", "cpu", "--output_path", prefix)
+    flags = (*flags, "--max_new_tokens", "2")
+    return run_command(RUN, *common, *made.run_flags, *flags)
+
+
+def num_lines(prefix: Path, task: str) -> int:
+    path = Path(f"{prefix}-{task}-dprank=0-partition=0.jsonl")
+    return len(path.read_text().splitlines())
+
+
+def test_a_missing_or_broken_image_is_named_and_asked_again_later(
+    tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    made = ocrbench(tmp_path)
+    lost = made.image_dir / "IIIT5K" / "b.png"
+    picture = lost.read_bytes()
+    lost.unlink()
+    (made.image_dir / "IIIT5K" / "c.png").write_bytes(picture[:100])
+    result = run_task(float32_engine_dir, made, tmp_path / "out")
+    assert result.exit_code == SOME_FAILED
+    assert f"OCRBench sample 1: image {lost} cannot be read: No such file" in result.stderr
+    assert "OCRBench sample 2: image" in result.stderr
+    assert "1 of 3 samples answered, 1 of them now" in result.stderr
+    assert "2 failed" in result.stderr
+    scored = run_command(EVALUATE, "--input_path", tmp_path / "out", "--json")
+    assert scored.exit_code == SOME_FAILED
+    assert "has 1 of 3 answers; run.py with the same flags goes on" in scored.stderr
+    lost.write_bytes(picture)
+    again = run_task(float32_engine_dir, made, tmp_path / "out")
+    assert "2 of 3 samples answered, 1 of them now" in again.stderr
+    assert num_lines(tmp_path / "out", "OCRBench") == 2
+
+
+def test_broken_records_and_repeated_ids_are_named_and_left_out(
+    tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    made = ai2d(tmp_path)
+    good = made.gt_paths[0].read_text()
+    no_answer = json.dumps({"image": "4.png", "question": "?", "question_id": 5})
+    odd = json.dumps({"image": 4, "question": "?", "question_id": 6, "answer": "A"})
+    made.gt_paths[0].write_text(good + '{"image": \n' + no_answer + "\n" + good + "[]\n" + odd)
+    result = run_task(float32_engine_dir, made, tmp_path / "out")
+    assert result.exit_code == SOME_FAILED
+    where = made.gt_paths[0]
+    for told in (
+        f"{where} line 2 is not JSON",
+        f"{where} line 3 has no 'answer'",
+        f"{where} line 4 has the id 4 of {where} line 1, which counts",
+        f"{where} line 5 is a list, expected an object",
+        f"{where} line 6 has image 4, expected str",
+        "1 of 1 samples answered",
+        "5 records were no samples",
+    ):
+        assert told in result.stderr, told
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "is not valid JSON"),
+        ("{}", "holds no list of records, expected a list or an object with a list 'data'"),
+        ("[]", "found no sample"),
+        ("[1]", "record 0 is a int, expected an object"),
+    ],
+)
+def test_a_ground_truth_file_that_is_none_is_refused(
+    content: str, told: str, tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    made = text_vqa(tmp_path)
+    made.gt_paths[0].write_text(content)
+    one_line_error(run_task(float32_engine_dir, made, tmp_path / "out"), told)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--task", "ImageNet"), "--task ImageNet is unknown, expected one of captioning, TextVQA"),
+        (("--num_partitions", "2", "--partition_id", "2"), "expected 0 to 1 (--num_partitions 2)"),
+        (("--partition_id", "1"), "--partition_id is 1, expected 0 to 0"),
+        (("--num_samples_per_partition", "5"), "goes with --num_partitions; give --num_partit"),
+        (
+            (
+                *("--num_partitions", "9", "--partition_id", "4"),
+                *("--num_samples_per_partition", "5"),
+            ),
+            "starts at sample 20 and the data set has 3",
+        ),
+        (("--partition_id", "-1"), "'-1' is not a whole number from 0"),
+        (("--prompt", "?"), "--prompt does not go with --task"),
+        (("--streaming",), "--streaming does not go with --task"),
+        (("--output_path", "/nowhere/at/all"), "lies in no directory that exists"),
+        (("--input_image_path", "/nowhere"), "--input_image_path /nowhere is not a directory"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    flags: tuple[str, ...], told: str, tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    made = ocrbench(tmp_path)
+    one_line_error(run_task(float32_engine_dir, made, tmp_path / "out", *flags), told)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_flags_of_tasks_need_a_task(float32_engine_dir: Path, tmp_path: Path) -> None:
+    common = ("--engine_dir", float32_engine_dir, "--device", "cpu")
+    result = run_command(RUN, *common, "--prompt", "?", "--output_path", tmp_path / "x")
+    one_line_error(result, "--output_path goes with --task")
+    result = run_command(RUN, *common, "--task", "MMMU")
+    one_line_error(result, "--task needs --input_image_path")
+    paths = ("--input_image_path", tmp_path, "--output_path", tmp_path / "x")
+    result = run_command(RUN, *common, "--task", "TextVQA", *paths)
+    one_line_error(result, "--task TextVQA needs --gt_path")
+
+
+def test_folders_without_parquet_are_refused(float32_engine_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    for task, told in (
+        ("MMMU", "has no <subject>/validation-*.parquet; give a copy of the data set MMMU/MMMU"),
+        ("MathVista", "has no testmini-*.parquet"),
+    ):
+        made = Benchmark(task, tmp_path, (), {})
+        one_line_error(run_task(float32_engine_dir, made, tmp_path / "out"), told)
+    (tmp_path / "testmini-0.parquet").write_bytes(b"PAR1 no")
+    made = Benchmark("MathVista", tmp_path, (), {})
+    result = run_task(float32_engine_dir, made, tmp_path / "out")
+    one_line_error(result, "testmini-0.parquet is not a whole parquet file")
+
+
+def test_a_missing_video_is_named_and_too_few_images_refused(
+    tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    pytest.importorskip("av")
+    made = video_mme(tmp_path)
+    (made.image_dir / "fFjv93ACGo8.mp4").write_bytes(b"no video")
+    result = run_task(float32_engine_dir, made, tmp_path / "out")
+    assert result.exit_code == SOME_FAILED
+    assert "VideoMME sample 001-1: video" in result.stderr
+    assert "2 failed" in result.stderr
+    result = run_task(float32_engine_dir, made, tmp_path / "out", "--num_frames", "4")
+    one_line_error(result, "asks about 4 images at once and the engine takes 3")
+
+
+def test_a_missing_package_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"MMMU needs the package pyarrow.*evaluation\.txt"):
+        require_package("no_such_module.parquet", "pyarrow", "MMMU")
+
+
+def test_cider_without_java_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("pycocoevalcap")
+    line: dict[str, Any] = {"sample_id": 1, "prompt": "", "caption": "a", "ground_truth": ["a"]}
+    write_answers(tmp_path / "run", "captioning", [line])
+    with patch("shutil.which", return_value=None):
+        result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    one_line_error(result, "CIDEr needs Java")
+
+
+def test_output_of_something_else_is_never_overwritten(
+    tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    made = ocrbench(tmp_path)
+    path = write_answers(tmp_path / "out", "OCRBench", [short(99, "?", "?")])
+    before = path.read_bytes()
+    result = run_task(float32_engine_dir, made, tmp_path / "out")
+    one_line_error(result, "line 1 is no OCRBench answer to a sample of this partition")
+    path = write_answers(tmp_path / "out", "OCRBench", [short(0, "?", "?")])
+    result = run_task(float32_engine_dir, made, tmp_path / "out")
+    one_line_error(result, "holds answers and", "is missing, so what made them is unknown")
+    assert path.read_bytes() != before
+    assert num_lines(tmp_path / "out", "OCRBench") == 1
+
+
+def test_evaluate_names_broken_lines_and_scores_the_rest(tmp_path: Path) -> None:
+    lines = [short(1, "yes", "yes"), '{"sample_id": 2, "ans', "[]", short(3, "no", "yes")]
+    path = write_answers(tmp_path / "run", "ChartQA", list(lines))
+    result = run_command(EVALUATE, "--input_path", tmp_path / "run", "--json")
+    assert result.exit_code == SOME_FAILED
+    assert f"{path} line 2 is no ChartQA answer and is left out" in result.stderr
+    assert f"{path} line 3 is no ChartQA answer" in result.stderr
+    report = json.loads(result.stdout)["tasks"]["ChartQA"]
+    assert (report["score"], len(report["problems"])) == (50.0, 2)
+
+
+def test_evaluate_without_answers_is_one_line(tmp_path: Path) -> None:
+    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    one_line_error(result, "has no answers (looked for")
+    result = run_command(EVALUATE, "--input_path", tmp_path / "run", "--task", "MMMU")
+    one_line_error(result, "has no MMMU answers")
+    write_answers(tmp_path / "run", "MMMU", [])
+    write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
+    result = run_command(
+        EVALUATE, "--input_path", tmp_path / "run", "--task", "AI2D", "--compare", tmp_path / "no"
+    )
+    one_line_error(result, "--compare", "has no AI2D answers")
+
+
+def test_mmmu_without_its_answers_is_one_line(tmp_path: Path) -> None:
+    line = {"sample_id": "validation_Art_1", "prompt": "", "text": "B", "prediction": "B"}
+    write_answers(tmp_path / "run", "MMMU", [{**line, "question_type": "open"}])
+    flags = ("--task", "MMMU", "--input_path", tmp_path / "run")
+    one_line_error(run_command(EVALUATE, *flags), "give the MMMU repository's answer_dict_val.json")
+    gt = write_json(tmp_path / "answers.json", {})
+    result = run_command(EVALUATE, *flags, "--gt_path", gt)
+    one_line_error(result, "lacks validation_Art_1 and 0 more")
+
+
+def test_a_mixture_of_hidden_and_public_answers_is_refused(tmp_path: Path) -> None:
+    write_answers(tmp_path / "run", "VQAv2", [short(1, "a", ""), short(2, "b", "b")])
+    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    one_line_error(result, "has 1 answers of a split whose truth is hidden among 2")
+
+
+def test_partitions_of_different_runs_are_told(tmp_path: Path, float32_engine_dir: Path) -> None:
+    made = ocrbench(tmp_path)
+    for partition, prompt_format in ((0, "hf"), (1, "megatron")):
+        flags = ("--num_partitions", "2", "--partition_id", partition)
+        flags = (*flags, "--prompt_format", prompt_format)
+        assert run_task(float32_engine_dir, made, tmp_path / "out", *flags).exit_code == 0
+    result = run_command(EVALUATE, "--input_path", tmp_path / "out", "--json")
+    assert result.exit_code == SOME_FAILED
+    assert "partition 1 was made by another engine or with other settings" in result.stderr
+
+
+def test_partitions_that_are_missing_are_told(tmp_path: Path, float32_engine_dir: Path) -> None:
+    made = ocrbench(tmp_path)
+    flags = ("--num_partitions", "3", "--partition_id", "1")
+    assert run_task(float32_engine_dir, made, tmp_path / "out", *flags).exit_code == 0
+    result = run_command(EVALUATE, "--input_path", tmp_path / "out", "--json")
+    assert result.exit_code == SOME_FAILED
+    for partition in (0, 2):
+        assert f"out-OCRBench lacks partition {partition} of 3" in result.stderr

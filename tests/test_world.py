@@ -1,0 +1,60 @@
+"""Which rank this is, by what the launchers say, and the GPU that it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nvlm.errors import UserError
+from runtime.mpi import World, rank_from, require_world_size
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def mpich(size: int, rank: int, local_size: int, local_rank: int) -> dict[str, str]:
+    """Variables of mpirun -n 1 env, MPICH 5.0.2."""
+    names = ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID")
+    return dict(zip(names, map(str, (size, rank, local_size, local_rank)), strict=True))
+
+
+def open_mpi(size: int, rank: int, local_size: int, local_rank: int) -> dict[str, str]:
+    """Variables of mpirun -n 1 env, Open MPI 4.1.4 and 5.0.11."""
+    names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    values = zip(names, (size, rank, local_size, local_rank), strict=True)
+    return {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in values}
+
+
+@pytest.mark.parametrize("launcher", [mpich, open_mpi])
+def test_the_second_rank_of_the_second_machine_takes_its_second_gpu(
+    launcher: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(launcher)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    world = World.from_environment(launcher(4, 3, 2, 1))
+    assert (world.size, world.rank, world.local_size, world.local_rank) == (4, 3, 2, 1)
+    assert world.device(CUDA) == torch.device("cuda", 1)
+    assert world.device(CPU) == CPU
+    assert world.share_of(8) == 4
+    assert world.share_of(1) == 1
+
+
+def test_fewer_gpus_than_ranks_of_a_machine_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 ranks run on this machine and torch sees 1 GPU"):
+        World.from_environment(mpich(4, 3, 2, 1)).device(CUDA)
+
+
+def test_without_a_launcher_there_is_one_rank() -> None:
+    world = World.from_environment({})
+    assert (world.size, world.rank, world.local_size, world.local_rank) == (1, 0, 1, 0)
+    assert world.device(CUDA) == CUDA
+    require_world_size(world, 1, 1)
+    with pytest.raises(UserError, match="tp_size=4, pp_size=2 but 1 rank"):
+        require_world_size(world, 4, 2)
+
+
+def test_variables_that_are_no_numbers_are_refused_and_the_log_does_without() -> None:
+    environment = {"PMI_SIZE": "two", "PMI_RANK": "0"}
+    with pytest.raises(UserError, match="PMI_SIZE=two"):
+        World.from_environment(environment)
+    assert rank_from(environment) == 0

@@ -1,0 +1,62 @@
+"""Draws the training curve of the small model's card from the log lines of its runs, in turn.
+
+python -m tools.tiny.curve --logs run1.jsonl run2.jsonl --output curve.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+matplotlib.rcParams["svg.hashsalt"] = "nvlm"  # the same logs give the same bytes
+
+TASKS = ("number", "word", "two_lines", "colour", "which_tile", "tile_shows", "count")
+LOSSES = ("answer", "patch", "token")
+
+
+def read_runs(logs: list[Path]) -> list[list[dict[str, Any]]]:
+    return [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+
+
+def draw(runs: list[list[dict[str, Any]]]) -> Figure:
+    """Losses above, right answers on the validation fonts below, over the steps of all runs."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    losses, scores = figure.subplots(2, 1, sharex=True)
+    curves: dict[str, tuple[list[float], list[float]]] = {
+        name: ([], []) for name in (*LOSSES, *TASKS)
+    }
+    first_step = 0
+    for run in runs:
+        for line in run:
+            for name, value in {**line, **line.get("validation", {})}.items():
+                if name in curves:
+                    curves[name][0].append(first_step + line["step"])
+                    curves[name][1].append(value)
+        first_step += run[-1]["step"]
+        for axes in (losses, scores):
+            axes.axvline(first_step, color="grey", linewidth=0.8, linestyle=":")
+    for axes, names in ((losses, LOSSES), (scores, TASKS)):
+        for name in names:
+            axes.plot(*curves[name], label=name, marker="." if name in TASKS else None)
+        axes.legend(ncols=len(names) // 2 + 1, fontsize="small")
+        axes.grid(alpha=0.3)
+    losses.set(yscale="log", ylabel="loss")
+    scores.set(ylim=(0, 1.02), xlabel="step", ylabel="right answers, validation fonts")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--logs", type=Path, nargs="+", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    draw(read_runs(arguments.logs)).savefig(arguments.output, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
