@@ -9,12 +9,13 @@ from types import ModuleType
 
 
 @contextmanager
-def importable(modules: Mapping[str, ModuleType]) -> Iterator[None]:
-    """Afterwards only these are gone again: patch.dict would also forget what was imported in the
-    meantime, and torch's modules cannot be imported twice."""
+def importable(modules: Mapping[str, ModuleType | None]) -> Iterator[None]:
+    """None is a module that cannot be imported. Afterwards only these are gone again: patch.dict
+    would also forget what was imported in the meantime, and torch's modules cannot be imported
+    twice."""
     missing = object()
     before = {name: sys.modules.get(name, missing) for name in modules}
-    sys.modules.update(modules)
+    sys.modules.update(modules)  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -243,7 +243,7 @@ def test_answers_are_those_of_a_batch_file(tmp_path: Path, float32_engine_dir: P
 def test_fp8_costs_the_small_model_little_and_the_comparison_says_so(
     tmp_path: Path, workshop: Workshop, reading_engine_dir: Path
 ) -> None:
-    """What docs/evaluation.md does with the 72B model, on 60 pictures never seen in training."""
+    """What docs/evaluation.md does with the 72B model, on 40 pictures never seen in training."""
     from tools.tiny.evaluation import samples
 
     checkpoint = workshop.checkpoint("checkpoint_reading_fp8", TRAINED_MODEL, FP8)
@@ -251,7 +251,7 @@ def test_fp8_costs_the_small_model_little_and_the_comparison_says_so(
     folder = tmp_path / "images"
     folder.mkdir()
     records = []
-    for sample in (*samples("number", 30), *samples("word", 30)):
+    for sample in (*samples("number", 20), *samples("word", 20)):
         assert sample.image is not None
         sample.image.save(folder / f"{sample.id}.png")
         records.append(
@@ -275,10 +275,10 @@ def test_fp8_costs_the_small_model_little_and_the_comparison_says_so(
     assert bf16_score is not None
     assert fp8_score is not None
     # The card of the small model promises more; a substring is enough here.
-    assert bf16_score.value >= 48
-    assert fp8_score.value >= bf16_score.value - 5
+    assert bf16_score.value >= 32
+    assert fp8_score.value >= bf16_score.value - 4
     comparison = compare(fp8_score, bf16_score, "points")
-    assert comparison.num_paired == 60
+    assert comparison.num_paired == 40
     assert comparison.p_value > 0.05
 
 
