@@ -37,3 +37,16 @@ def describe() -> dict[str, Any]:
 def peak_memory_bytes() -> int:
     """Largest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """The GPU and the versions below torch; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    driver = Path("/proc/driver/nvidia/version")
+    text = driver.read_text().splitlines()[0] if driver.is_file() else "unknown"
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "driver": text.removeprefix("NVRM version: "),
+    }

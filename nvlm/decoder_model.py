@@ -160,10 +160,10 @@ def embed(
     token_ids: [T] int64; prompt_table: [num_virtual_tokens, H]; returns [T, H] in
     `dtype`. The rule is TensorRT-LLM's: row = id - vocab_size.
     """
-    if prompt_table is None:
+    if prompt_table is None or len(prompt_table) == 0:
         return embedding[token_ids].to(dtype)
     vocab_size = embedding.shape[0]
     is_virtual = token_ids >= vocab_size
-    rows = embedding[token_ids.masked_fill(is_virtual, 0)].to(dtype)
-    rows[is_virtual] = prompt_table[token_ids[is_virtual] - vocab_size].to(rows)
-    return rows
+    words = embedding[token_ids.masked_fill(is_virtual, 0)].to(dtype)
+    virtual = prompt_table[(token_ids - vocab_size).clamp(min=0)].to(dtype)
+    return torch.where(is_virtual[:, None], virtual, words)  # a mask as index would wait for a GPU

@@ -16,6 +16,7 @@ from nvlm.errors import UserError
 from nvlm.json_files import StrictReader, read_json_object
 from nvlm.linear import QuantizableLinear
 from nvlm.tensor_names import ACTIVATION_SCALE, VISION_LAYER, VISION_LINEARS, WEIGHT_SCALE
+from nvlm.tensor_source import TensorSource
 from nvlm.vision_model import VisionModel, linear_of
 
 WEIGHTS, SCALES = "model.safetensors", "scales.safetensors"
@@ -46,8 +47,17 @@ class VisionCheckpoint:
     def has_scales(self) -> bool:
         return (self.directory / SCALES).is_file()
 
-    def load(self, precision: str, device: torch.device, *, widen: bool = True) -> VisionModel:
+    def load(
+        self,
+        precision: str,
+        device: torch.device,
+        *,
+        widen: bool = True,
+        source: TensorSource | None = None,
+    ) -> VisionModel:
         """The model in `precision`: a dtype name, or "FP8" (the four linears of each layer).
+
+        source: of weights and scales, by default the folder's files.
 
         On a CPU narrow types are computed in float32 and rounded, which is both what the numerics
         contract says and faster than the CPU's own bfloat16: weights are widened at each use, or
@@ -55,31 +65,33 @@ class VisionCheckpoint:
         """
         is_fp8 = precision == "FP8"
         dtype = self.dtype if is_fp8 else precision
-        model = self.load_plain(dtype, device)
+        model = self.load_plain(dtype, device, source)
         if is_fp8:
-            self._quantize(model)
+            self._quantize(model, source)
         if device.type == "cpu" and dtype != "float32":
             _compute_in_float32(model, widen)
         return model.requires_grad_(False).eval()
 
-    def load_plain(self, dtype: str, device: torch.device) -> VisionModel:
+    def load_plain(
+        self, dtype: str, device: torch.device, source: TensorSource | None = None
+    ) -> VisionModel:
         """The module as torch computes it in `dtype`, nothing quantised."""
         stored = vision_tensors(self.vision, TORCH_DTYPES[self.dtype])
-        reader = open_checked(self.directory / WEIGHTS, stored)
+        reader = source or open_checked(self.directory / WEIGHTS, stored)
         with torch.device("meta"):
             model = VisionModel(self.vision)
         state = {name: reader.read(name).to(device, TORCH_DTYPES[dtype]) for name in stored}
         model.load_state_dict(state, assign=True)
         return model
 
-    def read_scales(self) -> dict[str, tuple[float, float]]:
+    def read_scales(self, source: TensorSource | None = None) -> dict[str, tuple[float, float]]:
         """(weight scale, activation scale) of every linear that FP8 quantises, by full name."""
-        if not self.has_scales:
+        if source is None and not self.has_scales:
             raise UserError(
                 f"{self.directory} has no {SCALES}, which FP8 vision needs; convert with "
                 "--quant_algo FP8 or choose another --vision_precision"
             )
-        scales = open_checked(self.directory / SCALES, vision_scales(self.vision))
+        scales = source or open_checked(self.directory / SCALES, vision_scales(self.vision))
         names = [
             VISION_LAYER.format(i=i) + linear
             for i in range(self.vision.num_hidden_layers)
@@ -93,8 +105,8 @@ class VisionCheckpoint:
             for name in names
         }
 
-    def _quantize(self, model: VisionModel) -> None:
-        for name, (weight_scale, activation_scale) in self.read_scales().items():
+    def _quantize(self, model: VisionModel, source: TensorSource | None) -> None:
+        for name, (weight_scale, activation_scale) in self.read_scales(source).items():
             module = linear_of(model, name)
             quantised = QuantizableLinear(
                 fp8.quantize(module.weight, weight_scale),

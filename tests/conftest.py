@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
+
+# Read when Triton and the kernels are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Two workers share two cores (see Makefile), so each computes on one.
 torch.set_num_threads(1)

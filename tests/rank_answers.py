@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nvlm import command_line, manifest
 from runtime.compare import Run, differences, record
-from runtime.decoder import torch_executor
+from runtime.decoder import open_model
 from runtime.decoder.executor import DecoderOptions
 from runtime.decoder.torch_weights import DecoderWeights
 from runtime.mpi import Job, World, end, rank_from
@@ -41,7 +41,7 @@ def watch_files(directory: Path, rank: int) -> None:
     """
     manifest._SMALL_FILE_BYTES = 0
     opened: set[str] = set()
-    original = torch_executor.load_weights
+    original = open_model.load_weights
 
     def audit(event: str, arguments: tuple[object, ...]) -> None:
         if event == "open" and "/llm/" in str(arguments[0]):
@@ -56,11 +56,11 @@ def watch_files(directory: Path, rank: int) -> None:
             tensors += [layer.input_layernorm, layer.post_layernorm, *layer.parameters()]
         found = {"files": sorted(opened | mapped), "bytes": sum(t.nbytes for t in tensors)}
         (directory / f"rank{rank}.json").write_text(json.dumps(found))
-        torch_executor.load_weights = original
+        open_model.load_weights = original
         return weights
 
     sys.addaudithook(audit)
-    torch_executor.load_weights = load
+    open_model.load_weights = load
 
 
 def streamed(runner: Runner, request: GenerationRequest) -> list[str]:

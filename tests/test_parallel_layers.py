@@ -10,7 +10,7 @@ import torch
 
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.exact import exact_div
-from runtime.decoder.torch_weights import DecoderWeights, load_weights
+from runtime.decoder.torch_weights import DecoderWeights, load_weights, open_weights
 from runtime.engine_dir import EngineDir
 from tests.conftest import FP8, FP32, Workshop
 from tests.ranks import engine_of
@@ -38,7 +38,10 @@ def loaded(workshop: Workshop, request: pytest.FixtureRequest) -> Loaded:
         engine = EngineDir.read(engine_of(workshop, size, options))
         config, folder = engine.checkpoint_config, engine.directory / "llm"
         reduce = None if size == 1 else torch.clone
-        return [load_weights(folder, config, CPU, rank, reduce) for rank in range(size)]
+        return [
+            load_weights(open_weights(folder, config, rank), config, CPU, rank, reduce)
+            for rank in range(size)
+        ]
 
     config = EngineDir.read(engine_of(workshop, 1, options)).checkpoint_config
     return Loaded(config, weights(1)[0], weights(tp_size))

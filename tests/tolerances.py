@@ -22,6 +22,9 @@ BF16_VISION = 0.01  # 0.0057 measured; 2^-9 a rounding
 FLOAT16_VISION = 0.0015  # 0.0007 measured; 2^-12 a rounding
 FP8_VISION = 0.02  # 0.009 measured on tiles of a picture; layer scale damps e4m3's 2.6 %
 
+# A norm summed in another order may turn an e4m3 value to its neighbour (2^-4 of it).
+E4M3_SUM = 2e-3
+
 # ONNX Runtime and torch on one graph. Float16: order of sums and where each rounds.
 FLOAT16_ONNX = 2e-3
 # The same FP8 values, scales and float32 sums; a value that lies between two e4m3 numbers may round
@@ -54,6 +57,18 @@ FP8_FLIPPED = 0.1
 # 0.036 to 0.041 measured. On data that was not calibrated with, a clipped value may add to it.
 FP8_LINEAR = 0.05
 FP8_LINEAR_ELSEWHERE = 0.08
+
+# A kernel and its plain form differ in the order of float32 sums; a value near the middle of two
+# bfloat16 (e4m3) numbers then rounds to either.
+KERNEL_BF16 = 2e-3  # 2^-9 if every value were off by half a step
+E4M3_FLIPPED_SHARE = 0.01
+# The fast path with the plain twins against the oracle: equal but where a GEMM over all rows at
+# once sums in another order, which may turn a bfloat16 to its neighbour (2^-9).
+KERNEL_LOGITS = 0.01
+# The fast path with its kernels against the oracle: every rounding to bfloat16 and then to e4m3
+# (2^-4) may fall on the other side, and FlashAttention rounds probabilities to bfloat16.
+FAST_PATH_LOGITS = 0.1
+FAST_PATH_TOP1 = 0.9  # random logits lie close together
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,8 +1,8 @@
-"""What keeps the KV blocks of different pictures apart: one number a picture, beside its tokens.
+"""What keeps the KV blocks of different pictures apart: a key of the picture, beside its tokens.
 
-Every request numbers its virtual tokens from vocab_size, so two pictures have equal token ids.
-TensorRT-LLM hashes (token id, extra id) pairs for reuse of KV blocks: with an extra id made from
-the pixels the same picture is found again and another is never taken for it.
+Every request numbers its virtual tokens from vocab_size, so two pictures have equal token ids. Our
+blocks are found by the whole key, a SHA-256 of the pixels. TensorRT-LLM hashes (token id, extra id)
+pairs and takes 64 bits of it.
 """
 
 from __future__ import annotations
@@ -12,24 +12,27 @@ import secrets
 from runtime.decoder.executor import DecoderRequest
 
 
-def extra_ids(request: DecoderRequest, vocab_size: int) -> list[int]:
-    """One number a prompt token: 0 for text, 64 bits of the cache key for a row of a picture.
+def image_keys(request: DecoderRequest, vocab_size: int) -> list[bytes]:
+    """What a prompt token is a row of: its picture's cache key, empty for text.
 
-    Rows that no key describes get a number that no other request has.
+    Rows that no key describes get one that no other request has.
     """
     assert len(request.rows_per_image) == len(request.cache_keys), "a key and a row count an image"
     assert request.prompt_table is not None
-    ids_of_rows: list[int] = []
+    keys_of_rows: list[bytes] = []
     for key, num_rows in zip(request.cache_keys, request.rows_per_image, strict=True):
-        ids_of_rows += [_number(key)] * num_rows
-    unknown = len(request.prompt_table) - len(ids_of_rows)
-    ids_of_rows += [_number(secrets.token_bytes(8))] * unknown
+        keys_of_rows += [key] * num_rows
+    unknown = len(request.prompt_table) - len(keys_of_rows)
+    keys_of_rows += [secrets.token_bytes(32)] * unknown
     return [
-        0 if token_id < vocab_size else ids_of_rows[token_id - vocab_size]
+        b"" if token_id < vocab_size else keys_of_rows[token_id - vocab_size]
         for token_id in request.token_ids
     ]
 
 
-def _number(key: bytes) -> int:
-    """Never 0, which means text."""
-    return int.from_bytes(key[:8].ljust(8, b"\0"), "little") or 1
+def extra_ids(request: DecoderRequest, vocab_size: int) -> list[int]:
+    """TensorRT-LLM's number a prompt token: 0 for text, else the first 64 bits of its key."""
+    return [
+        int.from_bytes(key[:8].ljust(8, b"\0"), "little") or 1 if key else 0
+        for key in image_keys(request, vocab_size)
+    ]

@@ -1,9 +1,12 @@
-"""Which requests run in the next step, and which blocks of the KV cache are theirs.
+"""Which requests run in the next step, how many of their tokens, and on which blocks.
 
 Continuous batching (Orca, OSDI 2022) over a paged cache (vLLM, arXiv 2309.06180): before every
 step waiting requests join in order of arrival while there is room; finished ones leave at once.
-A request is admitted when blocks for its longest possible answer are free, so a running request
-never lacks one. Knows token counts, not tokens' meaning.
+A step takes max_num_tokens: first one of each request that decodes, then of prompts, a long one in
+chunks (Sarathi, arXiv 2308.16369). A request joins when its prompt's blocks are free and takes more
+as it grows; where none is left, the one that came last gives up its blocks and waits in front,
+to be computed again. Blocks of a prefix that was computed before are shared (block_allocator.py).
+Knows token counts and identities, not their meaning.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from nvlm.limits import EngineLimits
+from runtime.decoder.block_allocator import (
+    TOKENS_PER_BLOCK,
+    BlockAllocator,
+    block_key,
+    num_blocks_for,
+)
 from runtime.decoder.executor import DecoderRequest
-
-TOKENS_PER_BLOCK = 32  # TensorRT-LLM's default
-
-
-def num_blocks_for(num_tokens: int) -> int:
-    return -(-num_tokens // TOKENS_PER_BLOCK)
 
 
 def max_num_blocks(limits: EngineLimits) -> int:
@@ -26,36 +29,21 @@ def max_num_blocks(limits: EngineLimits) -> int:
     return limits.max_batch_size * num_blocks_for(limits.max_seq_len)
 
 
-class BlockAllocator:
-    """Free blocks of the paged cache, by number."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        assert count <= len(self._free), f"{count} blocks asked for, {len(self._free)} free"
-        return [self._free.pop() for _ in range(count)]
-
-    def release(self, blocks: list[int]) -> None:
-        self._free.extend(reversed(blocks))
-        assert len(self._free) <= self.num_blocks, "a block was released twice"
-
-
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request on its way: `num_cached` of its tokens are in the cache, the rest are pending."""
+    """A request on its way: `num_cached` of its tokens are in the cache, and the next step computes
+    `num_scheduled` more. image_keys: one a prompt token (image_ids.py), none for text alone.
+    `keys` are those of its blocks that are full and registered."""
 
     request_id: int
     request: DecoderRequest
     max_num_tokens: int
     token_ids: list[int]
+    image_keys: list[bytes] = field(default_factory=list)
     num_cached: int = 0
+    num_scheduled: int = 0
     blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -66,8 +54,25 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_uncached(self) -> int:
+        return len(self.token_ids) - self.num_cached
+
+    @property
     def pending(self) -> list[int]:
-        return self.token_ids[self.num_cached :]
+        """The tokens of the next step."""
+        return self.token_ids[self.num_cached : self.num_cached + self.num_scheduled]
+
+    @property
+    def is_last_chunk(self) -> bool:
+        """Whether the step gives a new token."""
+        return self.num_scheduled == self.num_uncached
+
+    def key_of(self, index: int) -> bytes:
+        """Of its full block `index`, whose predecessors have theirs in `keys`."""
+        part = slice(index * TOKENS_PER_BLOCK, (index + 1) * TOKENS_PER_BLOCK)
+        image_keys = self.image_keys[part]
+        image_keys += [b""] * (TOKENS_PER_BLOCK - len(image_keys))
+        return block_key(self.keys[index - 1] if index else b"", self.token_ids[part], image_keys)
 
 
 class Scheduler:
@@ -75,7 +80,9 @@ class Scheduler:
         self._limits = limits
         self._allocator = BlockAllocator(num_blocks)
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._running: list[Sequence] = []  # in order of arrival
+        self.num_preemptions = 0
+        self.num_reused_tokens = 0
 
     @property
     def num_free_blocks(self) -> int:
@@ -94,21 +101,35 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def schedule(self) -> list[Sequence]:
-        """The sequences of the next step, those already running first."""
-        num_tokens = sum(len(sequence.pending) for sequence in self._running)
-        while self._waiting and len(self._running) < self._limits.max_batch_size:
-            sequence = self._waiting[0]
-            num_blocks = num_blocks_for(sequence.max_num_tokens)
-            num_tokens += len(sequence.pending)
-            if num_tokens > self._limits.max_num_tokens or num_blocks > self._allocator.num_free:
-                break
-            sequence.blocks = self._allocator.allocate(num_blocks)
-            self._running.append(self._waiting.popleft())
-        return list(self._running)
+        """The sequences of the next step, in order of arrival."""
+        budget = self._limits.max_num_tokens
+        for sequence in self._running:
+            sequence.num_scheduled = 0
+        for sequence in sorted(self._running, key=lambda item: item.num_uncached > 1):
+            count = min(sequence.num_uncached, budget)
+            # A sequence that gave way to one before it runs no more.
+            if sequence in self._running and count > 0 and self._make_room(sequence, count):
+                sequence.num_scheduled = count
+                budget -= count
+        while self._waiting and budget > 0 and self._join(self._waiting[0]):
+            sequence = self._waiting.popleft()
+            sequence.num_scheduled = min(sequence.num_uncached, budget)
+            self._running.append(sequence)
+            budget -= sequence.num_scheduled
+        return [sequence for sequence in self._running if sequence.num_scheduled > 0]
+
+    def advance(self, sequences: list[Sequence]) -> None:
+        """After a step: what was scheduled is cached, and its full blocks can be shared."""
+        for sequence in sequences:
+            sequence.num_cached += sequence.num_scheduled
+            sequence.num_scheduled = 0
+            for index in range(len(sequence.keys), sequence.num_cached // TOKENS_PER_BLOCK):
+                sequence.keys.append(sequence.key_of(index))
+                self._allocator.register(sequence.blocks[index], sequence.keys[index])
 
     def finish(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._allocator.release(sequence.blocks)
+        self._release(sequence)
 
     def cancel(self, request_id: int) -> None:
         for sequence in self._running:
@@ -116,3 +137,47 @@ class Scheduler:
                 self.finish(sequence)
                 return
         self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
+
+    def _join(self, sequence: Sequence) -> bool:
+        """Gives it the blocks of all its tokens, shared as far as its prefix is known."""
+        if len(self._running) == self._limits.max_batch_size:
+            return False
+        self._share_prefix(sequence)
+        needed = num_blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        if needed > self._allocator.num_free:
+            self._release(sequence)
+            return False
+        sequence.blocks += self._allocator.allocate(needed)
+        self.num_reused_tokens += sequence.num_cached
+        return True
+
+    def _share_prefix(self, sequence: Sequence) -> None:
+        """All full blocks but those of the last token, whose logits have to be computed."""
+        for index in range((len(sequence.token_ids) - 1) // TOKENS_PER_BLOCK):
+            key = sequence.key_of(index)
+            block = self._allocator.share(key)
+            if block is None:
+                break
+            sequence.blocks.append(block)
+            sequence.keys.append(key)
+        sequence.num_cached = len(sequence.blocks) * TOKENS_PER_BLOCK
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Blocks for `count` more tokens, those of the last to come if need be; False if it is
+        itself the last."""
+        needed = num_blocks_for(sequence.num_cached + count) - len(sequence.blocks)
+        while needed > self._allocator.num_free:
+            last = self._running.pop()
+            self._release(last)
+            self._waiting.appendleft(last)
+            self.num_preemptions += 1
+            if last is sequence:
+                return False
+        if needed > 0:
+            sequence.blocks += self._allocator.allocate(needed)
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        self._allocator.release(sequence.blocks)
+        sequence.blocks, sequence.keys = [], []
+        sequence.num_cached = sequence.num_scheduled = 0

@@ -25,7 +25,13 @@ class SequenceStep:
     def of(cls, sequence: Sequence) -> SequenceStep:
         is_prompt = sequence.num_cached < sequence.num_prompt_tokens
         table = sequence.request.prompt_table if is_prompt else None
-        return cls(sequence.pending, sequence.num_cached, sequence.blocks, table, True)
+        return cls(
+            sequence.pending,
+            sequence.num_cached,
+            sequence.blocks,
+            table,
+            sequence.is_last_chunk,
+        )
 
     @property
     def end_position(self) -> int:

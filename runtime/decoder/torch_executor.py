@@ -1,6 +1,7 @@
 """The embedded decoder: a TensorRT-LLM checkpoint run by PyTorch, on any device.
 
-Scheduling and sampling are here; what computes is a `DecoderModel`.
+Scheduling and sampling are here; what computes is a `DecoderModel`: on a Hopper GPU the fast path
+(hopper_model.py), everywhere else the plain form (plain_model.py).
 """
 
 from __future__ import annotations
@@ -8,19 +9,16 @@ from __future__ import annotations
 import torch
 
 from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.errors import UserError
 from nvlm.limits import EngineLimits
-from nvlm.memory import total_memory_bytes
-from nvlm.plan import plan_engine
+from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
-from runtime.decoder.parallel_model import ParallelModel
-from runtime.decoder.plain_model import PlainModel
-from runtime.decoder.scheduler import Scheduler, Sequence, max_num_blocks
+from runtime.decoder.image_ids import image_keys
+from runtime.decoder.open_model import OpenedModel, open_model
+from runtime.decoder.scheduler import Scheduler, Sequence
 from runtime.decoder.step import DecoderModel, SequenceStep
-from runtime.decoder.torch_weights import load_weights
 from runtime.engine_dir import EngineDir
 from runtime.process_group import ProcessGroup
-from runtime.sampling import sample
+from runtime.sampling import sample_rows
 
 
 class TorchDecoderExecutor:
@@ -35,6 +33,7 @@ class TorchDecoderExecutor:
         num_blocks: int,
         group: ProcessGroup | None = None,
     ) -> None:
+        assert num_blocks >= num_blocks_for(limits.max_seq_len), "no room for the longest request"
         self.limits = limits
         self._config = config
         self._model = model
@@ -46,17 +45,15 @@ class TorchDecoderExecutor:
     def load(
         cls, engine: EngineDir, device: torch.device, group: ProcessGroup | None = None
     ) -> TorchDecoderExecutor:
+        return cls.over(engine, open_model(engine, device, group=group), group)
+
+    @classmethod
+    def over(
+        cls, engine: EngineDir, opened: OpenedModel, group: ProcessGroup | None = None
+    ) -> TorchDecoderExecutor:
+        """An engine's executor over a model of its shape."""
         config, limits = engine.checkpoint_config, engine.limits
-        _require_fit(engine, device, 1 if group is None else group.job.world.local_size)
-        directory = engine.directory / "llm"
-        num_blocks = max_num_blocks(limits)
-        if group is None:
-            weights = load_weights(directory, config, device)
-            return cls(config, limits, PlainModel(config, weights, num_blocks, device), num_blocks)
-        weights = load_weights(directory, config, device, group.rank, group.all_reduce)
-        own = PlainModel(config, weights, num_blocks, device)
-        model = ParallelModel(own, group, weights.embedding, config.decoder.vocab_size)
-        return cls(config, limits, model, num_blocks, group)
+        return cls(config, limits, opened.model, opened.num_blocks, group)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -68,9 +65,10 @@ class TorchDecoderExecutor:
         check_request(request, self.limits, decoder.vocab_size, decoder.hidden_size)
         room = self.limits.max_seq_len - len(request.token_ids)
         max_num_tokens = len(request.token_ids) + min(request.max_new_tokens, room)
+        keys = [] if request.prompt_table is None else image_keys(request, decoder.vocab_size)
         self._next_id += 1
         self._scheduler.add(
-            Sequence(self._next_id, request, max_num_tokens, list(request.token_ids))
+            Sequence(self._next_id, request, max_num_tokens, list(request.token_ids), keys)
         )
         return self._next_id
 
@@ -87,18 +85,28 @@ class TorchDecoderExecutor:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        sequences = self._scheduler.schedule()
-        if not sequences:
-            return []
-        logits = self._model.forward([SequenceStep.of(sequence) for sequence in sequences])
-        return [self._advance(*pair) for pair in zip(sequences, logits, strict=True)]
+        while sequences := self._scheduler.schedule():
+            drawing = [sequence for sequence in sequences if sequence.is_last_chunk]
+            logits = self._model.forward([SequenceStep.of(sequence) for sequence in sequences])
+            self._scheduler.advance(sequences)
+            if drawing:  # otherwise all were chunks of prompts that go on
+                return self._draw(drawing, logits)
+        return []
 
-    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> StepOutput:
-        """Draws one sequence's token and ends it where it must end."""
+    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> list[StepOutput]:
+        """Draws every sequence's token, for which a GPU is waited for once."""
+        params = [sequence.request.sampling for sequence in sequences]
+        steps = [sequence.num_generated for sequence in sequences]
+        token_ids = sample_rows(logits, params, steps).tolist()
+        return [
+            self._take(sequence, token_id, logits[i] if sequence.request.return_logits else None)
+            for i, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
+        ]
+
+    def _take(self, sequence: Sequence, token_id: int, logits: torch.Tensor | None) -> StepOutput:
+        """Gives a sequence its token and ends it where it must end."""
         request = sequence.request
-        sequence.num_cached = len(sequence.token_ids)
-        token_id = sample(logits, request.sampling, sequence.num_generated)
-        kept_logits = logits if request.return_logits else None
+        kept_logits = None if logits is None else logits.clone()
         if token_id in request.stop_ids:
             self._scheduler.finish(sequence)
             return StepOutput(sequence.request_id, None, "stop", kept_logits)
@@ -107,25 +115,3 @@ class TorchDecoderExecutor:
         if is_full:
             self._scheduler.finish(sequence)
         return StepOutput(sequence.request_id, token_id, "length" if is_full else None, kept_logits)
-
-
-def _require_fit(engine: EngineDir, device: torch.device, num_ranks: int) -> None:
-    """num_ranks: those of this machine, which share its memory where the device is a CPU."""
-    memory_bytes = total_memory_bytes(device)
-    plan = plan_engine(
-        engine.checkpoint_config,
-        engine.vision.vision,
-        engine.vision_precision,
-        engine.limits,
-        device,
-        memory_bytes,
-    )
-    weight_bytes = plan.decoder_weight_bytes
-    if device.type == "cpu":  # it maps its weights and can page them; the cache has to be there
-        weight_bytes, memory_bytes = 0, memory_bytes // num_ranks
-    if plan.kv_cache_bytes + weight_bytes > memory_bytes:
-        raise UserError(
-            f"the KV cache of {engine.directory} takes {plan.kv_cache_bytes / 1e9:.1f} GB and "
-            f"its weights {weight_bytes / 1e9:.1f} GB of {device}'s {memory_bytes / 1e9:.1f} "
-            "GB; build it with a smaller --max_batch_size or --max_seq_len"
-        )

@@ -1,4 +1,4 @@
-"""A rank's tensors, memory-mapped from the engine directory and laid out for a device."""
+"""A rank's tensors as the plain form takes them, laid out for a device."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from nvlm.linear import QuantizableLinear
 from nvlm.memory import total_memory_bytes
 from nvlm.plan import decoder_parameter_count
 from nvlm.tensor_names import ENGINE_LAYER, ENGINE_LINEARS, KV_CACHE_SCALE
+from nvlm.tensor_source import TensorSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +29,23 @@ class DecoderWeights:
     kv_scales: list[float] | None
 
 
+def open_weights(directory: Path, config: CheckpointConfig, rank: int = 0) -> TensorSource:
+    """The rank's file in `directory`, memory-mapped; the only one a rank opens."""
+    return open_checked(directory / rank_file(rank), decoder_tensors(config, rank))
+
+
 def load_weights(
-    directory: Path,
+    source: TensorSource,
     config: CheckpointConfig,
     device: torch.device,
     rank: int = 0,
     all_reduce: AllReduce | None = None,
 ) -> DecoderWeights:
-    """Maps (on a CPU) or copies every tensor of the rank's file, the only one it opens; linears are
-    widened where half of the memory allows, which the ranks share."""
-    reader = open_checked(directory / rank_file(rank), decoder_tensors(config, rank))
+    """Maps (on a CPU) or copies every tensor; linears are widened where half of the memory allows,
+    which the ranks share."""
 
     def read(name: str) -> torch.Tensor:
-        return reader.read(name).to(device)
+        return source.read(name).to(device)
 
     names = decoder_layer_tensors(config)
     layers, kv_scales = [], []

@@ -15,6 +15,8 @@ from unittest.mock import patch
 import torch
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
+from runtime.kernels import hopper
+
 CUDA = torch.device("cuda", 0)
 STREAM = 0x5EED
 _GETTERS = {
@@ -57,6 +59,10 @@ class CudaDouble(TorchFunctionMode):
             patch.object(torch.cuda, "device_count", lambda: num_gpus),
             patch.object(torch.cuda, "get_device_capability", lambda device=None: self.capability),
             patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+            patch.object(
+                torch.cuda, "mem_get_info", lambda device=None: (memory_bytes, memory_bytes)
+            ),
+            patch.object(hopper, "has_kernels", lambda device: False),  # a double runs none
             patch.object(torch.cuda, "device", lambda device: nullcontext()),
             patch.object(
                 torch.cuda,

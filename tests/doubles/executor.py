@@ -22,7 +22,7 @@ from runtime.decoder.executor import DecoderRequest, StepOutput
 from runtime.decoder.plain_model import PlainModel
 from runtime.decoder.scheduler import max_num_blocks
 from runtime.decoder.torch_executor import TorchDecoderExecutor
-from runtime.decoder.torch_weights import load_weights
+from runtime.decoder.torch_weights import load_weights, open_weights
 from runtime.sampling import SamplingParams
 from tests.doubles import api
 from tests.doubles.cuda import CudaDouble, CudaTensor, plain
@@ -265,7 +265,7 @@ def _load(checkpoint_dir: Path, limits: EngineLimits) -> TorchDecoderExecutor:
             merge_ranks(checkpoint_dir, values, directory / "rank0.safetensors")
             values["mapping"] |= {"world_size": 1, "tp_size": 1, "pp_size": 1}
         config = CheckpointConfig.from_json(values, directory)
-        weights = load_weights(directory, config, _CPU)
+        weights = load_weights(open_weights(directory, config), config, _CPU)
     num_blocks = max_num_blocks(limits)
     model = PlainModel(config, weights, num_blocks, _CPU)
     return TorchDecoderExecutor(config, limits, model, num_blocks)

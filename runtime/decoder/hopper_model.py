@@ -1,0 +1,259 @@
+"""The decoder's fast path: FP8 tensor-core linears and fused kernels over the paged FP8 cache.
+
+A step in which every sequence decodes replays one CUDA graph, padded up to the next batch size
+that has one; a step with prompts runs launch by launch, its decoding rows among it.
+Design: docs/decisions.md, "Fast path on Hopper".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.decoder_model import AllReduce, embed, rope_tables
+from nvlm.dtypes import TORCH_DTYPES
+from runtime.decoder.decode_inputs import DecodeInputs
+from runtime.decoder.hopper_weights import Fp8Linear, HopperWeights
+from runtime.decoder.kernels.forms import Forms
+from runtime.decoder.kv_cache import PagedKVCache
+from runtime.decoder.step import SequenceStep
+
+_BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
+
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+"""Layer and q [T, heads, head_dim] -> e4m3 [T, heads * head_dim]."""
+
+
+class HopperModel:
+    """`DecoderModel` of an FP8 checkpoint with an FP8 KV cache.
+
+    forms: the kernels, or their plain torch twins on any device. all_reduce: where the weights are
+    a rank's shards, applied to the row-parallel linears' float32 outputs.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        max_batch_size: int,
+        max_seq_len: int,
+        weights: HopperWeights,
+        num_blocks: int,
+        device: torch.device,
+        forms: Forms,
+        *,
+        all_reduce: AllReduce | None = None,
+        use_graphs: bool = True,
+    ) -> None:
+        decoder = config.decoder
+        self._weights, self._forms, self._device = weights, forms, device
+        self._eps, self._dtype = decoder.rms_norm_eps, TORCH_DTYPES[config.dtype]
+        self._all_reduce = all_reduce
+        scales = [layer.kv_scale_value for layer in weights.layers]
+        # The last block is the padding rows', which nobody reads.
+        self._cache = PagedKVCache(config, num_blocks + 1, scales, device)
+        self._batch_sizes = batch_sizes(max_batch_size)
+        self._inputs = DecodeInputs(self._batch_sizes[-1], max_seq_len, num_blocks, device)
+        # Made on the CPU, whose powers and cosines are the oracle's.
+        cos, sin = rope_tables(torch.arange(max_seq_len), decoder.head_dim, decoder.rope_theta)
+        self._cos, self._sin = cos.to(device), sin.to(device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        if use_graphs and device.type == "cuda":
+            self._capture_graphs()
+
+    def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
+        if len(steps) <= self._batch_sizes[-1] and all(_decodes(step) for step in steps):
+            return self._decode(steps)
+        return self._prefill(steps)
+
+    def _decode(self, steps: list[SequenceStep]) -> torch.Tensor:
+        num_rows = _padded(len(steps))
+        self._inputs.fill(steps, num_rows)
+        if num_rows in self._graphs:
+            graph, logits = self._graphs[num_rows]
+            graph.replay()
+        else:
+            logits = self._decode_rows(num_rows)
+        return logits[: len(steps)]
+
+    def _decode_rows(self, num_rows: int) -> torch.Tensor:
+        """Logits [num_rows, vocab_size] of what `self._inputs` holds."""
+        inputs, positions = self._inputs, self._inputs.positions(num_rows)
+        hidden = self._weights.embedding[inputs.token_ids(num_rows)]
+        slots, tables = inputs.slots(num_rows).to(torch.int64), inputs.block_tables(num_rows)
+        attend = self._attend_decoding(tables, positions + 1)
+        hidden, delta = self._layers(hidden, positions, slots, attend)
+        return self._head(hidden, delta)
+
+    @torch.inference_mode()
+    def _capture_graphs(self) -> None:
+        """Largest first, so that the smaller ones find their memory in its pool."""
+        pool = torch.cuda.graph_pool_handle()
+        for num_rows in reversed(self._batch_sizes):
+            self._inputs.fill([], num_rows)
+            self._decode_rows(num_rows)  # compiles, and lets the libraries allocate
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._decode_rows(num_rows)
+            self._graphs[num_rows] = graph, logits
+
+    def _prefill(self, steps: list[SequenceStep]) -> torch.Tensor:
+        """Any mixture: rows that decode come first, for they share one attention kernel."""
+        order = sorted(range(len(steps)), key=lambda i: not _decodes(steps[i]))
+        ordered = [steps[i] for i in order]
+        num_decoding = sum(_decodes(step) for step in steps)
+        device, counts = self._device, [len(step.token_ids) for step in ordered]
+        positions = torch.cat(
+            [torch.arange(step.first_position, step.end_position) for step in ordered]
+        ).to(device)
+        slots = torch.cat(
+            [
+                self._cache.slots(step.blocks, step.first_position, count)
+                for step, count in zip(ordered, counts, strict=True)
+            ]
+        )
+        hidden = torch.cat([self._embed(step) for step in ordered])
+        attend = self._attend_mixture(ordered, num_decoding)
+        hidden, delta = self._layers(hidden, positions, slots, attend)
+        ends = torch.tensor(counts).cumsum(0) - 1
+        last_rows = torch.empty_like(ends)
+        last_rows[torch.tensor(order)] = ends  # in the steps' own order
+        last_rows = last_rows[torch.tensor([step.wants_logits for step in steps])].to(device)
+        return self._head(hidden[last_rows], delta[last_rows])
+
+    def _embed(self, step: SequenceStep) -> torch.Tensor:
+        token_ids = torch.tensor(step.token_ids).to(self._device, non_blocking=True)
+        table = None if step.prompt_table is None else step.prompt_table.to(self._device)
+        return embed(token_ids, self._weights.embedding, table, self._dtype)
+
+    def _attend_decoding(self, tables: torch.Tensor, lengths: torch.Tensor) -> Attend:
+        def attend(index: int, q: torch.Tensor) -> torch.Tensor:
+            layer = self._weights.layers[index]
+            return self._forms.paged_attention(
+                q,
+                *self._cache.pages(index),
+                tables,
+                lengths,
+                layer.kv_scale,
+                layer.dense.activation_scale,
+            )
+
+        return attend
+
+    def _attend_mixture(self, steps: list[SequenceStep], num_decoding: int) -> Attend:
+        """`num_decoding` steps of one row each, then the others."""
+        decoding, others = steps[:num_decoding], steps[num_decoding:]
+        counts = [len(step.token_ids) for step in others]
+        blocks = [torch.tensor(step.blocks).to(self._device) for step in others]
+        attend_decoding: Attend | None = None
+        if decoding:
+            width = max(len(step.blocks) for step in decoding)
+            tables = torch.tensor(
+                [step.blocks + [0] * (width - len(step.blocks)) for step in decoding],
+                dtype=torch.int32,
+            )
+            lengths = torch.tensor([step.end_position for step in decoding], dtype=torch.int32)
+            attend_decoding = self._attend_decoding(
+                tables.to(self._device), lengths.to(self._device)
+            )
+
+        def attend(index: int, q: torch.Tensor) -> torch.Tensor:
+            layer, pages = self._weights.layers[index], self._cache.pages(index)
+            parts = [] if attend_decoding is None else [attend_decoding(index, q[:num_decoding])]
+            for step, rows, table in zip(
+                others, q[num_decoding:].split(counts), blocks, strict=True
+            ):
+                parts.append(
+                    self._forms.prefill_attention(
+                        rows,
+                        *pages,
+                        table,
+                        step.first_position,
+                        layer.kv_scale_value,
+                        layer.dense.activation_scale,
+                    )
+                )
+            return parts[0] if len(parts) == 1 else _cat_e4m3(parts)
+
+        return attend
+
+    def _layers(
+        self, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, attend: Attend
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden: [T, hidden_size]; returns the residual stream and what the last layer adds."""
+        forms, cos, sin = self._forms, self._cos[positions], self._sin[positions]
+        delta: torch.Tensor | None = None
+        # With many rows the tensor cores are what is short, not the memory.
+        is_streaming = len(hidden) <= _BATCH_SIZES[-1]
+
+        def following(linear: Fp8Linear) -> torch.Tensor | None:
+            return linear.weight if is_streaming else None
+
+        for index, layer in enumerate(self._weights.layers):
+            hidden, normed = forms.add_rms_norm(
+                hidden,
+                delta,
+                layer.input_norm,
+                self._eps,
+                layer.qkv.activation_scale,
+                following(layer.qkv),
+            )
+            pages = self._cache.pages(index)
+            qkv = self._linear(layer.qkv, normed)
+            q = forms.rope_append(
+                qkv, cos, sin, slots, *pages, layer.kv_scale, following(layer.dense)
+            )
+            delta = self._row_parallel(layer.dense, attend(index, q))
+            hidden, normed = forms.add_rms_norm(
+                hidden,
+                delta,
+                layer.post_norm,
+                self._eps,
+                layer.gate_up.activation_scale,
+                following(layer.gate_up),
+            )
+            product = forms.swiglu_quantize(
+                self._linear(layer.gate_up, normed),
+                layer.down.activation_scale,
+                following(layer.down),
+            )
+            delta = self._row_parallel(layer.down, product)
+        assert delta is not None, "a model has layers"
+        return hidden, delta
+
+    def _head(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        _, normed = self._forms.add_rms_norm(
+            hidden, delta, self._weights.final_norm, self._eps, None
+        )
+        return self._forms.head(normed, self._weights.lm_head)
+
+    def _linear(self, linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
+        return self._forms.linear(x, linear.weight, linear.scale, linear.bias, self._dtype)
+
+    def _row_parallel(self, linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
+        """Ranks add their float32 sums before the one rounding."""
+        if self._all_reduce is None:
+            return self._linear(linear, x)
+        sums = self._forms.linear(x, linear.weight, linear.scale, linear.bias, torch.float32)
+        return self._all_reduce(sums).to(self._dtype)
+
+
+def batch_sizes(max_batch_size: int) -> list[int]:
+    """Rows of the decode steps that have a graph; larger batches run without."""
+    largest = min(max_batch_size, _BATCH_SIZES[-1])
+    return [*(size for size in _BATCH_SIZES if size < largest), _padded(largest)]
+
+
+def _padded(num_rows: int) -> int:
+    return next(size for size in _BATCH_SIZES if size >= num_rows)
+
+
+def _decodes(step: SequenceStep) -> bool:
+    """One token that no prompt table holds, and whose logits are wanted."""
+    return len(step.token_ids) == 1 and step.prompt_table is None and step.wants_logits
+
+
+def _cat_e4m3(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)

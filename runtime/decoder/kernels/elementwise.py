@@ -1,0 +1,102 @@
+"""Triton: residual + RMSNorm + quantise, and SwiGLU + quantise. A program holds one row, or a
+piece of one for SwiGLU, which needs no sum over it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nvlm.fp8 import E4M3
+from runtime.kernels.prefetch import num_programs, prefetch, prefetched_bytes
+from runtime.kernels.quantization import quantize
+
+
+@triton.jit
+def _add_rms_norm(
+    hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
+    following, following_bytes,
+    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    if PREFETCH:
+        if tl.program_id(0) >= num_tokens:
+            prefetch(following, tl.program_id(0) - num_tokens, following_bytes, THREADS=256)
+            return
+    row = tl.program_id(0).to(tl.int64) * size
+    columns = tl.arange(0, BLOCK)
+    mask = columns < size
+    x = tl.load(hidden + row + columns, mask, other=0.0)
+    if HAS_DELTA:
+        y = tl.load(delta + row + columns, mask, other=0.0)
+        x = (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
+        tl.store(new_hidden + row + columns, x, mask)
+    x32 = x.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x32 * x32) / size + eps)
+    w = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
+    rounded = (x32 * factor * w).to(x.dtype)
+    if QUANTIZE:
+        tl.store(normed + row + columns, quantize(rounded.to(tl.float32), tl.load(scale)), mask)
+    else:
+        tl.store(normed + row + columns, rounded, mask)
+
+
+def add_rms_norm(
+    hidden: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+    following: torch.Tensor | None = None,
+    prefetch_limit: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, size = hidden.shape
+    num_bytes = prefetched_bytes(following, prefetch_limit)
+    new_hidden = hidden if delta is None else torch.empty_like(hidden)
+    normed = torch.empty_like(hidden, dtype=hidden.dtype if scale is None else E4M3)
+    _add_rms_norm[(num_tokens + num_programs(num_bytes, 8),)](
+        hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
+        following, num_bytes,
+        HAS_DELTA=delta is not None, QUANTIZE=scale is not None, PREFETCH=num_bytes > 0,
+        BLOCK=triton.next_power_of_2(size), num_warps=8,
+    )  # fmt: skip
+    return new_hidden, normed
+
+
+@triton.jit
+def _swiglu_quantize(
+    gate_up, scale, product, size, following, following_bytes,
+    BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    if PREFETCH:
+        first = tl.cdiv(size, BLOCK)
+        if tl.program_id(1) >= first:
+            program = (tl.program_id(1) - first) * tl.num_programs(0) + tl.program_id(0)
+            prefetch(following, program, following_bytes, THREADS=128)
+            return
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < size
+    gate = tl.load(gate_up + row * 2 * size + columns, mask, other=0.0)
+    up = tl.load(gate_up + row * 2 * size + size + columns, mask, other=0.0).to(tl.float32)
+    gate32 = gate.to(tl.float32)
+    activated = tl.div_rn(gate32, 1.0 + tl.exp(-gate32))
+    rounded = (activated * up).to(gate.dtype).to(tl.float32)
+    tl.store(product + row * size + columns, quantize(rounded, tl.load(scale)), mask)
+
+
+def swiglu_quantize(
+    gate_up: torch.Tensor,
+    scale: torch.Tensor,
+    following: torch.Tensor | None = None,
+    prefetch_limit: int = 0,
+) -> torch.Tensor:
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    product = torch.empty(num_tokens, size, dtype=E4M3, device=gate_up.device)
+    block = 1024
+    num_bytes = prefetched_bytes(following, prefetch_limit)
+    extra = triton.cdiv(num_programs(num_bytes, 4), num_tokens)
+    _swiglu_quantize[(num_tokens, triton.cdiv(size, block) + extra)](
+        gate_up, scale, product, size, following, num_bytes,
+        BLOCK=block, PREFETCH=num_bytes > 0, num_warps=4,
+    )  # fmt: skip
+    return product

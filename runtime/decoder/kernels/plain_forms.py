@@ -1,0 +1,129 @@
+"""The kernels in plain torch, by the numerics contract's words: oracle, and fallback on a CPU.
+
+e4m3 rows are [num_tokens, ...]; a scale is a float32 tensor of one value, on the rows' device.
+`following` (forms.py) changes nothing.
+Cache: K and V each [num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim] e4m3 (CPU: bfloat16 too).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nvlm import fp8
+from nvlm.decoder_model import apply_rope, causal_attention, rms_norm
+
+
+def add_rms_norm(
+    hidden: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+    following: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden + delta and its RMSNorm, e4m3 if a scale is given: two [T, hidden_size]."""
+    if delta is not None:
+        hidden = hidden + delta
+    normed = rms_norm(hidden, weight, eps)
+    return hidden, normed if scale is None else fp8.quantize(normed, scale)
+
+
+def swiglu_quantize(
+    gate_up: torch.Tensor, scale: torch.Tensor, following: torch.Tensor | None = None
+) -> torch.Tensor:
+    """silu(gate) * up in float32, rounded, then e4m3. gate_up: [T, 2 I], gate first; [T, I]."""
+    gate, up = gate_up.to(torch.float32).chunk(2, dim=-1)
+    return fp8.quantize((nn.functional.silu(gate) * up).to(gate_up.dtype), scale)
+
+
+def rope_append(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_scale: torch.Tensor,
+    following: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotates q and k, writes K and V to the cache, returns q [T, heads, head_dim] in `dtype`.
+
+    qkv: [T, (heads + 2 kv_heads) head_dim]; cos, sin: `rope_tables` of the rows' positions;
+    slots: [T] int64, block * TOKENS_PER_BLOCK + place in the block.
+    """
+    kv_heads, block_size, head_dim = k_cache.shape[1:]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=1)
+    blocks, places = slots // block_size, slots % block_size
+    for cache, x in ((k_cache, apply_rope(k, cos, sin)), (v_cache, v)):
+        cache[blocks, :, places] = fp8.quantize(x, kv_scale).to(cache.dtype)
+    return apply_rope(q, cos, sin)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    lengths: torch.Tensor,
+    kv_scale: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """One query row a request over its cached positions: [B, heads * head_dim], e4m3 with `scale`.
+
+    q: [B, heads, head_dim] at position length - 1; block_tables: [B, max_blocks] int32; lengths:
+    [B] int32, all above 0.
+    """
+    rows = []
+    for query, table, length in zip(q, block_tables, lengths.tolist(), strict=True):
+        kv = [
+            fp8.dequantize(cache[table.long()].transpose(1, 2).flatten(0, 1)[:length], kv_scale)
+            for cache in (k_cache, v_cache)
+        ]
+        rows.append(causal_attention(query[None], kv[0], kv[1], length - 1))
+    attended = torch.cat(rows).flatten(1).to(q.dtype)
+    return attended if scale is None else fp8.quantize(attended, scale)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    first_position: int,
+    kv_scale: float,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Rows at first_position, ... of one sequence over its positions up to theirs:
+    [T, heads * head_dim], e4m3 with `scale`.
+
+    q: [T, heads, head_dim]; blocks: [num_blocks of the sequence] int64, in order.
+    """
+    end = first_position + len(q)
+    k, v = (
+        fp8.dequantize(cache[blocks].transpose(1, 2).flatten(0, 1)[:end], kv_scale)
+        for cache in (k_cache, v_cache)
+    )
+    attended = causal_attention(q, k, v, first_position).flatten(1).to(q.dtype)
+    return attended if scale is None else fp8.quantize(attended, scale)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """x @ weight.T * scale + bias: float32 sums, one rounding. x: [T, K], weight: [N, K], e4m3."""
+    y = nn.functional.linear(x.to(torch.float32), weight.to(torch.float32)) * scale
+    return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
+
+
+streaming_linear = tensor_core_linear = linear
+
+
+def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Logits x @ weight.T in float32. x: [T, hidden_size], weight: [vocab_size, hidden_size]."""
+    return nn.functional.linear(x.to(torch.float32), weight.to(torch.float32))

@@ -1,0 +1,85 @@
+"""Triton: QKV split, RoPE and append to the paged FP8 cache in one pass.
+
+A program takes one token and as many heads as there are KV heads: a slice of q, or K, or V.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime.kernels.prefetch import num_programs, prefetch, prefetched_bytes
+from runtime.kernels.quantization import quantize
+
+
+@triton.jit
+def _rope_append(
+    qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q_out, kv_heads, group_size,
+    following, following_bytes,
+    HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    if PREFETCH:
+        if tl.program_id(1) >= group_size + 2:
+            program = (tl.program_id(1) - group_size - 2) * tl.num_programs(0) + tl.program_id(0)
+            prefetch(following, program, following_bytes, THREADS=128)
+            return
+    half: tl.constexpr = HEAD_DIM // 2
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    channel = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = (head < kv_heads) & (channel < half)
+    num_heads = (group_size + 2) * kv_heads
+    source = qkv + (token * num_heads + part * kv_heads + head) * HEAD_DIM + channel
+    first, second = tl.load(source, mask, other=0.0), tl.load(source + half, mask, other=0.0)
+    if part <= group_size:  # q or K
+        in_half = channel < half
+        c = tl.load(cos + token * half + channel, in_half, other=0.0)
+        s = tl.load(sin + token * half + channel, in_half, other=0.0)
+        first32, second32 = first.to(tl.float32), second.to(tl.float32)
+        dtype = first.dtype
+        first = (first32 * c - second32 * s).to(dtype)
+        second = (second32 * c + first32 * s).to(dtype)
+    if part < group_size:
+        target = q_out + ((token * group_size + part) * kv_heads + head) * HEAD_DIM + channel
+        tl.store(target, first, mask)
+        tl.store(target + half, second, mask)
+    else:
+        scale, slot = tl.load(kv_scale), tl.load(slots + token)
+        row = (slot // TOKENS * kv_heads + head) * TOKENS + slot % TOKENS
+        first8 = quantize(first.to(tl.float32), scale)
+        second8 = quantize(second.to(tl.float32), scale)
+        if part == group_size:
+            tl.store(k_cache + row * HEAD_DIM + channel, first8, mask)
+            tl.store(k_cache + row * HEAD_DIM + channel + half, second8, mask)
+        else:
+            tl.store(v_cache + row * HEAD_DIM + channel, first8, mask)
+            tl.store(v_cache + row * HEAD_DIM + channel + half, second8, mask)
+
+
+def rope_append(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_scale: torch.Tensor,
+    following: torch.Tensor | None = None,
+    prefetch_limit: int = 0,
+) -> torch.Tensor:
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    num_tokens, heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * kv_heads
+    q = torch.empty(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    group_size = heads // kv_heads
+    num_bytes = prefetched_bytes(following, prefetch_limit)
+    extra = triton.cdiv(num_programs(num_bytes, 4), num_tokens)
+    _rope_append[(num_tokens, group_size + 2 + extra)](
+        qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q, kv_heads, group_size,
+        following, num_bytes,
+        HEAD_DIM=head_dim, TOKENS=block_size, BLOCK_HEADS=triton.next_power_of_2(kv_heads),
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), PREFETCH=num_bytes > 0,
+        num_warps=4,
+    )  # fmt: skip
+    return q

@@ -1,0 +1,41 @@
+"""Memory that the split kernels share, allocated once so that CUDA graphs may hold its address.
+
+Kernels of one stream run one after another, so one area serves all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_MAX_SPLITS = 16  # what one program merges at once
+_ROWS_TIMES_CHANNELS = 64 * 256  # the largest attention tile: rows of a group, channels of a head
+_ROWS_TIMES_COLUMNS = 64 * 128  # the largest tile of a linear: tokens, output columns
+_MAX_TILES = 1 << 16  # of output columns, and of (request, KV head) pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """`counters` are zero between launches: whoever comes last at one sets it back."""
+
+    num_programs: int
+    partial_sums: torch.Tensor
+    stats: torch.Tensor
+    counters: torch.Tensor
+
+    @classmethod
+    def allocate(cls, device: torch.device, num_programs: int) -> Workspace:
+        """num_programs: how many run at once, a small multiple of the multiprocessors."""
+        places = num_programs + _MAX_SPLITS
+        values = max(2 * num_programs * _ROWS_TIMES_COLUMNS, places * _ROWS_TIMES_CHANNELS)
+        return cls(
+            num_programs,
+            torch.empty(values, dtype=torch.float32, device=device),
+            torch.empty(places * 2 * 64, dtype=torch.float32, device=device),
+            torch.zeros(_MAX_TILES, dtype=torch.int32, device=device),
+        )
+
+    def num_splits(self, num_tasks: int) -> int:
+        """How many pieces of a context run beside each other, so that every program has one."""
+        return max(1, min(_MAX_SPLITS, self.num_programs // num_tasks))

@@ -1,0 +1,129 @@
+"""Which model runs an engine on a device, and how many KV blocks it has room for."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nvlm.checkpoint_config import CheckpointConfig
+from nvlm.checkpoint_tensors import rank_file
+from nvlm.errors import UserError
+from nvlm.memory import total_memory_bytes
+from nvlm.plan import plan_engine
+from nvlm.read_ahead import reading_ahead
+from nvlm.tensor_source import TensorSource
+from runtime.decoder.block_allocator import TOKENS_PER_BLOCK, num_blocks_for
+from runtime.decoder.hopper_model import HopperModel
+from runtime.decoder.hopper_weights import load_hopper_weights
+from runtime.decoder.parallel_model import ParallelModel
+from runtime.decoder.plain_model import PlainModel
+from runtime.decoder.scheduler import max_num_blocks
+from runtime.decoder.step import DecoderModel
+from runtime.decoder.torch_weights import load_weights, open_weights
+from runtime.engine_dir import EngineDir
+from runtime.kernels import hopper
+from runtime.process_group import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    model: DecoderModel
+    num_blocks: int
+
+
+def takes_fast_path(config: CheckpointConfig, device: torch.device) -> bool:
+    is_fp8 = config.quant_algo == config.kv_cache_quant_algo == "FP8"
+    return is_fp8 and config.dtype != "float32" and hopper.has_kernels(device)
+
+
+def open_model(
+    engine: EngineDir,
+    device: torch.device,
+    source: TensorSource | None = None,
+    group: ProcessGroup | None = None,
+    *,
+    use_graphs: bool = True,
+    **forms: Any,
+) -> OpenedModel:
+    """source: of the weights, by default the rank's file. forms: settings of `TritonForms`."""
+    config, limits = engine.checkpoint_config, engine.limits
+    rank, all_reduce = (0, None) if group is None else (group.rank, group.all_reduce)
+    num_blocks = _num_blocks(engine, device, group)
+    file = engine.directory / "llm" / rank_file(rank)
+    opened = source or open_weights(file.parent, config, rank)
+    own: DecoderModel
+    if takes_fast_path(config, device):
+        from runtime.decoder.kernels.triton_forms import TritonForms
+
+        with nullcontext() if source else reading_ahead(file):
+            on_gpu = load_hopper_weights(opened, config, device)
+        embedding = on_gpu.embedding
+        own = HopperModel(
+            config,
+            limits.max_batch_size,
+            limits.max_seq_len,
+            on_gpu,
+            num_blocks,
+            device,
+            TritonForms(device, **forms),
+            all_reduce=all_reduce,
+            use_graphs=use_graphs and group is None,  # NCCL in a graph is not tested
+        )
+    else:
+        weights = load_weights(opened, config, device, rank, all_reduce)
+        embedding = weights.embedding
+        own = PlainModel(config, weights, num_blocks, device)
+    if group is None:
+        return OpenedModel(own, num_blocks)
+    model = ParallelModel(own, group, embedding, config.decoder.vocab_size)
+    return OpenedModel(model, num_blocks)
+
+
+def _num_blocks(engine: EngineDir, device: torch.device, group: ProcessGroup | None) -> int:
+    """All that the limits can use, on GPUs as many as each has room for, but one longest request's
+    at least."""
+    limits, memory_bytes = engine.limits, total_memory_bytes(device)
+    plan = plan_engine(
+        engine.checkpoint_config,
+        engine.vision.vision,
+        engine.vision_precision,
+        limits,
+        device,
+        memory_bytes,
+    )
+    wanted = max_num_blocks(limits)
+    num_tokens = limits.max_batch_size * limits.max_seq_len
+    block_bytes = TOKENS_PER_BLOCK * plan.kv_cache_bytes // num_tokens
+    # A CPU maps its weights and can page them; the cache has to be there.
+    other_bytes = 0
+    if device.type == "cuda":
+        memory_bytes, _ = torch.cuda.mem_get_info(device)
+        other_bytes = plan.decoder_weight_bytes + plan.workspace_bytes
+    elif group is not None:
+        memory_bytes //= group.job.world.local_size  # ranks of one machine share it
+    if device.type == "cpu" and plan.kv_cache_bytes > memory_bytes:
+        raise UserError(
+            f"the KV cache of {engine.directory} takes {plan.kv_cache_bytes / 1e9:.1f} GB of "
+            f"{device}'s {memory_bytes / 1e9:.1f} GB; build it with a smaller --max_batch_size or "
+            "--max_seq_len"
+        )
+    if device.type == "cpu":
+        return wanted
+    num_blocks = min(wanted, (memory_bytes - other_bytes) // block_bytes)
+    longest = num_blocks_for(limits.max_seq_len)
+    if num_blocks < longest:
+        raise UserError(
+            f"{engine.directory} needs {(other_bytes + longest * block_bytes) / 1e9:.1f} GB of "
+            f"{device}, where {memory_bytes / 1e9:.1f} GB are free: weights "
+            f"{plan.decoder_weight_bytes / 1e9:.1f}, workspace {plan.workspace_bytes / 1e9:.1f} "
+            f"and, for one request of {longest * TOKENS_PER_BLOCK} tokens, KV cache "
+            f"{longest * block_bytes / 1e9:.1f}; build it with a smaller --max_seq_len or "
+            "--max_num_tokens, or convert with --tp_size 2"
+        )
+    if group is None:
+        return num_blocks
+    found = group.job.gather(num_blocks)  # one scheduler's numbers must hold on every rank
+    return int(group.job.broadcast(min(found) if group.rank == 0 else 0))

@@ -1,0 +1,1 @@
+"""Kernels that the decoder and the vision encoder share."""

@@ -1,0 +1,36 @@
+"""Triton's form of `fp8.quantize`, inlined into the kernels that end with it, and by itself."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nvlm.fp8 import E4M3
+
+
+@triton.jit
+def quantize(x, scale):
+    """`div_rn` because Triton's `/` is off by an ulp or two, which moves ties in e4m3."""
+    scaled = tl.div_rn(x, scale)
+    clamped = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return clamped.to(tl.float8e4nv)
+
+
+@triton.jit
+def _scale_quantize(x, scale, y, factor, size, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    values = tl.load(x + index, mask, other=0.0)
+    rounded = (values.to(tl.float32) * factor).to(values.dtype).to(tl.float32)
+    tl.store(y + index, quantize(rounded, tl.load(scale)), mask)
+
+
+def scale_quantize(x: torch.Tensor, factor: float, scale: torch.Tensor) -> torch.Tensor:
+    """e4m3 of x * factor, rounded to x's type in between. x: contiguous."""
+    assert x.is_contiguous()
+    y = torch.empty_like(x, dtype=E4M3)
+    block = 2048
+    grid = (triton.cdiv(x.numel(), block),)
+    _scale_quantize[grid](x, scale, y, factor, x.numel(), BLOCK=block, num_warps=4)
+    return y

@@ -1,0 +1,109 @@
+"""Triton: residual with layer scale + RMSNorm + quantise, norm of q and k, and GELU + quantise.
+
+A program holds one row for the norms, else a piece of the whole. Roundings are InternViT's: a norm
+is rounded before it is multiplied by its weight (docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nvlm.fp8 import E4M3
+from runtime.kernels.quantization import quantize
+
+
+@triton.jit
+def _add_rms_norm(
+    hidden, delta, layer_scale, weight, scale, new_hidden, normed, eps, size,
+    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * size
+    columns = tl.arange(0, BLOCK)
+    mask = columns < size
+    x = tl.load(hidden + row + columns, mask, other=0.0)
+    dtype = x.dtype
+    if HAS_DELTA:
+        y = tl.load(delta + row + columns, mask, other=0.0).to(tl.float32)
+        factor = tl.load(layer_scale + columns, mask, other=0.0).to(tl.float32)
+        scaled = (y * factor).to(dtype).to(tl.float32)
+        x = (x.to(tl.float32) + scaled).to(dtype)
+        tl.store(new_hidden + row + columns, x, mask)
+    x32 = x.to(tl.float32)
+    normalised = (x32 * tl.rsqrt(tl.sum(x32 * x32) / size + eps)).to(dtype)
+    w = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
+    rounded = (normalised.to(tl.float32) * w).to(dtype)
+    if QUANTIZE:
+        tl.store(normed + row + columns, quantize(rounded.to(tl.float32), tl.load(scale)), mask)
+    else:
+        tl.store(normed + row + columns, rounded, mask)
+
+
+def add_rms_norm(
+    hidden: torch.Tensor,
+    delta: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    size = hidden.shape[-1]
+    new_hidden = hidden if delta is None else torch.empty_like(hidden)
+    normed = torch.empty_like(hidden, dtype=hidden.dtype if scale is None else E4M3)
+    _add_rms_norm[(hidden.numel() // size,)](
+        hidden, delta, layer_scale, weight, scale, new_hidden, normed, eps, size,
+        HAS_DELTA=delta is not None, QUANTIZE=scale is not None,
+        BLOCK=triton.next_power_of_2(size), num_warps=8,
+    )  # fmt: skip
+    return new_hidden, normed
+
+
+@triton.jit
+def _normalize_qk(qkv, q_weight, k_weight, eps, size, num_real, BLOCK: tl.constexpr):
+    part = tl.program_id(1)  # 0: q, 1: k
+    row = (tl.program_id(0).to(tl.int64) * 3 + part) * size
+    columns = tl.arange(0, BLOCK)
+    mask = columns < size
+    x = tl.load(qkv + row + columns, mask, other=0.0)
+    x32 = x.to(tl.float32)
+    real = tl.where(columns < num_real, x32, 0.0)
+    normalised = (x32 * tl.rsqrt(tl.sum(real * real) / num_real + eps)).to(x.dtype)
+    weight = q_weight
+    if part == 1:
+        weight = k_weight
+    w = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
+    tl.store(qkv + row + columns, (normalised.to(tl.float32) * w).to(x.dtype), mask)
+
+
+def normalize_qk(
+    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, num_real: int
+) -> torch.Tensor:
+    size = qkv.shape[-1] // 3
+    _normalize_qk[(qkv.numel() // (3 * size), 2)](
+        qkv, q_weight, k_weight, eps, size, num_real,
+        BLOCK=triton.next_power_of_2(size), num_warps=8,
+    )  # fmt: skip
+    return qkv
+
+
+@triton.jit
+def _gelu(x, scale, y, size, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    values = tl.load(x + index, mask, other=0.0)
+    x32 = values.to(tl.float32)
+    activated = (0.5 * x32 * (1.0 + tl.erf(x32 * 0.7071067811865476))).to(values.dtype)
+    if QUANTIZE:
+        tl.store(y + index, quantize(activated.to(tl.float32), tl.load(scale)), mask)
+    else:
+        tl.store(y + index, activated, mask)
+
+
+def gelu(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    y = torch.empty_like(x, dtype=x.dtype if scale is None else E4M3)
+    block = 2048
+    _gelu[(triton.cdiv(x.numel(), block),)](
+        x, scale, y, x.numel(), QUANTIZE=scale is not None, BLOCK=block, num_warps=4
+    )
+    return y

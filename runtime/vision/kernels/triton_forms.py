@@ -1,0 +1,21 @@
+"""The functions of `plain_forms` as Triton kernels and cuBLASLt."""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.kernels.quantization import scale_quantize
+from runtime.kernels.tensor_core_linear import TensorCoreLinear
+from runtime.vision.kernels import elementwise
+
+
+class TritonForms:
+    add_rms_norm = staticmethod(elementwise.add_rms_norm)
+    normalize_qk = staticmethod(elementwise.normalize_qk)
+    gelu = staticmethod(elementwise.gelu)
+
+    def __init__(self, device: torch.device) -> None:
+        self.fp8_linear = TensorCoreLinear(device)
+
+    def quantize(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return scale_quantize(x.contiguous(), 1.0, scale)

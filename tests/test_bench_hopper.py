@@ -1,0 +1,39 @@
+"""The programs that measure on a GPU run on a CPU too, at a tiny size and without meaning."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import hopper, hopper_kernels
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_every_kernel_is_measured_for_every_batch_size(capsys: pytest.CaptureFixture[str]) -> None:
+    hopper_kernels.main(["--shape", "tiny", "--batch_sizes", "1,3", "--context", "70"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["copy_bytes_per_s"] > 0
+    names = {(row["batch_size"], row["kernel"]) for row in found["kernels"]}
+    for kernel in ("add_rms_norm", "paged_attention", "down streaming_linear"):
+        assert {(1, kernel), (3, kernel)} <= names
+    assert all(row["ms"] > 0 and row["bytes"] > 0 for row in found["kernels"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_every_phase_is_measured_through_the_executors(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    phases = ["decode", "prefill", "first_token", "serving", "vision"]
+    options = "--shape tiny --layers 1,2 --batch_sizes 1,3 --context 64 --prompts 50 --steps 3"
+    hopper.main([*phases, *options.split(), *["--requests", "5", "--answer", "4", "--tiles", "1"]])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = [(row["phase"], row["num_layers"], row["batch_size"]) for row in found["rows"]]
+    for num_layers in (1, 2):
+        assert {("decode", num_layers, 1), ("decode", num_layers, 3)} <= set(rows)
+        assert {("prefill", num_layers, 1), ("serving", num_layers, 3)} <= set(rows)
+        assert {("first, bfloat16", num_layers, 1), ("first, FP8", num_layers, 1)} <= set(rows)
+    assert {("vision bfloat16", 2, 1), ("vision FP8", 2, 1)} <= set(rows)
+    assert all(row["ms"] > 0 and row["rate"] > 0 for row in found["rows"])
+    assert len(found["slopes"]) == 6

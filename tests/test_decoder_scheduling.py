@@ -1,0 +1,152 @@
+"""Chunked prefill, preemption and reuse of KV blocks change when a token comes, never which."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvlm.limits import EngineLimits
+from runtime.decoder.executor import DecoderRequest, generate
+from runtime.decoder.hopper_model import HopperModel
+from runtime.decoder.hopper_weights import load_hopper_weights
+from runtime.decoder.kernels import plain_forms
+from runtime.decoder.open_model import OpenedModel
+from runtime.decoder.plain_model import PlainModel
+from runtime.decoder.scheduler import max_num_blocks
+from runtime.decoder.step import DecoderModel
+from runtime.decoder.torch_executor import TorchDecoderExecutor
+from runtime.decoder.torch_weights import load_weights, open_weights
+from runtime.engine_dir import EngineDir
+
+CPU = torch.device("cpu")
+VOCAB_SIZE, HIDDEN_SIZE, MAX_SEQ_LEN = 512, 128, 160
+BLOCKS_OF_LONGEST = MAX_SEQ_LEN // 32
+ROWS = 40
+
+Open = Callable[..., TorchDecoderExecutor]
+
+
+@pytest.fixture(scope="module", params=["plain", "fast path"])
+def open_executor(engine_dir: Path, request: pytest.FixtureRequest) -> Open:
+    """Executors over one set of weights, with the limits a test asks for; the fast path runs the
+    plain twins of its kernels."""
+    engine = EngineDir.read(engine_dir)
+    config = engine.checkpoint_config
+    source = open_weights(engine_dir / "llm", config)
+    weights = load_weights(source, config, CPU)
+    fast_weights = load_hopper_weights(source, config, CPU)
+
+    def open_model(limits: EngineLimits, num_blocks: int) -> DecoderModel:
+        if request.param == "plain":
+            return PlainModel(config, weights, num_blocks, CPU)
+        sizes = limits.max_batch_size, limits.max_seq_len
+        return HopperModel(config, *sizes, fast_weights, num_blocks, CPU, plain_forms)
+
+    def open_(num_blocks: int | None = None, **limits: int) -> TorchDecoderExecutor:
+        chosen = {"max_batch_size": 4, "max_input_len": 128, "max_seq_len": MAX_SEQ_LEN, **limits}
+        engine_ = replace(engine, limits=replace(engine.limits, **chosen))
+        num_blocks = num_blocks or max_num_blocks(engine_.limits)
+        model = open_model(engine_.limits, num_blocks)
+        return TorchDecoderExecutor.over(engine_, OpenedModel(model, num_blocks))
+
+    return open_
+
+
+def random_request(rng: random.Random) -> DecoderRequest:
+    """Text or one of three pictures behind one of two heads, then a question of its own."""
+    head = [[1, 2, 3], list(range(100, 140))][rng.randrange(2)]
+    question = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 30))]
+    max_new_tokens = rng.randint(8, 32)
+    picture = rng.randrange(4)
+    if picture == 3:
+        return DecoderRequest(head + question, max_new_tokens)
+    table = torch.randn(ROWS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(picture))
+    return DecoderRequest(
+        [*head, *range(VOCAB_SIZE, VOCAB_SIZE + ROWS), *question],
+        max_new_tokens,
+        prompt_table=table,
+        cache_keys=(f"{picture} is its number".encode(),),
+        rows_per_image=(ROWS,),
+    )
+
+
+def alone(open_executor: Open, requests: list[DecoderRequest]) -> list[object]:
+    """Each in an executor that has never seen another, in one piece."""
+    return [generate(open_executor(), [request])[0] for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "max_num_tokens"),
+    [(None, 8192), (None, 17), (BLOCKS_OF_LONGEST + 1, 8192), (BLOCKS_OF_LONGEST, 33)],
+    ids=["room for all", "chunks", "few blocks", "chunks and few blocks"],
+)
+def test_random_mixes_get_the_tokens_that_each_request_gets_alone(
+    open_executor: Open, num_blocks: int | None, max_num_tokens: int
+) -> None:
+    rng = random.Random(0)
+    requests = [random_request(rng) for _ in range(10)]
+    executor = open_executor(num_blocks, max_num_tokens=max_num_tokens)
+    assert generate(executor, requests) == alone(open_executor, requests)
+    scheduler = executor.scheduler
+    assert scheduler.num_reused_tokens > 0
+    assert (scheduler.num_preemptions > 0) == (num_blocks is not None)
+    assert scheduler.num_free_blocks == (num_blocks or 4 * BLOCKS_OF_LONGEST)
+
+
+def test_a_prompt_longer_than_a_step_gives_its_token_in_one_call(open_executor: Open) -> None:
+    executor = open_executor(max_num_tokens=16)
+    request = DecoderRequest(list(range(100)), 3)
+    request_id = executor.submit(request)
+    assert [output.request_id for output in executor.step()] == [request_id]
+
+
+def test_the_same_picture_is_computed_once_and_another_anew(open_executor: Open) -> None:
+    rng = random.Random(5)
+    executor = open_executor()
+    first = random_request(rng)
+    while first.prompt_table is None or len(first.token_ids) < 80:
+        first = random_request(rng)
+    other = replace(
+        first, prompt_table=torch.randn(ROWS, HIDDEN_SIZE), cache_keys=(b"another picture",)
+    )
+    unknown = replace(first, cache_keys=(), rows_per_image=())
+    reused = []
+    for request in (first, first, other, other, unknown, unknown):
+        before = executor.scheduler.num_reused_tokens
+        assert generate(executor, [request]) == alone(open_executor, [request])
+        reused.append(executor.scheduler.num_reused_tokens - before)
+    whole = (len(first.token_ids) - 1) // 32 * 32
+    text = 3 // 32 if first.token_ids[0] == 1 else 32  # the head before the picture
+    assert reused == [0, whole, text, whole, text, text]
+
+
+def test_out_of_blocks_and_cancelled_the_engine_goes_on(open_executor: Open) -> None:
+    rng = random.Random(1)
+    executor = open_executor(BLOCKS_OF_LONGEST, max_num_tokens=24)
+    free = executor.scheduler.num_free_blocks
+    requests = [random_request(rng) for _ in range(12)]
+    tokens: dict[int, list[int]] = {executor.submit(request): [] for request in requests}
+    expected = dict(zip(tokens, alone(open_executor, requests), strict=True))
+    cancelled: set[int] = set()
+    num_steps = 0
+    while outputs := executor.step():
+        for output in outputs:
+            assert output.request_id not in cancelled
+            assert output.token_id is not None
+            tokens[output.request_id].append(output.token_id)
+        num_steps += 1
+        if num_steps % 8 == 0:
+            gone = rng.choice(sorted(tokens))
+            executor.cancel(gone)
+            cancelled.add(gone)
+    assert executor.scheduler.num_preemptions > 0
+    assert executor.scheduler.num_free_blocks == free
+    finished = set(tokens) - cancelled
+    assert len(finished) > 3
+    for request_id in finished:
+        assert (tokens[request_id], "length") == expected[request_id]

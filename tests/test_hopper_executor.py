@@ -1,0 +1,109 @@
+"""The torch executor on a GPU against itself on a CPU, over the same engine directory."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvlm.errors import UserError
+from runtime.decoder.executor import DecoderExecutor, DecoderRequest, generate
+from runtime.decoder.hopper_model import HopperModel
+from runtime.decoder.open_model import open_model
+from runtime.decoder.torch_executor import TorchDecoderExecutor
+from runtime.engine_dir import EngineDir
+from runtime.sampling import SamplingParams, sample_rows
+from tests.conftest import CPU
+from tests.tolerances import FAST_PATH_LOGITS, FAST_PATH_TOP1, relative_error
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+        reason="needs a Hopper GPU",
+    ),
+]
+CUDA = torch.device("cuda")
+VOCAB_SIZE = 512
+
+
+def load(engine_dir: Path, device: torch.device, **limits: int) -> TorchDecoderExecutor:
+    engine = EngineDir.read(engine_dir)
+    engine = replace(engine, limits=replace(engine.limits, **limits))
+    return TorchDecoderExecutor.load(engine, device)
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 90))] for _ in range(count)]
+
+
+def logits_along(
+    executor: DecoderExecutor, prompt: list[int], answer: list[int]
+) -> list[torch.Tensor]:
+    """Of every token of a given answer, each as a prompt of its own."""
+    found = []
+    for count in range(len(answer)):
+        executor.submit(DecoderRequest(prompt + answer[:count], 1, return_logits=True))
+        logits = executor.step()[0].logits
+        assert logits is not None
+        found.append(logits.cpu())
+    return found
+
+
+class TestOnAGpu:
+    pytestmark = needs_gpu
+
+    def test_the_fast_path_is_taken(self, engine_dir: Path) -> None:
+        assert isinstance(open_model(EngineDir.read(engine_dir), CUDA).model, HopperModel)
+
+    def test_logits_are_the_cpus(self, engine_dir: Path) -> None:
+        ours, oracle = load(engine_dir, CUDA), load(engine_dir, CPU)
+        agreements = []
+        for prompt in prompts(6):
+            ((answer, _),) = generate(oracle, [DecoderRequest(prompt, 12)])
+            wanted, found = (logits_along(each, prompt, answer) for each in (oracle, ours))
+            error = relative_error(torch.stack(found), torch.stack(wanted))
+            agreements += [
+                int(a.argmax() == b.argmax()) for a, b in zip(found, wanted, strict=True)
+            ]
+            print(f"error {error:.4f}, top-1 {sum(agreements) / len(agreements):.3f}")
+            assert error < FAST_PATH_LOGITS
+        assert sum(agreements) / len(agreements) >= FAST_PATH_TOP1
+
+    @pytest.mark.parametrize("limits", [{}, {"max_num_tokens": 33}], ids=["whole", "chunks"])
+    def test_decoded_answers_follow_the_cpus(
+        self, engine_dir: Path, limits: dict[str, int]
+    ) -> None:
+        """A tie that falls otherwise changes all that follows, so the first tokens tell."""
+        requests = [DecoderRequest(prompt, 8) for prompt in prompts(24)]
+        expected = generate(load(engine_dir, CPU, max_batch_size=8), requests)
+        found = generate(load(engine_dir, CUDA, max_batch_size=8, **limits), requests)
+        first = [int(a[0][0] == b[0][0]) for a, b in zip(expected, found, strict=True)]
+        whole = [int(a == b) for a, b in zip(expected, found, strict=True)]
+        print(f"first tokens {sum(first) / 24:.3f}, whole answers {sum(whole) / 24:.3f}")
+        assert sum(first) / 24 >= FAST_PATH_TOP1
+
+    def test_draws_are_the_cpus(self) -> None:
+        logits = 3 * torch.randn(40, 5000, generator=torch.Generator().manual_seed(0))
+        params = [
+            SamplingParams(),
+            SamplingParams(0.7, 0, 1.0, 1),
+            SamplingParams(1.0, 20, 0.9, 2),
+            SamplingParams(1.3, 0, 0.5, 3),
+        ] * 10
+        steps = list(range(40))
+        found = sample_rows(logits.cuda(), params, steps)
+        assert found.tolist() == sample_rows(logits, params, steps).tolist()
+
+
+def test_an_engine_that_does_not_fit_is_refused_with_what_would_fit(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20_000_000, 80 << 30))
+    monkeypatch.setattr("runtime.decoder.open_model.total_memory_bytes", lambda device: 80 << 30)
+    with pytest.raises(UserError, match=r"needs .* GB of cuda, where 0.0 GB are free: weights"):
+        open_model(EngineDir.read(engine_dir), CUDA)

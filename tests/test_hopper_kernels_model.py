@@ -1,0 +1,91 @@
+"""The fast path with its kernels against the oracle: on a GPU where there is one, otherwise in
+Triton's interpreter (see test_kernels.py), where cuBLAS has the streaming kernel in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from build.checkpoint.convert import ConvertOptions
+from runtime.decoder.hopper_model import HopperModel
+from runtime.decoder.hopper_weights import load_hopper_weights
+from runtime.decoder.kernels import plain_forms
+from runtime.decoder.plain_model import PlainModel
+from runtime.decoder.step import DecoderModel
+from runtime.decoder.torch_weights import load_weights, open_weights
+from runtime.engine_dir import EngineDir
+from tests import test_kernels
+from tests.conftest import CPU, Workshop
+from tests.test_hopper_model import MAX_SEQ_LEN, NUM_BLOCKS, SCENES
+from tests.test_kernels import rounding  # noqa: F401 - a fixture
+from tests.tolerances import FAST_PATH_LOGITS, relative_error
+
+DEVICE = test_kernels.DEVICE
+DTYPE = {torch.bfloat16: "bfloat16", torch.float16: "float16"}[test_kernels.DTYPE]
+
+
+INTERPRETED = ("a picture", "decoding beside prompts")
+
+
+class _Forms(test_kernels.TritonForms):
+    """What the interpreter cannot run is replaced."""
+
+    if DEVICE.type == "cpu":
+        head = staticmethod(plain_forms.head)  # type: ignore[assignment]
+
+        def linear(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+            from runtime.decoder.kernels.streaming_linear import MAX_ROWS
+
+            if len(x) > MAX_ROWS:
+                return plain_forms.linear(x, *arguments)
+            return self.streaming_linear(x, *arguments)
+
+
+@pytest.fixture(scope="module")
+def models(workshop: Workshop, model_dir) -> dict[str, DecoderModel]:  # type: ignore[no-untyped-def]
+    """The oracle on the CPU, and the fast path with and without CUDA graphs."""
+    checkpoint = workshop.checkpoint(f"fp8_{DTYPE}", model_dir, ConvertOptions(dtype=DTYPE))
+    engine_dir = workshop.engine(f"engine_fp8_{DTYPE}", checkpoint, vision="torch")
+    config = EngineDir.read(engine_dir).checkpoint_config
+    source = open_weights(engine_dir / "llm", config)
+    weights = load_hopper_weights(source, config, DEVICE)
+
+    def fast(use_graphs: bool, prefetch_bytes: int = 0) -> HopperModel:
+        forms = _Forms(DEVICE, prefetch_bytes=prefetch_bytes)
+        arguments = (config, 5, MAX_SEQ_LEN, weights, NUM_BLOCKS, DEVICE, forms)
+        return HopperModel(*arguments, use_graphs=use_graphs)
+
+    oracle = PlainModel(config, load_weights(source, config, CPU), NUM_BLOCKS, CPU)
+    models: dict[str, DecoderModel] = {
+        "oracle": oracle,
+        "graphs": fast(use_graphs=True),
+        "launches": fast(use_graphs=False),
+    }
+    if DEVICE.type == "cuda":
+        models["prefetch"] = fast(use_graphs=True, prefetch_bytes=9000)
+    return models
+
+
+@pytest.mark.parametrize("name", SCENES if DEVICE.type == "cuda" else INTERPRETED)
+@torch.inference_mode()
+def test_every_mixture_gives_the_oracles_logits(models: dict[str, DecoderModel], name: str) -> None:
+    for steps in SCENES[name]:
+        expected, found = (models[each].forward(steps) for each in ("oracle", "graphs"))
+        error = relative_error(found.cpu(), expected) if len(expected) else 0.0
+        print(f"{name}: {error:.4f}")
+        assert error < FAST_PATH_LOGITS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", SCENES)
+@torch.inference_mode()
+def test_graphs_prefetch_and_single_launches_agree_bit_for_bit(
+    models: dict[str, DecoderModel], name: str
+) -> None:
+    for steps in SCENES[name]:
+        expected = models["launches"].forward(steps)
+        assert torch.equal(expected, models["graphs"].forward(steps))
+        assert torch.equal(expected, models["prefetch"].forward(steps))
