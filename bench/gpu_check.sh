@@ -4,7 +4,7 @@
 # A part that fails or takes too long does not stop the next. Every part has a file of its own.
 out=$1; shift
 parts=${*:-tests decode variants vision kernels}
-export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
+export NVLM_HOPPER_KERNELS=1 PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
 mkdir -p "$out"
 part() { # name, seconds, command
   local name=$1 seconds=$2 started=$SECONDS; shift 2

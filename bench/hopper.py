@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine_dir import EngineDir
+from runtime.kernels import hopper
 
 DECODER_PHASES = {"decode", "prefill", "first_token", "serving"}
 PHASES = (*sorted(DECODER_PHASES), "vision")
@@ -146,6 +148,7 @@ def numbers(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    os.environ.setdefault(hopper.SWITCH, "1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("phases", nargs="+", choices=PHASES)
     parser.add_argument("--shape", choices=DECODERS, default="72b")

@@ -15,6 +15,7 @@ from runtime.decoder.hopper_model import HopperModel
 from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine_dir import EngineDir
+from runtime.kernels import hopper
 from runtime.sampling import SamplingParams, sample_rows
 from tests.conftest import CPU
 from tests.tolerances import FAST_PATH_LOGITS, FAST_PATH_TOP1, relative_error
@@ -28,6 +29,11 @@ needs_gpu = [
 ]
 CUDA = torch.device("cuda")
 VOCAB_SIZE = 512
+
+
+@pytest.fixture(autouse=True)
+def kernels_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(hopper.SWITCH, "1")
 
 
 def load(engine_dir: Path, device: torch.device, **limits: int) -> TorchDecoderExecutor:

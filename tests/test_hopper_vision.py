@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nvlm.vision_checkpoint import VisionCheckpoint
+from runtime.kernels import hopper
 from runtime.vision.hopper_model import HopperVisionModel
 from runtime.vision.kernels import plain_forms
 from runtime.vision.torch_executor import TorchVisionExecutor
@@ -92,8 +93,9 @@ def test_quantize_equals_its_plain_form() -> None:
     ("precision", "tolerance"), [("bfloat16", 2 * BF16_VISION), ("FP8", FP8_VISION)]
 )
 def test_on_a_gpu_it_is_the_cpus_module_and_graphs_change_no_bit(
-    checkpoint_dir: Path, precision: str, tolerance: float
+    checkpoint_dir: Path, precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(hopper.SWITCH, "1")
     checkpoint = VisionCheckpoint.read(checkpoint_dir / "vision")
     oracle = TorchVisionExecutor(checkpoint.load(precision, CPU), 7)
     graphs, launches = (
