@@ -9,7 +9,6 @@ expected string. Everything hangs on SEED, the fonts in fonts/ and words.txt.
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import json
 import math
@@ -21,6 +20,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from nvlm.command_line import ArgumentParser, positive_int, run
+from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.inputs.tiling import Grid, candidate_grids, choose_grid
 from tools.tiny import questions
@@ -275,12 +276,26 @@ def write_requests(directory: Path, per_task: int) -> Path:
 
 
 def score(answers: Path) -> dict[str, float]:
-    """Share of exactly right answers by task, of run.py's output file."""
+    """Share of exactly right answers by task, of run.py's output file. Raises `UserError` for a
+    file that does not answer `write_requests`."""
     given: dict[str, dict[int, str]] = defaultdict(dict)
-    for text in answers.read_text().splitlines():
-        line = json.loads(text)
-        task, index = line["id"].rsplit("-", 1)
-        given[task][int(index)] = line.get("text", "")
+    try:
+        lines = answers.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{answers} cannot be read ({error}); give run.py's output file") from None
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            task, index = line["id"].rsplit("-", 1)
+            given[task][int(index)] = line.get("text", "")
+            is_ours = task in TASKS and index.isdecimal()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            is_ours = False
+        if not is_ours:
+            raise UserError(
+                f"{answers}, line {number} answers none of this evaluation's questions; give the "
+                "output of run.py for the requests that --write wrote"
+            )
     scores = {}
     for task, texts in given.items():
         expected = [sample.answer for sample in samples(task, max(texts) + 1)]
@@ -289,11 +304,13 @@ def score(answers: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser((__doc__ or "").splitlines()[0])
     parser.add_argument("--write", type=Path, help="folder for requests and pictures")
-    parser.add_argument("--per_task", type=int, default=200)
+    parser.add_argument("--per_task", type=positive_int, default=100)
     parser.add_argument("--score", type=Path, help="run.py's output file")
     arguments = parser.parse_args()
+    if not arguments.write and not arguments.score:
+        raise UserError("give --write, --score or both")
     if arguments.write:
         print(write_requests(arguments.write, arguments.per_task))
     if arguments.score:
@@ -301,4 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
