@@ -216,6 +216,7 @@ def test_scores_count_exact_answers(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     assert evaluation.score(path) == {"number": 0.75, "text": 0.0}
+    assert evaluation.score(path, lambda sample: sample.id == "number-0") == {"number": 0.0}
 
 
 @pytest.mark.parametrize("text", ["", '{"id": "word"}', '{"id": "poem-1"}', '{"id": 3}', "[]"])

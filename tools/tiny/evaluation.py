@@ -14,7 +14,7 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.inputs.tiling import Grid, candidate_grids, choose_grid
 from tools.tiny import questions
 from tools.tiny.fonts import evaluation_font_files
-from tools.tiny.words import held_out_words
+from tools.tiny.words import held_out_words, training_words
 
 SEED = 20261123
 TASKS = ("number", "word", "two_lines", "colour", "which_tile", "tile_shows", "count", "text")
@@ -275,9 +275,15 @@ def write_requests(directory: Path, per_task: int) -> Path:
     return path
 
 
-def score(answers: Path) -> dict[str, float]:
-    """Share of exactly right answers by task, of run.py's output file. Raises `UserError` for a
-    file that does not answer `write_requests`."""
+def may_be_cut(sample: Sample) -> bool:
+    """Whether a word of its answer begins a training word, which training may have cut to it."""
+    words = [word for word in sample.answer.lower().split() if word.isalpha()]
+    return any(longer.startswith(word) for word in words for longer in training_words())
+
+
+def score(answers: Path, is_asked: Callable[[Sample], bool] = lambda _: True) -> dict[str, float]:
+    """Share of exactly right answers by task, of run.py's output file, over the samples asked for.
+    Raises `UserError` for a file that does not answer `write_requests`."""
     given: dict[str, dict[int, str]] = defaultdict(dict)
     try:
         lines = answers.read_text().splitlines()
@@ -298,8 +304,10 @@ def score(answers: Path) -> dict[str, float]:
             )
     scores = {}
     for task, texts in given.items():
-        expected = [sample.answer for sample in samples(task, max(texts) + 1)]
-        scores[task] = sum(texts[i] == expected[i] for i in texts) / len(texts)
+        asked = enumerate(samples(task, max(texts) + 1))
+        hits = [texts[i] == sample.answer for i, sample in asked if i in texts and is_asked(sample)]
+        if hits:
+            scores[task] = sum(hits) / len(hits)
     return scores
 
 
@@ -315,6 +323,11 @@ def main() -> None:
         print(write_requests(arguments.write, arguments.per_task))
     if arguments.score:
         print(json.dumps(score(arguments.score), indent=2))
+        uncut = score(arguments.score, lambda sample: not may_be_cut(sample))
+        told = ", ".join(
+            f"{task} {uncut[task]:.2f}" for task in ("word", "two_lines") if task in uncut
+        )
+        print(f"without words that begin a training word: {told}")
 
 
 if __name__ == "__main__":
