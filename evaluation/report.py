@@ -139,6 +139,7 @@ def _changes(comparison: Comparison, report: Report) -> str:
 
 
 def _short(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 

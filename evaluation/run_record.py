@@ -33,11 +33,14 @@ class RunRecord:
     def read(cls, path: Path) -> RunRecord:
         values = read_json_object(path)
         try:
-            return cls(**values)
+            record = cls(**values)
+            if record.format_version != FORMAT_VERSION:
+                raise TypeError(f"format_version {record.format_version!r} for {FORMAT_VERSION}")
         except TypeError as error:
             raise UserError(
                 f"{path} was not written by this version ({error}); use another --output_path"
             ) from None
+        return record
 
     def write(self, path: Path) -> None:
         write_json_atomically(path, asdict(self))
@@ -51,10 +54,18 @@ class RunRecord:
             self.data["num_frames"],
         )
 
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What answers in one file, or in one score, have in common. Of the questions only the
+        files' names: the data set may move."""
+        names = [Path(path).name for path in self.data["gt_path"]]
+        return {**self.settings, "gt_path": names, "num_frames": self.data["num_frames"]}
+
     def require_same(self, earlier: RunRecord, path: Path) -> None:
-        """Refuses to go on with answers of another engine or with other settings."""
-        for name, value in {**self.settings, "num_samples": self.num_samples}.items():
-            found = {**earlier.settings, "num_samples": earlier.num_samples}.get(name)
+        """Refuses to go on with answers of another engine, to other questions or with other
+        settings. The number of samples may grow: a record of the data set was mended."""
+        for name, value in self.decisive.items():
+            found = earlier.decisive.get(name)
             if found != value:
                 raise UserError(
                     f"{path} says its answers were made with {name} {found!r} and this run has "

@@ -282,7 +282,7 @@ def test_fp8_costs_the_small_model_little_and_the_comparison_says_so(
     assert comparison.p_value > 0.05
 
 
-def test_a_video_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+def test_a_short_video_gives_a_frame_several_times(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", ["1", "2"])
     assert len(decode_frames(tmp_path / "v.mp4", 4)) == 4
 
