@@ -58,8 +58,10 @@ def _check_truth(task: Task, line: Any) -> None:
 def _check_choices(line: Any) -> None:
     letters = string_list(line, "all_choices")
     options = field(line, "index2ans", dict)
-    if not letters or not all(isinstance(options.get(letter), str) for letter in letters):
+    if not letters or not all(letter in options for letter in letters):
         raise RecordError("has no option in index2ans for a letter of all_choices")
+    for letter in options:
+        field(options, letter, str)
 
 
 def _check_one_of(line: Any, key: str, expected: tuple[str, ...]) -> None:
