@@ -43,7 +43,12 @@ class RunRecord:
         return record
 
     def write(self, path: Path) -> None:
-        write_json_atomically(path, asdict(self))
+        try:
+            write_json_atomically(path, asdict(self))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written: {error.strerror}; choose another --output_path"
+            ) from None
 
     @property
     def location(self) -> Location:

@@ -400,6 +400,9 @@ def test_a_record_of_another_format_is_refused(tmp_path: Path) -> None:
     replace(record, format_version=2).write(tmp_path / "run.json")
     with pytest.raises(UserError, match="not written by this version"):
         RunRecord.read(tmp_path / "run.json")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match=r"folder\.json cannot be written: Is a directory"):
+        record.write(tmp_path / "folder.json")
 
 
 def test_a_mixture_of_hidden_and_public_answers_is_refused(tmp_path: Path) -> None:
