@@ -14,6 +14,8 @@ from runtime.engine_dir import EngineDir
 from runtime.types import GenerationRequest
 
 FORMAT_VERSION = 1
+_ENGINE = ("engine", "quant_algo", "kv_cache_quant_algo", "dtype", "decoder", "vision")
+"""The settings that are the engine's own: what a comparison of engines is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,15 @@ class RunRecord:
         files' names: the data set may move."""
         names = [Path(path).name for path in self.data["gt_path"]]
         return {**self.settings, "gt_path": names, "num_frames": self.data["num_frames"]}
+
+    def asked_otherwise(self, other: RunRecord) -> list[str]:
+        """What parts the two beside the engine, each with both values."""
+        ours, theirs = self.decisive, other.decisive
+        return [
+            f"{name} {ours[name]!r} against {theirs.get(name)!r}"
+            for name in ours
+            if name not in _ENGINE and ours[name] != theirs.get(name)
+        ]
 
     def require_same(self, earlier: RunRecord, path: Path) -> None:
         """Refuses to go on with answers of another engine, to other questions or with other
