@@ -136,9 +136,9 @@ def compare(
     requests: list[GenerationRequest],
     device: torch.device,
     job: Job,
+    options: DecoderOptions,
 ) -> None:
     """Both engines one after the other, then what differs."""
-    options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction, gather_logits=True)
     with Runner.open(arguments.engine_dir, device, job, options) as runner:
         engine = record(runner, requests)
     with Runner.open(arguments.compare, device) as runner:
@@ -163,25 +163,30 @@ def main() -> int:
         device = job.agree(lambda: job.world.device(resolve_device(arguments.device)))
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(job.world.share_of(torch.get_num_threads()))
+        # The same on every rank: each rank of TensorRT-LLM allocates by its own.
+        options = DecoderOptions(
+            arguments.kv_cache_free_gpu_memory_fraction,
+            gather_logits=arguments.compare is not None,
+        )
         if job.world.rank > 0:
-            options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
             run_worker(arguments.engine_dir, device, job, options)
             return 0
-        return lead(arguments, device, job)
+        return lead(arguments, device, job, options)
 
 
-def lead(arguments: argparse.Namespace, device: torch.device, job: Job) -> int:
+def lead(
+    arguments: argparse.Namespace, device: torch.device, job: Job, options: DecoderOptions
+) -> int:
     """What rank 0 does, or the only one."""
     request = default_request(arguments)
     task_run = TaskRun.read(arguments, request) if arguments.task else None
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
-    options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
     if arguments.compare:
         for line in lines:
             if isinstance(line.request, UserError):
                 raise line.request
         asked = [line.request for line in lines if isinstance(line.request, GenerationRequest)]
-        compare(arguments, asked or [request], device, job)
+        compare(arguments, asked or [request], device, job, options)
         return 0
     with Runner.open(arguments.engine_dir, device, job, options) as runner:
         if task_run:

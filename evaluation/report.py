@@ -44,6 +44,17 @@ class TaskReport:
     def problems(self) -> list[str]:
         return self.results.problems + (self.other.results.problems if self.other else [])
 
+    @property
+    def caveat(self) -> str | None:
+        """Said of a comparison that is not of the engines alone."""
+        if not (self.comparison and self.other and self.results.records):
+            return None
+        others = self.other.results.records
+        unlike = self.results.records[0].asked_otherwise(others[0]) if others else []
+        if not unlike:
+            return None
+        return f"Not the engines alone differ: {'; '.join(unlike)}."
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -102,6 +113,7 @@ def _task_markdown(task: TaskReport, report: Report) -> str:
     if task.comparison:
         lines += [
             told(task.comparison, results.task.unit) + "\n",
+            *([task.caveat + "\n"] if task.caveat else []),
             _changes(task.comparison, report),
         ]
     return "\n".join(lines)
@@ -139,6 +151,7 @@ def _changes(comparison: Comparison, report: Report) -> str:
 
 
 def _short(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 

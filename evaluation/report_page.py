@@ -57,6 +57,8 @@ def _task(task: TaskReport, report: Report) -> str:
     parts = [f"<article><h2>{escape(task.name)}</h2>", f"<p>{escape(headline(task))}</p>"]
     if task.comparison:
         parts.append(_difference(task.comparison, task.results.task.unit))
+    if task.caveat:
+        parts.append(f'<p class="note">{escape(task.caveat)}</p>')
     if task.problems:
         parts.append('<ul class="problems">')
         parts += [f"<li>{escape(problem)}</li>" for problem in task.problems]

@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.datasets.records import RecordError
 from evaluation.output_paths import answers_paths, record_path
 from evaluation.run_record import RunRecord
 from evaluation.sample import SampleId
+from evaluation.scorable import scorable_id
 from evaluation.scoring.score import Line
-from evaluation.tasks import Task, line_id
+from evaluation.tasks import Task
 from nvlm.errors import UserError
 
 
@@ -37,14 +39,22 @@ def read_results(prefix: Path, task: Task, flag: str = "--input_path") -> Result
         for number, text in _lines(path, flag):
             try:
                 line = json.loads(text)
-                sample_id = line_id(task, line)
-            except (ValueError, TypeError, LookupError, RecursionError):
-                problems.append(f"{path} line {number} is no {task.name} answer and is left out")
+            except (ValueError, RecursionError):
+                problems.append(f"{path} line {number} is not JSON and is left out")
+                continue
+            try:
+                sample_id = scorable_id(task, line)
+            except RecordError as error:
+                problems.append(
+                    f"{path} line {number} is no {task.name} answer and is left out: it {error}"
+                )
                 continue
             if sample_id in lines:
                 num_duplicates += 1
             else:
                 lines[sample_id] = line
+    if not lines and problems:
+        raise UserError(f"{flag} {prefix} has no {task.name} answer to score: {problems[0]}")
     if not lines:
         raise UserError(
             f"{flag} {prefix} has no {task.name} answers (looked for "
@@ -77,7 +87,7 @@ def _missing(prefix: Path, task: Task, records: list[RunRecord], num_lines: int)
         f"{prefix}-{task.name} partition {record.partition_id} was made by another engine or with "
         f"other settings than partition {records[0].partition_id}"
         for record in records
-        if record.settings != records[0].settings
+        if record.decisive != records[0].decisive
     ]
     expected = sum(record.num_samples for record in records)
     if num_lines < expected:

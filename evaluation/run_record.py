@@ -14,6 +14,8 @@ from runtime.engine_dir import EngineDir
 from runtime.types import GenerationRequest
 
 FORMAT_VERSION = 1
+_ENGINE = ("engine", "quant_algo", "kv_cache_quant_algo", "dtype", "decoder", "vision")
+"""The settings that are the engine's own: what a comparison of engines is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +35,22 @@ class RunRecord:
     def read(cls, path: Path) -> RunRecord:
         values = read_json_object(path)
         try:
-            return cls(**values)
+            record = cls(**values)
+            if record.format_version != FORMAT_VERSION:
+                raise TypeError(f"format_version {record.format_version!r} for {FORMAT_VERSION}")
         except TypeError as error:
             raise UserError(
                 f"{path} was not written by this version ({error}); use another --output_path"
             ) from None
+        return record
 
     def write(self, path: Path) -> None:
-        write_json_atomically(path, asdict(self))
+        try:
+            write_json_atomically(path, asdict(self))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written: {error.strerror}; choose another --output_path"
+            ) from None
 
     @property
     def location(self) -> Location:
@@ -51,10 +61,27 @@ class RunRecord:
             self.data["num_frames"],
         )
 
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What answers in one file, or in one score, have in common. Of the questions only the
+        files' names: the data set may move."""
+        names = [Path(path).name for path in self.data["gt_path"]]
+        return {**self.settings, "gt_path": names, "num_frames": self.data["num_frames"]}
+
+    def asked_otherwise(self, other: RunRecord) -> list[str]:
+        """What parts the two beside the engine, each with both values."""
+        ours, theirs = self.decisive, other.decisive
+        return [
+            f"{name} {ours[name]!r} against {theirs.get(name)!r}"
+            for name in ours
+            if name not in _ENGINE and ours[name] != theirs.get(name)
+        ]
+
     def require_same(self, earlier: RunRecord, path: Path) -> None:
-        """Refuses to go on with answers of another engine or with other settings."""
-        for name, value in {**self.settings, "num_samples": self.num_samples}.items():
-            found = {**earlier.settings, "num_samples": earlier.num_samples}.get(name)
+        """Refuses to go on with answers of another engine, to other questions or with other
+        settings. The number of samples may grow: a record of the data set was mended."""
+        for name, value in self.decisive.items():
+            found = earlier.decisive.get(name)
             if found != value:
                 raise UserError(
                     f"{path} says its answers were made with {name} {found!r} and this run has "

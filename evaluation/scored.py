@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluation.datasets.mmmu import read_mmmu_answers
-from evaluation.datasets.records import json_list, read_json
+from evaluation.datasets.records import RecordError, field, json_list, read_json, string_list
 from evaluation.output_paths import derived_path
 from evaluation.results import Results
 from evaluation.sample import SampleId
 from evaluation.scoring import mmmu
-from evaluation.scoring.captions import captions_by_image, comparable_caption
+from evaluation.scoring.captions import comparable_caption
 from evaluation.scoring.score import Line, TaskScore, Truth
 from nvlm.errors import UserError
 from nvlm.json_files import write_text_atomically
@@ -58,15 +59,51 @@ def read_truth(results: Results, gt_path: Path | None) -> Truth:
                 "the MMMU repository's answer_dict_val.json as --gt_path"
             )
         return Truth(answers)
-    if results.task.name == "captioning" and gt_path is not None:
-        records = [record for _, record in json_list(gt_path, "annotations")]
-        return Truth(dict(captions_by_image(records)))
+    if results.task.name == "captioning":
+        captions = _captions(gt_path) if gt_path is not None else {}
+        if missing := [
+            i
+            for i, line in results.lines.items()
+            if not (captions.get(str(i)) or line.get("ground_truth"))
+        ]:
+            raise UserError(
+                f"captioning has no captions of people for image {missing[0]} and "
+                f"{len(missing) - 1} more; give the annotations as --gt_path"
+            )
+        return Truth(captions)
     return Truth()
+
+
+def _captions(gt_path: Path) -> dict[str, Any]:
+    """COCO's annotations by image_id."""
+    captions: dict[str, list[str]] = defaultdict(list)
+    for where, record in json_list(gt_path, "annotations"):
+        try:
+            image_id = field(record, "image_id", (int, str))
+            captions[str(image_id)].append(field(record, "caption", str))
+        except RecordError as error:
+            raise _bad_truth(where, error) from None
+    return dict(captions)
+
+
+def _bad_truth(where: str, error: RecordError) -> UserError:
+    return UserError(f"--gt_path {where} {error}; download the benchmark's file again")
 
 
 def _mmmu_answers(results: Results, gt_path: Path | None) -> dict[str, Any]:
     if gt_path is not None:
-        answers: dict[str, Any] = read_json(gt_path)
+        answers = read_json(gt_path)
+        if not isinstance(answers, dict):
+            raise UserError(
+                f"--gt_path {gt_path} holds no answers by id, expected an object; give the MMMU "
+                "repository's answer_dict_val.json"
+            )
+        for sample_id, answer in answers.items():
+            try:
+                if isinstance(field(answer, "ground_truth", (str, list)), list):
+                    string_list(answer, "ground_truth")
+            except RecordError as error:
+                raise _bad_truth(f"{gt_path} entry {sample_id}", error) from None
         return answers
     if results.records and results.records[0].location.image_dir.is_dir():
         return read_mmmu_answers(results.records[0].location)

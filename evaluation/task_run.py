@@ -29,6 +29,7 @@ _ONLY_WITH_TASK = (
 _NEVER_WITH_TASK = (
     *("prompt", "image", "input_file", "output_file", "compare", "show_tiles", "streaming", "json"),
 )
+_ONLY_OF_TASKS = {"split": ("MMMU", "MathVista"), "num_frames": ("VideoMME",)}
 DEFAULT_NUM_FRAMES = 8
 
 
@@ -65,6 +66,11 @@ def check_flags(arguments: argparse.Namespace) -> None:
     task = find_task(arguments.task)
     if task.needs_gt_file and not arguments.gt_path:
         raise UserError(f"--task {task.name} needs --gt_path, the benchmark's questions")
+    for name, tasks in _ONLY_OF_TASKS.items():
+        if given[name] is not None and task.name not in tasks:
+            raise UserError(
+                f"--{name} goes with --task {' or '.join(tasks)}; {task.name} has no use for it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +154,7 @@ class TaskRun:
         return len(failures) + len(self.problems)
 
     def _check_frames(self, runner: Runner) -> None:
-        num_images = max(len(sample.images) for sample in self.samples)
+        num_images = max((len(sample.images) for sample in self.samples), default=0)
         most = runner.engine.limits.max_num_images
         if num_images > most:
             raise UserError(

@@ -20,12 +20,12 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from nvlm.command_line import EXIT_USER_ERROR
 from nvlm.errors import UserError
 from runtime.watch import Watch
 
 T = TypeVar("T")
 
-EXIT_USER_ERROR = 2
 _CAUSE_S = 3.0
 _FORWARD_S = 0.2  # a launcher that aborts drops what it has not yet read of our output
 _ABORT_S = 5.0  # an abort takes milliseconds; a launcher that never acts is not waited for
@@ -143,12 +143,12 @@ class Job:
                 "one that mpi4py loads"
             )
         self._mpi, self._comm = MPI, MPI.COMM_WORLD
+        sys.excepthook = self._fail  # a rank that ended alone would leave the others waiting
         is_one_machine = self.world.local_size == self.world.size
         offer = Watch.start(self.world.size, is_one_machine) if self.world.rank == 0 else None
         offer = self._comm.bcast(offer)
         assert offer is not None
         self._watch = Watch.join(offer, self.world.rank)
-        sys.excepthook = self._fail
         return self
 
     def __exit__(

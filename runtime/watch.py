@@ -2,12 +2,13 @@
 
 A launcher kills the surviving ranks within milliseconds, before they could say anything, so a
 process of its own does: every rank holds a connection to it and sends the names of its phases. The
-first one to close without leave is the rank that died. Only the standard library, to start fast.
+first one to close without leave is the rank that died. It imports little, to start fast.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import selectors
 import socket
 import subprocess
@@ -16,6 +17,8 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from nvlm.errors import UserError
 
 _CONNECT_S = 5.0
 _GRACE_S = 2.0  # for the launcher
@@ -62,7 +65,7 @@ class Watch:
 
     @classmethod
     def join(cls, offer: Offer, rank: int) -> Watch:
-        """Connects by the first address that answers."""
+        """Connects by the first address that answers. Raises `UserError` if none does."""
         for address in offer.addresses:
             try:
                 connection = socket.create_connection((address, offer.port), timeout=_CONNECT_S)
@@ -74,7 +77,11 @@ class Watch:
             if connection.recv(1) != _READY:
                 raise ConnectionError(f"the watching process ended before rank {rank} started")
             return cls(connection)
-        raise ConnectionError(f"rank {rank} reaches rank 0 at none of {offer.addresses}")
+        raise UserError(
+            f"{platform.node()} reaches rank 0 at none of its IPv4 addresses "
+            f"({', '.join(offer.addresses)}), port {offer.port}; let the machines of a job connect "
+            "to one another on every port"
+        )
 
     def phase(self, name: str) -> None:
         with suppress(OSError):  # without the watching process the ranks go on unwatched

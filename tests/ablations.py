@@ -79,12 +79,3 @@ def pixel_shuffle_v1(
     side = round(tokens_per_tile**0.5)
     cells = _tiles(request, tokens_per_tile).unflatten(1, (side, side))
     return replace(request, prompt_table=cells.transpose(1, 2).flatten(0, 2))
-
-
-ABLATIONS: tuple[Ablation, ...] = (
-    shuffle_tiles,
-    remove_thumbnail,
-    remove_tags,
-    swap_tags,
-    pixel_shuffle_v1,
-)

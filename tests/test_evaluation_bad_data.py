@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
+from evaluation.datasets.mmmu import read_mmmu_answers
 from evaluation.packages import require_package
+from evaluation.results import read_results
+from evaluation.run_record import RunRecord
+from evaluation.sample import Location
+from evaluation.scored import read_truth
+from evaluation.scoring.score import Truth
+from evaluation.tasks import TASKS
 from nvlm.errors import UserError
 from tests.benchmarks import (
     Benchmark,
@@ -117,6 +126,8 @@ def test_a_ground_truth_file_that_is_none_is_refused(
         ),
         (("--partition_id", "-1"), "'-1' is not a whole number from 0"),
         (("--prompt", "?"), "--prompt does not go with --task"),
+        (("--split", "test"), "--split goes with --task MMMU or MathVista; OCRBench has no use"),
+        (("--num_frames", "4"), "--num_frames goes with --task VideoMME; OCRBench has no use"),
         (("--streaming",), "--streaming does not go with --task"),
         (("--output_path", "/nowhere/at/all"), "lies in no directory that exists"),
         (("--input_image_path", "/nowhere"), "--input_image_path /nowhere is not a directory"),
@@ -203,10 +214,67 @@ def test_evaluate_names_broken_lines_and_scores_the_rest(tmp_path: Path) -> None
     path = write_answers(tmp_path / "run", "ChartQA", list(lines))
     result = run_command(EVALUATE, "--input_path", tmp_path / "run", "--json")
     assert result.exit_code == SOME_FAILED
-    assert f"{path} line 2 is no ChartQA answer and is left out" in result.stderr
+    assert f"{path} line 2 is not JSON and is left out" in result.stderr
     assert f"{path} line 3 is no ChartQA answer" in result.stderr
     report = json.loads(result.stdout)["tasks"]["ChartQA"]
     assert (report["score"], len(report["problems"])) == (50.0, 2)
+
+
+MCQ = {"index2ans": {"A": "x"}, "all_choices": ["A"]}
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "told"),
+    [
+        ("TextVQA", {"sample_id": 2, "answer": "a"}, "has no 'gt_answer'"),
+        ("TextVQA", short([2], "a", "a"), "has sample_id [2], expected int or str"),
+        ("TextVQA", short(2, 3, "a"), "has answer 3, expected str"),
+        ("TextVQA", short(2, "a"), "has 0 answers in gt_answer"),
+        ("ChartQA", short(2, "a", "a", "b"), "has 2 answers in gt_answer, expected one"),
+        (
+            "OCRBench",
+            {**short(2, "a", "a"), "dataset_name": "x", "data_type": "Music"},
+            "has data_type 'Music', expected one of Regular Text Recognition",
+        ),
+        ("MathVista", {**short(2, "a", "a"), "question_type": "open"}, "has question_type 'open'"),
+        (
+            "MathVista",
+            {**short(2, "a", "a"), **MCQ, "question_type": "multi_choice", "index2ans": {}},
+            "has no option in index2ans",
+        ),
+        (
+            "VideoMME",
+            {"duration_category": "short", "questions": [{"question_id": "1", "response": "A"}]},
+            "has no 'answer'",
+        ),
+    ],
+)
+def test_a_line_that_its_scorer_cannot_read_is_left_out(
+    task: str, line: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    path = write_answers(tmp_path / "run", task, [line])
+    with pytest.raises(UserError, match=f"no {task} answer to score: .* line 1 is no {task}"):
+        read_results(tmp_path / "run", TASKS[task])
+    good = {
+        **short(1, "a", "a"),
+        "dataset_name": "x",
+        "data_type": "Doc-oriented VQA",
+        **MCQ,
+        "question_type": "multi_choice",
+        "duration_category": "short",
+        "questions": [{"question_id": 1, "response": "A", "answer": "A"}],
+    }
+    write_answers(tmp_path / "run", task, [good, line])
+    results = read_results(tmp_path / "run", TASKS[task])
+    assert list(results.lines) == [1]
+    (problem,) = results.problems
+    assert problem.startswith(f"{path} line 2 is no {task} answer and is left out: it {told}")
+
+
+def test_a_single_truth_counts_as_a_list(tmp_path: Path) -> None:
+    write_answers(tmp_path / "run", "ChartQA", [{**short(1, "yes"), "gt_answer": "yes"}])
+    results = read_results(tmp_path / "run", TASKS["ChartQA"])
+    assert TASKS["ChartQA"].score(results.lines, Truth()).value == 100.0
 
 
 def test_evaluate_without_answers_is_one_line(tmp_path: Path) -> None:
@@ -230,6 +298,111 @@ def test_mmmu_without_its_answers_is_one_line(tmp_path: Path) -> None:
     gt = write_json(tmp_path / "answers.json", {})
     result = run_command(EVALUATE, *flags, "--gt_path", gt)
     one_line_error(result, "lacks validation_Art_1 and 0 more")
+
+
+@pytest.mark.parametrize(
+    ("truth", "told"),
+    [
+        ([], "holds no answers by id, expected an object"),
+        ({"validation_Art_1": "A"}, "entry validation_Art_1 is a str, expected an object"),
+        ({"validation_Art_1": {}}, "entry validation_Art_1 has no 'ground_truth'"),
+        ({"validation_Art_1": {"ground_truth": [1]}}, "expected a list of strings"),
+    ],
+)
+def test_a_truth_of_mmmu_that_is_none_is_one_line(truth: Any, told: str, tmp_path: Path) -> None:
+    line = {"sample_id": "validation_Art_1", "text": "B", "prediction": "B"}
+    write_answers(tmp_path / "run", "MMMU", [{**line, "question_type": "open"}])
+    gt = write_json(tmp_path / "answers.json", truth)
+    with pytest.raises(UserError, match=re.escape(told)):
+        read_truth(read_results(tmp_path / "run", TASKS["MMMU"]), gt)
+
+
+def test_captions_that_are_none_or_missing_are_one_line(tmp_path: Path) -> None:
+    write_answers(tmp_path / "run", "captioning", [{"sample_id": 1, "caption": "a cat"}])
+    results = read_results(tmp_path / "run", TASKS["captioning"])
+    with pytest.raises(UserError, match="image 1 and 0 more; give the annotations as --gt_path"):
+        read_truth(results, None)
+    gt = write_json(tmp_path / "gt.json", {"annotations": [{"image_id": 1}]})
+    with pytest.raises(UserError, match=r"gt\.json record 0 has no 'caption'"):
+        read_truth(results, gt)
+    write_json(gt, {"annotations": [{"image_id": 1, "caption": "A cat."}]})
+    assert read_truth(results, gt).answers == {"1": ["A cat."]}
+
+
+def test_broken_records_of_vqa_v2_are_named(tmp_path: Path) -> None:
+    good = {"question_id": 1, "image_id": 7, "question": "?"}
+    records = [good, {"question_id": 2, "question": "?"}, {**good, "question_id": [3]}, 4]
+    gt = write_json(tmp_path / "q.json", {"questions": records, "data_subtype": "test-dev2015"})
+    found = TASKS["VQAv2"].read(Location(tmp_path, (gt,)))
+    assert [sample.id for sample in found.samples] == [1]
+    assert found.samples[0].images == [tmp_path / "COCO_test2015_000000000007"]
+    assert found.problems == [
+        f"{gt} record 1 has no 'image_id'",
+        f"{gt} record 2 has question_id [3], expected int or str",
+        f"{gt} record 3 is a int, expected an object",
+    ]
+
+
+def test_an_empty_list_of_answers_is_a_hidden_one(tmp_path: Path) -> None:
+    record = {"question_id": 1, "image_id": "a", "question": "?", "answers": []}
+    gt = write_json(tmp_path / "q.json", {"data": [record]})
+    (sample,) = TASKS["TextVQA"].read(Location(tmp_path, (gt,))).samples
+    assert sample.fields == {"gt_answer": [""]}
+
+
+def test_parquet_without_pictures_or_truths_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    row = {"id": "validation_Art_1", "question_type": "open", "question": "?", "subfield": "x"}
+    (tmp_path / "Art").mkdir()
+    path = tmp_path / "Art" / "validation-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    found = TASKS["MMMU"].read(Location(tmp_path))
+    assert found.problems == [f"{path} row 0 has no 'image_1'"]
+    assert read_mmmu_answers(Location(tmp_path)) == {}
+
+
+def test_more_partitions_than_samples_leave_an_empty_one(
+    tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    made = ocrbench(tmp_path)
+    flags = ("--num_partitions", "9", "--partition_id", "0")
+    result = run_task(float32_engine_dir, made, tmp_path / "out", *flags)
+    assert result.exit_code == 0, result.stderr
+    assert "0 of 0 samples answered" in result.stderr
+
+
+def test_a_mended_data_set_goes_on_and_another_is_not_mixed_in(
+    tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    """OCRBench's ids are positions: another file has the same ones."""
+    made = ocrbench(tmp_path)
+    records = json.loads(made.gt_paths[0].read_text())
+    write_json(made.gt_paths[0], [*records[:2], {**records[2], "type": "Music"}])
+    broken = run_task(float32_engine_dir, made, tmp_path / "out")
+    assert broken.exit_code == SOME_FAILED
+    write_json(made.gt_paths[0], records)
+    mended = run_task(float32_engine_dir, made, tmp_path / "out")
+    assert mended.exit_code == 0, mended.stderr
+    assert "3 of 3 samples answered, 1 of them now" in mended.stderr
+    other = replace(made, gt_paths=(write_json(tmp_path / "other.json", records),))
+    result = run_task(float32_engine_dir, other, tmp_path / "out")
+    one_line_error(result, "made with gt_path ['OCRBench.json'] and this run has ['other.json']")
+
+
+def test_a_record_of_another_format_is_refused(tmp_path: Path) -> None:
+    record = RunRecord("AI2D", {}, {"gt_path": [], "num_frames": 8}, 0, 1, 1)
+    record.write(tmp_path / "run.json")
+    assert RunRecord.read(tmp_path / "run.json") == record
+    assert replace(record, data={"gt_path": [], "num_frames": 4}).decisive != record.decisive
+    replace(record, format_version=2).write(tmp_path / "run.json")
+    with pytest.raises(UserError, match="not written by this version"):
+        RunRecord.read(tmp_path / "run.json")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match=r"folder\.json cannot be written: Is a directory"):
+        record.write(tmp_path / "folder.json")
 
 
 def test_a_mixture_of_hidden_and_public_answers_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from evaluation.card import card_table
 from evaluation.compare import compare, sign_flip_p_value
+from evaluation.output_paths import record_path
+from evaluation.run_record import RunRecord
 from evaluation.scoring.score import SampleScore, TaskScore
 from tests.benchmarks import short, write_answers
 from tests.command import EVALUATE, run_command
@@ -127,6 +129,22 @@ def test_a_comparison_tells_what_changed_and_whether_it_is_chance(tmp_path: Path
     text = run_command(EVALUATE, *flags).stdout
     assert "53.00 against 60.00 over 100 samples: -7.00" in text
     assert "more than chance explains" in text
+
+
+def test_a_comparison_says_when_not_the_engines_alone_differ(tmp_path: Path) -> None:
+    for name, engine, max_new_tokens in (("a", "1", 128), ("b", "2", 128), ("c", "2", 16)):
+        path = write_answers(tmp_path / name, "AI2D", [short(1, "A", "A")])
+        settings = {"engine": engine, "quant_algo": None, "dtype": "bfloat16"}
+        settings |= {"kv_cache_quant_algo": None, "max_new_tokens": max_new_tokens}
+        data = {"gt_path": ["x.jsonl"], "num_frames": 8, "input_image_path": "x", "split": None}
+        RunRecord("AI2D", settings, data, 0, 1, 1).write(record_path(path))
+    flags = ("--input_path", tmp_path / "a", "--report_dir", tmp_path / "report", "--compare")
+    result = run_command(EVALUATE, *flags, tmp_path / "b")
+    assert result.exit_code == 0, result.stderr
+    assert "engines alone" not in result.stdout
+    told = "Not the engines alone differ: max_new_tokens 128 against 16."
+    assert told in run_command(EVALUATE, *flags, tmp_path / "c").stdout
+    assert told in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_a_graded_comparison_flips_signs() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from evaluation.compare import compare
+from evaluation.datasets import video_mme
 from evaluation.datasets.video_mme import decode_frames
 from evaluation.generate import answers
 from evaluation.results import read_results
@@ -134,7 +139,6 @@ def test_pictures_are_not_turned_upright_as_the_reference_does_not(
 def test_video_frames_are_spaced_evenly_and_of_one_tile_each(tmp_path: Path) -> None:
     """Frame k of 9 is as bright as 25 k; three frames are 0, 4 and 8."""
     import av
-    import numpy as np
 
     path = tmp_path / "v.mp4"
     with av.open(str(path), "w") as container:
@@ -282,9 +286,49 @@ def test_fp8_costs_the_small_model_little_and_the_comparison_says_so(
     assert comparison.p_value > 0.05
 
 
-def test_a_video_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+def test_a_short_video_gives_a_frame_several_times(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", ["1", "2"])
     assert len(decode_frames(tmp_path / "v.mp4", 4)) == 4
+
+
+def test_a_video_is_decoded_once_for_all_its_frames_and_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight threads prepare as many samples side by side, each of other videos or of the same."""
+    decoded: list[Path] = []
+
+    def decode(path: Path) -> Iterator[Any]:
+        decoded.append(path)
+        time.sleep(0.02)
+        yield SimpleNamespace(to_ndarray=lambda **_: np.zeros((2, 2, 3), np.uint8))
+
+    monkeypatch.setattr(video_mme, "_decode", decode)
+    video = {"video_id": "1", "duration_category": "short", "video_category": "x"}
+    videos = [
+        {
+            **video,
+            "video_subcategory": "y",
+            "url": f"v{number}",
+            "questions": [
+                {
+                    "question_id": f"{number}-{k}",
+                    "question": "?",
+                    "answer": "A",
+                    "choices": ["A. a", "B. b", "C. c", "D. d"],
+                }
+                for k in range(2)
+            ],
+        }
+        for number in range(8)
+    ]
+    gt = tmp_path / "videos.json"
+    gt.write_text(json.dumps(videos))
+    samples = TASKS["VideoMME"].read(Location(tmp_path, (gt,), num_frames=8)).samples
+    decode_frames.cache_clear()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda sample: [image() for image in sample.images], samples))
+    # Twice each: to count the frames, and for the pixels.
+    assert sorted(decoded) == sorted([tmp_path / f"v{number}.mp4" for number in range(8)] * 2)
 
 
 class BrokenDecoder:

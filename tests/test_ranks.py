@@ -115,9 +115,6 @@ def test_fp8_ranks_give_the_tokens_of_one(workshop: Workshop, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (TRAINED_MODEL / "config.json").is_file(), reason="models/nvlm-d-tiny is not there"
-)
 def test_fp8_ranks_of_a_trained_model_give_the_answers_of_one(
     workshop: Workshop, tmp_path: Path
 ) -> None:

@@ -118,10 +118,15 @@ def test_the_card_reaches_the_bars_and_fp8_costs_a_point_at_most() -> None:
         assert row in text, f"the model card lacks {row}"
 
 
-def test_the_cards_curve_is_drawn_from_all_runs() -> None:
+def test_the_cards_curve_is_drawn_from_all_runs(tmp_path: Path) -> None:
     runs = read_runs(sorted(MODEL.glob("training_*.jsonl")))
     last = sum(run[-1]["step"] for run in runs)
-    axes = draw(runs).axes
+    figure = draw(runs)
+    figure.savefig(tmp_path / "curve.svg")
+    # A mark for each score: fonts may place texts elsewhere, the number of marks stays.
+    drawn, shipped = ((d / "curve.svg").read_text().count("<use ") for d in (tmp_path, MODEL))
+    assert drawn == shipped
+    axes = figure.axes
     lines = {str(line.get_label()): line for plot in axes for line in plot.lines}
     assert set(LOSSES) | set(TASKS) - {"text"} <= set(lines)
     assert {float(max(lines[task].get_xdata())) for task in TASKS if task != "text"} == {last}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nvlm.errors import UserError
 from nvlm.inputs.prompt import tile_tags
 from nvlm.inputs.tiling import candidate_grids, tile_image
 from nvlm.inputs.tokenizer import Tokenizer
@@ -19,7 +20,7 @@ from tests.ablations import TAG_LENGTH
 from tools.tiny import evaluation, questions
 from tools.tiny.atlas import CHARACTERS, Atlas, draw_atlas
 from tools.tiny.compositor import Compositor, draw
-from tools.tiny.fonts import evaluation_font_files
+from tools.tiny.fonts import evaluation_font_files, training_font_files
 from tools.tiny.model import TinyNVLM, export, load_exported
 from tools.tiny.prompts import PromptEncoder, make_batch
 from tools.tiny.scene import SceneBatch, SceneSampler
@@ -67,6 +68,19 @@ def test_held_out_words_are_no_training_words() -> None:
     assert not training & held_out
     assert 0.05 < len(held_out) / len(training) < 0.2
     assert all(3 <= len(word) <= 8 and word.islower() for word in training | held_out)
+
+
+def test_evaluation_fonts_are_no_training_fonts() -> None:
+    families = json.loads((Path(evaluation.__file__).parent / "fonts.json").read_text())
+    used = {path.name.partition("-latin-")[0] for path in evaluation_font_files()}
+    assert used == set(families["evaluation"])
+    assert not used & (set(families["training"]) | set(families["validation"]))
+
+
+def test_training_refuses_a_folder_that_lacks_fonts(tmp_path: Path) -> None:
+    (tmp_path / "roboto-latin-400-normal.woff2").touch()
+    with pytest.raises(UserError, match="lacks 124 of the 125 training families, open-sans"):
+        training_font_files(tmp_path)
 
 
 def test_labels_lie_on_the_ink(atlas: Atlas) -> None:
@@ -202,3 +216,17 @@ def test_scores_count_exact_answers(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     assert evaluation.score(path) == {"number": 0.75, "text": 0.0}
+    assert evaluation.score(path, lambda sample: sample.id == "number-0") == {"number": 0.0}
+
+
+@pytest.mark.parametrize("text", ["", '{"id": "word"}', '{"id": "poem-1"}', '{"id": 3}', "[]"])
+def test_what_is_no_answer_of_the_evaluation_is_refused_with_its_line(
+    tmp_path: Path, text: str
+) -> None:
+    """The demo's own answers, for one."""
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(UserError, match="cannot be read"):
+        evaluation.score(path)
+    path.write_text(f'{{"id": "word-0", "text": ""}}\n{text}\n')
+    with pytest.raises(UserError, match="line 2 answers none"):
+        evaluation.score(path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
 from nvlm.errors import UserError
 from runtime.mpi import World, rank_from, require_world_size
+from runtime.watch import Offer, Watch
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -58,3 +61,10 @@ def test_variables_that_are_no_numbers_are_refused_and_the_log_does_without() ->
     with pytest.raises(UserError, match="PMI_SIZE=two"):
         World.from_environment(environment)
     assert rank_from(environment) == 0
+
+
+def test_a_rank_that_cannot_reach_the_first_one_says_where_it_looked() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UserError, match=f"reaches rank 0 at none .*127.0.0.1.*port {port}"):
+        Watch.join(Offer(("127.0.0.1",), port), 1)

@@ -8,7 +8,6 @@ work) and prints each command as a user would type it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import secrets
@@ -76,7 +75,7 @@ def draw_grid(grid: Grid) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.ArgumentParser((__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, help="draw the pictures of this seed again")
     given = parser.parse_args().seed
     seed = secrets.randbelow(10**6) if given is None else given

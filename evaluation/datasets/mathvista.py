@@ -41,7 +41,7 @@ def _sample(_: int, record: Record) -> Sample:
         question = field(record, "query", str).replace("Hint: ", "")
     return Sample(
         field(record, "pid", str),
-        (record["decoded_image"], "\n" + question),
+        (field(record, "decoded_image", object), "\n" + question),
         {
             "gt_answer": [answer],
             "question_type": question_type,

@@ -7,6 +7,7 @@ and every `<image k>` taken out of the text.
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 from typing import Any
 
@@ -28,13 +29,14 @@ def read_mmmu(location: Location) -> DataSet:
 
 def read_mmmu_answers(location: Location) -> dict[str, Record]:
     """id -> question_type and ground_truth, as in the MMMU repository's answer_dict_val.json."""
-    return {
-        str(record["id"]): {
-            "question_type": record["question_type"],
-            "ground_truth": _ground_truth(record),
-        }
-        for _, record in _records(location)
-    }
+    answers = {}
+    for _, record in _records(location):
+        with contextlib.suppress(RecordError):  # an answer without a truth is told by its id
+            answers[field(record, "id", str)] = {
+                "question_type": field(record, "question_type", str),
+                "ground_truth": _ground_truth(record),
+            }
+    return answers
 
 
 def _records(location: Location) -> list[tuple[str, Record]]:
@@ -66,7 +68,8 @@ def _sample(_: int, record: Record) -> Sample:
         fields |= {"index2ans": letters, "all_choices": list(letters)}
     else:
         question = short_answer(question)
-    return Sample(sample_id, (record["image_1"], "\n" + _IMAGE_MARK.sub("", question)), fields)
+    picture = field(record, "image_1", object)
+    return Sample(sample_id, (picture, "\n" + _IMAGE_MARK.sub("", question)), fields)
 
 
 def _ground_truth(record: Record) -> str | list[str]:

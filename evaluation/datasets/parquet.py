@@ -1,7 +1,7 @@
 """Hugging Face data sets as they are published: parquet files with the pictures in them.
 
 Everything but the pictures is read at once; a picture is read, with its row group, when it is
-asked for, so memory holds one row group of pictures.
+asked for, so memory holds one row group of pictures for each file.
 """
 
 from __future__ import annotations
@@ -33,19 +33,23 @@ class ParquetFile:
         try:
             self._file: Any = parquet.ParquetFile(path)
         except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-            raise UserError(
-                f"{path} is not a whole parquet file ({str(error).splitlines()[0]}); download it "
-                "again"
-            ) from None
+            raise self._damaged(error) from None
         names: list[str] = self._file.schema_arrow.names
         self.picture_columns = [name for name in names if picture_columns.fullmatch(name)]
         self._columns = [name for name in names if name not in self.picture_columns]
         self._lock = threading.Lock()
         self._held: tuple[int, str, list[Any]] | None = None
 
+    def _damaged(self, error: Exception) -> UserError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return UserError(f"{self.path} is not a whole parquet file ({reason}); download it again")
+
     def records(self) -> list[tuple[str, Record]]:
         """(where it stands, values); a picture column holds a function that reads the picture."""
-        rows: list[Record] = self._file.read(self._columns).to_pylist()
+        try:
+            rows: list[Record] = self._file.read(self._columns).to_pylist()
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from None
         for number, row in enumerate(rows):
             row |= {name: self._reader(number, name) for name in self.picture_columns}
         return [(f"{self.path} row {number}", row) for number, row in enumerate(rows)]
@@ -59,7 +63,10 @@ class ParquetFile:
     def _picture(self, group: int, number: int, column: str) -> bytes:
         with self._lock:
             if self._held is None or self._held[:2] != (group, column):
-                table = self._file.read_row_group(group, [column])
+                try:
+                    table = self._file.read_row_group(group, [column])
+                except (OSError, ValueError) as error:
+                    raise self._damaged(error) from None
                 self._held = (group, column, table.column(column).to_pylist())
             picture = self._held[2][number]
         if not (isinstance(picture, dict) and isinstance(picture.get("bytes"), bytes)):

@@ -58,10 +58,17 @@ def read_vqa_v2(location: Location) -> DataSet:
     records = json_list(location.gt_paths[0], "questions")
     annotations = _annotations(location.gt_paths[1:])
     subtype = questions.get("data_subtype", "")
-    for _, record in records:
-        if isinstance(record, dict):
-            record["image"] = _coco_name(record.get("image_id"), str(subtype))
-            record["answer"] = annotations.get(record.get("question_id"), HIDDEN)
+
+    def merged(record: Any) -> Any:
+        """As Megatron-LM's list has it, or what is wrong with it."""
+        try:
+            image = _coco_name(field(record, "image_id", (int, str)), str(subtype))
+            answer = annotations.get(field(record, "question_id", (int, str)), HIDDEN)
+        except RecordError as error:
+            return error
+        return {**record, "image": image, "answer": answer}
+
+    records = [(where, merged(record)) for where, record in records]
     return _samples(records, location.image_dir, VQA_V2)
 
 
@@ -81,7 +88,7 @@ def _annotations(paths: Iterable[Path]) -> dict[Any, list[str]]:
     return answers
 
 
-def _coco_name(image_id: Any, subtype: str) -> str:
+def _coco_name(image_id: int | str, subtype: str) -> str:
     """COCO_val2014_000000262148: test-dev2015 has the pictures of test2015."""
     split = "test2015" if subtype.startswith("test") else subtype or "val2014"
     return f"COCO_{split}_{image_id:0>12}"
@@ -100,8 +107,8 @@ def _samples(records: list[tuple[str, Any]], image_dir: Path, keys: Keys) -> Dat
 
 
 def _answers(record: Record, key: str) -> list[str]:
-    """A test split has none; a single string counts as a list."""
-    if record.get(key) is None:
+    """A test split has none, or an empty list; a single string counts as a list."""
+    if record.get(key) in (None, []):
         return HIDDEN
     return [record[key]] if isinstance(record[key], str) else string_list(record, key)
 

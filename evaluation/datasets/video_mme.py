@@ -7,6 +7,7 @@ are evenly spaced, each an image of one tile.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,23 +35,27 @@ def read_video_mme(location: Location) -> DataSet:
     def read(_: int, record: Record) -> Iterator[Sample]:
         video = {key: field(record, key, (str, int)) for key in _VIDEO_KEYS}
         path = location.image_dir / (_YOUTUBE.sub("", str(video["url"])) + ".mp4")
-        images = tuple(partial(_frame, path, n, index) for index in range(n))
+        decoding = threading.Lock()
+        images = tuple(partial(_frame, path, n, index, decoding) for index in range(n))
         for question in field(record, "questions", list):
             choices = string_list(question, "choices")
             if len(choices) != 4:
                 raise RecordError(f"has {len(choices)} choices, expected 4")
             text = video_question(field(question, "question", str), choices)
+            field(question, "answer", str)
             sample_id = field(question, "question_id", (str, int))
             yield Sample(sample_id, (*images, "\n" + text), {**video, "questions": [question]})
 
     return collect(records, read)
 
 
-def _frame(path: Path, num_frames: int, index: int) -> NDArray[np.uint8]:
-    return decode_frames(path, num_frames)[index]
+def _frame(path: Path, num_frames: int, index: int, decoding: threading.Lock) -> NDArray[np.uint8]:
+    """A video's questions are prepared side by side, and one of them decodes it for all."""
+    with decoding:
+        return decode_frames(path, num_frames)[index]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)  # more than are prepared at once, or every frame would decode its video
 def decode_frames(path: Path, num_frames: int) -> tuple[NDArray[np.uint8], ...]:
     """Frames spaced as numpy's linspace, RGB [height, width, 3] each; the last few videos' are kept
     for their next question. Raises `UserError` for a video that cannot be read.

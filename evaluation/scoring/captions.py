@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from collections import defaultdict
 
 from evaluation.packages import require_package
 from evaluation.sample import SampleId
@@ -15,14 +14,6 @@ from nvlm.errors import UserError
 
 def comparable_caption(caption: str) -> str:
     return caption.rstrip(".").lower()
-
-
-def captions_by_image(annotations: list[dict[str, object]]) -> dict[str, list[str]]:
-    """COCO's annotations as `Truth.answers`."""
-    captions: dict[str, list[str]] = defaultdict(list)
-    for annotation in annotations:
-        captions[str(annotation["image_id"])].append(str(annotation["caption"]))
-    return captions
 
 
 def score_captions(lines: dict[SampleId, Line], truth: Truth) -> TaskScore:

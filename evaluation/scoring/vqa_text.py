@@ -1,7 +1,7 @@
 """How VQA's evaluation makes answers comparable before it compares them, quirks included.
 
 By the rules of vqaEval.py (GT-Vision-Lab/VQA), which Open Flamingo and through it Megatron-LM use;
-tests/data/vqa_normalization.json holds what that program gives. No package that can be installed
+tests/data/evaluation_goldens.json holds what that program gives. No package that can be installed
 without a model zoo carries it.
 """
 

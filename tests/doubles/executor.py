@@ -84,7 +84,7 @@ class _Executor:
             dtype = json.loads((checkpoint_dir / "config.json").read_text())["dtype"]
             self.dtype = getattr(torch, dtype)
         if self.ranks is not None:
-            self.ranks.open()
+            self.ranks.open(config.gather_generation_logits)
 
     def _limits(self) -> EngineLimits:
         engine = self.engine

@@ -1,7 +1,8 @@
 """The other ranks of an `mpirun`, as forked processes, and what MPI carries between Executors.
 
-The leader's waits until every rank has opened its engine, tells them each step and that it closes,
-and hears from each. A rank that is missing, dead or out of step is an error: a real run would hang.
+The leader's waits until every rank has opened its engine with the leader's settings, tells them
+each step and that it closes, and hears from each. A rank that is missing, dead or out of step is
+an error: a real run would hang.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Leader:
     rank: int = 0
     num_steps: int = 0
 
-    def open(self) -> None:
-        self._hear(OPEN)
+    def open(self, gathers_logits: bool) -> None:
+        self._hear((OPEN, gathers_logits))
 
     def step(self) -> None:
         self.num_steps += 1
@@ -47,7 +48,7 @@ class Leader:
             pipe.send(word)
         self._hear(word)
 
-    def _hear(self, word: str) -> None:
+    def _hear(self, word: object) -> None:
         for rank, pipe in enumerate(self.pipes, start=1):
             if not pipe.poll(_TIMEOUT_S):
                 raise RuntimeError(f"rank {rank} does not answer")
@@ -65,8 +66,8 @@ class Worker:
     rank: int
     pipe: Connection
 
-    def open(self) -> None:
-        self.pipe.send((OPEN, self.rank))
+    def open(self, gathers_logits: bool) -> None:
+        self.pipe.send(((OPEN, gathers_logits), self.rank))
 
     def serve(self) -> None:
         """Its part of every step, until the leader closes."""

@@ -9,23 +9,24 @@ expected string. Everything hangs on SEED, the fonts in fonts/ and words.txt.
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from nvlm.command_line import ArgumentParser, positive_int, run
+from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.inputs.tiling import Grid, candidate_grids, choose_grid
 from tools.tiny import questions
 from tools.tiny.fonts import evaluation_font_files
-from tools.tiny.words import held_out_words
+from tools.tiny.words import held_out_words, training_words
 
 SEED = 20261123
 TASKS = ("number", "word", "two_lines", "colour", "which_tile", "tile_shows", "count", "text")
@@ -274,31 +275,60 @@ def write_requests(directory: Path, per_task: int) -> Path:
     return path
 
 
-def score(answers: Path) -> dict[str, float]:
-    """Share of exactly right answers by task, of run.py's output file."""
+def may_be_cut(sample: Sample) -> bool:
+    """Whether a word of its answer begins a training word, which training may have cut to it."""
+    words = [word for word in sample.answer.lower().split() if word.isalpha()]
+    return any(longer.startswith(word) for word in words for longer in training_words())
+
+
+def score(answers: Path, is_asked: Callable[[Sample], bool] = lambda _: True) -> dict[str, float]:
+    """Share of exactly right answers by task, of run.py's output file, over the samples asked for.
+    Raises `UserError` for a file that does not answer `write_requests`."""
     given: dict[str, dict[int, str]] = defaultdict(dict)
-    for text in answers.read_text().splitlines():
-        line = json.loads(text)
-        task, index = line["id"].rsplit("-", 1)
-        given[task][int(index)] = line.get("text", "")
+    try:
+        lines = answers.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{answers} cannot be read ({error}); give run.py's output file") from None
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            task, index = line["id"].rsplit("-", 1)
+            given[task][int(index)] = line.get("text", "")
+            is_ours = task in TASKS and index.isdecimal()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            is_ours = False
+        if not is_ours:
+            raise UserError(
+                f"{answers}, line {number} answers none of this evaluation's questions; give the "
+                "output of run.py for the requests that --write wrote"
+            )
     scores = {}
     for task, texts in given.items():
-        expected = [sample.answer for sample in samples(task, max(texts) + 1)]
-        scores[task] = sum(texts[i] == expected[i] for i in texts) / len(texts)
+        asked = enumerate(samples(task, max(texts) + 1))
+        hits = [texts[i] == sample.answer for i, sample in asked if i in texts and is_asked(sample)]
+        if hits:
+            scores[task] = sum(hits) / len(hits)
     return scores
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser((__doc__ or "").splitlines()[0])
     parser.add_argument("--write", type=Path, help="folder for requests and pictures")
-    parser.add_argument("--per_task", type=int, default=200)
+    parser.add_argument("--per_task", type=positive_int, default=100)
     parser.add_argument("--score", type=Path, help="run.py's output file")
     arguments = parser.parse_args()
+    if not arguments.write and not arguments.score:
+        raise UserError("give --write, --score or both")
     if arguments.write:
         print(write_requests(arguments.write, arguments.per_task))
     if arguments.score:
         print(json.dumps(score(arguments.score), indent=2))
+        uncut = score(arguments.score, lambda sample: not may_be_cut(sample))
+        told = ", ".join(
+            f"{task} {uncut[task]:.2f}" for task in ("word", "two_lines") if task in uncut
+        )
+        print(f"without words that begin a training word: {told}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

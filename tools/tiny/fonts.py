@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nvlm.errors import UserError
+
 _LIST = Path(__file__).with_name("fonts.json")
 EVALUATION_FONTS = Path(__file__).with_name("fonts")
 
@@ -26,7 +28,12 @@ def evaluation_font_files() -> list[Path]:
 
 
 def _files(fonts_dir: Path, use: str) -> list[Path]:
+    """Raises `UserError` where a family is missing: fewer fonts would train another model."""
     families = json.loads(_LIST.read_text())[use]
-    found = [path for name in families for path in sorted(fonts_dir.glob(f"{name}-latin-*.woff2"))]
-    assert found, f"{fonts_dir} has none of the {use} fonts"
-    return found
+    found = {name: sorted(fonts_dir.glob(f"{name}-latin-*.woff2")) for name in families}
+    if missing := [name for name, files in found.items() if not files]:
+        raise UserError(
+            f"{fonts_dir} lacks {len(missing)} of the {len(families)} {use} families, "
+            f"{missing[0]} for one; docs/tiny_model.md tells how to fetch them"
+        )
+    return [path for files in found.values() for path in files]

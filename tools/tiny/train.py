@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from nvlm.errors import UserError
 from nvlm.inputs.tiling import IMAGENET_MEAN, IMAGENET_STD
 from tools.tiny.atlas import draw_atlas
 from tools.tiny.compositor import IGNORE, NUM_LABELS, Compositor, Picture, draw
@@ -57,10 +58,11 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(arguments.seed)
         torch.set_float32_matmul_precision("high")
+        training = training_font_files(arguments.fonts_dir)
+        validation = validation_font_files(arguments.fonts_dir)
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         write_tokenizer(arguments.output_dir)
-        training = training_font_files(arguments.fonts_dir)
-        self.atlas = draw_atlas(training + validation_font_files(arguments.fonts_dir))
+        self.atlas = draw_atlas(training + validation)
         self.num_training_fonts = len(training)
         self.compositor = Compositor(self.atlas, TINY.image_size, self.device)
         self.model = TinyNVLM().to(self.device)
@@ -332,7 +334,12 @@ def main() -> None:
     parser.add_argument("--num_tiles", type=int, default=840, help="tiles a step")
     parser.add_argument("--num_workers", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    Trainer(parser.parse_args()).run()
+    arguments = parser.parse_args()
+    try:
+        trainer = Trainer(arguments)
+    except UserError as error:
+        parser.error(str(error))
+    trainer.run()
 
 
 if __name__ == "__main__":

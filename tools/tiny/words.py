@@ -25,5 +25,5 @@ def training_words() -> tuple[str, ...]:
 
 @cache
 def held_out_words() -> tuple[str, ...]:
-    """Words that no training picture, answer or text-only question contains."""
+    """Never drawn as words in training; random letters or a longer word cut short may spell one."""
     return tuple(word for word in _FILE.read_text().split() if _is_held_out(word))
