@@ -17,6 +17,7 @@ import torch
 
 from build.checkpoint.convert import ConvertOptions
 from nvlm.config import NVLMConfig
+from nvlm.errors import UserError
 from nvlm.inputs.prompt import tile_tags
 from nvlm.inputs.tiling import choose_grid
 from nvlm.inputs.tokenizer import Tokenizer
@@ -116,6 +117,13 @@ def test_the_card_reaches_the_bars_and_fp8_costs_a_point_at_most() -> None:
     for task in TASKS:
         row = f"| {task} | {CARD['fp8'][task]:.2f} | {CARD['bf16'][task]:.2f} |"
         assert row in text, f"the model card lacks {row}"
+
+
+def test_what_is_no_log_is_told(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')
+    for log in (tmp_path / "log.jsonl", tmp_path / "none.jsonl"):
+        with pytest.raises(UserError, match=f"{log.name} is no log"):
+            read_runs([log])
 
 
 def test_the_cards_curve_is_drawn_from_all_runs(tmp_path: Path) -> None:

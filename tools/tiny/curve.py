@@ -5,13 +5,15 @@ python -m tools.tiny.curve --logs run1.jsonl run2.jsonl --output curve.svg
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from nvlm.command_line import ArgumentParser, run
+from nvlm.errors import UserError
 
 matplotlib.rcParams["svg.hashsalt"] = "nvlm"  # the same logs give the same bytes
 
@@ -20,7 +22,18 @@ LOSSES = ("answer", "patch", "token")
 
 
 def read_runs(logs: list[Path]) -> list[list[dict[str, Any]]]:
-    return [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+    """Raises `UserError` for a file that is no log of a run."""
+    return [_read_run(log) for log in logs]
+
+
+def _read_run(log: Path) -> list[dict[str, Any]]:
+    try:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        if lines and all(isinstance(line["step"], int) for line in lines):
+            return lines
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{log} is no log of tools.tiny.train; give its log.jsonl")
 
 
 def draw(runs: list[list[dict[str, Any]]]) -> Figure:
@@ -31,13 +44,13 @@ def draw(runs: list[list[dict[str, Any]]]) -> Figure:
         name: ([], []) for name in (*LOSSES, *TASKS)
     }
     first_step = 0
-    for run in runs:
-        for line in run:
+    for lines in runs:
+        for line in lines:
             for name, value in {**line, **line.get("validation", {})}.items():
                 if name in curves:
                     curves[name][0].append(first_step + line["step"])
                     curves[name][1].append(value)
-        first_step += run[-1]["step"]
+        first_step += lines[-1]["step"]
         for axes in (losses, scores):
             axes.axvline(first_step, color="grey", linewidth=0.8, linestyle=":")
     for axes, names in ((losses, LOSSES), (scores, TASKS)):
@@ -51,7 +64,7 @@ def draw(runs: list[list[dict[str, Any]]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser((__doc__ or "").splitlines()[0])
     parser.add_argument("--logs", type=Path, nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -59,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
