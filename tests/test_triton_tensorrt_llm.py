@@ -30,6 +30,7 @@ from runtime.types import GenerationRequest
 from tests.asking import Images
 from tests.cases import PHOTO
 from tests.triton_server import (
+    ANSWER_TIMEOUT_S,
     START_TIMEOUT_S,
     Served,
     Stream,
@@ -76,7 +77,9 @@ def server(float32_engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     repository.mkdir()
     http, grpc, metrics = free_ports(3)
     ports = Ports("127.0.0.1", http, grpc, metrics)
-    options = ServeOptions("tensorrt_llm", device="cpu", num_threads=1, grpc_url=ports.grpc_url)
+    options = ServeOptions(
+        "tensorrt_llm", device="cpu", num_threads=1, max_queue_size=8, grpc_url=ports.grpc_url
+    )
     render(EngineDir.read(float32_engine_dir), repository, options)
     put_double(repository)
     put_unary(repository)
@@ -197,7 +200,7 @@ def test_models_that_answer_once_take_unary_calls(
 
     def call(_: int) -> str:
         with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
-            result = client.infer(model, inputs, outputs=outputs, client_timeout=60)
+            result = client.infer(model, inputs, outputs=outputs, client_timeout=ANSWER_TIMEOUT_S)
             return str(result.as_numpy("text_output")[0].decode())
 
     with ThreadPoolExecutor(4) as pool:
@@ -206,7 +209,7 @@ def test_models_that_answer_once_take_unary_calls(
         grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client,
         pytest.raises(InferenceServerException, match="stream is true"),
     ):
-        client.infer(model, tensors("x", 4, stream=True), client_timeout=60)
+        client.infer(model, tensors("x", 4, stream=True), client_timeout=ANSWER_TIMEOUT_S)
 
 
 def status_of(call: Callable[[], object]) -> tuple[str, str]:
@@ -220,7 +223,9 @@ def test_unary_calls_fail_with_a_grpc_status_code(server: Served) -> None:
     with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
 
         def status(inputs: list[grpcclient.InferInput]) -> tuple[str, str]:
-            return status_of(lambda: client.infer("nvlm_unary", inputs, client_timeout=60))
+            return status_of(
+                lambda: client.infer("nvlm_unary", inputs, client_timeout=ANSWER_TIMEOUT_S)
+            )
 
         code, told = status(tensors("x", -4))
         assert (code, told) == (
@@ -237,13 +242,13 @@ def test_a_full_server_is_unavailable_by_its_grpc_status_code(server: Served) ->
     def call(_: int) -> str:
         with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
             try:
-                client.infer("nvlm_unary", tensors("How?", 60), client_timeout=60)
+                client.infer("nvlm_unary", tensors("How?", 40), client_timeout=ANSWER_TIMEOUT_S)
             except InferenceServerException as error:
                 return str(error.status())
             return "OK"
 
-    with ThreadPoolExecutor(100) as pool:
-        assert set(pool.map(call, range(100))) == {"OK", "StatusCode.UNAVAILABLE"}
+    with ThreadPoolExecutor(32) as pool:
+        assert set(pool.map(call, range(32))) == {"OK", "StatusCode.UNAVAILABLE"}
 
 
 def test_a_unary_client_that_gives_up_frees_its_slot(server: Served) -> None:

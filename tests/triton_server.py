@@ -27,7 +27,7 @@ from tritonclient.utils import np_to_triton_dtype
 from tests.command import ROOT
 
 START_TIMEOUT_S = 150
-ANSWER_TIMEOUT_S = 60
+ANSWER_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
         self._types = {spec["name"]: spec["data_type"] for spec in config["input"]}
+        torch.set_num_threads(1)
         llm_dir = Path(config["parameters"]["gpt_model_path"]["string_value"])
         engine = EngineDir.read(llm_dir.parent)
         self._decoder_config = engine.checkpoint_config.decoder
