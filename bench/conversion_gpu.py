@@ -16,6 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from nvlm.safetensors_files import SafetensorsReader
 from nvlm.tensor_names import DECODER_LAYER, ENGINE_LAYER
 from tools.make_random_checkpoint import PRESETS
 
+_INTERVAL_S = 0.1
 _ROWS = 64  # of the inputs that the sampled linear is compared with
 _BLOCK_ROWS = 512
 _DIVISION_ERROR = 1e-6  # weights are divided by their scale in float32
@@ -75,16 +77,26 @@ def _watched(device: torch.device) -> Iterator[dict[str, int]]:
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         yield seen
         return
+    before, done = _used_bytes(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_INTERVAL_S):
+            seen["nvidia_smi"] = max(seen.get("nvidia_smi", 0), _used_bytes() - before)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
+def _used_bytes() -> int:
+    """Of the first GPU's memory, by all its processes."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
-    with subprocess.Popen([*query, "-lms", "100"], stdout=subprocess.PIPE, text=True) as process:
-        time.sleep(1)  # a few lines of how it was before
-        try:
-            yield seen
-        finally:
-            process.terminate()
-            found = [int(line) for line in process.communicate()[0].split() if line.isdecimal()]
-    if found:
-        seen["nvidia_smi"] = (max(found) - found[0]) << 20
+    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return int(told) << 20
 
 
 def file_system_of(path: Path) -> str:
