@@ -410,6 +410,73 @@ def test_a_chart_without_its_one_label_is_named(label: Any, tmp_path: Path) -> N
     assert problem.startswith(f"{gt} record 1 has label {label!r}, expected ")
 
 
+def test_questions_without_answers_among_others_are_named(tmp_path: Path) -> None:
+    """Before hours of answering, not when evaluate.py refuses the mixture."""
+    public = {"question_id": 1, "image_id": "a", "question": "?", "answers": ["yes"]}
+    hidden = {"question_id": 2, "image_id": "b", "question": "?"}
+    gt = write_json(tmp_path / "q.json", {"data": [public, hidden]})
+    found = TASKS["TextVQA"].read(Location(tmp_path, (gt,)))
+    assert [sample.id for sample in found.samples] == [1]
+    (problem,) = found.problems
+    assert problem.startswith("sample 2 has no answers, as in a test split, and others have")
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "told"),
+    [
+        ("AI2D", {"image": "a", "question_id": 1, "question": "?", "answer": ""}, "has answer ''"),
+        (
+            "RealworldQA",
+            {"image": "1.webp", "question": "?", "question_type": "open", "answer": " "},
+            "has answer ' ', expected an answer",
+        ),
+        *(
+            (
+                "OCRBench",
+                {
+                    "image_path": "a",
+                    "question": "?",
+                    "answers": answers,
+                    "dataset_name": "x",
+                    "type": "Doc-oriented VQA",
+                },
+                "expected one or more",
+            )
+            for answers in ([], [""], "", ["a", ""])
+        ),
+    ],
+)
+def test_a_public_truth_that_is_none_is_named(
+    task: str, record: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    text = json.dumps(record if task == "AI2D" else [record])
+    gt = tmp_path / "gt.json"
+    gt.write_text(text)
+    found = TASKS[task].read(Location(tmp_path, (gt,)))
+    assert found.samples == []
+    assert told in found.problems[0]
+
+
+def test_a_video_question_with_another_letter_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    made = video_mme(tmp_path)
+    videos = json.loads(made.gt_paths[0].read_text())
+    videos[0]["questions"][0]["answer"] = "A."
+    write_json(made.gt_paths[0], videos)
+    found = TASKS["VideoMME"].read(Location(made.image_dir, made.gt_paths, num_frames=2))
+    assert any("has answer 'A.', expected A, B, C or D" in problem for problem in found.problems)
+
+
+def test_hidden_files_of_a_folder_are_no_captions(tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    (tmp_path / "7.jpg").write_bytes(b"")
+    gt = write_json(
+        tmp_path.parent / "captions.json", {"annotations": [{"image_id": 7, "caption": "A cat."}]}
+    )
+    found = TASKS["captioning"].read(Location(tmp_path, (gt,)))
+    assert ([sample.id for sample in found.samples], found.problems) == ([7], [])
+
+
 def test_an_empty_list_of_answers_is_a_hidden_one(tmp_path: Path) -> None:
     record = {"question_id": 1, "image_id": "a", "question": "?", "answers": []}
     gt = write_json(tmp_path / "q.json", {"data": [record]})

@@ -111,7 +111,21 @@ def _samples(records: list[tuple[str, Any]], image_dir: Path, keys: Keys) -> Dat
             )
         return Sample(sample_id, (image, "\n" + question), {"gt_answer": answers})
 
-    return collect(records, read)
+    return _of_one_split(collect(records, read), keys)
+
+
+def _of_one_split(data: DataSet, keys: Keys) -> DataSet:
+    """A score is of public answers, a submission of hidden ones: a mixture could be neither."""
+    public = [sample for sample in data.samples if sample.fields["gt_answer"] != HIDDEN]
+    if len(public) in (0, len(data.samples)):
+        return data
+    hidden = [
+        f"sample {sample.id} has no {keys.answers}, as in a test split, and others have; ask "
+        "the splits apart"
+        for sample in data.samples
+        if sample.fields["gt_answer"] == HIDDEN
+    ]
+    return DataSet(public, data.problems + hidden)
 
 
 def _answers(record: Record, key: str) -> list[str]:

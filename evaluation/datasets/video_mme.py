@@ -42,7 +42,8 @@ def read_video_mme(location: Location) -> DataSet:
             if len(choices) != 4:
                 raise RecordError(f"has {len(choices)} choices, expected 4")
             text = video_question(field(question, "question", str), choices)
-            field(question, "answer", str)
+            if (letter := field(question, "answer", str)) not in tuple("ABCD"):
+                raise RecordError(f"has answer {letter!r}, expected A, B, C or D")
             sample_id = field(question, "question_id", (str, int))
             fields = {**video, "questions": [question]}
             yield Sample(sample_id, (*images, "\n" + text), fields, path)
