@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ from evaluation.output_paths import tasks_of
 from evaluation.report import Report, TaskReport, markdown, report_json, run_name
 from evaluation.report_page import page
 from evaluation.results import read_results
-from evaluation.scored import score_results
+from evaluation.scored import TAKE_GT_PATH, score_results
 from evaluation.tasks import TASKS, Task, find_task
-from nvlm.command_line import ArgumentParser, natural_int, run
+from nvlm.command_line import EXIT_USER_ERROR, ArgumentParser, natural_int, run
 from nvlm.errors import UserError
 from nvlm.json_files import write_text_atomically
 
@@ -41,6 +42,16 @@ def parser() -> ArgumentParser:
     add("--input_image_path", type=Path, metavar="DIR", help="the images, if they moved")
     add("--json", action="store_true", help="print one JSON object instead of Markdown")
     return parser
+
+
+def check_flags(arguments: argparse.Namespace, tasks: list[Task]) -> None:
+    if arguments.gt_path and len(tasks) > 1:
+        raise UserError("--gt_path goes with one --task")
+    if arguments.gt_path and tasks[0].name not in TAKE_GT_PATH:
+        raise UserError(
+            f"--gt_path goes with --task {' or '.join(TAKE_GT_PATH)}; the answer lines of "
+            f"{tasks[0].name} hold what is right"
+        )
 
 
 def chosen_tasks(names: list[str] | None, prefix: Path) -> list[Task]:
@@ -90,26 +101,41 @@ def write_report(report: Report, directory: Path) -> None:
     print(f"{directory / 'report.html'}", file=sys.stderr)
 
 
+def report_tasks(
+    tasks: list[Task], arguments: argparse.Namespace
+) -> tuple[list[TaskReport], list[str]]:
+    """What can be scored, and why the others cannot; raises `UserError` where nothing can."""
+    reports, failures = [], []
+    for task in tasks:
+        try:
+            report = report_task(
+                task,
+                arguments.input_path,
+                arguments.compare,
+                arguments.gt_path,
+                arguments.input_image_path,
+                arguments.gallery_size if arguments.report_dir else 0,
+            )
+            reports.append(report)
+        except UserError as error:
+            if len(tasks) == 1:
+                raise
+            failures.append(f"{task.name} is not scored: {error}")
+    if not reports:
+        raise UserError(f"none of {len(tasks)} tasks can be scored; {'; '.join(failures)}")
+    return reports, failures
+
+
 def main() -> int:
     arguments = parser().parse_args()
     tasks = chosen_tasks(arguments.task, arguments.input_path)
-    if arguments.gt_path and len(tasks) > 1:
-        raise UserError("--gt_path goes with one --task")
-    reports = [
-        report_task(
-            task,
-            arguments.input_path,
-            arguments.compare,
-            arguments.gt_path,
-            arguments.input_image_path,
-            arguments.gallery_size if arguments.report_dir else 0,
-        )
-        for task in tasks
-    ]
+    check_flags(arguments, tasks)
+    reports, failures = report_tasks(tasks, arguments)
     report = Report(
         run_name(reports[0].results, arguments.input_path),
         run_name(reports[0].other.results, arguments.compare) if reports[0].other else None,
         reports,
+        failures,
     )
     if arguments.report_dir:
         write_report(report, arguments.report_dir)
@@ -117,6 +143,10 @@ def main() -> int:
     problems = [problem for task in reports for problem in task.problems]
     for problem in problems:
         print(problem, file=sys.stderr)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if failures:
+        return EXIT_USER_ERROR
     return EXIT_INCOMPLETE if problems else 0
 
 

@@ -31,17 +31,20 @@ from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "examples" / "coffee.jpg"
 LAYERS = (2, 6)
+SAMPLES = "one image of 7 tiles, one question, 2,048 tokens and some"
 _CHUNK_BYTES = 8 << 20
 _LONG_QUESTION = "What is in the cup? " * 40  # with 7 tiles more than one window of 2,048 tokens
 
 
-def make_models(folder: Path) -> dict[int, Path]:
+def make_models(
+    folder: Path, depths: tuple[int, ...] = LAYERS, preset: str = "72b", device: str = "cpu"
+) -> dict[int, Path]:
     """Random models by depth; they share their weight files."""
-    deepest = max(LAYERS)
-    models = {layers: folder / f"model{layers}" for layers in LAYERS}
+    deepest = max(depths)
+    models = {layers: folder / f"model{layers}" for layers in depths}
     if not (models[deepest] / "config.json").exists():
-        shape = replace(PRESETS["72b"], num_hidden_layers=deepest, vision_num_hidden_layers=2)
-        write_random_checkpoint(models[deepest], shape)
+        shape = replace(PRESETS[preset], num_hidden_layers=deepest, vision_num_hidden_layers=2)
+        write_random_checkpoint(models[deepest], shape, device=device)
     for layers, path in models.items():
         if layers != deepest and not path.exists():
             path.mkdir()
@@ -130,10 +133,15 @@ def measure_disk(folder: Path, repeats: int) -> dict[str, Any]:
     }
 
 
+def write_calibration(folder: Path) -> Path:
+    """One long sample: SAMPLES says what it is at full width."""
+    path = folder / "calibration.jsonl"
+    path.write_text(json.dumps({"prompt": _LONG_QUESTION, "image": str(PHOTO)}) + "\n")
+    return path
+
+
 def measure_memory(folder: Path) -> dict[str, Any]:
-    calibration = folder / "calibration.jsonl"
-    sample = {"prompt": _LONG_QUESTION, "image": str(PHOTO)}
-    calibration.write_text(json.dumps(sample) + "\n")
+    calibration = write_calibration(folder)
     found: dict[int, Measured] = {}
     for layers, model in make_models(folder).items():
         output = folder / "output"
@@ -148,7 +156,7 @@ def measure_memory(folder: Path) -> dict[str, Any]:
     return {
         "peak_bytes": {str(layers): measured.peak_bytes for layers, measured in found.items()},
         "seconds": {str(layers): measured.seconds for layers, measured in found.items()},
-        "calibration_samples": "one image of 7 tiles, one question, 2,048 tokens and some",
+        "calibration_samples": SAMPLES,
         "seconds_per_decoder_layer": per_layer,
     }
 

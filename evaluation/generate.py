@@ -43,10 +43,15 @@ def generate(
             if isinstance(result, UserError):
                 failures.append(f"{task.name} sample {sample.id}: {result}")
             else:
-                prompt = prompt_text(sample.content, defaults.system, defaults.prompt_format)
+                prompt = task_prompt(sample, defaults)
                 file.append(answer_line(task, sample, prompt, result.text))
             progress.update()
     return failures
+
+
+def task_prompt(sample: Sample, defaults: GenerationRequest) -> str:
+    """As the answer lines have it."""
+    return prompt_text(sample.content, defaults.system, defaults.prompt_format)
 
 
 def sample_request(task: Task, sample: Sample, defaults: GenerationRequest) -> GenerationRequest:

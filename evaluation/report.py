@@ -58,11 +58,13 @@ class TaskReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`name` and `other_name` are what the rows of the table are called."""
+    """`name` and `other_name` are what the rows of the table are called; `failures` says which
+    tasks could not be scored, and why."""
 
     name: str
     other_name: str | None
     tasks: list[TaskReport]
+    failures: list[str] = field(default_factory=list)
 
     @property
     def table(self) -> Table:
@@ -93,6 +95,7 @@ def markdown(report: Report) -> str:
         "# Evaluation\n",
         markdown_table(table.columns, table.rows),
         f"The last {table.num_published} rows: {table.source}. {UNITS}\n",
+        *(f"- {failure}\n" for failure in report.failures),
         *(_task_markdown(task, report) for task in report.tasks),
     ]
     return "\n".join(parts)
@@ -160,6 +163,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "name": report.name,
         "other_name": report.other_name,
         "tasks": {task.name: _task_json(task) for task in report.tasks},
+        "failures": report.failures,
     }
 
 

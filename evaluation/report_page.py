@@ -21,6 +21,7 @@ def page(report: Report) -> str:
         f" beside {escape(report.other_name)}" if report.other_name else "",
         "</p></header>",
         _table(report),
+        _problems(report.failures),
         '<section class="tasks">',
         *(_task(task, report) for task in report.tasks),
         "</section>",
@@ -59,10 +60,7 @@ def _task(task: TaskReport, report: Report) -> str:
         parts.append(_difference(task.comparison, task.results.task.unit))
     if task.caveat:
         parts.append(f'<p class="note">{escape(task.caveat)}</p>')
-    if task.problems:
-        parts.append('<ul class="problems">')
-        parts += [f"<li>{escape(problem)}</li>" for problem in task.problems]
-        parts.append("</ul>")
+    parts.append(_problems(task.problems))
     if task.score and task.score.details:
         most = 100.0 if task.results.task.unit == "%" else max(task.score.details.values()) or 1.0
         parts.append("<dl>")
@@ -73,6 +71,13 @@ def _task(task: TaskReport, report: Report) -> str:
     if task.comparison and task.comparison.changes:
         parts.append(_changes(task.comparison, report))
     return "".join([*parts, "</article>"])
+
+
+def _problems(problems: list[str]) -> str:
+    if not problems:
+        return ""
+    items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+    return f'<ul class="problems">{items}</ul>'
 
 
 def _difference(comparison: Comparison, unit: str) -> str:

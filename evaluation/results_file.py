@@ -11,23 +11,25 @@ from pathlib import Path
 
 from evaluation.sample import Sample, SampleId
 from evaluation.scoring.score import Line
-from evaluation.tasks import Task, line_id
+from evaluation.tasks import Task, line_id, question_digest
 from nvlm.errors import UserError
 from runtime.line_file import LineFile
 
 
 class ResultsFile:
-    """Raises `UserError` for a file that holds anything but answers to these samples."""
+    """Raises `UserError` for a file that holds anything but answers to these samples. `finished`:
+    the digest of what was asked, by sample."""
 
     def __init__(self, path: Path, task: Task, samples: list[Sample]) -> None:
         self._task = task
         self._file = LineFile(path, "--output_path")
-        self.finished: set[SampleId] = set()
+        self.finished: dict[SampleId, bytes] = {}
         try:
             ids = {sample.id for sample in samples}
             lines, tail = self._file.read()
             for number, text in enumerate(lines, 1):
-                self.finished.add(self._id(number, text, ids))
+                sample_id, digest = self._read(number, text, ids)
+                self.finished[sample_id] = digest
             self._file.cut_tail(tail)
         except BaseException:
             self._file.close()
@@ -36,7 +38,7 @@ class ResultsFile:
     def append(self, line: Line) -> None:
         """ASCII, as the reference writes it."""
         self._file.append(json.dumps(line).encode())
-        self.finished.add(line_id(self._task, line))
+        self.finished[line_id(self._task, line)] = question_digest(self._task, line)
 
     def __enter__(self) -> ResultsFile:
         return self
@@ -44,15 +46,15 @@ class ResultsFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _id(self, number: int, text: bytes, ids: set[SampleId]) -> SampleId:
+    def _read(self, number: int, text: bytes, ids: set[SampleId]) -> tuple[SampleId, bytes]:
         try:
-            sample_id = line_id(self._task, json.loads(text))
-            is_ours = sample_id in ids
-        except (ValueError, TypeError, LookupError, RecursionError):
-            is_ours = False
-        if not is_ours:
-            raise UserError(
-                f"{self._file.name} line {number} is no {self._task.name} answer to a sample of "
-                "this partition; choose another --output_path"
-            )
-        return sample_id
+            line = json.loads(text)
+            sample_id = line_id(self._task, line)
+            if sample_id in ids:
+                return sample_id, question_digest(self._task, line)
+        except (ValueError, TypeError, LookupError, RecursionError, AttributeError):
+            pass
+        raise UserError(
+            f"{self._file.name} line {number} is no {self._task.name} answer to a sample of this "
+            "partition; choose another --output_path"
+        )

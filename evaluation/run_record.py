@@ -3,17 +3,54 @@ the report can say what it reports on and find the images again."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from evaluation.sample import Location
+from evaluation.datasets.records import RecordError, field, string_list
+from evaluation.sample import Location, SampleId
 from nvlm.errors import UserError
 from nvlm.json_files import read_json_object, write_json_atomically
 from runtime.engine_dir import EngineDir
 from runtime.types import GenerationRequest
 
 FORMAT_VERSION = 1
+_MAY_BE_NONE = (str, NoneType)
+_TYPES: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "": {
+        "format_version": int,
+        "task": str,
+        "settings": dict,
+        "data": dict,
+        "partition_id": int,
+        "num_partitions": int,
+        "num_samples": int,
+        "image_bytes": dict,
+    },
+    "settings": {
+        "engine": str,
+        "quant_algo": _MAY_BE_NONE,
+        "kv_cache_quant_algo": _MAY_BE_NONE,
+        "dtype": str,
+        "decoder": str,
+        "vision": str,
+        "image_size": int,
+        "max_num_tiles": int,
+        "system": str,
+        "prompt_format": str,
+        "max_new_tokens": int,
+        "stop": list,
+        "sampling": dict,
+    },
+    "data": {
+        "input_image_path": str,
+        "gt_path": list,
+        "split": _MAY_BE_NONE,
+        "num_frames": int,
+    },
+}
 _ENGINE = ("engine", "quant_algo", "kv_cache_quant_algo", "dtype", "decoder", "vision")
 """The settings that are the engine's own: what a comparison of engines is about."""
 
@@ -21,7 +58,7 @@ _ENGINE = ("engine", "quant_algo", "kv_cache_quant_algo", "dtype", "decoder", "v
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """`settings` decide the answers; `data` says where engine and data set lay; `num_samples` is
-    the size of this partition."""
+    the size of this partition; `image_bytes` of each sample's images, by the id as text."""
 
     task: str
     settings: dict[str, Any]
@@ -29,20 +66,21 @@ class RunRecord:
     partition_id: int
     num_partitions: int
     num_samples: int
+    image_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
-        values = read_json_object(path)
+        """Raises `UserError` for what this version did not write as it is."""
+        values = {"image_bytes": {}, **read_json_object(path)}  # older ones have no sizes
         try:
-            record = cls(**values)
-            if record.format_version != FORMAT_VERSION:
-                raise TypeError(f"format_version {record.format_version!r} for {FORMAT_VERSION}")
-        except TypeError as error:
+            _check(values)
+            return cls(**values)
+        except (RecordError, TypeError) as error:
             raise UserError(
-                f"{path} was not written by this version ({error}); use another --output_path"
+                f"{path} is no record of a run by this version: it {error}; use another "
+                "--output_path, or delete it to score the answers without it"
             ) from None
-        return record
 
     def write(self, path: Path) -> None:
         try:
@@ -68,6 +106,11 @@ class RunRecord:
         names = [Path(path).name for path in self.data["gt_path"]]
         return {**self.settings, "gt_path": names, "num_frames": self.data["num_frames"]}
 
+    def differs_in_image(self, earlier: RunRecord, sample_id: SampleId) -> bool:
+        """Whether a sample's images have another size; not where one of the two is not known."""
+        sizes = {record.image_bytes.get(str(sample_id)) for record in (self, earlier)}
+        return len(sizes - {None}) > 1
+
     def asked_otherwise(self, other: RunRecord) -> list[str]:
         """What parts the two beside the engine, each with both values."""
         ours, theirs = self.decisive, other.decisive
@@ -87,6 +130,23 @@ class RunRecord:
                     f"{path} says its answers were made with {name} {found!r} and this run has "
                     f"{value!r}; choose another --output_path"
                 )
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Raises `RecordError` where a field is missing, of another type or impossible."""
+    if (version := field(values, "format_version", int)) != FORMAT_VERSION:
+        raise RecordError(f"has format_version {version}, expected {FORMAT_VERSION}")
+    for section, types in _TYPES.items():
+        for key, expected in types.items():
+            field(values[section] if section else values, key, expected)
+    string_list(values["data"], "gt_path")
+    for sample_id in values["image_bytes"]:
+        field(values["image_bytes"], sample_id, int)
+    if not 0 <= values["partition_id"] < values["num_partitions"] or values["num_samples"] < 0:
+        raise RecordError(
+            f"is of partition {values['partition_id']} of {values['num_partitions']} with "
+            f"{values['num_samples']} samples"
+        )
 
 
 def settings_of(

@@ -14,15 +14,25 @@ SampleId = int | str
 @dataclass(frozen=True, slots=True)
 class Sample:
     """`content` is the user's turn, images in line; `fields` go into the output line as they are:
-    the ground truth and what the scorer needs beside the answer."""
+    the ground truth and what the scorer needs beside the answer. `video`: the images are its."""
 
     id: SampleId
     content: tuple[str | ImageSource, ...]
     fields: dict[str, Any]
+    video: Path | None = None
 
     @property
     def images(self) -> list[ImageSource]:
         return [part for part in self.content if not isinstance(part, str)]
+
+    @property
+    def num_image_bytes(self) -> int | None:
+        """Of the files the images come from; None where one is missing, or they lie in parquet."""
+        files = [self.video] if self.video else self.images
+        try:
+            return sum(file.stat().st_size for file in files if isinstance(file, Path)) or None
+        except OSError:
+            return None
 
     @property
     def text(self) -> str:

@@ -26,6 +26,8 @@ _SUBMISSION_ID = {
     "InfoVQA": "questionId",
 }
 """What the server calls the id beside "answer" (EvalAI; Robust Reading Competition)."""
+TAKE_GT_PATH = ("MMMU", "captioning")
+"""Whose answer lines lack the truth, or may."""
 _ANSWER_ONLY = ("TextVQA", "AI2D", "SPDocVQA", "InfoVQA")
 
 

@@ -8,13 +8,20 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evaluation.generate import generate
+from evaluation.generate import generate, task_prompt
 from evaluation.output_paths import answers_path, record_path
 from evaluation.partition import partition_bounds
 from evaluation.results_file import ResultsFile
 from evaluation.run_record import RunRecord, settings_of
 from evaluation.sample import Location, Sample
-from evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, TASKS, Task, find_task
+from evaluation.tasks import (
+    DEFAULT_MAX_NEW_TOKENS,
+    TASKS,
+    Task,
+    answer_line,
+    find_task,
+    question_digest,
+)
 from nvlm.command_line import ArgumentParser, natural_int, positive_int
 from nvlm.errors import UserError
 from runtime.runner import Runner
@@ -66,6 +73,16 @@ def check_flags(arguments: argparse.Namespace) -> None:
     task = find_task(arguments.task)
     if task.needs_gt_file and not arguments.gt_path:
         raise UserError(f"--task {task.name} needs --gt_path, the benchmark's questions")
+    if arguments.gt_path and not task.needs_gt_file:
+        raise UserError(
+            f"--gt_path does not go with --task {task.name}: the parquet files of "
+            "--input_image_path hold questions and answers; leave it out"
+        )
+    if arguments.max_num_tiles and task.max_num_tiles:
+        raise UserError(
+            f"--max_num_tiles does not go with --task {task.name}, whose images are of "
+            f"{task.max_num_tiles} tile each; leave it out"
+        )
     for name, tasks in _ONLY_OF_TASKS.items():
         if given[name] is not None and task.name not in tasks:
             raise UserError(
@@ -180,6 +197,11 @@ class TaskRun:
             self.partition_id,
             self.num_partitions,
             len(self.samples),
+            {
+                str(sample.id): num_bytes
+                for sample in self.samples
+                if (num_bytes := sample.num_image_bytes) is not None
+            },
         )
         place = record_path(path)
         if file.finished:
@@ -188,8 +210,30 @@ class TaskRun:
                     f"{path} holds answers and {place} is missing, so what made them is unknown; "
                     "choose another --output_path"
                 )
-            record.require_same(RunRecord.read(place), place)
+            earlier = RunRecord.read(place)
+            record.require_same(earlier, place)
+            self._require_same_samples(path, file, earlier, record)
         record.write(place)
+
+    def _require_same_samples(
+        self, path: Path, file: ResultsFile, earlier: RunRecord, record: RunRecord
+    ) -> None:
+        """Refuses to go on where an answered sample is no longer what it was: another data set
+        under the same names."""
+        for sample in self.samples:
+            if sample.id not in file.finished:
+                continue
+            line = answer_line(self.task, sample, task_prompt(sample, self.request), "")
+            what = None
+            if file.finished[sample.id] != question_digest(self.task, line):
+                what = "its question or ground truth"
+            elif record.differs_in_image(earlier, sample.id):
+                what = "the size of its image"
+            if what is not None:
+                raise UserError(
+                    f"{path} holds an answer to sample {sample.id} of another data set: {what} "
+                    "was different then; choose another --output_path"
+                )
 
 
 def _tell(problems: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -111,6 +113,17 @@ def answer_line(task: Task, sample: Sample, prompt: str, text: str) -> Line:
         return {**sample.fields, "questions": [{**question, "response": answer}]}
     named = dict.fromkeys(task.answer_fields, answer)
     return {"sample_id": sample.id, "prompt": prompt, **named, **sample.fields}
+
+
+def question_digest(task: Task, line: Line) -> bytes:
+    """Of all that a line says beside the answer."""
+    asked: Line
+    if task.name == "VideoMME":
+        (question,) = line["questions"]
+        asked = {**line, "questions": {k: v for k, v in question.items() if k != "response"}}
+    else:
+        asked = {key: value for key, value in line.items() if key not in task.answer_fields}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
 
 
 def line_id(task: Task, line: Any) -> SampleId:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from evaluation.run_record import RunRecord
 from tools.tiny.fonts import evaluation_font_files
 
 READ_NUMBER, READ_WORD = "Read the number.", "Read the word."
@@ -650,3 +651,24 @@ def write_answers(
 def short(sample_id: int | str, answer: str, *truths: str) -> dict[str, Any]:
     """A line of a task with short answers."""
     return {"sample_id": sample_id, "prompt": "", "answer": answer, "gt_answer": list(truths)}
+
+
+def run_record(task: str, **settings: Any) -> RunRecord:
+    """Of one sample, with these settings beside the usual ones."""
+    usual = {
+        "engine": "1",
+        "quant_algo": None,
+        "kv_cache_quant_algo": None,
+        "dtype": "bfloat16",
+        "decoder": "torch",
+        "vision": "torch bfloat16",
+        "image_size": 448,
+        "max_num_tiles": 6,
+        "system": "Answer the questions.",
+        "prompt_format": "megatron",
+        "max_new_tokens": 128,
+        "stop": [],
+        "sampling": {},
+    }
+    data = {"gt_path": ["x.jsonl"], "num_frames": 8, "input_image_path": "x", "split": None}
+    return RunRecord(task, {**usual, **settings}, data, 0, 1, 1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from evaluation.datasets.mmmu import read_mmmu_answers
+from evaluation.output_paths import record_path
 from evaluation.packages import require_package
 from evaluation.results import read_results
 from evaluation.run_record import RunRecord
@@ -24,6 +26,7 @@ from tests.benchmarks import (
     Benchmark,
     ai2d,
     ocrbench,
+    run_record,
     short,
     text_vqa,
     video_mme,
@@ -128,6 +131,8 @@ def test_a_ground_truth_file_that_is_none_is_refused(
         (("--prompt", "?"), "--prompt does not go with --task"),
         (("--split", "test"), "--split goes with --task MMMU or MathVista; OCRBench has no use"),
         (("--num_frames", "4"), "--num_frames goes with --task VideoMME; OCRBench has no use"),
+        (("--task", "MathVista"), "--gt_path does not go with --task MathVista: the parquet"),
+        (("--task", "VideoMME", "--max_num_tiles", "2"), "--max_num_tiles does not go with --ta"),
         (("--streaming",), "--streaming does not go with --task"),
         (("--output_path", "/nowhere/at/all"), "lies in no directory that exists"),
         (("--input_image_path", "/nowhere"), "--input_image_path /nowhere is not a directory"),
@@ -192,6 +197,41 @@ def test_cider_without_java_is_one_line(tmp_path: Path) -> None:
     with patch("shutil.which", return_value=None):
         result = run_command(EVALUATE, "--input_path", tmp_path / "run")
     one_line_error(result, "CIDEr needs Java")
+
+
+def test_a_java_that_does_not_work_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("pycocoevalcap")
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\nexit 1\n")
+    java.chmod(0o755)
+    lines = [{"sample_id": i, "caption": "a cat", "ground_truth": ["a", "b"]} for i in (1, 2)]
+    write_answers(tmp_path / "run", "captioning", list(lines))
+    with patch.dict("os.environ", PATH=f"{tmp_path}:/bin:/usr/bin"):
+        result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    one_line_error(result, "gave back 1 of 4 captions")
+
+
+def test_a_task_that_cannot_be_scored_does_not_take_the_others_along(tmp_path: Path) -> None:
+    """Three in one prefix: captions without those of people, AI2D, and VQAv2 of two splits."""
+    write_answers(tmp_path / "run", "captioning", [{"sample_id": 7, "caption": "a cat"}])
+    write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
+    write_answers(tmp_path / "run", "VQAv2", [short(1, "a", ""), short(2, "b", "b")])
+    flags = ("--input_path", tmp_path / "run", "--report_dir", tmp_path / "report")
+    result = run_command(EVALUATE, *flags, "--json")
+    assert result.exit_code == 2
+    report = json.loads(result.stdout)
+    assert {name: task["score"] for name, task in report["tasks"].items()} == {"AI2D": 100.0}
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert told == [f"error: {failure}" for failure in report["failures"]]
+    assert len(told) == 2
+    assert told[0].startswith("error: captioning is not scored: captioning has no captions of")
+    assert told[1].startswith("error: VQAv2 is not scored: ")
+    for failure in report["failures"]:
+        assert failure in (tmp_path / "report" / "report.md").read_text()
+        assert escape(failure) in (tmp_path / "report" / "report.html").read_text()
+    (tmp_path / "run-AI2D-dprank=0-partition=0.jsonl").unlink()
+    nothing = run_command(EVALUATE, *flags)
+    one_line_error(nothing, "none of 2 tasks can be scored; captioning is", "; VQAv2 is not scored")
 
 
 def test_output_of_something_else_is_never_overwritten(
@@ -290,6 +330,13 @@ def test_evaluate_without_answers_is_one_line(tmp_path: Path) -> None:
     one_line_error(result, "--compare", "has no AI2D answers")
 
 
+def test_a_truth_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
+    write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
+    flags = ("--input_path", tmp_path / "run", "--gt_path", tmp_path / "gt.json")
+    result = run_command(EVALUATE, *flags)
+    one_line_error(result, "--gt_path goes with --task MMMU or captioning; the answer lines of AI")
+
+
 def test_mmmu_without_its_answers_is_one_line(tmp_path: Path) -> None:
     line = {"sample_id": "validation_Art_1", "prompt": "", "text": "B", "prediction": "B"}
     write_answers(tmp_path / "run", "MMMU", [{**line, "question_type": "open"}])
@@ -343,6 +390,93 @@ def test_broken_records_of_vqa_v2_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_a_question_without_annotation_is_named(tmp_path: Path) -> None:
+    records = [{"question_id": i, "image_id": 7, "question": "?"} for i in (1, 2)]
+    gt = write_json(tmp_path / "q.json", {"questions": records, "data_subtype": "val2014"})
+    known = {"question_id": 1, "answers": [{"answer": "yes"}]}
+    annotations = write_json(tmp_path / "a.json", {"annotations": [known]})
+    found = TASKS["VQAv2"].read(Location(tmp_path, (gt, annotations)))
+    assert [sample.fields for sample in found.samples] == [{"gt_answer": ["yes"]}]
+    assert found.problems == [f"{gt} record 1 has question_id 2, which has no annotation"]
+
+
+@pytest.mark.parametrize("label", [["1", "2"], [], "", None, 5])
+def test_a_chart_without_its_one_label_is_named(label: Any, tmp_path: Path) -> None:
+    good = {"imgname": "a.png", "query": "?", "label": "1"}
+    gt = write_json(tmp_path / "gt.json", [good, {**good, "label": label}])
+    found = TASKS["ChartQA"].read(Location(tmp_path, (gt,)))
+    assert [sample.fields for sample in found.samples] == [{"gt_answer": ["1"]}]
+    (problem,) = found.problems
+    assert problem.startswith(f"{gt} record 1 has label {label!r}, expected ")
+
+
+def test_questions_without_answers_among_others_are_named(tmp_path: Path) -> None:
+    """Before hours of answering, not when evaluate.py refuses the mixture."""
+    public = {"question_id": 1, "image_id": "a", "question": "?", "answers": ["yes"]}
+    hidden = {"question_id": 2, "image_id": "b", "question": "?"}
+    gt = write_json(tmp_path / "q.json", {"data": [public, hidden]})
+    found = TASKS["TextVQA"].read(Location(tmp_path, (gt,)))
+    assert [sample.id for sample in found.samples] == [1]
+    (problem,) = found.problems
+    assert problem.startswith("sample 2 has no answers, as in a test split, and others have")
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "told"),
+    [
+        ("AI2D", {"image": "a", "question_id": 1, "question": "?", "answer": ""}, "has answer ''"),
+        (
+            "RealworldQA",
+            {"image": "1.webp", "question": "?", "question_type": "open", "answer": " "},
+            "has answer ' ', expected an answer",
+        ),
+        *(
+            (
+                "OCRBench",
+                {
+                    "image_path": "a",
+                    "question": "?",
+                    "answers": answers,
+                    "dataset_name": "x",
+                    "type": "Doc-oriented VQA",
+                },
+                "expected one or more",
+            )
+            for answers in ([], [""], "", ["a", ""])
+        ),
+    ],
+)
+def test_a_public_truth_that_is_none_is_named(
+    task: str, record: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    text = json.dumps(record if task == "AI2D" else [record])
+    gt = tmp_path / "gt.json"
+    gt.write_text(text)
+    found = TASKS[task].read(Location(tmp_path, (gt,)))
+    assert found.samples == []
+    assert told in found.problems[0]
+
+
+def test_a_video_question_with_another_letter_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    made = video_mme(tmp_path)
+    videos = json.loads(made.gt_paths[0].read_text())
+    videos[0]["questions"][0]["answer"] = "A."
+    write_json(made.gt_paths[0], videos)
+    found = TASKS["VideoMME"].read(Location(made.image_dir, made.gt_paths, num_frames=2))
+    assert any("has answer 'A.', expected A, B, C or D" in problem for problem in found.problems)
+
+
+def test_hidden_files_of_a_folder_are_no_captions(tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    (tmp_path / "7.jpg").write_bytes(b"")
+    gt = write_json(
+        tmp_path.parent / "captions.json", {"annotations": [{"image_id": 7, "caption": "A cat."}]}
+    )
+    found = TASKS["captioning"].read(Location(tmp_path, (gt,)))
+    assert ([sample.id for sample in found.samples], found.problems) == ([7], [])
+
+
 def test_an_empty_list_of_answers_is_a_hidden_one(tmp_path: Path) -> None:
     record = {"question_id": 1, "image_id": "a", "question": "?", "answers": []}
     gt = write_json(tmp_path / "q.json", {"data": [record]})
@@ -392,17 +526,78 @@ def test_a_mended_data_set_goes_on_and_another_is_not_mixed_in(
     one_line_error(result, "made with gt_path ['OCRBench.json'] and this run has ['other.json']")
 
 
+@pytest.mark.parametrize("what", ["question", "truth", "image"])
+def test_another_data_set_under_the_same_names_is_noticed(
+    what: str, tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    """Same files, same ids, other content: the answers so far are not to these questions."""
+    made = ocrbench(tmp_path)
+    assert run_task(float32_engine_dir, made, tmp_path / "out").exit_code == 0
+    path = tmp_path / "out-OCRBench-dprank=0-partition=0.jsonl"
+    before = path.read_bytes()
+    records = json.loads(made.gt_paths[0].read_text())
+    if what == "image":
+        picture = made.image_dir / records[1]["image_path"]
+        picture.write_bytes(picture.read_bytes() + b"\0")
+    else:
+        key, value = {"question": ("question", "Why?"), "truth": ("answers", ["7"])}[what]
+        write_json(made.gt_paths[0], [records[0], {**records[1], key: value}, records[2]])
+    result = run_task(float32_engine_dir, made, tmp_path / "out")
+    told = "the size of its image" if what == "image" else "its question or ground truth"
+    one_line_error(result, f"an answer to sample 1 of another data set: {told} was different")
+    assert path.read_bytes() == before
+    other = ocrbench(tmp_path / "other")
+    again = run_task(float32_engine_dir, other, tmp_path / "out")
+    assert "0 of them now" in again.stderr, "the same data set elsewhere"
+
+
 def test_a_record_of_another_format_is_refused(tmp_path: Path) -> None:
-    record = RunRecord("AI2D", {}, {"gt_path": [], "num_frames": 8}, 0, 1, 1)
+    record = run_record("AI2D")
     record.write(tmp_path / "run.json")
     assert RunRecord.read(tmp_path / "run.json") == record
-    assert replace(record, data={"gt_path": [], "num_frames": 4}).decisive != record.decisive
+    assert replace(record, data={**record.data, "num_frames": 4}).decisive != record.decisive
     replace(record, format_version=2).write(tmp_path / "run.json")
-    with pytest.raises(UserError, match="not written by this version"):
+    with pytest.raises(UserError, match="has format_version 2, expected 1; use another --output_"):
         RunRecord.read(tmp_path / "run.json")
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError, match=r"folder\.json cannot be written: Is a directory"):
         record.write(tmp_path / "folder.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"num_samples": None}, "has num_samples None, expected int"),
+        ({"settings": {}}, "has no 'engine'"),
+        ({"settings": []}, "has settings [], expected dict"),
+        ({"data": {"input_image_path": "/x"}}, "has no 'gt_path'"),
+        ({"partition_id": 3}, "is of partition 3 of 1"),
+        ({"image_bytes": {"1": "many"}}, "has 1 'many', expected int"),
+        ({"more": 1}, "unexpected keyword argument 'more'"),
+    ],
+)
+def test_a_record_changed_by_hand_is_one_line(
+    changed: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    path = write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
+    write_json(record_path(path), {**asdict(run_record("AI2D")), **changed})
+    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    one_line_error(result, "run.json is no record of a run by this version: it", told)
+
+
+def test_a_truncated_record_is_one_line_and_nothing_is_lost(
+    tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    made = ocrbench(tmp_path)
+    assert run_task(float32_engine_dir, made, tmp_path / "out").exit_code == 0
+    record = tmp_path / "out-OCRBench-dprank=0-partition=0.run.json"
+    whole = record.read_bytes()
+    record.write_bytes(whole[: len(whole) // 2])
+    result = run_task(float32_engine_dir, made, tmp_path / "out")
+    one_line_error(result, f"{record} is not valid JSON")
+    assert num_lines(tmp_path / "out", "OCRBench") == 3
+    record.write_bytes(whole)
+    assert "0 of them now" in run_task(float32_engine_dir, made, tmp_path / "out").stderr
 
 
 def test_a_mixture_of_hidden_and_public_answers_is_refused(tmp_path: Path) -> None:

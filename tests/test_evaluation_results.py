@@ -12,9 +12,8 @@ import pytest
 from evaluation.card import card_table
 from evaluation.compare import compare, sign_flip_p_value
 from evaluation.output_paths import record_path
-from evaluation.run_record import RunRecord
 from evaluation.scoring.score import SampleScore, TaskScore
-from tests.benchmarks import short, write_answers
+from tests.benchmarks import run_record, short, write_answers
 from tests.command import EVALUATE, run_command
 
 
@@ -134,10 +133,7 @@ def test_a_comparison_tells_what_changed_and_whether_it_is_chance(tmp_path: Path
 def test_a_comparison_says_when_not_the_engines_alone_differ(tmp_path: Path) -> None:
     for name, engine, max_new_tokens in (("a", "1", 128), ("b", "2", 128), ("c", "2", 16)):
         path = write_answers(tmp_path / name, "AI2D", [short(1, "A", "A")])
-        settings = {"engine": engine, "quant_algo": None, "dtype": "bfloat16"}
-        settings |= {"kv_cache_quant_algo": None, "max_new_tokens": max_new_tokens}
-        data = {"gt_path": ["x.jsonl"], "num_frames": 8, "input_image_path": "x", "split": None}
-        RunRecord("AI2D", settings, data, 0, 1, 1).write(record_path(path))
+        run_record("AI2D", engine=engine, max_new_tokens=max_new_tokens).write(record_path(path))
     flags = ("--input_path", tmp_path / "a", "--report_dir", tmp_path / "report", "--compare")
     result = run_command(EVALUATE, *flags, tmp_path / "b")
     assert result.exit_code == 0, result.stderr

@@ -303,6 +303,7 @@ def test_a_video_is_decoded_once_for_all_its_frames_and_questions(
         yield SimpleNamespace(to_ndarray=lambda **_: np.zeros((2, 2, 3), np.uint8))
 
     monkeypatch.setattr(video_mme, "_decode", decode)
+    monkeypatch.setattr(video_mme, "_num_packets", lambda _: 1)
     video = {"video_id": "1", "duration_category": "short", "video_category": "x"}
     videos = [
         {
@@ -327,8 +328,28 @@ def test_a_video_is_decoded_once_for_all_its_frames_and_questions(
     decode_frames.cache_clear()
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda sample: [image() for image in sample.images], samples))
-    # Twice each: to count the frames, and for the pixels.
-    assert sorted(decoded) == sorted([tmp_path / f"v{number}.mp4" for number in range(8)] * 2)
+    assert sorted(decoded) == [tmp_path / f"v{number}.mp4" for number in range(8)]
+
+
+@pytest.mark.parametrize("num_packets", [9, 12, 1, 0])
+def test_a_wrong_count_of_packets_costs_time_and_no_frame(
+    num_packets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there are frames, or more, or fewer; then the video is decoded again."""
+    num_decoded = 0
+
+    def decode(_: Path) -> Iterator[Any]:
+        nonlocal num_decoded
+        num_decoded += 1
+        for number in range(9):
+            yield SimpleNamespace(to_ndarray=lambda n=number, **_: np.full((1, 1, 3), n, np.uint8))
+
+    monkeypatch.setattr(video_mme, "_decode", decode)
+    monkeypatch.setattr(video_mme, "_num_packets", lambda _: num_packets)
+    decode_frames.cache_clear()
+    found = [int(frame[0, 0, 0]) for frame in decode_frames(tmp_path / "v.mp4", 3)]
+    assert found == [0, 4, 8]
+    assert num_decoded == (1 if num_packets == 9 else 2)
 
 
 class BrokenDecoder:

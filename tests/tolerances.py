@@ -11,6 +11,10 @@ import torch
 FLOAT32_LOGITS = 1e-4
 FLOAT32_VISION = 1e-5
 AMAX = 1e-4  # of a float32 activation against float32 or float64: as FLOAT32_LOGITS
+FLOAT32_ATTENTION = 1e-6  # softmax and sums over 32 keys
+# The largest activation of a bfloat16 layer whose sums ran in another order: a rounding or two of
+# 2^-9 that went the other way, in this layer and those before.
+AMAX_AFTER_BF16 = 0.01
 
 # Sums over a linear's inputs, cut among ranks: the same products in another order, one rounding.
 FLOAT32_ROW_PARALLEL = 1e-6  # 2.5e-7 measured

@@ -15,6 +15,9 @@ from nvlm.tensor_names import ENGINE_LINEARS
 
 _ROWS_PER_WINDOW = 2048
 """Tokens that a layer works on at a time: about 1 GB of activations at the 72B model's width."""
+_SCORE_BYTES = 256 << 20
+"""Attention scores at a time: for float32 with grouped heads a GPU has no kernel that keeps them to
+itself, and a window of a long sample has gigabytes of them, three times over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ def run_layer(
 
     In the unquantised dtype, window by window: a sequence that a window's edge cuts goes on in the
     next one with the keys and values so far, as in chunked prefill. Memory: the layer as given,
-    its widest linear in float32, one window's activations, one sequence's keys and values.
+    its widest linear in float32, one window's activations, one sequence's keys and values,
+    `_SCORE_BYTES` of scores (on a GPU three times).
     """
     observer.watch_inputs({name: layer.linear(name) for name in ENGINE_LINEARS})
     past: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -73,7 +77,7 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of every segment over its own sequence; `past` holds what windows before saw."""
     counts = [segment.count for segment in segments]
-    outputs = []
+    outputs: list[torch.Tensor] = []
     for segment, rows, *new in zip(
         segments, q.split(counts), k.split(counts), v.split(counts), strict=True
     ):
@@ -83,8 +87,19 @@ def _attend(
             keys, values = torch.cat((old_keys, keys)), torch.cat((old_values, values))
         if not segment.is_last:
             past[segment.sequence] = keys, values
-        outputs.append(causal_attention(rows, keys, values, segment.position))
+        outputs += _in_blocks(rows, keys, values, segment.position)
     return torch.cat(outputs).to(q.dtype)
+
+
+def _in_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_position: int
+) -> Iterator[torch.Tensor]:
+    """`causal_attention` of as many rows at a time as `_SCORE_BYTES` allow."""
+    most = max(1, _SCORE_BYTES // (4 * q.shape[1] * len(k)))
+    for start in range(0, len(q), most):
+        first, block = first_position + start, q[start : start + most]
+        seen = first + len(block)
+        yield causal_attention(block, k[:seen], v[:seen], first)
 
 
 def _segments(lengths: list[int], window: range) -> Iterator[_Segment]:

@@ -23,9 +23,9 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return result
 
 
-def cast_amax(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> float:
+def cast_amax(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> float:
     """Largest magnitude of `cast`, which is checked on the way; a block in memory at a time."""
-    return max(amax(cast(name, block, dtype)) for block in row_blocks(tensor))
+    return max(amax(cast(name, block.to(device), dtype)) for block in row_blocks(tensor))
 
 
 def row_blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

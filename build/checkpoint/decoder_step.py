@@ -16,7 +16,7 @@ import torch
 from build.checkpoint.amax_observer import AmaxObserver
 from build.checkpoint.calibrate_decoder import run_layer
 from build.checkpoint.calibration_set import Calibration
-from build.checkpoint.cast import cast, row_blocks
+from build.checkpoint.cast import amax, cast, row_blocks
 from build.checkpoint.layer_tensors import LayerTensors
 from build.checkpoint.output_files import OutputFiles
 from build.checkpoint.report import AttentionReport, LinearReport, as_record
@@ -141,7 +141,7 @@ class DecoderStep:
         self, i: int, before: RowFile | None, after: RowFile | None, read: Read, out: OutputFiles
     ) -> dict[str, Any]:
         """Samples run through the layer as published; then its linears are quantised."""
-        layer = LayerTensors(DECODER_LAYER.format(i=i), read, self.dtype)
+        layer = LayerTensors(DECODER_LAYER.format(i=i), read, self.dtype, self.device)
         prefix = ENGINE_LAYER.format(i=i)
         linears: list[LinearReport] = []
         attention = None
@@ -175,8 +175,8 @@ class DecoderStep:
         self, tensors: LayerTensors, prefix: str, before: RowFile, after: RowFile
     ) -> tuple[list[LinearReport], AttentionReport]:
         """Runs every sample through the layer in the unquantised dtype."""
-        weight_amax = {name: tensors.amax(_BY_NAME[f"{name}.weight"]) for name in ENGINE_LINEARS}
-        whole = {t.name: tensors.whole(t).to(self.device) for t in ENGINE_LAYER_TENSORS}
+        whole = {t.name: tensors.whole(t) for t in ENGINE_LAYER_TENSORS}
+        weight_amax = {name: amax(whole[f"{name}.weight"]) for name in ENGINE_LINEARS}
         layer = DecoderLayer(self.config.decoder, whole)
         observer = AmaxObserver(prefix, torch.finfo(self.dtype).max, before.num_rows)
         decoder, lengths = self.config.decoder, self.calibration.lengths
@@ -200,10 +200,11 @@ class DecoderStep:
 
         def blocks() -> Iterator[torch.Tensor]:
             for block in row_blocks(published):
-                rows = cast(prefix + source, block, self.dtype)
-                if weight_scale is not None:
-                    rows = fp8.quantize(rows.to(self.device), weight_scale)
-                yield rows
+                if weight_scale is None:
+                    yield cast(prefix + source, block, self.dtype)
+                else:
+                    rows = cast(prefix + source, block.to(self.device), self.dtype)
+                    yield fp8.quantize(rows, weight_scale)
 
         RankFiles(self.config).append(out, tensor, layer, source, blocks(), len(published))
 

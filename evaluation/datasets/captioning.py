@@ -13,7 +13,7 @@ from nvlm.errors import UserError
 
 
 def read_captions(location: Location) -> DataSet:
-    """Every file of the folder, by name; its id is the number that ends its name."""
+    """Every file of the folder that is not hidden, by name; its id is the number that ends it."""
     captions: dict[int, list[str]] = defaultdict(list)
     problems = []
     for path in location.gt_paths:
@@ -23,7 +23,8 @@ def read_captions(location: Location) -> DataSet:
             except RecordError as error:
                 problems.append(f"{where} {error}")
     try:
-        files = sorted(path for path in location.image_dir.iterdir() if path.is_file())
+        found = location.image_dir.iterdir()
+        files = sorted(path for path in found if path.is_file() and path.name[0] != ".")
     except OSError as error:
         raise UserError(
             f"--input_image_path {location.image_dir} cannot be read: {error.strerror}; give the "
@@ -37,8 +38,8 @@ def read_captions(location: Location) -> DataSet:
             raise RecordError(f"has no caption in {location.gt_paths[0]}")
         return Sample(image_id, (path, "\n" + CAPTION), {"ground_truth": captions[image_id]})
 
-    found = collect([(str(path), {"path": path}) for path in files], read)
-    return DataSet(found.samples, problems + found.problems)
+    data = collect([(str(path), {"path": path}) for path in files], read)
+    return DataSet(data.samples, problems + data.problems)
 
 
 def image_id_of(path: Path) -> int:

@@ -64,6 +64,8 @@ def _sample(_: int, record: Record) -> Sample:
     }
     if question_type == "multiple-choice":
         letters = options_by_letter(_literal_list(record, "options"))
+        if not letters:
+            raise RecordError("has no options")
         question = mmmu_multiple_choice(question, list(letters.values()))
         fields |= {"index2ans": letters, "all_choices": list(letters)}
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from evaluation.datasets.records import (
     Record,
     RecordError,
+    answer,
     collect,
     field,
     json_lines,
@@ -28,7 +29,7 @@ def read_ai2d(location: Location) -> DataSet:
         return Sample(
             field(record, "question_id", (int, str)),
             (image, "\n" + field(record, "question", str)),
-            {"gt_answer": [field(record, "answer", str)]},
+            {"gt_answer": [answer(record, "answer")]},
         )
 
     return collect([record for path in location.gt_paths for record in json_lines(path)], read)
@@ -47,13 +48,13 @@ def read_realworld_qa(location: Location) -> DataSet:
             index = field(record, "correct_choice_index", int)
             if not 0 <= index < len(choices):
                 raise RecordError(f"has correct_choice_index {index} and {len(choices)} choices")
-            question, answer = with_options(question, choices), LETTERS[index]
+            question, truth = with_options(question, choices), LETTERS[index]
         else:
-            question, answer = short_answer(question), field(record, "answer", str)
+            question, truth = short_answer(question), answer(record, "answer")
         return Sample(
             int(Path(name).stem),
             (location.image_dir / name, "\n" + question),
-            {"gt_answer": [answer]},
+            {"gt_answer": [truth]},
         )
 
     return collect([record for path in location.gt_paths for record in json_list(path)], read)

@@ -10,6 +10,9 @@ from evaluation.scoring.ocrbench import TYPES
 def read_ocrbench(location: Location) -> DataSet:
     def read(position: int, record: Record) -> Sample:
         answers = field(record, "answers", (str, list))
+        answers = [answers] if isinstance(answers, str) else string_list(record, "answers")
+        if not (answers and all(answers)):  # nothing stands in every answer
+            raise RecordError(f"has answers {answers!r}, expected one or more")
         if (data_type := field(record, "type", str)) not in TYPES:
             raise RecordError(f"has type {data_type!r}, expected one of {', '.join(TYPES)}")
         return Sample(
@@ -19,9 +22,7 @@ def read_ocrbench(location: Location) -> DataSet:
                 "\n" + field(record, "question", str),
             ),
             {
-                "gt_answer": [answers]
-                if isinstance(answers, str)
-                else string_list(record, "answers"),
+                "gt_answer": answers,
                 "dataset_name": field(record, "dataset_name", str),
                 "data_type": data_type,
             },

@@ -30,17 +30,19 @@ HIDDEN = [""]
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """`id` None: the sample's position in the file (or files)."""
+    """`id` None: the sample's position in the file (or files). `has_one_answer`: always, as a
+    benchmark does whose test split is public."""
 
     image: str
     question: str
     answers: str
     id: str | None = None
+    has_one_answer: bool = False
 
 
 TEXT_VQA = Keys("image_id", "question", "answers", "question_id")
 VQA_V2 = Keys("image", "question", "answer", "question_id")
-CHART_QA = Keys("imgname", "query", "label")
+CHART_QA = Keys("imgname", "query", "label", has_one_answer=True)
 SP_DOC_VQA = Keys("image", "question", "answers", "questionId")
 INFO_VQA = Keys("image_local_name", "question", "answers", "questionId")
 
@@ -63,7 +65,10 @@ def read_vqa_v2(location: Location) -> DataSet:
         """As Megatron-LM's list has it, or what is wrong with it."""
         try:
             image = _coco_name(field(record, "image_id", (int, str)), str(subtype))
-            answer = annotations.get(field(record, "question_id", (int, str)), HIDDEN)
+            question_id = field(record, "question_id", (int, str))
+            if annotations and question_id not in annotations:
+                raise RecordError(f"has question_id {question_id}, which has no annotation")
+            answer = annotations.get(question_id, HIDDEN)
         except RecordError as error:
             return error
         return {**record, "image": image, "answer": answer}
@@ -99,11 +104,28 @@ def _samples(records: list[tuple[str, Any]], image_dir: Path, keys: Keys) -> Dat
         image = find_image(image_dir, str(field(record, keys.image, (str, int))))
         question = short_answer(field(record, keys.question, str))
         sample_id = position if keys.id is None else field(record, keys.id, (int, str))
-        return Sample(
-            sample_id, (image, "\n" + question), {"gt_answer": _answers(record, keys.answers)}
-        )
+        answers = _answers(record, keys.answers)
+        if keys.has_one_answer and (len(answers) != 1 or answers == HIDDEN):
+            raise RecordError(
+                f"has {keys.answers} {record.get(keys.answers)!r}, expected one answer"
+            )
+        return Sample(sample_id, (image, "\n" + question), {"gt_answer": answers})
 
-    return collect(records, read)
+    return _of_one_split(collect(records, read), keys)
+
+
+def _of_one_split(data: DataSet, keys: Keys) -> DataSet:
+    """A score is of public answers, a submission of hidden ones: a mixture could be neither."""
+    public = [sample for sample in data.samples if sample.fields["gt_answer"] != HIDDEN]
+    if len(public) in (0, len(data.samples)):
+        return data
+    hidden = [
+        f"sample {sample.id} has no {keys.answers}, as in a test split, and others have; ask "
+        "the splits apart"
+        for sample in data.samples
+        if sample.fields["gt_answer"] == HIDDEN
+    ]
+    return DataSet(public, data.problems + hidden)
 
 
 def _answers(record: Record, key: str) -> list[str]:

@@ -73,6 +73,14 @@ def field(record: Any, key: str, types: type | tuple[type, ...]) -> Any:
     return value
 
 
+def answer(record: Any, key: str) -> str:
+    """Of a benchmark that hides none."""
+    value: str = field(record, key, str)
+    if not value.strip():
+        raise RecordError(f"has {key} {value!r}, expected an answer")
+    return value
+
+
 def string_list(record: Any, key: str) -> list[str]:
     values = field(record, key, list)
     if not all(isinstance(value, str) for value in values):

@@ -42,9 +42,11 @@ def read_video_mme(location: Location) -> DataSet:
             if len(choices) != 4:
                 raise RecordError(f"has {len(choices)} choices, expected 4")
             text = video_question(field(question, "question", str), choices)
-            field(question, "answer", str)
+            if (letter := field(question, "answer", str)) not in tuple("ABCD"):
+                raise RecordError(f"has answer {letter!r}, expected A, B, C or D")
             sample_id = field(question, "question_id", (str, int))
-            yield Sample(sample_id, (*images, "\n" + text), {**video, "questions": [question]})
+            fields = {**video, "questions": [question]}
+            yield Sample(sample_id, (*images, "\n" + text), fields, path)
 
     return collect(records, read)
 
@@ -61,17 +63,39 @@ def decode_frames(path: Path, num_frames: int) -> tuple[NDArray[np.uint8], ...]:
     for their next question. Raises `UserError` for a video that cannot be read.
     """
     try:
-        num_decoded = sum(1 for _ in _decode(path))
-        wanted = [int(i) for i in np.linspace(0, num_decoded - 1, num_frames)]
-        pixels = {
-            index: np.asarray(frame.to_ndarray(format="rgb24"))
-            for index, frame in enumerate(_decode(path))
-            if index in wanted
-        }
+        expected = _num_packets(path)
+        wanted = _spaced(expected, num_frames)
+        pixels, num_decoded = _pick(path, wanted)
+        if num_decoded != expected:  # frames that are never shown, or cannot be decoded
+            wanted = _spaced(num_decoded, num_frames)
+            pixels, _ = _pick(path, wanted)
         return tuple(pixels[index] for index in wanted)
     except (OSError, ValueError, KeyError, IndexError) as error:  # PyAV's errors are OSErrors
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"video {path} cannot be read: {reason}") from None
+
+
+def _spaced(num_decoded: int, num_frames: int) -> list[int]:
+    return [int(index) for index in np.linspace(0, num_decoded - 1, num_frames)]
+
+
+def _pick(path: Path, wanted: list[int]) -> tuple[dict[int, NDArray[np.uint8]], int]:
+    """The pixels of these frames, as far as there are such, and the number of all."""
+    pixels, num_decoded = {}, 0
+    for index, frame in enumerate(_decode(path)):
+        num_decoded += 1
+        if index in wanted:
+            pixels[index] = np.asarray(frame.to_ndarray(format="rgb24"))
+    if not num_decoded:
+        raise ValueError("it has no frames")
+    return pixels, num_decoded
+
+
+def _num_packets(path: Path) -> int:
+    """Nearly always the number of frames, and counted without decoding one."""
+    av = require_package("av", "av (PyAV)", "VideoMME")
+    with av.open(str(path)) as container:
+        return sum(packet.size > 0 for packet in container.demux(video=0))
 
 
 def _decode(path: Path) -> Iterator[Any]:

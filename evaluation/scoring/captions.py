@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from evaluation.packages import require_package
 from evaluation.sample import SampleId
@@ -14,6 +16,23 @@ from nvlm.errors import UserError
 
 def comparable_caption(caption: str) -> str:
     return caption.rstrip(".").lower()
+
+
+def _tokenized(
+    tokenize: Callable[[Any], dict[SampleId, list[str]]], captions: dict[SampleId, list[str]]
+) -> dict[SampleId, list[str]]:
+    """One line a caption, which is what the tokenizer counts."""
+    lines = {i: [" ".join(text.split()) for text in texts] for i, texts in captions.items()}
+    try:
+        found = tokenize({i: [{"caption": text} for text in texts] for i, texts in lines.items()})
+    except OSError as error:  # it writes beside its jar
+        raise UserError(f"CIDEr's tokenizer cannot run: {error}; mend that") from None
+    if [*map(len, found.values())] != [*map(len, lines.values())]:  # nor looks at Java's exit code
+        raise UserError(
+            f"CIDEr's tokenizer gave back {sum(map(len, found.values()))} of "
+            f"{sum(map(len, lines.values()))} captions; `java -version` says whether Java works"
+        )
+    return found
 
 
 def score_captions(lines: dict[SampleId, Line], truth: Truth) -> TaskScore:
@@ -31,10 +50,7 @@ def score_captions(lines: dict[SampleId, Line], truth: Truth) -> TaskScore:
     answers = {i: [comparable_caption(line["caption"])] for i, line in lines.items()}
     with contextlib.redirect_stdout(sys.stderr):  # what it prints is no score
         tokenize = tokenizer.PTBTokenizer().tokenize
-        expected, given = (
-            tokenize({i: [{"caption": text} for text in texts] for i, texts in captions.items()})
-            for captions in (truths, answers)
-        )
+        expected, given = (_tokenized(tokenize, captions) for captions in (truths, answers))
         mean, each = cider.Cider().compute_score(expected, given)
     samples = {
         sample_id: SampleScore(float(value), lines[sample_id]["caption"], truths[sample_id])
