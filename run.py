@@ -160,7 +160,7 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     with Job(World.from_environment(os.environ)) as job:
         arguments = job.agree(_parse)
-        device = job.agree(lambda: job.world.device(resolve_device(arguments.device)))
+        device = job.device(job.agree(lambda: resolve_device(arguments.device)))
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(job.world.share_of(torch.get_num_threads()))
         # The same on every rank: each rank of TensorRT-LLM allocates by its own.

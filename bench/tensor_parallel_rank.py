@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     arguments = parser.parse_args()
     with Job(World.from_environment(os.environ)) as job:
-        device = job.world.device(torch.device(arguments.device))
+        device = job.device(torch.device(arguments.device))
         if job.world.rank > 0:
             follow(arguments.many, device, job)
         else:

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -69,24 +69,41 @@ class World:
                         f"{size}={values[0]} and {rank}={values[1]} in the environment, expected "
                         "numbers; start with mpirun, or unset them"
                     )
-                numbers = [None if value is None else int(value) for value in local]
-                return cls(int(values[0]), int(values[1]), *numbers)
+                world = cls(
+                    *(int(value) for value in values),
+                    *(None if value is None else int(value) for value in local),
+                )
+                if world.rank >= world.size:
+                    raise UserError(
+                        f"{size}={world.size} and {rank}={world.rank} in the environment, expected "
+                        "a rank below the size; start with mpirun, or unset them"
+                    )
+                return world
         return cls()
 
     def share_of(self, num_threads: int) -> int:
         """Of a machine's threads, for each of its ranks."""
         return max(1, num_threads // self.local_size)
 
-    def device(self, device: torch.device) -> torch.device:
-        """This rank's GPU, or the CPU. Raises `UserError` for fewer GPUs than ranks."""
-        if device.type != "cuda" or self.size == 1:
-            return device
-        if (num_gpus := torch.cuda.device_count()) < self.local_size:
+    def gpu(self, visible: Sequence[Sequence[str]]) -> int:
+        """Of the GPUs `visible` to each rank (or to this one alone), the index that this rank
+        takes: its local rank; 0 where the launcher shows every rank another one (`srun
+        --gpus-per-task 1`). Raises `UserError` for fewer GPUs than ranks."""
+        ones = {gpus[0] for gpus in visible if len(gpus) == 1}
+        if len(ones) == self.size:
+            return 0
+        num_gpus = len(visible[self.rank if len(visible) == self.size else 0])
+        if num_gpus < self.local_size:
             raise UserError(
                 f"{self.local_size} ranks run on this machine and torch sees {num_gpus} GPU"
                 f"{'' if num_gpus == 1 else 's'}; use as many GPUs as ranks, or --device cpu"
             )
-        return torch.device("cuda", self.local_rank)
+        return self.local_rank
+
+
+def visible_gpus() -> list[str]:
+    """An identifier of each GPU that torch sees, the same in every process."""
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
 
 
 def rank_from(environment: Mapping[str, str]) -> int:
@@ -208,6 +225,13 @@ class Job:
         self.watch.leave()
         time.sleep(_ABORT_S)
         os._exit(EXIT_USER_ERROR)
+
+    def device(self, device: torch.device) -> torch.device:
+        """Collective. This rank's GPU, or the CPU. Raises `UserError` for fewer GPUs than ranks."""
+        if device.type != "cuda" or self.world.size == 1:
+            return device
+        everyones = self.gather(visible_gpus())
+        return self.agree(lambda: torch.device("cuda", self.world.gpu(everyones)))
 
     def refuse(self, message: str) -> NoReturn:
         """For a mistake that every rank of a machine finds while they cannot speak to one another:

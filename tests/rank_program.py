@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import run
 from nvlm import command_line
+from runtime import mpi
 from runtime.mpi import Job, end, rank_from
 
 RANK = rank_from(os.environ)
@@ -46,7 +47,7 @@ def main() -> None:
         sys.modules["nvlm"].__version__ = value
     elif what == "gpus":
         torch.cuda.is_available = lambda: True
-        torch.cuda.device_count = lambda: int(value)
+        mpi.visible_gpus = lambda: [str(i) for i in range(int(value))]
     command_line.run(run.main, rank=RANK, end=end)
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nvlm.errors import UserError
-from runtime.mpi import World, rank_from, require_world_size
+from runtime.mpi import Job, World, rank_from, require_world_size
 from runtime.watch import Offer, Watch
 
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+CUDA = torch.device("cuda")
 
 
 def mpich(size: int, rank: int, local_size: int, local_rank: int) -> dict[str, str]:
@@ -29,28 +29,36 @@ def open_mpi(size: int, rank: int, local_size: int, local_rank: int) -> dict[str
 
 @pytest.mark.parametrize("launcher", [mpich, open_mpi])
 def test_the_second_rank_of_the_second_machine_takes_its_second_gpu(
-    launcher: object, monkeypatch: pytest.MonkeyPatch
+    launcher: object,
 ) -> None:
     assert callable(launcher)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     world = World.from_environment(launcher(4, 3, 2, 1))
     assert (world.size, world.rank, world.local_size, world.local_rank) == (4, 3, 2, 1)
-    assert world.device(CUDA) == torch.device("cuda", 1)
-    assert world.device(CPU) == CPU
+    assert world.gpu([["a", "b"]] * 4) == 1
     assert world.share_of(8) == 4
     assert world.share_of(1) == 1
 
 
-def test_fewer_gpus_than_ranks_of_a_machine_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="2 ranks run on this machine and torch sees 1 GPU"):
-        World.from_environment(mpich(4, 3, 2, 1)).device(CUDA)
+def test_a_rank_that_sees_a_gpu_of_its_own_takes_it() -> None:
+    """As SLURM gives one to each task: there is no second one to number."""
+    assert World.from_environment(mpich(2, 1, 2, 1)).gpu([["a"], ["b"]]) == 0
+    assert World.from_environment(mpich(2, 1, 1, 0)).gpu([["a"], ["b"]]) == 0
+    uneven = [["a", "b"], ["a", "b"], ["c"]]
+    assert [World(3, rank, 2, rank).gpu(uneven) for rank in (0, 1)] == [0, 1]
+    assert World(3, 2, 1, 0).gpu(uneven) == 0
+
+
+@pytest.mark.parametrize("visible", [[["a"]], [["a"], ["a"]], [["a"], []], [["a", "b"], ["b"]]])
+def test_fewer_gpus_than_ranks_of_a_machine_are_refused(visible: list[list[str]]) -> None:
+    message = f"2 ranks run on this machine and torch sees {len(visible[-1])} GPU"
+    with pytest.raises(UserError, match=message):
+        World.from_environment(mpich(2, 1, 2, 1)).gpu(visible)
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:
     world = World.from_environment({})
     assert (world.size, world.rank, world.local_size, world.local_rank) == (1, 0, 1, 0)
-    assert world.device(CUDA) == CUDA
+    assert Job(world).device(CUDA) == CUDA
     require_world_size(world, 1, 1)
     with pytest.raises(UserError, match="tp_size=4, pp_size=2 but 1 rank"):
         require_world_size(world, 4, 2)
@@ -61,6 +69,12 @@ def test_variables_that_are_no_numbers_are_refused_and_the_log_does_without() ->
     with pytest.raises(UserError, match="PMI_SIZE=two"):
         World.from_environment(environment)
     assert rank_from(environment) == 0
+
+
+@pytest.mark.parametrize(("size", "rank"), [("0", "0"), ("2", "2")])
+def test_a_rank_outside_the_world_is_refused(size: str, rank: str) -> None:
+    with pytest.raises(UserError, match=f"PMI_SIZE={size} and PMI_RANK={rank}.*below the size"):
+        World.from_environment({"PMI_SIZE": size, "PMI_RANK": rank})
 
 
 def test_a_rank_that_cannot_reach_the_first_one_says_where_it_looked() -> None:
