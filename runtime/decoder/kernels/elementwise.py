@@ -1,5 +1,6 @@
 """Triton: residual + RMSNorm + quantise, and SwiGLU + quantise. A program holds one row, or a
-piece of one for SwiGLU, which needs no sum over it."""
+piece of one for SwiGLU, which needs no sum over it. Every load is asked for before the first use:
+with few rows their latency is what these kernels take."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from runtime.kernels.prefetch import num_programs, prefetch, prefetched_bytes
 from runtime.kernels.quantization import quantize
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _add_rms_norm(
     hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
     following, following_bytes,
@@ -26,16 +27,18 @@ def _add_rms_norm(
     columns = tl.arange(0, BLOCK)
     mask = columns < size
     x = tl.load(hidden + row + columns, mask, other=0.0)
+    w = tl.load(weight + columns, mask, other=0.0)
+    if QUANTIZE:
+        s = tl.load(scale)
     if HAS_DELTA:
-        y = tl.load(delta + row + columns, mask, other=0.0)
+        y = tl.load(delta + row + columns, mask, other=0.0).to(x.dtype)
         x = (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
         tl.store(new_hidden + row + columns, x, mask)
     x32 = x.to(tl.float32)
     factor = tl.rsqrt(tl.sum(x32 * x32) / size + eps)
-    w = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
-    rounded = (x32 * factor * w).to(x.dtype)
+    rounded = (x32 * factor * w.to(tl.float32)).to(x.dtype)
     if QUANTIZE:
-        tl.store(normed + row + columns, quantize(rounded.to(tl.float32), tl.load(scale)), mask)
+        tl.store(normed + row + columns, quantize(rounded.to(tl.float32), s), mask)
     else:
         tl.store(normed + row + columns, rounded, mask)
 
@@ -55,7 +58,7 @@ def add_rms_norm(
     normed = torch.empty_like(hidden, dtype=hidden.dtype if scale is None else E4M3)
     _add_rms_norm[(num_tokens + num_programs(num_bytes, 8),)](
         hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
-        following, num_bytes,
+        following if num_bytes else None, num_bytes,
         HAS_DELTA=delta is not None, QUANTIZE=scale is not None, PREFETCH=num_bytes > 0,
         BLOCK=triton.next_power_of_2(size), num_warps=8,
     )  # fmt: skip
@@ -76,12 +79,13 @@ def _swiglu_quantize(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
+    s = tl.load(scale)
     gate = tl.load(gate_up + row * 2 * size + columns, mask, other=0.0)
     up = tl.load(gate_up + row * 2 * size + size + columns, mask, other=0.0).to(tl.float32)
     gate32 = gate.to(tl.float32)
-    activated = tl.div_rn(gate32, 1.0 + tl.exp(-gate32))
+    activated = gate32 / (1.0 + tl.exp(-gate32))
     rounded = (activated * up).to(gate.dtype).to(tl.float32)
-    tl.store(product + row * size + columns, quantize(rounded, tl.load(scale)), mask)
+    tl.store(product + row * size + columns, quantize(rounded, s), mask)
 
 
 def swiglu_quantize(
@@ -96,7 +100,7 @@ def swiglu_quantize(
     num_bytes = prefetched_bytes(following, prefetch_limit)
     extra = triton.cdiv(num_programs(num_bytes, 4), num_tokens)
     _swiglu_quantize[(num_tokens, triton.cdiv(size, block) + extra)](
-        gate_up, scale, product, size, following, num_bytes,
+        gate_up, scale, product, size, following if num_bytes else None, num_bytes,
         BLOCK=block, PREFETCH=num_bytes > 0, num_warps=4,
     )  # fmt: skip
     return product

@@ -32,6 +32,7 @@ def _rope_append(
     mask = (head < kv_heads) & (channel < half)
     num_heads = (group_size + 2) * kv_heads
     source = qkv + (token * num_heads + part * kv_heads + head) * HEAD_DIM + channel
+    scale, slot = tl.load(kv_scale), tl.load(slots + token)
     first, second = tl.load(source, mask, other=0.0), tl.load(source + half, mask, other=0.0)
     if part <= group_size:  # q or K
         in_half = channel < half
@@ -46,7 +47,6 @@ def _rope_append(
         tl.store(target, first, mask)
         tl.store(target + half, second, mask)
     else:
-        scale, slot = tl.load(kv_scale), tl.load(slots + token)
         row = (slot // TOKENS * kv_heads + head) * TOKENS + slot % TOKENS
         first8 = quantize(first.to(tl.float32), scale)
         second8 = quantize(second.to(tl.float32), scale)
@@ -77,7 +77,7 @@ def rope_append(
     extra = triton.cdiv(num_programs(num_bytes, 4), num_tokens)
     _rope_append[(num_tokens, group_size + 2 + extra)](
         qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q, kv_heads, group_size,
-        following, num_bytes,
+        following if num_bytes else None, num_bytes,
         HEAD_DIM=head_dim, TOKENS=block_size, BLOCK_HEADS=triton.next_power_of_2(kv_heads),
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2), PREFETCH=num_bytes > 0,
         num_warps=4,

@@ -18,12 +18,18 @@ _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 class TritonForms:
     """prefetch_bytes: of the next linear's weights, while a small kernel runs. use_fast_accum:
-    tensor_core_linear.py."""
+    tensor_core_linear.py. use_cudnn: for whole prompts, whose every new length it plans for some
+    30 ms; by default FlashAttention, which needs no plan."""
 
     def __init__(
-        self, device: torch.device, *, prefetch_bytes: int = 0, use_fast_accum: bool = False
+        self,
+        device: torch.device,
+        *,
+        prefetch_bytes: int = 0,
+        use_fast_accum: bool = False,
+        use_cudnn: bool = False,
     ) -> None:
-        self._use_fast_accum = use_fast_accum
+        self._use_fast_accum, self._use_cudnn = use_fast_accum, use_cudnn
         self.add_rms_norm = partial(elementwise.add_rms_norm, prefetch_limit=prefetch_bytes)
         self.swiglu_quantize = partial(elementwise.swiglu_quantize, prefetch_limit=prefetch_bytes)
         self.rope_append = partial(rope.rope_append, prefetch_limit=prefetch_bytes)
@@ -63,14 +69,20 @@ class TritonForms:
         num_rows, _, head_dim = q.shape
         end = first_position + num_rows
         k, v = (_widen(cache, blocks, end, q.dtype) for cache in (k_cache, v_cache))
-        attended = nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k[None],
-            v[None],
-            attn_mask=causal_lower_right(num_rows, end),
-            scale=head_dim**-0.5 * kv_scale,
-            enable_gqa=True,
-        )
+        inputs = q.transpose(0, 1)[None], k[None], v[None]
+        softmax_scale = head_dim**-0.5 * kv_scale
+        if q.device.type == "cuda" and not self._use_cudnn:
+            # Causal here means that the last query sees the last key, however many there are.
+            attended = torch.ops.aten._scaled_dot_product_flash_attention(
+                *inputs, is_causal=True, scale=softmax_scale
+            )[0]
+        else:
+            attended = nn.functional.scaled_dot_product_attention(
+                *inputs,
+                attn_mask=causal_lower_right(num_rows, end),
+                scale=softmax_scale,
+                enable_gqa=True,
+            )
         rows = attended[0].transpose(0, 1).reshape(num_rows, -1)  # [T, heads * head_dim]
         if scale is None:
             return rows * kv_scale
