@@ -55,7 +55,10 @@ def models(workshop: Workshop, model_dir) -> dict[str, DecoderModel]:  # type: i
     def fast(use_graphs: bool, prefetch_bytes: int = 0) -> HopperModel:
         forms = _Forms(DEVICE, prefetch_bytes=prefetch_bytes)
         arguments = (config, 5, MAX_SEQ_LEN, weights, NUM_BLOCKS, DEVICE, forms)
-        return HopperModel(*arguments, use_graphs=use_graphs)
+        model = HopperModel(*arguments)
+        if DEVICE.type == "cuda" and use_graphs:
+            model.capture_graphs()
+        return model
 
     oracle = PlainModel(config, load_weights(source, config, CPU), NUM_BLOCKS, CPU)
     models: dict[str, DecoderModel] = {
