@@ -58,6 +58,7 @@ def measure_decoder(
         decoder_source(engine, device),
         prefetch_bytes=options.prefetch_kb << 10,
         use_fast_accum=options.fast_accum,
+        use_cudnn=options.cudnn,
         use_graphs=not options.no_graphs,
     )
     executor = TorchDecoderExecutor.over(engine, opened)
@@ -71,6 +72,7 @@ def measure_decoder(
     if "prefill" in options.phases:
         for num_tokens in prompts:
             yield measure_prefill(executor, config, num_tokens, ceilings)
+        yield measure_prefill(executor, config, prompts[0], ceilings, is_new=True)
     if "first_token" in options.phases:
         for precision in PRECISIONS:
             yield measure_first_token(executor, engine, precision, ceilings, device)
@@ -162,6 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prefetch_kb", type=int, default=0)
     parser.add_argument("--fast_accum", action="store_true")
+    parser.add_argument("--cudnn", action="store_true", help="attention of whole prompts by cuDNN")
     parser.add_argument("--no_graphs", action="store_true")
     parser.add_argument("--profile", type=Path, help="append kernels' times to this file")
     options = parser.parse_args(arguments)
