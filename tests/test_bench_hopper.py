@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import hopper, hopper_kernels
+from bench import hopper, hopper_kernels, hopper_load, hopper_peers
 from bench.hopper_decoder import random_prompt
 
 
@@ -45,3 +46,23 @@ def test_prompts_of_other_lengths_and_seeds_share_no_beginning() -> None:
     """Otherwise blocks that the last measurement left would be found, and nothing computed."""
     prompts = [random_prompt(152064, n, seed) for n in (40, 1948, 2048) for seed in (0, 1, 1000)]
     assert len({prompt[0] for prompt in prompts}) == len(prompts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_loading_is_measured_from_a_file_beside_the_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hopper_load.main(["--shape", "tiny", "--layers", "1", "--folder", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["bytes"] == (tmp_path / "llm" / "rank0.safetensors").stat().st_size
+    assert found["share_of_disk"] > 0
+    assert found["ready_s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_a_peer_is_measured_by_the_same_phases(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--shape tiny --layers 1,2 --batch_sizes 2 --context 20 --prompts 20"
+    hopper_peers.main(options.split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["phase"] for row in found["rows"]} == {"decode", "prefill"}
+    assert len(found["slopes"]) == 2
