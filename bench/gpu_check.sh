@@ -6,7 +6,7 @@
 #   one H100 or H200, the first check (8 minutes at most):
 #     tests     every kernel and the whole path against the CPU's numbers
 #     decode    8 and 16 layers of 72B width: decode, prefill, slopes per layer; profile.log
-#     variants  8 layers: L2 prefetch, fast accumulation, attention of prompts by cuDNN
+#     variants  8 layers: L2 prefetch, dependent launches, fast accumulation, prompts by cuDNN
 #     vision    seven tiles, FP8 and bfloat16
 #     kernels   every kernel alone; FP8 linears by cuBLASLt and stream-K
 #   and its other results:
@@ -42,8 +42,8 @@ part tests 150 $pytest -n 8 --maxfail=40 \
 part decode 150 bash -c "$python -m bench.hopper decode prefill --layers 8,16 --prompts 1948,2048 \
     --batch_sizes 1,8,64 --profile '$out/profile.log' ||
   $python -m bench.hopper decode prefill --layers 8 --prompts 1948 --batch_sizes 1 --no_graphs"
-part variants 110 bash -c "for flags in 'decode --prefetch_kb 8192' 'decode --prefetch_kb 24576' \
-    'prefill --fast_accum' 'prefill --cudnn'; do echo \$flags
+part variants 150 bash -c "for flags in 'decode --prefetch_kb 8192' 'decode --prefetch_kb 24576' \
+    'decode --pdl' 'decode --pdl --prefetch_kb 24576' 'prefill --fast_accum' 'prefill --cudnn'; do echo \$flags
   $python -m bench.hopper \$flags --layers 8 --batch_sizes 1,8,64 --prompts 1948,2048; done"
 part vision 60 $python -m bench.hopper vision
 part kernels 80 $python -m bench.hopper_kernels --batch_sizes 1,64 --prompts 1948

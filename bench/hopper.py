@@ -59,6 +59,7 @@ def measure_decoder(
         prefetch_bytes=options.prefetch_kb << 10,
         use_fast_accum=options.fast_accum,
         use_cudnn=options.cudnn,
+        pdl=options.pdl,
         use_graphs=not options.no_graphs,
     )
     executor = TorchDecoderExecutor.over(engine, opened)
@@ -165,6 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prefetch_kb", type=int, default=0)
     parser.add_argument("--fast_accum", action="store_true")
     parser.add_argument("--cudnn", action="store_true", help="attention of whole prompts by cuDNN")
+    parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch")
     parser.add_argument("--no_graphs", action="store_true")
     parser.add_argument("--profile", type=Path, help="append kernels' times to this file")
     options = parser.parse_args(arguments)

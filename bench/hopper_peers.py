@@ -48,7 +48,8 @@ def qwen2(decoder: DecoderConfig, device: torch.device) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            return transformers.Qwen2ForCausalLM(config).eval()
+            model: Any = transformers.Qwen2ForCausalLM(config)
+        return model.eval()
     finally:
         torch.set_default_dtype(kept)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from nvlm.fp8 import E4M3
 from runtime.kernels.prefetch import num_programs, prefetch, prefetched_bytes
@@ -18,6 +19,7 @@ def _add_rms_norm(
     hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
     following, following_bytes,
     HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PREFETCH:
         if tl.program_id(0) >= num_tokens:
@@ -26,10 +28,12 @@ def _add_rms_norm(
     row = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     mask = columns < size
-    x = tl.load(hidden + row + columns, mask, other=0.0)
     w = tl.load(weight + columns, mask, other=0.0)
     if QUANTIZE:
         s = tl.load(scale)
+    if PDL:
+        gdc_wait()
+    x = tl.load(hidden + row + columns, mask, other=0.0)
     if HAS_DELTA:
         y = tl.load(delta + row + columns, mask, other=0.0).to(x.dtype)
         x = (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
@@ -51,6 +55,7 @@ def add_rms_norm(
     scale: torch.Tensor | None,
     following: torch.Tensor | None = None,
     prefetch_limit: int = 0,
+    pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, size = hidden.shape
     num_bytes = prefetched_bytes(following, prefetch_limit)
@@ -60,7 +65,7 @@ def add_rms_norm(
         hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
         following if num_bytes else None, num_bytes,
         HAS_DELTA=delta is not None, QUANTIZE=scale is not None, PREFETCH=num_bytes > 0,
-        BLOCK=triton.next_power_of_2(size), num_warps=8,
+        BLOCK=triton.next_power_of_2(size), PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     return new_hidden, normed
 
@@ -68,7 +73,7 @@ def add_rms_norm(
 @triton.jit
 def _swiglu_quantize(
     gate_up, scale, product, size, following, following_bytes,
-    BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
+    BLOCK: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PREFETCH:
         first = tl.cdiv(size, BLOCK)
@@ -80,6 +85,8 @@ def _swiglu_quantize(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
     s = tl.load(scale)
+    if PDL:
+        gdc_wait()
     gate = tl.load(gate_up + row * 2 * size + columns, mask, other=0.0)
     up = tl.load(gate_up + row * 2 * size + size + columns, mask, other=0.0).to(tl.float32)
     gate32 = gate.to(tl.float32)
@@ -93,6 +100,7 @@ def swiglu_quantize(
     scale: torch.Tensor,
     following: torch.Tensor | None = None,
     prefetch_limit: int = 0,
+    pdl: bool = False,
 ) -> torch.Tensor:
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     product = torch.empty(num_tokens, size, dtype=E4M3, device=gate_up.device)
@@ -101,6 +109,6 @@ def swiglu_quantize(
     extra = triton.cdiv(num_programs(num_bytes, 4), num_tokens)
     _swiglu_quantize[(num_tokens, triton.cdiv(size, block) + extra)](
         gate_up, scale, product, size, following if num_bytes else None, num_bytes,
-        BLOCK=block, PREFETCH=num_bytes > 0, num_warps=4,
+        BLOCK=block, PREFETCH=num_bytes > 0, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return product

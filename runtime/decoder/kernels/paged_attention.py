@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from nvlm.fp8 import E4M3
 from runtime.decoder.kernels.workspace import Workspace
@@ -41,7 +42,7 @@ def _paged_attention(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
     QUANTIZE: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-    ON_GPU: tl.constexpr,
+    ON_GPU: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, channel = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_DIM)
@@ -50,12 +51,14 @@ def _paged_attention(
     head = (request * KV_HEADS + kv_head) * GROUP + row
     offsets = head[:, None] * HEAD_DIM + channel[None, :]
     kv = tl.load(kv_scale)
+    length = tl.load(lengths + request)
+    if PDL:
+        gdc_wait()
     loaded = tl.load(q + offsets, q_mask, other=0.0)
     # Hopper widens e4m3 to float16 in one instruction, to bfloat16 in three; both are exact. What
     # float16 loses of bfloat16's range, above 65504 and below 6e-8, no query needs.
     queries = loaded.to(tl.float16)
     exponent_scale *= kv
-    length = tl.load(lengths + request)
     num_steps = tl.cdiv(length, BLOCK_TOKENS)
     steps_per_split = tl.cdiv(num_steps, NUM_SPLITS)
     begin = split * steps_per_split
@@ -148,6 +151,7 @@ def paged_attention(
     scale: torch.Tensor | None,
     workspace: Workspace,
     tokens_per_step: int = TOKENS_PER_STEP,
+    pdl: bool = False,
 ) -> torch.Tensor:
     batch_size, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
@@ -165,6 +169,6 @@ def paged_attention(
         BLOCK_ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_TOKENS=tokens_per_step,
         BLOCK_SPLITS=triton.next_power_of_2(splits), ON_GPU=q.device.type == "cuda",
-        num_warps=4, num_stages=3,
+        PDL=pdl, num_warps=4, num_stages=3, launch_pdl=pdl,
     )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from runtime.kernels.prefetch import num_programs, prefetch, prefetched_bytes
 from runtime.kernels.quantization import quantize
@@ -18,7 +19,7 @@ def _rope_append(
     qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q_out, kv_heads, group_size,
     following, following_bytes,
     HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, PREFETCH: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PREFETCH:
         if tl.program_id(1) >= group_size + 2:
@@ -33,6 +34,8 @@ def _rope_append(
     num_heads = (group_size + 2) * kv_heads
     source = qkv + (token * num_heads + part * kv_heads + head) * HEAD_DIM + channel
     scale, slot = tl.load(kv_scale), tl.load(slots + token)
+    if PDL:
+        gdc_wait()
     first, second = tl.load(source, mask, other=0.0), tl.load(source + half, mask, other=0.0)
     if part <= group_size:  # q or K
         in_half = channel < half
@@ -68,6 +71,7 @@ def rope_append(
     kv_scale: torch.Tensor,
     following: torch.Tensor | None = None,
     prefetch_limit: int = 0,
+    pdl: bool = False,
 ) -> torch.Tensor:
     _, kv_heads, block_size, head_dim = k_cache.shape
     num_tokens, heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * kv_heads
@@ -80,6 +84,6 @@ def rope_append(
         following if num_bytes else None, num_bytes,
         HEAD_DIM=head_dim, TOKENS=block_size, BLOCK_HEADS=triton.next_power_of_2(kv_heads),
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2), PREFETCH=num_bytes > 0,
-        num_warps=4,
+        PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return q

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,10 @@ _PROGRAMS_PER_MULTIPROCESSOR = 2
 class TritonForms:
     """prefetch_bytes: of the next linear's weights, while a small kernel runs. use_fast_accum:
     tensor_core_linear.py. use_cudnn: for whole prompts, whose every new length it plans for some
-    30 ms; by default FlashAttention, which needs no plan."""
+    30 ms; by default FlashAttention, which needs no plan. pdl: a kernel is launched while the one
+    before ends, and reads the weights and scales it needs (programmatic dependent launch). All but
+    what an earlier kernel of the step wrote just before may be read ahead of `gdc_wait`, since no
+    kernel lets the next one start before its own wait is over."""
 
     def __init__(
         self,
@@ -28,11 +32,13 @@ class TritonForms:
         prefetch_bytes: int = 0,
         use_fast_accum: bool = False,
         use_cudnn: bool = False,
+        pdl: bool = False,
     ) -> None:
-        self._use_fast_accum, self._use_cudnn = use_fast_accum, use_cudnn
-        self.add_rms_norm = partial(elementwise.add_rms_norm, prefetch_limit=prefetch_bytes)
-        self.swiglu_quantize = partial(elementwise.swiglu_quantize, prefetch_limit=prefetch_bytes)
-        self.rope_append = partial(rope.rope_append, prefetch_limit=prefetch_bytes)
+        self._use_fast_accum, self._use_cudnn, self._pdl = use_fast_accum, use_cudnn, pdl
+        settings: dict[str, Any] = {"prefetch_limit": prefetch_bytes, "pdl": pdl}
+        self.add_rms_norm = partial(elementwise.add_rms_norm, **settings)
+        self.swiglu_quantize = partial(elementwise.swiglu_quantize, **settings)
+        self.rope_append = partial(rope.rope_append, **settings)
         multiprocessors = 4  # in Triton's interpreter
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -51,7 +57,15 @@ class TritonForms:
         scale: torch.Tensor | None,
     ) -> torch.Tensor:
         return paged_attention.paged_attention(
-            q, k_cache, v_cache, block_tables, lengths, kv_scale, scale, self._workspace
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            lengths,
+            kv_scale,
+            scale,
+            self._workspace,
+            pdl=self._pdl,
         )
 
     def prefill_attention(
