@@ -1,7 +1,7 @@
 #!/bin/bash
 # What a GPU machine has to show, part by part: each has a time limit and a log of its own, whose last
 # line is JSON where it measures, and one that fails or takes too long does not stop the next.
-#     bash bench/gpu_check.sh OUT_FOLDER [part ...]
+#     [FLAGS="--pdl ..."] bash bench/gpu_check.sh OUT_FOLDER [part ...]     FLAGS: bench.hopper's settings
 # Needs the repository, Python 3.12 with torch for CUDA, Triton, pytest, pytest-xdist and -timeout.
 #   one H100 or H200, the first check (8 minutes at most):
 #     tests     every kernel and the whole path against the CPU's numbers
@@ -40,10 +40,11 @@ part tests 150 $pytest -n 8 --maxfail=40 \
   tests/test_hopper_executor.py tests/test_hopper_vision.py tests/test_decoder_contract.py \
   -k "not alone_ and not TensorRT and not float32"
 part decode 150 bash -c "$python -m bench.hopper decode prefill --layers 8,16 --prompts 1948,2048 \
-    --batch_sizes 1,8,64 --profile '$out/profile.log' ||
+    --batch_sizes 1,8,64 --profile '$out/profile.log' $FLAGS ||
   $python -m bench.hopper decode prefill --layers 8 --prompts 1948 --batch_sizes 1 --no_graphs"
-part variants 150 bash -c "for flags in 'decode --prefetch_kb 8192' 'decode --prefetch_kb 24576' \
-    'decode --pdl' 'decode --pdl --prefetch_kb 24576' 'prefill --fast_accum' 'prefill --cudnn'; do echo \$flags
+part variants 200 bash -c "for flags in 'decode --prefetch_kb 8192' 'decode --prefetch_kb 24576' \
+    'decode --prefetch_kb 16384 --prefetch_rows 16384' 'decode --pdl' 'decode --pdl --prefetch_kb 16384' \
+    'prefill --use_fast_accum' 'prefill --use_cudnn'; do echo \$flags
   $python -m bench.hopper \$flags --layers 8 --batch_sizes 1,8,64 --prompts 1948,2048; done"
 part vision 60 $python -m bench.hopper vision
 part kernels 80 $python -m bench.hopper_kernels --batch_sizes 1,64 --prompts 1948
@@ -54,9 +55,9 @@ part load 200 $python -m bench.hopper_load --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.hopper_peers
 
 part h200 400 $python -m bench.hopper decode prefill first_token serving --layers 80 \
-  --batch_sizes 1,8,32,64 --prompts 1948 --requests 192
-part one 150 $python -m bench.hopper decode prefill --layers 80 --batch_sizes 1,8,64 --prompts 1948
+  --batch_sizes 1,8,32,64 --prompts 1948 --requests 192 $FLAGS
+part one 150 $python -m bench.hopper decode prefill --layers 80 --batch_sizes 1,8,64 --prompts 1948 $FLAGS
 part ranks 330 bash -c "for graphs in '' --no_graphs; do
-  timeout -k 5 160 mpirun -n 2 $python -m bench.hopper_ranks --one '$out/one.log' \$graphs \
+  timeout -k 5 160 mpirun -n 2 $python -m bench.hopper_ranks --one '$out/one.log' \$graphs $FLAGS \
     --output '$out/ranks.json' && break; done"
 tail -n 25 "$out"/*.log | cut -c 1-400

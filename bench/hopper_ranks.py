@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.hopper import numbers
+from bench.hopper import add_settings, numbers, settings
 from bench.hopper_decoder import measure_decode, measure_prefill
 from bench.hopper_row import Row
 from bench.machine import describe, describe_gpu
@@ -46,7 +46,8 @@ def opened(
         tp_size=group.size,
     )
     source = decoder_source(engine, device, group.rank)
-    model = open_model(engine, device, source, group, use_graphs=not options.no_graphs)
+    use_graphs = not options.no_graphs
+    model = open_model(engine, device, source, group, use_graphs=use_graphs, **settings(options))
     return TorchDecoderExecutor.over(engine, model, group)
 
 
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--prompts", default="1948")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--no_graphs", action="store_true")
+    add_settings(parser)
     options = parser.parse_args()
     kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Job(World.from_environment(os.environ)) as job:

@@ -67,8 +67,10 @@ def models(workshop: Workshop, model_dir) -> dict[str, DecoderModel]:  # type: i
         "launches": fast(use_graphs=False),
     }
     if DEVICE.type == "cuda":
-        models["prefetch"] = fast(use_graphs=True, prefetch_bytes=9000)
-        models["pdl"] = fast(use_graphs=True, prefetch_bytes=9000, pdl=True)
+        from runtime.kernels.prefetch import Prefetch
+
+        models["prefetch"] = fast(use_graphs=True, prefetch=Prefetch(9000))
+        models["pdl"] = fast(use_graphs=True, prefetch=Prefetch(9000, 100), pdl=True)
     return models
 
 

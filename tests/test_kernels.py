@@ -22,11 +22,13 @@ from tests.tolerances import (
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # no bfloat16 products there
 triton = pytest.importorskip("triton", reason="triton is not installed")
+import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from runtime.decoder.kernels.streaming_linear import Tile, streaming_linear  # noqa: E402
 from runtime.decoder.kernels.triton_forms import TritonForms  # noqa: E402
 from runtime.decoder.kernels.workspace import Workspace  # noqa: E402
+from runtime.kernels.prefetch import Prefetch, offsets  # noqa: E402
 from runtime.kernels.quantization import scale_quantize  # noqa: E402
 
 FORMS = TritonForms(DEVICE)
@@ -143,6 +145,39 @@ def test_rope_append_equals_its_plain_form(heads: int, kv_heads: int, head_dim: 
         assert_same_e4m3(cache, oracle)
         written = cache.float().abs().sum((1, 3)).flatten().nonzero().flatten()
         assert written.tolist() == sorted(slots.tolist()), "only the slots are written"
+
+
+@triton.jit
+def _write_offsets(target, num_bytes, rows, row_bytes, threads: tl.constexpr):
+    program = tl.program_id(0)
+    place = target + program * threads + tl.arange(0, threads)
+    tl.store(place, offsets(program, num_bytes, rows, row_bytes, threads))
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_rows", "expected"),
+    [
+        (5000, 1, [0, 1, 2, 3]),
+        (10**9, 1, list(range(24))),
+        (5000, 3, [0, 8, 16, 1]),  # eight kilobytes a row
+        (10**9, 2, [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]),
+        (1000, 1, []),
+    ],
+)
+def test_what_comes_nearer_lies_in_the_weights(
+    limit: int, num_rows: int, expected: list[int]
+) -> None:
+    weights = torch.zeros(3, 8192, dtype=torch.uint8, device=DEVICE).view(fp8.E4M3)
+    part = Prefetch(limit, num_rows).of(weights)
+    assert part.num_bytes == 1024 * len(expected)
+    if expected:
+        found = torch.zeros(part.num_programs(1) * 32, dtype=torch.int64, device=DEVICE)
+        _write_offsets[(part.num_programs(1),)](
+            found, part.num_bytes, part.rows, part.row_bytes, threads=32
+        )
+        kilobytes = (found // 1024).tolist()
+        assert kilobytes[: len(expected)] == expected
+        assert set(kilobytes) == set(expected), "what is beyond repeats the last"
 
 
 def test_a_quotient_by_the_reciprocal_is_put_right_by_its_remainder() -> None:

@@ -10,20 +10,21 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from nvlm.fp8 import E4M3
-from runtime.kernels.prefetch import num_programs, prefetch, prefetched_bytes
+from runtime.kernels.prefetch import NO_PREFETCH, Prefetch, prefetch
 from runtime.kernels.quantization import quantize
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _add_rms_norm(
     hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
-    following, following_bytes,
+    following, following_bytes, following_rows, row_bytes,
     HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PREFETCH:
         if tl.program_id(0) >= num_tokens:
-            prefetch(following, tl.program_id(0) - num_tokens, following_bytes, THREADS=256)
+            program = tl.program_id(0) - num_tokens
+            prefetch(following, program, following_bytes, following_rows, row_bytes, THREADS=256)
             return
     row = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
@@ -54,17 +55,17 @@ def add_rms_norm(
     eps: float,
     scale: torch.Tensor | None,
     following: torch.Tensor | None = None,
-    prefetch_limit: int = 0,
+    prefetched: Prefetch = NO_PREFETCH,
     pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, size = hidden.shape
-    num_bytes = prefetched_bytes(following, prefetch_limit)
+    part = prefetched.of(following)
     new_hidden = hidden if delta is None else torch.empty_like(hidden)
     normed = torch.empty_like(hidden, dtype=hidden.dtype if scale is None else E4M3)
-    _add_rms_norm[(num_tokens + num_programs(num_bytes, 8),)](
+    _add_rms_norm[(num_tokens + part.num_programs(8),)](
         hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
-        following if num_bytes else None, num_bytes,
-        HAS_DELTA=delta is not None, QUANTIZE=scale is not None, PREFETCH=num_bytes > 0,
+        part.weights, part.num_bytes, part.rows, part.row_bytes,
+        HAS_DELTA=delta is not None, QUANTIZE=scale is not None, PREFETCH=part.num_bytes > 0,
         BLOCK=triton.next_power_of_2(size), PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     return new_hidden, normed
@@ -72,14 +73,14 @@ def add_rms_norm(
 
 @triton.jit
 def _swiglu_quantize(
-    gate_up, scale, product, size, following, following_bytes,
+    gate_up, scale, product, size, following, following_bytes, following_rows, row_bytes,
     BLOCK: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PREFETCH:
         first = tl.cdiv(size, BLOCK)
         if tl.program_id(1) >= first:
             program = (tl.program_id(1) - first) * tl.num_programs(0) + tl.program_id(0)
-            prefetch(following, program, following_bytes, THREADS=128)
+            prefetch(following, program, following_bytes, following_rows, row_bytes, THREADS=128)
             return
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -99,16 +100,16 @@ def swiglu_quantize(
     gate_up: torch.Tensor,
     scale: torch.Tensor,
     following: torch.Tensor | None = None,
-    prefetch_limit: int = 0,
+    prefetched: Prefetch = NO_PREFETCH,
     pdl: bool = False,
 ) -> torch.Tensor:
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     product = torch.empty(num_tokens, size, dtype=E4M3, device=gate_up.device)
     block = 1024
-    num_bytes = prefetched_bytes(following, prefetch_limit)
-    extra = triton.cdiv(num_programs(num_bytes, 4), num_tokens)
+    part = prefetched.of(following)
+    extra = triton.cdiv(part.num_programs(4), num_tokens)
     _swiglu_quantize[(num_tokens, triton.cdiv(size, block) + extra)](
-        gate_up, scale, product, size, following if num_bytes else None, num_bytes,
-        BLOCK=block, PREFETCH=num_bytes > 0, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        gate_up, scale, product, size, part.weights, part.num_bytes, part.rows, part.row_bytes,
+        BLOCK=block, PREFETCH=part.num_bytes > 0, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return product

@@ -11,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from runtime.decoder.kernels import elementwise, paged_attention, rope, streaming_linear
 from runtime.decoder.kernels.workspace import Workspace
+from runtime.kernels.prefetch import NO_PREFETCH, Prefetch
 from runtime.kernels.quantization import scale_quantize
 from runtime.kernels.tensor_core_linear import TensorCoreLinear
 
@@ -18,7 +19,7 @@ _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 class TritonForms:
-    """prefetch_bytes: of the next linear's weights, while a small kernel runs. use_fast_accum:
+    """prefetch: of the next linear's weights, while a small kernel runs. use_fast_accum:
     tensor_core_linear.py. use_cudnn: for whole prompts, whose every new length it plans for some
     30 ms; by default FlashAttention, which needs no plan. pdl: a kernel is launched while the one
     before ends, and reads the weights and scales it needs (programmatic dependent launch). All but
@@ -29,13 +30,13 @@ class TritonForms:
         self,
         device: torch.device,
         *,
-        prefetch_bytes: int = 0,
+        prefetch: Prefetch = NO_PREFETCH,
         use_fast_accum: bool = False,
         use_cudnn: bool = False,
         pdl: bool = False,
     ) -> None:
         self._use_fast_accum, self._use_cudnn, self._pdl = use_fast_accum, use_cudnn, pdl
-        settings: dict[str, Any] = {"prefetch_limit": prefetch_bytes, "pdl": pdl}
+        settings: dict[str, Any] = {"prefetched": prefetch, "pdl": pdl}
         self.add_rms_norm = partial(elementwise.add_rms_norm, **settings)
         self.swiglu_quantize = partial(elementwise.swiglu_quantize, **settings)
         self.rope_append = partial(rope.rope_append, **settings)
