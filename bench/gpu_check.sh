@@ -50,7 +50,7 @@ part vision 60 $python -m bench.hopper vision
 part kernels 80 $python -m bench.hopper_kernels --batch_sizes 1,64 --prompts 1948
 
 part alone 60 $pytest tests/test_hopper_executor.py -k alone_
-part truth 180 $python -m bench.hopper_truth --folder "${TRUTH:-.truth}"
+part truth 220 $python -m bench.hopper_truth --folder "${TRUTH:-.truth}"
 part load 200 $python -m bench.hopper_load --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.hopper_peers
 
