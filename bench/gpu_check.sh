@@ -19,7 +19,7 @@
 #     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving
 #   two GPUs of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them
-#     ranks     80 layers on both, with CUDA graphs and, should that fail, without
+#     ranks     80 layers on both, with CUDA graphs and, should that fail, without; sums by peer memory
 out=$1; shift
 parts=${*:-tests decode variants vision kernels}
 export NVLM_HOPPER_KERNELS=1 PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
@@ -56,8 +56,8 @@ part peers 120 $python -m bench.hopper_peers
 
 part h200 400 $python -m bench.hopper decode prefill first_token serving --layers 80 \
   --batch_sizes 1,8,32,64 --prompts 1948 --requests 192 $FLAGS
-part one 150 $python -m bench.hopper decode prefill --layers 80 --batch_sizes 1,8,64 --prompts 1948 $FLAGS
-part ranks 330 bash -c "for graphs in '' --no_graphs; do
-  timeout -k 5 160 mpirun -n 2 $python -m bench.hopper_ranks --one '$out/one.log' \$graphs $FLAGS \
-    --output '$out/ranks.json' && break; done"
+part one 120 $python -m bench.hopper decode prefill --layers 80 --batch_sizes 1,8,64 --prompts 1948 $FLAGS
+ranks="timeout -k 5 140 mpirun -n 2 $python -m bench.hopper_ranks --one '$out/one.log' $FLAGS"
+part ranks 430 bash -c "$ranks --output '$out/ranks.json' || $ranks --output '$out/ranks.json' --no_graphs
+  $ranks --output '$out/ranks_one_shot.json' --one_shot"
 tail -n 25 "$out"/*.log | cut -c 1-400

@@ -1,7 +1,7 @@
 """Decode and prefill on tensor parallel ranks, beside one rank on the same GPUs.
 
     mpirun -n 2 python -m bench.hopper_ranks --output FILE [--shape 72b] [--layers 80]
-        [--batch_sizes 1,8,64] [--context 2048] [--prompts 1948] [--no_graphs]
+        [--batch_sizes 1,8,64] [--context 2048] [--prompts 1948] [--no_graphs] [--one_shot]
 
 Every rank makes its own random shards (bench/synthetic_engine.py). `--one FILE` names the JSON of
 bench/hopper.py on one of these GPUs, to divide by. The output is written after every row, so that
@@ -95,11 +95,14 @@ def main() -> None:
     parser.add_argument("--prompts", default="1948")
     parser.add_argument("--steps", type=int, default=40)
     add_settings(parser)
+    parser.add_argument("--one_shot", action="store_true", help="small sums by peer memory")
     options = parser.parse_args()
     kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Job(World.from_environment(os.environ)) as job:
         device = job.world.device(kind)
         group = ProcessGroup(job, device)
+        if options.one_shot:
+            group.share_memory(4 * 64 * DECODERS[options.shape].hidden_size)
         ceilings = measure_ceilings(device)
         start = time.perf_counter()
         executor = opened(options, device, group)
@@ -110,6 +113,7 @@ def main() -> None:
             "machine": describe() | describe_gpu(device),
             "tp_size": group.size,
             "has_graphs": not options.no_graphs,
+            "one_shot": options.one_shot,
             "load_s": time.perf_counter() - start,
             "ceilings": ceilings.to_json(),
             "rows": [],
