@@ -56,9 +56,8 @@ def measure_decoder(
         engine,
         device,
         decoder_source(engine, device),
-        prefetch_bytes=options.prefetch_kb << 10,
-        use_fast_accum=options.fast_accum,
         use_graphs=not options.no_graphs,
+        **settings(options),
     )
     executor = TorchDecoderExecutor.over(engine, opened)
     print(f"{num_layers} layers are ready after {time.perf_counter() - start:.1f} s", flush=True)
@@ -71,6 +70,7 @@ def measure_decoder(
     if "prefill" in options.phases:
         for num_tokens in prompts:
             yield measure_prefill(executor, config, num_tokens, ceilings)
+        yield measure_prefill(executor, config, prompts[0], ceilings, is_new=True)
     if "first_token" in options.phases:
         for precision in PRECISIONS:
             yield measure_first_token(executor, engine, precision, ceilings, device)
@@ -80,6 +80,27 @@ def measure_decoder(
         )
     if options.profile is not None:
         profile(executor, engine, options, device)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Of `TritonForms`, those that are given."""
+    found: dict[str, Any] = {
+        name: True for name in ("use_fast_accum", "use_cudnn", "pdl") if getattr(options, name)
+    }
+    if options.prefetch_kb:
+        from runtime.kernels.prefetch import Prefetch
+
+        found["prefetch"] = Prefetch(options.prefetch_kb << 10, options.prefetch_rows)
+    return found
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prefetch_kb", type=int, default=0, help="of the next linear's weights")
+    parser.add_argument("--prefetch_rows", type=int, default=1, help="whose beginnings they are")
+    parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch")
+    parser.add_argument("--use_fast_accum", action="store_true")
+    parser.add_argument("--use_cudnn", action="store_true", help="attention of whole prompts")
+    parser.add_argument("--no_graphs", action="store_true")
 
 
 def profile(
@@ -160,9 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--tiles", default="7")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--prefetch_kb", type=int, default=0)
-    parser.add_argument("--fast_accum", action="store_true")
-    parser.add_argument("--no_graphs", action="store_true")
+    add_settings(parser)
     parser.add_argument("--profile", type=Path, help="append kernels' times to this file")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,8 +20,8 @@ _WARM_UP = 3
 
 
 def random_prompt(vocab_size: int, num_tokens: int, seed: int) -> list[int]:
-    """No two share a prefix."""
-    generator = torch.Generator().manual_seed(seed)
+    """No two of other seeds or lengths share a prefix, whose blocks would not be computed again."""
+    generator = torch.Generator().manual_seed(1_000_003 * num_tokens + seed)
     return torch.randint(vocab_size, (num_tokens,), generator=generator).tolist()
 
 
@@ -70,19 +70,24 @@ def measure_prefill(
     num_tokens: int,
     ceilings: Ceilings,
     repeats: int = 8,
+    *,
+    is_new: bool = False,
 ) -> Row:
-    """One prompt, whose first token comes in one step."""
+    """One prompt, whose first token comes in one step. `is_new`: each of a length of its own."""
     times = []
+    num_reused = executor.scheduler.num_reused_tokens
     for repeat in range(2 + repeats):
-        prompt = random_prompt(config.decoder.vocab_size, num_tokens, 1000 + repeat)
+        length = num_tokens - 2 * repeat - 1 if is_new else num_tokens
+        prompt = random_prompt(config.decoder.vocab_size, length, 1000 + repeat)
         executor.submit(DecoderRequest(prompt, 1))
         start = time.perf_counter()
         assert len(executor.step()) == 1
         times.append(time.perf_counter() - start)
+    assert executor.scheduler.num_reused_tokens == num_reused, "a prompt was there before"
     seconds = statistics.median(times[2:])
     flop = prefill_flop(config, num_tokens)
     return Row(
-        "prefill",
+        "prefill, new" if is_new else "prefill",
         config.decoder.num_hidden_layers,
         1,
         num_tokens,

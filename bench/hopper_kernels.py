@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ TILES = [(64, 256, 4, 5), (64, 128, 4, 6), (128, 128, 4, 4), (128, 128, 8, 4), (
 CACHE_BYTES = 200_000_000  # several times the level-2 cache
 LAUNCHES = 8  # in one graph, over different buffers
 SPLITS = (1, 2, 4, 8, 16)  # of a context
+TOKENS_PER_STEP = (64, 128)
 
 Run = Callable[[int], object]  # takes the number of the buffers to use
 
@@ -130,14 +132,16 @@ def measure(
         from runtime.decoder.kernels.paged_attention import paged_attention
         from runtime.decoder.kernels.workspace import Workspace
 
-        def attend_with(workspace: Workspace, i: int) -> torch.Tensor:
+        def attend_with(workspace: Workspace, tokens: int, i: int) -> torch.Tensor:
             k, v = caches[i % len(caches)]
-            return paged_attention(q, k, v, tables, lengths, scale, scale, workspace)
+            return paged_attention(q, k, v, tables, lengths, scale, scale, workspace, tokens)
 
-        for splits in SPLITS:
-            workspace = Workspace.allocate(device, splits * batch_size * kv_heads)
-            run = functools.partial(attend_with, workspace)
-            found[f"paged_attention, {splits} splits"] = (
+        for splits, tokens in itertools.product(SPLITS, TOKENS_PER_STEP):
+            # Of `num_programs` as many as give every pair of request and KV head these splits.
+            workspace = Workspace.allocate(device, splits * batch_size * kv_heads // 2)
+            assert workspace.num_splits(batch_size * kv_heads) == splits
+            run = functools.partial(attend_with, workspace, tokens)
+            found[f"paged_attention, {splits} splits, {tokens} a step"] = (
                 median_ms(run, device),
                 2 * batch_size * context * kv_heads * head_dim,
             )

@@ -77,6 +77,7 @@ def synthetic_engine(
     max_seq_len: int,
     max_num_tokens: int = 8192,
     vision_precision: str = "bfloat16",
+    tp_size: int = 1,
 ) -> EngineDir:
     decoder = replace(DECODERS[shape], num_hidden_layers=num_layers)
     vision = VISIONS[shape]
@@ -93,7 +94,7 @@ def synthetic_engine(
         directory=directory,
         manifest=Manifest("engine", {}, limits.to_json(), {"decoder": "torch"}, {}),
         limits=limits,
-        checkpoint_config=CheckpointConfig(decoder, "bfloat16", "FP8", "FP8"),
+        checkpoint_config=CheckpointConfig(decoder, "bfloat16", "FP8", "FP8", tp_size),
         decoder_target="torch",
         vision=VisionCheckpoint(directory, "bfloat16", vision, TilingConfig(vision.image_size, 6)),
         vision_executor="torch",
@@ -101,8 +102,9 @@ def synthetic_engine(
     )
 
 
-def decoder_source(engine: EngineDir, device: torch.device) -> SyntheticTensors:
-    return SyntheticTensors(decoder_tensors(engine.checkpoint_config), device)
+def decoder_source(engine: EngineDir, device: torch.device, rank: int = 0) -> SyntheticTensors:
+    """Of a rank's shards; what is whole on every rank is the same there."""
+    return SyntheticTensors(decoder_tensors(engine.checkpoint_config, rank), device)
 
 
 def vision_source(engine: EngineDir, device: torch.device) -> SyntheticTensors:

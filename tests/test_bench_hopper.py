@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import hopper, hopper_kernels
+from bench import hopper, hopper_kernels, hopper_load, hopper_peers
+from bench.hopper_decoder import random_prompt
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
@@ -32,8 +34,35 @@ def test_every_phase_is_measured_through_the_executors(
     rows = [(row["phase"], row["num_layers"], row["batch_size"]) for row in found["rows"]]
     for num_layers in (1, 2):
         assert {("decode", num_layers, 1), ("decode", num_layers, 3)} <= set(rows)
-        assert {("prefill", num_layers, 1), ("serving", num_layers, 3)} <= set(rows)
+        assert {("prefill", num_layers, 1), ("prefill, new", num_layers, 1)} <= set(rows)
+        assert ("serving", num_layers, 3) in rows
         assert {("first, bfloat16", num_layers, 1), ("first, FP8", num_layers, 1)} <= set(rows)
     assert {("vision bfloat16", 2, 1), ("vision FP8", 2, 1)} <= set(rows)
     assert all(row["ms"] > 0 and row["rate"] > 0 for row in found["rows"])
-    assert len(found["slopes"]) == 6
+    assert len(found["slopes"]) == 7
+
+
+def test_prompts_of_other_lengths_and_seeds_share_no_beginning() -> None:
+    """Otherwise blocks that the last measurement left would be found, and nothing computed."""
+    prompts = [random_prompt(152064, n, seed) for n in (40, 1948, 2048) for seed in (0, 1, 1000)]
+    assert len({prompt[0] for prompt in prompts}) == len(prompts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_loading_is_measured_from_a_file_beside_the_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hopper_load.main(["--shape", "tiny", "--layers", "1", "--folder", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["bytes"] == (tmp_path / "llm" / "rank0.safetensors").stat().st_size
+    assert found["share_of_disk"] > 0
+    assert found["ready_s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_a_peer_is_measured_by_the_same_phases(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--shape tiny --layers 1,2 --batch_sizes 2 --context 20 --prompts 20"
+    hopper_peers.main(options.split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["phase"] for row in found["rows"]} == {"decode", "prefill"}
+    assert len(found["slopes"]) == 2

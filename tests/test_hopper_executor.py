@@ -106,6 +106,57 @@ class TestOnAGpu:
         assert found.tolist() == sample_rows(logits, params, steps).tolist()
 
 
+class TestShortOfMemory:
+    """These take the whole GPU: nothing else may run on it (gpu_check.sh runs them alone)."""
+
+    pytestmark = needs_gpu
+
+    def test_alone_a_gpu_that_is_taken_is_told_and_the_engine_loads_once_it_is_free(
+        self, engine_dir: Path
+    ) -> None:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(CUDA)
+        taken = torch.empty(free - (100 << 20), dtype=torch.uint8, device=CUDA)
+        with pytest.raises(UserError, match=r"needs .* GB of cuda, where 0\.. GB are free"):
+            load(engine_dir, CUDA, max_num_tokens=1 << 20)
+        del taken
+        torch.cuda.empty_cache()
+        assert generate(load(engine_dir, CUDA), [DecoderRequest([1, 2, 3], 4)])[0][1] == "length"
+
+    def test_alone_running_out_while_loading_is_one_line(
+        self, engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As where another program takes the memory after it was counted."""
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(CUDA)
+        taken = torch.empty(free - (30 << 20), dtype=torch.uint8, device=CUDA)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+            with pytest.raises(UserError, match="ran out of memory on cuda while loading"):
+                load(engine_dir, CUDA, max_batch_size=256, max_num_tokens=8192)
+        del taken
+        torch.cuda.empty_cache()
+        assert len(generate(load(engine_dir, CUDA), [DecoderRequest([1, 2, 3], 4)])) == 1
+
+    def test_requests_wait_for_blocks_and_are_answered_in_full(self, engine_dir: Path) -> None:
+        engine = EngineDir.read(engine_dir)
+        limits = replace(engine.limits, max_batch_size=8, max_seq_len=256, max_input_len=200)
+        opened = open_model(replace(engine, limits=limits), CUDA)
+        requests = [DecoderRequest(prompt, 100) for prompt in prompts(12)]
+        whole = TorchDecoderExecutor.over(replace(engine, limits=limits), opened)
+        expected = generate(whole, requests)
+        short = TorchDecoderExecutor(engine.checkpoint_config, limits, opened.model, 12)
+        cancelled = short.submit(requests[0])
+        short.step()
+        short.cancel(cancelled)
+        found = generate(short, requests)
+        assert short.scheduler.num_preemptions > 0
+        assert short.scheduler.num_free_blocks == 12
+        assert [len(ids) for ids, _ in found] == [len(ids) for ids, _ in expected]
+        first = [a[0][0] == b[0][0] for a, b in zip(found, expected, strict=True)]
+        assert sum(first) / len(first) >= FAST_PATH_TOP1
+
+
 def test_an_engine_that_does_not_fit_is_refused_with_what_would_fit(
     engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,10 +52,13 @@ def models(workshop: Workshop, model_dir) -> dict[str, DecoderModel]:  # type: i
     source = open_weights(engine_dir / "llm", config)
     weights = load_hopper_weights(source, config, DEVICE)
 
-    def fast(use_graphs: bool, prefetch_bytes: int = 0) -> HopperModel:
-        forms = _Forms(DEVICE, prefetch_bytes=prefetch_bytes)
+    def fast(use_graphs: bool, **settings: Any) -> HopperModel:
+        forms = _Forms(DEVICE, **settings)
         arguments = (config, 5, MAX_SEQ_LEN, weights, NUM_BLOCKS, DEVICE, forms)
-        return HopperModel(*arguments, use_graphs=use_graphs)
+        model = HopperModel(*arguments)
+        if DEVICE.type == "cuda" and use_graphs:
+            model.capture_graphs()
+        return model
 
     oracle = PlainModel(config, load_weights(source, config, CPU), NUM_BLOCKS, CPU)
     models: dict[str, DecoderModel] = {
@@ -64,7 +67,10 @@ def models(workshop: Workshop, model_dir) -> dict[str, DecoderModel]:  # type: i
         "launches": fast(use_graphs=False),
     }
     if DEVICE.type == "cuda":
-        models["prefetch"] = fast(use_graphs=True, prefetch_bytes=9000)
+        from runtime.kernels.prefetch import Prefetch
+
+        models["prefetch"] = fast(use_graphs=True, prefetch=Prefetch(9000))
+        models["pdl"] = fast(use_graphs=True, prefetch=Prefetch(9000, 100), pdl=True)
     return models
 
 
@@ -87,5 +93,5 @@ def test_graphs_prefetch_and_single_launches_agree_bit_for_bit(
 ) -> None:
     for steps in SCENES[name]:
         expected = models["launches"].forward(steps)
-        assert torch.equal(expected, models["graphs"].forward(steps))
-        assert torch.equal(expected, models["prefetch"].forward(steps))
+        for each in ("graphs", "prefetch", "pdl"):
+            assert torch.equal(expected, models[each].forward(steps)), each

@@ -84,6 +84,17 @@ def test_padding_rows_disturb_nobody(models: tuple[DecoderModel, DecoderModel]) 
     assert relative_error(found, expected) < KERNEL_LOGITS
 
 
+def test_warming_up_disturbs_nobody(models: tuple[DecoderModel, DecoderModel]) -> None:
+    fast = models[1]
+    assert isinstance(fast, HopperModel)
+    for model in models:
+        model.forward([prompt(0, 50, A)])
+    for max_num_tokens in (40, 10 * MAX_SEQ_LEN):
+        fast.warm_up(max_num_tokens)
+    expected, found = (model.forward([token(50, A)]) for model in models)
+    assert relative_error(found, expected) < KERNEL_LOGITS
+
+
 @pytest.mark.parametrize(
     ("max_batch_size", "sizes"),
     [(1, [1]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 16]), (1000, None)],

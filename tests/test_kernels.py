@@ -22,11 +22,14 @@ from tests.tolerances import (
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # no bfloat16 products there
 triton = pytest.importorskip("triton", reason="triton is not installed")
+import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from runtime.decoder.kernels.streaming_linear import Tile, streaming_linear  # noqa: E402
 from runtime.decoder.kernels.triton_forms import TritonForms  # noqa: E402
 from runtime.decoder.kernels.workspace import Workspace  # noqa: E402
+from runtime.kernels.prefetch import Prefetch, offsets  # noqa: E402
+from runtime.kernels.quantization import scale_quantize  # noqa: E402
 
 FORMS = TritonForms(DEVICE)
 
@@ -86,6 +89,27 @@ def test_add_rms_norm_equals_its_plain_form(num_tokens: int, size: int, has_delt
             assert_same_e4m3(found[1], expected[1])
 
 
+def test_sums_of_ranks_are_rounded_before_they_are_added() -> None:
+    hidden, weight, scale = randn(3, 200), randn(200, seed=1), scalar(0.01)
+    sums = randn(3, 200, seed=2, dtype=torch.float32)
+    found = FORMS.add_rms_norm(hidden, sums, weight, 1e-6, scale)
+    rounded = FORMS.add_rms_norm(hidden, sums.to(DTYPE), weight, 1e-6, scale)
+    plain = plain_forms.add_rms_norm(hidden, sums, weight, 1e-6, scale)
+    for x in (rounded, plain):
+        assert torch.equal(found[0], x[0])
+    assert_same_e4m3(found[1], plain[1])
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3, 24, 64, 192, 512, 4000])
+def test_the_numbers_of_splits_are_few_and_fit_the_workspace(num_tasks: int) -> None:
+    workspace = Workspace.allocate(DEVICE, 264)
+    splits = workspace.num_splits(num_tasks)
+    assert splits in (1, 2, 4, 8, 16)
+    if splits > 1:
+        assert num_tasks * splits * 16 * 128 <= workspace.partial_sums.numel()
+        assert num_tasks * splits * 2 * 16 <= workspace.stats.numel()
+
+
 def test_values_beyond_448_are_clamped_and_nan_stays() -> None:
     hidden = randn(1, 128)
     hidden[0, 0] = 30000.0
@@ -121,6 +145,65 @@ def test_rope_append_equals_its_plain_form(heads: int, kv_heads: int, head_dim: 
         assert_same_e4m3(cache, oracle)
         written = cache.float().abs().sum((1, 3)).flatten().nonzero().flatten()
         assert written.tolist() == sorted(slots.tolist()), "only the slots are written"
+
+
+@triton.jit
+def _write_offsets(target, num_bytes, rows, row_bytes, threads: tl.constexpr):
+    program = tl.program_id(0)
+    place = target + program * threads + tl.arange(0, threads)
+    tl.store(place, offsets(program, num_bytes, rows, row_bytes, threads))
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_rows", "expected"),
+    [
+        (5000, 1, [0, 1, 2, 3]),
+        (10**9, 1, list(range(24))),
+        (5000, 3, [0, 8, 16, 1]),  # eight kilobytes a row
+        (10**9, 2, [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]),
+        (1000, 1, []),
+    ],
+)
+def test_what_comes_nearer_lies_in_the_weights(
+    limit: int, num_rows: int, expected: list[int]
+) -> None:
+    weights = torch.zeros(3, 8192, dtype=torch.uint8, device=DEVICE).view(fp8.E4M3)
+    part = Prefetch(limit, num_rows).of(weights)
+    assert part.num_bytes == 1024 * len(expected)
+    if expected:
+        found = torch.zeros(part.num_programs(1) * 32, dtype=torch.int64, device=DEVICE)
+        _write_offsets[(part.num_programs(1),)](
+            found, part.num_bytes, part.rows, part.row_bytes, threads=32
+        )
+        kilobytes = (found // 1024).tolist()
+        assert kilobytes[: len(expected)] == expected
+        assert set(kilobytes) == set(expected), "what is beyond repeats the last"
+
+
+def test_a_quotient_by_the_reciprocal_is_put_right_by_its_remainder() -> None:
+    """The formula of runtime/kernels/quantization.py, its fused steps in float64."""
+    rng = np.random.default_rng(0)
+    drawn = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
+    x = drawn.bfloat16().float().numpy()
+    scale = np.float32(rng.uniform(1e-3, 1.0, 1 << 21)) * np.float32(rng.choice([1.0, 1e-6, 1e3]))
+    ties = np.float32(rng.integers(1, 16, 1 << 16) + 0.5) * scale[: 1 << 16]
+    x[: 1 << 16] = ties
+    reciprocal = np.float32(1) / scale
+    near = np.clip(x * reciprocal, np.float32(-1024), np.float32(1024))
+    remainder = np.float32(x.astype(np.float64) - near.astype(np.float64) * scale)
+    found = np.float32(remainder.astype(np.float64) * reciprocal + near)
+    expected = x / scale
+    is_kept = np.abs(expected) < 1000
+    assert np.array_equal(found[is_kept], expected[is_kept])
+    assert (np.abs(found[~is_kept]) > 448).all()
+
+
+def test_infinity_and_what_overflows_become_the_largest_number() -> None:
+    x = torch.tensor([float("inf"), -float("inf"), 3e4, -6e4, 1e-4, 0.0], device=DEVICE).to(DTYPE)
+    for scale in (1e-30, 1e-3):
+        found = scale_quantize(x, 1.0, scalar(scale)).float()
+        assert found[:4].tolist() == [448.0, -448.0, 448.0, -448.0]
+        assert torch.equal(found, fp8.quantize(x, scale).float())
 
 
 @dataclass(frozen=True, slots=True)

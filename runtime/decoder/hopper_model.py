@@ -14,6 +14,7 @@ import torch
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.decoder_model import AllReduce, embed, rope_tables
 from nvlm.dtypes import TORCH_DTYPES
+from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.decode_inputs import DecodeInputs
 from runtime.decoder.hopper_weights import Fp8Linear, HopperWeights
 from runtime.decoder.kernels.forms import Forms
@@ -44,7 +45,6 @@ class HopperModel:
         forms: Forms,
         *,
         all_reduce: AllReduce | None = None,
-        use_graphs: bool = True,
     ) -> None:
         decoder = config.decoder
         self._weights, self._forms, self._device = weights, forms, device
@@ -58,9 +58,8 @@ class HopperModel:
         # Made on the CPU, whose powers and cosines are the oracle's.
         cos, sin = rope_tables(torch.arange(max_seq_len), decoder.head_dim, decoder.rope_theta)
         self._cos, self._sin = cos.to(device), sin.to(device)
+        self._padding_block, self._max_seq_len = num_blocks, max_seq_len
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        if use_graphs and device.type == "cuda":
-            self._capture_graphs()
 
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         if len(steps) <= self._batch_sizes[-1] and all(_decodes(step) for step in steps):
@@ -87,15 +86,26 @@ class HopperModel:
         return self._head(hidden, delta)
 
     @torch.inference_mode()
-    def _capture_graphs(self) -> None:
-        """Largest first, so that the smaller ones find their memory in its pool."""
+    def warm_up(self, max_num_tokens: int) -> None:
+        """A prompt as long as they come, so that neither compiling nor running out of memory is
+        left to a request. On all ranks."""
+        num_tokens = min(max_num_tokens, self._max_seq_len)
+        blocks = [self._padding_block] * num_blocks_for(num_tokens)
+        self._prefill([SequenceStep([0] * num_tokens, 0, blocks, None, True)])
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Of every batch size. On all ranks, whose reductions are captured too.
+
+        Largest first, so that the smaller ones find their memory in its pool."""
         pool = torch.cuda.graph_pool_handle()
         for num_rows in reversed(self._batch_sizes):
             self._inputs.fill([], num_rows)
             self._decode_rows(num_rows)  # compiles, and lets the libraries allocate
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Other threads (NCCL's watchdog, vision) may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits = self._decode_rows(num_rows)
             self._graphs[num_rows] = graph, logits
 
@@ -233,11 +243,11 @@ class HopperModel:
         return self._forms.linear(x, linear.weight, linear.scale, linear.bias, self._dtype)
 
     def _row_parallel(self, linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-        """Ranks add their float32 sums before the one rounding."""
+        """Ranks add their float32 sums before the one rounding, the next norm's."""
         if self._all_reduce is None:
             return self._linear(linear, x)
         sums = self._forms.linear(x, linear.weight, linear.scale, linear.bias, torch.float32)
-        return self._all_reduce(sums).to(self._dtype)
+        return self._all_reduce(sums)
 
 
 def batch_sizes(max_batch_size: int) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,8 @@ def open_model(
     use_graphs: bool = True,
     **forms: Any,
 ) -> OpenedModel:
-    """source: of the weights, by default the rank's file. forms: settings of `TritonForms`."""
+    """source: of the weights, by default the rank's file. forms: settings of `TritonForms`.
+    Collective where there is a group: its reductions are captured and warmed up."""
     config, limits = engine.checkpoint_config, engine.limits
     rank, all_reduce = (0, None) if group is None else (group.rank, group.all_reduce)
     num_blocks = _num_blocks(engine, device, group)
@@ -58,20 +60,27 @@ def open_model(
     if takes_fast_path(config, device):
         from runtime.decoder.kernels.triton_forms import TritonForms
 
-        with nullcontext() if source else reading_ahead(file):
-            on_gpu = load_hopper_weights(opened, config, device)
-        embedding = on_gpu.embedding
-        own = HopperModel(
-            config,
-            limits.max_batch_size,
-            limits.max_seq_len,
-            on_gpu,
-            num_blocks,
-            device,
-            TritonForms(device, **forms),
-            all_reduce=all_reduce,
-            use_graphs=use_graphs and group is None,  # NCCL in a graph is not tested
-        )
+        def load() -> tuple[HopperModel, torch.Tensor]:
+            with _room_on(device, engine), nullcontext() if source else reading_ahead(file):
+                on_gpu = load_hopper_weights(opened, config, device)
+                model = HopperModel(
+                    config,
+                    limits.max_batch_size,
+                    limits.max_seq_len,
+                    on_gpu,
+                    num_blocks,
+                    device,
+                    TritonForms(device, **forms),
+                    all_reduce=all_reduce,
+                )
+            return model, on_gpu.embedding
+
+        fast, embedding = load() if group is None else group.job.agree(load)
+        with _room_on(device, engine) if group is None else nullcontext():
+            if use_graphs:
+                fast.capture_graphs()
+            fast.warm_up(limits.max_num_tokens)
+        own = fast
     else:
         weights = load_weights(opened, config, device, rank, all_reduce)
         embedding = weights.embedding
@@ -80,6 +89,20 @@ def open_model(
         return OpenedModel(own, num_blocks)
     model = ParallelModel(own, group, embedding, config.decoder.vocab_size)
     return OpenedModel(model, num_blocks)
+
+
+@contextmanager
+def _room_on(device: torch.device, engine: EngineDir) -> Iterator[None]:
+    """The plan counts what is free at the start; another program may take of it meanwhile."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise UserError(
+            f"{engine.directory} ran out of memory on {device} while loading, {free / 1e9:.1f} of "
+            f"{total / 1e9:.1f} GB are free; end other programs there, build it with a smaller "
+            "--max_seq_len or --max_num_tokens, or convert with --tp_size 2"
+        ) from error
 
 
 def _num_blocks(engine: EngineDir, device: torch.device, group: ProcessGroup | None) -> int:

@@ -11,8 +11,16 @@ from nvlm.fp8 import E4M3
 
 @triton.jit
 def quantize(x, scale):
-    """`div_rn` because Triton's `/` is off by an ulp or two, which moves ties in e4m3."""
-    scaled = tl.div_rn(x, scale)
+    """x / scale is rounded as IEEE division rounds it, since an ulp would move ties in e4m3.
+
+    A quotient by the rounded reciprocal, put right by its remainder, is that (Markstein, IBM J.
+    Res. Dev. 34, 1990) in 3 instructions a value instead of 12 and a branch. It is bounded in
+    between so that no infinity meets another.
+    """
+    reciprocal = tl.div_rn(1.0, scale)
+    near = tl.clamp(x * reciprocal, -1024.0, 1024.0, propagate_nan=tl.PropagateNan.ALL)
+    remainder = tl.fma(-near, scale, x)
+    scaled = tl.fma(remainder, reciprocal, near)
     clamped = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return clamped.to(tl.float8e4nv)
 

@@ -22,9 +22,12 @@ def add_rms_norm(
     scale: torch.Tensor | None,
     following: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden + delta and its RMSNorm, e4m3 if a scale is given: two [T, hidden_size]."""
+    """hidden + delta and its RMSNorm, e4m3 if a scale is given: two [T, hidden_size].
+
+    delta: in hidden's type, or float32 sums of several ranks, which are rounded to it first.
+    """
     if delta is not None:
-        hidden = hidden + delta
+        hidden = hidden + delta.to(hidden.dtype)
     normed = rms_norm(hidden, weight, eps)
     return hidden, normed if scale is None else fp8.quantize(normed, scale)
 

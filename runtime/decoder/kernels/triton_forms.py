@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from runtime.decoder.kernels import elementwise, paged_attention, rope, streaming_linear
 from runtime.decoder.kernels.workspace import Workspace
+from runtime.kernels.prefetch import NO_PREFETCH, Prefetch
 from runtime.kernels.quantization import scale_quantize
 from runtime.kernels.tensor_core_linear import TensorCoreLinear
 
@@ -17,16 +19,27 @@ _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 class TritonForms:
-    """prefetch_bytes: of the next linear's weights, while a small kernel runs. use_fast_accum:
-    tensor_core_linear.py."""
+    """prefetch: of the next linear's weights, while a small kernel runs. use_fast_accum:
+    tensor_core_linear.py. use_cudnn: for whole prompts, whose every new length it plans for some
+    30 ms; by default FlashAttention, which needs no plan. pdl: a kernel is launched while the one
+    before ends, and reads the weights and scales it needs (programmatic dependent launch). All but
+    what an earlier kernel of the step wrote just before may be read ahead of `gdc_wait`, since no
+    kernel lets the next one start before its own wait is over."""
 
     def __init__(
-        self, device: torch.device, *, prefetch_bytes: int = 0, use_fast_accum: bool = False
+        self,
+        device: torch.device,
+        *,
+        prefetch: Prefetch = NO_PREFETCH,
+        use_fast_accum: bool = False,
+        use_cudnn: bool = False,
+        pdl: bool = False,
     ) -> None:
-        self._use_fast_accum = use_fast_accum
-        self.add_rms_norm = partial(elementwise.add_rms_norm, prefetch_limit=prefetch_bytes)
-        self.swiglu_quantize = partial(elementwise.swiglu_quantize, prefetch_limit=prefetch_bytes)
-        self.rope_append = partial(rope.rope_append, prefetch_limit=prefetch_bytes)
+        self._use_fast_accum, self._use_cudnn, self._pdl = use_fast_accum, use_cudnn, pdl
+        settings: dict[str, Any] = {"prefetched": prefetch, "pdl": pdl}
+        self.add_rms_norm = partial(elementwise.add_rms_norm, **settings)
+        self.swiglu_quantize = partial(elementwise.swiglu_quantize, **settings)
+        self.rope_append = partial(rope.rope_append, **settings)
         multiprocessors = 4  # in Triton's interpreter
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -45,7 +58,15 @@ class TritonForms:
         scale: torch.Tensor | None,
     ) -> torch.Tensor:
         return paged_attention.paged_attention(
-            q, k_cache, v_cache, block_tables, lengths, kv_scale, scale, self._workspace
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            lengths,
+            kv_scale,
+            scale,
+            self._workspace,
+            pdl=self._pdl,
         )
 
     def prefill_attention(
@@ -63,14 +84,20 @@ class TritonForms:
         num_rows, _, head_dim = q.shape
         end = first_position + num_rows
         k, v = (_widen(cache, blocks, end, q.dtype) for cache in (k_cache, v_cache))
-        attended = nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k[None],
-            v[None],
-            attn_mask=causal_lower_right(num_rows, end),
-            scale=head_dim**-0.5 * kv_scale,
-            enable_gqa=True,
-        )
+        inputs = q.transpose(0, 1)[None], k[None], v[None]
+        softmax_scale = head_dim**-0.5 * kv_scale
+        if q.device.type == "cuda" and not self._use_cudnn:
+            # Causal here means that the last query sees the last key, however many there are.
+            attended = torch.ops.aten._scaled_dot_product_flash_attention(
+                *inputs, is_causal=True, scale=softmax_scale
+            )[0]
+        else:
+            attended = nn.functional.scaled_dot_product_attention(
+                *inputs,
+                attn_mask=causal_lower_right(num_rows, end),
+                scale=softmax_scale,
+                enable_gqa=True,
+            )
         rows = attended[0].transpose(0, 1).reshape(num_rows, -1)  # [T, heads * head_dim]
         if scale is None:
             return rows * kv_scale

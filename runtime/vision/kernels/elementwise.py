@@ -23,6 +23,7 @@ def _add_rms_norm(
     columns = tl.arange(0, BLOCK)
     mask = columns < size
     x = tl.load(hidden + row + columns, mask, other=0.0)
+    w = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
     dtype = x.dtype
     if HAS_DELTA:
         y = tl.load(delta + row + columns, mask, other=0.0).to(tl.float32)
@@ -32,7 +33,6 @@ def _add_rms_norm(
         tl.store(new_hidden + row + columns, x, mask)
     x32 = x.to(tl.float32)
     normalised = (x32 * tl.rsqrt(tl.sum(x32 * x32) / size + eps)).to(dtype)
-    w = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
     rounded = (normalised.to(tl.float32) * w).to(dtype)
     if QUANTIZE:
         tl.store(normed + row + columns, quantize(rounded.to(tl.float32), tl.load(scale)), mask)
