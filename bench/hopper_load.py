@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 
 from bench.machine import describe, describe_gpu
+from bench.stopwatch import seconds_of
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from nvlm.checkpoint_tensors import decoder_tensors, rank_file
 from nvlm.read_ahead import reading_ahead
@@ -54,14 +53,6 @@ def forget(path: Path) -> None:
     os.fdatasync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def read_plainly(path: Path) -> None:

@@ -13,7 +13,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from bench.hopper import numbers, slopes
 from bench.hopper_decoder import prefill_flop, random_prompt, step_bytes
 from bench.hopper_row import Row
 from bench.machine import describe, describe_gpu
+from bench.stopwatch import seconds_of
 from bench.synthetic_engine import DECODERS
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.config import DecoderConfig
@@ -52,14 +53,6 @@ def qwen2(decoder: DecoderConfig, device: torch.device) -> Any:
         return model.eval()
     finally:
         torch.set_default_dtype(kept)
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 @torch.inference_mode()

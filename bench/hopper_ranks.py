@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Job(World.from_environment(os.environ)) as job:
-        device = job.world.device(kind)
+        device = job.device(kind)
         group = ProcessGroup(job, device)
         if options.one_shot:
             group.share_memory(4 * 64 * DECODERS[options.shape].hidden_size)
