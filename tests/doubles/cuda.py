@@ -53,12 +53,16 @@ class CudaDouble(TorchFunctionMode):
         self.capability = (9, 0)
         self.allocated: dict[int, int] = {}  # address -> bytes of what called itself CUDA
         self.is_busy = False  # what was launched on torch's stream may not be done
-        properties = SimpleNamespace(total_memory=memory_bytes, name="NVIDIA H100 80GB HBM3")
+
+        def properties(device: Any = None) -> SimpleNamespace:
+            name = "NVIDIA H100 80GB HBM3"
+            return SimpleNamespace(total_memory=memory_bytes, name=name, uuid=f"GPU-{device}")
+
         self._patches = [
             patch.object(torch.cuda, "is_available", lambda: True),
             patch.object(torch.cuda, "device_count", lambda: num_gpus),
             patch.object(torch.cuda, "get_device_capability", lambda device=None: self.capability),
-            patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+            patch.object(torch.cuda, "get_device_properties", properties),
             patch.object(
                 torch.cuda, "mem_get_info", lambda device=None: (memory_bytes, memory_bytes)
             ),
