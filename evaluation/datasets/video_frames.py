@@ -85,14 +85,14 @@ def _seek(path: Path, packets: Packets, wanted: list[int]) -> dict[int, Pixels] 
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        frames = container.decode(video=0)
+        frames = _decoded(container)
         expected = 0  # the next frame
         for index in sorted(set(wanted)):
             key = max(time for time in keys if time <= times[index])
             start = None
             if places[key] > expected:
                 container.seek(key, stream=stream, backward=True)
-                frames = container.decode(video=0)
+                frames = _decoded(container)
                 expected, start = places[key], key
             for frame in frames:
                 if start is not None and frame.pts is not None and frame.pts < start:
@@ -125,4 +125,8 @@ def _decode(path: Path) -> Iterator[Any]:
     av = require_package("av", "av (PyAV)", "VideoMME")
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "AUTO"
-        yield from container.decode(video=0)
+        yield from _decoded(container)
+
+
+def _decoded(container: Any) -> Iterator[Any]:
+    yield from container.decode(video=0)
