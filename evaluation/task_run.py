@@ -116,17 +116,17 @@ class TaskRun:
             arguments.split,
             arguments.num_frames or DEFAULT_NUM_FRAMES,
         )
-        if not location.image_dir.is_dir():
+        if not os.path.isdir(location.image_dir):
             raise UserError(
                 f"--input_image_path {location.image_dir} is not a directory; give the one with "
                 "the benchmark's images"
             )
-        if not arguments.output_path.parent.is_dir():
+        if not os.path.isdir(arguments.output_path.parent):
             raise UserError(
                 f"--output_path {arguments.output_path} lies in no directory that exists; make "
                 f"{arguments.output_path.parent} first"
             )
-        if arguments.output_path.is_dir():
+        if os.path.isdir(arguments.output_path):
             raise UserError(
                 f"--output_path {arguments.output_path} is a directory, expected what the names of "
                 f"the files of answers begin with; give {arguments.output_path}/run, say"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from evaluation.datasets.parquet import missing_files
 from evaluation.results import read_results
 from evaluation.sample import DataSet, Location
 from evaluation.scored import score_results
@@ -170,6 +171,24 @@ def test_a_missing_parquet_file_is_told_before_and_counted_after(
     told = f"{tmp_path / 'data'} lacks test-00001-of-00002.parquet, which the names of the others"
     assert result.stderr.startswith(told)
     assert "0 records were no samples, 1 parts of the data set are missing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["testmini-00000-of-00001-725687bf7a18d64b.parquet"], []),
+        (["test-00000-of-00002-6b81bd7f7e2065e6.parquet"], ["test-00001-of-00002.parquet"]),
+        (["test-00001-of-00003.parquet"], ["test-00000-of-00003", "test-00002-of-00003"]),
+        (["mine.parquet"], []),
+    ],
+)
+def test_the_names_of_parquet_files_state_their_number(
+    names: list[str], missing: list[str], tmp_path: Path
+) -> None:
+    found = missing_files([tmp_path / name for name in names])
+    assert len(found) == len(missing)
+    for told, name in zip(found, missing, strict=True):
+        assert told.startswith(f"{tmp_path} lacks {name}")
 
 
 def test_a_caption_without_its_image_is_named(tmp_path: Path) -> None:

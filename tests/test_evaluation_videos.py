@@ -91,3 +91,12 @@ def test_a_long_video_is_not_decoded_whole(tmp_path: Path) -> None:
         frames(path, 3)
     # Frames 0, 44 (the ninth of its group) and 89 (the sixth).
     assert num_decoded == 1 + 9 + 6
+
+
+def test_an_error_behind_a_jump_falls_back(tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    write_video(path, "mpeg4", {})
+    expected = frames(path, 3)
+    with patch.object(video_frames, "_jump", side_effect=OSError("cannot seek")):
+        found = frames(path, 3)
+    assert all(map(np.array_equal, found, expected))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def read_ai2d(location: Location) -> DataSet:
     def read(_: int, record: Record) -> Sample:
         # NVLM-1.0 joins the whole name, main its last part.
         path = named_file(location.image_dir, record, "image")
-        image = path if path.is_file() else location.image_dir / path.name
+        image = path if os.path.isfile(path) else location.image_dir / path.name
         return Sample(
             field(record, "question_id", (int, str)),
             (image, "\n" + field(record, "question", str)),

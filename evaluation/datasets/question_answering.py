@@ -6,6 +6,7 @@ as the second --gt_path where they are public) or in Megatron-LM's merged form.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,6 @@ def find_image(image_dir: Path, record: Record, key: str) -> Path:
     names = [f"{name}{suffix}" for suffix in ("", ".jpg", ".png")]
     paths = [named_file(image_dir, {key: name}, key) for name in names]
     for path in (*paths, *(image_dir / path.name for path in paths)):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     return paths[0] if paths[0].suffix else paths[1]

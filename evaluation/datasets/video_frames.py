@@ -75,7 +75,15 @@ def _packets(path: Path) -> Packets:
 
 
 def _seek(path: Path, packets: Packets, wanted: list[int]) -> dict[int, Pixels] | None:
-    """The pixels of these frames, or None where the decoder's frames are not the packets'."""
+    """The pixels of these frames, or None where the decoder's frames are not the packets', or there
+    are none behind a jump."""
+    try:
+        return _jump(path, packets, wanted)
+    except (OSError, ValueError):  # what the whole video has wrong is told by decoding it
+        return None
+
+
+def _jump(path: Path, packets: Packets, wanted: list[int]) -> dict[int, Pixels] | None:
     times, keys = packets.times, packets.keys
     if not keys or keys[0] != times[0]:
         return None
