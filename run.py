@@ -21,6 +21,7 @@ from runtime.answer_file import answer_json
 from runtime.batch import run_batch
 from runtime.compare import differences, record, report_json
 from runtime.decoder.executor import DecoderOptions
+from runtime.engine_dir import EngineDir
 from runtime.mpi import Job, World, end, rank_from
 from runtime.request_file import read_requests, with_sampling
 from runtime.runner import Runner
@@ -180,6 +181,8 @@ def lead(
     """What rank 0 does, or the only one."""
     request = default_request(arguments)
     task_run = TaskRun.read(arguments, request) if arguments.task else None
+    if task_run:
+        task_run.check(EngineDir.read(arguments.engine_dir))
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
     if arguments.compare:
         for line in lines:

@@ -28,6 +28,8 @@ _TYPES: dict[str, dict[str, type | tuple[type, ...]]] = {
         "num_partitions": int,
         "num_samples": int,
         "image_bytes": dict,
+        "num_samples_per_partition": int,
+        "num_records": int,
     },
     "settings": {
         "engine": str,
@@ -51,6 +53,7 @@ _TYPES: dict[str, dict[str, type | tuple[type, ...]]] = {
         "num_frames": int,
     },
 }
+_NOT_IN_OLDER_ONES = {"image_bytes": {}, "num_samples_per_partition": 0, "num_records": 0}
 _ENGINE = ("engine", "quant_algo", "kv_cache_quant_algo", "dtype", "decoder", "vision")
 """The settings that are the engine's own: what a comparison of engines is about."""
 
@@ -58,7 +61,8 @@ _ENGINE = ("engine", "quant_algo", "kv_cache_quant_algo", "dtype", "decoder", "v
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """`settings` decide the answers; `data` says where engine and data set lay; `num_samples` is
-    the size of this partition; `image_bytes` of each sample's images, by the id as text."""
+    the size of this partition; `image_bytes` of each sample's images, by the id as text;
+    `num_samples_per_partition` 0: the `num_records` of the data set are shared out evenly."""
 
     task: str
     settings: dict[str, Any]
@@ -67,12 +71,14 @@ class RunRecord:
     num_partitions: int
     num_samples: int
     image_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_samples_per_partition: int = 0
+    num_records: int = 0
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
         """Raises `UserError` for what this version did not write as it is."""
-        values = {"image_bytes": {}, **read_json_object(path)}  # older ones have no sizes
+        values = {**_NOT_IN_OLDER_ONES, **read_json_object(path)}
         try:
             _check(values)
             return cls(**values)
@@ -129,6 +135,20 @@ class RunRecord:
                 raise UserError(
                     f"{path} says its answers were made with {name} {found!r} and this run has "
                     f"{value!r}; choose another --output_path"
+                )
+
+    def require_same_shares(self, other: RunRecord, path: Path) -> None:
+        """Refuses answers beside those of other shares: some samples would be in none. A single
+        share may grow, when the data set is completed."""
+        names = ["num_partitions", "num_samples_per_partition"]
+        if self.num_partitions > 1 and self.num_records and other.num_records:
+            names.append("num_records")
+        for name in names:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise UserError(
+                    f"{path} says its answers were made with {name} {theirs} and this run has "
+                    f"{ours}, which shares the records out otherwise; choose another --output_path"
                 )
 
 

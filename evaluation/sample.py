@@ -26,11 +26,17 @@ class Sample:
         return [part for part in self.content if not isinstance(part, str)]
 
     @property
+    def files(self) -> list[Path]:
+        """That the images come from; none where they lie in parquet."""
+        if self.video:
+            return [self.video]
+        return [image for image in self.images if isinstance(image, Path)]
+
+    @property
     def num_image_bytes(self) -> int | None:
-        """Of the files the images come from; None where one is missing, or they lie in parquet."""
-        files = [self.video] if self.video else self.images
+        """Of the files; None where one is missing, or there are none."""
         try:
-            return sum(file.stat().st_size for file in files if isinstance(file, Path)) or None
+            return sum(file.stat().st_size for file in self.files) or None
         except OSError:
             return None
 
@@ -42,10 +48,25 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """`problems` names, one sentence each, the records that are no samples."""
+    """`records`: what each record of the ground truth became, by position: samples, or sentences
+    that say why it is none. `incomplete`: a sentence for each part that the copy of the benchmark
+    lacks, whose records nobody can count."""
 
-    samples: list[Sample]
-    problems: list[str] = field(default_factory=list)
+    records: list[list[Sample | str]]
+    incomplete: list[str] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [part for record in self.records for part in record if isinstance(part, Sample)]
+
+    @property
+    def problems(self) -> list[str]:
+        bad = [part for record in self.records for part in record if isinstance(part, str)]
+        return self.incomplete + bad
+
+    def part(self, first: int, end: int) -> DataSet:
+        """Of these records; a bad one keeps its place, so mending it moves no other."""
+        return DataSet(self.records[first:end], self.incomplete)
 
 
 @dataclass(frozen=True, slots=True)

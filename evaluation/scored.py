@@ -137,6 +137,8 @@ def write_submission(results: Results) -> Path:
     value: Any
     if name == "MMMU":
         value = {str(i): mmmu.parsed_prediction(line) for i, line in lines.items()}
+    elif name == "MathVista":  # results/leaderboad_submission_template, "response_only"
+        value = {str(i): line["answer"] for i, line in lines.items()}
     elif name in _SUBMISSION_ID:
         key = _SUBMISSION_ID[name]
         value = [{key: i, "answer": line["answer"]} for i, line in lines.items()]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluation.generate import generate, task_prompt
-from evaluation.output_paths import answers_path, record_path
+from evaluation.output_paths import answers_path, answers_paths, record_path
 from evaluation.partition import partition_bounds
 from evaluation.results_file import ResultsFile
 from evaluation.run_record import RunRecord, settings_of
-from evaluation.sample import Location, Sample
+from evaluation.sample import DataSet, Location
 from evaluation.tasks import (
     DEFAULT_MAX_NEW_TOKENS,
     TASKS,
@@ -24,6 +25,7 @@ from evaluation.tasks import (
 )
 from nvlm.command_line import ArgumentParser, natural_int, positive_int
 from nvlm.errors import UserError
+from runtime.engine_dir import EngineDir
 from runtime.runner import Runner
 from runtime.types import GenerationRequest
 
@@ -46,7 +48,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--input_image_path", type=Path, metavar="DIR", help="its images, videos or parquet files")
     add("--gt_path", type=Path, nargs="+", default=[], metavar="FILE", help="its questions")
     add("--output_path", type=Path, metavar="PREFIX", help="of the files of answers")
-    add("--num_partitions", type=natural_int, help="share the samples among this many processes")
+    add("--num_partitions", type=natural_int, help="share the records among this many processes")
     add("--partition_id", type=natural_int, help="which share this is, from 0")
     add("--num_samples_per_partition", type=positive_int, help="take so many instead of a share")
     add("--split", help="of MMMU (default validation) and MathVista (default testmini)")
@@ -71,9 +73,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
         if given[name] is None:
             raise UserError(f"--task needs --{name}")
     task = find_task(arguments.task)
-    if task.needs_gt_file and not arguments.gt_path:
+    if task.gt_file == "needed" and not arguments.gt_path:
         raise UserError(f"--task {task.name} needs --gt_path, the benchmark's questions")
-    if arguments.gt_path and not task.needs_gt_file:
+    if task.gt_file == "none" and arguments.gt_path:
         raise UserError(
             f"--gt_path does not go with --task {task.name}: the parquet files of "
             "--input_image_path hold questions and answers; leave it out"
@@ -92,17 +94,17 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TaskRun:
-    """The samples of one partition and how they are asked; `problems` names what of the data set
-    is no sample."""
+    """`data`: the records of one partition, of `num_records`; `request`: how they are asked."""
 
     task: Task
     location: Location
-    samples: list[Sample]
-    problems: list[str]
+    data: DataSet
+    num_records: int
     request: GenerationRequest
     output_path: Path
     partition_id: int
     num_partitions: int
+    num_samples_per_partition: int
 
     @classmethod
     def read(cls, arguments: argparse.Namespace, request: GenerationRequest) -> TaskRun:
@@ -114,23 +116,30 @@ class TaskRun:
             arguments.split,
             arguments.num_frames or DEFAULT_NUM_FRAMES,
         )
-        if not location.image_dir.is_dir():
+        if not os.path.isdir(location.image_dir):
             raise UserError(
                 f"--input_image_path {location.image_dir} is not a directory; give the one with "
                 "the benchmark's images"
             )
-        if not arguments.output_path.parent.is_dir():
+        if not os.path.isdir(arguments.output_path.parent):
             raise UserError(
                 f"--output_path {arguments.output_path} lies in no directory that exists; make "
                 f"{arguments.output_path.parent} first"
+            )
+        if os.path.isdir(arguments.output_path):
+            raise UserError(
+                f"--output_path {arguments.output_path} is a directory, expected what the names of "
+                f"the files of answers begin with; give {arguments.output_path}/run, say"
             )
         data = task.read(location)
         if not data.samples:
             told = f" ({data.problems[0]})" if data.problems else ""
             raise UserError(f"--task {task.name} found no sample{told}; see docs/evaluation.md")
+        _require_an_image(data, location)
         partition_id = arguments.partition_id or 0
-        first, end = partition_bounds(
-            len(data.samples),
+        num_records = len(data.records)
+        bounds = partition_bounds(
+            num_records,
             arguments.num_partitions or 0,
             partition_id,
             arguments.num_samples_per_partition or 0,
@@ -138,8 +147,8 @@ class TaskRun:
         return cls(
             task,
             location,
-            data.samples[first:end],
-            data.problems,
+            data.part(*bounds),
+            num_records,
             replace(
                 request,
                 prompt_format=arguments.prompt_format or "megatron",
@@ -148,47 +157,67 @@ class TaskRun:
             arguments.output_path,
             partition_id,
             max(arguments.num_partitions or 0, 1),
+            arguments.num_samples_per_partition or 0,
         )
+
+    def check(self, engine: EngineDir) -> None:
+        """All that `run` would refuse, before minutes go into loading the engine; tells what of the
+        data set is no sample on stderr."""
+        self._check_frames(engine)
+        record = self._record(engine)
+        for path in answers_paths(self.output_path, self.task):
+            place = record_path(path)
+            if place.is_file() and path.stat().st_size:
+                record.require_same_shares(RunRecord.read(place), place)
+        path = answers_path(self.output_path, self.task, self.partition_id)
+        if path.exists():
+            with ResultsFile(path, self.task, self.data.samples) as file:
+                self._require_same(file, path, record)
+        _tell(self.data.problems)
 
     def run(self, runner: Runner) -> int:
-        """Answers what is not answered yet, tells what failed on stderr and returns how many."""
-        self._check_frames(runner)
+        """Answers what is not answered yet, tells what failed on stderr and returns how many, with
+        what is no sample."""
         path = answers_path(self.output_path, self.task, self.partition_id)
+        samples, problems = self.data.samples, self.data.problems
         started = time.perf_counter()
-        with ResultsFile(path, self.task, self.samples) as file:
-            self._record(runner, path, file)
+        with ResultsFile(path, self.task, samples) as file:
+            record = self._record(runner.engine)
+            self._require_same(file, path, record)
+            record.write(record_path(path))
             before = len(file.finished)
-            failures = generate(runner, self.task, self.samples, self.request, file)
+            failures = generate(runner, self.task, samples, self.request, file)
             num_new = len(file.finished) - before
         seconds = time.perf_counter() - started
-        _tell([*self.problems, *failures])
+        _tell(failures)
+        incomplete = self.data.incomplete
         print(
-            f"{path}: {len(file.finished)} of {len(self.samples)} samples answered, {num_new} of "
+            f"{path}: {len(file.finished)} of {len(samples)} samples answered, {num_new} of "
             f"them now in {seconds:.1f} s ({num_new / seconds:.2f} a second), "
-            f"{len(failures)} failed, {len(self.problems)} records were no samples",
+            f"{len(failures)} failed, {len(problems) - len(incomplete)} records were no samples"
+            + (f", {len(incomplete)} parts of the data set are missing" if incomplete else ""),
             file=sys.stderr,
         )
-        return len(failures) + len(self.problems)
+        return len(failures) + len(problems)
 
-    def _check_frames(self, runner: Runner) -> None:
-        num_images = max((len(sample.images) for sample in self.samples), default=0)
-        most = runner.engine.limits.max_num_images
+    def _check_frames(self, engine: EngineDir) -> None:
+        num_images = max((len(sample.images) for sample in self.data.samples), default=0)
+        most = engine.limits.max_num_images
         if num_images > most:
             raise UserError(
                 f"--task {self.task.name} asks about {num_images} images at once and the engine "
                 f"takes {most}; build it with --max_num_images {num_images} or give --num_frames"
             )
 
-    def _record(self, runner: Runner, path: Path, file: ResultsFile) -> None:
-        record = RunRecord(
+    def _record(self, engine: EngineDir) -> RunRecord:
+        samples = self.data.samples
+        return RunRecord(
             self.task.name,
             settings_of(
-                runner.engine,
-                self.request,
-                self.task.max_num_tiles or self.request.max_num_tiles,
+                engine, self.request, self.task.max_num_tiles or self.request.max_num_tiles
             ),
             {
-                "engine_dir": str(runner.engine.directory.resolve()),
+                "engine_dir": str(engine.directory.resolve()),
                 "input_image_path": str(self.location.image_dir.resolve()),
                 "gt_path": [str(path.resolve()) for path in self.location.gt_paths],
                 "split": self.location.split,
@@ -196,31 +225,36 @@ class TaskRun:
             },
             self.partition_id,
             self.num_partitions,
-            len(self.samples),
+            len(samples),
             {
                 str(sample.id): num_bytes
-                for sample in self.samples
+                for sample in samples
                 if (num_bytes := sample.num_image_bytes) is not None
             },
+            self.num_samples_per_partition,
+            self.num_records,
         )
+
+    def _require_same(self, file: ResultsFile, path: Path, record: RunRecord) -> None:
+        """Refuses to go on with answers that something else made."""
+        if not file.finished:
+            return
         place = record_path(path)
-        if file.finished:
-            if not place.exists():
-                raise UserError(
-                    f"{path} holds answers and {place} is missing, so what made them is unknown; "
-                    "choose another --output_path"
-                )
-            earlier = RunRecord.read(place)
-            record.require_same(earlier, place)
-            self._require_same_samples(path, file, earlier, record)
-        record.write(place)
+        if not place.exists():
+            raise UserError(
+                f"{path} holds answers and {place} is missing, so what made them is unknown; "
+                "choose another --output_path"
+            )
+        earlier = RunRecord.read(place)
+        record.require_same(earlier, place)
+        self._require_same_samples(path, file, earlier, record)
 
     def _require_same_samples(
         self, path: Path, file: ResultsFile, earlier: RunRecord, record: RunRecord
     ) -> None:
         """Refuses to go on where an answered sample is no longer what it was: another data set
         under the same names."""
-        for sample in self.samples:
+        for sample in self.data.samples:
             if sample.id not in file.finished:
                 continue
             line = answer_line(self.task, sample, task_prompt(sample, self.request), "")
@@ -234,6 +268,16 @@ class TaskRun:
                     f"{path} holds an answer to sample {sample.id} of another data set: {what} "
                     "was different then; choose another --output_path"
                 )
+
+
+def _require_an_image(data: DataSet, location: Location) -> None:
+    """One that is missing is told with its sample; where all are, the folder is another."""
+    files = [file for sample in data.samples for file in sample.files]
+    if files and not any(map(os.path.exists, files)):
+        raise UserError(
+            f"--input_image_path {location.image_dir} has none of the {len(files)} files that are "
+            f"asked about, such as {files[0]}; give the folder that has them"
+        )
 
 
 def _tell(problems: list[str]) -> None:

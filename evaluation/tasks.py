@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from evaluation.datasets.captioning import read_captions
 from evaluation.datasets.mathvista import read_mathvista
@@ -47,14 +47,15 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`name` is Megatron-LM's spelling; `answer_fields` of a line hold the answer. Parquet data
-    sets bring their own ground truth. `max_num_tiles`: None for the engine's own number."""
+    """`name` is Megatron-LM's spelling; `answer_fields` of a line hold the answer. `gt_file`:
+    parquet data sets bring their own ground truth. `max_num_tiles`: None for the engine's own
+    number."""
 
     name: str
     read: Callable[[Location], DataSet]
     score: Scorer
     answer_fields: tuple[str, ...] = ("answer",)
-    needs_gt_file: bool = True
+    gt_file: Literal["needed", "possible", "none"] = "needed"
     max_num_tiles: int | None = None
     unit: str = "%"
 
@@ -80,11 +81,11 @@ TASKS = {
         ),
         Task("SPDocVQA", partial(read_questions, keys=SP_DOC_VQA), score_by(anls)),
         Task("InfoVQA", partial(read_questions, keys=INFO_VQA), score_by(anls)),
-        Task("MMMU", read_mmmu, score_mmmu, ("text", "prediction"), needs_gt_file=False),
-        Task("MathVista", read_mathvista, score_mathvista, needs_gt_file=False),
+        Task("MMMU", read_mmmu, score_mmmu, ("text", "prediction"), gt_file="none"),
+        Task("MathVista", read_mathvista, score_mathvista, gt_file="none"),
         Task("OCRBench", read_ocrbench, score_ocrbench, unit="points"),
         Task("AI2D", read_ai2d, score_by(exact_match)),
-        Task("RealworldQA", read_realworld_qa, score_by(exact_match)),
+        Task("RealworldQA", read_realworld_qa, score_by(exact_match), gt_file="possible"),
         Task("VideoMME", read_video_mme, score_video_mme, max_num_tiles=1),
     )
 }

@@ -18,6 +18,17 @@ from tools.tiny.fonts import evaluation_font_files
 
 READ_NUMBER, READ_WORD = "Read the number.", "Read the word."
 SHORT = "\nAnswer the question using a single word or phrase."
+MMMU_SUBJECTS = sorted(
+    subject
+    for line in (
+        "Accounting Agriculture Architecture_and_Engineering Art Art_Theory Basic_Medical_Science",
+        "Biology Chemistry Clinical_Medicine Computer_Science Design Economics Electronics",
+        "Diagnostics_and_Laboratory_Medicine Energy_and_Power Finance Geography History",
+        "Literature Manage Marketing Materials Math Mechanical_Engineering Music Pharmacy Physics",
+        "Psychology Public_Health Sociology",
+    )
+    for subject in line.split()
+)
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
@@ -497,7 +508,7 @@ def math_vista(folder: Path) -> Benchmark:
 
 
 def mmmu(folder: Path) -> Benchmark:
-    """A folder of parquet a subject; only the first picture is asked about."""
+    """A folder of parquet a subject, most without a row; only the first picture is asked about."""
     import pyarrow
     import pyarrow.parquet
 
@@ -534,13 +545,12 @@ def mmmu(folder: Path) -> Benchmark:
         image_1=encoded("392"),
     )
     pictures = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    for subject, values in (("Art_Theory", art), ("Physics", physics)):
+    fields = [(name, pictures if name.startswith("image_") else pyarrow.string()) for name in art]
+    for subject in MMMU_SUBJECTS:
+        rows = {"Art_Theory": [art], "Physics": [physics]}.get(subject, [])
         (folder / subject).mkdir(parents=True)
-        fields = [
-            (name, pictures if name.startswith("image_") else pyarrow.string()) for name in values
-        ]
         pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist([values], schema=pyarrow.schema(fields)),
+            pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(fields)),
             folder / subject / "validation-00000-of-00001.parquet",
         )
     lines = {

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from evaluation.compare import compare
-from evaluation.datasets import video_mme
-from evaluation.datasets.video_mme import decode_frames
+from evaluation.datasets import video_frames
+from evaluation.datasets.video_frames import Packets, decode_frames
 from evaluation.generate import answers
 from evaluation.results import read_results
 from evaluation.sample import Location
@@ -302,8 +302,8 @@ def test_a_video_is_decoded_once_for_all_its_frames_and_questions(
         time.sleep(0.02)
         yield SimpleNamespace(to_ndarray=lambda **_: np.zeros((2, 2, 3), np.uint8))
 
-    monkeypatch.setattr(video_mme, "_decode", decode)
-    monkeypatch.setattr(video_mme, "_num_packets", lambda _: 1)
+    monkeypatch.setattr(video_frames, "_decode", decode)
+    monkeypatch.setattr(video_frames, "_packets", lambda _: Packets(1))
     video = {"video_id": "1", "duration_category": "short", "video_category": "x"}
     videos = [
         {
@@ -344,8 +344,8 @@ def test_a_wrong_count_of_packets_costs_time_and_no_frame(
         for number in range(9):
             yield SimpleNamespace(to_ndarray=lambda n=number, **_: np.full((1, 1, 3), n, np.uint8))
 
-    monkeypatch.setattr(video_mme, "_decode", decode)
-    monkeypatch.setattr(video_mme, "_num_packets", lambda _: num_packets)
+    monkeypatch.setattr(video_frames, "_decode", decode)
+    monkeypatch.setattr(video_frames, "_packets", lambda _: Packets(num_packets))
     decode_frames.cache_clear()
     found = [int(frame[0, 0, 0]) for frame in decode_frames(tmp_path / "v.mp4", 3)]
     assert found == [0, 4, 8]

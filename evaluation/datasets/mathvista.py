@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from evaluation.datasets.parquet import ParquetFile, parquet_files
+from evaluation.datasets.parquet import ParquetFile, missing_files, parquet_files
 from evaluation.datasets.records import Record, RecordError, collect, field, string_list
 from evaluation.prompts import LETTERS, options_by_letter, with_options
 from evaluation.sample import DataSet, Location, Sample
@@ -22,7 +22,8 @@ def read_mathvista(location: Location) -> DataSet:
             "data set AI4Math/MathVista"
         )
     files = [ParquetFile(path, re.compile("decoded_image"), "MathVista") for path in paths]
-    return collect([record for file in files for record in file.records()], _sample)
+    records = [record for file in files for record in file.records()]
+    return collect(records, _sample, missing_files(paths))
 
 
 def _sample(_: int, record: Record) -> Sample:

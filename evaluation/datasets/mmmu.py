@@ -11,7 +11,7 @@ import contextlib
 import re
 from typing import Any
 
-from evaluation.datasets.parquet import ParquetFile, parquet_files
+from evaluation.datasets.parquet import ParquetFile, missing_files, parquet_files
 from evaluation.datasets.records import Record, RecordError, collect, field
 from evaluation.prompts import mmmu_multiple_choice, options_by_letter, short_answer
 from evaluation.sample import DataSet, Location, Sample
@@ -23,14 +23,14 @@ _IMAGE_MARK = re.compile(r"<image [0-7]>")
 
 
 def read_mmmu(location: Location) -> DataSet:
-    records = _records(location)
-    return collect(records, _sample)
+    records, incomplete = _records(location)
+    return collect(records, _sample, incomplete)
 
 
 def read_mmmu_answers(location: Location) -> dict[str, Record]:
     """id -> question_type and ground_truth, as in the MMMU repository's answer_dict_val.json."""
     answers = {}
-    for _, record in _records(location):
+    for _, record in _records(location)[0]:
         with contextlib.suppress(RecordError):  # an answer without a truth is told by its id
             answers[field(record, "id", str)] = {
                 "question_type": field(record, "question_type", str),
@@ -39,18 +39,26 @@ def read_mmmu_answers(location: Location) -> dict[str, Record]:
     return answers
 
 
-def _records(location: Location) -> list[tuple[str, Record]]:
+def _records(location: Location) -> tuple[list[tuple[str, Record]], list[str]]:
+    """The records, and what of the 30 subjects is missing."""
     split = location.split or DEFAULT_SPLIT
-    records = []
+    records, incomplete = [], []
     for subject in SUBJECTS:
-        for path in parquet_files(location.image_dir / subject, split):
+        paths = parquet_files(location.image_dir / subject, split)
+        if not paths:
+            incomplete.append(
+                f"{location.image_dir} lacks {subject}/{split}-*.parquet, one of {len(SUBJECTS)} "
+                "subjects; download it"
+            )
+        incomplete += missing_files(paths)
+        for path in paths:
             records += ParquetFile(path, re.compile(r"image_\d"), "MMMU").records()
     if not records:
         raise UserError(
             f"--input_image_path {location.image_dir} has no <subject>/{split}-*.parquet; give a "
             "copy of the data set MMMU/MMMU"
         )
-    return records
+    return records, incomplete
 
 
 def _sample(_: int, record: Record) -> Sample:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from evaluation.datasets.records import Record, RecordError, collect, field, json_list, string_list
+from evaluation.datasets.records import (
+    Record,
+    RecordError,
+    collect,
+    field,
+    json_list,
+    named_file,
+    string_list,
+)
 from evaluation.sample import DataSet, Location, Sample
 from evaluation.scoring.ocrbench import TYPES
 
@@ -18,7 +26,7 @@ def read_ocrbench(location: Location) -> DataSet:
         return Sample(
             position,
             (
-                location.image_dir / field(record, "image_path", str),
+                named_file(location.image_dir, record, "image_path"),
                 "\n" + field(record, "question", str),
             ),
             {

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from evaluation.datasets.records import Record
 from evaluation.packages import require_package
 from nvlm.errors import UserError
 
+_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]+)?\.parquet")
+NO_PICTURES = re.compile("(?!)")
+
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
     """The files of a split in a folder or its `data` (validation-00000-of-00001.parquet)."""
@@ -24,6 +28,22 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
         if found := sorted(place.glob(f"{split}-*.parquet")):
             return found
     return []
+
+
+def missing_files(paths: Iterable[Path]) -> list[str]:
+    """A sentence for each file that the names of these promise (test-00000-of-00002) and that is
+    not among them."""
+    numbers: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
+    for path in paths:
+        if name := _SHARD.fullmatch(path.name):
+            numbers[path.parent, name["split"], int(name["count"])].add(int(name["number"]))
+    return [
+        f"{folder} lacks {split}-{number:05}-of-{count:05}.parquet, which the names of the others "
+        "promise; download it"
+        for (folder, split, count), found in numbers.items()
+        for number in range(count)
+        if number not in found
+    ]
 
 
 class ParquetFile:

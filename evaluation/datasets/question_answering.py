@@ -6,6 +6,7 @@ as the second --gt_path where they are public) or in Megatron-LM's merged form.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from evaluation.datasets.records import (
     collect,
     field,
     json_list,
+    list_in,
+    named_file,
     read_json,
     string_list,
 )
@@ -55,9 +58,14 @@ def read_questions(location: Location, keys: Keys) -> DataSet:
 
 def read_vqa_v2(location: Location) -> DataSet:
     questions = read_json(location.gt_paths[0])
+    if isinstance(questions, dict) and "annotations" in questions and "questions" not in questions:
+        raise UserError(
+            f"--gt_path {location.gt_paths[0]} holds annotations, expected the questions file first"
+            " and the annotations file behind it"
+        )
     if not (isinstance(questions, dict) and "questions" in questions):
         return read_questions(location, VQA_V2)
-    records = json_list(location.gt_paths[0], "questions")
+    records = list_in(questions, location.gt_paths[0], "questions")
     annotations = _annotations(location.gt_paths[1:])
     subtype = questions.get("data_subtype", "")
 
@@ -101,7 +109,7 @@ def _coco_name(image_id: int | str, subtype: str) -> str:
 
 def _samples(records: list[tuple[str, Any]], image_dir: Path, keys: Keys) -> DataSet:
     def read(position: int, record: Record) -> Sample:
-        image = find_image(image_dir, str(field(record, keys.image, (str, int))))
+        image = find_image(image_dir, record, keys.image)
         question = short_answer(field(record, keys.question, str))
         sample_id = position if keys.id is None else field(record, keys.id, (int, str))
         answers = _answers(record, keys.answers)
@@ -116,16 +124,23 @@ def _samples(records: list[tuple[str, Any]], image_dir: Path, keys: Keys) -> Dat
 
 def _of_one_split(data: DataSet, keys: Keys) -> DataSet:
     """A score is of public answers, a submission of hidden ones: a mixture could be neither."""
-    public = [sample for sample in data.samples if sample.fields["gt_answer"] != HIDDEN]
-    if len(public) in (0, len(data.samples)):
+    num_hidden = sum(_is_hidden(sample) for sample in data.samples)
+    if num_hidden in (0, len(data.samples)):
         return data
-    hidden = [
-        f"sample {sample.id} has no {keys.answers}, as in a test split, and others have; ask "
-        "the splits apart"
-        for sample in data.samples
-        if sample.fields["gt_answer"] == HIDDEN
-    ]
-    return DataSet(public, data.problems + hidden)
+
+    def public(part: Sample | str) -> Sample | str:
+        if isinstance(part, str) or not _is_hidden(part):
+            return part
+        return (
+            f"sample {part.id} has no {keys.answers}, as in a test split, and others have; ask the "
+            "splits apart"
+        )
+
+    return DataSet([[public(part) for part in record] for record in data.records], data.incomplete)
+
+
+def _is_hidden(sample: Sample) -> bool:
+    return bool(sample.fields["gt_answer"] == HIDDEN)
 
 
 def _answers(record: Record, key: str) -> list[str]:
@@ -135,9 +150,13 @@ def _answers(record: Record, key: str) -> list[str]:
     return [record[key]] if isinstance(record[key], str) else string_list(record, key)
 
 
-def find_image(image_dir: Path, name: str) -> Path:
-    """The file of that name, or with .jpg, or with .png."""
-    for path in (image_dir / name, image_dir / f"{name}.jpg", image_dir / f"{name}.png"):
-        if path.is_file():
+def find_image(image_dir: Path, record: Record, key: str) -> Path:
+    """The file of that name, or with .jpg, or with .png; else of the last part of the name, where
+    the pictures lie in one folder. Raises `RecordError` for a name that no file can have."""
+    name = str(field(record, key, (str, int)))
+    names = [f"{name}{suffix}" for suffix in ("", ".jpg", ".png")]
+    paths = [named_file(image_dir, {key: name}, key) for name in names]
+    for path in (*paths, *(image_dir / path.name for path in paths)):
+        if os.path.isfile(path):
             return path
-    return image_dir / name
+    return paths[0] if paths[0].suffix else paths[1]

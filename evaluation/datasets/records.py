@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from nvlm.errors import UserError
 from nvlm.jsonl import read_jsonl_lines
 
 Record = dict[str, Any]
+_MAX_SHOWN = 80
+"""Characters of a name that is none."""
 
 
 class RecordError(Exception):
@@ -34,7 +37,11 @@ def read_json(path: Path) -> Any:
 
 def json_list(path: Path, key: str | None = None) -> list[tuple[str, Any]]:
     """(where it stands, record) of a file that holds a list, or an object with one under `key`."""
-    value = read_json(path)
+    return list_in(read_json(path), path, key)
+
+
+def list_in(value: Any, path: Path, key: str | None = None) -> list[tuple[str, Any]]:
+    """`json_list` of a value that was read already."""
     if key is not None and isinstance(value, dict):
         value = value.get(key)
     if not isinstance(value, list):
@@ -88,23 +95,47 @@ def string_list(record: Any, key: str) -> list[str]:
     return list(values)
 
 
+def named_file(folder: Path, record: Any, key: str) -> Path:
+    """The file that a record names, there or not. Raises `RecordError` for a name that no file can
+    have."""
+    name: str = field(record, key, str)
+    path = folder / name
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # a null character, or half of a surrogate pair
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            shown = name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}..."
+            raise RecordError(f"has {key} {shown!r}, which no file can be named") from None
+    return path
+
+
 def collect(
-    records: Iterable[tuple[str, Any]], read: Callable[[int, Any], Sample | Iterator[Sample]]
+    records: Iterable[tuple[str, Any]],
+    read: Callable[[int, Any], Sample | Iterator[Sample | RecordError]],
+    incomplete: Iterable[str] = (),
 ) -> DataSet:
     """Reads (position, record) one by one; the first sample of an id counts."""
-    samples: list[Sample] = []
-    problems: list[str] = []
+    parts: list[list[Sample | str]] = []
     places: dict[Any, str] = {}
     for position, (where, record) in enumerate(records):
-        try:
-            found = read(position, record)
-            for sample in [found] if isinstance(found, Sample) else list(found):
-                if sample.id in places:
-                    raise RecordError(
-                        f"has the id {sample.id!r} of {places[sample.id]}, which counts"
-                    )
-                places[sample.id] = where
-                samples.append(sample)
-        except RecordError as error:
-            problems.append(f"{where} {error}")
-    return DataSet(samples, problems)
+        parts.append([])
+        for part in _parts(read, position, record):
+            if isinstance(part, RecordError):
+                parts[-1].append(f"{where} {part}")
+            elif part.id in places:
+                first = places[part.id]
+                parts[-1].append(f"{where} has the id {part.id!r} of {first}, which counts")
+            else:
+                places[part.id] = where
+                parts[-1].append(part)
+    return DataSet(parts, list(incomplete))
+
+
+def _parts(
+    read: Callable[[int, Any], Sample | Iterator[Sample | RecordError]], position: int, record: Any
+) -> list[Sample | RecordError]:
+    try:
+        found = read(position, record)
+        return [found] if isinstance(found, Sample) else list(found)
+    except RecordError as error:
+        return [error]

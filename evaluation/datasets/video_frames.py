@@ -1,0 +1,140 @@
+"""Evenly spaced frames of a video. Where its packets say where a frame is, the decoder jumps to the
+key frame before it; else, or where the frames are not those that the packets promise, it decodes
+all of them. Both give the same pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.packages import require_package
+from nvlm.errors import UserError
+
+Pixels = NDArray[np.uint8]
+
+_ONE_FRAME_A_PACKET = ("h264", "hevc", "mpeg4", "mpeg2video", "vp9", "av1", "mjpeg")
+"""Codecs whose packets are a frame to show each; VP8 has packets of hidden frames."""
+
+
+@lru_cache(maxsize=16)  # more than are prepared at once, or every frame would decode its video
+def decode_frames(path: Path, num_frames: int) -> tuple[Pixels, ...]:
+    """Frames spaced as numpy's linspace, RGB [height, width, 3] each; the last few videos' are kept
+    for their next question. Raises `UserError` for a video that cannot be read.
+    """
+    try:
+        packets = _packets(path)
+        wanted = _spaced(packets.number, num_frames)
+        pixels = _seek(path, packets, wanted)
+        if pixels is None:
+            pixels, num_decoded = _pick(path, wanted)
+            if num_decoded != packets.number:  # some are never shown, or cannot be decoded
+                wanted = _spaced(num_decoded, num_frames)
+                pixels, _ = _pick(path, wanted)
+        return tuple(pixels[index] for index in wanted)
+    except (OSError, ValueError, KeyError, IndexError) as error:  # PyAV's errors are OSErrors
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"video {path} cannot be read: {reason}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Packets:
+    """`number` is nearly always that of the frames. `times`: of the frames in the order of showing;
+    empty where the packets do not tell. `keys`: those of the key frames."""
+
+    number: int
+    times: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
+
+
+def _spaced(number: int, num_frames: int) -> list[int]:
+    return [int(index) for index in np.linspace(0, number - 1, num_frames)]
+
+
+def _packets(path: Path) -> Packets:
+    """Counted without decoding one."""
+    av = require_package("av", "av (PyAV)", "VideoMME")
+    with av.open(str(path)) as container:
+        codec = container.streams.video[0].codec_context.codec.canonical_name
+        found = [
+            (packet.pts, packet.is_keyframe, packet.is_corrupt or packet.is_discard)
+            for packet in container.demux(video=0)
+            if packet.size > 0
+        ]
+    times = {time for time, _, _ in found}
+    is_plain = None not in times and len(times) == len(found)
+    if codec not in _ONE_FRAME_A_PACKET or not is_plain or any(is_odd for _, _, is_odd in found):
+        return Packets(len(found))
+    keys = tuple(time for time, is_key, _ in found if is_key)
+    return Packets(len(found), tuple(sorted(times)), keys)
+
+
+def _seek(path: Path, packets: Packets, wanted: list[int]) -> dict[int, Pixels] | None:
+    """The pixels of these frames, or None where the decoder's frames are not the packets', or there
+    are none behind a jump."""
+    try:
+        return _jump(path, packets, wanted)
+    except (OSError, ValueError):  # what the whole video has wrong is told by decoding it
+        return None
+
+
+def _jump(path: Path, packets: Packets, wanted: list[int]) -> dict[int, Pixels] | None:
+    times, keys = packets.times, packets.keys
+    if not keys or keys[0] != times[0]:
+        return None
+    av = require_package("av", "av (PyAV)", "VideoMME")
+    places = {time: index for index, time in enumerate(times)}
+    pixels: dict[int, Pixels] = {}
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        frames = _decoded(container)
+        expected = 0  # the next frame
+        for index in sorted(set(wanted)):
+            key = max(time for time in keys if time <= times[index])
+            start = None
+            if places[key] > expected:
+                container.seek(key, stream=stream, backward=True)
+                frames = _decoded(container)
+                expected, start = places[key], key
+            for frame in frames:
+                if start is not None and frame.pts is not None and frame.pts < start:
+                    continue  # of an earlier key frame, or shown before this one and in need of it
+                start = None
+                if places.get(frame.pts) != expected:
+                    return None
+                expected += 1
+                if expected > index:
+                    pixels[index] = np.asarray(frame.to_ndarray(format="rgb24"))
+                    break
+            if index not in pixels:
+                return None
+    return pixels
+
+
+def _pick(path: Path, wanted: list[int]) -> tuple[dict[int, Pixels], int]:
+    """The pixels of these frames, as far as there are such, and the number of all."""
+    pixels, num_decoded = {}, 0
+    for index, frame in enumerate(_decode(path)):
+        num_decoded += 1
+        if index in wanted:
+            pixels[index] = np.asarray(frame.to_ndarray(format="rgb24"))
+    if not num_decoded:
+        raise ValueError("it has no frames")
+    return pixels, num_decoded
+
+
+def _decode(path: Path) -> Iterator[Any]:
+    av = require_package("av", "av (PyAV)", "VideoMME")
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        yield from _decoded(container)
+
+
+def _decoded(container: Any) -> Iterator[Any]:
+    yield from container.decode(video=0)

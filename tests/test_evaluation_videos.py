@@ -1,0 +1,102 @@
+"""Frames of a video by jumps to key frames are those of decoding all of it, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from evaluation.datasets import video_frames
+from evaluation.datasets.video_frames import decode_frames
+
+av = pytest.importorskip("av")
+
+NUM_FRAMES = 90
+GOP = 12
+
+
+def write_video(path: Path, codec: str, options: dict[str, str]) -> None:
+    """Moving noise, so that no frame is another's."""
+    noise = np.random.default_rng(1).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        try:
+            stream = container.add_stream(codec, rate=25, options=options)
+        except ValueError:  # av.codec.codec.UnknownCodecError
+            pytest.skip(f"PyAV was built without {codec}")
+        stream.width, stream.height, stream.gop_size = 96, 64, GOP
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for k in range(NUM_FRAMES):
+            frame = av.VideoFrame.from_ndarray(np.roll(noise, 2 * k, 1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def frames(path: Path, number: int) -> tuple[video_frames.Pixels, ...]:
+    decode_frames.cache_clear()
+    return decode_frames(path, number)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "must_jump"),
+    [
+        ("plain.mp4", "libx264", {"bf": "3"}, True),
+        ("open_gop.mp4", "libx264", {"x264-params": "open-gop=1:bframes=4:b-pyramid=2"}, True),
+        ("plain.mkv", "libx264", {}, True),
+        ("open_gop.mp4", "libx265", {"x265-params": "log-level=none:keyint=12:open-gop=1"}, True),
+        ("plain.mp4", "mpeg4", {}, True),
+        ("plain.webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}, True),
+        ("plain.avi", "mjpeg", {}, True),
+        # Where packets do not tell which frame is theirs, or frames are not there after a jump.
+        ("refresh.mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=12"}, False),
+        ("stream.ts", "libx264", {}, False),
+        ("b_frames.avi", "mpeg4", {"bf": "2"}, False),
+        ("hidden.webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16"}, False),
+        ("program.mpg", "mpeg2video", {"bf": "2"}, False),
+    ],
+)
+def test_frames_found_by_jumps_are_those_of_decoding_all(
+    name: str, codec: str, options: dict[str, str], must_jump: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    write_video(path, codec, options)
+    for number in (2, 5, 8):
+        with patch.object(video_frames, "_seek", return_value=None):
+            expected = frames(path, number)
+        with patch.object(video_frames, "_decode", wraps=video_frames._decode) as decode_all:
+            found = frames(path, number)
+        for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            assert np.array_equal(ours, theirs), f"frame {index} of {number}"
+        if must_jump:
+            assert decode_all.call_count == 0
+
+
+def test_a_long_video_is_not_decoded_whole(tmp_path: Path) -> None:
+    """Of 90 frames in groups of 12, three need those before them in their groups alone."""
+    path = tmp_path / "v.mp4"
+    write_video(path, "mpeg4", {})
+    num_decoded = 0
+    decoded = video_frames._decoded
+
+    def counted(container: Any) -> Iterator[Any]:
+        nonlocal num_decoded
+        for frame in decoded(container):
+            num_decoded += 1
+            yield frame
+
+    with patch.object(video_frames, "_decoded", counted):
+        frames(path, 3)
+    # Frames 0, 44 (the ninth of its group) and 89 (the sixth).
+    assert num_decoded == 1 + 9 + 6
+
+
+def test_an_error_behind_a_jump_falls_back(tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    write_video(path, "mpeg4", {})
+    expected = frames(path, 3)
+    with patch.object(video_frames, "_jump", side_effect=OSError("cannot seek")):
+        found = frames(path, 3)
+    assert all(map(np.array_equal, found, expected))
