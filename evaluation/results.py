@@ -89,6 +89,11 @@ def _missing(prefix: Path, task: Task, records: list[RunRecord], num_lines: int)
         for record in records
         if record.decisive != records[0].decisive
     ]
+    if num_bad := max(record.num_bad_records for record in records):
+        problems.append(
+            f"{prefix}-{task.name} lacks {num_bad} of the data set's records, which were no "
+            "samples when run.py read them; mend the data set and run the same command again"
+        )
     expected = sum(record.num_samples for record in records)
     if num_lines < expected:
         problems.append(

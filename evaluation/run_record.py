@@ -28,6 +28,7 @@ _TYPES: dict[str, dict[str, type | tuple[type, ...]]] = {
         "num_partitions": int,
         "num_samples": int,
         "image_bytes": dict,
+        "num_bad_records": int,
     },
     "settings": {
         "engine": str,
@@ -58,7 +59,8 @@ _ENGINE = ("engine", "quant_algo", "kv_cache_quant_algo", "dtype", "decoder", "v
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """`settings` decide the answers; `data` says where engine and data set lay; `num_samples` is
-    the size of this partition; `image_bytes` of each sample's images, by the id as text."""
+    the size of this partition; `image_bytes` of each sample's images, by the id as text;
+    `num_bad_records`: of the whole data set, those that were no samples."""
 
     task: str
     settings: dict[str, Any]
@@ -67,12 +69,14 @@ class RunRecord:
     num_partitions: int
     num_samples: int
     image_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_bad_records: int = 0
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
         """Raises `UserError` for what this version did not write as it is."""
-        values = {"image_bytes": {}, **read_json_object(path)}  # older ones have no sizes
+        older = {"image_bytes": {}, "num_bad_records": 0}  # were not kept once
+        values = {**older, **read_json_object(path)}
         try:
             _check(values)
             return cls(**values)

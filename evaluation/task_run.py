@@ -202,6 +202,7 @@ class TaskRun:
                 for sample in self.samples
                 if (num_bytes := sample.num_image_bytes) is not None
             },
+            len(self.problems),
         )
         place = record_path(path)
         if file.finished:
