@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,12 +131,17 @@ def headline(task: TaskReport) -> str:
 
 def told(comparison: Comparison, unit: str) -> str:
     """The comparison in a sentence."""
-    how_sure = "chance explains it" if comparison.p_value >= 0.05 else "more than chance explains"
+    how_sure = (
+        "chance alone could do this, the samples are too few to tell"
+        if comparison.p_value >= 0.05
+        else "chance alone would hardly do this"
+    )
+    low, high = comparison.interval
     unit = "points" if unit == "%" else unit
     return (
         f"{comparison.value:.2f} against {comparison.other_value:.2f} over "
-        f"{comparison.num_paired:,} samples: {comparison.difference:+.2f} ± "
-        f"{comparison.margin:.2f} {unit} (95 %), p = {comparison.p_value:.3g}, {how_sure}; "
+        f"{comparison.num_paired:,} samples: {comparison.difference:+.2f} {unit}, 95 % interval "
+        f"{low:+.2f} to {high:+.2f}, p = {comparison.p_value:.3g}: {how_sure}; "
         f"{len(comparison.changes)} answers differ, {comparison.num_better} better and "
         f"{comparison.num_worse} worse"
     )
@@ -183,7 +187,7 @@ def _task_json(task: TaskReport) -> dict[str, Any]:
             "score": comparison.value,
             "other_score": comparison.other_value,
             "difference": comparison.difference,
-            "margin": comparison.margin if math.isfinite(comparison.margin) else None,
+            "interval": list(comparison.interval),
             "p_value": comparison.p_value,
             "num_paired": comparison.num_paired,
             "num_better": comparison.num_better,

@@ -82,17 +82,17 @@ def _problems(problems: list[str]) -> str:
 
 def _difference(comparison: Comparison, unit: str) -> str:
     """The interval of the difference on a line through zero."""
-    reach = max(abs(comparison.difference) + comparison.margin, 1e-9)
-    if reach == float("inf"):
-        return f"<p>{escape(told(comparison, unit))}</p>"
-    middle = 50 + 45 * comparison.difference / reach
-    half = 45 * comparison.margin / reach
+    reach = max(map(abs, comparison.interval))
+    low, middle, high = (
+        50 + 45 * value / reach
+        for value in (comparison.interval[0], comparison.difference, comparison.interval[1])
+    )
     return (
         f"<p>{escape(told(comparison, unit))}</p>"
         '<svg class="interval" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
         f'aria-label="difference {comparison.difference:+.2f}">'
         '<line class="zero" x1="50" x2="50" y1="0" y2="10"/>'
-        f'<line class="range" x1="{middle - half:.2f}" x2="{middle + half:.2f}" y1="5" y2="5"/>'
+        f'<line class="range" x1="{low:.2f}" x2="{high:.2f}" y1="5" y2="5"/>'
         f'<line class="value" x1="{middle:.2f}" x2="{middle:.2f}" y1="1" y2="9"/></svg>'
     )
 
