@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from evaluation.datasets.captioning import read_captions
+from evaluation.datasets.mathvista import DEFAULT_SPLIT as MATHVISTA_SPLIT
 from evaluation.datasets.mathvista import read_mathvista
+from evaluation.datasets.mmmu import DEFAULT_SPLIT as MMMU_SPLIT
 from evaluation.datasets.mmmu import read_mmmu
 from evaluation.datasets.multiple_choice import read_ai2d, read_realworld_qa
 from evaluation.datasets.ocrbench import read_ocrbench
@@ -31,7 +34,9 @@ from evaluation.scoring.ocrbench import score_ocrbench
 from evaluation.scoring.score import Line, Scorer
 from evaluation.scoring.short_answers import (
     anls,
+    anls_official,
     exact_match,
+    exact_match_official,
     relaxed_accuracy,
     relaxed_accuracy_official,
     score_by,
@@ -48,7 +53,8 @@ DEFAULT_MAX_NEW_TOKENS = 128
 @dataclass(frozen=True, slots=True)
 class Task:
     """`name` is Megatron-LM's spelling; `answer_fields` of a line hold the answer. Parquet data
-    sets bring their own ground truth. `max_num_tiles`: None for the engine's own number."""
+    sets bring their own ground truth and have a `default_split`. `max_num_tiles`: None for the
+    engine's own number."""
 
     name: str
     read: Callable[[Location], DataSet]
@@ -57,6 +63,7 @@ class Task:
     needs_gt_file: bool = True
     max_num_tiles: int | None = None
     unit: str = "%"
+    default_split: str | None = None
 
 
 TASKS = {
@@ -78,17 +85,38 @@ TASKS = {
             partial(read_questions, keys=CHART_QA),
             score_by(relaxed_accuracy, by_the_rules_of_ChartQA=relaxed_accuracy_official),
         ),
-        Task("SPDocVQA", partial(read_questions, keys=SP_DOC_VQA), score_by(anls)),
-        Task("InfoVQA", partial(read_questions, keys=INFO_VQA), score_by(anls)),
-        Task("MMMU", read_mmmu, score_mmmu, ("text", "prediction"), needs_gt_file=False),
-        Task("MathVista", read_mathvista, score_mathvista, needs_gt_file=False),
+        Task(
+            "SPDocVQA",
+            partial(read_questions, keys=SP_DOC_VQA),
+            score_by(anls, as_it_is_written=anls_official),
+        ),
+        Task(
+            "InfoVQA",
+            partial(read_questions, keys=INFO_VQA),
+            score_by(anls, as_it_is_written=anls_official),
+        ),
+        Task(
+            "MMMU", read_mmmu, score_mmmu, ("text", "prediction"), False, default_split=MMMU_SPLIT
+        ),
+        Task(
+            "MathVista",
+            read_mathvista,
+            score_mathvista,
+            needs_gt_file=False,
+            default_split=MATHVISTA_SPLIT,
+        ),
         Task("OCRBench", read_ocrbench, score_ocrbench, unit="points"),
-        Task("AI2D", read_ai2d, score_by(exact_match)),
-        Task("RealworldQA", read_realworld_qa, score_by(exact_match)),
+        Task("AI2D", read_ai2d, score_by(exact_match, as_it_is_written=exact_match_official)),
+        Task(
+            "RealworldQA",
+            read_realworld_qa,
+            score_by(exact_match, as_it_is_written=exact_match_official),
+        ),
         Task("VideoMME", read_video_mme, score_video_mme, max_num_tiles=1),
     )
 }
 
+_USERS_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 _ALIASES = {"docvqa": "SPDocVQA", "infographicvqa": "InfoVQA"}
 
 
@@ -113,6 +141,16 @@ def answer_line(task: Task, sample: Sample, prompt: str, text: str) -> Line:
         return {**sample.fields, "questions": [{**question, "response": answer}]}
     named = dict.fromkeys(task.answer_fields, answer)
     return {"sample_id": sample.id, "prompt": prompt, **named, **sample.fields}
+
+
+def question_of(task: Task, line: Line) -> str:
+    """What was asked, without the template around it and the marks of images."""
+    if task.name == "VideoMME":
+        (question,) = line["questions"]
+        return str(question.get("question", ""))
+    prompt = str(line.get("prompt", ""))
+    turn = _USERS_TURN.search(prompt)
+    return (turn[1] if turn else prompt).replace("<Image><image></Image>", "").strip()
 
 
 def question_digest(task: Task, line: Line) -> bytes:
