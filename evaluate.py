@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evaluation.compare import compare
 from evaluation.gallery import gallery_location, make_gallery
+from evaluation.notes import notes_on
 from evaluation.output_paths import tasks_of
 from evaluation.report import Report, TaskReport, markdown, report_json, run_name
 from evaluation.report_page import page
@@ -76,11 +77,14 @@ def report_task(
     gallery_size: int,
 ) -> TaskReport:
     scored = score_results(read_results(prefix, task), gt_path)
-    other = comparison = None
+    other = comparison = not_compared = None
     if other_prefix is not None:
-        other = score_results(read_results(other_prefix, task, "--compare"), gt_path)
-        if scored.score and other.score:
-            comparison = compare(scored.score, other.score, task.unit)
+        try:
+            other = score_results(read_results(other_prefix, task, "--compare"), gt_path)
+            if scored.score and other.score:
+                comparison = compare(scored.score, other.score, task.unit)
+        except UserError as error:
+            not_compared = str(error)
     gallery = []
     location = gallery_location(scored.results, image_dir)
     if gallery_size and scored.score and location:
@@ -88,7 +92,8 @@ def report_task(
             gallery = make_gallery(scored.results, scored.score, comparison, location, gallery_size)
         except UserError as error:
             print(f"{task.name}: no gallery: {error}", file=sys.stderr)
-    return TaskReport(scored, other, comparison, gallery)
+    notes = notes_on(scored, other, not_compared)
+    return TaskReport(scored, other, comparison, gallery, notes, not_compared)
 
 
 def write_report(report: Report, directory: Path) -> None:
@@ -130,10 +135,16 @@ def main() -> int:
     arguments = parser().parse_args()
     tasks = chosen_tasks(arguments.task, arguments.input_path)
     check_flags(arguments, tasks)
+    if arguments.compare and not arguments.compare.is_file() and not tasks_of(arguments.compare):
+        raise UserError(
+            f"--compare {arguments.compare} has no answers (looked for {arguments.compare}-<task>-"
+            "dprank=*-partition=*.jsonl); give the other run's --output_path"
+        )
     reports, failures = report_tasks(tasks, arguments)
+    others = [task.other for task in reports if task.other]
     report = Report(
         run_name(reports[0].results, arguments.input_path),
-        run_name(reports[0].other.results, arguments.compare) if reports[0].other else None,
+        run_name(others[0].results, arguments.compare) if others else None,
         reports,
         failures,
     )
@@ -143,9 +154,10 @@ def main() -> int:
     problems = [problem for task in reports for problem in task.problems]
     for problem in problems:
         print(problem, file=sys.stderr)
-    for failure in failures:
+    missing = [f"{t.name} is not compared: {t.not_compared}" for t in reports if t.not_compared]
+    for failure in failures + missing:
         print(f"error: {failure}", file=sys.stderr)
-    if failures:
+    if failures or missing:
         return EXIT_USER_ERROR
     return EXIT_INCOMPLETE if problems else 0
 

@@ -1,9 +1,9 @@
 """What paired gains say: how likely chance alone is, and how large the mean gain can be.
 
 Samples that score alike say nothing about which run is better, only that few differ. So the p-value
-looks at the unequal gains alone, and the interval multiplies two: of the share of samples that
-differ (Clopper and Pearson, Biometrika 26, 1934), and of the mean gain among those. The second holds
-0 exactly when p is 0.05 or more, and so does the product.
+looks at the unequal gains alone, and the interval is a product of two: of the share of samples that
+differ (Clopper and Pearson, Biometrika 26, 1934), and of the mean gain among those. The second
+holds 0 exactly when p is 0.05 or more, and so does the product.
 """
 
 from __future__ import annotations

@@ -117,7 +117,9 @@ class RunRecord:
 
     def asked_otherwise(self, other: RunRecord) -> list[str]:
         """What parts the two beside the engine, each with both values."""
-        ours, theirs = self.decisive, other.decisive
+        ours, theirs = (
+            {**record.decisive, "split": record.data["split"]} for record in (self, other)
+        )
         return [
             f"{name} {ours[name]!r} against {theirs.get(name)!r}"
             for name in ours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Scored:
     results: Results
     score: TaskScore | None
     submission: Path | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def score_results(results: Results, gt_path: Path | None) -> Scored:

@@ -327,7 +327,7 @@ def test_evaluate_without_answers_is_one_line(tmp_path: Path) -> None:
     result = run_command(
         EVALUATE, "--input_path", tmp_path / "run", "--task", "AI2D", "--compare", tmp_path / "no"
     )
-    one_line_error(result, "--compare", "has no AI2D answers")
+    one_line_error(result, "--compare", "has no answers")
 
 
 def test_a_truth_that_would_not_be_read_is_refused(tmp_path: Path) -> None:

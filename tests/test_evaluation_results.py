@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,122 @@ def test_the_report_is_written_beside_the_markdown_on_stdout(tmp_path: Path) -> 
     page = (tmp_path / "report" / "report.html").read_text()
     assert "http://" not in page
     assert "https://" not in page
+
+
+def test_a_task_that_the_other_run_lacks_keeps_its_score(tmp_path: Path) -> None:
+    write_answers(tmp_path / "fp8", "ChartQA", [short(1, "5", "5")])
+    write_answers(tmp_path / "fp8", "AI2D", [short(1, "B", "B")])
+    write_answers(tmp_path / "bf16", "ChartQA", [short(1, "5", "5")])
+    write_answers(tmp_path / "other", "AI2D", [short(2, "B", "B")])
+    flags = ("--input_path", tmp_path / "fp8", "--json", "--compare")
+    result = run_command(EVALUATE, *flags, tmp_path / "bf16")
+    assert result.exit_code == 2
+    assert "error: AI2D is not compared: --compare" in result.stderr
+    tasks = json.loads(result.stdout)["tasks"]
+    assert [tasks[name]["score"] for name in ("AI2D", "ChartQA")] == [100.0, 100.0]
+    assert ["comparison" in tasks[name] for name in ("AI2D", "ChartQA")] == [False, True]
+    alone = run_command(EVALUATE, "--task", "AI2D", *flags, tmp_path / "other")
+    assert alone.exit_code == 2
+    assert "AI2D is not compared: the two runs have no sample in common" in alone.stderr
+    assert json.loads(alone.stdout)["tasks"]["AI2D"]["score"] == 100.0
+
+
+@pytest.mark.parametrize("what", ["image", "folder", "question", "truth", "split"])
+def test_a_comparison_says_when_it_is_not_of_the_same_samples(what: str, tmp_path: Path) -> None:
+    """The names of the files are the same. Questions and truths are seen without a record too."""
+    for name in ("a", "b"):
+        is_other = name == "b"
+        lines = [short(i, "A", "B" if is_other and what == "truth" else "A") for i in (1, 2)]
+        if is_other and what == "question":
+            lines[1]["prompt"] = "<|im_start|>user\nWhy?<|im_end|>"
+        path = write_answers(tmp_path / name, "AI2D", lines)
+        record = replace(run_record("AI2D"), image_bytes={"1": 10, "2": 10}, num_samples=2)
+        if is_other and what == "image":
+            record.image_bytes["2"] = 11
+        if what == "folder":
+            record = replace(record, image_bytes={})
+            record.data["input_image_path"] = f"/{name}"
+        if is_other and what == "split":
+            record.data["split"] = "test"
+        if what not in ("question", "truth"):
+            record.write(record_path(path))
+    flags = ("--input_path", tmp_path / "a", "--compare", tmp_path / "b")
+    told = {
+        "image": "the image of 1 of 2 samples",
+        "folder": "perhaps the images, /a against /b",
+        "question": "the question of 1 of 2 samples",
+        "truth": "the ground truth of 2 of 2 samples",
+        "split": "split None against 'test'",
+    }[what]
+    (note,) = evaluated(*flags)["tasks"]["AI2D"]["notes"]
+    assert note == f"Not the engines alone differ: {told}."
+
+
+def test_another_template_or_folder_alone_is_not_another_question(tmp_path: Path) -> None:
+    for name, end in (("a", "\n"), ("b", "")):
+        line = short(1, "A", "A")
+        line["prompt"] = (
+            f"<|im_start|>system\n{name}<|im_end|>{end}<|im_start|>user\n"
+            f"<Image><image></Image>\nWhich?<|im_end|>{end}"
+        )
+        path = write_answers(tmp_path / name, "AI2D", [line])
+        record = replace(run_record("AI2D"), image_bytes={"1": 10})
+        record.data["input_image_path"] = f"/{name}"
+        record.write(record_path(path))
+    flags = ("--input_path", tmp_path / "a", "--compare", tmp_path / "b")
+    assert evaluated(*flags)["tasks"]["AI2D"]["notes"] == []
+
+
+def test_the_report_says_what_a_score_is_of(tmp_path: Path) -> None:
+    path = write_answers(tmp_path / "fp8", "SPDocVQA", [short(1, "x", "x")])
+    record = run_record("SPDocVQA")
+    record.data["gt_path"] = ["/data/val_v1.0_withQT.json"]
+    record.write(record_path(path))
+    path = write_answers(tmp_path / "fp8", "MathVista", [mathvista_line("B")])
+    record = run_record("MathVista")
+    record.data["gt_path"] = []
+    record.write(record_path(path))
+    flags = ("--input_path", tmp_path / "fp8", "--report_dir", tmp_path / "report")
+    result = run_command(EVALUATE, *flags)
+    assert result.exit_code == 0, result.stderr
+    document = "1 sample of val_v1.0_withQT.json (card: test)"
+    for text in (result.stdout, (tmp_path / "report" / "report.html").read_text()):
+        assert f"100.00% over {document}" in text
+        row = f"SPDocVQA {document}; MathVista 1 sample of split testmini (card: testmini)"
+        assert f"fp8 (bfloat16, KV cache bfloat16): {row}" in text
+
+
+def mathvista_line(answer: str) -> dict[str, Any]:
+    return {
+        **short("7", answer, "B"),
+        "question_type": "multi_choice",
+        "all_choices": ["A", "B"],
+        "index2ans": {"A": "x", "B": "y"},
+    }
+
+
+def test_changes_stand_beside_their_question_and_truth(tmp_path: Path) -> None:
+    line = short(1, "4", "5")
+    line["prompt"] = "<|im_start|>user\n<Image><image></Image>\nHow many | owls?<|im_end|>\n"
+    write_answers(tmp_path / "a", "ChartQA", [line])
+    write_answers(tmp_path / "b", "ChartQA", [{**line, "answer": "5"}])
+    flags = ("--input_path", tmp_path / "a", "--report_dir", tmp_path / "r", "--compare")
+    text = run_command(EVALUATE, *flags, tmp_path / "b").stdout
+    assert "| sample | question | truth | a | b | gain |" in text
+    assert "| 1 | How many / owls? | 5 | 4 | 5 | -1.00 |" in text
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "<td>1</td><td>How many | owls?</td><td>5</td><td>4</td>" in page
+    unchanged = run_command(EVALUATE, *flags, tmp_path / "a").stdout
+    assert "| sample |" not in unchanged, "no table of nothing"
+
+
+def test_answers_that_say_nothing_are_counted(tmp_path: Path) -> None:
+    """The reference's normalisation drops articles, and so the option A."""
+    answers = [("", "A"), ("the", "A"), ("A", "A"), ("a.", "A"), ("", "B"), ("B", "B")]
+    write_answers(tmp_path / "run", "AI2D", [short(i, *a) for i, a in enumerate(answers)])
+    report = evaluated("--input_path", tmp_path / "run")["tasks"]["AI2D"]
+    assert report["score"] == pytest.approx(500 / 6)
+    assert report["notes"] == [
+        "2 of 6 answers are empty; by the reference's rules 2 that say nothing count as right."
+    ]
+    assert report["details"] == {"as it is written": pytest.approx(200 / 6)}
