@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.datasets.records import RecordError
+from evaluation.merging import FoundLine, merge
 from evaluation.output_paths import answers_paths, record_path
 from evaluation.run_record import RunRecord
 from evaluation.sample import SampleId
@@ -32,9 +33,8 @@ class Results:
 def read_results(prefix: Path, task: Task, flag: str = "--input_path") -> Results:
     """Raises `UserError` when there is no answer at all."""
     paths = answers_paths(prefix, task)
-    lines: dict[SampleId, Line] = {}
+    found: list[FoundLine] = []
     problems: list[str] = []
-    num_duplicates = 0
     for path in paths:
         for number, text in _lines(path, flag):
             try:
@@ -49,20 +49,18 @@ def read_results(prefix: Path, task: Task, flag: str = "--input_path") -> Result
                     f"{path} line {number} is no {task.name} answer and is left out: it {error}"
                 )
                 continue
-            if sample_id in lines:
-                num_duplicates += 1
-            else:
-                lines[sample_id] = line
-    if not lines and problems:
+            found.append(FoundLine(sample_id, line, path, number))
+    if not found and problems:
         raise UserError(f"{flag} {prefix} has no {task.name} answer to score: {problems[0]}")
-    if not lines:
+    if not found:
         raise UserError(
             f"{flag} {prefix} has no {task.name} answers (looked for "
             f"{prefix}-{task.name}-dprank=*-partition=*.jsonl); give run.py's --output_path"
         )
     records = [RunRecord.read(p) for p in map(record_path, paths) if p.is_file()]
-    problems += _missing(prefix, task, records, len(lines))
-    return Results(prefix, task, lines, records, problems, num_duplicates)
+    merged = merge(task, found, bool(records))
+    problems += _missing(prefix, task, records, len(merged.lines))
+    return Results(prefix, task, merged.lines, records, problems, merged.num_duplicates)
 
 
 def _lines(path: Path, flag: str) -> list[tuple[int, bytes]]:

@@ -297,3 +297,69 @@ def test_answers_that_say_nothing_are_counted(tmp_path: Path) -> None:
         "2 of 6 answers are empty; by the reference's rules 2 that say nothing count as right."
     ]
     assert report["details"] == {"as it is written": pytest.approx(200 / 6)}
+
+
+def of_partition(number: int, answer: str) -> dict[str, Any]:
+    """Of Megatron-LM: the id counts within the partition, the truth says which sample it is."""
+    return {**short(number, answer, answer), "prompt": f"Which is {answer}?"}
+
+
+def test_megatrons_partitions_number_their_samples_anew(tmp_path: Path) -> None:
+    """Five charts shared as two and three; two ranks of the second repeat one."""
+    write_answers(tmp_path / "run", "ChartQA", [of_partition(i, f"{i}") for i in range(2)])
+    write_answers(
+        tmp_path / "run", "ChartQA", [of_partition(i, f"{2 + i}") for i in (0, 2)], partition=1
+    )
+    path = tmp_path / "run-ChartQA-dprank=1-partition=1.jsonl"
+    path.write_text("".join(json.dumps(of_partition(i, f"{2 + i}")) + "\n" for i in (1, 0)))
+    report = evaluated("--input_path", tmp_path / "run")["tasks"]["ChartQA"]
+    assert (report["num_samples"], report["num_duplicates"], report["score"]) == (5, 1, 100.0)
+    merged = json.loads((tmp_path / "run-ChartQA-merged.json").read_text())
+    assert [(line["question_id"], line["answer"]) for line in merged] == [
+        (i, str(i)) for i in range(5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [((3, 2), "a sample of partition 1 is missing"), ((1, 3), "one of partition 0 is")],
+)
+def test_megatrons_partitions_with_gaps_are_refused(
+    sizes: tuple[int, int], why: str, tmp_path: Path
+) -> None:
+    for partition, size in enumerate(sizes):
+        lines = [of_partition(i, f"{partition} {i}") for i in range(size)]
+        if size == 2:
+            lines[1]["sample_id"] = 2
+        write_answers(tmp_path / "run", "OCRBench", [ocr(line) for line in lines], partition)
+    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    assert result.exit_code == 2, why
+    files = [f"run-OCRBench-dprank=0-partition={k}.jsonl line 1" for k in (1, 0)]
+    assert (
+        f"{files[0]} and {tmp_path / files[1]} answer different OCRBench samples" in result.stderr
+    )
+
+
+def ocr(line: dict[str, Any]) -> dict[str, Any]:
+    return {**line, "dataset_name": "x", "data_type": "Doc-oriented VQA"}
+
+
+def test_one_id_for_two_samples_of_a_file_is_refused(tmp_path: Path) -> None:
+    lines = [short("a", "B", "B"), short("a", "B", "C")]
+    write_answers(tmp_path / "run", "AI2D", list(lines))
+    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "answer different AI2D samples of the same id 'a'" in result.stderr
+
+
+def test_partitions_of_run_py_are_never_numbered_anew(tmp_path: Path) -> None:
+    for partition in (0, 1):
+        path = write_answers(
+            tmp_path / "run", "ChartQA", [of_partition(0, str(partition))], partition
+        )
+        replace(run_record("ChartQA"), partition_id=partition, num_partitions=2).write(
+            record_path(path)
+        )
+    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "answer different ChartQA samples of the same id 0" in result.stderr
