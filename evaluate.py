@@ -10,7 +10,7 @@ from pathlib import Path
 from evaluation.compare import compare
 from evaluation.gallery import gallery_location, make_gallery
 from evaluation.notes import notes_on
-from evaluation.output_paths import tasks_of
+from evaluation.output_paths import task_in_name, tasks_of
 from evaluation.report import Report, TaskReport, markdown, report_json, run_name
 from evaluation.report_page import page
 from evaluation.results import read_results
@@ -29,7 +29,12 @@ def parser() -> ArgumentParser:
     add = parser.add_argument
     add("--task", nargs="+", help=f"of {', '.join(TASKS)}; without it all that the prefix has")
     add("--input_path", type=Path, required=True, metavar="PREFIX", help="run.py's --output_path")
-    add("--gt_path", type=Path, metavar="FILE", help="answers of MMMU, captions of captioning")
+    add(
+        "--gt_path",
+        type=Path,
+        metavar="FILE",
+        help="answers of MMMU, captions of captioning; all questions of VQAv2's submission",
+    )
     add(
         "--compare", type=Path, metavar="PREFIX", help="another run: what changed, and is it chance"
     )
@@ -57,7 +62,13 @@ def check_flags(arguments: argparse.Namespace, tasks: list[Task]) -> None:
 
 def chosen_tasks(names: list[str] | None, prefix: Path) -> list[Task]:
     if names:
-        return [find_task(name) for name in dict.fromkeys(names)]
+        tasks = list(dict.fromkeys(find_task(name).name for name in names))
+        if prefix.is_file() and (named := task_in_name(prefix)) and tasks != [named.name]:
+            raise UserError(
+                f"--input_path {prefix} holds answers of {named.name} by its name and --task is "
+                f"{', '.join(tasks)}; give --task {named.name}"
+            )
+        return [TASKS[name] for name in tasks]
     if prefix.is_file():
         raise UserError("--input_path is a single file; say whose it is with --task")
     if found := tasks_of(prefix):

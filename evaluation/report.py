@@ -127,7 +127,7 @@ def _task_markdown(task: TaskReport, report: Report) -> str:
 
 def headline(task: TaskReport) -> str:
     if task.score is None:
-        return f"The truth is hidden: {task.scored.submission} is what the server takes."
+        return f"The truth is hidden: {task.scored.submission} is for the benchmark's server."
     unit = "" if task.results.task.unit == "%" else f" {task.results.task.unit}"
     percent = "%" if task.results.task.unit == "%" else ""
     return f"{task.score.value:.2f}{percent}{unit} over {scope(task.results)}"

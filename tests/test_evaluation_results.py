@@ -363,3 +363,45 @@ def test_partitions_of_run_py_are_never_numbered_anew(tmp_path: Path) -> None:
     result = run_command(EVALUATE, "--input_path", tmp_path / "run")
     assert result.exit_code == 2
     assert "answer different ChartQA samples of the same id 0" in result.stderr
+
+
+def test_vqa_v2_is_submitted_with_all_questions_of_test2015(tmp_path: Path) -> None:
+    """EvalAI refuses a file with another set of ids, in the phase test-dev too."""
+    write_answers(tmp_path / "run", "VQAv2", [short(7, "yes", ""), short(9, "2", "")])
+    flags = ("--task", "VQAv2", "--input_path", tmp_path / "run")
+    (note,) = evaluated(*flags)["tasks"]["VQAv2"]["notes"]
+    assert "give v2_OpenEnded_mscoco_test2015_questions.json as --gt_path" in note
+    gt = tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json"
+    gt.write_text(json.dumps({"questions": [{"question_id": i} for i in (7, 8, 9)]}))
+    report = evaluated(*flags, "--gt_path", gt)["tasks"]["VQAv2"]
+    assert report["notes"] == []
+    assert json.loads(Path(report["submission"]).read_text()) == [
+        {"answer": "yes", "question_id": 7},
+        {"answer": "", "question_id": 8},
+        {"answer": "2", "question_id": 9},
+    ]
+    gt.write_text(json.dumps({"questions": [{"question_id": i} for i in (8, 9)]}))
+    refused = run_command(EVALUATE, *flags, "--gt_path", gt)
+    assert refused.exit_code == 2
+    assert "lacks the question 7 that was answered" in refused.stderr
+    write_answers(tmp_path / "run", "VQAv2", [short(7, "yes", "yes")])
+    public = run_command(EVALUATE, *flags, "--gt_path", gt)
+    assert public.exit_code == 2
+    assert "goes with VQAv2's hidden answers" in public.stderr
+
+
+def test_a_run_of_all_of_test2015_is_a_submission(tmp_path: Path) -> None:
+    path = write_answers(tmp_path / "run", "VQAv2", [short(7, "yes", "")])
+    record = run_record("VQAv2")
+    record.data["gt_path"] = ["/d/v2_OpenEnded_mscoco_test2015_questions.json"]
+    record.write(record_path(path))
+    assert evaluated("--input_path", tmp_path / "run")["tasks"]["VQAv2"]["notes"] == []
+
+
+def test_a_file_of_another_task_is_refused(tmp_path: Path) -> None:
+    path = write_answers(tmp_path / "run", "AI2D", [short(1, "B", "B")])
+    result = run_command(EVALUATE, "--input_path", path, "--task", "ChartQA")
+    assert result.exit_code == 2
+    assert "holds answers of AI2D by its name and --task is ChartQA" in result.stderr
+    renamed = path.rename(tmp_path / "mine.jsonl")
+    assert evaluated("--input_path", renamed, "--task", "AI2D")["tasks"]["AI2D"]["score"] == 100.0
