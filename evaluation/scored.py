@@ -20,7 +20,7 @@ from evaluation.submission import write_result, write_submission
 from nvlm.errors import UserError
 
 TAKE_GT_PATH = ("MMMU", "captioning", "VQAv2")
-"""Whose answer lines lack the truth, or may; or whose server wants questions that were not asked."""
+"""Whose lines lack the truth, or may; or whose server wants questions that were not asked."""
 _ANSWER_ONLY = ("TextVQA", "AI2D", "SPDocVQA", "InfoVQA")
 
 
