@@ -100,7 +100,7 @@ def markdown(report: Report) -> str:
         "# Evaluation\n",
         markdown_table(table.columns, table.rows),
         f"The last {table.num_published} rows: {table.source}. {UNITS}\n",
-        *(f"- {scope}\n" for scope in report.scopes),
+        "".join(f"- {scope}\n" for scope in report.scopes),
         *(f"- {failure}\n" for failure in report.failures),
         *(_task_markdown(task, report) for task in report.tasks),
     ]
@@ -110,7 +110,8 @@ def markdown(report: Report) -> str:
 def _task_markdown(task: TaskReport, report: Report) -> str:
     results = task.results
     lines = [f"## {task.name}\n", headline(task) + "\n"]
-    lines += [f"- {told}" for told in (*task.problems, *task.notes)]
+    if bullets := [f"- {told}\n" for told in (*task.problems, *task.notes)]:
+        lines.append("".join(bullets))
     if task.score and task.score.details:
         lines.append(
             markdown_table(

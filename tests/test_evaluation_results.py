@@ -287,6 +287,15 @@ def test_changes_stand_beside_their_question_and_truth(tmp_path: Path) -> None:
     assert "| sample |" not in unchanged, "no table of nothing"
 
 
+def test_a_table_behind_a_list_is_a_table(tmp_path: Path) -> None:
+    """Without an empty line between them Markdown takes it for the last item's text."""
+    write_answers(tmp_path / "run", "AI2D", [short(1, "", "A")])
+    lines = run_command(EVALUATE, "--input_path", tmp_path / "run").stdout.splitlines()
+    tables = [number for number, line in enumerate(lines) if line.startswith("| part")]
+    assert tables
+    assert all(lines[number - 1] == "" for number in tables)
+
+
 def test_answers_that_say_nothing_are_counted(tmp_path: Path) -> None:
     """The reference's normalisation drops articles, and so the option A."""
     answers = [("", "A"), ("the", "A"), ("A", "A"), ("a.", "A"), ("", "B"), ("B", "B")]
