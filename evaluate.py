@@ -14,7 +14,7 @@ from evaluation.output_paths import task_in_name, tasks_of
 from evaluation.report import Report, TaskReport, markdown, report_json, run_name
 from evaluation.report_page import page
 from evaluation.results import read_results
-from evaluation.scored import TAKE_GT_PATH, score_results
+from evaluation.scored import score_results
 from evaluation.tasks import TASKS, Task, find_task
 from nvlm.command_line import EXIT_USER_ERROR, ArgumentParser, natural_int, run
 from nvlm.errors import UserError
@@ -53,9 +53,10 @@ def parser() -> ArgumentParser:
 def check_flags(arguments: argparse.Namespace, tasks: list[Task]) -> None:
     if arguments.gt_path and len(tasks) > 1:
         raise UserError("--gt_path goes with one --task")
-    if arguments.gt_path and tasks[0].name not in TAKE_GT_PATH:
+    if arguments.gt_path and not tasks[0].scored_with_gt_path:
+        takers = [task.name for task in TASKS.values() if task.scored_with_gt_path]
         raise UserError(
-            f"--gt_path goes with --task {' or '.join(TAKE_GT_PATH)}; the answer lines of "
+            f"--gt_path goes with --task {' or '.join(takers)}; the answer lines of "
             f"{tasks[0].name} hold what is right"
         )
 

@@ -14,14 +14,9 @@ from evaluation.output_paths import derived_path
 from evaluation.results import Results
 from evaluation.sample import SampleId
 from evaluation.scoring import mmmu
-from evaluation.scoring.captions import comparable_caption
 from evaluation.scoring.score import Line, TaskScore, Truth
 from evaluation.submission import write_result, write_submission
 from nvlm.errors import UserError
-
-TAKE_GT_PATH = ("MMMU", "captioning", "VQAv2")
-"""Whose lines lack the truth, or may; or whose server wants questions that were not asked."""
-_ANSWER_ONLY = ("TextVQA", "AI2D", "SPDocVQA", "InfoVQA")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +42,7 @@ def score_results(results: Results, gt_path: Path | None) -> Scored:
             "lines hold what is right, leave it out"
         )
     score = task.score(results.lines, truth)
-    write_result(derived_path(results.prefix, task, "merged"), merged(results))
+    write_result(derived_path(results.prefix, task, "merged"), task.merged_form(results.lines))
     return Scored(results, score)
 
 
@@ -130,23 +125,3 @@ def _is_hidden(results: Results, sample_id: SampleId, line: Line, truth: Truth) 
     if results.task.name == "MMMU":
         return bool(truth.answers[str(sample_id)]["ground_truth"] == mmmu.HIDDEN)
     return line.get("gt_answer") == [""]
-
-
-def merged(results: Results) -> Any:
-    """The form in which the reference's evaluator of this task keeps the answers."""
-    name, lines = results.task.name, results.lines
-    if name == "MMMU":
-        return {str(i): mmmu.parsed_prediction(line) for i, line in lines.items()}
-    if name == "captioning":
-        return [
-            {"image_id": i, "caption": comparable_caption(line["caption"])}
-            for i, line in lines.items()
-        ]
-    if name in _ANSWER_ONLY:
-        return [
-            {"question_id": i, "answer": line["answer"], "gt_answer": line["gt_answer"]}
-            for i, line in lines.items()
-        ]
-    if name in ("VQAv2", "ChartQA", "RealworldQA"):
-        return [{**line, "question_id": i} for i, line in lines.items()]
-    return list(lines.values())

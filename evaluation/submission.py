@@ -8,20 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.datasets.records import RecordError, field, json_list
+from evaluation.merged_forms import letters
 from evaluation.output_paths import derived_path
 from evaluation.results import Results
 from evaluation.sample import SampleId
-from evaluation.scoring import mmmu
 from nvlm.errors import UserError
 from nvlm.json_files import write_text_atomically
 
-_ID = {
-    "VQAv2": "question_id",
-    "TextVQA": "question_id",
-    "SPDocVQA": "questionId",
-    "InfoVQA": "questionId",
-}
-"""What the server calls the id beside "answer" (EvalAI; Robust Reading Competition)."""
 _ALL_OF_VQA_V2 = "v2_OpenEnded_mscoco_test2015_questions.json"
 
 
@@ -34,24 +27,24 @@ class Submission:
 def write_submission(results: Results, gt_path: Path | None) -> Submission:
     """`gt_path`: VQAv2's questions of test2015. EvalAI takes a file that answers all of them alone,
     in the phase test-dev too; those that were not asked get the empty answer."""
-    name, lines = results.task.name, results.lines
+    task, lines = results.task, results.lines
     value: Any
     notes: list[str] = []
-    if name == "MMMU":
-        value = {str(i): mmmu.parsed_prediction(line) for i, line in lines.items()}
-    elif name in _ID:
+    if task.name == "MMMU":
+        value = letters(lines)
+    elif task.submission_id is not None:
         answers: dict[SampleId, str] = {i: line["answer"] for i, line in lines.items()}
-        if name == "VQAv2" and gt_path is not None:
+        if task.name == "VQAv2" and gt_path is not None:
             answers = _with_all_questions(answers, gt_path)
-        elif name == "VQAv2" and not _asked_all(results):
+        elif task.name == "VQAv2" and not _asked_all(results):
             notes.append(
                 "EvalAI takes the file only with all questions of test2015, in the phase test-dev "
                 f"too: give {_ALL_OF_VQA_V2} as --gt_path, what was not asked gets no answer."
             )
-        value = [{_ID[name]: i, "answer": answer} for i, answer in answers.items()]
+        value = [{task.submission_id: i, "answer": answer} for i, answer in answers.items()]
     else:
         raise UserError(
-            f"the answers to this split of {name} are hidden and its server takes no file of "
+            f"the answers to this split of {task.name} are hidden and its server takes no file of "
             "answers alone; use the public split"
         )
     path = derived_path(results.prefix, results.task, "submission")

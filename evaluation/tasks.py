@@ -26,6 +26,14 @@ from evaluation.datasets.question_answering import (
     read_vqa_v2,
 )
 from evaluation.datasets.video_mme import read_video_mme
+from evaluation.merged_forms import (
+    MergedForm,
+    answers_alone,
+    captions,
+    letters,
+    whole_lines,
+    with_question_id,
+)
 from evaluation.sample import DataSet, Location, Sample, SampleId
 from evaluation.scoring.captions import score_captions
 from evaluation.scoring.mathvista import score_mathvista
@@ -54,7 +62,9 @@ DEFAULT_MAX_NEW_TOKENS = 128
 class Task:
     """`name` is Megatron-LM's spelling; `answer_fields` of a line hold the answer. Parquet data
     sets bring their own ground truth and have a `default_split`. `max_num_tiles`: None for the
-    engine's own number."""
+    engine's own number. `submission_id`: what the server calls the id beside "answer" (EvalAI;
+    Robust Reading Competition). `scored_with_gt_path`: the lines lack the truth, or may, or the
+    server wants questions that were not asked."""
 
     name: str
     read: Callable[[Location], DataSet]
@@ -64,39 +74,69 @@ class Task:
     max_num_tiles: int | None = None
     unit: str = "%"
     default_split: str | None = None
+    merged_form: MergedForm = whole_lines
+    submission_id: str | None = None
+    has_one_truth: bool = False
+    scored_with_gt_path: bool = False
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("captioning", read_captions, score_captions, ("caption",), unit="CIDEr"),
+        Task(
+            "captioning",
+            read_captions,
+            score_captions,
+            ("caption",),
+            unit="CIDEr",
+            merged_form=captions,
+            scored_with_gt_path=True,
+        ),
         Task(
             "TextVQA",
             partial(read_questions, keys=TEXT_VQA),
             score_by(vqa_accuracy, leaving_one_person_out=vqa_accuracy_official),
+            merged_form=answers_alone,
+            submission_id="question_id",
         ),
         Task(
             "VQAv2",
             read_vqa_v2,
             score_by(vqa_accuracy, leaving_one_person_out=vqa_accuracy_official),
+            merged_form=with_question_id,
+            submission_id="question_id",
+            scored_with_gt_path=True,
         ),
         Task(
             "ChartQA",
             partial(read_questions, keys=CHART_QA),
             score_by(relaxed_accuracy, by_the_rules_of_ChartQA=relaxed_accuracy_official),
+            merged_form=with_question_id,
+            has_one_truth=True,
         ),
         Task(
             "SPDocVQA",
             partial(read_questions, keys=SP_DOC_VQA),
             score_by(anls, as_it_is_written=anls_official),
+            merged_form=answers_alone,
+            submission_id="questionId",
         ),
         Task(
             "InfoVQA",
             partial(read_questions, keys=INFO_VQA),
             score_by(anls, as_it_is_written=anls_official),
+            merged_form=answers_alone,
+            submission_id="questionId",
         ),
         Task(
-            "MMMU", read_mmmu, score_mmmu, ("text", "prediction"), False, default_split=MMMU_SPLIT
+            "MMMU",
+            read_mmmu,
+            score_mmmu,
+            ("text", "prediction"),
+            needs_gt_file=False,
+            default_split=MMMU_SPLIT,
+            merged_form=letters,
+            scored_with_gt_path=True,
         ),
         Task(
             "MathVista",
@@ -104,13 +144,22 @@ TASKS = {
             score_mathvista,
             needs_gt_file=False,
             default_split=MATHVISTA_SPLIT,
+            has_one_truth=True,
         ),
         Task("OCRBench", read_ocrbench, score_ocrbench, unit="points"),
-        Task("AI2D", read_ai2d, score_by(exact_match, as_it_is_written=exact_match_official)),
+        Task(
+            "AI2D",
+            read_ai2d,
+            score_by(exact_match, as_it_is_written=exact_match_official),
+            merged_form=answers_alone,
+            has_one_truth=True,
+        ),
         Task(
             "RealworldQA",
             read_realworld_qa,
             score_by(exact_match, as_it_is_written=exact_match_official),
+            merged_form=with_question_id,
+            has_one_truth=True,
         ),
         Task("VideoMME", read_video_mme, score_video_mme, max_num_tiles=1),
     )

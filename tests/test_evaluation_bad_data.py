@@ -334,7 +334,7 @@ def test_a_truth_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
     write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
     flags = ("--input_path", tmp_path / "run", "--gt_path", tmp_path / "gt.json")
     result = run_command(EVALUATE, *flags)
-    one_line_error(result, "--gt_path goes with --task MMMU or captioning or VQAv2; the answer")
+    one_line_error(result, "--gt_path goes with --task captioning or VQAv2 or MMMU; the answer")
 
 
 def test_mmmu_without_its_answers_is_one_line(tmp_path: Path) -> None:
