@@ -9,11 +9,12 @@ from pathlib import Path
 
 from evaluation.compare import compare
 from evaluation.gallery import gallery_location, make_gallery
-from evaluation.output_paths import tasks_of
+from evaluation.notes import notes_on
+from evaluation.output_paths import task_in_name, tasks_of
 from evaluation.report import Report, TaskReport, markdown, report_json, run_name
 from evaluation.report_page import page
 from evaluation.results import read_results
-from evaluation.scored import TAKE_GT_PATH, score_results
+from evaluation.scored import score_results
 from evaluation.tasks import TASKS, Task, find_task
 from nvlm.command_line import EXIT_USER_ERROR, ArgumentParser, natural_int, run
 from nvlm.errors import UserError
@@ -28,7 +29,12 @@ def parser() -> ArgumentParser:
     add = parser.add_argument
     add("--task", nargs="+", help=f"of {', '.join(TASKS)}; without it all that the prefix has")
     add("--input_path", type=Path, required=True, metavar="PREFIX", help="run.py's --output_path")
-    add("--gt_path", type=Path, metavar="FILE", help="answers of MMMU, captions of captioning")
+    add(
+        "--gt_path",
+        type=Path,
+        metavar="FILE",
+        help="answers of MMMU, captions of captioning; all questions of VQAv2's submission",
+    )
     add(
         "--compare", type=Path, metavar="PREFIX", help="another run: what changed, and is it chance"
     )
@@ -47,16 +53,23 @@ def parser() -> ArgumentParser:
 def check_flags(arguments: argparse.Namespace, tasks: list[Task]) -> None:
     if arguments.gt_path and len(tasks) > 1:
         raise UserError("--gt_path goes with one --task")
-    if arguments.gt_path and tasks[0].name not in TAKE_GT_PATH:
+    if arguments.gt_path and not tasks[0].scored_with_gt_path:
+        takers = [task.name for task in TASKS.values() if task.scored_with_gt_path]
         raise UserError(
-            f"--gt_path goes with --task {' or '.join(TAKE_GT_PATH)}; the answer lines of "
+            f"--gt_path goes with --task {' or '.join(takers)}; the answer lines of "
             f"{tasks[0].name} hold what is right"
         )
 
 
 def chosen_tasks(names: list[str] | None, prefix: Path) -> list[Task]:
     if names:
-        return [find_task(name) for name in dict.fromkeys(names)]
+        tasks = list(dict.fromkeys(find_task(name).name for name in names))
+        if prefix.is_file() and (named := task_in_name(prefix)) and tasks != [named.name]:
+            raise UserError(
+                f"--input_path {prefix} holds answers of {named.name} by its name and --task is "
+                f"{', '.join(tasks)}; give --task {named.name}"
+            )
+        return [TASKS[name] for name in tasks]
     if prefix.is_file():
         raise UserError("--input_path is a single file; say whose it is with --task")
     if found := tasks_of(prefix):
@@ -76,11 +89,14 @@ def report_task(
     gallery_size: int,
 ) -> TaskReport:
     scored = score_results(read_results(prefix, task), gt_path)
-    other = comparison = None
+    other = comparison = not_compared = None
     if other_prefix is not None:
-        other = score_results(read_results(other_prefix, task, "--compare"), gt_path)
-        if scored.score and other.score:
-            comparison = compare(scored.score, other.score, task.unit)
+        try:
+            other = score_results(read_results(other_prefix, task, "--compare"), gt_path)
+            if scored.score and other.score:
+                comparison = compare(scored.score, other.score, task.unit)
+        except UserError as error:
+            not_compared = str(error)
     gallery = []
     location = gallery_location(scored.results, image_dir)
     if gallery_size and scored.score and location:
@@ -88,7 +104,8 @@ def report_task(
             gallery = make_gallery(scored.results, scored.score, comparison, location, gallery_size)
         except UserError as error:
             print(f"{task.name}: no gallery: {error}", file=sys.stderr)
-    return TaskReport(scored, other, comparison, gallery)
+    notes = notes_on(scored, other, not_compared)
+    return TaskReport(scored, other, comparison, gallery, notes, not_compared)
 
 
 def write_report(report: Report, directory: Path) -> None:
@@ -130,10 +147,16 @@ def main() -> int:
     arguments = parser().parse_args()
     tasks = chosen_tasks(arguments.task, arguments.input_path)
     check_flags(arguments, tasks)
+    if arguments.compare and not arguments.compare.is_file() and not tasks_of(arguments.compare):
+        raise UserError(
+            f"--compare {arguments.compare} has no answers (looked for {arguments.compare}-<task>-"
+            "dprank=*-partition=*.jsonl); give the other run's --output_path"
+        )
     reports, failures = report_tasks(tasks, arguments)
+    others = [task.other for task in reports if task.other]
     report = Report(
         run_name(reports[0].results, arguments.input_path),
-        run_name(reports[0].other.results, arguments.compare) if reports[0].other else None,
+        run_name(others[0].results, arguments.compare) if others else None,
         reports,
         failures,
     )
@@ -143,9 +166,10 @@ def main() -> int:
     problems = [problem for task in reports for problem in task.problems]
     for problem in problems:
         print(problem, file=sys.stderr)
-    for failure in failures:
+    missing = [f"{t.name} is not compared: {t.not_compared}" for t in reports if t.not_compared]
+    for failure in failures + missing:
         print(f"error: {failure}", file=sys.stderr)
-    if failures:
+    if failures or missing:
         return EXIT_USER_ERROR
     return EXIT_INCOMPLETE if problems else 0
 

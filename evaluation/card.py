@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evaluation.tasks import TASKS
 
@@ -25,16 +26,25 @@ class Table:
 
 def card_table(runs: Sequence[tuple[str, Mapping[str, float]]]) -> Table:
     """(name, task -> score) of each run; tasks that the card lacks get a column behind its own."""
-    card = json.loads(Path(__file__).with_name("card.json").read_text(encoding="utf-8"))
-    in_card = [task for _, task in card["columns"]]
+    card = _card()
+    in_card = [task for _, task, _ in card["columns"]]
     others = [t for t in TASKS if t not in in_card and any(t in scores for _, scores in runs)]
     ours = [
         [name, *(_cell(task, scores.get(task)) for task in in_card + others)]
         for name, scores in runs
     ]
     published = [row + [_NONE] * len(others) for row in card["rows"]]
-    columns = ["benchmark", *(title for title, _ in card["columns"]), *others]
+    columns = ["benchmark", *(title for title, _, _ in card["columns"]), *others]
     return Table(columns, ours + published, len(published), card["source"])
+
+
+def card_split(task: str) -> str | None:
+    """Of which the card's number is; None where it has none."""
+    return {name: split for _, name, split in _card()["columns"]}.get(task)
+
+
+def _card() -> Any:
+    return json.loads(Path(__file__).with_name("card.json").read_text(encoding="utf-8"))
 
 
 def _cell(task: str, value: float | None) -> str:

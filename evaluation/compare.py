@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from evaluation.packages import require_package
+from evaluation.paired_test import paired_test
 from evaluation.sample import SampleId
 from evaluation.scoring.score import TaskScore
 from nvlm.errors import UserError
-
-_NUM_RESAMPLES = 99_999
-_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +27,14 @@ class Comparison:
     """Over the samples that both runs answered, this run minus the other, in the task's unit.
 
     `p_value`: how often chance alone, were the two runs alike, would part them this far or
-    further; two-sided. `margin`: half of the 95 % confidence interval of the difference.
+    further; two-sided. `interval`: 95 %, of the difference.
     """
 
     value: float
     other_value: float
     num_paired: int
     changes: list[Change]
-    margin: float
+    interval: tuple[float, float]
     p_value: float
 
     @property
@@ -64,6 +58,9 @@ def compare(score: TaskScore, other: TaskScore, unit: str) -> Comparison:
     gains = values - others
     # Points add up, everything else is a mean in percent.
     scale = 1.0 if unit == "points" else 100.0 / len(paired)
+    largest = max(1.0, float(np.abs([values, others]).max()))
+    found = paired_test(gains, largest)
+    low, high = found.interval
     changes = [
         Change(i, score.samples[i].answer, other.samples[i].answer, float(gain))
         for i, gain in zip(paired, gains, strict=True)
@@ -74,37 +71,6 @@ def compare(score: TaskScore, other: TaskScore, unit: str) -> Comparison:
         other_value=scale * float(others.sum()),
         num_paired=len(paired),
         changes=sorted(changes, key=lambda change: change.gain),
-        margin=_margin(gains, scale),
-        p_value=sign_flip_p_value(gains),
+        interval=(scale * len(paired) * low, scale * len(paired) * high),
+        p_value=found.p_value,
     )
-
-
-def _margin(gains: NDArray[np.float64], scale: float) -> float:
-    """1.96 standard errors of the sum of the gains."""
-    if len(gains) < 2:
-        return math.inf
-    return 1.96 * scale * float(gains.std(ddof=1)) * math.sqrt(len(gains))
-
-
-def sign_flip_p_value(gains: NDArray[np.float64]) -> float:
-    """Paired permutation test: which run an answer came from is drawn anew for every sample.
-
-    Samples that score alike say nothing. Where all others differ by the same (right or wrong) it
-    is McNemar's exact test.
-    """
-    stats: Any = require_package("scipy.stats", "scipy", "--compare")
-    unequal = gains[np.abs(gains) > 1e-12]
-    if not len(unequal):
-        return 1.0
-    if np.allclose(np.abs(unequal), abs(unequal[0])):
-        return float(stats.binomtest(int((unequal > 0).sum()), len(unequal)).pvalue)
-    result = stats.permutation_test(
-        (unequal,),
-        np.sum,
-        permutation_type="samples",
-        n_resamples=_NUM_RESAMPLES,
-        batch=1000,
-        vectorized=True,
-        rng=np.random.default_rng(_SEED),
-    )
-    return float(result.pvalue)

@@ -13,6 +13,12 @@ def answers_path(prefix: Path, task: Task, partition_id: int) -> Path:
     return Path(f"{prefix}-{task.name}-dprank=0-partition={partition_id}.jsonl")
 
 
+def task_in_name(answers: Path) -> Task | None:
+    """Whose answers a file of Megatron-LM's naming holds; None for another name."""
+    named = [task for task in TASKS.values() if f"-{task.name}-dprank=" in answers.name]
+    return named[0] if len(named) == 1 else None
+
+
 def answers_paths(prefix: Path, task: Task) -> list[Path]:
     """A file given by its own name, or all partitions and ranks of a prefix."""
     if prefix.is_file():

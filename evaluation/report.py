@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,10 @@ from evaluation.card import Table, card_table, markdown_table
 from evaluation.compare import Comparison
 from evaluation.gallery import GalleryItem
 from evaluation.results import Results
+from evaluation.scope import scope
 from evaluation.scored import Scored
 from evaluation.scoring.score import TaskScore
+from evaluation.tasks import question_of
 
 MAX_CHANGES = 20
 UNITS = "Scores in percent, OCRBench in points of 1,000."
@@ -21,12 +22,15 @@ UNITS = "Scores in percent, OCRBench in points of 1,000."
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """One task of a run and, with --compare, of the other."""
+    """One task of a run and, with --compare, of the other; or why it is `not_compared`. `notes`:
+    what a reader of the score must know, beside the problems."""
 
     scored: Scored
     other: Scored | None = None
     comparison: Comparison | None = None
     gallery: list[GalleryItem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    not_compared: str | None = None
 
     @property
     def results(self) -> Results:
@@ -43,17 +47,6 @@ class TaskReport:
     @property
     def problems(self) -> list[str]:
         return self.results.problems + (self.other.results.problems if self.other else [])
-
-    @property
-    def caveat(self) -> str | None:
-        """Said of a comparison that is not of the engines alone."""
-        if not (self.comparison and self.other and self.results.records):
-            return None
-        others = self.other.results.records
-        unlike = self.results.records[0].asked_otherwise(others[0]) if others else []
-        if not unlike:
-            return None
-        return f"Not the engines alone differ: {'; '.join(unlike)}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +66,18 @@ class Report:
             others = [task.other for task in self.tasks if task.other]
             runs.append((self.other_name, _values(others)))
         return card_table(runs)
+
+    @property
+    def scopes(self) -> list[str]:
+        """What the numbers of each of our rows are of."""
+        runs = [(self.name, [task.scored for task in self.tasks])]
+        if self.other_name is not None:
+            runs.append((self.other_name, [task.other for task in self.tasks if task.other]))
+        return [
+            f"{name}: "
+            + "; ".join(f"{each.results.task.name} {scope(each.results)}" for each in scored)
+            for name, scored in runs
+        ]
 
 
 def _values(scored: Sequence[Scored]) -> dict[str, float]:
@@ -95,6 +100,7 @@ def markdown(report: Report) -> str:
         "# Evaluation\n",
         markdown_table(table.columns, table.rows),
         f"The last {table.num_published} rows: {table.source}. {UNITS}\n",
+        "".join(f"- {scope}\n" for scope in report.scopes),
         *(f"- {failure}\n" for failure in report.failures),
         *(_task_markdown(task, report) for task in report.tasks),
     ]
@@ -104,9 +110,8 @@ def markdown(report: Report) -> str:
 def _task_markdown(task: TaskReport, report: Report) -> str:
     results = task.results
     lines = [f"## {task.name}\n", headline(task) + "\n"]
-    if results.num_duplicates:
-        lines.append(f"{results.num_duplicates} answers to samples that had one already left out.")
-    lines += [f"- {problem}" for problem in task.problems]
+    if bullets := [f"- {told}\n" for told in (*task.problems, *task.notes)]:
+        lines.append("".join(bullets))
     if task.score and task.score.details:
         lines.append(
             markdown_table(
@@ -116,40 +121,63 @@ def _task_markdown(task: TaskReport, report: Report) -> str:
     if task.comparison:
         lines += [
             told(task.comparison, results.task.unit) + "\n",
-            *([task.caveat + "\n"] if task.caveat else []),
-            _changes(task.comparison, report),
+            *([_changes(task, report)] if task.comparison.changes else []),
         ]
     return "\n".join(lines)
 
 
 def headline(task: TaskReport) -> str:
     if task.score is None:
-        return f"The truth is hidden: {task.scored.submission} is what the server takes."
+        return f"The truth is hidden: {task.scored.submission} is for the benchmark's server."
     unit = "" if task.results.task.unit == "%" else f" {task.results.task.unit}"
     percent = "%" if task.results.task.unit == "%" else ""
-    return f"{task.score.value:.2f}{percent}{unit} over {len(task.score.samples):,} samples"
+    return f"{task.score.value:.2f}{percent}{unit} over {scope(task.results)}"
 
 
 def told(comparison: Comparison, unit: str) -> str:
     """The comparison in a sentence."""
-    how_sure = "chance explains it" if comparison.p_value >= 0.05 else "more than chance explains"
+    how_sure = (
+        "chance alone could do this, the samples are too few to tell"
+        if comparison.p_value >= 0.05
+        else "chance alone would hardly do this"
+    )
+    low, high = comparison.interval
     unit = "points" if unit == "%" else unit
     return (
         f"{comparison.value:.2f} against {comparison.other_value:.2f} over "
-        f"{comparison.num_paired:,} samples: {comparison.difference:+.2f} ± "
-        f"{comparison.margin:.2f} {unit} (95 %), p = {comparison.p_value:.3g}, {how_sure}; "
+        f"{comparison.num_paired:,} samples: {comparison.difference:+.2f} {unit}, 95 % interval "
+        f"{low:+.2f} to {high:+.2f}, p = {comparison.p_value:.3g}: {how_sure}; "
         f"{len(comparison.changes)} answers differ, {comparison.num_better} better and "
         f"{comparison.num_worse} worse"
     )
 
 
-def _changes(comparison: Comparison, report: Report) -> str:
-    rows = [
-        (str(c.id), _short(c.answer), _short(c.other_answer), f"{c.gain:+.2f}")
-        for c in comparison.changes[:MAX_CHANGES]
+def change_rows(task: TaskReport) -> list[tuple[str, ...]]:
+    """Of the first changes: sample, question, truth, both answers, gain."""
+    assert task.comparison, "only what was compared has changes"
+    assert task.score, "only what was compared has changes"
+    return [
+        (
+            str(c.id),
+            question_of(task.results.task, task.results.lines[c.id]),
+            " / ".join(dict.fromkeys(task.score.samples[c.id].truth)),
+            c.answer,
+            c.other_answer,
+            f"{c.gain:+.2f}",
+        )
+        for c in task.comparison.changes[:MAX_CHANGES]
     ]
-    columns = ("sample", report.name, report.other_name or "", "gain")
-    more = len(comparison.changes) - len(rows)
+
+
+def change_columns(report: Report) -> tuple[str, ...]:
+    return ("sample", "question", "truth", report.name, report.other_name or "", "gain")
+
+
+def _changes(task: TaskReport, report: Report) -> str:
+    assert task.comparison, "only what was compared has changes"
+    columns = change_columns(report)
+    rows = [tuple(map(_short, row)) for row in change_rows(task)]
+    more = len(task.comparison.changes) - len(rows)
     return markdown_table(columns, rows) + (f"\nand {more} more\n" if more else "")
 
 
@@ -173,7 +201,9 @@ def _task_json(task: TaskReport) -> dict[str, Any]:
         "unit": task.results.task.unit,
         "num_samples": len(task.results.lines),
         "num_duplicates": task.results.num_duplicates,
+        "data": scope(task.results),
         "problems": task.problems,
+        "notes": task.notes,
         "details": task.score.details if task.score else {},
         "submission": str(task.scored.submission) if task.scored.submission else None,
     }
@@ -183,7 +213,7 @@ def _task_json(task: TaskReport) -> dict[str, Any]:
             "score": comparison.value,
             "other_score": comparison.other_value,
             "difference": comparison.difference,
-            "margin": comparison.margin if math.isfinite(comparison.margin) else None,
+            "interval": list(comparison.interval),
             "p_value": comparison.p_value,
             "num_paired": comparison.num_paired,
             "num_better": comparison.num_better,

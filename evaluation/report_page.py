@@ -7,7 +7,16 @@ from pathlib import Path
 
 from evaluation.compare import Comparison
 from evaluation.gallery import GalleryItem
-from evaluation.report import MAX_CHANGES, UNITS, Report, TaskReport, headline, told
+from evaluation.report import (
+    MAX_CHANGES,
+    UNITS,
+    Report,
+    TaskReport,
+    change_columns,
+    change_rows,
+    headline,
+    told,
+)
 
 _STYLE = Path(__file__).with_name("report_page.css")
 _SCRIPT = Path(__file__).with_name("report_page.js")
@@ -51,6 +60,7 @@ def _table(report: Report) -> str:
         f'<div class="scroll"><table id="card"><thead><tr>{head}</tr></thead><tbody>{body}'
         '</tbody></table></div><p class="note">'
         f"Rows below the line: {escape(table.source)}. {UNITS}</p>"
+        + "".join(f'<p class="note">{escape(scope)}</p>' for scope in report.scopes)
     )
 
 
@@ -58,8 +68,7 @@ def _task(task: TaskReport, report: Report) -> str:
     parts = [f"<article><h2>{escape(task.name)}</h2>", f"<p>{escape(headline(task))}</p>"]
     if task.comparison:
         parts.append(_difference(task.comparison, task.results.task.unit))
-    if task.caveat:
-        parts.append(f'<p class="note">{escape(task.caveat)}</p>')
+    parts += [f'<p class="note">{escape(note)}</p>' for note in task.notes]
     parts.append(_problems(task.problems))
     if task.score and task.score.details:
         most = 100.0 if task.results.task.unit == "%" else max(task.score.details.values()) or 1.0
@@ -69,7 +78,7 @@ def _task(task: TaskReport, report: Report) -> str:
             parts.append(f'<dt>{escape(name)}</dt><dd style="--w:{width}"><b>{value:.1f}</b></dd>')
         parts.append("</dl>")
     if task.comparison and task.comparison.changes:
-        parts.append(_changes(task.comparison, report))
+        parts.append(_changes(task, task.comparison, report))
     return "".join([*parts, "</article>"])
 
 
@@ -82,32 +91,31 @@ def _problems(problems: list[str]) -> str:
 
 def _difference(comparison: Comparison, unit: str) -> str:
     """The interval of the difference on a line through zero."""
-    reach = max(abs(comparison.difference) + comparison.margin, 1e-9)
-    if reach == float("inf"):
-        return f"<p>{escape(told(comparison, unit))}</p>"
-    middle = 50 + 45 * comparison.difference / reach
-    half = 45 * comparison.margin / reach
+    reach = max(map(abs, comparison.interval))
+    low, middle, high = (
+        50 + 45 * value / reach
+        for value in (comparison.interval[0], comparison.difference, comparison.interval[1])
+    )
     return (
         f"<p>{escape(told(comparison, unit))}</p>"
         '<svg class="interval" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
         f'aria-label="difference {comparison.difference:+.2f}">'
         '<line class="zero" x1="50" x2="50" y1="0" y2="10"/>'
-        f'<line class="range" x1="{middle - half:.2f}" x2="{middle + half:.2f}" y1="5" y2="5"/>'
+        f'<line class="range" x1="{low:.2f}" x2="{high:.2f}" y1="5" y2="5"/>'
         f'<line class="value" x1="{middle:.2f}" x2="{middle:.2f}" y1="1" y2="9"/></svg>'
     )
 
 
-def _changes(comparison: Comparison, report: Report) -> str:
+def _changes(task: TaskReport, comparison: Comparison, report: Report) -> str:
+    head = "".join(f"<th>{escape(title)}" for title in change_columns(report))
     rows = "".join(
-        f"<tr><td>{escape(str(c.id))}</td><td>{escape(c.answer)}</td>"
-        f"<td>{escape(c.other_answer)}</td><td>{c.gain:+.2f}</td></tr>"
-        for c in comparison.changes[:MAX_CHANGES]
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for row in change_rows(task)
     )
     more = len(comparison.changes) - MAX_CHANGES
     return (
         f"<details><summary>{len(comparison.changes)} answers differ</summary>"
-        f'<div class="scroll"><table><thead><tr><th>sample<th>{escape(report.name)}'
-        f"<th>{escape(report.other_name or '')}<th>gain</tr></thead><tbody>{rows}</tbody></table>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
         f"</div>{f'<p>and {more} more</p>' if more > 0 else ''}</details>"
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.datasets.records import RecordError
+from evaluation.merging import FoundLine, merge
 from evaluation.output_paths import answers_paths, record_path
 from evaluation.run_record import RunRecord
 from evaluation.sample import SampleId
@@ -32,9 +33,8 @@ class Results:
 def read_results(prefix: Path, task: Task, flag: str = "--input_path") -> Results:
     """Raises `UserError` when there is no answer at all."""
     paths = answers_paths(prefix, task)
-    lines: dict[SampleId, Line] = {}
+    found: list[FoundLine] = []
     problems: list[str] = []
-    num_duplicates = 0
     for path in paths:
         for number, text in _lines(path, flag):
             try:
@@ -49,20 +49,18 @@ def read_results(prefix: Path, task: Task, flag: str = "--input_path") -> Result
                     f"{path} line {number} is no {task.name} answer and is left out: it {error}"
                 )
                 continue
-            if sample_id in lines:
-                num_duplicates += 1
-            else:
-                lines[sample_id] = line
-    if not lines and problems:
+            found.append(FoundLine(sample_id, line, path, number))
+    if not found and problems:
         raise UserError(f"{flag} {prefix} has no {task.name} answer to score: {problems[0]}")
-    if not lines:
+    if not found:
         raise UserError(
             f"{flag} {prefix} has no {task.name} answers (looked for "
             f"{prefix}-{task.name}-dprank=*-partition=*.jsonl); give run.py's --output_path"
         )
     records = [RunRecord.read(p) for p in map(record_path, paths) if p.is_file()]
-    problems += _missing(prefix, task, records, len(lines))
-    return Results(prefix, task, lines, records, problems, num_duplicates)
+    merged = merge(task, found, bool(records))
+    problems += _missing(prefix, task, records, len(merged.lines))
+    return Results(prefix, task, merged.lines, records, problems, merged.num_duplicates)
 
 
 def _lines(path: Path, flag: str) -> list[tuple[int, bytes]]:
@@ -89,6 +87,17 @@ def _missing(prefix: Path, task: Task, records: list[RunRecord], num_lines: int)
         for record in records
         if record.decisive != records[0].decisive
     ]
+    if num_bad := sum(record.num_bad_records for record in records):
+        problems.append(
+            f"{prefix}-{task.name} lacks {num_bad} of the data set's records, which were no "
+            "samples when run.py read them; mend the data set and run the same command again"
+        )
+    if num_parts := max(record.num_missing_parts for record in records):
+        problems.append(
+            f"{prefix}-{task.name} was asked of a data set of which {num_parts} "
+            f"{'part is' if num_parts == 1 else 'parts are'} missing; download the rest and run "
+            "the same command again"
+        )
     expected = sum(record.num_samples for record in records)
     if num_lines < expected:
         problems.append(

@@ -30,6 +30,8 @@ _TYPES: dict[str, dict[str, type | tuple[type, ...]]] = {
         "image_bytes": dict,
         "num_samples_per_partition": int,
         "num_records": int,
+        "num_bad_records": int,
+        "num_missing_parts": int,
     },
     "settings": {
         "engine": str,
@@ -53,7 +55,12 @@ _TYPES: dict[str, dict[str, type | tuple[type, ...]]] = {
         "num_frames": int,
     },
 }
-_NOT_IN_OLDER_ONES = {"image_bytes": {}, "num_samples_per_partition": 0, "num_records": 0}
+_NOT_IN_OLDER_ONES = {
+    "image_bytes": {},
+    **dict.fromkeys(
+        ("num_samples_per_partition", "num_records", "num_bad_records", "num_missing_parts"), 0
+    ),
+}
 _ENGINE = ("engine", "quant_algo", "kv_cache_quant_algo", "dtype", "decoder", "vision")
 """The settings that are the engine's own: what a comparison of engines is about."""
 
@@ -62,7 +69,9 @@ _ENGINE = ("engine", "quant_algo", "kv_cache_quant_algo", "dtype", "decoder", "v
 class RunRecord:
     """`settings` decide the answers; `data` says where engine and data set lay; `num_samples` is
     the size of this partition; `image_bytes` of each sample's images, by the id as text;
-    `num_samples_per_partition` 0: the `num_records` of the data set are shared out evenly."""
+    `num_samples_per_partition` 0: the `num_records` of the data set are shared out evenly;
+    `num_bad_records` of this partition were no samples, and the copy of the data set lacks
+    `num_missing_parts` whose records nobody can count."""
 
     task: str
     settings: dict[str, Any]
@@ -73,6 +82,8 @@ class RunRecord:
     image_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     num_samples_per_partition: int = 0
     num_records: int = 0
+    num_bad_records: int = 0
+    num_missing_parts: int = 0
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -119,7 +130,9 @@ class RunRecord:
 
     def asked_otherwise(self, other: RunRecord) -> list[str]:
         """What parts the two beside the engine, each with both values."""
-        ours, theirs = self.decisive, other.decisive
+        ours, theirs = (
+            {**record.decisive, "split": record.data["split"]} for record in (self, other)
+        )
         return [
             f"{name} {ours[name]!r} against {theirs.get(name)!r}"
             for name in ours

@@ -9,7 +9,6 @@ from evaluation.sample import SampleId
 from evaluation.scoring.ocrbench import TYPES
 from evaluation.tasks import Task
 
-_ONE_TRUTH = ("ChartQA", "AI2D", "RealworldQA", "MathVista")
 _QUESTION_TYPES = ("multi_choice", "free_form")
 
 
@@ -44,7 +43,7 @@ def _check_truth(task: Task, line: Any) -> None:
     if isinstance(field(line, "gt_answer", (str, list)), str):
         line["gt_answer"] = [line["gt_answer"]]
     truths = string_list(line, "gt_answer")
-    if not truths or (len(truths) > 1 and task.name in _ONE_TRUTH):
+    if not truths or (len(truths) > 1 and task.has_one_truth):
         raise RecordError(f"has {len(truths)} answers in gt_answer, expected one")
     if task.name == "OCRBench":
         field(line, "dataset_name", str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +14,9 @@ from evaluation.output_paths import derived_path
 from evaluation.results import Results
 from evaluation.sample import SampleId
 from evaluation.scoring import mmmu
-from evaluation.scoring.captions import comparable_caption
 from evaluation.scoring.score import Line, TaskScore, Truth
+from evaluation.submission import write_result, write_submission
 from nvlm.errors import UserError
-from nvlm.json_files import write_text_atomically
-
-_SUBMISSION_ID = {
-    "VQAv2": "question_id",
-    "TextVQA": "question_id",
-    "SPDocVQA": "questionId",
-    "InfoVQA": "questionId",
-}
-"""What the server calls the id beside "answer" (EvalAI; Robust Reading Competition)."""
-TAKE_GT_PATH = ("MMMU", "captioning")
-"""Whose answer lines lack the truth, or may."""
-_ANSWER_ONLY = ("TextVQA", "AI2D", "SPDocVQA", "InfoVQA")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +26,7 @@ class Scored:
     results: Results
     score: TaskScore | None
     submission: Path | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def score_results(results: Results, gt_path: Path | None) -> Scored:
@@ -45,9 +34,15 @@ def score_results(results: Results, gt_path: Path | None) -> Scored:
     task = results.task
     truth = read_truth(results, gt_path)
     if is_hidden(results, truth):
-        return Scored(results, None, write_submission(results))
+        submission = write_submission(results, gt_path)
+        return Scored(results, None, submission.path, submission.notes)
+    if task.name == "VQAv2" and gt_path is not None:
+        raise UserError(
+            f"--gt_path {gt_path} goes with VQAv2's hidden answers, for the submission; these "
+            "lines hold what is right, leave it out"
+        )
     score = task.score(results.lines, truth)
-    write_json(derived_path(results.prefix, task, "merged"), merged(results))
+    write_result(derived_path(results.prefix, task, "merged"), task.merged_form(results.lines))
     return Scored(results, score)
 
 
@@ -130,50 +125,3 @@ def _is_hidden(results: Results, sample_id: SampleId, line: Line, truth: Truth) 
     if results.task.name == "MMMU":
         return bool(truth.answers[str(sample_id)]["ground_truth"] == mmmu.HIDDEN)
     return line.get("gt_answer") == [""]
-
-
-def write_submission(results: Results) -> Path:
-    name, lines = results.task.name, results.lines
-    value: Any
-    if name == "MMMU":
-        value = {str(i): mmmu.parsed_prediction(line) for i, line in lines.items()}
-    elif name == "MathVista":  # results/leaderboad_submission_template, "response_only"
-        value = {str(i): line["answer"] for i, line in lines.items()}
-    elif name in _SUBMISSION_ID:
-        key = _SUBMISSION_ID[name]
-        value = [{key: i, "answer": line["answer"]} for i, line in lines.items()]
-    else:
-        raise UserError(
-            f"the answers to this split of {name} are hidden and its server takes no file of "
-            "answers alone; use the public split"
-        )
-    path = derived_path(results.prefix, results.task, "submission")
-    write_json(path, value)
-    return path
-
-
-def merged(results: Results) -> Any:
-    """The form in which the reference's evaluator of this task keeps the answers."""
-    name, lines = results.task.name, results.lines
-    if name == "MMMU":
-        return {str(i): mmmu.parsed_prediction(line) for i, line in lines.items()}
-    if name == "captioning":
-        return [
-            {"image_id": i, "caption": comparable_caption(line["caption"])}
-            for i, line in lines.items()
-        ]
-    if name in _ANSWER_ONLY:
-        return [
-            {"question_id": i, "answer": line["answer"], "gt_answer": line["gt_answer"]}
-            for i, line in lines.items()
-        ]
-    if name in ("VQAv2", "ChartQA", "RealworldQA"):
-        return [{**line, "question_id": i} for i, line in lines.items()]
-    return list(lines.values())
-
-
-def write_json(path: Path, value: Any) -> None:
-    try:
-        write_text_atomically(path, json.dumps(value, indent=4, sort_keys=True) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None

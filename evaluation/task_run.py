@@ -233,6 +233,8 @@ class TaskRun:
             },
             self.num_samples_per_partition,
             self.num_records,
+            len(self.data.problems) - len(self.data.incomplete),
+            len(self.data.incomplete),
         )
 
     def _require_same(self, file: ResultsFile, path: Path, record: RunRecord) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from evaluation.datasets.captioning import read_captions
+from evaluation.datasets.mathvista import DEFAULT_SPLIT as MATHVISTA_SPLIT
 from evaluation.datasets.mathvista import read_mathvista
+from evaluation.datasets.mmmu import DEFAULT_SPLIT as MMMU_SPLIT
 from evaluation.datasets.mmmu import read_mmmu
 from evaluation.datasets.multiple_choice import read_ai2d, read_realworld_qa
 from evaluation.datasets.ocrbench import read_ocrbench
@@ -23,6 +26,14 @@ from evaluation.datasets.question_answering import (
     read_vqa_v2,
 )
 from evaluation.datasets.video_mme import read_video_mme
+from evaluation.merged_forms import (
+    MergedForm,
+    answers_alone,
+    captions,
+    letters,
+    whole_lines,
+    with_question_id,
+)
 from evaluation.sample import DataSet, Location, Sample, SampleId
 from evaluation.scoring.captions import score_captions
 from evaluation.scoring.mathvista import score_mathvista
@@ -31,7 +42,9 @@ from evaluation.scoring.ocrbench import score_ocrbench
 from evaluation.scoring.score import Line, Scorer
 from evaluation.scoring.short_answers import (
     anls,
+    anls_official,
     exact_match,
+    exact_match_official,
     relaxed_accuracy,
     relaxed_accuracy_official,
     score_by,
@@ -47,9 +60,11 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`name` is Megatron-LM's spelling; `answer_fields` of a line hold the answer. `gt_file`:
-    parquet data sets bring their own ground truth. `max_num_tiles`: None for the engine's own
-    number."""
+    """`name` is Megatron-LM's spelling; `answer_fields` of a line hold the answer. Parquet data
+    sets bring their own ground truth, and have a `default_split`. `max_num_tiles`: None for the
+    engine's own number. `submission_id`: what the server calls the id beside "answer" (EvalAI;
+    Robust Reading Competition). `scored_with_gt_path`: the lines lack the truth, or may, or the
+    server wants questions that were not asked."""
 
     name: str
     read: Callable[[Location], DataSet]
@@ -58,38 +73,100 @@ class Task:
     gt_file: Literal["needed", "possible", "none"] = "needed"
     max_num_tiles: int | None = None
     unit: str = "%"
+    default_split: str | None = None
+    merged_form: MergedForm = whole_lines
+    submission_id: str | None = None
+    has_one_truth: bool = False
+    scored_with_gt_path: bool = False
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("captioning", read_captions, score_captions, ("caption",), unit="CIDEr"),
+        Task(
+            "captioning",
+            read_captions,
+            score_captions,
+            ("caption",),
+            unit="CIDEr",
+            merged_form=captions,
+            scored_with_gt_path=True,
+        ),
         Task(
             "TextVQA",
             partial(read_questions, keys=TEXT_VQA),
             score_by(vqa_accuracy, leaving_one_person_out=vqa_accuracy_official),
+            merged_form=answers_alone,
+            submission_id="question_id",
         ),
         Task(
             "VQAv2",
             read_vqa_v2,
             score_by(vqa_accuracy, leaving_one_person_out=vqa_accuracy_official),
+            merged_form=with_question_id,
+            submission_id="question_id",
+            scored_with_gt_path=True,
         ),
         Task(
             "ChartQA",
             partial(read_questions, keys=CHART_QA),
             score_by(relaxed_accuracy, by_the_rules_of_ChartQA=relaxed_accuracy_official),
+            merged_form=with_question_id,
+            has_one_truth=True,
         ),
-        Task("SPDocVQA", partial(read_questions, keys=SP_DOC_VQA), score_by(anls)),
-        Task("InfoVQA", partial(read_questions, keys=INFO_VQA), score_by(anls)),
-        Task("MMMU", read_mmmu, score_mmmu, ("text", "prediction"), gt_file="none"),
-        Task("MathVista", read_mathvista, score_mathvista, gt_file="none"),
+        Task(
+            "SPDocVQA",
+            partial(read_questions, keys=SP_DOC_VQA),
+            score_by(anls, as_it_is_written=anls_official),
+            merged_form=answers_alone,
+            submission_id="questionId",
+        ),
+        Task(
+            "InfoVQA",
+            partial(read_questions, keys=INFO_VQA),
+            score_by(anls, as_it_is_written=anls_official),
+            merged_form=answers_alone,
+            submission_id="questionId",
+        ),
+        Task(
+            "MMMU",
+            read_mmmu,
+            score_mmmu,
+            ("text", "prediction"),
+            gt_file="none",
+            default_split=MMMU_SPLIT,
+            merged_form=letters,
+            scored_with_gt_path=True,
+        ),
+        Task(
+            "MathVista",
+            read_mathvista,
+            score_mathvista,
+            gt_file="none",
+            default_split=MATHVISTA_SPLIT,
+            has_one_truth=True,
+        ),
         Task("OCRBench", read_ocrbench, score_ocrbench, unit="points"),
-        Task("AI2D", read_ai2d, score_by(exact_match)),
-        Task("RealworldQA", read_realworld_qa, score_by(exact_match), gt_file="possible"),
+        Task(
+            "AI2D",
+            read_ai2d,
+            score_by(exact_match, as_it_is_written=exact_match_official),
+            merged_form=answers_alone,
+            has_one_truth=True,
+        ),
+        Task(
+            "RealworldQA",
+            read_realworld_qa,
+            score_by(exact_match, as_it_is_written=exact_match_official),
+            gt_file="possible",
+            merged_form=with_question_id,
+            has_one_truth=True,
+        ),
         Task("VideoMME", read_video_mme, score_video_mme, max_num_tiles=1),
     )
 }
 
+_USERS_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 _ALIASES = {"docvqa": "SPDocVQA", "infographicvqa": "InfoVQA"}
 
 
@@ -114,6 +191,16 @@ def answer_line(task: Task, sample: Sample, prompt: str, text: str) -> Line:
         return {**sample.fields, "questions": [{**question, "response": answer}]}
     named = dict.fromkeys(task.answer_fields, answer)
     return {"sample_id": sample.id, "prompt": prompt, **named, **sample.fields}
+
+
+def question_of(task: Task, line: Line) -> str:
+    """What was asked, without the template around it and the marks of images."""
+    if task.name == "VideoMME":
+        (question,) = line["questions"]
+        return str(question.get("question", ""))
+    prompt = str(line.get("prompt", ""))
+    turn = _USERS_TURN.search(prompt)
+    return (turn[1] if turn else prompt).replace("<Image><image></Image>", "").strip()
 
 
 def question_digest(task: Task, line: Line) -> bytes:

@@ -327,14 +327,14 @@ def test_evaluate_without_answers_is_one_line(tmp_path: Path) -> None:
     result = run_command(
         EVALUATE, "--input_path", tmp_path / "run", "--task", "AI2D", "--compare", tmp_path / "no"
     )
-    one_line_error(result, "--compare", "has no AI2D answers")
+    one_line_error(result, "--compare", "has no answers")
 
 
 def test_a_truth_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
     write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
     flags = ("--input_path", tmp_path / "run", "--gt_path", tmp_path / "gt.json")
     result = run_command(EVALUATE, *flags)
-    one_line_error(result, "--gt_path goes with --task MMMU or captioning; the answer lines of AI")
+    one_line_error(result, "--gt_path goes with --task captioning or VQAv2 or MMMU; the answer")
 
 
 def test_mmmu_without_its_answers_is_one_line(tmp_path: Path) -> None:
@@ -625,3 +625,29 @@ def test_partitions_that_are_missing_are_told(tmp_path: Path, float32_engine_dir
     assert result.exit_code == SOME_FAILED
     for partition in (0, 2):
         assert f"out-OCRBench lacks partition {partition} of 3" in result.stderr
+
+
+def test_records_that_were_no_samples_are_told_beside_the_score(
+    tmp_path: Path, float32_engine_dir: Path
+) -> None:
+    """run.py named them, perhaps days ago; mended, nothing is told any more."""
+    made = ocrbench(tmp_path)
+    records = json.loads(made.gt_paths[0].read_text())
+    write_json(made.gt_paths[0], [*records[:2], {**records[2], "type": "Music"}])
+    assert run_task(float32_engine_dir, made, tmp_path / "out").exit_code == SOME_FAILED
+    flags = ("--input_path", tmp_path / "out", "--json")
+    scored = run_command(EVALUATE, *flags)
+    assert scored.exit_code == SOME_FAILED
+    assert "out-OCRBench lacks 1 of the data set's records" in scored.stderr
+    assert len(json.loads(scored.stdout)["tasks"]["OCRBench"]["problems"]) == 1
+    write_json(made.gt_paths[0], records)
+    assert run_task(float32_engine_dir, made, tmp_path / "out").exit_code == 0
+    assert run_command(EVALUATE, *flags).exit_code == 0
+
+
+def test_a_record_of_a_run_before_sizes_and_counts_still_reads(tmp_path: Path) -> None:
+    path = write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
+    older = asdict(run_record("AI2D"))
+    del older["image_bytes"], older["num_bad_records"]
+    write_json(record_path(path), older)
+    assert run_command(EVALUATE, "--input_path", tmp_path / "run").exit_code == 0

@@ -19,7 +19,9 @@ from evaluation.scoring.open_answers import is_right
 from evaluation.scoring.score import Truth
 from evaluation.scoring.short_answers import (
     anls,
+    anls_official,
     exact_match,
+    exact_match_official,
     relaxed_accuracy,
     relaxed_accuracy_official,
     vqa_accuracy,
@@ -144,6 +146,23 @@ def test_exact_match_is_of_what_is_left_after_normalisation() -> None:
     assert exact_match("C", ["B"]) == 0.0
     assert exact_match("B. cat", ["B"]) == 0.0
     assert exact_match("The", ["A"]) == 1.0, "as the reference: both are articles"
+    assert exact_match("", ["A"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [("", "A", 0), ("the", "A", 0), (" a", "A", 1), ("B", "B", 1), ("B.", "B", 0)],
+)
+def test_a_match_as_it_is_written_takes_a_for_a_letter(
+    answer: str, truth: str, right: float
+) -> None:
+    assert exact_match_official(answer, [truth]) == right
+
+
+def test_anls_as_it_is_written_keeps_articles_and_marks() -> None:
+    assert anls_official("the", ["A"]) == 0.0
+    assert anls_official("$0.28", ["0.28", "$0.29"]) == pytest.approx(1 - 1 / 5)
+    assert anls_official("New\n York", ["new york"]) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -279,7 +298,10 @@ def test_ocrbench_adds_up_by_group() -> None:
     score = score_ocrbench(dict(lines), NO_TRUTH)
     assert score.value == 10
     assert score.details["Text Recognition"] == 6
-    assert list(score.details.values()) == [6, 1, 1, 1, 1]
+    assert list(score.details.values()) == [6, 1, 1, 1, 1, 10]
+    lines[0]["gt_answer"] = ["yes", "Yes", "y"]
+    twice = score_ocrbench(dict(lines), NO_TRUTH)
+    assert (twice.value, twice.details["at most one a sample"]) == (12, 10)
 
 
 @pytest.mark.parametrize(

@@ -54,14 +54,26 @@ def exact_match(prediction: str, truths: list[str]) -> float:
     return float(normalize(prediction) == normalize(truth))
 
 
+def exact_match_official(prediction: str, truths: list[str]) -> float:
+    """Of what is written, in either case: "A" is a letter here, and no article."""
+    (truth,) = truths
+    return float(prediction.strip().lower() == truth.strip().lower())
+
+
 def anls(prediction: str, truths: list[str]) -> float:
+    """As the reference: of what VQA's normalisation leaves, which drops articles and marks."""
+    return anls_official(normalize(prediction), [normalize(truth) for truth in truths])
+
+
+def anls_official(prediction: str, truths: list[str]) -> float:
     """Average Normalized Levenshtein Similarity of one answer (Biten et al., arXiv 1905.13648):
-    1 - distance / longer length for the closest truth, 0 from half the length on."""
+    1 - distance / longer length for the closest truth, 0 from half the length on. In lower case,
+    runs of whitespace are one space."""
     distance = require_package(
         "rapidfuzz.distance.Levenshtein", "rapidfuzz", "ANLS (SPDocVQA, InfoVQA)"
     ).normalized_distance
-    answer = normalize(prediction)
-    distances = [float(distance(answer, normalize(truth))) for truth in truths]
+    answer, *expected = (" ".join(text.lower().split()) for text in (prediction, *truths))
+    distances = [float(distance(answer, truth)) for truth in expected]
     return max(1.0 - d if d < ANLS_THRESHOLD else 0.0 for d in distances)
 
 
