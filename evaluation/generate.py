@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from queue import SimpleQueue
 
+import torch
 from tqdm import tqdm
 
 from evaluation.results_file import ResultsFile
@@ -69,10 +70,13 @@ def answers(
 ) -> Iterator[tuple[int, GenerationResult | UserError]]:
     """(index, result or what was wrong with the request) as they finish.
 
-    Beside the batch a few more are open: their images are being decoded, or wait encoded.
+    Beside the batch a few more are open: their images are being decoded, or wait encoded. On a CPU
+    encoding and decoding, which overlap, get half of torch's threads each.
     """
     num_preparing = min(MAX_PREPARING_THREADS, len(os.sched_getaffinity(0)))
     num_waiting = min(NUM_AHEAD, runner.engine.limits.max_batch_size) + num_preparing
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads // 2))
     server = Server(runner, max_queue_size=num_waiting, num_preparing=num_preparing)
     finished: SimpleQueue[tuple[int, Answer]] = SimpleQueue()
     num_open = 0
@@ -102,6 +106,7 @@ def answers(
             yield _result(*finished.get())
     finally:
         server.close()
+        torch.set_num_threads(num_threads)
 
 
 def _result(index: int, answer: Answer) -> tuple[int, GenerationResult | UserError]:

@@ -19,6 +19,7 @@ class OnnxRuntimeVisionExecutor:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: warnings are about the exporter's style
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"]
