@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,26 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def rows_by_depth(
+    layers: str, measure: Callable[[int], Iterable[Row]], device: torch.device
+) -> list[Row]:
+    """The rows of each number of layers, printed as they come, then what a layer adds."""
+    rows = []
+    for num_layers in numbers(layers):
+        for row in measure(num_layers):
+            print(row, flush=True)
+            rows.append(row)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for slope in slopes(rows):
+        print(
+            f"{slope['phase']:<8}batch {slope['batch_size']:<3} {slope['num_tokens']:>5} tokens "
+            f"{slope['ms_per_layer']:.4f} ms per layer, {slope['fixed_ms']:.3f} ms fixed"
+        )
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault(hopper.SWITCH, "1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -189,17 +209,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(ceilings, flush=True)
     rows: list[Row] = []
     needs_decoder = DECODER_PHASES & {*options.phases}
-    for num_layers in numbers(options.layers) if needs_decoder else []:
-        for row in measure_decoder(options, num_layers, ceilings, device):
-            print(row, flush=True)
-            rows.append(row)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    for slope in slopes(rows):
-        print(
-            f"{slope['phase']:<8}batch {slope['batch_size']:<3} {slope['num_tokens']:>5} tokens "
-            f"{slope['ms_per_layer']:.4f} ms per layer, {slope['fixed_ms']:.3f} ms fixed"
+    if needs_decoder:
+        rows += rows_by_depth(
+            options.layers, lambda n: measure_decoder(options, n, ceilings, device), device
         )
     if "vision" in options.phases:
         for precision in PRECISIONS:

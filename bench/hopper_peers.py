@@ -9,7 +9,6 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import time
@@ -21,7 +20,7 @@ import torch
 import transformers
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.hopper import numbers, slopes
+from bench.hopper import numbers, rows_by_depth, slopes
 from bench.hopper_decoder import prefill_flop, random_prompt, step_bytes
 from bench.hopper_row import Row
 from bench.machine import describe, describe_gpu
@@ -115,17 +114,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)
-    rows = []
-    for num_layers in numbers(options.layers):
+
+    def measured(num_layers: int) -> Iterator[Row]:
         decoder = replace(DECODERS[options.shape], num_hidden_layers=num_layers)
-        for row in measure(decoder, options, ceilings, device):
-            print(row, flush=True)
-            rows.append(row)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    for slope in slopes(rows):
-        print(slope)
+        return measure(decoder, options, ceilings, device)
+
+    rows = rows_by_depth(options.layers, measured, device)
     found = {
         "machine": describe() | describe_gpu(device) | {"transformers": transformers.__version__},
         "ceilings": ceilings.to_json(),
