@@ -43,13 +43,14 @@ class Merged:
 
 
 def merge(task: Task, found: list[FoundLine], has_records: bool) -> Merged:
-    """The first answer to a sample counts. Raises `UserError` where one id stands for several
-    samples. run.py's files, which have records, count through the whole data set."""
+    """Ordered by id, since answers are written as they end. The first answer to a sample counts.
+    Raises `UserError` where one id stands for several samples. run.py's files, which have records,
+    count through the whole data set."""
     clash = _clash(task, ((line.id, line) for line in found))
     if clash is None:
         lines = {line.id: line.line for line in reversed(found)}
-        lines = {line.id: lines[line.id] for line in found}
-        return Merged(lines, len(found) - len(lines))
+        ordered = sorted(lines, key=lambda i: (isinstance(i, str), i))
+        return Merged({i: lines[i] for i in ordered}, len(found) - len(lines))
     first, second = clash
     told = (
         f"{second.place} and {first.place} answer different {task.name} samples of the same id "

@@ -19,7 +19,7 @@ from nvlm.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """`lines` in the order of the files; `records`: of the files that run.py wrote; `problems`: a
+    """`lines` in the order of their ids; `records`: of the files that run.py wrote; `problems`: a
     sentence for each line that is no answer and for what is missing."""
 
     prefix: Path

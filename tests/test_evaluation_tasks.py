@@ -165,6 +165,9 @@ def test_partitions_share_the_samples_and_are_scored_as_one(
     # numpy's linspace(0, 3, 3) cut to whole numbers: 0, 1, 3.
     ids = [{line["sample_id"] for line in read_lines(prefix, "OCRBench", k)} for k in (0, 1)]
     assert ids == [{0}, {1, 2}]
+    second = Path(f"{prefix}-OCRBench-dprank=0-partition=1.jsonl")
+    lines = sorted(second.read_text().splitlines(keepends=True), reverse=True)
+    second.write_text("".join(lines))  # answers are written as they end
     result = run_command(EVALUATE, "--input_path", prefix, "--json")
     assert json.loads(result.stdout)["tasks"]["OCRBench"]["score"] == made.score
     merged = json.loads(Path(f"{prefix}-OCRBench-merged.json").read_text())
