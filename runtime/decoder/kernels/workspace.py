@@ -12,7 +12,7 @@ import torch
 _MAX_SPLITS = 16  # what one program merges
 _ATTENTION_FACTOR = 2  # attention's programs are smaller: as many more run at once
 _ROWS_TIMES_CHANNELS = 64 * 256  # the largest attention tile: rows of a group, channels of a head
-_ROWS_TIMES_COLUMNS = 64 * 128  # the largest tile of a linear: tokens, output columns
+_ROWS_TIMES_COLUMNS = 16 * 64  # a tile of gate and up: tokens, output columns
 _MAX_TILES = 1 << 16  # of output columns, and of (request, KV head) pairs
 
 
