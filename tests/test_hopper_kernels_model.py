@@ -1,5 +1,5 @@
 """The fast path with its kernels against the oracle: on a GPU where there is one, otherwise in
-Triton's interpreter (see test_kernels.py), where plain forms are in the place of libraries' calls."""
+Triton's interpreter (see test_kernels.py), with plain forms in the place of libraries' calls."""
 
 from __future__ import annotations
 

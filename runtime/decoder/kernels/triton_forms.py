@@ -97,10 +97,10 @@ class TritonForms:
         kv_scale: float,
         scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        """By torch, over keys and values that are gathered and widened; e4m3 numbers are exact in q's
-        type, so their scale is put on the softmax and on the result. cuDNN's kernel is the fastest
-        and plans each new shape for some 30 ms: it takes whole prompts, as so many rows more that
-        there are few shapes. FlashAttention needs no plan and takes the others."""
+        """By torch, over keys and values that are gathered and widened; e4m3 numbers are exact in
+        q's type, so their scale is put on the softmax and on the result. cuDNN's kernel is the
+        fastest and plans each new shape for some 60 ms: it takes whole prompts, as so many rows
+        more that there are few shapes. FlashAttention needs no plan and takes the others."""
         num_rows, heads, head_dim = q.shape
         end = first_position + num_rows
         is_planned = q.device.type == "cuda" and first_position == 0 and num_rows >= _PLANNED_ROWS
