@@ -80,8 +80,8 @@ def staged_directory(
         except OSError as error:
             with suppress(OSError, ValueError):
                 place.staging.rmdir()  # made just now, if it is empty
-            if error.errno in _NO_SPACE:
-                raise _disk_full(place) from error
+            if (told := _no_room(place, error)) is not None:
+                raise told from error
             raise UserError(
                 f"{place.name} cannot be written: {error.strerror or error} ({error.filename}); "
                 "choose another directory"
@@ -95,14 +95,14 @@ def staged_directory(
             check_replaceable(place)  # something may have come there since
             _replace(place)
         except BaseException as error:
-            is_full = isinstance(error, OSError) and _is_full(error, staging)
+            told = _no_room(place, error) if isinstance(error, OSError) else None
             is_bad_input = is_at_work and isinstance(error, UserError)
             if not is_bad_input and is_worth_keeping(staging):
                 log.warning("%s keeps what is done; the same command goes on with it", staging)
             else:
                 shutil.rmtree(staging, ignore_errors=True)
-            if is_full:
-                raise _disk_full(place) from error
+            if told is not None:
+                raise told from error
             raise
 
 
@@ -162,15 +162,19 @@ def _clear(staging: Path) -> None:
             path.unlink()
 
 
-def _disk_full(place: OutputPlace) -> UserError:
+def _no_room(place: OutputPlace, error: OSError) -> UserError | None:
+    """What to tell of a full disk, or of a file larger than may be; None for other errors."""
+    if error.errno == errno.EFBIG:
+        return UserError(
+            f"{place.name} cannot be written: a file would be larger than its file system or "
+            "`ulimit -f` allows; choose another disk or raise the limit"
+        )
+    is_full = error.errno in _NO_SPACE
+    if error.errno is None:  # numpy's writer, for one, does not say so
+        is_full = shutil.disk_usage(place.staging).free < _LITTLE_SPACE_BYTES
+    if not is_full:
+        return None
     return UserError(f"the disk of {place.name} is full; free some space or choose another disk")
-
-
-def _is_full(error: OSError, staging: Path) -> bool:
-    """Whether a full disk is behind an error; numpy's writer, for one, does not say so."""
-    if error.errno is not None:
-        return error.errno in _NO_SPACE
-    return shutil.disk_usage(staging).free < _LITTLE_SPACE_BYTES
 
 
 def _check_free_space(place: OutputPlace, needed_bytes: int) -> None:

@@ -104,6 +104,41 @@ def rank(megatron: Path, tp: int = 0, pp: int | None = None, iteration: str = "1
             lambda d: rank(d).parent.rename(rank(d).parents[1] / "mp_rank_0"),
             ("mp_rank_0 ", "expected mp_rank_TT"),
         ),
+        (
+            Layout(2),
+            lambda d: rank(d, 1).parent.rename(rank(d).parents[1] / "mp_rank_001"),
+            ("mp_rank_001 is not", "expected mp_rank_TT"),
+        ),
+        (
+            Layout(2, 2),
+            lambda d: exchange(rank(d, 0, 1), rank(d, 1, 1)),
+            ("mp_rank_00_001", "by rank 3", "mp_rank_01_001", "by rank 2", "names Megatron gave"),
+        ),
+        (
+            Layout(1, 2),
+            lambda d: exchange(rank(d, 0, 0), rank(d, 0, 1)),
+            ("mp_rank_00_000", "by rank 1", "mp_rank_00_001", "by rank 0", "names Megatron gave"),
+        ),
+        (
+            Layout(2),
+            lambda d: shutil.copy(rank(d, 0), rank(d, 1)),
+            ("mp_rank_01", "the same language_model.decoder.layers.0", "mp_rank_00", "copy"),
+        ),
+        (
+            Layout(2, 3, layers_per_stage=(0, 1, 1), embedding_stage=1),
+            lambda d: shutil.copy(rank(d, 1, 0), rank(d, 0, 0)),
+            ("mp_rank_01_000", "the same vision_model.decoder.layers.0", "mp_rank_00_000", "copy"),
+        ),
+        (
+            Layout(1, 4, layers_per_stage=(0, 1, 1, 0)),
+            lambda d: shutil.copy(rank(d, 0, 1), rank(d, 0, 2)),
+            ("mp_rank_00_002", "the same language_model.decoder.layers.0", "mp_rank_00_001"),
+        ),
+        (
+            Layout(1, 2),
+            lambda d: shutil.copy(rank(d, 0, 1), rank(d, 0, 0)),
+            ("no tensor vision_model", "expected the whole NVLM-D model"),
+        ),
         (Layout(1), lambda d: shutil.rmtree(rank(d).parent), ("no mp_rank_* folders", "again")),
         (Layout(1), lambda d: shutil.rmtree(rank(d).parents[1]), ("iter_0000001", "not exist")),
         (Layout(1), lambda d: tracker(d, "abc"), ("'abc'", "'release'", "--model_dir")),
@@ -126,6 +161,12 @@ def test_ranks_that_are_missing_or_misnamed_are_refused(
 
 def tracker(megatron: Path, text: str) -> None:
     (megatron / "latest_checkpointed_iteration.txt").write_text(text)
+
+
+def exchange(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    for old, new in ((one, aside), (other, one), (aside, other)):
+        old.rename(new)
 
 
 def two_iterations(megatron: Path) -> None:

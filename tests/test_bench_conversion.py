@@ -25,6 +25,7 @@ def test_the_sampled_linear_is_as_the_report_says(model_dir: Path, checkpoint_di
     assert found["weights_scaling_factor"] == pytest.approx(found["amax_over_448"], rel=1e-7)
     assert found["weight_error"] == pytest.approx(found["weight_error_in_report"], rel=1e-5)
     assert 0.01 < found["output_error"] <= FP8_LINEAR
+    assert found["output_error_in_float32"] == pytest.approx(found["output_error"], rel=1e-5)
 
 
 def test_a_value_that_is_not_the_nearest_is_counted(

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -407,6 +409,32 @@ def test_a_disk_without_room_for_file_names_is_told_during_conversion(
         full_disk_error(CONVERT, start, disk)
         codes.append(inodes)
     assert len(codes) > 8, "staging, three folders and eight files"
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """As `ulimit -f` or a file system of small files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_file_larger_than_may_be_is_told(
+    model_dir: Path, checkpoint_dir: Path, tmp_path: Path, name: str
+) -> None:
+    converts = (CONVERT, "--model_dir", model_dir, "--quant_algo", "none", "--output_dir")
+    builds = (BUILD, "--checkpoint_dir", checkpoint_dir, "--vision", "torch", "--engine_dir")
+    arguments = (*(converts if name == CONVERT else builds), tmp_path / "out" / "new")
+    for kilobytes in (0, 1, 10):
+        with file_size_limit(kilobytes << 10):
+            result = run_command(*arguments)
+        one_line_error(result, str(arguments[-2]), "larger than", "ulimit -f", "another disk")
+        assert list((tmp_path / "out").iterdir()) == []
+    assert run_command(*arguments).exit_code == 0
 
 
 @pytest.mark.parametrize("options", ["size={}k", "size=100m,nr_inodes={}"])

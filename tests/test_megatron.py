@@ -342,6 +342,8 @@ def test_dummy_heads_that_are_not_zero_are_kept_as_from_hugging_face(tmp_path: P
         (Layout(2, 3, layers_per_stage=(0, 3, 1), embedding_stage=1), "iter_0000001"),
         # As pp_checkpoint_converter.py leaves them.
         (Layout(1, 2, extra_args={"pipeline_model_parallel_size": 1}), "iter_0000001"),
+        # As converters leave them that save every rank from one process.
+        (Layout(2, 2, extra_args={"rank": 0}), "iter_0000001"),
         # As another language model's conversion leaves them.
         (Layout(extra_args={"vision_model_type": ..., "kv_channels": None}), "iter_0000001"),
     ],

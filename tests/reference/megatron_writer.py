@@ -65,6 +65,7 @@ def write_megatron(
         for pp in range(layout.pp_size):
             name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if layout.pp_size > 1 else "")
             content = rank_content(rank_tensors(weights, config, layout, tp, pp), config, layout)
+            vars(content["args"]).setdefault("rank", pp * layout.tp_size + tp)
             if edit is not None:
                 edit(tp, pp, content)
             save_rank(iteration_dir / name / "model_optim_rng.pt", content)

@@ -61,7 +61,7 @@ def rank_files(iteration: Path) -> list[list[Path]]:
     places = {}
     for folder in _folders(iteration, re.compile(r"mp_rank_.*")):
         match = _RANK.fullmatch(folder.name)
-        if match is None:
+        if match is None or folder.name != _rank_name(match[1], match[2]):
             raise UserError(
                 f"{folder} is not the folder of a rank, expected mp_rank_TT or mp_rank_TT_PPP "
                 "(tensor and pipeline rank; expert parallelism has no place in NVLM-D)"
@@ -79,16 +79,19 @@ def rank_files(iteration: Path) -> list[list[Path]]:
         (int(match[2] or 0), int(match[1])): folder / RANK_FILE for folder, match in places.items()
     }
     pp_size, tp_size = (max(rank[axis] for rank in files) + 1 for axis in (0, 1))
-    suffix = "_{pp:03d}" if staged == {True} else ""
     ranks = [[(pp, tp) for tp in range(tp_size)] for pp in range(pp_size)]
     for pp, tp in (rank for stage in ranks for rank in stage):
-        path = iteration / f"mp_rank_{tp:02d}{suffix.format(pp=pp)}" / RANK_FILE
-        if files.get((pp, tp)) != path or not path.is_file():
+        path = iteration / _rank_name(tp, pp if staged == {True} else None) / RANK_FILE
+        if (pp, tp) not in files or not path.is_file():
             raise UserError(
                 f"{path} is missing, expected the files of {tp_size} tensor-parallel x {pp_size} "
                 "pipeline ranks; copy it there"
             )
     return [[files[rank] for rank in stage] for stage in ranks]
+
+
+def _rank_name(tp: str | int, pp: str | int | None) -> str:
+    return f"mp_rank_{int(tp):02d}" + ("" if pp is None else f"_{int(pp):03d}")
 
 
 def _no_ranks(iteration: Path) -> str:

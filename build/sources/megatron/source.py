@@ -14,7 +14,8 @@ import torch
 
 from build.sources.megatron.folder import iteration_dir, rank_files
 from build.sources.megatron.merge import Merge, Shards, positions, replicated
-from build.sources.megatron.model_config import MODEL_ARGS, Stages, model_config
+from build.sources.megatron.model_config import Stages, model_config
+from build.sources.megatron.one_checkpoint import check_no_copies, check_one_checkpoint
 from build.sources.megatron.rank_file import RankFile
 from build.sources.megatron.tensors import MegatronTensor, megatron_tensors
 from build.sources.provenance import file_entries, tokenizer_digests
@@ -42,7 +43,7 @@ class MegatronSource:
         files = rank_files(iteration_dir(model_dir))
         num_tokens = _num_tokens(self.tokenizer_dir)
         stages = [[RankFile.read(path) for path in stage] for stage in files]
-        _check_one_checkpoint(stages)
+        check_one_checkpoint(stages)
         config = model_config(stages, num_tokens)
         self.config = config.published
         if projector_norm_eps is not None:
@@ -56,6 +57,7 @@ class MegatronSource:
             shards = _shards(stages, tensor)
             known.add(tensor.name)
             self._parts |= {name: (how, shards) for name, how in tensor.holds.items()}
+        check_no_copies(stages)
         _warn_of_others(stages, known)
 
     def read(self, name: str) -> torch.Tensor:
@@ -84,23 +86,6 @@ def _num_tokens(tokenizer_dir: Path) -> int:
             "merges.txt --local-dir DIR, and give that folder as --tokenizer_dir DIR"
         )
     return Tokenizer(tokenizer_dir).num_tokens
-
-
-def _check_one_checkpoint(stages: Stages) -> None:
-    first = stages[0][0]
-    for file in (file for stage in stages for file in stage):
-        if file.iteration != first.iteration:
-            raise UserError(
-                f"{file.path} is of iteration {file.iteration}, {first.path} of "
-                f"{first.iteration}; copy all ranks of one iteration"
-            )
-        for name in MODEL_ARGS:
-            found, expected = (f.args.get(name) for f in (file, first))
-            if found != expected:
-                raise UserError(
-                    f"{file.path}: args.{name} is {found!r}, but {expected!r} in {first.path}; "
-                    "copy all ranks of one checkpoint"
-                )
 
 
 def _shards(stages: Stages, tensor: MegatronTensor) -> Shards:
