@@ -19,7 +19,7 @@ from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 
 _WARM_UP = 3
-PAUSE_S = 0.1 if torch.cuda.is_available() else 0.0
+PAUSE_S = 0.3 if torch.cuda.is_available() else 0.0
 """Before a prompt that finds the GPU idle, as a single user's does; without pauses its clock falls
 under the power of large products."""
 

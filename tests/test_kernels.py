@@ -13,6 +13,7 @@ from nvlm import fp8
 from nvlm.decoder_model import rope_tables
 from runtime.decoder.kernels import plain_forms
 from tests.tolerances import (
+    E4M3_AFTER_TENSOR_CORES,
     E4M3_FLIPPED_SHARE,
     KERNEL_BF16,
     relative_error,
@@ -104,11 +105,12 @@ def test_sums_of_ranks_are_rounded_before_they_are_added() -> None:
 @pytest.mark.parametrize("num_tasks", [1, 3, 24, 64, 192, 512, 4000])
 def test_the_numbers_of_splits_are_few_and_fit_the_workspace(num_tasks: int) -> None:
     workspace = Workspace.allocate(DEVICE, 264)
-    splits = workspace.num_splits(num_tasks)
-    assert splits in (1, 2, 4, 8, 16)
-    if splits > 1:
-        assert num_tasks * splits * 16 * 128 <= workspace.partial_sums.numel()
-        assert num_tasks * splits * 2 * 16 <= workspace.stats.numel()
+    for crowd in (1, 2):
+        splits = workspace.num_splits(num_tasks, crowd)
+        assert splits in (1, 2, 4, 8, 16)
+        if splits > 1:
+            assert num_tasks * splits * 16 * 128 <= workspace.partial_sums.numel()
+            assert num_tasks * splits * 2 * 16 <= workspace.stats.numel()
 
 
 def test_values_beyond_448_are_clamped_and_nan_stays() -> None:
@@ -130,7 +132,8 @@ def test_gate_up_swiglu_equals_its_plain_form(num_rows: int, size: int, depth: i
         return
     expected = plain_forms.gate_up_swiglu(*arguments)
     for _ in range(2):  # the counters are as they were
-        assert_same_e4m3(FORMS.gate_up_swiglu(*arguments), expected)
+        found = FORMS.gate_up_swiglu(*arguments)
+        assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 7, 64])
@@ -139,7 +142,8 @@ def test_gate_up_swiglu_divides_its_work_among_any_number_of_programs(num_progra
     x, weight = e4m3(2, 1000), e4m3(300, 1000, seed=1)
     arguments = (x, weight, scalar(1e-3), scalar(0.1), DTYPE)
     found = gate_up_swiglu(*arguments, workspace)
-    assert_same_e4m3(found, plain_forms.gate_up_swiglu(*arguments))
+    expected = plain_forms.gate_up_swiglu(*arguments)
+    assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
     assert int(workspace.counters.abs().sum()) == 0
 
 
@@ -318,7 +322,7 @@ def test_decode_attention_does_not_depend_on_how_it_is_divided(num_programs: int
     case = cached(8, 1, 128, [300, 5, 64])
     expected, _ = case.attended(FORMS, None)
     workspace = Workspace.allocate(DEVICE, num_programs)
-    for step in (Step(128, 4, 3), Step(32, 1, 6)):
+    for step in (Step(128, 4, 3, 1), Step(32, 1, 6, 2)):
         found, _ = case.attended(decode_attention, None, workspace, step)
         assert relative_error(found, expected) < KERNEL_BF16
     assert int(workspace.counters.abs().sum()) == 0

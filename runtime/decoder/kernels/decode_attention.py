@@ -26,16 +26,17 @@ _LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Positions that a program reads at once, and how it is compiled."""
+    """Positions that a program reads at once, how it is compiled, and Workspace.num_splits'."""
 
     num_tokens: int
     num_warps: int
     num_stages: int
+    crowd: int
 
 
 def step_for(batch_size: int) -> Step:
-    """Few requests are a matter of latency, many of bytes under way (measured on an H200)."""
-    return Step(128, 4, 3) if batch_size <= 8 else Step(32, 1, 6)
+    """Few requests are a matter of latency, many of bytes under way (measured on both GPUs)."""
+    return Step(128, 4, 3, 1) if batch_size <= 8 else Step(32, 1, 6, 2)
 
 
 @triton.jit
@@ -203,7 +204,7 @@ def decode_attention(
     group, step = heads // kv_heads, step or step_for(len(qkv))
     dtype = qkv.dtype if scale is None else E4M3
     out = empty_with_spare_rows(batch_size, heads * head_dim, dtype=dtype, device=qkv.device)
-    splits = workspace.num_splits(batch_size * kv_heads)
+    splits = workspace.num_splits(batch_size * kv_heads, step.crowd)
     _decode_attention[(batch_size, kv_heads, splits)](
         qkv, cos, sin, slots, k_cache, v_cache, block_tables, positions, kv_scale, scale, out,
         workspace.partial_sums, workspace.stats, workspace.counters,
