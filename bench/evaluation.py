@@ -52,7 +52,7 @@ def write_photos(folder: Path, number: int) -> list[Path]:
     photo = Image.open(PHOTO).convert("RGB")
     paths = []
     for index in range(number):
-        brightness = 0.7 + 0.6 * index / number
+        brightness = 0.6 + 0.8 * index / number
         image = ImageEnhance.Brightness(photo.resize(SIZES[index % len(SIZES)])).enhance(brightness)
         paths.append(folder / f"{index}.jpg")
         image.save(paths[-1], quality=90)
@@ -96,29 +96,40 @@ def measure_task(
 
 
 def measure(runner: Runner, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every pass has pictures of its own, whose blocks no earlier one has left in the KV cache."""
     question = "\n" + short_answer("What is in the cup?")
-    paths = write_photos(folder, arguments.num_samples)
-    samples = [Sample(i, (path, question), {"gt_answer": [""]}) for i, path in enumerate(paths)]
+    num_samples, repeats = arguments.num_samples, arguments.repeats
+    photos = write_photos(folder, (1 + 2 * repeats) * num_samples)
+    passes = [photos[i :: 1 + 2 * repeats] for i in range(1 + 2 * repeats)]
     defaults = GenerationRequest(
         content=(), prompt_format="megatron", max_new_tokens=arguments.max_new_tokens
     )
     tiling = runner.engine.vision.tiling
-    start = time.perf_counter()
-    tiled = [tile_image(load_image(p), tiling.image_size, tiling.max_num_tiles) for p in paths]
-    decode_s = time.perf_counter() - start
-    requests = [
-        sample_request(TASK, Sample(i, (image, question), {}), defaults)
-        for i, image in enumerate(tiled)
-    ]
-    measure_engine(runner, requests[: runner.engine.limits.max_batch_size])
+    num_tiles, decode_s = 0, 0.0
+
+    def requests(paths: list[Path]) -> list[GenerationRequest]:
+        nonlocal num_tiles, decode_s
+        start = time.perf_counter()
+        tiled = [tile_image(load_image(p), tiling.image_size, tiling.max_num_tiles) for p in paths]
+        decode_s = time.perf_counter() - start
+        num_tiles = sum(image.num_tiles for image in tiled)
+        return [
+            sample_request(TASK, Sample(i, (image, question), {}), defaults)
+            for i, image in enumerate(tiled)
+        ]
+
+    def samples(paths: list[Path]) -> list[Sample]:
+        return [Sample(i, (path, question), {"gt_answer": [""]}) for i, path in enumerate(paths)]
+
+    measure_engine(runner, requests(passes[-1])[: runner.engine.limits.max_batch_size])
     engine, task = [], []
-    for _ in range(arguments.repeats):
-        engine.append(measure_engine(runner, requests))
-        task.append(measure_task(runner, samples, defaults, folder / "answers.jsonl"))
-    num_samples = len(samples)
+    for repeat in range(repeats):
+        engine.append(measure_engine(runner, requests(passes[2 * repeat])))
+        pictures = samples(passes[2 * repeat + 1])
+        task.append(measure_task(runner, pictures, defaults, folder / "answers.jsonl"))
     return {
         "num_samples": num_samples,
-        "num_tiles": sum(image.num_tiles for image in tiled),
+        "num_tiles": num_tiles,
         "max_batch_size": runner.engine.limits.max_batch_size,
         "decode_and_tile_ms_per_image": 1e3 * decode_s / num_samples,
         "engine_samples_per_s": num_samples / statistics.median(e.seconds for e in engine),

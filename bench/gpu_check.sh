@@ -14,9 +14,9 @@
 #               python -m bench.hopper_truth --folder .truth --device cpu; what is missing is made
 #     load      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
 #     peers     Hugging Face transformers, bfloat16; needs transformers
+#     evaluation  a benchmark task beside the engine alone, $LAYERS (default 80) layers, needs tqdm
 #   one H200:
 #     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving
-#     evaluation  a benchmark task beside the engine alone, 80 layers, pictures from files
 #   two GPUs of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them
 #     ranks     80 layers on both, with CUDA graphs and, should that fail, without; sums by peer memory
@@ -53,7 +53,7 @@ part peers 120 $python -m bench.hopper_peers
 part h200 400 $python -m bench.hopper decode prefill first_token serving --layers 80 \
   --batch_sizes 1,8,32,64 --prompts 1948 --requests 128
 part evaluation 150 $python -m bench.evaluation --engine_dir "${TRUTH:-.truth}/engine" --device cuda \
-  --shape 72b --num_samples 24 --repeats 2
+  --shape 72b --layers ${LAYERS:-80} --num_samples 24 --repeats 2
 part one 120 $python -m bench.hopper decode prefill --layers 80 --batch_sizes 1,8,64 --prompts 1948
 ranks="timeout -k 5 140 mpirun -n 2 $python -m bench.hopper_ranks --one '$out/one.log'"
 part ranks 430 bash -c "$ranks --output '$out/ranks.json' || $ranks --output '$out/ranks.json' --no_graphs
