@@ -124,7 +124,7 @@ def test_values_beyond_448_are_clamped_and_nan_stays() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 17])
-@pytest.mark.parametrize(("size", "depth"), [(32, 256), (100, 1040)])
+@pytest.mark.parametrize(("size", "depth"), [(32, 256), (104, 1040)])
 def test_gate_up_swiglu_equals_its_plain_form(num_rows: int, size: int, depth: int) -> None:
     x, weight = e4m3(num_rows, depth), e4m3(2 * size, depth, seed=1)
     arguments = (x, weight, scalar(3e-4), scalar(0.1), DTYPE)
