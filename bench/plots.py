@@ -96,6 +96,9 @@ def draw(results: dict[str, dict[str, Any]]) -> Figure:
         axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
         axes.grid(axis="y", alpha=0.3)
         axes.legend(fontsize="small", loc="upper left")
+    machines = (values["machine"] for values in results.values())
+    gpus = dict.fromkeys(machine.get("gpu", machine["cpu"]) for machine in machines)
+    figure.suptitle(", ".join(gpus), fontsize="medium")
     return figure
 
 
