@@ -1,11 +1,13 @@
 """A benchmark task beside the engine alone: does the engine wait for pictures?
 
     python -m bench.evaluation --engine_dir D [--device cuda] [--num_samples N] [--repeats N]
+        [--shape 72b --layers 80]
 
 The engine alone answers the same requests with their tiles in memory, as a batch (the loop of
 `run.py --input_file`). The task reads JPEG files of a camera's size, decodes, tiles, answers and
 writes its lines. The two take turns, so that a busy machine slows both; processor time stands
-beside the clock's. The last line is JSON.
+beside the clock's. With --shape, models of that shape with random weights, vision in FP8, stand in
+for the engine's own, of which the tokenizer is left. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageEnhance
 
+from bench.hopper_vision import load_vision
 from bench.machine import describe
+from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from evaluation.generate import generate, sample_request
 from evaluation.prompts import short_answer
 from evaluation.results_file import ResultsFile
@@ -33,6 +37,8 @@ from evaluation.tasks import TASKS
 from nvlm.command_line import resolve_device
 from nvlm.inputs.images import load_image
 from nvlm.inputs.tiling import tile_image
+from runtime.decoder.open_model import open_model
+from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.runner import Runner
 from runtime.types import GenerationRequest
 
@@ -46,7 +52,7 @@ def write_photos(folder: Path, number: int) -> list[Path]:
     photo = Image.open(PHOTO).convert("RGB")
     paths = []
     for index in range(number):
-        brightness = 0.7 + 0.6 * index / number
+        brightness = 0.6 + 0.8 * index / number
         image = ImageEnhance.Brightness(photo.resize(SIZES[index % len(SIZES)])).enhance(brightness)
         paths.append(folder / f"{index}.jpg")
         image.save(paths[-1], quality=90)
@@ -90,29 +96,40 @@ def measure_task(
 
 
 def measure(runner: Runner, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every pass has pictures of its own, whose blocks no earlier one has left in the KV cache."""
     question = "\n" + short_answer("What is in the cup?")
-    paths = write_photos(folder, arguments.num_samples)
-    samples = [Sample(i, (path, question), {"gt_answer": [""]}) for i, path in enumerate(paths)]
+    num_samples, repeats = arguments.num_samples, arguments.repeats
+    photos = write_photos(folder, (1 + 2 * repeats) * num_samples)
+    passes = [photos[i :: 1 + 2 * repeats] for i in range(1 + 2 * repeats)]
     defaults = GenerationRequest(
         content=(), prompt_format="megatron", max_new_tokens=arguments.max_new_tokens
     )
     tiling = runner.engine.vision.tiling
-    start = time.perf_counter()
-    tiled = [tile_image(load_image(p), tiling.image_size, tiling.max_num_tiles) for p in paths]
-    decode_s = time.perf_counter() - start
-    requests = [
-        sample_request(TASK, Sample(i, (image, question), {}), defaults)
-        for i, image in enumerate(tiled)
-    ]
-    measure_engine(runner, requests[: runner.engine.limits.max_batch_size])
+    num_tiles, decode_s = 0, 0.0
+
+    def requests(paths: list[Path]) -> list[GenerationRequest]:
+        nonlocal num_tiles, decode_s
+        start = time.perf_counter()
+        tiled = [tile_image(load_image(p), tiling.image_size, tiling.max_num_tiles) for p in paths]
+        decode_s = time.perf_counter() - start
+        num_tiles = sum(image.num_tiles for image in tiled)
+        return [
+            sample_request(TASK, Sample(i, (image, question), {}), defaults)
+            for i, image in enumerate(tiled)
+        ]
+
+    def samples(paths: list[Path]) -> list[Sample]:
+        return [Sample(i, (path, question), {"gt_answer": [""]}) for i, path in enumerate(paths)]
+
+    measure_engine(runner, requests(passes[-1])[: runner.engine.limits.max_batch_size])
     engine, task = [], []
-    for _ in range(arguments.repeats):
-        engine.append(measure_engine(runner, requests))
-        task.append(measure_task(runner, samples, defaults, folder / "answers.jsonl"))
-    num_samples = len(samples)
+    for repeat in range(repeats):
+        engine.append(measure_engine(runner, requests(passes[2 * repeat])))
+        pictures = samples(passes[2 * repeat + 1])
+        task.append(measure_task(runner, pictures, defaults, folder / "answers.jsonl"))
     return {
         "num_samples": num_samples,
-        "num_tiles": sum(image.num_tiles for image in tiled),
+        "num_tiles": num_tiles,
         "max_batch_size": runner.engine.limits.max_batch_size,
         "decode_and_tile_ms_per_image": 1e3 * decode_s / num_samples,
         "engine_samples_per_s": num_samples / statistics.median(e.seconds for e in engine),
@@ -126,6 +143,16 @@ def measure(runner: Runner, folder: Path, arguments: argparse.Namespace) -> dict
     }
 
 
+def random_runner(arguments: argparse.Namespace, device: torch.device) -> Runner:
+    engine = replace(
+        synthetic_engine(arguments.shape, arguments.layers, max_batch_size=16, max_seq_len=4096),
+        directory=arguments.engine_dir,
+    )
+    model = open_model(engine, device, decoder_source(engine, device))
+    decoder = TorchDecoderExecutor.over(engine, model)
+    return Runner(engine, load_vision(engine, "FP8", device), decoder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine_dir", type=Path, required=True)
@@ -133,13 +160,22 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=48)
     parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shape", choices=DECODERS, help="of random models")
+    parser.add_argument("--layers", type=int, default=80)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
-    with tempfile.TemporaryDirectory() as folder, Runner.open(arguments.engine_dir, device) as run:
+
+    def runner() -> Runner:
+        if arguments.shape is not None:
+            return random_runner(arguments, device)
+        return Runner.open(arguments.engine_dir, device)
+
+    with tempfile.TemporaryDirectory() as folder, runner() as run:
         result = {
             "machine": describe(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
+            "shape": arguments.shape and f"{arguments.shape}, {arguments.layers} layers",
             **measure(run, Path(folder), arguments),
         }
     print(f"engine alone  {result['engine_samples_per_s']:8.2f} samples/s")

@@ -1,28 +1,28 @@
 #!/bin/bash
 # What a GPU machine has to show, part by part: each has a time limit and a log of its own, whose last
 # line is JSON where it measures, and one that fails or takes too long does not stop the next.
-#     [FLAGS="--pdl ..."] bash bench/gpu_check.sh OUT_FOLDER [part ...]     FLAGS: bench.hopper's settings
+#     bash bench/gpu_check.sh OUT_FOLDER [part ...]
 # Needs the repository, Python 3.12 with torch for CUDA, Triton, pytest, pytest-xdist and -timeout.
-#   one H100 or H200, the first check (8 minutes at most):
+#   one H100 or H200, the first check (3 minutes):
 #     tests     every kernel and the whole path against the CPU's numbers
 #     decode    8 and 16 layers of 72B width: decode, prefill, slopes per layer; profile.log
-#     variants  8 layers: L2 prefetch, dependent launches, fast accumulation, prompts by cuDNN
 #     vision    seven tiles, FP8 and bfloat16
-#     kernels   every kernel alone; FP8 linears by cuBLASLt and stream-K
+#     kernels   every kernel alone; FP8 linears by cuBLASLt
 #   and its other results:
 #     alone     tests that take the whole GPU: memory that runs out
 #     truth     the trained model's answers beside the CPU's. $TRUTH (default .truth): a folder made by
 #               python -m bench.hopper_truth --folder .truth --device cpu; what is missing is made
 #     load      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
 #     peers     Hugging Face transformers, bfloat16; needs transformers
+#     evaluation  a benchmark task beside the engine alone, $LAYERS (default 80) layers, needs tqdm
 #   one H200:
 #     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving
 #   two GPUs of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them
 #     ranks     80 layers on both, with CUDA graphs and, should that fail, without; sums by peer memory
 out=$1; shift
-parts=${*:-tests decode variants vision kernels}
-export NVLM_HOPPER_KERNELS=1 PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
+parts=${*:-tests decode vision kernels}
+export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_hwloc_base_binding_policy=none
 mkdir -p "$out"
 part() { # name, seconds, command
@@ -40,14 +40,10 @@ part tests 150 $pytest -n 8 --maxfail=40 \
   tests/test_hopper_executor.py tests/test_hopper_vision.py tests/test_decoder_contract.py \
   -k "not alone_ and not TensorRT and not float32"
 part decode 150 bash -c "$python -m bench.hopper decode prefill --layers 8,16 --prompts 1948,2048 \
-    --batch_sizes 1,8,64 --profile '$out/profile.log' $FLAGS ||
+    --batch_sizes 1,8,64 --profile '$out/profile.log' ||
   $python -m bench.hopper decode prefill --layers 8 --prompts 1948 --batch_sizes 1 --no_graphs"
-part variants 200 bash -c "for flags in 'decode --prefetch_kb 8192' 'decode --prefetch_kb 24576' \
-    'decode --prefetch_kb 16384 --prefetch_rows 16384' 'decode --pdl' 'decode --pdl --prefetch_kb 16384' \
-    'prefill --use_fast_accum' 'prefill --use_cudnn'; do echo \$flags
-  $python -m bench.hopper \$flags --layers 8 --batch_sizes 1,8,64 --prompts 1948,2048; done"
 part vision 60 $python -m bench.hopper vision
-part kernels 80 $python -m bench.hopper_kernels --batch_sizes 1,64 --prompts 1948
+part kernels 80 $python -m bench.hopper_kernels --batch_sizes 1,8,64 --prompts 1948
 
 part alone 60 $pytest tests/test_hopper_executor.py -k alone_
 part truth 220 $python -m bench.hopper_truth --folder "${TRUTH:-.truth}"
@@ -55,9 +51,11 @@ part load 200 $python -m bench.hopper_load --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.hopper_peers
 
 part h200 400 $python -m bench.hopper decode prefill first_token serving --layers 80 \
-  --batch_sizes 1,8,32,64 --prompts 1948 --requests 192 $FLAGS
-part one 120 $python -m bench.hopper decode prefill --layers 80 --batch_sizes 1,8,64 --prompts 1948 $FLAGS
-ranks="timeout -k 5 140 mpirun -n 2 $python -m bench.hopper_ranks --one '$out/one.log' $FLAGS"
+  --batch_sizes 1,8,32,64 --prompts 1948 --requests 128
+part evaluation 150 $python -m bench.evaluation --engine_dir "${TRUTH:-.truth}/engine" --device cuda \
+  --shape 72b --layers ${LAYERS:-80} --num_samples 24 --repeats 2
+part one 120 $python -m bench.hopper decode prefill --layers 80 --batch_sizes 1,8,64 --prompts 1948
+ranks="timeout -k 5 140 mpirun -n 2 $python -m bench.hopper_ranks --one '$out/one.log'"
 part ranks 430 bash -c "$ranks --output '$out/ranks.json' || $ranks --output '$out/ranks.json' --no_graphs
   $ranks --output '$out/ranks_one_shot.json' --one_shot"
 tail -n 25 "$out"/*.log | cut -c 1-400

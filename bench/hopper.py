@@ -5,18 +5,17 @@
         [--answer 128] [--tiles 7] [--profile FILE]
 
 A synthetic engine (bench/synthetic_engine.py) is loaded by the product's loader for each number of
-layers; with several, the slope per layer is told too. The last line is JSON.
+layers; with several, which are measured in turns, the slope per layer is told too. Prompts and
+tiles come after a pause, and again ("busy") without. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.hopper_decoder import measure_decode, measure_prefill, random_prompt
+from bench.hopper_decoder import Executors, measure_decode, measure_prefill, random_prompt
 from bench.hopper_requests import measure_first_token, measure_serving
 from bench.hopper_row import Row
 from bench.hopper_vision import measure_vision
@@ -34,7 +33,6 @@ from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine_dir import EngineDir
-from runtime.kernels import hopper
 
 DECODER_PHASES = {"decode", "prefill", "first_token", "serving"}
 PHASES = (*sorted(DECODER_PHASES), "vision")
@@ -42,35 +40,35 @@ PRECISIONS = ("bfloat16", "FP8")  # of vision
 
 
 def measure_decoder(
-    options: argparse.Namespace, num_layers: int, ceilings: Ceilings, device: torch.device
+    options: argparse.Namespace, ceilings: Ceilings, device: torch.device
 ) -> Iterator[Row]:
-    prompts = numbers(options.prompts)
-    engine = synthetic_engine(
-        options.shape,
-        num_layers,
-        max_batch_size=max(numbers(options.batch_sizes)),
-        max_seq_len=max(options.context + 512, *prompts) + 64,
-    )
-    start = time.perf_counter()
-    opened = open_model(
-        engine,
-        device,
-        decoder_source(engine, device),
-        use_graphs=not options.no_graphs,
-        **settings(options),
-    )
-    executor = TorchDecoderExecutor.over(engine, opened)
-    print(f"{num_layers} layers are ready after {time.perf_counter() - start:.1f} s", flush=True)
-    config = engine.checkpoint_config
+    """Of all numbers of layers in turns; what has one number only, of the last."""
+    prompts, depths = numbers(options.prompts), numbers(options.layers)
+    executors: Executors = {}
+    for num_layers in depths:
+        engine = synthetic_engine(
+            options.shape,
+            num_layers,
+            max_batch_size=max(numbers(options.batch_sizes)),
+            max_seq_len=max(options.context + 512, *prompts) + 64,
+        )
+        start = time.perf_counter()
+        opened = open_model(
+            engine, device, decoder_source(engine, device), use_graphs=not options.no_graphs
+        )
+        config = engine.checkpoint_config
+        executors[num_layers] = TorchDecoderExecutor.over(engine, opened), config
+        seconds = time.perf_counter() - start
+        print(f"{num_layers} layers are ready after {seconds:.1f} s", flush=True)
     if "decode" in options.phases:
         for batch_size in numbers(options.batch_sizes):
-            yield measure_decode(
-                executor, config, batch_size, options.context, ceilings, options.steps
-            )
+            yield from measure_decode(executors, batch_size, options.context, ceilings)
     if "prefill" in options.phases:
         for num_tokens in prompts:
-            yield measure_prefill(executor, config, num_tokens, ceilings)
-        yield measure_prefill(executor, config, prompts[0], ceilings, is_new=True)
+            yield from measure_prefill(executors, num_tokens, ceilings)
+            yield from measure_prefill(executors, num_tokens, ceilings, is_busy=True)
+        yield from measure_prefill(executors, prompts[0], ceilings, is_new=True)
+    executor, config = executors[depths[-1]]
     if "first_token" in options.phases:
         for precision in PRECISIONS:
             yield measure_first_token(executor, engine, precision, ceilings, device)
@@ -80,27 +78,6 @@ def measure_decoder(
         )
     if options.profile is not None:
         profile(executor, engine, options, device)
-
-
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Of `TritonForms`, those that are given."""
-    found: dict[str, Any] = {
-        name: True for name in ("use_fast_accum", "use_cudnn", "pdl") if getattr(options, name)
-    }
-    if options.prefetch_kb:
-        from runtime.kernels.prefetch import Prefetch
-
-        found["prefetch"] = Prefetch(options.prefetch_kb << 10, options.prefetch_rows)
-    return found
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prefetch_kb", type=int, default=0, help="of the next linear's weights")
-    parser.add_argument("--prefetch_rows", type=int, default=1, help="whose beginnings they are")
-    parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch")
-    parser.add_argument("--use_fast_accum", action="store_true")
-    parser.add_argument("--use_cudnn", action="store_true", help="attention of whole prompts")
-    parser.add_argument("--no_graphs", action="store_true")
 
 
 def profile(
@@ -119,7 +96,7 @@ def profile(
         activities.append(ProfilerActivity.CUDA)
 
     @contextmanager
-    def told(title: str) -> Iterator[None]:
+    def profiled(title: str) -> Iterator[None]:
         with profiler(activities=activities) as found:
             yield
             if device.type == "cuda":
@@ -138,13 +115,13 @@ def profile(
         ]
         while len(executor.step()) < batch_size:
             pass
-        with told(f"10 decode steps, batch {batch_size}"):
+        with profiled(f"10 decode steps, batch {batch_size}"):
             for _ in range(10):
                 executor.step()
         for request in requests:
             executor.cancel(request)
     executor.submit(DecoderRequest(random_prompt(vocab_size, numbers(options.prompts)[0], 5), 1))
-    with told(f"prefill of {numbers(options.prompts)[0]} tokens"):
+    with profiled(f"prefill of {numbers(options.prompts)[0]} tokens"):
         executor.step()
 
 
@@ -168,18 +145,12 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def rows_by_depth(
-    layers: str, measure: Callable[[int], Iterable[Row]], device: torch.device
-) -> list[Row]:
-    """The rows of each number of layers, printed as they come, then what a layer adds."""
+def told(measured: Iterable[Row]) -> list[Row]:
+    """The rows, printed as they come, then what a layer adds."""
     rows = []
-    for num_layers in numbers(layers):
-        for row in measure(num_layers):
-            print(row, flush=True)
-            rows.append(row)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    for row in measured:
+        print(row, flush=True)
+        rows.append(row)
     for slope in slopes(rows):
         print(
             f"{slope['phase']:<8}batch {slope['batch_size']:<3} {slope['num_tokens']:>5} tokens "
@@ -189,7 +160,6 @@ def rows_by_depth(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    os.environ.setdefault(hopper.SWITCH, "1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("phases", nargs="+", choices=PHASES)
     parser.add_argument("--shape", choices=DECODERS, default="72b")
@@ -200,8 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--tiles", default="7")
-    parser.add_argument("--steps", type=int, default=40)
-    add_settings(parser)
+    parser.add_argument("--no_graphs", action="store_true")
     parser.add_argument("--profile", type=Path, help="append kernels' times to this file")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -210,15 +179,11 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Row] = []
     needs_decoder = DECODER_PHASES & {*options.phases}
     if needs_decoder:
-        rows += rows_by_depth(
-            options.layers, lambda n: measure_decoder(options, n, ceilings, device), device
-        )
+        rows += told(measure_decoder(options, ceilings, device))
     if "vision" in options.phases:
         for precision in PRECISIONS:
             for num_tiles in numbers(options.tiles):
-                row = measure_vision(options.shape, precision, num_tiles, ceilings, device)
-                print(row, flush=True)
-                rows.append(row)
+                rows += told(measure_vision(options.shape, precision, num_tiles, ceilings, device))
     found = {
         "machine": describe() | describe_gpu(device),
         "ceilings": ceilings.to_json(),

@@ -3,17 +3,16 @@
     python -m bench.hopper_kernels [--shape 72b|tiny] [--batch_sizes 1,8,64] [--context 2048]
 
 The device's copy rate is measured first, in the same run; a kernel's bytes (each input read once,
-each output written once) over its time are told as a share of it. The four FP8 linears are timed
-as the stream-K kernel with several tiles and as cuBLASLt. Times are medians of CUDA graph replays
-over weights larger than the cache. On a CPU the plain forms run, which only shows that the program
-works. The last line is JSON.
+each output written once) over its time are told as a share of it. The FP8 linears are timed with
+both ways to add, beside float64. Times are medians of CUDA graph replays over buffers larger than
+the cache. On a CPU the plain forms run, which only shows that the program works. The last line is
+JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -28,11 +27,8 @@ from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.decoder.kernels import plain_forms
 
 SHAPES = {"72b": (8192, 29568, 64, 8, 128), "tiny": (256, 512, 4, 2, 64)}
-TILES = [(64, 256, 4, 5), (64, 128, 4, 6), (128, 128, 4, 4), (128, 128, 8, 4), (128, 256, 8, 3)]
 CACHE_BYTES = 200_000_000  # several times the level-2 cache
 LAUNCHES = 8  # in one graph, over different buffers
-SPLITS = (1, 2, 4, 8, 16)  # of a context
-TOKENS_PER_STEP = (64, 128)
 
 Run = Callable[[int], object]  # takes the number of the buffers to use
 
@@ -44,45 +40,34 @@ def e4m3(*shape: int, device: torch.device) -> torch.Tensor:
 def measure_linear(
     forms: Any, rows: int, columns: int, depth: int, device: torch.device
 ) -> dict[str, tuple[float, int]]:
-    num_buffers = (
-        1 if device.type == "cpu" else max(1, min(LAUNCHES, CACHE_BYTES * 4 // (columns * depth)))
-    )
-    weights = [e4m3(columns, depth, device=device) for _ in range(num_buffers)]
+    weights = [e4m3(columns, depth, device=device) for _ in range(num_buffers(columns * depth))]
     x, scale = e4m3(rows, depth, device=device), torch.tensor(1e-4, device=device)
     moved = columns * depth + rows * depth + 2 * rows * columns
 
     def timed(linear: Callable[..., object]) -> tuple[float, int]:
         def run(i: int) -> object:
-            return linear(x, weights[i % num_buffers], scale, None, torch.bfloat16)
+            return linear(x, weights[i % len(weights)], scale, None, torch.bfloat16)
 
         return median_ms(run, device), moved
 
-    found = {"tensor_core_linear": timed(forms.tensor_core_linear)}
+    found = {"linear": timed(forms.linear)}
     if device.type == "cuda":
-        fast = functools.partial(forms.tensor_core_linear, use_fast_accum=True)
-        found["tensor_core_linear, fast accumulation"] = timed(fast)
-        exact = x[:16].float() @ weights[0].float().t() * scale
-        for name, linear in (("sums of 128", forms.tensor_core_linear), ("fast", fast)):
-            y = linear(x[:16], weights[0], scale, None, torch.bfloat16).float()
-            error = float((y - exact).norm() / exact.norm())
-            print(f"{rows} rows, {columns} x {depth}, {name}: relative error {error:.2e}")
-    if device.type == "cuda" and rows <= 64:
-        from runtime.decoder.kernels.streaming_linear import Tile, streaming_linear
-        from runtime.decoder.kernels.workspace import Workspace
+        from runtime.kernels.tensor_core_linear import TensorCoreLinear
 
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        for occupancy in (1, 2):
-            workspace = Workspace.allocate(device, occupancy * multiprocessors)
-            for tile in TILES:
-                linear = functools.partial(streaming_linear, workspace=workspace, tile=Tile(*tile))
-                name = f"stream-K {tile} x{occupancy}"
-                try:
-                    found[name] = timed(linear)
-                except Exception as error:  # e.g. more shared memory than there is
-                    print(f"{name}: {type(error).__name__}", file=sys.stderr)
-    elif device.type == "cpu":
-        found["streaming_linear"] = timed(forms.streaming_linear)
+        exactly = TensorCoreLinear(device)
+        fast = functools.partial(exactly, use_fast_accum=True)
+        oracle = x[:16].double() @ weights[0].double().t() * scale.double()
+        for name, linear in (("sums of 128", exactly), ("fast accumulation", fast)):
+            found[f"linear, {name}"] = timed(linear)
+            y = linear(x[:16], weights[0], scale, None, torch.bfloat16).double()
+            error = float((y - oracle).norm() / oracle.norm())
+            print(f"{rows} rows, {columns} x {depth}, {name}: relative error {error:.2e}")
     return found
+
+
+def num_buffers(num_bytes: int) -> int:
+    """So many that a graph's launches do not find theirs in the level-2 cache."""
+    return max(1, min(LAUNCHES, 4 * CACHE_BYTES // num_bytes)) if torch.cuda.is_available() else 1
 
 
 def measure(
@@ -93,58 +78,47 @@ def measure(
     scale = torch.tensor(0.02, device=device)
     hidden, delta = (torch.randn(batch_size, size, device=device).bfloat16() for _ in range(2))
     norm = torch.ones(size, device=device, dtype=torch.bfloat16)
-    gate_up = torch.randn(batch_size, 2 * intermediate, device=device).bfloat16()
+    x = e4m3(batch_size, size, device=device)
+    gate_ups = [
+        e4m3(2 * intermediate, size, device=device)
+        for _ in range(num_buffers(2 * intermediate * size))
+    ]
     qkv = torch.randn(batch_size, (heads + 2 * kv_heads) * head_dim, device=device).bfloat16()
     blocks_each = -(-context // TOKENS_PER_BLOCK)
     num_blocks = batch_size * blocks_each
+    kv_bytes = 2 * batch_size * context * kv_heads * head_dim
     caches = [
         [e4m3(num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim, device=device) for _ in "kv"]
-        for _ in range(1 if device.type == "cpu" else LAUNCHES)
+        for _ in range(num_buffers(kv_bytes))
     ]
     tables = torch.randperm(num_blocks, device=device).to(torch.int32).view(batch_size, -1)
-    lengths = torch.full((batch_size,), context, dtype=torch.int32, device=device)
+    positions = torch.full((batch_size,), context - 1, dtype=torch.int32, device=device)
     slots = tables[:, -1].long() * TOKENS_PER_BLOCK
     cos, sin = (torch.rand(batch_size, head_dim // 2, device=device) for _ in range(2))
-    q = torch.randn(batch_size, heads, head_dim, device=device).bfloat16()
-    width = (heads + 2 * kv_heads) * head_dim
+    rotated = qkv, cos, sin, slots
     runs: dict[str, tuple[Run, int]] = {
         "add_rms_norm": (
             lambda _: forms.add_rms_norm(hidden, delta, norm, 1e-6, scale),
             7 * batch_size * size,
         ),
-        "swiglu_quantize": (
-            lambda _: forms.swiglu_quantize(gate_up, scale),
-            5 * batch_size * intermediate,
+        "gate_up_swiglu": (
+            lambda i: forms.gate_up_swiglu(
+                x, gate_ups[i % len(gate_ups)], scale, scale, torch.bfloat16
+            ),
+            2 * intermediate * size + batch_size * (size + intermediate),
         ),
         "rope_append": (
-            lambda i: forms.rope_append(qkv, cos, sin, slots, *caches[i % len(caches)], scale),
-            4 * batch_size * width,
+            lambda i: forms.rope_append(*rotated, *caches[i % len(caches)], scale),
+            4 * qkv.numel(),
         ),
-        "paged_attention": (
-            lambda i: forms.paged_attention(
-                q, *caches[i % len(caches)], tables, lengths, scale, scale
+        "decode_attention": (
+            lambda i: forms.decode_attention(
+                *rotated, *caches[i % len(caches)], tables, positions, scale, scale
             ),
-            2 * batch_size * context * kv_heads * head_dim,
+            kv_bytes,
         ),
     }
     found = {name: (median_ms(run, device), moved) for name, (run, moved) in runs.items()}
-    if device.type == "cuda":
-        from runtime.decoder.kernels.paged_attention import paged_attention
-        from runtime.decoder.kernels.workspace import Workspace
-
-        def attend_with(workspace: Workspace, tokens: int, i: int) -> torch.Tensor:
-            k, v = caches[i % len(caches)]
-            return paged_attention(q, k, v, tables, lengths, scale, scale, workspace, tokens)
-
-        for splits, tokens in itertools.product(SPLITS, TOKENS_PER_STEP):
-            # Of `num_programs` as many as give every pair of request and KV head these splits.
-            workspace = Workspace.allocate(device, splits * batch_size * kv_heads // 2)
-            assert workspace.num_splits(batch_size * kv_heads) == splits
-            run = functools.partial(attend_with, workspace, tokens)
-            found[f"paged_attention, {splits} splits, {tokens} a step"] = (
-                median_ms(run, device),
-                2 * batch_size * context * kv_heads * head_dim,
-            )
     return found | measure_linears(shape, batch_size, device, forms)
 
 

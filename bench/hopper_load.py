@@ -30,7 +30,6 @@ from runtime.decoder.hopper_weights import load_hopper_weights
 from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_weights import open_weights
 from runtime.engine_dir import EngineDir
-from runtime.kernels import hopper
 
 _CHUNK_BYTES = 8 << 20
 
@@ -68,7 +67,6 @@ def read_plainly(path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    os.environ.setdefault(hopper.SWITCH, "1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--shape", choices=DECODERS, default="72b")

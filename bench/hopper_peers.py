@@ -20,8 +20,8 @@ import torch
 import transformers
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.hopper import numbers, rows_by_depth, slopes
-from bench.hopper_decoder import prefill_flop, random_prompt, step_bytes
+from bench.hopper import numbers, slopes, told
+from bench.hopper_decoder import PAUSE_S, prefill_flop, random_prompt, step_bytes
 from bench.hopper_row import Row
 from bench.machine import describe, describe_gpu
 from bench.stopwatch import seconds_of
@@ -68,7 +68,11 @@ def measure(
     for num_tokens in numbers(options.prompts):
         ids = prompts(1, num_tokens)
         work = lambda ids=ids: model(ids, logits_to_keep=1).logits.argmax(-1).tolist()  # noqa: E731
-        seconds = statistics.median([seconds_of(work, device) for _ in range(7)][2:])
+        times = []
+        for _ in range(7):
+            time.sleep(PAUSE_S)
+            times.append(seconds_of(work, device))
+        seconds = statistics.median(times[2:])
         flop = prefill_flop(stored, num_tokens)
         yield Row(
             "prefill",
@@ -119,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         decoder = replace(DECODERS[options.shape], num_hidden_layers=num_layers)
         return measure(decoder, options, ceilings, device)
 
-    rows = rows_by_depth(options.layers, measured, device)
+    rows = told(row for num_layers in numbers(options.layers) for row in measured(num_layers))
     found = {
         "machine": describe() | describe_gpu(device) | {"transformers": transformers.__version__},
         "ceilings": ceilings.to_json(),

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.hopper import add_settings, numbers, settings
+from bench.hopper import numbers
 from bench.hopper_decoder import measure_decode, measure_prefill
 from bench.hopper_row import Row
 from bench.machine import describe, describe_gpu
@@ -29,7 +29,6 @@ from nvlm import command_line
 from nvlm.json_files import write_json_atomically
 from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
-from runtime.kernels import hopper
 from runtime.mpi import Job, World, end, rank_from
 from runtime.process_group import ProcessGroup
 
@@ -46,8 +45,7 @@ def opened(
         tp_size=group.size,
     )
     source = decoder_source(engine, device, group.rank)
-    use_graphs = not options.no_graphs
-    model = open_model(engine, device, source, group, use_graphs=use_graphs, **settings(options))
+    model = open_model(engine, device, source, group, use_graphs=not options.no_graphs)
     return TorchDecoderExecutor.over(engine, model, group)
 
 
@@ -67,10 +65,13 @@ def measure(
         print(row, "" if speed_up is None else f"{speed_up:.2f} times one", flush=True)
         write_json_atomically(options.output, found)
 
+    executors = {options.layers: (executor, config)}
     for batch_size in numbers(options.batch_sizes):
-        tell(measure_decode(executor, config, batch_size, options.context, ceilings, options.steps))
+        for row in measure_decode(executors, batch_size, options.context, ceilings):
+            tell(row)
     for num_tokens in numbers(options.prompts):
-        tell(measure_prefill(executor, config, num_tokens, ceilings))
+        for row in measure_prefill(executors, num_tokens, ceilings):
+            tell(row)
 
 
 def step_times(path: Path, num_layers: int) -> dict[tuple[str, int, int], float]:
@@ -84,7 +85,6 @@ def step_times(path: Path, num_layers: int) -> dict[tuple[str, int, int], float]
 
 
 def main() -> None:
-    os.environ.setdefault(hopper.SWITCH, "1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--one", type=Path, help="what bench/hopper.py printed for one GPU")
@@ -93,8 +93,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", default="1,8,64")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--prompts", default="1948")
-    parser.add_argument("--steps", type=int, default=40)
-    add_settings(parser)
+    parser.add_argument("--no_graphs", action="store_true")
     parser.add_argument("--one_shot", action="store_true", help="small sums by peer memory")
     options = parser.parse_args()
     kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 
 from bench.ceilings import Ceilings
-from bench.hopper_decoder import prefill_flop, random_prompt, step_bytes
+from bench.hopper_decoder import PAUSE_S, prefill_flop, random_prompt, step_bytes
 from bench.hopper_row import Row
 from bench.hopper_vision import load_vision, random_tiles, tile_flop
 from nvlm.checkpoint_config import CheckpointConfig
@@ -36,6 +36,7 @@ def measure_first_token(
     for repeat in range(2 + repeats):
         tiles = random_tiles(vision_config, _NUM_TILES, seed=repeat)
         text = random_prompt(config.decoder.vocab_size, _TEXT_TOKENS, seed=repeat)
+        time.sleep(PAUSE_S)
         start = time.perf_counter()
         table = vision.encode(tiles).flatten(0, 1)
         first = config.decoder.vocab_size

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,7 +31,6 @@ from runtime.compare import Run, differences, record
 from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine_dir import EngineDir
-from runtime.kernels import hopper
 from runtime.runner import Runner
 from runtime.types import GenerationRequest
 from runtime.vision.executor import create_vision_executor
@@ -135,7 +133,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--per_task", type=int, default=40)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options = parser.parse_args(arguments)
-    os.environ.setdefault(hopper.SWITCH, "1")
     device = torch.device(options.device)
     options.folder.mkdir(parents=True, exist_ok=True)
     engine = engine_in(options.folder)

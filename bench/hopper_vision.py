@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 
 from bench.ceilings import Ceilings
+from bench.hopper_decoder import PAUSE_S
 from bench.hopper_row import Row
 from bench.synthetic_engine import synthetic_engine, vision_source
 from nvlm.config import VisionConfig
@@ -23,32 +25,35 @@ def measure_vision(
     ceilings: Ceilings,
     device: torch.device,
     repeats: int = 10,
-) -> Row:
+) -> Iterator[Row]:
     engine = synthetic_engine(shape, 1, max_batch_size=1, max_seq_len=64)
     config = engine.vision.vision
     executor = load_vision(engine, precision, device)
     tiles = random_tiles(config, num_tiles, seed=0)
-    times = []
-    for _ in range(2 + repeats):
-        start = time.perf_counter()
-        executor.encode(tiles)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[2:])
     flop = num_tiles * tile_flop(config)
     ceiling = ceilings.fp8_flop_per_s if precision == "FP8" else ceilings.bf16_flop_per_s
     num_positions = num_tiles * config.num_positions
-    return Row(
-        f"vision {precision}",
-        config.num_hidden_layers,
-        num_tiles,
-        num_positions,
-        1e3 * seconds,
-        num_positions / seconds,
-        flop / seconds,
-        flop / seconds / ceiling,
-    )
+    for is_busy in (False, True):
+        times = []
+        for _ in range(2 + repeats):
+            if not is_busy:
+                time.sleep(PAUSE_S)
+            start = time.perf_counter()
+            executor.encode(tiles)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times[2:])
+        yield Row(
+            f"vision {precision}" + ", busy" * is_busy,
+            config.num_hidden_layers,
+            num_tiles,
+            num_positions,
+            1e3 * seconds,
+            num_positions / seconds,
+            flop / seconds,
+            flop / seconds / ceiling,
+        )
 
 
 def load_vision(engine: EngineDir, precision: str, device: torch.device) -> TorchVisionExecutor:

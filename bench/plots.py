@@ -2,8 +2,8 @@
 
     python -m bench.plots --results us=h100.json transformers=peers.json --output docs/hopper.svg
 
-Milliseconds per layer: of decode steps by batch size, and of prompts by length, beside what the
-first file's ceilings allow. A file of one number of layers has no slope; its steps are divided by
+Milliseconds per layer: of decode steps by batch size, and of prompts by length, beside what each
+file's own ceilings allow. A file of one number of layers has no slope; its steps are divided by
 their layers, head and sampling included.
 """
 
@@ -72,7 +72,6 @@ def floor(ceilings: dict[str, float], phase: str, point: Point) -> float:
 
 def draw(results: dict[str, dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    first = next(iter(results.values()))
     for axes, phase in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
         found = {name: points(values, phase) for name, values in results.items()}
         every = sorted({point for each in found.values() for point in each})
@@ -80,20 +79,26 @@ def draw(results: dict[str, dict[str, Any]]) -> Figure:
         for i, (name, each) in enumerate(found.items()):
             places = [every.index(point) + (i + 0.5) * width - 0.4 for point in each]
             bars = axes.bar(places, list(each.values()), width, label=name)
-            axes.bar_label(bars, fmt="%.3f", fontsize="x-small")
-        for place, point in enumerate(every):
-            least = floor(first["ceilings"], phase, point)
-            label = "at the measured ceiling" if place == 0 else None
-            axes.hlines(least, place - 0.45, place + 0.45, "black", "dashed", label=label)
-        names = [
-            f"batch {batch_size}\n{num_tokens:,} tokens" if phase == "decode" else f"{num_tokens:,}"
-            for batch_size, num_tokens in every
-        ]
+            axes.bar_label(bars, fmt="%.3f", fontsize="x-small", padding=1)
+            ends = [(place - 0.45 * width, place + 0.45 * width) for place in places]
+            floors = [floor(results[name]["ceilings"], phase, point) for point in each]
+            is_last = i == len(found) - 1
+            label = "at the run's measured ceiling" if is_last else None
+            axes.hlines(floors, *zip(*ends, strict=True), "black", "dashed", label=label)
+        if phase == "decode":
+            names = [f"{batch_size}" for batch_size, _ in every]
+            axes.set_xlabel(f"batch size, at {every[0][1]:,} tokens of context")
+        else:
+            names = [f"{num_tokens:,}" for _, num_tokens in every]
+            axes.set_xlabel("tokens of the prompt")
         axes.set_xticks(range(len(every)), names)
         axes.set(title=phase, ylabel="ms per layer")
+        axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(fontsize="small")
-    figure.suptitle(first["machine"].get("gpu", first["machine"]["cpu"]), fontsize="medium")
+        axes.legend(fontsize="small", loc="upper left")
+    machines = (values["machine"] for values in results.values())
+    gpus = dict.fromkeys(machine.get("gpu", machine["cpu"]) for machine in machines)
+    figure.suptitle(", ".join(gpus), fontsize="medium")
     return figure
 
 

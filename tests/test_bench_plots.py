@@ -38,8 +38,10 @@ def test_slopes_are_drawn_beside_peers_and_the_ceiling(tmp_path: Path) -> None:
     decode, prefill = figure.axes
     assert [len(axes.patches) for axes in (decode, prefill)] == [2 + 1, 1 + 1]
     assert decode.get_ylim()[1] > 1.2
+    floors = [len(lines.get_paths()) for lines in decode.collections]
+    assert floors == [2, 1]
     labels = [text.get_text() for text in decode.get_legend().get_texts()]
-    assert labels == ["at the measured ceiling", "us", "transformers"]
+    assert labels == ["at the run's measured ceiling", "us", "transformers"]
     figure.savefig(tmp_path / "plot.svg", metadata={"Date": None})
     assert "a GPU" in (tmp_path / "plot.svg").read_text()
 

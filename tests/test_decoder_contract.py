@@ -262,9 +262,11 @@ def test_never_more_than_max_batch_size_run_in_a_step(executor: DecoderExecutor)
     "request_", [text(9), text(30), with_images([4, 12])], ids=["9", "30", "images"]
 )
 def test_an_answer_given_back_as_prompt_goes_on_as_it_did(
-    executor: DecoderExecutor, request_: DecoderRequest
+    implementation: Implementation, executor: DecoderExecutor, request_: DecoderRequest
 ) -> None:
     """Prefill and decode agree on positions and cache, also where a block of 32 is crossed."""
+    if (implementation.engine.decoder_target, implementation.device.type) == ("torch", "cuda"):
+        pytest.skip("its prompts and decoding round differently: test_hopper_executor.py")
     ((ids, _),) = run(executor, replace(request_, max_new_tokens=16))
     for count in (1, 5, 11):
         longer = [*request_.token_ids, *ids[:count]]

@@ -1,9 +1,7 @@
 """The fast path with its kernels against the oracle: on a GPU where there is one, otherwise in
-Triton's interpreter (see test_kernels.py), where cuBLAS has the streaming kernel in its place."""
+Triton's interpreter (see test_kernels.py), with plain forms in the place of libraries' calls."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -35,12 +33,7 @@ class _Forms(test_kernels.TritonForms):
     if DEVICE.type == "cpu":
         head = staticmethod(plain_forms.head)  # type: ignore[assignment]
 
-        def linear(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-            from runtime.decoder.kernels.streaming_linear import MAX_ROWS
-
-            if len(x) > MAX_ROWS:
-                return plain_forms.linear(x, *arguments)
-            return self.streaming_linear(x, *arguments)
+        linear = staticmethod(plain_forms.linear)  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +45,8 @@ def models(workshop: Workshop, model_dir) -> dict[str, DecoderModel]:  # type: i
     source = open_weights(engine_dir / "llm", config)
     weights = load_hopper_weights(source, config, DEVICE)
 
-    def fast(use_graphs: bool, **settings: Any) -> HopperModel:
-        forms = _Forms(DEVICE, **settings)
+    def fast(use_graphs: bool) -> HopperModel:
+        forms = _Forms(DEVICE)
         arguments = (config, 5, MAX_SEQ_LEN, weights, NUM_BLOCKS, DEVICE, forms)
         model = HopperModel(*arguments)
         if DEVICE.type == "cuda" and use_graphs:
@@ -61,17 +54,11 @@ def models(workshop: Workshop, model_dir) -> dict[str, DecoderModel]:  # type: i
         return model
 
     oracle = PlainModel(config, load_weights(source, config, CPU), NUM_BLOCKS, CPU)
-    models: dict[str, DecoderModel] = {
+    return {
         "oracle": oracle,
         "graphs": fast(use_graphs=True),
         "launches": fast(use_graphs=False),
     }
-    if DEVICE.type == "cuda":
-        from runtime.kernels.prefetch import Prefetch
-
-        models["prefetch"] = fast(use_graphs=True, prefetch=Prefetch(9000))
-        models["pdl"] = fast(use_graphs=True, prefetch=Prefetch(9000, 100), pdl=True)
-    return models
 
 
 @pytest.mark.parametrize("name", SCENES if DEVICE.type == "cuda" else INTERPRETED)
@@ -88,10 +75,8 @@ def test_every_mixture_gives_the_oracles_logits(models: dict[str, DecoderModel],
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("name", SCENES)
 @torch.inference_mode()
-def test_graphs_prefetch_and_single_launches_agree_bit_for_bit(
+def test_graphs_and_single_launches_agree_bit_for_bit(
     models: dict[str, DecoderModel], name: str
 ) -> None:
     for steps in SCENES[name]:
-        expected = models["launches"].forward(steps)
-        for each in ("graphs", "prefetch", "pdl"):
-            assert torch.equal(expected, models[each].forward(steps)), each
+        assert torch.equal(*(models[each].forward(steps) for each in ("graphs", "launches")))

@@ -13,8 +13,8 @@ from nvlm import fp8
 from nvlm.decoder_model import rope_tables
 from runtime.decoder.kernels import plain_forms
 from tests.tolerances import (
+    E4M3_AFTER_TENSOR_CORES,
     E4M3_FLIPPED_SHARE,
-    FLOAT32_LOGITS,
     KERNEL_BF16,
     relative_error,
 )
@@ -22,14 +22,16 @@ from tests.tolerances import (
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # no bfloat16 products there
 triton = pytest.importorskip("triton", reason="triton is not installed")
-import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from runtime.decoder.kernels.streaming_linear import Tile, streaming_linear  # noqa: E402
+from runtime.decoder.kernels.decode_attention import Step, decode_attention  # noqa: E402
+from runtime.decoder.kernels.elementwise import swiglu_quantize  # noqa: E402
+from runtime.decoder.kernels.gate_up_swiglu import gate_up_swiglu  # noqa: E402
 from runtime.decoder.kernels.triton_forms import TritonForms  # noqa: E402
+from runtime.decoder.kernels.widen_pages import widen_pages  # noqa: E402
 from runtime.decoder.kernels.workspace import Workspace  # noqa: E402
-from runtime.kernels.prefetch import Prefetch, offsets  # noqa: E402
 from runtime.kernels.quantization import scale_quantize  # noqa: E402
+from runtime.kernels.spare_rows import empty_with_spare_rows, with_spare_rows  # noqa: E402
 
 FORMS = TritonForms(DEVICE)
 
@@ -103,11 +105,12 @@ def test_sums_of_ranks_are_rounded_before_they_are_added() -> None:
 @pytest.mark.parametrize("num_tasks", [1, 3, 24, 64, 192, 512, 4000])
 def test_the_numbers_of_splits_are_few_and_fit_the_workspace(num_tasks: int) -> None:
     workspace = Workspace.allocate(DEVICE, 264)
-    splits = workspace.num_splits(num_tasks)
-    assert splits in (1, 2, 4, 8, 16)
-    if splits > 1:
-        assert num_tasks * splits * 16 * 128 <= workspace.partial_sums.numel()
-        assert num_tasks * splits * 2 * 16 <= workspace.stats.numel()
+    for crowd in (1, 2):
+        splits = workspace.num_splits(num_tasks, crowd)
+        assert splits in (1, 2, 4, 8, 16)
+        if splits > 1:
+            assert num_tasks * splits * 16 * 128 <= workspace.partial_sums.numel()
+            assert num_tasks * splits * 2 * 16 <= workspace.stats.numel()
 
 
 def test_values_beyond_448_are_clamped_and_nan_stays() -> None:
@@ -120,11 +123,44 @@ def test_values_beyond_448_are_clamped_and_nan_stays() -> None:
     assert bool(found.float().isnan().all())
 
 
-@pytest.mark.parametrize(("num_tokens", "size"), [(1, 64), (5, 1500)])
-def test_swiglu_quantize_equals_its_plain_form(num_tokens: int, size: int) -> None:
-    gate_up = 3 * randn(num_tokens, 2 * size)
-    found = FORMS.swiglu_quantize(gate_up, scalar(0.02))
-    assert_same_e4m3(found, plain_forms.swiglu_quantize(gate_up, scalar(0.02)))
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 17])
+@pytest.mark.parametrize(("size", "depth"), [(32, 256), (104, 1040)])
+def test_gate_up_swiglu_equals_its_plain_form(num_rows: int, size: int, depth: int) -> None:
+    x, weight = e4m3(num_rows, depth), e4m3(2 * size, depth, seed=1)
+    arguments = (x, weight, scalar(3e-4), scalar(0.1), DTYPE)
+    if DEVICE.type == "cpu" and num_rows > 16:  # cuBLASLt's
+        return
+    expected = plain_forms.gate_up_swiglu(*arguments)
+    for _ in range(2):  # the counters are as they were
+        found = FORMS.gate_up_swiglu(*arguments)
+        assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 7, 64])
+def test_gate_up_swiglu_divides_its_work_among_any_number_of_programs(num_programs: int) -> None:
+    workspace = Workspace.allocate(DEVICE, num_programs)
+    x, weight = e4m3(2, 1000), e4m3(300, 1000, seed=1)
+    arguments = (x, weight, scalar(1e-3), scalar(0.1), DTYPE)
+    found = gate_up_swiglu(*arguments, workspace)
+    expected = plain_forms.gate_up_swiglu(*arguments)
+    assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
+    assert int(workspace.counters.abs().sum()) == 0
+
+
+def test_a_row_of_gate_up_swiglu_does_not_depend_on_the_others() -> None:
+    x, weight = e4m3(9, 1040), e4m3(200, 1040, seed=1)
+    together = FORMS.gate_up_swiglu(x, weight, scalar(1e-3), scalar(0.1), DTYPE)
+    alone = FORMS.gate_up_swiglu(x[4:5], weight, scalar(1e-3), scalar(0.1), DTYPE)
+    assert torch.equal(alone[0].float(), together[4].float())
+
+
+def test_swiglu_quantize_equals_its_plain_form() -> None:
+    """Beside a weight that takes x as it is."""
+    for num_tokens, size in ((1, 64), (5, 1500)):
+        gate_up = 3 * randn(num_tokens, 2 * size)
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        expected = fp8.quantize((torch.nn.functional.silu(gate) * up).to(DTYPE), scalar(0.02))
+        assert_same_e4m3(swiglu_quantize(gate_up, scalar(0.02)), expected)
 
 
 HEADS = [(2, 2, 64), (8, 1, 128), (16, 2, 128), (6, 3, 80)]
@@ -147,37 +183,29 @@ def test_rope_append_equals_its_plain_form(heads: int, kv_heads: int, head_dim: 
         assert written.tolist() == sorted(slots.tolist()), "only the slots are written"
 
 
-@triton.jit
-def _write_offsets(target, num_bytes, rows, row_bytes, threads: tl.constexpr):
-    program = tl.program_id(0)
-    place = target + program * threads + tl.arange(0, threads)
-    tl.store(place, offsets(program, num_bytes, rows, row_bytes, threads))
-
-
-@pytest.mark.parametrize(
-    ("limit", "num_rows", "expected"),
-    [
-        (5000, 1, [0, 1, 2, 3]),
-        (10**9, 1, list(range(24))),
-        (5000, 3, [0, 8, 16, 1]),  # eight kilobytes a row
-        (10**9, 2, [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]),
-        (1000, 1, []),
-    ],
-)
-def test_what_comes_nearer_lies_in_the_weights(
-    limit: int, num_rows: int, expected: list[int]
+@pytest.mark.parametrize(("length", "num_positions"), [(1, 32), (40, 64), (64, 128)])
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 64), (3, 80)])
+def test_pages_are_gathered_widened_and_end_in_zeros(
+    length: int, num_positions: int, kv_heads: int, head_dim: int
 ) -> None:
-    weights = torch.zeros(3, 8192, dtype=torch.uint8, device=DEVICE).view(fp8.E4M3)
-    part = Prefetch(limit, num_rows).of(weights)
-    assert part.num_bytes == 1024 * len(expected)
-    if expected:
-        found = torch.zeros(part.num_programs(1) * 32, dtype=torch.int64, device=DEVICE)
-        _write_offsets[(part.num_programs(1),)](
-            found, part.num_bytes, part.rows, part.row_bytes, threads=32
-        )
-        kilobytes = (found // 1024).tolist()
-        assert kilobytes[: len(expected)] == expected
-        assert set(kilobytes) == set(expected), "what is beyond repeats the last"
+    caches = [e4m3(7, kv_heads, 32, head_dim, seed=s) for s in (2, 3)]
+    blocks = torch.tensor([5, 0, 6][: -(-length // 32)], device=DEVICE)
+    found = widen_pages(*caches, blocks, length, num_positions, DTYPE)
+    for wide, cache in zip(found, caches, strict=True):
+        assert wide.shape == (kv_heads, num_positions, head_dim)
+        pages = cache.float()[blocks].transpose(0, 1).flatten(1, 2)
+        assert torch.equal(wide[:, :length].float(), pages[:, :length])
+        assert not wide[:, length:].any()
+
+
+def test_spare_rows_are_memorys_own_or_a_copys() -> None:
+    x = empty_with_spare_rows(3, 4, dtype=torch.float32, device=DEVICE)
+    x.copy_(torch.arange(12.0).view(3, 4))
+    for rows, same in ((x, True), (x[1:], True), (x.clone(), False)):
+        longer = with_spare_rows(rows, 8)
+        assert longer.shape == (8, 4)
+        assert torch.equal(longer[: len(rows)], rows)
+        assert (longer.data_ptr() == rows.data_ptr()) == same
 
 
 def test_a_quotient_by_the_reciprocal_is_put_right_by_its_remainder() -> None:
@@ -208,85 +236,96 @@ def test_infinity_and_what_overflows_become_the_largest_number() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    """What `decode_attention` takes, up to its scales; the caches are copied for each call."""
+
+    qkv: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    slots: torch.Tensor
+    caches: tuple[torch.Tensor, torch.Tensor]
     tables: torch.Tensor
-    lengths: torch.Tensor
+    positions: torch.Tensor
+
+    def part(self, rows: slice) -> Cached:
+        return Cached(
+            self.qkv[rows], self.cos[rows], self.sin[rows], self.slots[rows], self.caches,
+            self.tables[rows], self.positions[rows],
+        )  # fmt: skip
+
+    def attended(
+        self, forms: object, scale: torch.Tensor | None, *options: object
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        caches = [cache.clone() for cache in self.caches]
+        attend = getattr(forms, "decode_attention", forms)
+        out = attend(
+            self.qkv, self.cos, self.sin, self.slots, *caches, self.tables, self.positions,
+            scalar(0.02), scale, *options,
+        )  # fmt: skip
+        return out, caches
 
 
 def cached(heads: int, kv_heads: int, head_dim: int, lengths: list[int]) -> Cached:
-    """Contexts on blocks in random order; what no request owns is NaN."""
+    """Contexts on blocks in random order; what no request has written yet is NaN."""
     max_blocks = -(-max(lengths) // 32) + 1
     num_blocks = len(lengths) * max_blocks
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
     tables = order.view(len(lengths), max_blocks).to(torch.int32)
     k, v = (e4m3(num_blocks, kv_heads, 32, head_dim, seed=s) for s in (2, 3))
+    slots = []
     for table, length in zip(tables, lengths, strict=True):
-        for position in range(length, max_blocks * 32):
+        slots.append(int(table[(length - 1) // 32]) * 32 + (length - 1) % 32)
+        for position in range(length - 1, max_blocks * 32):
             for cache in (k, v):
                 cache.view(torch.uint8)[table[position // 32], :, position % 32] = 0x7F
-    q = randn(len(lengths), heads, head_dim, seed=4)
-    return Cached(q, k, v, tables.to(DEVICE), torch.tensor(lengths, device=DEVICE).to(torch.int32))
+    positions = torch.tensor(lengths, device=DEVICE) - 1
+    qkv = randn(len(lengths), (heads + 2 * kv_heads) * head_dim, seed=4)
+    cos, sin = rope_tables(positions, head_dim, 1e6)
+    on_device = torch.tensor(slots, device=DEVICE)
+    return Cached(qkv, cos, sin, on_device, (k, v), tables.to(DEVICE), positions.to(torch.int32))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-def test_paged_attention_equals_its_plain_form(heads: int, kv_heads: int, head_dim: int) -> None:
+def test_decode_attention_equals_its_plain_form(heads: int, kv_heads: int, head_dim: int) -> None:
     for lengths in ([1], [200], [33, 64, 1], [300, 5]):
         case = cached(heads, kv_heads, head_dim, lengths)
-        arguments = (case.q, case.k, case.v, case.tables, case.lengths, scalar(0.02))
-        clean = [torch.where(x.float().isnan(), 0.0, x.float()).to(x.dtype) for x in arguments[1:3]]
-        expected = plain_forms.paged_attention(case.q, *clean, *arguments[3:], None)
+        plain = Cached(
+            case.qkv, case.cos, case.sin, case.slots,
+            tuple(torch.where(x.float().isnan(), 0.0, x.float()).to(x.dtype) for x in case.caches),
+            case.tables, case.positions,
+        )  # fmt: skip
+        expected, written = plain.attended(plain_forms, None)
         for _ in range(2):  # the counters are as they were
-            found = FORMS.paged_attention(*arguments, None)
+            found, caches = case.attended(FORMS, None)
             assert relative_error(found, expected) < KERNEL_BF16
-        quantised = FORMS.paged_attention(*arguments, scalar(0.01))
+        for cache, oracle in zip(caches, written, strict=True):
+            newest = (x[case.slots // 32, :, case.slots % 32] for x in (cache, oracle))
+            assert_same_e4m3(*newest)
+            changed = (cache.view(torch.uint8) != case.caches[0].view(torch.uint8)) & (
+                cache.view(torch.uint8) != case.caches[1].view(torch.uint8)
+            )
+            blocks, _, places, _ = changed.nonzero(as_tuple=True)
+            assert {*(32 * blocks + places).tolist()} <= {*case.slots.tolist()}
+        quantised, _ = case.attended(FORMS, scalar(0.01))
         assert relative_error(quantised.float(), fp8.quantize(expected, 0.01).float()) < 0.01
 
 
 def test_a_request_of_a_batch_attends_as_it_does_alone() -> None:
     case = cached(8, 1, 128, [300, 5, 64])
-    together = FORMS.paged_attention(
-        case.q, case.k, case.v, case.tables, case.lengths, scalar(0.02), None
-    )
+    together, _ = case.attended(FORMS, None)
     for i in range(3):
-        alone = FORMS.paged_attention(
-            case.q[i : i + 1], case.k, case.v, case.tables[i : i + 1],
-            case.lengths[i : i + 1], scalar(0.02), None,
-        )  # fmt: skip
+        alone, _ = case.part(slice(i, i + 1)).attended(FORMS, None)
         assert relative_error(alone[0], together[i]) < KERNEL_BF16
 
 
-@pytest.mark.parametrize("num_rows", [1, 17, 64])
-@pytest.mark.parametrize(("num_columns", "depth"), [(64, 256), (200, 1040)])
-def test_streaming_linear_equals_its_plain_form(
-    num_rows: int, num_columns: int, depth: int
-) -> None:
-    x, weight = e4m3(num_rows, depth), e4m3(num_columns, depth, seed=1)
-    for bias in (None, randn(num_columns, seed=2)):
-        arguments = (x, weight, scalar(3e-4), bias, torch.float32)
-        expected = plain_forms.streaming_linear(*arguments)
-        for _ in range(2):  # the counters are as they were
-            assert relative_error(FORMS.streaming_linear(*arguments), expected) < FLOAT32_LOGITS
-
-
-@pytest.mark.parametrize("num_programs", [1, 3, 7, 64])
-def test_streaming_linear_divides_its_work_among_any_number_of_programs(num_programs: int) -> None:
+@pytest.mark.parametrize("num_programs", [1, 4, 64])
+def test_decode_attention_does_not_depend_on_how_it_is_divided(num_programs: int) -> None:
+    case = cached(8, 1, 128, [300, 5, 64])
+    expected, _ = case.attended(FORMS, None)
     workspace = Workspace.allocate(DEVICE, num_programs)
-    x, weight = e4m3(2, 1000), e4m3(150, 1000, seed=1)
-    expected = plain_forms.streaming_linear(x, weight, scalar(1e-3), None, torch.float32)
-    found = streaming_linear(
-        x, weight, scalar(1e-3), None, torch.float32, workspace, Tile(32, 128, 4, 3)
-    )
-    assert relative_error(found, expected) < FLOAT32_LOGITS
+    for step in (Step(128, 4, 3, 1), Step(32, 1, 6, 2)):
+        found, _ = case.attended(decode_attention, None, workspace, step)
+        assert relative_error(found, expected) < KERNEL_BF16
     assert int(workspace.counters.abs().sum()) == 0
-
-
-def test_a_row_of_a_streaming_linear_does_not_depend_on_the_others() -> None:
-    x, weight = e4m3(9, 1040), e4m3(200, 1040, seed=1)
-    together = FORMS.streaming_linear(x, weight, scalar(1e-3), None, DTYPE)
-    alone = FORMS.streaming_linear(x[4:5].contiguous(), weight, scalar(1e-3), None, DTYPE)
-    assert torch.equal(alone[0], together[4])
 
 
 @pytest.mark.hopper
@@ -300,4 +339,4 @@ def test_tensor_core_linear_equals_its_plain_form(num_rows: int) -> None:
     for b in (None, bias):
         arguments = (x, weight, scalar(3e-4), b, DTYPE)
         found = FORMS.tensor_core_linear(*arguments)
-        assert relative_error(found, plain_forms.tensor_core_linear(*arguments)) < KERNEL_BF16
+        assert relative_error(found, plain_forms.linear(*arguments)) < KERNEL_BF16

@@ -24,7 +24,8 @@ from runtime.decoder.step import SequenceStep
 _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
-"""Layer and q [T, heads, head_dim] -> e4m3 [T, heads * head_dim]."""
+"""Layer and qkv [T, (heads + 2 kv_heads) head_dim], whose K and V are appended to the cache -> e4m3
+[T, heads * head_dim]."""
 
 
 class HopperModel:
@@ -78,18 +79,21 @@ class HopperModel:
 
     def _decode_rows(self, num_rows: int) -> torch.Tensor:
         """Logits [num_rows, vocab_size] of what `self._inputs` holds."""
-        inputs, positions = self._inputs, self._inputs.positions(num_rows)
+        inputs = self._inputs
         hidden = self._weights.embedding[inputs.token_ids(num_rows)]
-        slots, tables = inputs.slots(num_rows).to(torch.int64), inputs.block_tables(num_rows)
-        attend = self._attend_decoding(tables, positions + 1)
-        hidden, delta = self._layers(hidden, positions, slots, attend)
-        return self._head(hidden, delta)
+        positions = inputs.positions(num_rows).contiguous()
+        slots = inputs.slots(num_rows).to(torch.int64)
+        attend = self._attend_decoding(positions, slots, inputs.block_tables(num_rows))
+        return self._head(*self._layers(hidden, attend))
 
     @torch.inference_mode()
     def warm_up(self, max_num_tokens: int) -> None:
         """A prompt as long as they come, so that neither compiling nor running out of memory is
         left to a request. On all ranks."""
         num_tokens = min(max_num_tokens, self._max_seq_len)
+        _, kv_heads, _, head_dim = self._cache.pages(0)[0].shape
+        heads = self._weights.layers[0].dense.weight.shape[1] // head_dim
+        self._forms.plan_prefill_attention(heads, kv_heads, head_dim, self._dtype, num_tokens)
         blocks = [self._padding_block] * num_blocks_for(num_tokens)
         self._prefill([SequenceStep([0] * num_tokens, 0, blocks, None, True)])
 
@@ -125,8 +129,8 @@ class HopperModel:
             ]
         )
         hidden = torch.cat([self._embed(step) for step in ordered])
-        attend = self._attend_mixture(ordered, num_decoding)
-        hidden, delta = self._layers(hidden, positions, slots, attend)
+        attend = self._attend_mixture(ordered, num_decoding, positions, slots)
+        hidden, delta = self._layers(hidden, attend)
         ends = torch.tensor(counts).cumsum(0) - 1
         last_rows = torch.empty_like(ends)
         last_rows[torch.tensor(order)] = ends  # in the steps' own order
@@ -138,98 +142,96 @@ class HopperModel:
         table = None if step.prompt_table is None else step.prompt_table.to(self._device)
         return embed(token_ids, self._weights.embedding, table, self._dtype)
 
-    def _attend_decoding(self, tables: torch.Tensor, lengths: torch.Tensor) -> Attend:
-        def attend(index: int, q: torch.Tensor) -> torch.Tensor:
+    def _attend_decoding(
+        self, positions: torch.Tensor, slots: torch.Tensor, tables: torch.Tensor
+    ) -> Attend:
+        cos, sin = self._cos[positions], self._sin[positions]
+
+        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
             layer = self._weights.layers[index]
-            return self._forms.paged_attention(
-                q,
+            return self._forms.decode_attention(
+                qkv,
+                cos,
+                sin,
+                slots,
                 *self._cache.pages(index),
                 tables,
-                lengths,
+                positions,
                 layer.kv_scale,
                 layer.dense.activation_scale,
             )
 
         return attend
 
-    def _attend_mixture(self, steps: list[SequenceStep], num_decoding: int) -> Attend:
-        """`num_decoding` steps of one row each, then the others."""
-        decoding, others = steps[:num_decoding], steps[num_decoding:]
-        counts = [len(step.token_ids) for step in others]
-        blocks = [torch.tensor(step.blocks).to(self._device) for step in others]
-        attend_decoding: Attend | None = None
-        if decoding:
-            width = max(len(step.blocks) for step in decoding)
-            tables = torch.tensor(
-                [step.blocks + [0] * (width - len(step.blocks)) for step in decoding],
-                dtype=torch.int32,
-            )
-            lengths = torch.tensor([step.end_position for step in decoding], dtype=torch.int32)
-            attend_decoding = self._attend_decoding(
-                tables.to(self._device), lengths.to(self._device)
-            )
+    def _attend_prompts(
+        self, steps: list[SequenceStep], positions: torch.Tensor, slots: torch.Tensor
+    ) -> Attend:
+        counts = [len(step.token_ids) for step in steps]
+        blocks = [torch.tensor(step.blocks).to(self._device) for step in steps]
+        cos, sin = self._cos[positions], self._sin[positions]
 
-        def attend(index: int, q: torch.Tensor) -> torch.Tensor:
+        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
             layer, pages = self._weights.layers[index], self._cache.pages(index)
-            parts = [] if attend_decoding is None else [attend_decoding(index, q[:num_decoding])]
-            for step, rows, table in zip(
-                others, q[num_decoding:].split(counts), blocks, strict=True
-            ):
-                parts.append(
-                    self._forms.prefill_attention(
-                        rows,
-                        *pages,
-                        table,
-                        step.first_position,
-                        layer.kv_scale_value,
-                        layer.dense.activation_scale,
-                    )
+            q = self._forms.rope_append(qkv, cos, sin, slots, *pages, layer.kv_scale)
+            parts = [
+                self._forms.prefill_attention(
+                    rows,
+                    *pages,
+                    table,
+                    step.first_position,
+                    layer.kv_scale_value,
+                    layer.dense.activation_scale,
                 )
-            return parts[0] if len(parts) == 1 else _cat_e4m3(parts)
+                for step, rows, table in zip(steps, q.split(counts), blocks, strict=True)
+            ]
+            return _cat_e4m3(parts)
 
         return attend
 
-    def _layers(
-        self, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, attend: Attend
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend_mixture(
+        self,
+        steps: list[SequenceStep],
+        num_decoding: int,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> Attend:
+        """`num_decoding` steps of one row each, then the others."""
+        n = num_decoding
+        attend_prompts = self._attend_prompts(steps[n:], positions[n:], slots[n:])
+        if n == 0:
+            return attend_prompts
+        width = max(len(step.blocks) for step in steps[:n])
+        tables = torch.tensor(
+            [step.blocks + [0] * (width - len(step.blocks)) for step in steps[:n]],
+            dtype=torch.int32,
+        ).to(self._device)
+        attend_decoding = self._attend_decoding(positions[:n].to(torch.int32), slots[:n], tables)
+        if n == len(steps):
+            return attend_decoding
+
+        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
+            return _cat_e4m3([attend_decoding(index, qkv[:n]), attend_prompts(index, qkv[n:])])
+
+        return attend
+
+    def _layers(self, hidden: torch.Tensor, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden: [T, hidden_size]; returns the residual stream and what the last layer adds."""
-        forms, cos, sin = self._forms, self._cos[positions], self._sin[positions]
+        forms = self._forms
         delta: torch.Tensor | None = None
-        # With many rows the tensor cores are what is short, not the memory.
-        is_streaming = len(hidden) <= _BATCH_SIZES[-1]
-
-        def following(linear: Fp8Linear) -> torch.Tensor | None:
-            return linear.weight if is_streaming else None
-
         for index, layer in enumerate(self._weights.layers):
             hidden, normed = forms.add_rms_norm(
-                hidden,
-                delta,
-                layer.input_norm,
-                self._eps,
-                layer.qkv.activation_scale,
-                following(layer.qkv),
+                hidden, delta, layer.input_norm, self._eps, layer.qkv.activation_scale
             )
-            pages = self._cache.pages(index)
-            qkv = self._linear(layer.qkv, normed)
-            q = forms.rope_append(
-                qkv, cos, sin, slots, *pages, layer.kv_scale, following(layer.dense)
-            )
-            delta = self._row_parallel(layer.dense, attend(index, q))
+            attended = attend(index, self._linear(layer.qkv, normed))
+            delta = self._row_parallel(layer.dense, attended)
             hidden, normed = forms.add_rms_norm(
-                hidden,
-                delta,
-                layer.post_norm,
-                self._eps,
-                layer.gate_up.activation_scale,
-                following(layer.gate_up),
+                hidden, delta, layer.post_norm, self._eps, layer.gate_up.activation_scale
             )
-            product = forms.swiglu_quantize(
-                self._linear(layer.gate_up, normed),
-                layer.down.activation_scale,
-                following(layer.down),
+            gate_up, down = layer.gate_up, layer.down
+            product = forms.gate_up_swiglu(
+                normed, gate_up.weight, gate_up.scale, down.activation_scale, self._dtype
             )
-            delta = self._row_parallel(layer.down, product)
+            delta = self._row_parallel(down, product)
         assert delta is not None, "a model has layers"
         return hidden, delta
 
@@ -266,4 +268,6 @@ def _decodes(step: SequenceStep) -> bool:
 
 
 def _cat_e4m3(parts: list[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -47,10 +46,9 @@ def open_model(
     group: ProcessGroup | None = None,
     *,
     use_graphs: bool = True,
-    **forms: Any,
 ) -> OpenedModel:
-    """source: of the weights, by default the rank's file. forms: settings of `TritonForms`.
-    Collective where there is a group: its reductions are captured and warmed up."""
+    """source: of the weights, by default the rank's file. Collective where there is a group: its
+    reductions are captured and warmed up."""
     config, limits = engine.checkpoint_config, engine.limits
     rank, all_reduce = (0, None) if group is None else (group.rank, group.all_reduce)
     num_blocks = _num_blocks(engine, device, group)
@@ -70,7 +68,7 @@ def open_model(
                     on_gpu,
                     num_blocks,
                     device,
-                    TritonForms(device, **forms),
+                    TritonForms(device),
                     all_reduce=all_reduce,
                 )
             return model, on_gpu.embedding

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from runtime.kernels.spare_rows import with_spare_rows
+
+_MIN_ROWS = 8  # fewer take longer
+
 
 class TensorCoreLinear:
     """x @ weight.T * scale + bias for any number of rows. x: [T, K], weight: [N, K], e4m3."""
@@ -22,8 +26,9 @@ class TensorCoreLinear:
         use_fast_accum: bool = False,
     ) -> torch.Tensor:
         """Sums leave the tensor cores every 128 products, with fast accumulation at the end."""
-        return torch._scaled_mm(
-            x,
+        num_rows = len(x)
+        y = torch._scaled_mm(
+            x if num_rows >= _MIN_ROWS else with_spare_rows(x, _MIN_ROWS),
             weight.t(),
             scale,
             self._one,
@@ -31,3 +36,4 @@ class TensorCoreLinear:
             out_dtype=dtype,
             use_fast_accum=use_fast_accum,
         )
+        return y[:num_rows]

@@ -7,33 +7,23 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from nvlm.fp8 import E4M3
-from runtime.kernels.prefetch import NO_PREFETCH, Prefetch, prefetch
 from runtime.kernels.quantization import quantize
+from runtime.kernels.spare_rows import empty_with_spare_rows
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def _add_rms_norm(
-    hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
-    following, following_bytes, following_rows, row_bytes,
-    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
+    hidden, delta, weight, scale, new_hidden, normed, eps, size,
+    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if PREFETCH:
-        if tl.program_id(0) >= num_tokens:
-            program = tl.program_id(0) - num_tokens
-            prefetch(following, program, following_bytes, following_rows, row_bytes, THREADS=256)
-            return
     row = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     mask = columns < size
     w = tl.load(weight + columns, mask, other=0.0)
     if QUANTIZE:
         s = tl.load(scale)
-    if PDL:
-        gdc_wait()
     x = tl.load(hidden + row + columns, mask, other=0.0)
     if HAS_DELTA:
         y = tl.load(delta + row + columns, mask, other=0.0).to(x.dtype)
@@ -54,62 +44,42 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     scale: torch.Tensor | None,
-    following: torch.Tensor | None = None,
-    prefetched: Prefetch = NO_PREFETCH,
-    pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, size = hidden.shape
-    part = prefetched.of(following)
     new_hidden = hidden if delta is None else torch.empty_like(hidden)
-    normed = torch.empty_like(hidden, dtype=hidden.dtype if scale is None else E4M3)
-    _add_rms_norm[(num_tokens + part.num_programs(8),)](
-        hidden, delta, weight, scale, new_hidden, normed, eps, size, num_tokens,
-        part.weights, part.num_bytes, part.rows, part.row_bytes,
-        HAS_DELTA=delta is not None, QUANTIZE=scale is not None, PREFETCH=part.num_bytes > 0,
-        BLOCK=triton.next_power_of_2(size), PDL=pdl, num_warps=8, launch_pdl=pdl,
+    dtype = hidden.dtype if scale is None else E4M3
+    normed = empty_with_spare_rows(num_tokens, size, dtype=dtype, device=hidden.device)
+    _add_rms_norm[(num_tokens,)](
+        hidden, delta, weight, scale, new_hidden, normed, eps, size,
+        HAS_DELTA=delta is not None, QUANTIZE=scale is not None,
+        BLOCK=triton.next_power_of_2(size), num_warps=8,
     )  # fmt: skip
     return new_hidden, normed
 
 
 @triton.jit
-def _swiglu_quantize(
-    gate_up, scale, product, size, following, following_bytes, following_rows, row_bytes,
-    BLOCK: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PREFETCH:
-        first = tl.cdiv(size, BLOCK)
-        if tl.program_id(1) >= first:
-            program = (tl.program_id(1) - first) * tl.num_programs(0) + tl.program_id(0)
-            prefetch(following, program, following_bytes, following_rows, row_bytes, THREADS=128)
-            return
+def swiglu(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up of float32 numbers, rounded to `dtype` and float32 again."""
+    return (gate / (1.0 + tl.exp(-gate)) * up).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _swiglu_quantize(gate_up, scale, product, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
     s = tl.load(scale)
-    if PDL:
-        gdc_wait()
     gate = tl.load(gate_up + row * 2 * size + columns, mask, other=0.0)
-    up = tl.load(gate_up + row * 2 * size + size + columns, mask, other=0.0).to(tl.float32)
-    gate32 = gate.to(tl.float32)
-    activated = gate32 / (1.0 + tl.exp(-gate32))
-    rounded = (activated * up).to(gate.dtype).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + columns, mask, other=0.0)
+    rounded = swiglu(gate.to(tl.float32), up.to(tl.float32), gate.dtype)
     tl.store(product + row * size + columns, quantize(rounded, s), mask)
 
 
-def swiglu_quantize(
-    gate_up: torch.Tensor,
-    scale: torch.Tensor,
-    following: torch.Tensor | None = None,
-    prefetched: Prefetch = NO_PREFETCH,
-    pdl: bool = False,
-) -> torch.Tensor:
+def swiglu_quantize(gate_up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     product = torch.empty(num_tokens, size, dtype=E4M3, device=gate_up.device)
     block = 1024
-    part = prefetched.of(following)
-    extra = triton.cdiv(part.num_programs(4), num_tokens)
-    _swiglu_quantize[(num_tokens, triton.cdiv(size, block) + extra)](
-        gate_up, scale, product, size, part.weights, part.num_bytes, part.rows, part.row_bytes,
-        BLOCK=block, PREFETCH=part.num_bytes > 0, PDL=pdl, num_warps=4, launch_pdl=pdl,
-    )  # fmt: skip
+    _swiglu_quantize[(num_tokens, triton.cdiv(size, block))](
+        gate_up, scale, product, size, BLOCK=block, num_warps=4
+    )
     return product

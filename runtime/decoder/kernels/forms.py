@@ -8,10 +8,7 @@ import torch
 
 
 class Forms(Protocol):
-    """The module `plain_forms`, or `triton_forms.TritonForms`.
-
-    following: e4m3 weights that the next linear reads, to bring nearer meanwhile.
-    """
+    """The module `plain_forms`, or `triton_forms.TritonForms`."""
 
     def add_rms_norm(
         self,
@@ -20,11 +17,24 @@ class Forms(Protocol):
         weight: torch.Tensor,
         eps: float,
         scale: torch.Tensor | None,
-        following: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def swiglu_quantize(
-        self, gate_up: torch.Tensor, scale: torch.Tensor, following: torch.Tensor | None = None
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor: ...
+
+    def gate_up_swiglu(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        product_scale: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor: ...
 
     def rope_append(
@@ -36,16 +46,18 @@ class Forms(Protocol):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         kv_scale: torch.Tensor,
-        following: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
-    def paged_attention(
+    def decode_attention(
         self,
-        q: torch.Tensor,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         block_tables: torch.Tensor,
-        lengths: torch.Tensor,
+        positions: torch.Tensor,
         kv_scale: torch.Tensor,
         scale: torch.Tensor | None,
     ) -> torch.Tensor: ...
@@ -61,13 +73,8 @@ class Forms(Protocol):
         scale: torch.Tensor | None,
     ) -> torch.Tensor: ...
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> torch.Tensor: ...
+    def plan_prefill_attention(
+        self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, max_num_tokens: int
+    ) -> None: ...
 
     def head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor: ...

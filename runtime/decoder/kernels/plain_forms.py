@@ -1,7 +1,6 @@
 """The kernels in plain torch, by the numerics contract's words: oracle, and fallback on a CPU.
 
 e4m3 rows are [num_tokens, ...]; a scale is a float32 tensor of one value, on the rows' device.
-`following` (forms.py) changes nothing.
 Cache: K and V each [num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim] e4m3 (CPU: bfloat16 too).
 """
 
@@ -20,7 +19,6 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     scale: torch.Tensor | None,
-    following: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden + delta and its RMSNorm, e4m3 if a scale is given: two [T, hidden_size].
 
@@ -32,12 +30,17 @@ def add_rms_norm(
     return hidden, normed if scale is None else fp8.quantize(normed, scale)
 
 
-def swiglu_quantize(
-    gate_up: torch.Tensor, scale: torch.Tensor, following: torch.Tensor | None = None
+def gate_up_swiglu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    product_scale: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """silu(gate) * up in float32, rounded, then e4m3. gate_up: [T, 2 I], gate first; [T, I]."""
-    gate, up = gate_up.to(torch.float32).chunk(2, dim=-1)
-    return fp8.quantize((nn.functional.silu(gate) * up).to(gate_up.dtype), scale)
+    """silu(gate) * up in float32, rounded, then e4m3: [T, I]. weight: [2 I, hidden_size] e4m3, gate
+    first; scale: of its sums, which are rounded to `dtype`."""
+    gate, up = linear(x, weight, scale, None, dtype).to(torch.float32).chunk(2, dim=-1)
+    return fp8.quantize((nn.functional.silu(gate) * up).to(dtype), product_scale)
 
 
 def rope_append(
@@ -48,7 +51,6 @@ def rope_append(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_scale: torch.Tensor,
-    following: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotates q and k, writes K and V to the cache, returns q [T, heads, head_dim] in `dtype`.
 
@@ -64,27 +66,33 @@ def rope_append(
     return apply_rope(q, cos, sin)
 
 
-def paged_attention(
-    q: torch.Tensor,
+def decode_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
-    lengths: torch.Tensor,
+    positions: torch.Tensor,
     kv_scale: torch.Tensor,
     scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One query row a request over its cached positions: [B, heads * head_dim], e4m3 with `scale`.
+    """`rope_append`, then one query row a request over its positions up to the row's own:
+    [T, heads * head_dim], e4m3 with `scale`.
 
-    q: [B, heads, head_dim] at position length - 1; block_tables: [B, max_blocks] int32; lengths:
-    [B] int32, all above 0.
+    block_tables: [T, max_blocks] int32; positions: [T] int32.
     """
+    q = rope_append(qkv, cos, sin, slots, k_cache, v_cache, kv_scale)
     rows = []
-    for query, table, length in zip(q, block_tables, lengths.tolist(), strict=True):
-        kv = [
-            fp8.dequantize(cache[table.long()].transpose(1, 2).flatten(0, 1)[:length], kv_scale)
+    for query, table, position in zip(q, block_tables, positions.tolist(), strict=True):
+        k, v = (
+            fp8.dequantize(
+                cache[table.long()].transpose(1, 2).flatten(0, 1)[: position + 1], kv_scale
+            )
             for cache in (k_cache, v_cache)
-        ]
-        rows.append(causal_attention(query[None], kv[0], kv[1], length - 1))
+        )
+        rows.append(causal_attention(query[None], k, v, position))
     attended = torch.cat(rows).flatten(1).to(q.dtype)
     return attended if scale is None else fp8.quantize(attended, scale)
 
@@ -112,6 +120,12 @@ def prefill_attention(
     return attended if scale is None else fp8.quantize(attended, scale)
 
 
+def plan_prefill_attention(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, max_num_tokens: int
+) -> None:
+    """What prompts of up to `max_num_tokens` tokens need once is done now: here nothing."""
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -122,9 +136,6 @@ def linear(
     """x @ weight.T * scale + bias: float32 sums, one rounding. x: [T, K], weight: [N, K], e4m3."""
     y = nn.functional.linear(x.to(torch.float32), weight.to(torch.float32)) * scale
     return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
-
-
-streaming_linear = tensor_core_linear = linear
 
 
 def head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

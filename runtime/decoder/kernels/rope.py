@@ -8,24 +8,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
-from runtime.kernels.prefetch import NO_PREFETCH, Prefetch, prefetch
 from runtime.kernels.quantization import quantize
+from runtime.kernels.spare_rows import empty_with_spare_rows
 
 
 @triton.jit
 def _rope_append(
     qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q_out, kv_heads, group_size,
-    following, following_bytes, following_rows, row_bytes,
     HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    if PREFETCH:
-        if tl.program_id(1) >= group_size + 2:
-            program = (tl.program_id(1) - group_size - 2) * tl.num_programs(0) + tl.program_id(0)
-            prefetch(following, program, following_bytes, following_rows, row_bytes, THREADS=128)
-            return
     half: tl.constexpr = HEAD_DIM // 2
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
@@ -34,8 +27,6 @@ def _rope_append(
     num_heads = (group_size + 2) * kv_heads
     source = qkv + (token * num_heads + part * kv_heads + head) * HEAD_DIM + channel
     scale, slot = tl.load(kv_scale), tl.load(slots + token)
-    if PDL:
-        gdc_wait()
     first, second = tl.load(source, mask, other=0.0), tl.load(source + half, mask, other=0.0)
     if part <= group_size:  # q or K
         in_half = channel < half
@@ -69,21 +60,14 @@ def rope_append(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_scale: torch.Tensor,
-    following: torch.Tensor | None = None,
-    prefetched: Prefetch = NO_PREFETCH,
-    pdl: bool = False,
 ) -> torch.Tensor:
     _, kv_heads, block_size, head_dim = k_cache.shape
     num_tokens, heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * kv_heads
-    q = torch.empty(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    q = empty_with_spare_rows(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     group_size = heads // kv_heads
-    part = prefetched.of(following)
-    extra = triton.cdiv(part.num_programs(4), num_tokens)
-    _rope_append[(num_tokens, group_size + 2 + extra)](
+    _rope_append[(num_tokens, group_size + 2)](
         qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q, kv_heads, group_size,
-        part.weights, part.num_bytes, part.rows, part.row_bytes,
         HEAD_DIM=head_dim, TOKENS=block_size, BLOCK_HEADS=triton.next_power_of_2(kv_heads),
-        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), PREFETCH=part.num_bytes > 0,
-        PDL=pdl, num_warps=4, launch_pdl=pdl,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), num_warps=4,
     )  # fmt: skip
     return q

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 _MAX_SPLITS = 16  # what one program merges
-_ATTENTION_FACTOR = 2  # attention's programs are smaller: as many more run at once
+_MAX_CROWD = 2
 _ROWS_TIMES_CHANNELS = 64 * 256  # the largest attention tile: rows of a group, channels of a head
-_ROWS_TIMES_COLUMNS = 64 * 128  # the largest tile of a linear: tokens, output columns
+_ROWS_TIMES_COLUMNS = 16 * 64  # a tile of gate and up: tokens, output columns
 _MAX_TILES = 1 << 16  # of output columns, and of (request, KV head) pairs
 
 
@@ -28,7 +28,7 @@ class Workspace:
     @classmethod
     def allocate(cls, device: torch.device, num_programs: int) -> Workspace:
         """num_programs: how many run at once, a small multiple of the multiprocessors."""
-        places = _ATTENTION_FACTOR * num_programs
+        places = _MAX_CROWD * num_programs
         values = max(2 * num_programs * _ROWS_TIMES_COLUMNS, places * _ROWS_TIMES_CHANNELS)
         return cls(
             num_programs,
@@ -37,8 +37,9 @@ class Workspace:
             torch.zeros(_MAX_TILES, dtype=torch.int32, device=device),
         )
 
-    def num_splits(self, num_tasks: int) -> int:
-        """How many pieces of a context run beside each other, so that every program has one. A
-        power of 2: each number is a kernel of its own, and these the CUDA graphs' sizes compile."""
-        splits = min(_MAX_SPLITS, _ATTENTION_FACTOR * self.num_programs // num_tasks)
+    def num_splits(self, num_tasks: int, crowd: int) -> int:
+        """How many pieces of a context run beside each other, so that every program has one.
+        crowd: programs of attention in the place of one of `num_programs`, at most 2. A power of 2:
+        each number is a kernel of its own, and these the CUDA graphs' sizes compile."""
+        splits = min(_MAX_SPLITS, crowd * self.num_programs // num_tasks)
         return 1 << max(0, splits.bit_length() - 1)

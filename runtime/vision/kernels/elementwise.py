@@ -54,7 +54,8 @@ def add_rms_norm(
     _add_rms_norm[(hidden.numel() // size,)](
         hidden, delta, layer_scale, weight, scale, new_hidden, normed, eps, size,
         HAS_DELTA=delta is not None, QUANTIZE=scale is not None,
-        BLOCK=triton.next_power_of_2(size), num_warps=8,
+        # Fused, product and sum would be rounded once where InternViT rounds twice.
+        BLOCK=triton.next_power_of_2(size), num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return new_hidden, normed
 
@@ -88,12 +89,26 @@ def normalize_qk(
 
 
 @triton.jit
+def _exact_gelu(x):
+    """x Phi(x) = max(x, 0) - |x| Phi(-|x|) within a relative 4e-6. log2 Phi(-u) is a polynomial of
+    degree 9, fitted on Chebyshev nodes of [0, 6], where Phi is 1e-9 at the end: a third of the
+    instructions of the error function, which takes longer than the memory."""
+    u = tl.minimum(tl.abs(x), 6.0)
+    log2 = -1.35463802e-06 + u * 4.98974941e-08
+    log2 = -3.09970092e-05 + u * (1.34443271e-05 + u * log2)
+    log2 = 0.00783960987 + u * (-0.00060499215 + u * log2)
+    log2 = -0.458898246 + u * (-0.0531953797 + u * log2)
+    log2 = -0.999998569 + u * (-1.15115762 + u * log2)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - u * tl.exp2(log2)
+
+
+@triton.jit
 def _gelu(x, scale, y, size, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     values = tl.load(x + index, mask, other=0.0)
     x32 = values.to(tl.float32)
-    activated = (0.5 * x32 * (1.0 + tl.erf(x32 * 0.7071067811865476))).to(values.dtype)
+    activated = _exact_gelu(x32).to(values.dtype)
     if QUANTIZE:
         tl.store(y + index, quantize(activated.to(tl.float32), tl.load(scale)), mask)
     else:

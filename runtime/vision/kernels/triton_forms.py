@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from runtime.kernels.quantization import scale_quantize
@@ -15,7 +17,7 @@ class TritonForms:
     gelu = staticmethod(elementwise.gelu)
 
     def __init__(self, device: torch.device) -> None:
-        self.fp8_linear = TensorCoreLinear(device)
+        self.fp8_linear = partial(TensorCoreLinear(device), use_fast_accum=True)
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return scale_quantize(x.contiguous(), 1.0, scale)

@@ -1,24 +1,42 @@
-"""Triton: flash decoding over the paged FP8 cache, split along the context.
+"""Triton: RoPE, append to the paged FP8 cache, and flash decoding over it, split along the context.
 
 After Flash-Decoding (crfm.stanford.edu, 2023): a program takes one request, one KV head with all
-its query heads, and one split of the positions; the split that ends last merges them all, always in
-the same order, so the result does not depend on which that is. FlashAttention: arXiv 2205.14135.
+its query heads, and one split of the positions before the newest. The first split begins with the
+newest position itself, whose key and value it rounds, appends and uses. The split that ends last
+merges them all, always in the same order, so the result does not depend on which that is.
+FlashAttention: arXiv 2205.14135.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from nvlm.fp8 import E4M3
 from runtime.decoder.kernels.workspace import Workspace
 from runtime.kernels.quantization import quantize
+from runtime.kernels.spare_rows import empty_with_spare_rows
 
 _MIN_ROWS = 16  # of a tensor-core product
-TOKENS_PER_STEP = 128
 _LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Positions that a program reads at once, how it is compiled, and Workspace.num_splits'."""
+
+    num_tokens: int
+    num_warps: int
+    num_stages: int
+    crowd: int
+
+
+def step_for(batch_size: int) -> Step:
+    """Few requests are a matter of latency, many of bytes under way (measured on both GPUs)."""
+    return Step(128, 4, 3, 1) if batch_size <= 8 else Step(32, 1, 6, 2)
 
 
 @triton.jit
@@ -36,48 +54,73 @@ def _widened(values, ON_GPU: tl.constexpr):
 
 # The stride is that of a step's widest table: it must not decide what is compiled.
 @triton.jit(do_not_specialize=["table_stride"])
-def _paged_attention(
-    q, k_cache, v_cache, block_tables, lengths, kv_scale, scale, out,
+def _decode_attention(
+    qkv, cos, sin, slots, k_cache, v_cache, block_tables, positions, kv_scale, scale, out,
     partial_sums, partial_stats, counters, exponent_scale, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
     QUANTIZE: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-    ON_GPU: tl.constexpr, PDL: tl.constexpr,
+    ON_GPU: tl.constexpr,
 ):  # fmt: skip
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, channel = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_DIM)
     row_mask, channel_mask = row < GROUP, channel < HEAD_DIM
     q_mask = row_mask[:, None] & channel_mask[None, :]
-    head = (request * KV_HEADS + kv_head) * GROUP + row
-    offsets = head[:, None] * HEAD_DIM + channel[None, :]
+    head = kv_head * GROUP + row
     kv = tl.load(kv_scale)
-    length = tl.load(lengths + request)
-    if PDL:
-        gdc_wait()
-    loaded = tl.load(q + offsets, q_mask, other=0.0)
+    num_before = tl.load(positions + request)
+    half: tl.constexpr = HEAD_DIM // 2
+    is_first_half = channel < half
+    # A rotated half is x cos -+ (the other half) sin.
+    other = tl.where(is_first_half, channel + half, channel - half)
+    angle = request * half + tl.where(is_first_half, channel, channel - half)
+    c = tl.load(cos + angle, channel_mask, other=0.0)
+    s = tl.load(sin + angle, channel_mask, other=0.0)
+    s = tl.where(is_first_half, -s, s)
+    source = qkv + request.to(tl.int64) * ((GROUP + 2) * KV_HEADS * HEAD_DIM)
+    heads = source + head[:, None] * HEAD_DIM
+    plain = tl.load(heads + channel[None, :], q_mask, other=0.0)
+    turned = tl.load(heads + other[None, :], q_mask, other=0.0).to(tl.float32)
+    rotated = (plain.to(tl.float32) * c[None, :] + turned * s[None, :]).to(plain.dtype)
     # Hopper widens e4m3 to float16 in one instruction, to bfloat16 in three; both are exact. What
     # float16 loses of bfloat16's range, above 65504 and below 6e-8, no query needs.
-    queries = loaded.to(tl.float16)
+    queries = rotated.to(tl.float16)
     exponent_scale *= kv
-    num_steps = tl.cdiv(length, BLOCK_TOKENS)
+
+    # The newest position: appended, and where the first split begins.
+    key_head = source + (GROUP * KV_HEADS + kv_head) * HEAD_DIM
+    key = tl.load(key_head + channel, channel_mask, other=0.0)
+    turned_key = tl.load(key_head + other, channel_mask, other=0.0).to(tl.float32)
+    key = (key.to(tl.float32) * c + turned_key * s).to(key.dtype)
+    value = tl.load(key_head + KV_HEADS * HEAD_DIM + channel, channel_mask, other=0.0)
+    new_k = quantize(key.to(tl.float32), kv)
+    new_v = quantize(value.to(tl.float32), kv)
+    is_first = split == 0
+    slot = tl.load(slots + request)
+    place = ((slot // TOKENS * KV_HEADS + kv_head) * TOKENS + slot % TOKENS) * HEAD_DIM + channel
+    tl.store(k_cache + place, new_k, channel_mask & is_first)
+    tl.store(v_cache + place, new_v, channel_mask & is_first)
+    score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * exponent_scale
+    largest = tl.where(is_first, score, float("-inf"))
+    total = tl.where(is_first, 1.0, tl.zeros((BLOCK_ROWS,), tl.float32))
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
+    acc = tl.where(is_first, acc + new_v.to(tl.float32)[None, :], acc)
+
+    num_steps = tl.cdiv(num_before, BLOCK_TOKENS)
     steps_per_split = tl.cdiv(num_steps, NUM_SPLITS)
     begin = split * steps_per_split
     end = tl.minimum(begin + steps_per_split, num_steps)
-
-    largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
     table = block_tables + request * table_stride
     token = tl.arange(0, BLOCK_TOKENS)
-    place = (kv_head * TOKENS + token % TOKENS) * HEAD_DIM  # in a block
+    inside = (kv_head * TOKENS + token % TOKENS) * HEAD_DIM  # a block
     for step in range(begin, end):
         position = step * BLOCK_TOKENS + token
-        is_cached = position < length
+        is_cached = position < num_before
         block = tl.load(table + position // TOKENS, is_cached, other=0).to(tl.int64)
-        source = (block * (KV_HEADS * TOKENS * HEAD_DIM) + place)[:, None] + channel[None, :]
+        cached = (block * (KV_HEADS * TOKENS * HEAD_DIM) + inside)[:, None] + channel[None, :]
         # Keys of no position are in memory and count for nothing; values would, were they NaN.
-        k = tl.load(k_cache + source, channel_mask[None, :], other=0.0)
-        v = tl.load(v_cache + source, is_cached[:, None] & channel_mask[None, :], other=0.0)
+        k = tl.load(k_cache + cached, channel_mask[None, :], other=0.0)
+        v = tl.load(v_cache + cached, is_cached[:, None] & channel_mask[None, :], other=0.0)
         scores = tl.dot(queries, tl.trans(k.to(tl.float16))) * exponent_scale
         scores = tl.where(is_cached[None, :], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -91,6 +134,7 @@ def _paged_attention(
         acc = tl.dot(low, wide, tl.dot(high, wide, acc * decay[:, None]))
         largest = new_largest
 
+    target = out + (request * KV_HEADS * GROUP + head)[:, None] * HEAD_DIM + channel[None, :]
     if NUM_SPLITS > 1:
         task = request * KV_HEADS + kv_head
         mine = task * NUM_SPLITS + split
@@ -115,21 +159,21 @@ def _paged_attention(
             total = tl.sum(their_totals * tl.exp2(theirs - largest[None, :]), 0)
             acc = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
             for i in tl.static_range(NUM_SPLITS):
-                other = task * NUM_SPLITS + i
+                one = task * NUM_SPLITS + i
                 factor = tl.exp2(
                     tl.load(
-                        stats + other * 2 * BLOCK_ROWS, row_mask, float("-inf"),
+                        stats + one * 2 * BLOCK_ROWS, row_mask, float("-inf"),
                         cache_modifier=".cg",
                     )
                     - largest
                 )  # fmt: skip
-                sums_there = tl.load(sums + other * area, q_mask, 0.0, cache_modifier=".cg")
+                sums_there = tl.load(sums + one * area, q_mask, 0.0, cache_modifier=".cg")
                 acc += sums_there * factor[:, None]
             factors = kv / tl.where(row_mask, total, 1.0)
-            _store(acc * factors[:, None], scale, out + offsets, q_mask, loaded.dtype, QUANTIZE)
+            _store(acc * factors[:, None], scale, target, q_mask, plain.dtype, QUANTIZE)
     else:
         factors = kv / total
-        _store(acc * factors[:, None], scale, out + offsets, q_mask, loaded.dtype, QUANTIZE)
+        _store(acc * factors[:, None], scale, target, q_mask, plain.dtype, QUANTIZE)
 
 
 @triton.jit
@@ -141,34 +185,35 @@ def _store(attended, scale, target, mask, dtype: tl.constexpr, QUANTIZE: tl.cons
         tl.store(target, attended, mask)
 
 
-def paged_attention(
-    q: torch.Tensor,
+def decode_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
-    lengths: torch.Tensor,
+    positions: torch.Tensor,
     kv_scale: torch.Tensor,
     scale: torch.Tensor | None,
     workspace: Workspace,
-    tokens_per_step: int = TOKENS_PER_STEP,
-    pdl: bool = False,
+    step: Step | None = None,
 ) -> torch.Tensor:
-    batch_size, heads, head_dim = q.shape
-    _, kv_heads, block_size, _ = k_cache.shape
-    group = heads // kv_heads
-    out = torch.empty(
-        batch_size, heads * head_dim, dtype=q.dtype if scale is None else E4M3, device=q.device
-    )
-    splits = workspace.num_splits(batch_size * kv_heads)
-    _paged_attention[(batch_size, kv_heads, splits)](
-        q, k_cache, v_cache, block_tables, lengths, kv_scale, scale, out,
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    batch_size, heads = len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads
+    group, step = heads // kv_heads, step or step_for(len(qkv))
+    dtype = qkv.dtype if scale is None else E4M3
+    out = empty_with_spare_rows(batch_size, heads * head_dim, dtype=dtype, device=qkv.device)
+    splits = workspace.num_splits(batch_size * kv_heads, step.crowd)
+    _decode_attention[(batch_size, kv_heads, splits)](
+        qkv, cos, sin, slots, k_cache, v_cache, block_tables, positions, kv_scale, scale, out,
         workspace.partial_sums, workspace.stats, workspace.counters,
         _LOG2_E * head_dim**-0.5, block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,
         QUANTIZE=scale is not None, NUM_SPLITS=splits,
         BLOCK_ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
-        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_TOKENS=tokens_per_step,
-        BLOCK_SPLITS=triton.next_power_of_2(splits), ON_GPU=q.device.type == "cuda",
-        PDL=pdl, num_warps=4, num_stages=3, launch_pdl=pdl,
+        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_TOKENS=step.num_tokens,
+        BLOCK_SPLITS=triton.next_power_of_2(splits), ON_GPU=qkv.device.type == "cuda",
+        num_warps=step.num_warps, num_stages=step.num_stages,
     )  # fmt: skip
     return out
