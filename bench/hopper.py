@@ -16,23 +16,21 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.hopper_decoder import Executors, measure_decode, measure_prefill, random_prompt
+from bench.hopper_decoder import Executors, measure_decode, measure_prefill
+from bench.hopper_profile import measure_kernels
 from bench.hopper_requests import measure_first_token, measure_serving
 from bench.hopper_row import Row
 from bench.hopper_vision import measure_vision
 from bench.machine import describe, describe_gpu
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
-from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
-from runtime.engine_dir import EngineDir
 
 DECODER_PHASES = {"decode", "prefill", "first_token", "serving"}
 PHASES = (*sorted(DECODER_PHASES), "vision")
@@ -77,52 +75,15 @@ def measure_decoder(
             executor, config, options.requests, options.context, options.answer, ceilings
         )
     if options.profile is not None:
-        profile(executor, engine, options, device)
-
-
-def profile(
-    executor: TorchDecoderExecutor,
-    engine: EngineDir,
-    options: argparse.Namespace,
-    device: torch.device,
-) -> None:
-    """Appends the GPU's kernels of decode steps and of a prefill, by their time."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    vocab_size = engine.checkpoint_config.decoder.vocab_size
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-
-    @contextmanager
-    def profiled(title: str) -> Iterator[None]:
-        with profiler(activities=activities) as found:
-            yield
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        table = found.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=90)
-        with options.profile.open("a") as file:
-            print(title, table, sep="\n", file=file)
-
-    for batch_size in numbers(options.batch_sizes):
-        requests = [
-            executor.submit(
-                DecoderRequest(random_prompt(vocab_size, options.context, 7 + i), options.context)
-            )
-            for i in range(batch_size)
-        ]
-        while len(executor.step()) < batch_size:
-            pass
-        with profiled(f"10 decode steps, batch {batch_size}"):
-            for _ in range(10):
-                executor.step()
-        for request in requests:
-            executor.cancel(request)
-    executor.submit(DecoderRequest(random_prompt(vocab_size, numbers(options.prompts)[0], 5), 1))
-    with profiled(f"prefill of {numbers(options.prompts)[0]} tokens"):
-        executor.step()
+        yield from measure_kernels(
+            executors,
+            numbers(options.batch_sizes),
+            options.context,
+            prompts[0],
+            ceilings,
+            device,
+            options.profile,
+        )
 
 
 def slopes(rows: list[Row]) -> list[dict[str, Any]]:
@@ -171,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--tiles", default="7")
     parser.add_argument("--no_graphs", action="store_true")
-    parser.add_argument("--profile", type=Path, help="append kernels' times to this file")
+    parser.add_argument("--profile", type=Path, help="kernels' times, their tables to this file")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)

@@ -24,8 +24,8 @@ class Row:
         return asdict(self)
 
     def __str__(self) -> str:
-        unit = "GB/s" if self.phase == "decode" else "TFLOP/s"
-        rate = self.rate / (1e9 if self.phase == "decode" else 1e12)
+        is_decode = self.phase.startswith("decode")
+        unit, rate = ("GB/s", self.rate / 1e9) if is_decode else ("TFLOP/s", self.rate / 1e12)
         return (
             f"{self.phase:<16}{self.num_layers:>3} layers, batch {self.batch_size:<3} "
             f"{self.num_tokens:>5} tokens {self.ms:9.3f} ms {self.tokens_per_s:10.1f} tokens/s "

@@ -25,21 +25,23 @@ def test_every_kernel_is_measured_for_every_batch_size(capsys: pytest.CaptureFix
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
 def test_every_phase_is_measured_through_the_executors(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     phases = ["decode", "prefill", "first_token", "serving", "vision"]
     options = "--shape tiny --layers 1,2 --batch_sizes 1,3 --context 64 --prompts 50"
-    hopper.main([*phases, *options.split(), *["--requests", "5", "--answer", "4", "--tiles", "1"]])
+    options += f" --requests 5 --answer 4 --tiles 1 --profile {tmp_path / 'profile.log'}"
+    hopper.main([*phases, *options.split()])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = [(row["phase"], row["num_layers"], row["batch_size"]) for row in found["rows"]]
     for num_layers in (1, 2):
         assert {("decode", num_layers, 1), ("decode", num_layers, 3)} <= set(rows)
         assert {("prefill", num_layers, 1), ("prefill, new", num_layers, 1)} <= set(rows)
-        assert ("prefill, busy", num_layers, 1) in rows
+        assert {("prefill, busy", num_layers, 1), ("decode, kernels", num_layers, 3)} <= set(rows)
     assert {("serving", 2, 3), ("first, bfloat16", 2, 1), ("first, FP8", 2, 1)} <= set(rows)
     assert {("vision bfloat16", 2, 1), ("vision FP8, busy", 2, 1)} <= set(rows)
     assert all(row["ms"] > 0 and row["rate"] > 0 for row in found["rows"])
-    assert len(found["slopes"]) == 5
+    assert len(found["slopes"]) == 8
+    assert "2 layers, prompt of 50 tokens" in (tmp_path / "profile.log").read_text()
 
 
 def test_prompts_of_other_lengths_and_seeds_share_no_beginning() -> None:
