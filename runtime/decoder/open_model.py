@@ -45,10 +45,11 @@ def open_model(
     source: TensorSource | None = None,
     group: ProcessGroup | None = None,
     *,
-    use_graphs: bool = True,
+    use_graphs: bool | None = None,
 ) -> OpenedModel:
-    """source: of the weights, by default the rank's file. Collective where there is a group: its
-    reductions are captured and warmed up."""
+    """source: of the weights, by default the rank's file. use_graphs: by default on one GPU; a
+    group's would hold its reductions, which no two GPUs have run yet. Collective where there is a
+    group."""
     config, limits = engine.checkpoint_config, engine.limits
     rank, all_reduce = (0, None) if group is None else (group.rank, group.all_reduce)
     num_blocks = _num_blocks(engine, device, group)
@@ -75,7 +76,7 @@ def open_model(
 
         fast, embedding = load() if group is None else group.job.agree(load)
         with _room_on(device, engine) if group is None else nullcontext():
-            if use_graphs:
+            if (group is None) if use_graphs is None else use_graphs:
                 fast.capture_graphs()
             fast.warm_up(limits.max_num_tokens)
         own = fast
