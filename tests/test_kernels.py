@@ -13,9 +13,12 @@ from nvlm import fp8
 from nvlm.decoder_model import rope_tables
 from runtime.decoder.kernels import plain_forms
 from tests.tolerances import (
+    E4M3_AFTER_ATTENTION,
     E4M3_AFTER_TENSOR_CORES,
     E4M3_FLIPPED_SHARE,
+    E4M3_ROUNDING,
     KERNEL_BF16,
+    PREFILL_ATTENTION,
     relative_error,
 )
 
@@ -31,7 +34,11 @@ from runtime.decoder.kernels.triton_forms import TritonForms  # noqa: E402
 from runtime.decoder.kernels.widen_pages import widen_pages  # noqa: E402
 from runtime.decoder.kernels.workspace import Workspace  # noqa: E402
 from runtime.kernels.quantization import scale_quantize  # noqa: E402
-from runtime.kernels.spare_rows import empty_with_spare_rows, with_spare_rows  # noqa: E402
+from runtime.kernels.spare_rows import (  # noqa: E402
+    SPARE_ROWS,
+    empty_with_spare_rows,
+    with_spare_rows,
+)
 
 FORMS = TritonForms(DEVICE)
 
@@ -306,7 +313,7 @@ def test_decode_attention_equals_its_plain_form(heads: int, kv_heads: int, head_
             blocks, _, places, _ = changed.nonzero(as_tuple=True)
             assert {*(32 * blocks + places).tolist()} <= {*case.slots.tolist()}
         quantised, _ = case.attended(FORMS, scalar(0.01))
-        assert relative_error(quantised.float(), fp8.quantize(expected, 0.01).float()) < 0.01
+        assert relative_error(quantised.float(), fp8.quantize(expected, 0.01).float()) < E4M3_AFTER_ATTENTION
 
 
 def test_a_request_of_a_batch_attends_as_it_does_alone() -> None:
@@ -315,6 +322,52 @@ def test_a_request_of_a_batch_attends_as_it_does_alone() -> None:
     for i in range(3):
         alone, _ = case.part(slice(i, i + 1)).attended(FORMS, None)
         assert relative_error(alone[0], together[i]) < KERNEL_BF16
+
+
+@pytest.mark.parametrize(
+    ("first_position", "num_rows"), [(0, 1), (0, 255), (0, 256), (0, 300), (40, 1), (70, 280)]
+)
+def test_prefill_attention_equals_its_plain_form(first_position: int, num_rows: int) -> None:
+    """Whatever lies behind the rows, and on the blocks behind the positions."""
+    heads, kv_heads, head_dim = 4, 2, 64
+    end = first_position + num_rows
+    blocks = torch.randperm(12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    caches = [e4m3(12, kv_heads, 32, head_dim, seed=s) for s in (2, 3)]
+    for cache in caches:
+        for position in range(end, 12 * 32):
+            cache.view(torch.uint8)[blocks[position // 32], :, position % 32] = 0x7F
+    shape = (num_rows, heads, head_dim)
+    q = empty_with_spare_rows(*shape, dtype=DTYPE, device=DEVICE)
+    with_spare_rows(q, num_rows + SPARE_ROWS).fill_(float("nan"))
+    q.copy_(randn(*shape))
+    arguments = (q, *caches, blocks, first_position, 0.02)
+    found, expected = (each.prefill_attention(*arguments, None) for each in (FORMS, plain_forms))
+    assert relative_error(found, expected) < PREFILL_ATTENTION
+    found = FORMS.prefill_attention(*arguments, scalar(0.01))
+    assert relative_error(found.float(), 100 * expected.float()) < E4M3_ROUNDING
+
+
+def test_planning_calls_what_prompts_of_every_length_call_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shapes and strides: cuDNN plans anew for others."""
+    called = []
+
+    def attend(*inputs: torch.Tensor, **_: object) -> torch.Tensor:
+        called.append([(x.shape, x.stride(), x.dtype) for x in inputs])
+        return inputs[0]
+
+    heads, kv_heads, head_dim = 4, 2, 64
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    FORMS.plan_prefill_attention(heads, kv_heads, head_dim, DTYPE, 600)
+    planned = called.copy()
+    called.clear()
+    caches = [e4m3(20, kv_heads, 32, head_dim) for _ in "kv"]
+    for num_rows in (256, 300, 600):
+        q = empty_with_spare_rows(num_rows, heads, head_dim, dtype=DTYPE, device=DEVICE)
+        blocks = torch.arange(num_rows // 32 + 1, device=DEVICE)
+        FORMS.prefill_attention(q.fill_(0), *caches, blocks, 0, 0.02, None)
+    assert called == planned
 
 
 @pytest.mark.parametrize("num_programs", [1, 4, 64])
