@@ -131,9 +131,7 @@ class TritonForms:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
-def _attend_whole(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> torch.Tensor:
+def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """q [T, heads, head_dim] over k and v [kv_heads, T, head_dim], causal: [1, heads, T, head_dim].
 
     cuDNN's kernel is the fastest. It plans each shape, strides and thread anew, for some 60 ms.
@@ -147,9 +145,7 @@ def _attend_whole(
         )
 
 
-def _attend_up_to(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> torch.Tensor:
+def _attend_up_to(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """As `_attend_whole`, for the last rows of more positions: by FlashAttention, which needs no
     plan. Causal means to it that the last query sees the last key, however many there are."""
     inputs = q.transpose(0, 1)[None], k[None], v[None]
