@@ -4,6 +4,7 @@ Triton's interpreter, whose conversion to narrow types is replaced (`rounding`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # no bfloat1
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime import interpreter  # noqa: E402
 
+from runtime.decoder.kernels import triton_forms  # noqa: E402
 from runtime.decoder.kernels.decode_attention import Step, decode_attention  # noqa: E402
 from runtime.decoder.kernels.elementwise import swiglu_quantize  # noqa: E402
 from runtime.decoder.kernels.gate_up_swiglu import gate_up_swiglu  # noqa: E402
@@ -353,12 +355,12 @@ def test_planning_calls_what_prompts_of_every_length_call_later(
     """Shapes and strides: cuDNN plans anew for others."""
     called = []
 
-    def attend(*inputs: torch.Tensor, **_: object) -> torch.Tensor:
-        called.append([(x.shape, x.stride(), x.dtype) for x in inputs])
-        return inputs[0]
+    def attend(*inputs: Any) -> torch.Tensor:
+        called.append([(x.shape, x.stride(), x.dtype) for x in inputs[:3]])
+        return inputs[0].transpose(0, 1)[None]
 
     heads, kv_heads, head_dim = 4, 2, 64
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(triton_forms, "_attend_whole", attend)
     FORMS.plan_prefill_attention(heads, kv_heads, head_dim, DTYPE, 600)
     planned = called.copy()
     called.clear()
@@ -368,6 +370,15 @@ def test_planning_calls_what_prompts_of_every_length_call_later(
         blocks = torch.arange(num_rows // 32 + 1, device=DEVICE)
         FORMS.prefill_attention(q.fill_(0), *caches, blocks, 0, 0.02, None)
     assert called == planned
+
+
+def test_cudnns_attention_is_called_as_this_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its shapes alone, which takes no GPU; and no other thread's attention is touched."""
+    monkeypatch.setattr(triton_forms, "can_use_cudnn_attention", lambda _: True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    q = torch.empty(256, 4, 64, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(2, 256, 64, dtype=torch.bfloat16, device="meta")
+    assert triton_forms._attend_whole(q, k, k, 0.1).shape == (1, 4, 256, 64)
 
 
 @pytest.mark.parametrize("num_programs", [1, 4, 32])

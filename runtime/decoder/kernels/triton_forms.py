@@ -3,12 +3,9 @@ workspace."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from runtime.decoder.kernels import decode_attention, elementwise, gate_up_swiglu, rope
@@ -135,14 +132,17 @@ def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
     """q [T, heads, head_dim] over k and v [kv_heads, T, head_dim], causal: [1, heads, T, head_dim].
 
     cuDNN's kernel is the fastest. It plans each shape, strides and thread anew, for some 60 ms.
-    Where it is missing, switched off or does not take these heads, torch chooses another one.
+    Where it is missing, switched off or does not take these heads, torch chooses another one. It is
+    called by name, since `sdpa_kernel` would choose for vision's thread too.
     """
     inputs = q.transpose(0, 1)[None], k[None], v[None]
-    takes = can_use_cudnn_attention(SDPAParams(*inputs, None, 0.0, True, True))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if takes else nullcontext():
-        return nn.functional.scaled_dot_product_attention(
-            *inputs, is_causal=True, scale=scale, enable_gqa=True
-        )
+    if can_use_cudnn_attention(SDPAParams(*inputs, None, 0.0, True, True)):
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *inputs, attn_bias=None, compute_log_sumexp=False, is_causal=True, scale=scale
+        )[0]
+    return nn.functional.scaled_dot_product_attention(
+        *inputs, is_causal=True, scale=scale, enable_gqa=True
+    )
 
 
 def _attend_up_to(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
