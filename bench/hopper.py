@@ -56,6 +56,7 @@ def measure_decoder(
         )
         config = engine.checkpoint_config
         executors[num_layers] = TorchDecoderExecutor.over(engine, opened), config
+        executors[num_layers][0].prepare_thread()
         seconds = time.perf_counter() - start
         print(f"{num_layers} layers are ready after {seconds:.1f} s", flush=True)
     if "decode" in options.phases:

@@ -108,6 +108,7 @@ def main() -> None:
         if group.rank > 0:
             executor.run_worker()
             return
+        executor.prepare_thread()
         found: dict[str, Any] = {
             "machine": describe() | describe_gpu(device),
             "tp_size": group.size,

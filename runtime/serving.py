@@ -81,6 +81,7 @@ class Server:
         self._to_decode: SimpleQueue[tuple[Ticket, EncodedRequest] | None] = SimpleQueue()
         self._is_closing = False
         self._num_running = 0
+        self._is_prepared = threading.Event()
         self._threads = [
             *(
                 threading.Thread(target=self._prepare_loop, args=(self._to_prepare,))
@@ -92,6 +93,7 @@ class Server:
         ]
         for thread in self._threads:
             thread.start()
+        self._is_prepared.wait()
 
     @property
     def num_open(self) -> int:
@@ -202,10 +204,14 @@ class Server:
     def _run_decoder(self) -> None:
         """Nobody waits for a decoder that has ended."""
         try:
+            self.runner.decoder.prepare_thread()
+            self._is_prepared.set()
             self._decode_loop()
         except Exception as error:
             logger.exception("the decoder's thread ended")
             self._refuse_all(error)
+        finally:
+            self._is_prepared.set()
 
     def _decode_loop(self) -> None:
         waiting: deque[tuple[Ticket, EncodedRequest]] = deque()

@@ -15,6 +15,7 @@ from build.checkpoint.convert import ConvertOptions, convert
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
+from runtime.kernels import hopper
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 from tools.model_dir import Shape
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
 
+HAS_HOPPER = torch.cuda.is_available() and hopper.has_kernels(torch.device("cuda"))
 # Read when Triton and the kernels are imported.
-if not torch.cuda.is_available():
+if not HAS_HOPPER:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Two workers share two cores (see Makefile), so each computes on one.

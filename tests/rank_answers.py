@@ -106,6 +106,7 @@ def main() -> None:
         lines = read_requests(requests_file, GenerationRequest.images_first(""))
         requests = [line.request for line in lines if isinstance(line.request, GenerationRequest)]
         with Runner.open(many, CPU, job) as runner:
+            runner.decoder.prepare_thread()  # leads the workers to it
             ours, found = ask(runner, requests)
         with Runner.open(one, CPU) as runner:
             reference, expected = ask(runner, requests)

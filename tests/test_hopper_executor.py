@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nvlm.errors import UserError
+from runtime.decoder import open_model as open_model_module
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest, generate
 from runtime.decoder.hopper_model import HopperModel
 from runtime.decoder.open_model import open_model
@@ -166,3 +167,20 @@ def test_an_engine_that_does_not_fit_is_refused_with_what_would_fit(
     monkeypatch.setattr("runtime.decoder.open_model.total_memory_bytes", lambda device: 80 << 30)
     with pytest.raises(UserError, match=r"needs .* GB of cuda, where 0.0 GB are free: weights"):
         open_model(EngineDir.read(engine_dir), CUDA)
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_install(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which Triton says "Failed to find C compiler"."""
+    build = pytest.importorskip("triton.runtime.build", reason="triton is not installed")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    engine = EngineDir.read(engine_dir)
+    with (
+        pytest.raises(UserError, match=r"C compiler and Python's headers .* gcc python3-dev"),
+        open_model_module._loading_on(CUDA, engine),
+    ):
+        build._build("launcher", "launcher.c", ".", [], [], [], [])
+    with pytest.raises(RuntimeError, match="of ours"), open_model_module._loading_on(CUDA, engine):
+        raise RuntimeError("of ours")

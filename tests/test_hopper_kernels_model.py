@@ -1,4 +1,4 @@
-"""The fast path with its kernels against the oracle: on a GPU where there is one, otherwise in
+"""The fast path with its kernels against the oracle: on a Hopper GPU if there is one, else in
 Triton's interpreter (see test_kernels.py), with plain forms in the place of libraries' calls."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runtime.decoder.torch_weights import load_weights, open_weights
 from runtime.engine_dir import EngineDir
 from tests import test_kernels
 from tests.conftest import CPU, Workshop
-from tests.test_hopper_model import MAX_SEQ_LEN, NUM_BLOCKS, SCENES
+from tests.test_hopper_model import MAX_SEQ_LEN, NUM_BLOCKS, SCENES, prompt, token
 from tests.test_kernels import rounding  # noqa: F401 - a fixture
 from tests.tolerances import FAST_PATH_LOGITS, relative_error
 
@@ -24,7 +24,17 @@ DEVICE = test_kernels.DEVICE
 DTYPE = {torch.bfloat16: "bfloat16", torch.float16: "float16"}[test_kernels.DTYPE]
 
 
-INTERPRETED = ("a picture", "decoding beside prompts")
+# In the interpreter few rows, through every kernel: prompts, chunks and tokens beside each other.
+A, C = [3, 0, 9], [7]
+SHORT = {
+    "a picture": SCENES["a picture"],
+    "tokens beside chunks": [
+        [prompt(0, 33, A)],
+        [prompt(0, 4, C, is_last=False), token(33, A)],
+        [token(34, A), prompt(4, 5, C)],
+    ],
+}
+MIXTURES = SCENES if DEVICE.type == "cuda" else SHORT
 
 
 class _Forms(test_kernels.TritonForms):
@@ -61,10 +71,10 @@ def models(workshop: Workshop, model_dir) -> dict[str, DecoderModel]:  # type: i
     }
 
 
-@pytest.mark.parametrize("name", SCENES if DEVICE.type == "cuda" else INTERPRETED)
+@pytest.mark.parametrize("name", MIXTURES)
 @torch.inference_mode()
 def test_every_mixture_gives_the_oracles_logits(models: dict[str, DecoderModel], name: str) -> None:
-    for steps in SCENES[name]:
+    for steps in MIXTURES[name]:
         expected, found = (models[each].forward(steps) for each in ("oracle", "graphs"))
         error = relative_error(found.cpu(), expected) if len(expected) else 0.0
         print(f"{name}: {error:.4f}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,23 @@ CPU = torch.device("cpu")
 NUM_BLOCKS, MAX_SEQ_LEN = 24, 192
 
 
+class Watched:
+    """The plain forms; `calls` are the names and tensors that they were given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, list[torch.Tensor]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        form = getattr(plain_forms, name)
+
+        def watched(*arguments: Any) -> Any:
+            tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
+            self.calls.append((name, tensors))
+            return form(*arguments)
+
+        return watched
+
+
 @pytest.fixture(scope="module")
 def models(engine_dir: Path) -> tuple[DecoderModel, DecoderModel]:
     """The oracle and the fast path over one file."""
@@ -28,8 +47,16 @@ def models(engine_dir: Path) -> tuple[DecoderModel, DecoderModel]:
     source = open_weights(engine_dir / "llm", config)
     oracle = PlainModel(config, load_weights(source, config, CPU), NUM_BLOCKS, CPU)
     weights = load_hopper_weights(source, config, CPU)
-    fast = HopperModel(config, 5, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, plain_forms)
+    fast = HopperModel(config, 5, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, Watched())  # type: ignore[arg-type]
     return oracle, fast
+
+
+@pytest.fixture
+def calls(models: tuple[DecoderModel, HopperModel]) -> list[tuple[str, list[torch.Tensor]]]:
+    """Of the fast path, from now on."""
+    forms: Any = models[1]._forms
+    forms.calls.clear()
+    return forms.calls  # type: ignore[no-any-return]
 
 
 def prompt(first: int, count: int, blocks: list[int], *, is_last: bool = True) -> SequenceStep:
@@ -93,6 +120,41 @@ def test_warming_up_disturbs_nobody(models: tuple[DecoderModel, DecoderModel]) -
         fast.warm_up(max_num_tokens)
     expected, found = (model.forward([token(50, A)]) for model in models)
     assert relative_error(found, expected) < KERNEL_LOGITS
+
+
+def test_warming_up_leaves_nothing_to_compile(
+    models: tuple[DecoderModel, HopperModel], calls: list[tuple[str, list[torch.Tensor]]]
+) -> None:
+    """Triton compiles a kernel anew for a number that 16 divides."""
+    models[1].warm_up(100)
+    rows = {len(tensors[0]) for name, tensors in calls if name == "gate_up_swiglu"}
+    assert rows == {100, 16, 2}
+
+
+def test_preparing_a_thread_plans_prompts_as_long_as_they_come(
+    models: tuple[DecoderModel, HopperModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[tuple[object, ...]] = []
+    monkeypatch.setattr(plain_forms, "plan_prefill_attention", lambda *args: planned.append(args))
+    for max_num_tokens in (100, 10 * MAX_SEQ_LEN):
+        models[1].prepare_thread(max_num_tokens)
+    heads, kv_heads, head_dim = 4, 2, 32  # of the tiny model
+    assert planned == [
+        (heads, kv_heads, head_dim, torch.bfloat16, count) for count in (100, MAX_SEQ_LEN)
+    ]
+
+
+def test_what_attention_takes_begins_at_16_bytes(
+    models: tuple[DecoderModel, HopperModel], calls: list[tuple[str, list[torch.Tensor]]]
+) -> None:
+    """Triton would compile its kernel anew for one that does not."""
+    for steps in SCENES["decoding beside prompts"]:
+        models[1].forward(steps)
+    names = {"rope_append", "decode_attention", "prefill_attention"}
+    assert {name for name, _ in calls} >= names
+    for name, tensors in calls:
+        places = [x.data_ptr() % 16 if x.dim() else 0 for x in tensors]
+        assert name not in names or not any(places), f"{name}: {places}"
 
 
 @pytest.mark.parametrize(

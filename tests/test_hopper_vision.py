@@ -1,5 +1,5 @@
 """The vision encoder's fast path: with the kernels' plain twins against the module, and each kernel
-against its twin (on a GPU where there is one, otherwise in Triton's interpreter)."""
+against its twin (on a Hopper GPU if there is one, else in Triton's interpreter)."""
 
 from __future__ import annotations
 

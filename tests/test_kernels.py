@@ -1,9 +1,10 @@
-"""The Triton kernels against their plain torch forms: on a GPU where there is one, otherwise in
+"""The Triton kernels against their plain torch forms: on a Hopper GPU if there is one, else in
 Triton's interpreter, whose conversion to narrow types is replaced (`rounding`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,18 +13,23 @@ import torch
 from nvlm import fp8
 from nvlm.decoder_model import rope_tables
 from runtime.decoder.kernels import plain_forms
+from tests.conftest import HAS_HOPPER
 from tests.tolerances import (
+    E4M3_AFTER_ATTENTION,
     E4M3_AFTER_TENSOR_CORES,
     E4M3_FLIPPED_SHARE,
+    E4M3_ROUNDING,
     KERNEL_BF16,
+    PREFILL_ATTENTION,
     relative_error,
 )
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda" if HAS_HOPPER else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # no bfloat16 products there
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime import interpreter  # noqa: E402
 
+from runtime.decoder.kernels import triton_forms  # noqa: E402
 from runtime.decoder.kernels.decode_attention import Step, decode_attention  # noqa: E402
 from runtime.decoder.kernels.elementwise import swiglu_quantize  # noqa: E402
 from runtime.decoder.kernels.gate_up_swiglu import gate_up_swiglu  # noqa: E402
@@ -31,9 +37,19 @@ from runtime.decoder.kernels.triton_forms import TritonForms  # noqa: E402
 from runtime.decoder.kernels.widen_pages import widen_pages  # noqa: E402
 from runtime.decoder.kernels.workspace import Workspace  # noqa: E402
 from runtime.kernels.quantization import scale_quantize  # noqa: E402
-from runtime.kernels.spare_rows import empty_with_spare_rows, with_spare_rows  # noqa: E402
+from runtime.kernels.spare_rows import (  # noqa: E402
+    SPARE_ROWS,
+    empty_with_spare_rows,
+    with_spare_rows,
+)
 
 FORMS = TritonForms(DEVICE)
+
+
+BY_CUBLASLT = [
+    pytest.mark.hopper,
+    pytest.mark.skipif(not HAS_HOPPER, reason="cuBLASLt's FP8 products need a Hopper GPU"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -123,17 +139,13 @@ def test_values_beyond_448_are_clamped_and_nan_stays() -> None:
     assert bool(found.float().isnan().all())
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 16, 17])
+@pytest.mark.parametrize("num_rows", [1, 5, 16, pytest.param(17, marks=BY_CUBLASLT)])
 @pytest.mark.parametrize(("size", "depth"), [(32, 256), (104, 1040)])
 def test_gate_up_swiglu_equals_its_plain_form(num_rows: int, size: int, depth: int) -> None:
     x, weight = e4m3(num_rows, depth), e4m3(2 * size, depth, seed=1)
     arguments = (x, weight, scalar(3e-4), scalar(0.1), DTYPE)
-    if DEVICE.type == "cpu" and num_rows > 16:  # cuBLASLt's
-        return
-    expected = plain_forms.gate_up_swiglu(*arguments)
-    for _ in range(2):  # the counters are as they were
-        found = FORMS.gate_up_swiglu(*arguments)
-        assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
+    found, expected = (forms.gate_up_swiglu(*arguments) for forms in (FORMS, plain_forms))
+    assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 7, 64])
@@ -154,8 +166,7 @@ def test_a_row_of_gate_up_swiglu_does_not_depend_on_the_others() -> None:
     assert torch.equal(alone[0].float(), together[4].float())
 
 
-def test_swiglu_quantize_equals_its_plain_form() -> None:
-    """Beside a weight that takes x as it is."""
+def test_swiglu_quantize_equals_the_formula() -> None:
     for num_tokens, size in ((1, 64), (5, 1500)):
         gate_up = 3 * randn(num_tokens, 2 * size)
         gate, up = gate_up.float().chunk(2, dim=-1)
@@ -163,7 +174,7 @@ def test_swiglu_quantize_equals_its_plain_form() -> None:
         assert_same_e4m3(swiglu_quantize(gate_up, scalar(0.02)), expected)
 
 
-HEADS = [(2, 2, 64), (8, 1, 128), (16, 2, 128), (6, 3, 80)]
+HEADS = [(2, 2, 64), (8, 1, 128), (40, 2, 96), (6, 3, 80)]  # groups of 1 to 20
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
@@ -286,7 +297,7 @@ def cached(heads: int, kv_heads: int, head_dim: int, lengths: list[int]) -> Cach
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 def test_decode_attention_equals_its_plain_form(heads: int, kv_heads: int, head_dim: int) -> None:
-    for lengths in ([1], [200], [33, 64, 1], [300, 5]):
+    for lengths in ([1], [200], [33, 64, 1]):
         case = cached(heads, kv_heads, head_dim, lengths)
         plain = Cached(
             case.qkv, case.cos, case.sin, case.slots,
@@ -294,19 +305,17 @@ def test_decode_attention_equals_its_plain_form(heads: int, kv_heads: int, head_
             case.tables, case.positions,
         )  # fmt: skip
         expected, written = plain.attended(plain_forms, None)
-        for _ in range(2):  # the counters are as they were
-            found, caches = case.attended(FORMS, None)
-            assert relative_error(found, expected) < KERNEL_BF16
-        for cache, oracle in zip(caches, written, strict=True):
+        found, caches = case.attended(FORMS, None)
+        assert relative_error(found, expected) < KERNEL_BF16
+        for cache, oracle, before in zip(caches, written, case.caches, strict=True):
             newest = (x[case.slots // 32, :, case.slots % 32] for x in (cache, oracle))
             assert_same_e4m3(*newest)
-            changed = (cache.view(torch.uint8) != case.caches[0].view(torch.uint8)) & (
-                cache.view(torch.uint8) != case.caches[1].view(torch.uint8)
-            )
+            changed = cache.view(torch.uint8) != before.view(torch.uint8)
             blocks, _, places, _ = changed.nonzero(as_tuple=True)
-            assert {*(32 * blocks + places).tolist()} <= {*case.slots.tolist()}
-        quantised, _ = case.attended(FORMS, scalar(0.01))
-        assert relative_error(quantised.float(), fp8.quantize(expected, 0.01).float()) < 0.01
+            assert {*(32 * blocks + places).tolist()} == {*case.slots.tolist()}
+        quantised, _ = case.attended(FORMS, scalar(0.01))  # the counters are as they were
+        in_e4m3 = fp8.quantize(expected, 0.01).float()
+        assert relative_error(quantised.float(), in_e4m3) < E4M3_AFTER_ATTENTION
 
 
 def test_a_request_of_a_batch_attends_as_it_does_alone() -> None:
@@ -317,9 +326,65 @@ def test_a_request_of_a_batch_attends_as_it_does_alone() -> None:
         assert relative_error(alone[0], together[i]) < KERNEL_BF16
 
 
-@pytest.mark.parametrize("num_programs", [1, 4, 64])
+@pytest.mark.parametrize(
+    ("first_position", "num_rows"), [(0, 1), (0, 255), (0, 256), (0, 300), (40, 1), (70, 280)]
+)
+def test_prefill_attention_equals_its_plain_form(first_position: int, num_rows: int) -> None:
+    """Whatever lies behind the rows, and on the blocks behind the positions."""
+    heads, kv_heads, head_dim = 4, 2, 64
+    end = first_position + num_rows
+    blocks = torch.randperm(12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    caches = [e4m3(12, kv_heads, 32, head_dim, seed=s) for s in (2, 3)]
+    for cache in caches:
+        for position in range(end, 12 * 32):
+            cache.view(torch.uint8)[blocks[position // 32], :, position % 32] = 0x7F
+    shape = (num_rows, heads, head_dim)
+    q = empty_with_spare_rows(*shape, dtype=DTYPE, device=DEVICE)
+    with_spare_rows(q, num_rows + SPARE_ROWS).fill_(float("nan"))
+    q.copy_(randn(*shape))
+    arguments = (q, *caches, blocks, first_position, 0.02)
+    found, expected = (each.prefill_attention(*arguments, None) for each in (FORMS, plain_forms))
+    assert relative_error(found, expected) < PREFILL_ATTENTION
+    found = FORMS.prefill_attention(*arguments, scalar(0.01))
+    assert relative_error(found.float(), 100 * expected.float()) < E4M3_ROUNDING
+
+
+def test_planning_calls_what_prompts_of_every_length_call_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shapes and strides: cuDNN plans anew for others."""
+    called = []
+
+    def attend(*inputs: Any) -> torch.Tensor:
+        called.append([(x.shape, x.stride(), x.dtype) for x in inputs[:3]])
+        return inputs[0].transpose(0, 1)[None]
+
+    heads, kv_heads, head_dim = 4, 2, 64
+    monkeypatch.setattr(triton_forms, "_attend_whole", attend)
+    FORMS.plan_prefill_attention(heads, kv_heads, head_dim, DTYPE, 600)
+    planned = called.copy()
+    called.clear()
+    caches = [e4m3(20, kv_heads, 32, head_dim) for _ in "kv"]
+    for num_rows in (256, 300, 600):
+        q = empty_with_spare_rows(num_rows, heads, head_dim, dtype=DTYPE, device=DEVICE)
+        blocks = torch.arange(num_rows // 32 + 1, device=DEVICE)
+        FORMS.prefill_attention(q.fill_(0), *caches, blocks, 0, 0.02, None)
+    assert called == planned
+
+
+def test_cudnns_attention_is_called_as_this_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its shapes alone, which takes no GPU; and no other thread's attention is touched."""
+    monkeypatch.setattr(triton_forms, "can_use_cudnn_attention", lambda _: True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    q = torch.empty(256, 4, 64, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(2, 256, 64, dtype=torch.bfloat16, device="meta")
+    assert triton_forms._attend_whole(q, k, k, 0.1).shape == (1, 4, 256, 64)
+
+
+@pytest.mark.parametrize("num_programs", [1, 4, 32])
 def test_decode_attention_does_not_depend_on_how_it_is_divided(num_programs: int) -> None:
-    case = cached(8, 1, 128, [300, 5, 64])
+    """Whole, in two or four, and in as many splits as there are at most."""
+    case = cached(8, 1, 128, [300, 5])
     expected, _ = case.attended(FORMS, None)
     workspace = Workspace.allocate(DEVICE, num_programs)
     for step in (Step(128, 4, 3, 1), Step(32, 1, 6, 2)):
@@ -328,12 +393,9 @@ def test_decode_attention_does_not_depend_on_how_it_is_divided(num_programs: int
     assert int(workspace.counters.abs().sum()) == 0
 
 
-@pytest.mark.hopper
-@pytest.mark.skipif(
-    DEVICE.type != "cuda" or torch.cuda.get_device_capability() < (8, 9),
-    reason="FP8 tensor cores need a Hopper GPU",
+@pytest.mark.parametrize(
+    "num_rows", [pytest.param(count, marks=BY_CUBLASLT) for count in (1, 8, 300)]
 )
-@pytest.mark.parametrize("num_rows", [1, 8, 300])
 def test_tensor_core_linear_equals_its_plain_form(num_rows: int) -> None:
     x, weight, bias = e4m3(num_rows, 1024), e4m3(512, 1024, seed=1), randn(512, seed=2)
     for b in (None, bias):

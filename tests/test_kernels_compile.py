@@ -30,13 +30,13 @@ BF16, F32, E4M3, I32, I64 = "*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64"
 POINTERS = {
     "hidden": BF16, "delta": BF16, "weight": BF16, "scale": F32, "new_hidden": BF16,
     "normed": E4M3, "gate_up": BF16, "product": E4M3, "qkv": BF16, "cos": F32, "sin": F32,
-    "slots": I64, "k_cache": E4M3, "v_cache": E4M3, "kv_scale": F32, "q_out": BF16, "q": BF16,
+    "slots": I64, "k_cache": E4M3, "v_cache": E4M3, "kv_scale": F32, "q_out": BF16,
     "block_tables": I32, "positions": I32, "out": E4M3, "partial_sums": F32, "partial_stats": F32,
-    "counters": I32, "x": E4M3, "bias": BF16, "y": BF16, "eps": "fp32", "exponent_scale": "fp32",
+    "counters": I32, "x": E4M3, "y": BF16, "eps": "fp32", "exponent_scale": "fp32",
     "factor": "fp32", "product_scale": F32, "blocks": I64, "k_out": BF16, "v_out": BF16,
     "layer_scale": BF16, "q_weight": BF16, "k_weight": BF16,
 }
-ALIGNED = ("size", "N", "K")
+ALIGNED = ("size", "K")
 
 def compile_(function, constants, types={}, **options):
     signature = {}

@@ -66,6 +66,13 @@ FP8_LINEAR_ELSEWHERE = 0.08
 # bfloat16 (e4m3) numbers then rounds to either.
 KERNEL_BF16 = 2e-3  # 2^-9 if every value were off by half a step
 E4M3_FLIPPED_SHARE = 0.01
+# Prompts' attention by a library: probabilities, sums and sums times the KV scale are rounded to 16
+# bits, the plain form's sums too: four times 2^-9 at most.
+PREFILL_ATTENTION = 2**-7
+# One rounding to e4m3: 2.6 % (rms).
+E4M3_ROUNDING = 0.035
+# The decode kernel's sums turn at most E4M3_FLIPPED_SHARE of e4m3 by a step of 6 %: 6e-3 in all.
+E4M3_AFTER_ATTENTION = 0.01
 # Hopper tensor cores add e4m3 products with 14 bits (arXiv 2412.19437, 3.3.2): linear sums are
 # off by 1.1e-4 to 1.3e-4 measured on an H100, which turns 3 % of the bfloat16 that they are rounded
 # to and, after SwiGLU, 1.3 to 2 % of e4m3 numbers by a step of 6 %: sqrt(0.02) of it in all.

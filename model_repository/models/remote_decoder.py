@@ -62,6 +62,9 @@ class RemoteDecoderExecutor:
                 self._open.discard(output.request_id)
         return list(outputs.values())
 
+    def prepare_thread(self) -> None:
+        """The backend's own threads take its steps."""
+
     def run_worker(self) -> None:
         raise AssertionError("the backend's own ranks do the work")
 

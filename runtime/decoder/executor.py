@@ -85,6 +85,11 @@ class DecoderExecutor(Protocol):
         """Ends a request, waiting or running; it appears in no later step. Unknown ids are fine."""
         ...
 
+    def prepare_thread(self) -> None:
+        """For a thread that will take the steps of many requests: does now what each kind of them
+        would wait for when it first comes (libraries keep their plans by thread)."""
+        ...
+
     def run_worker(self) -> None:
         """On ranks other than 0, instead of the above: works until rank 0 closes."""
         ...

@@ -22,6 +22,7 @@ from runtime.decoder.kv_cache import PagedKVCache
 from runtime.decoder.step import SequenceStep
 
 _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
+_SHORT_PROMPTS = (2, 16)  # Triton compiles anew for a number of rows that 16 divides
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """Layer and qkv [T, (heads + 2 kv_heads) head_dim], whose K and V are appended to the cache -> e4m3
@@ -88,14 +89,19 @@ class HopperModel:
 
     @torch.inference_mode()
     def warm_up(self, max_num_tokens: int) -> None:
-        """A prompt as long as they come, so that neither compiling nor running out of memory is
-        left to a request. On all ranks."""
+        """A prompt as long as they come and short ones, so that neither compiling nor running out
+        of memory is left to a request. On all ranks."""
         num_tokens = min(max_num_tokens, self._max_seq_len)
+        for count in (num_tokens, *(short for short in _SHORT_PROMPTS if short < num_tokens)):
+            blocks = [self._padding_block] * num_blocks_for(count)
+            self._prefill([SequenceStep([0] * count, 0, blocks, None, True)])
+
+    @torch.inference_mode()
+    def prepare_thread(self, max_num_tokens: int) -> None:
         _, kv_heads, _, head_dim = self._cache.pages(0)[0].shape
         heads = self._weights.layers[0].dense.weight.shape[1] // head_dim
+        num_tokens = min(max_num_tokens, self._max_seq_len)
         self._forms.plan_prefill_attention(heads, kv_heads, head_dim, self._dtype, num_tokens)
-        blocks = [self._padding_block] * num_blocks_for(num_tokens)
-        self._prefill([SequenceStep([0] * num_tokens, 0, blocks, None, True)])
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
@@ -197,7 +203,8 @@ class HopperModel:
     ) -> Attend:
         """`num_decoding` steps of one row each, then the others."""
         n = num_decoding
-        attend_prompts = self._attend_prompts(steps[n:], positions[n:], slots[n:])
+        # A tensor that does not begin at 16 bytes would have Triton compile its kernel anew.
+        attend_prompts = self._attend_prompts(steps[n:], positions[n:], slots[n:].clone())
         if n == 0:
             return attend_prompts
         width = max(len(step.blocks) for step in steps[:n])
@@ -248,7 +255,8 @@ class HopperModel:
         """Ranks add their float32 sums before the one rounding, the next norm's."""
         if self._all_reduce is None:
             return self._linear(linear, x)
-        sums = self._forms.linear(x, linear.weight, linear.scale, linear.bias, torch.float32)
+        assert linear.bias is None, "every rank would add it"
+        sums = self._forms.linear(x, linear.weight, linear.scale, None, torch.float32)
         return self._all_reduce(sums)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def open_model(
         from runtime.decoder.kernels.triton_forms import TritonForms
 
         def load() -> tuple[HopperModel, torch.Tensor]:
-            with _room_on(device, engine), nullcontext() if source else reading_ahead(file):
+            with _loading_on(device, engine), nullcontext() if source else reading_ahead(file):
                 on_gpu = load_hopper_weights(opened, config, device)
                 model = HopperModel(
                     config,
@@ -75,7 +76,7 @@ def open_model(
             return model, on_gpu.embedding
 
         fast, embedding = load() if group is None else group.job.agree(load)
-        with _room_on(device, engine) if group is None else nullcontext():
+        with _loading_on(device, engine) if group is None else nullcontext():
             if (group is None) if use_graphs is None else use_graphs:
                 fast.capture_graphs()
             fast.warm_up(limits.max_num_tokens)
@@ -91,8 +92,9 @@ def open_model(
 
 
 @contextmanager
-def _room_on(device: torch.device, engine: EngineDir) -> Iterator[None]:
-    """The plan counts what is free at the start; another program may take of it meanwhile."""
+def _loading_on(device: torch.device, engine: EngineDir) -> Iterator[None]:
+    """The plan counts what is free at the start; another program may take of it meanwhile. And
+    Triton builds what starts its kernels with the machine's compiler, unless its cache has it."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -101,6 +103,13 @@ def _room_on(device: torch.device, engine: EngineDir) -> Iterator[None]:
             f"{engine.directory} ran out of memory on {device} while loading, {free / 1e9:.1f} of "
             f"{total / 1e9:.1f} GB are free; end other programs there, build it with a smaller "
             "--max_seq_len or --max_num_tokens, or convert with --tp_size 2"
+        ) from error
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        if not (isinstance(error, subprocess.CalledProcessError) or "C compiler" in str(error)):
+            raise
+        raise UserError(
+            f"Triton needs a C compiler and Python's headers to run {engine.directory} on {device} "
+            f"({error}); install them, on Debian and Ubuntu by apt-get install gcc python3-dev"
         ) from error
 
 

@@ -26,6 +26,11 @@ class ParallelModel:
         self._own, self._group = own, group
         self._embedding, self._vocab_size = embedding, vocab_size
         group.on("step", self._follow)
+        group.on("prepare", own.prepare_thread)
+
+    def prepare_thread(self, max_num_tokens: int) -> None:
+        with self._group.leading("prepare", max_num_tokens):
+            self._own.prepare_thread(max_num_tokens)
 
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         message: Told = [

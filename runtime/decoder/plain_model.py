@@ -32,6 +32,9 @@ class PlainModel:
         self._device = device
         self._cache = PagedKVCache(config, num_blocks, weights.kv_scales, device)
 
+    def prepare_thread(self, max_num_tokens: int) -> None:
+        """Nothing is a thread's own."""
+
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         weights, decoder = self._weights, self._decoder
         counts = [len(step.token_ids) for step in steps]

@@ -45,3 +45,7 @@ class DecoderModel(Protocol):
         """Runs every sequence's tokens; float32 logits [those that want them, vocab_size], valid
         until the next call. On a rank of several: the columns of its part of the vocabulary."""
         ...
+
+    def prepare_thread(self, max_num_tokens: int) -> None:
+        """Does now what the calling thread's first steps of up to so many tokens would wait for."""
+        ...

@@ -74,6 +74,9 @@ class TensorrtLlmDecoderExecutor:
         if self._requests.pop(request_id, None) is not None:
             self._executor.cancel_request(request_id)
 
+    def prepare_thread(self) -> None:
+        """Its steps are its own threads'."""
+
     def run_worker(self) -> None:
         """On the other ranks: works until rank 0 closes. (`shutdown` joins the executor's thread,
         which ends when the leader's last message comes.)"""

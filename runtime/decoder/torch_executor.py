@@ -75,6 +75,9 @@ class TorchDecoderExecutor:
     def cancel(self, request_id: int) -> None:
         self._scheduler.cancel(request_id)
 
+    def prepare_thread(self) -> None:
+        self._model.prepare_thread(self.limits.max_num_tokens)
+
     def run_worker(self) -> None:
         assert self._group is not None, "one rank runs this executor"
         self._group.follow()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention.bias import causal_lower_right
 
 from runtime.decoder.kernels import decode_attention, elementwise, gate_up_swiglu, rope
@@ -98,32 +98,19 @@ class TritonForms:
         scale: torch.Tensor | None,
     ) -> torch.Tensor:
         """By torch, over keys and values that are gathered and widened; e4m3 numbers are exact in
-        q's type, so their scale is put on the softmax and on the result. cuDNN's kernel is the
-        fastest and plans each new shape for some 60 ms: it takes whole prompts, as so many rows
-        more that there are few shapes. FlashAttention needs no plan and takes the others."""
+        q's type, so their scale is put on the softmax and on the result. Whole prompts are given
+        so many rows more that there are few shapes to plan."""
         num_rows, heads, head_dim = q.shape
         end = first_position + num_rows
-        is_planned = q.device.type == "cuda" and first_position == 0 and num_rows >= _PLANNED_ROWS
+        is_planned = first_position == 0 and num_rows >= _PLANNED_ROWS
         granularity = _PLANNED_ROWS if is_planned else k_cache.shape[2]
         num_positions = -(-end // granularity) * granularity
         k, v = widen_pages(k_cache, v_cache, blocks, end, num_positions, q.dtype)
-        inputs = q.transpose(0, 1)[None], k[None, :, :end], v[None, :, :end]
         softmax_scale = head_dim**-0.5 * kv_scale
         if is_planned:
-            rows = with_spare_rows(q, num_positions).transpose(0, 1)[None]
-            attended = _attend_by_cudnn(rows, k[None], v[None], softmax_scale)
-        elif q.device.type == "cuda":
-            # Causal here means that the last query sees the last key, however many there are.
-            attended = torch.ops.aten._scaled_dot_product_flash_attention(
-                *inputs, is_causal=True, scale=softmax_scale
-            )[0]
+            attended = _attend_whole(with_spare_rows(q, num_positions), k, v, softmax_scale)
         else:
-            attended = nn.functional.scaled_dot_product_attention(
-                *inputs,
-                attn_mask=causal_lower_right(num_rows, end),
-                scale=softmax_scale,
-                enable_gqa=True,
-            )
+            attended = _attend_up_to(q, k[:, :end], v[:, :end], softmax_scale)
         rows = attended[0, :, :num_rows].transpose(0, 1).reshape(num_rows, heads * head_dim)
         if scale is None:
             return rows * kv_scale
@@ -133,21 +120,40 @@ class TritonForms:
         self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, max_num_tokens: int
     ) -> None:
         for num_rows in range(_PLANNED_ROWS, max_num_tokens + _PLANNED_ROWS, _PLANNED_ROWS):
-            q, k, v = (
-                torch.zeros(1, n, num_rows, head_dim, dtype=dtype, device=self._device)
-                for n in (heads, kv_heads, kv_heads)
-            )
-            rows = q.transpose(1, 2).contiguous().transpose(1, 2)  # as prefill_attention's lie
-            _attend_by_cudnn(rows, k, v, 1.0)
+            q = torch.zeros(num_rows, heads, head_dim, dtype=dtype, device=self._device)
+            k, v = torch.zeros(2, kv_heads, num_rows, head_dim, dtype=dtype, device=self._device)
+            _attend_whole(q, k, v, 1.0)
 
     def head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
-def _attend_by_cudnn(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=True
-        )
+def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """q [T, heads, head_dim] over k and v [kv_heads, T, head_dim], causal: [1, heads, T, head_dim].
+
+    cuDNN's kernel is the fastest. It plans each shape, strides and thread anew, for some 60 ms.
+    Where it is missing, switched off or does not take these heads, torch chooses another one. It is
+    called by name, since `sdpa_kernel` would choose for vision's thread too.
+    """
+    inputs = q.transpose(0, 1)[None], k[None], v[None]
+    if can_use_cudnn_attention(SDPAParams(*inputs, None, 0.0, True, True)):
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *inputs, attn_bias=None, compute_log_sumexp=False, is_causal=True, scale=scale
+        )[0]
+    return nn.functional.scaled_dot_product_attention(
+        *inputs, is_causal=True, scale=scale, enable_gqa=True
+    )
+
+
+def _attend_up_to(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """As `_attend_whole`, for the last rows of more positions: by FlashAttention, which needs no
+    plan. Causal means to it that the last query sees the last key, however many there are."""
+    inputs = q.transpose(0, 1)[None], k[None], v[None]
+    if q.device.type == "cuda":
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            *inputs, is_causal=True, scale=scale
+        )[0]
+    mask = causal_lower_right(q.shape[0], k.shape[1])
+    return nn.functional.scaled_dot_product_attention(
+        *inputs, attn_mask=mask, scale=scale, enable_gqa=True
+    )
