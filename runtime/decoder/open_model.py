@@ -53,6 +53,7 @@ def open_model(
     group."""
     config, limits = engine.checkpoint_config, engine.limits
     rank, all_reduce = (0, None) if group is None else (group.rank, group.all_reduce)
+    use_graphs = group is None if use_graphs is None else use_graphs
     num_blocks = _num_blocks(engine, device, group)
     file = engine.directory / "llm" / rank_file(rank)
     opened = source or open_weights(file.parent, config, rank)
@@ -77,7 +78,7 @@ def open_model(
 
         fast, embedding = load() if group is None else group.job.agree(load)
         with _loading_on(device, engine) if group is None else nullcontext():
-            if (group is None) if use_graphs is None else use_graphs:
+            if use_graphs:
                 fast.capture_graphs()
             fast.warm_up(limits.max_num_tokens)
         own = fast

@@ -3,6 +3,8 @@ workspace."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
@@ -31,6 +33,9 @@ class TritonForms:
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         num_programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
         self._workspace = Workspace.allocate(device, num_programs)
+        self.decode_attention = partial(
+            decode_attention.decode_attention, workspace=self._workspace
+        )
         self.tensor_core_linear = TensorCoreLinear(device)
 
     def linear(
@@ -59,33 +64,6 @@ class TritonForms:
             )
         gate_up = self.linear(x, weight, scale, None, dtype)
         return elementwise.swiglu_quantize(gate_up, product_scale)
-
-    def decode_attention(
-        self,
-        qkv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        slots: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        block_tables: torch.Tensor,
-        positions: torch.Tensor,
-        kv_scale: torch.Tensor,
-        scale: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return decode_attention.decode_attention(
-            qkv,
-            cos,
-            sin,
-            slots,
-            k_cache,
-            v_cache,
-            block_tables,
-            positions,
-            kv_scale,
-            scale,
-            self._workspace,
-        )
 
     def prefill_attention(
         self,
