@@ -136,19 +136,20 @@ def headline(task: TaskReport) -> str:
 
 def told(comparison: Comparison, unit: str) -> str:
     """The comparison in a sentence."""
-    how_sure = (
-        "chance alone could do this, the samples are too few to tell"
-        if comparison.p_value >= 0.05
-        else "chance alone would hardly do this"
-    )
+    if comparison.p_value < 0.05:
+        how_sure = "chance alone would hardly do this"
+    elif comparison.num_better or comparison.num_worse:
+        how_sure = "chance alone could do this: few samples, or a small difference"
+    else:
+        how_sure = "no score differs; the interval says what these samples cannot rule out"
     low, high = comparison.interval
     unit = "points" if unit == "%" else unit
     return (
         f"{comparison.value:.2f} against {comparison.other_value:.2f} over "
         f"{comparison.num_paired:,} samples: {comparison.difference:+.2f} {unit}, 95 % interval "
         f"{low:+.2f} to {high:+.2f}, p = {comparison.p_value:.3g}: {how_sure}; "
-        f"{len(comparison.changes)} answers differ, {comparison.num_better} better and "
-        f"{comparison.num_worse} worse"
+        f"answers that differ: {len(comparison.changes)}, better {comparison.num_better}, "
+        f"worse {comparison.num_worse}"
     )
 
 

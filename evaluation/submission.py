@@ -84,4 +84,7 @@ def write_result(path: Path, value: Any) -> None:
     try:
         write_text_atomically(path, json.dumps(value, indent=4, sort_keys=True) + "\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; mend that, or copy the answers to where "
+            "it can and give their --input_path"
+        ) from None
