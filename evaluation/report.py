@@ -14,7 +14,6 @@ from evaluation.results import Results
 from evaluation.scope import scope
 from evaluation.scored import Scored
 from evaluation.scoring.score import TaskScore
-from evaluation.tasks import question_of
 
 MAX_CHANGES = 20
 UNITS = "Scores in percent, OCRBench in points of 1,000."
@@ -160,7 +159,7 @@ def change_rows(task: TaskReport) -> list[tuple[str, ...]]:
     return [
         (
             str(c.id),
-            question_of(task.results.task, task.results.lines[c.id]),
+            task.results.task.form.question(task.results.lines[c.id]),
             " / ".join(dict.fromkeys(task.score.samples[c.id].truth)),
             c.answer,
             c.other_answer,

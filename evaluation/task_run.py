@@ -21,7 +21,6 @@ from evaluation.tasks import (
     Task,
     answer_line,
     find_task,
-    question_digest,
 )
 from nvlm.command_line import ArgumentParser, natural_int, positive_int
 from nvlm.errors import UserError
@@ -274,7 +273,7 @@ class TaskRun:
                 continue
             line = answer_line(self.task, sample, task_prompt(sample, self.request), "")
             what = None
-            if file.finished[sample.id] != question_digest(self.task, line):
+            if file.finished[sample.id] != self.task.form.digest(line):
                 what = "its question or ground truth"
             elif record.differs_in_image(earlier, sample.id):
                 what = "the size of its image"
