@@ -114,7 +114,9 @@ def write_report(report: Report, directory: Path) -> None:
         write_text_atomically(directory / "report.md", markdown(report))
         write_text_atomically(directory / "report.html", page(report))
     except OSError as error:
-        raise UserError(f"--report_dir {directory} cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"--report_dir {directory} cannot be written: {error.strerror}; give a folder"
+        ) from None
     print(f"{directory / 'report.html'}", file=sys.stderr)
 
 

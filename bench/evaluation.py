@@ -180,7 +180,7 @@ def main() -> None:
         }
     print(f"engine alone  {result['engine_samples_per_s']:8.2f} samples/s")
     print(f"task          {result['task_samples_per_s']:8.2f} samples/s, from files to lines")
-    print(f"share         {result['task_share_of_engine']:8.1%}")
+    print(f"share         {result['task_share_of_engine']:8.1%}, the middle one of the pairs")
     print(
         f"processor     {result['engine_cpu_s_per_sample']:8.3f} s a sample alone, "
         f"{result['task_cpu_s_per_sample']:.3f} s in the task"

@@ -1,4 +1,4 @@
-"""The forms in which the reference's evaluators keep a task's answers."""
+"""The forms in which the reference's evaluators keep a task's answers, and servers take them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,20 @@ def captions(lines: dict[SampleId, Line]) -> list[Line]:
     return [
         {"image_id": i, "caption": comparable_caption(line["caption"])} for i, line in lines.items()
     ]
+
+
+def submitted(id_name: str) -> MergedForm:
+    """A list for EvalAI or the Robust Reading Competition, which differ in the id's name."""
+
+    def form(lines: dict[SampleId, Line]) -> list[Line]:
+        return [{id_name: i, "answer": line["answer"]} for i, line in lines.items()]
+
+    return form
+
+
+def responses(lines: dict[SampleId, Line]) -> dict[str, str]:
+    """Of MathVista: results/leaderboad_submission_template, "response_only"."""
+    return {str(i): line["answer"] for i, line in lines.items()}
 
 
 def letters(lines: dict[SampleId, Line]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from evaluation.partition import partition_bounds
 from evaluation.sample import SampleId
 from evaluation.scoring.score import Line
-from evaluation.tasks import Task, question_digest
+from evaluation.tasks import Task
 from nvlm.errors import UserError
 
 _PARTITION = re.compile(r"-partition=(\d+)")
@@ -75,9 +75,7 @@ def _clash(
     first: dict[SampleId, FoundLine] = {}
     for sample_id, line in found:
         other = first.setdefault(sample_id, line)
-        if other is not line and question_digest(task, other.line) != question_digest(
-            task, line.line
-        ):
+        if other is not line and task.form.digest(other.line) != task.form.digest(line.line):
             return other, line
     return None
 

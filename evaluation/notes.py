@@ -13,7 +13,7 @@ def notes_on(scored: Scored, other: Scored | None, not_compared: str | None) -> 
     if scored.score and (empty := told_of_empty_answers(scored.score)):
         notes.append(f"{empty}.")
     if number := scored.results.num_duplicates:
-        notes.append(f"{number:,} answers to samples that had one already are left out.")
+        notes.append(f"Left out, answers to samples that had one already: {number:,}.")
     if not_compared:
         notes.append(f"Not compared: {not_compared}.")
     elif other and (unlike := what_differs(scored, other)):

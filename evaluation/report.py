@@ -14,7 +14,6 @@ from evaluation.results import Results
 from evaluation.scope import scope
 from evaluation.scored import Scored
 from evaluation.scoring.score import TaskScore
-from evaluation.tasks import question_of
 
 MAX_CHANGES = 20
 UNITS = "Scores in percent, OCRBench in points of 1,000."
@@ -136,19 +135,20 @@ def headline(task: TaskReport) -> str:
 
 def told(comparison: Comparison, unit: str) -> str:
     """The comparison in a sentence."""
-    how_sure = (
-        "chance alone could do this, the samples are too few to tell"
-        if comparison.p_value >= 0.05
-        else "chance alone would hardly do this"
-    )
+    if comparison.p_value < 0.05:
+        how_sure = "chance alone would hardly do this"
+    elif comparison.num_better or comparison.num_worse:
+        how_sure = "chance alone could do this: few samples, or a small difference"
+    else:
+        how_sure = "no score differs; the interval says what these samples cannot rule out"
     low, high = comparison.interval
     unit = "points" if unit == "%" else unit
     return (
         f"{comparison.value:.2f} against {comparison.other_value:.2f} over "
         f"{comparison.num_paired:,} samples: {comparison.difference:+.2f} {unit}, 95 % interval "
         f"{low:+.2f} to {high:+.2f}, p = {comparison.p_value:.3g}: {how_sure}; "
-        f"{len(comparison.changes)} answers differ, {comparison.num_better} better and "
-        f"{comparison.num_worse} worse"
+        f"answers that differ: {len(comparison.changes)}, better {comparison.num_better}, "
+        f"worse {comparison.num_worse}"
     )
 
 
@@ -159,7 +159,7 @@ def change_rows(task: TaskReport) -> list[tuple[str, ...]]:
     return [
         (
             str(c.id),
-            question_of(task.results.task, task.results.lines[c.id]),
+            task.results.task.form.question(task.results.lines[c.id]),
             " / ".join(dict.fromkeys(task.score.samples[c.id].truth)),
             c.answer,
             c.other_answer,

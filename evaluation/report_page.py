@@ -114,7 +114,7 @@ def _changes(task: TaskReport, comparison: Comparison, report: Report) -> str:
     )
     more = len(comparison.changes) - MAX_CHANGES
     return (
-        f"<details><summary>{len(comparison.changes)} answers differ</summary>"
+        f"<details><summary>answers that differ: {len(comparison.changes)}</summary>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
         f"</div>{f'<p>and {more} more</p>' if more > 0 else ''}</details>"
     )

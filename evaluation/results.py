@@ -51,7 +51,10 @@ def read_results(prefix: Path, task: Task, flag: str = "--input_path") -> Result
                 continue
             found.append(FoundLine(sample_id, line, path, number))
     if not found and problems:
-        raise UserError(f"{flag} {prefix} has no {task.name} answer to score: {problems[0]}")
+        raise UserError(
+            f"{flag} {prefix} has no {task.name} answer to score: {problems[0]}; give run.py's "
+            "--output_path, or one of its files of answers (.jsonl)"
+        )
     if not found:
         raise UserError(
             f"{flag} {prefix} has no {task.name} answers (looked for "
@@ -89,14 +92,13 @@ def _missing(prefix: Path, task: Task, records: list[RunRecord], num_lines: int)
     ]
     if num_bad := sum(record.num_bad_records for record in records):
         problems.append(
-            f"{prefix}-{task.name} lacks {num_bad} of the data set's records, which were no "
-            "samples when run.py read them; mend the data set and run the same command again"
+            f"{prefix}-{task.name} lacks records of the data set that were no samples when run.py "
+            f"read them: {num_bad}; mend the data set and run the same command again"
         )
     if num_parts := max(record.num_missing_parts for record in records):
         problems.append(
-            f"{prefix}-{task.name} was asked of a data set of which {num_parts} "
-            f"{'part is' if num_parts == 1 else 'parts are'} missing; download the rest and run "
-            "the same command again"
+            f"{prefix}-{task.name} was asked of a data set that lacks parts: {num_parts}; download "
+            "them and run the same command again"
         )
     expected = sum(record.num_samples for record in records)
     if num_lines < expected:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from evaluation.datasets.records import RecordError
 from evaluation.sample import Sample, SampleId
 from evaluation.scoring.score import Line
-from evaluation.tasks import Task, line_id, question_digest
+from evaluation.tasks import Task
 from nvlm.errors import UserError
 from runtime.line_file import LineFile
 
@@ -38,7 +39,7 @@ class ResultsFile:
     def append(self, line: Line) -> None:
         """ASCII, as the reference writes it."""
         self._file.append(json.dumps(line).encode())
-        self.finished[line_id(self._task, line)] = question_digest(self._task, line)
+        self.finished[self._task.form.id(line)] = self._task.form.digest(line)
 
     def __enter__(self) -> ResultsFile:
         return self
@@ -49,10 +50,10 @@ class ResultsFile:
     def _read(self, number: int, text: bytes, ids: set[SampleId]) -> tuple[SampleId, bytes]:
         try:
             line = json.loads(text)
-            sample_id = line_id(self._task, line)
+            sample_id = self._task.form.id(line)
             if sample_id in ids:
-                return sample_id, question_digest(self._task, line)
-        except (ValueError, TypeError, LookupError, RecursionError, AttributeError):
+                return sample_id, self._task.form.digest(line)
+        except (ValueError, RecursionError, RecordError):
             pass
         raise UserError(
             f"{self._file.name} line {number} is no {self._task.name} answer to a sample of this "

@@ -143,12 +143,19 @@ class RunRecord:
         """Refuses to go on with answers of another engine, to other questions or with other
         settings. The number of samples may grow: a record of the data set was mended."""
         for name, value in self.decisive.items():
-            found = earlier.decisive.get(name)
-            if found != value:
+            if earlier.decisive.get(name) != value:
                 raise UserError(
-                    f"{path} says its answers were made with {name} {found!r} and this run has "
-                    f"{value!r}; choose another --output_path"
+                    f"{path} says its answers were made with {name} {earlier._told(name)} and "
+                    f"this run has {self._told(name)}; choose another --output_path"
                 )
+
+    def _told(self, name: str) -> str:
+        """A decisive value; an engine by its folder and the beginning of its digest, since a
+        folder may hold another engine by now."""
+        value = self.decisive.get(name)
+        if name != "engine":
+            return repr(value)
+        return f"{self.data.get('engine_dir', 'of an unknown folder')} ({str(value)[:8]})"
 
     def require_same_shares(self, other: RunRecord, path: Path) -> None:
         """Refuses answers beside those of other shares: some samples would be in none. A single

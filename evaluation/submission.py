@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.datasets.records import RecordError, field, json_list
-from evaluation.merged_forms import letters
 from evaluation.output_paths import derived_path
 from evaluation.results import Results
 from evaluation.sample import SampleId
+from evaluation.scoring.score import Line
 from nvlm.errors import UserError
 from nvlm.json_files import write_text_atomically
 
@@ -28,29 +28,21 @@ def write_submission(results: Results, gt_path: Path | None) -> Submission:
     """`gt_path`: VQAv2's questions of test2015. EvalAI takes a file that answers all of them alone,
     in the phase test-dev too; those that were not asked get the empty answer."""
     task, lines = results.task, results.lines
-    value: Any
-    notes: list[str] = []
-    if task.name == "MMMU":
-        value = letters(lines)
-    elif task.name == "MathVista":  # results/leaderboad_submission_template, "response_only"
-        value = {str(i): line["answer"] for i, line in lines.items()}
-    elif task.submission_id is not None:
-        answers: dict[SampleId, str] = {i: line["answer"] for i, line in lines.items()}
-        if task.name == "VQAv2" and gt_path is not None:
-            answers = _with_all_questions(answers, gt_path)
-        elif task.name == "VQAv2" and not _asked_all(results):
-            notes.append(
-                "EvalAI takes the file only with all questions of test2015, in the phase test-dev "
-                f"too: give {_ALL_OF_VQA_V2} as --gt_path, what was not asked gets no answer."
-            )
-        value = [{task.submission_id: i, "answer": answer} for i, answer in answers.items()]
-    else:
+    if task.submission is None:
         raise UserError(
             f"the answers to this split of {task.name} are hidden and its server takes no file of "
             "answers alone; use the public split"
         )
-    path = derived_path(results.prefix, results.task, "submission")
-    write_result(path, value)
+    notes: list[str] = []
+    if task.name == "VQAv2" and gt_path is not None:
+        lines = _with_all_questions(lines, gt_path)
+    elif task.name == "VQAv2" and not _asked_all(results):
+        notes.append(
+            "EvalAI takes the file only with all questions of test2015, in the phase test-dev "
+            f"too: give {_ALL_OF_VQA_V2} as --gt_path, what was not asked gets no answer."
+        )
+    path = derived_path(results.prefix, task, "submission")
+    write_result(path, task.submission(lines))
     return Submission(path, notes)
 
 
@@ -62,8 +54,8 @@ def _asked_all(results: Results) -> bool:
     )
 
 
-def _with_all_questions(answers: dict[SampleId, str], gt_path: Path) -> dict[SampleId, str]:
-    found: dict[SampleId, str] = {}
+def _with_all_questions(lines: dict[SampleId, Line], gt_path: Path) -> dict[SampleId, Line]:
+    found: dict[SampleId, Line] = {}
     for where, record in json_list(gt_path, "questions"):
         try:
             question_id = field(record, "question_id", (int, str))
@@ -71,8 +63,8 @@ def _with_all_questions(answers: dict[SampleId, str], gt_path: Path) -> dict[Sam
             raise UserError(
                 f"--gt_path {where} {error}; download the benchmark's file again"
             ) from None
-        found[question_id] = answers.get(question_id, "")
-    if unknown := answers.keys() - found.keys():
+        found[question_id] = lines.get(question_id, {"answer": ""})
+    if unknown := lines.keys() - found.keys():
         raise UserError(
             f"--gt_path {gt_path} lacks the question {min(unknown, key=str)} that was answered, "
             f"and {len(unknown) - 1} more; give {_ALL_OF_VQA_V2}"
@@ -84,4 +76,7 @@ def write_result(path: Path, value: Any) -> None:
     try:
         write_text_atomically(path, json.dumps(value, indent=4, sort_keys=True) + "\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; mend that, or copy the answers to where "
+            "it can and give their --input_path"
+        ) from None

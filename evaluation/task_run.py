@@ -21,7 +21,6 @@ from evaluation.tasks import (
     Task,
     answer_line,
     find_task,
-    question_digest,
 )
 from nvlm.command_line import ArgumentParser, natural_int, positive_int
 from nvlm.errors import UserError
@@ -80,6 +79,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
             f"--gt_path does not go with --task {task.name}: the parquet files of "
             "--input_image_path hold questions and answers; leave it out"
         )
+    if len(set(arguments.gt_path)) < len(arguments.gt_path):
+        raise UserError("--gt_path names a file twice; give each once, its samples count once")
     if arguments.max_num_tiles and task.max_num_tiles:
         raise UserError(
             f"--max_num_tiles does not go with --task {task.name}, whose images are of "
@@ -133,8 +134,12 @@ class TaskRun:
             )
         data = task.read(location)
         if not data.samples:
-            told = f" ({data.problems[0]})" if data.problems else ""
-            raise UserError(f"--task {task.name} found no sample{told}; see docs/evaluation.md")
+            where = " and ".join(map(str, location.gt_paths or (location.image_dir,)))
+            told = data.problems[0] if data.problems else "it has no record"
+            raise UserError(
+                f"--task {task.name} found no sample in {where}: {told}; give the files that "
+                "docs/evaluation.md names for this task"
+            )
         _require_an_image(data, location)
         partition_id = arguments.partition_id or 0
         num_records = len(data.records)
@@ -163,7 +168,7 @@ class TaskRun:
     def check(self, engine: EngineDir) -> None:
         """All that `run` would refuse, before minutes go into loading the engine; tells what of the
         data set is no sample on stderr."""
-        self._check_frames(engine)
+        self._check_limits(engine)
         record = self._record(engine)
         for path in answers_paths(self.output_path, self.task):
             place = record_path(path)
@@ -194,13 +199,20 @@ class TaskRun:
         print(
             f"{path}: {len(file.finished)} of {len(samples)} samples answered, {num_new} of "
             f"them now in {seconds:.1f} s ({num_new / seconds:.2f} a second), "
-            f"{len(failures)} failed, {len(problems) - len(incomplete)} records were no samples"
-            + (f", {len(incomplete)} parts of the data set are missing" if incomplete else ""),
+            f"{len(failures)} failed; records that are no samples: "
+            f"{len(problems) - len(incomplete)}"
+            + (f"; missing parts of the data set: {len(incomplete)}" if incomplete else ""),
             file=sys.stderr,
         )
         return len(failures) + len(problems)
 
-    def _check_frames(self, engine: EngineDir) -> None:
+    def _check_limits(self, engine: EngineDir) -> None:
+        most = engine.vision.tiling.max_num_tiles
+        if (self.request.max_num_tiles or 0) > most:
+            raise UserError(
+                f"--max_num_tiles is {self.request.max_num_tiles}, expected 1 to {most}, what the "
+                "model has tags for; leave it out to take that"
+            )
         num_images = max((len(sample.images) for sample in self.data.samples), default=0)
         most = engine.limits.max_num_images
         if num_images > most:
@@ -261,7 +273,7 @@ class TaskRun:
                 continue
             line = answer_line(self.task, sample, task_prompt(sample, self.request), "")
             what = None
-            if file.finished[sample.id] != question_digest(self.task, line):
+            if file.finished[sample.id] != self.task.form.digest(line):
                 what = "its question or ground truth"
             elif record.differs_in_image(earlier, sample.id):
                 what = "the size of its image"

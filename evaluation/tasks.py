@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
+from evaluation.answer_lines import ANSWER_LINE, LineForm, SampleLine, VideoLine
 from evaluation.datasets.captioning import read_captions
 from evaluation.datasets.mathvista import DEFAULT_SPLIT as MATHVISTA_SPLIT
 from evaluation.datasets.mathvista import read_mathvista
@@ -31,10 +29,12 @@ from evaluation.merged_forms import (
     answers_alone,
     captions,
     letters,
+    responses,
+    submitted,
     whole_lines,
     with_question_id,
 )
-from evaluation.sample import DataSet, Location, Sample, SampleId
+from evaluation.sample import DataSet, Location, Sample
 from evaluation.scoring.captions import score_captions
 from evaluation.scoring.mathvista import score_mathvista
 from evaluation.scoring.mmmu import score_mmmu
@@ -60,22 +60,21 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`name` is Megatron-LM's spelling; `answer_fields` of a line hold the answer. Parquet data
-    sets bring their own ground truth, and have a `default_split`. `max_num_tiles`: None for the
-    engine's own number. `submission_id`: what the server calls the id beside "answer" (EvalAI;
-    Robust Reading Competition). `scored_with_gt_path`: the lines lack the truth, or may, or the
-    server wants questions that were not asked."""
+    """`name` is Megatron-LM's spelling; `form`: of its answer lines. Parquet data sets bring their
+    own ground truth, and have a `default_split`. `max_num_tiles`: None for the engine's own number.
+    `submission`: what the benchmark's server takes. `scored_with_gt_path`: the lines lack the
+    truth, or may, or the server wants questions that were not asked."""
 
     name: str
     read: Callable[[Location], DataSet]
     score: Scorer
-    answer_fields: tuple[str, ...] = ("answer",)
+    form: LineForm = ANSWER_LINE
     gt_file: Literal["needed", "possible", "none"] = "needed"
     max_num_tiles: int | None = None
     unit: str = "%"
     default_split: str | None = None
     merged_form: MergedForm = whole_lines
-    submission_id: str | None = None
+    submission: MergedForm | None = None
     has_one_truth: bool = False
     scored_with_gt_path: bool = False
 
@@ -87,7 +86,7 @@ TASKS = {
             "captioning",
             read_captions,
             score_captions,
-            ("caption",),
+            SampleLine(("caption",)),
             unit="CIDEr",
             merged_form=captions,
             scored_with_gt_path=True,
@@ -97,14 +96,14 @@ TASKS = {
             partial(read_questions, keys=TEXT_VQA),
             score_by(vqa_accuracy, leaving_one_person_out=vqa_accuracy_official),
             merged_form=answers_alone,
-            submission_id="question_id",
+            submission=submitted("question_id"),
         ),
         Task(
             "VQAv2",
             read_vqa_v2,
             score_by(vqa_accuracy, leaving_one_person_out=vqa_accuracy_official),
             merged_form=with_question_id,
-            submission_id="question_id",
+            submission=submitted("question_id"),
             scored_with_gt_path=True,
         ),
         Task(
@@ -119,23 +118,24 @@ TASKS = {
             partial(read_questions, keys=SP_DOC_VQA),
             score_by(anls, as_it_is_written=anls_official),
             merged_form=answers_alone,
-            submission_id="questionId",
+            submission=submitted("questionId"),
         ),
         Task(
             "InfoVQA",
             partial(read_questions, keys=INFO_VQA),
             score_by(anls, as_it_is_written=anls_official),
             merged_form=answers_alone,
-            submission_id="questionId",
+            submission=submitted("questionId"),
         ),
         Task(
             "MMMU",
             read_mmmu,
             score_mmmu,
-            ("text", "prediction"),
+            SampleLine(("text", "prediction")),
             gt_file="none",
             default_split=MMMU_SPLIT,
             merged_form=letters,
+            submission=letters,
             scored_with_gt_path=True,
         ),
         Task(
@@ -144,6 +144,7 @@ TASKS = {
             score_mathvista,
             gt_file="none",
             default_split=MATHVISTA_SPLIT,
+            submission=responses,
             has_one_truth=True,
         ),
         Task("OCRBench", read_ocrbench, score_ocrbench, unit="points"),
@@ -162,11 +163,10 @@ TASKS = {
             merged_form=with_question_id,
             has_one_truth=True,
         ),
-        Task("VideoMME", read_video_mme, score_video_mme, max_num_tiles=1),
+        Task("VideoMME", read_video_mme, score_video_mme, VideoLine(), max_num_tiles=1),
     )
 }
 
-_USERS_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 _ALIASES = {"docvqa": "SPDocVQA", "infographicvqa": "InfoVQA"}
 
 
@@ -181,45 +181,5 @@ def find_task(name: str) -> Task:
 
 
 def answer_line(task: Task, sample: Sample, prompt: str, text: str) -> Line:
-    """What Megatron-LM's run_text_generation.py writes for an answer.
-
-    As its branch NVLM-1.0, an answer is its first line that is not empty.
-    """
-    answer = text.strip().split("\n")[0]
-    if task.name == "VideoMME":
-        (question,) = sample.fields["questions"]
-        return {**sample.fields, "questions": [{**question, "response": answer}]}
-    named = dict.fromkeys(task.answer_fields, answer)
-    return {"sample_id": sample.id, "prompt": prompt, **named, **sample.fields}
-
-
-def question_of(task: Task, line: Line) -> str:
-    """What was asked, without the template around it and the marks of images."""
-    if task.name == "VideoMME":
-        (question,) = line["questions"]
-        return str(question.get("question", ""))
-    prompt = str(line.get("prompt", ""))
-    turn = _USERS_TURN.search(prompt)
-    return (turn[1] if turn else prompt).replace("<Image><image></Image>", "").strip()
-
-
-def question_digest(task: Task, line: Line) -> bytes:
-    """Of all that a line says beside the answer."""
-    asked: Line
-    if task.name == "VideoMME":
-        (question,) = line["questions"]
-        asked = {**line, "questions": {k: v for k, v in question.items() if k != "response"}}
-    else:
-        asked = {key: value for key, value in line.items() if key not in task.answer_fields}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
-
-
-def line_id(task: Task, line: Any) -> SampleId:
-    """Raises LookupError or TypeError for a line that is not one of this task's."""
-    sample_id: SampleId
-    if task.name == "VideoMME":
-        (question,) = line["questions"]
-        sample_id, _ = question["question_id"], question["response"]
-    else:
-        sample_id, _ = line["sample_id"], [line[name] for name in task.answer_fields]
-    return sample_id
+    """As Megatron-LM's branch NVLM-1.0: an answer is its first line that is not empty."""
+    return task.form.line(sample, prompt, text.strip().split("\n")[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from evaluation.sample import SampleId
 from evaluation.scored import Scored
-from evaluation.tasks import question_of
 
 
 def what_differs(ours: Scored, theirs: Scored) -> list[str]:
@@ -12,14 +11,14 @@ def what_differs(ours: Scored, theirs: Scored) -> list[str]:
     compared by their lines alone."""
     results, others = ours.results, theirs.results
     paired = [i for i in results.lines if i in others.lines]
-    task = results.task
+    asked = results.task.form.question
     found = []
     if results.records and others.records:
         found += results.records[0].asked_otherwise(others.records[0])
         found += _images(ours, theirs, paired)
     found += _counted(
         "the question",
-        [question_of(task, results.lines[i]) != question_of(task, others.lines[i]) for i in paired],
+        [asked(results.lines[i]) != asked(others.lines[i]) for i in paired],
     )
     if ours.score and theirs.score:
         truths, other_truths = (

@@ -28,7 +28,9 @@ class LineFile:
             # Unbuffered: what fails to be written must not be written again by `close`.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"{self.name} cannot be written: {error.strerror}") from None
+            raise UserError(
+                f"{self.name} cannot be written: {error.strerror}; choose another"
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

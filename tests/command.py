@@ -186,6 +186,7 @@ def background(
     """Starts a command. With `kill_at` it sends itself a signal just before its `kill_at`th change
     of the file system below `watched`; the count of changes lands in `<log>.count`.
     """
+    log.write_bytes(b"")  # a kill may come before the child opens it
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.command_preload"])
     process = context.Process(

@@ -25,6 +25,7 @@ from nvlm.errors import UserError
 from tests.benchmarks import (
     Benchmark,
     ai2d,
+    chart_qa,
     ocrbench,
     run_record,
     short,
@@ -90,7 +91,7 @@ def test_broken_records_and_repeated_ids_are_named_and_left_out(
         f"{where} line 5 is a list, expected an object",
         f"{where} line 6 has image 4, expected str",
         "1 of 1 samples answered",
-        "5 records were no samples",
+        "0 failed; records that are no samples: 5",
     ):
         assert told in result.stderr, told
 
@@ -100,7 +101,7 @@ def test_broken_records_and_repeated_ids_are_named_and_left_out(
     [
         ("{", "is not valid JSON"),
         ("{}", "holds no list of records, expected a list or an object with a list 'data'"),
-        ("[]", "found no sample"),
+        ("[]", "TextVQA_0.5.1_val.json: it has no record; give the files that"),
         ("[1]", "record 0 is a int, expected an object"),
     ],
 )
@@ -133,6 +134,7 @@ def test_a_ground_truth_file_that_is_none_is_refused(
         (("--num_frames", "4"), "--num_frames goes with --task VideoMME; OCRBench has no use"),
         (("--task", "MathVista"), "--gt_path does not go with --task MathVista: the parquet"),
         (("--task", "VideoMME", "--max_num_tiles", "2"), "--max_num_tiles does not go with --ta"),
+        (("--max_num_tiles", "99"), "--max_num_tiles is 99, expected 1 to 6"),
         (("--streaming",), "--streaming does not go with --task"),
         (("--output_path", "/nowhere/at/all"), "lies in no directory that exists"),
         (("--input_image_path", "/nowhere"), "--input_image_path /nowhere is not a directory"),
@@ -143,6 +145,14 @@ def test_a_wrong_flag_is_one_line(
 ) -> None:
     made = ocrbench(tmp_path)
     one_line_error(run_task(float32_engine_dir, made, tmp_path / "out", *flags), told)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_file_of_charts_given_twice_is_refused(tmp_path: Path, float32_engine_dir: Path) -> None:
+    """Their ids are positions: nothing would part the same question from itself."""
+    made = chart_qa(tmp_path)
+    twice = replace(made, gt_paths=(*made.gt_paths, made.gt_paths[0]))
+    one_line_error(run_task(float32_engine_dir, twice, tmp_path / "out"), "names a file twice")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -322,6 +332,9 @@ def test_evaluate_without_answers_is_one_line(tmp_path: Path) -> None:
     one_line_error(result, "has no answers (looked for")
     result = run_command(EVALUATE, "--input_path", tmp_path / "run", "--task", "MMMU")
     one_line_error(result, "has no MMMU answers")
+    (tmp_path / "other.json").write_text('{\n"merged": []}')
+    result = run_command(EVALUATE, "--input_path", tmp_path / "other.json", "--task", "MMMU")
+    one_line_error(result, "line 1 is not JSON and is left out; give run.py's --output_path, or")
     write_answers(tmp_path / "run", "MMMU", [])
     write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
     result = run_command(
@@ -638,7 +651,10 @@ def test_records_that_were_no_samples_are_told_beside_the_score(
     flags = ("--input_path", tmp_path / "out", "--json")
     scored = run_command(EVALUATE, *flags)
     assert scored.exit_code == SOME_FAILED
-    assert "out-OCRBench lacks 1 of the data set's records" in scored.stderr
+    assert (
+        "lacks records of the data set that were no samples when run.py read them: 1"
+        in scored.stderr
+    )
     assert len(json.loads(scored.stdout)["tasks"]["OCRBench"]["problems"]) == 1
     write_json(made.gt_paths[0], records)
     assert run_task(float32_engine_dir, made, tmp_path / "out").exit_code == 0

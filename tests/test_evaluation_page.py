@@ -157,4 +157,4 @@ def test_the_difference_is_drawn_where_it_was_measured(page: Any) -> None:
     article = page.locator("article", has_text="OCRBench")
     mark = article.locator(".interval .value").get_attribute("x1")
     assert float(mark) == pytest.approx(50)
-    assert "1 answers differ" in article.locator("summary").inner_text()
+    assert "answers that differ: 1" in article.locator("summary").inner_text()

@@ -170,7 +170,7 @@ def test_a_missing_parquet_file_is_told_before_and_counted_after(
     assert result.exit_code == 1
     told = f"{tmp_path / 'data'} lacks test-00001-of-00002.parquet, which the names of the others"
     assert result.stderr.startswith(told)
-    assert "0 records were no samples, 1 parts of the data set are missing" in result.stderr
+    assert "records that are no samples: 0; missing parts of the data set: 1" in result.stderr
 
 
 @pytest.mark.parametrize(

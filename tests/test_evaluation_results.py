@@ -303,7 +303,7 @@ def test_answers_that_say_nothing_are_counted(tmp_path: Path) -> None:
     report = evaluated("--input_path", tmp_path / "run")["tasks"]["AI2D"]
     assert report["score"] == pytest.approx(500 / 6)
     assert report["notes"] == [
-        "2 of 6 answers are empty; by the reference's rules 2 that say nothing count as right."
+        "Empty answers: 2 of 6; right by the reference's rules though they say nothing: 2."
     ]
     assert report["details"] == {"as it is written": pytest.approx(200 / 6)}
 

@@ -8,6 +8,7 @@ without a model zoo carries it.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_WITH_COMMA = re.compile(r"\d,\d")
@@ -41,6 +42,7 @@ _CONTRACTED = {
 } | {"somebody'd": "somebodyd"}
 
 
+@lru_cache(maxsize=1 << 16)  # ten people a question say much the same
 def normalize(text: str) -> str:
     """Lower case, no punctuation, digits for number words up to ten, no articles."""
     return _digits_and_articles(_strip_punctuation(text))
