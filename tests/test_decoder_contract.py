@@ -349,11 +349,15 @@ class TestCancel:
         outputs = drain(executor)
         assert {output.request_id for output in outputs} == set(ids) - {ids[-2]}
 
-    def test_a_cancelled_place_is_taken_in_the_next_step(self, executor: DecoderExecutor) -> None:
+    def test_a_cancelled_place_is_taken_behind_the_step_under_way(
+        self, executor: DecoderExecutor
+    ) -> None:
         ids = [executor.submit(text(5, seed=seed)) for seed in range(MAX_BATCH_SIZE + 1)]
         executor.step()
         executor.cancel(ids[0])
-        assert {output.request_id for output in executor.step()} == set(ids[1:])
+        steps = [{output.request_id for output in executor.step()} for _ in range(2)]
+        assert steps[1] == set(ids[1:])
+        assert steps[0] in (set(ids[1:]), set(ids[1:-1])), "no place is empty for longer"
 
     def test_unknown_and_finished_ids_are_fine(self, executor: DecoderExecutor) -> None:
         request = text(5)

@@ -17,11 +17,12 @@ from runtime.decoder.hopper_weights import load_hopper_weights
 from runtime.decoder.kernels import plain_forms
 from runtime.decoder.open_model import OpenedModel
 from runtime.decoder.plain_model import PlainModel
-from runtime.decoder.scheduler import max_num_blocks
-from runtime.decoder.step import DecoderModel
+from runtime.decoder.scheduler import UNKNOWN_TOKEN, max_num_blocks
+from runtime.decoder.step import DecoderModel, SequenceStep
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.decoder.torch_weights import load_weights, open_weights
 from runtime.engine_dir import EngineDir
+from runtime.sampling import SamplingParams
 
 CPU = torch.device("cpu")
 VOCAB_SIZE, HIDDEN_SIZE, MAX_SEQ_LEN = 512, 128, 160
@@ -150,3 +151,88 @@ def test_out_of_blocks_and_cancelled_the_engine_goes_on(open_executor: Open) -> 
     assert len(finished) > 3
     for request_id in finished:
         assert (tokens[request_id], "length") == expected[request_id]
+
+
+def with_stop(request: DecoderRequest, answer: list[int], rng: random.Random) -> DecoderRequest:
+    """Ends before its time, at a token that it is known to draw."""
+    return replace(request, stop_ids=frozenset({rng.choice(answer)}))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_ahead_of_the_tokens_change_no_answer(open_executor: Open, seed: int) -> None:
+    """Answers end by a stop token, by length and by cancellation while the next step is under way,
+    requests come meanwhile, and some are sampled or want their logits."""
+    rng = random.Random(100 + seed)
+    requests = [random_request(rng) for _ in range(14)]
+    answers = [ids for ids, _ in alone(open_executor, requests)]  # type: ignore[attr-defined]
+    requests = [
+        with_stop(request, ids, rng) if rng.random() < 0.5 else request
+        for request, ids in zip(requests, answers, strict=True)
+    ]
+    requests[3] = replace(requests[3], sampling=SamplingParams(0.8, 40, 0.9, 7))
+    requests[5] = replace(requests[5], return_logits=True)
+    expected = alone(open_executor, requests)
+    executor = open_executor()
+    waiting, request_of, found = list(range(14)), {}, {}
+    cancelled = set()
+    while True:
+        for _ in range(rng.randint(0, 3)):
+            if waiting:
+                index = waiting.pop(0)
+                request_of[executor.submit(requests[index])] = index
+        outputs = executor.step()
+        if not outputs and not waiting:
+            break
+        for output in outputs:
+            index = request_of[output.request_id]
+            assert index not in cancelled
+            ids, reason = found.setdefault(index, ([], None))
+            assert reason is None, "nothing comes behind the end"
+            if output.token_id is not None:
+                ids.append(output.token_id)
+            found[index] = ids, output.finish_reason
+            if index == 5:
+                assert output.logits is not None
+                assert int(output.logits.argmax()) in (output.token_id, *requests[5].stop_ids)
+        if rng.random() < 0.1 and outputs:
+            request_id = rng.choice(outputs).request_id
+            executor.cancel(request_id)
+            if found[request_of[request_id]][1] is None:
+                cancelled.add(request_of[request_id])
+    for index in set(range(14)) - cancelled:
+        assert found[index] == expected[index], index
+    assert len(cancelled) < 12
+    assert executor.scheduler.num_free_blocks == 4 * BLOCKS_OF_LONGEST
+
+
+def test_the_fast_path_is_asked_before_its_tokens_are_known_and_goes_on_after_a_failure(
+    engine_dir: Path,
+) -> None:
+    engine = EngineDir.read(engine_dir)
+    limits = replace(engine.limits, max_input_len=128, max_seq_len=MAX_SEQ_LEN)
+    engine, config = replace(engine, limits=limits), engine.checkpoint_config
+    weights = load_hopper_weights(open_weights(engine_dir / "llm", config), config, CPU)
+    model = HopperModel(config, 4, MAX_SEQ_LEN, weights, 64, CPU, plain_forms)
+    ahead = model.forward_ahead
+    executor = TorchDecoderExecutor.over(engine, OpenedModel(model, 64))
+    requests = [DecoderRequest([1, 2, 3, i], 9) for i in range(3)]
+    expected = generate(executor, requests)
+    asked = []
+
+    def fails_once(steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
+        asked.append([step.token_ids for step in steps])
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError
+        return ahead(steps, token_ids)
+
+    model.forward_ahead = fails_once  # type: ignore[method-assign]
+    ids = [executor.submit(request) for request in requests]
+    first = executor.step()
+    with pytest.raises(torch.OutOfMemoryError):
+        executor.step()
+    rest = [output for _ in range(8) for output in executor.step()]
+    assert executor.step() == []
+    for request_id, answer in zip(ids, expected, strict=True):
+        tokens = [each.token_id for each in first + rest if each.request_id == request_id]
+        assert (tokens, "length") == answer
+    assert asked == 9 * [3 * [[UNKNOWN_TOKEN]]]

@@ -24,6 +24,7 @@ class DecodeInputs:
         self._host = torch.zeros(max_rows, width, dtype=torch.int32, pin_memory=is_pinned)
         self._rows = self._host.numpy()
         self._device = torch.zeros(max_rows, width, dtype=torch.int32, device=device)
+        self._is_copied = torch.cuda.Event() if is_pinned else None
         # Whose blocks a row holds, and how many: a sequence's list only ever grows.
         self._blocks_of: list[tuple[list[int] | None, int]] = [(None, 0)] * max_rows
         self._padding = np.zeros(width, np.int32)
@@ -32,6 +33,8 @@ class DecodeInputs:
 
     def fill(self, steps: list[SequenceStep], num_rows: int) -> None:
         """Each step's one token; `num_rows` - len(steps) rows of padding behind them."""
+        if self._is_copied is not None:
+            self._is_copied.synchronize()  # of the step before, which may be under way
         heads = []
         for i, step in enumerate(steps):
             position, blocks = step.first_position, step.blocks
@@ -47,6 +50,8 @@ class DecodeInputs:
             self._blocks_of[i] = None, 0
         self._rows[len(steps) : num_rows] = self._padding
         self._device[:num_rows].copy_(self._host[:num_rows], non_blocking=True)
+        if self._is_copied is not None:
+            self._is_copied.record()
 
     def token_ids(self, num_rows: int) -> torch.Tensor:
         return self._device[:num_rows, _TOKEN]

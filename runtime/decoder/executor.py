@@ -75,7 +75,8 @@ class DecoderExecutor(Protocol):
         ...
 
     def step(self) -> list[StepOutput]:
-        """Advances every running request by one token, letting waiting ones join first.
+        """Advances every running request by one token, letting waiting ones join first, or behind
+        the next step where that one is under way already.
 
         Returns an empty list when nothing is left to do.
         """

@@ -1,7 +1,8 @@
 """The decoder's fast path: FP8 tensor-core linears and fused kernels over the paged FP8 cache.
 
 A step in which every sequence decodes replays one CUDA graph, padded up to the next batch size
-that has one; a step with prompts runs launch by launch, its decoding rows among it.
+that has one, and may be asked for before the host knows its tokens; a step with prompts runs launch
+by launch, its decoding rows among it.
 Design: docs/decisions.md, "Fast path on Hopper".
 """
 
@@ -63,14 +64,26 @@ class HopperModel:
         self._padding_block, self._max_seq_len = num_blocks, max_seq_len
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
+    @property
+    def max_rows_ahead(self) -> int:
+        return self._batch_sizes[-1]
+
+    def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
+        return self._decode(steps, token_ids)
+
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         if len(steps) <= self._batch_sizes[-1] and all(_decodes(step) for step in steps):
             return self._decode(steps)
         return self._prefill(steps)
 
-    def _decode(self, steps: list[SequenceStep]) -> torch.Tensor:
+    def _decode(
+        self, steps: list[SequenceStep], token_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """token_ids: instead of the steps' own."""
         num_rows = _padded(len(steps))
         self._inputs.fill(steps, num_rows)
+        if token_ids is not None:
+            self._inputs.token_ids(len(steps)).copy_(token_ids)
         if num_rows in self._graphs:
             graph, logits = self._graphs[num_rows]
             graph.replay()

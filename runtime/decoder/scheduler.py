@@ -6,7 +6,8 @@ A step takes max_num_tokens: first one of each request that decodes, then of pro
 chunks (Sarathi, arXiv 2308.16369). A request joins when its prompt's blocks are free and takes more
 as it grows; where none is left, the one that came last gives up its blocks and waits in front,
 to be computed again. Blocks of a prefix that was computed before are shared (block_allocator.py).
-Knows token counts and identities, not their meaning.
+Where only decoding goes on, a step can be scheduled while the tokens of the one before are still
+being computed (`schedule_ahead`). Knows token counts and identities, not their meaning.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from runtime.decoder.block_allocator import (
 )
 from runtime.decoder.executor import DecoderRequest
 
+UNKNOWN_TOKEN = -1
+"""In the place of a token that is being computed."""
+
 
 def max_num_blocks(limits: EngineLimits) -> int:
     """Every place of the batch has room for max_seq_len."""
@@ -31,9 +35,10 @@ def max_num_blocks(limits: EngineLimits) -> int:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request on its way: `num_cached` of its tokens are in the cache, and the next step computes
-    `num_scheduled` more. image_keys: one a prompt token (image_ids.py), none for text alone.
-    `keys` are those of its blocks that are full and registered."""
+    """A request on its way: `num_cached` of its tokens are in the cache, or will be after the steps
+    that are under way, whose tokens are unknown; the next step computes `num_scheduled` more.
+    image_keys: one a prompt token (image_ids.py), none for text alone. `keys` are those of its
+    blocks that are full and registered."""
 
     request_id: int
     request: DecoderRequest
@@ -44,6 +49,7 @@ class Sequence:
     num_scheduled: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    has_left: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -51,11 +57,28 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_uncached(self) -> int:
-        return len(self.token_ids) - self.num_cached
+        return self.num_tokens - self.num_cached
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_known(self) -> int:
+        """Of its tokens, all but the last one or two."""
+        count = self.num_tokens
+        while self.token_ids[count - 1] == UNKNOWN_TOKEN:
+            count -= 1
+        return count
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it ends with its last token, whatever that is."""
+        return self.num_tokens == self.max_num_tokens
 
     @property
     def pending(self) -> list[int]:
@@ -101,7 +124,8 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def schedule(self) -> list[Sequence]:
-        """The sequences of the next step, in order of arrival."""
+        """The sequences of the next step, in order of arrival. All their tokens are known."""
+        assert all(sequence.num_known == sequence.num_tokens for sequence in self._running)
         budget = self._limits.max_num_tokens
         for sequence in self._running:
             sequence.num_scheduled = 0
@@ -118,18 +142,43 @@ class Scheduler:
             budget -= sequence.num_scheduled
         return [sequence for sequence in self._running if sequence.num_scheduled > 0]
 
+    def schedule_ahead(self) -> list[Sequence]:
+        """Of the step behind one whose tokens are unknown yet: all sequences that it does not
+        complete, each with that one token. None where somebody could join then, a prompt goes on,
+        or blocks run out: what comes next has to wait for those tokens.
+
+        A sequence that turns out to have ended with its token has been scheduled for nothing, and
+        writes behind its end into a block of its own. Who is given that block later writes later.
+        """
+        going_on = [sequence for sequence in self._running if not sequence.is_complete]
+        limits, free = self._limits, self._allocator.num_free
+        num_places = min(limits.max_batch_size, limits.max_num_tokens)
+        if len(going_on) > num_places or (self._waiting and len(going_on) < num_places):
+            return []
+        if any(not each.num_known == each.num_cached == each.num_tokens - 1 for each in going_on):
+            return []
+        needed = [num_blocks_for(each.num_tokens) - len(each.blocks) for each in going_on]
+        if sum(needed) > free:
+            return []
+        for sequence, count in zip(going_on, needed, strict=True):
+            if count > 0:
+                sequence.blocks += self._allocator.allocate(count)
+            sequence.num_scheduled = 1
+        return going_on
+
     def advance(self, sequences: list[Sequence]) -> None:
-        """After a step: what was scheduled is cached, and its full blocks can be shared."""
+        """After a step: what was scheduled is cached, and its full blocks can be shared as far as
+        their tokens are known."""
         for sequence in sequences:
             sequence.num_cached += sequence.num_scheduled
             sequence.num_scheduled = 0
-            for index in range(len(sequence.keys), sequence.num_cached // TOKENS_PER_BLOCK):
-                sequence.keys.append(sequence.key_of(index))
-                self._allocator.register(sequence.blocks[index], sequence.keys[index])
+            self._register(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._register(sequence)
         self._release(sequence)
+        sequence.has_left = True
 
     def cancel(self, request_id: int) -> None:
         for sequence in self._running:
@@ -138,12 +187,18 @@ class Scheduler:
                 return
         self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
 
+    def _register(self, sequence: Sequence) -> None:
+        end = min(sequence.num_cached, sequence.num_known)
+        for index in range(len(sequence.keys), end // TOKENS_PER_BLOCK):
+            sequence.keys.append(sequence.key_of(index))
+            self._allocator.register(sequence.blocks[index], sequence.keys[index])
+
     def _join(self, sequence: Sequence) -> bool:
         """Gives it the blocks of all its tokens, shared as far as its prefix is known."""
         if len(self._running) == self._limits.max_batch_size:
             return False
         self._share_prefix(sequence)
-        needed = num_blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        needed = num_blocks_for(sequence.num_tokens) - len(sequence.blocks)
         if needed > self._allocator.num_free:
             self._release(sequence)
             return False
@@ -153,7 +208,7 @@ class Scheduler:
 
     def _share_prefix(self, sequence: Sequence) -> None:
         """All full blocks but those of the last token, whose logits have to be computed."""
-        for index in range((len(sequence.token_ids) - 1) // TOKENS_PER_BLOCK):
+        for index in range((sequence.num_tokens - 1) // TOKENS_PER_BLOCK):
             key = sequence.key_of(index)
             block = self._allocator.share(key)
             if block is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -48,4 +48,16 @@ class DecoderModel(Protocol):
 
     def prepare_thread(self, max_num_tokens: int) -> None:
         """Does now what the calling thread's first steps of up to so many tokens would wait for."""
+        ...
+
+
+@runtime_checkable
+class AheadModel(DecoderModel, Protocol):
+    """A model that is asked for a step before the host knows the tokens of the one before."""
+
+    max_rows_ahead: int
+
+    def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
+        """As `forward`, for up to `max_rows_ahead` sequences that decode. token_ids: [len(steps)]
+        int64 on the device, theirs instead of the steps'."""
         ...

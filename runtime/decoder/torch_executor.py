@@ -14,8 +14,9 @@ from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
 from runtime.decoder.image_ids import image_keys
 from runtime.decoder.open_model import OpenedModel, open_model
-from runtime.decoder.scheduler import Scheduler, Sequence
-from runtime.decoder.step import DecoderModel, SequenceStep
+from runtime.decoder.scheduler import UNKNOWN_TOKEN, Scheduler, Sequence
+from runtime.decoder.step import AheadModel, DecoderModel, SequenceStep
+from runtime.decoder.under_way import UnderWay
 from runtime.engine_dir import EngineDir
 from runtime.process_group import ProcessGroup
 from runtime.sampling import sample_rows
@@ -37,7 +38,9 @@ class TorchDecoderExecutor:
         self.limits = limits
         self._config = config
         self._model = model
+        self._ahead = model if isinstance(model, AheadModel) else None
         self._scheduler = Scheduler(limits, num_blocks)
+        self._under_way: UnderWay | None = None
         self._next_id = 0
         self._group = group
 
@@ -88,33 +91,70 @@ class TorchDecoderExecutor:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
+        """Launches the step behind the one it returns first, where that one's tokens need not be
+        known for it: the device goes on while the host hands them out."""
+        while True:
+            if self._under_way is None:
+                self._under_way = self._launch()
+            if self._under_way is None:
+                return []
+            following = self._launch_ahead(self._under_way)
+            landing, self._under_way = self._under_way, following
+            if outputs := self._land(landing):
+                return outputs
+
+    def _launch(self) -> UnderWay | None:
+        """The next step that draws tokens, behind chunks of prompts that go on."""
         while sequences := self._scheduler.schedule():
             drawing = [sequence for sequence in sequences if sequence.is_last_chunk]
             logits = self._model.forward([SequenceStep.of(sequence) for sequence in sequences])
             self._scheduler.advance(sequences)
-            if drawing:  # otherwise all were chunks of prompts that go on
+            if drawing:
                 return self._draw(drawing, logits)
-        return []
+        return None
 
-    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> list[StepOutput]:
-        """Draws every sequence's token, for which a GPU is waited for once."""
+    def _launch_ahead(self, under_way: UnderWay) -> UnderWay | None:
+        if self._ahead is None or len(under_way.sequences) > self._ahead.max_rows_ahead:
+            return None
+        sequences = self._scheduler.schedule_ahead()
+        if not sequences:
+            return None
+        steps = [SequenceStep.of(sequence) for sequence in sequences]
+        logits = self._ahead.forward_ahead(steps, under_way.tokens_of(sequences))
+        self._scheduler.advance(sequences)
+        return self._draw(sequences, logits)
+
+    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> UnderWay:
+        """Draws every sequence's token, which stays unknown until it lands."""
         params = [sequence.request.sampling for sequence in sequences]
         steps = [sequence.num_generated for sequence in sequences]
-        token_ids = sample_rows(logits, params, steps).tolist()
+        kept_logits = [
+            logits[i].clone() if sequence.request.return_logits else None
+            for i, sequence in enumerate(sequences)
+        ]
+        for sequence in sequences:
+            sequence.token_ids.append(UNKNOWN_TOKEN)
+        return UnderWay(sequences, kept_logits, sample_rows(logits, params, steps))
+
+    def _land(self, under_way: UnderWay) -> list[StepOutput]:
+        """Waits for the tokens, and hands them to those who have not left meanwhile."""
         return [
-            self._take(sequence, token_id, logits[i] if sequence.request.return_logits else None)
-            for i, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
+            self._take(sequence, token_id, logits)
+            for sequence, token_id, logits in zip(
+                under_way.sequences, under_way.tolist(), under_way.logits, strict=True
+            )
+            if not sequence.has_left
         ]
 
     def _take(self, sequence: Sequence, token_id: int, logits: torch.Tensor | None) -> StepOutput:
         """Gives a sequence its token and ends it where it must end."""
-        request = sequence.request
-        kept_logits = None if logits is None else logits.clone()
-        if token_id in request.stop_ids:
+        place = sequence.num_known
+        if token_id in sequence.request.stop_ids:
+            del sequence.token_ids[place:]
             self._scheduler.finish(sequence)
-            return StepOutput(sequence.request_id, None, "stop", kept_logits)
-        sequence.token_ids.append(token_id)
-        is_full = len(sequence.token_ids) == sequence.max_num_tokens
+            return StepOutput(sequence.request_id, None, "stop", logits)
+        sequence.token_ids[place] = token_id
+        is_full = place + 1 == sequence.max_num_tokens
         if is_full:
             self._scheduler.finish(sequence)
-        return StepOutput(sequence.request_id, token_id, "length" if is_full else None, kept_logits)
+        return StepOutput(sequence.request_id, token_id, "length" if is_full else None, logits)

@@ -1,0 +1,44 @@
+"""A step that is launched and whose tokens the host has not seen."""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.decoder.scheduler import Sequence
+
+
+class UnderWay:
+    """sequences: those that draw, each one of `token_ids` [n] int64, which may be on a GPU.
+    logits: of those that ask for them."""
+
+    def __init__(
+        self,
+        sequences: list[Sequence],
+        logits: list[torch.Tensor | None],
+        token_ids: torch.Tensor,
+    ) -> None:
+        self.sequences, self.logits = sequences, logits
+        self._token_ids = token_ids
+        self._copied: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def tokens_of(self, sequences: list[Sequence]) -> torch.Tensor:
+        """Of some of the sequences, on the device, for a step to be launched upon them. All are
+        copied to the host before it, so that `tolist` waits for this step alone."""
+        if self._token_ids.device.type == "cuda":
+            host = torch.empty_like(self._token_ids, device="cpu", pin_memory=True)
+            host.copy_(self._token_ids, non_blocking=True)
+            self._copied = host, torch.cuda.Event()
+            self._copied[1].record()
+        if sequences == self.sequences:
+            return self._token_ids
+        row_of = {id(sequence): row for row, sequence in enumerate(self.sequences)}
+        rows = torch.tensor([row_of[id(sequence)] for sequence in sequences])
+        return self._token_ids[rows.to(self._token_ids.device, non_blocking=True)]
+
+    def tolist(self) -> list[int]:
+        token_ids = self._token_ids
+        if self._copied is not None:
+            token_ids, event = self._copied
+            event.synchronize()
+        values: list[int] = token_ids.tolist()
+        return values
