@@ -88,7 +88,8 @@ def measure_tiling(image_size: int, max_num_tiles: int, repeats: int) -> dict[st
 
 def measure_vision(runner: Runner, repeats: int) -> dict[str, float]:
     tiling = runner.engine.vision.tiling
-    tiles = torch.randn(tiling.max_tiles_per_image, 3, tiling.image_size, tiling.image_size)
+    shape = tiling.max_tiles_per_image, tiling.image_size, tiling.image_size, 3
+    tiles = torch.randint(256, shape, dtype=torch.uint8)
     seconds = median_seconds(lambda: runner.vision.encode(tiles), repeats)
     return {"ms_per_tile": 1e3 * seconds / len(tiles), "tiles_per_s": len(tiles) / seconds}
 

@@ -29,7 +29,7 @@ def measure_first_token(
     device: torch.device,
     repeats: int = 8,
 ) -> Row:
-    """Normalised tiles in the host's memory to the first token on the host."""
+    """Tiles in the host's memory to the first token on the host."""
     config, vision_config = engine.checkpoint_config, engine.vision.vision
     vision = load_vision(engine, precision, device)
     times = []

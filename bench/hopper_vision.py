@@ -1,5 +1,5 @@
-"""Vision with its projector, through `VisionExecutor.encode`: normalised tiles in the host's memory
-to image embeddings on the device, times by the host's clock."""
+"""Vision with its projector, through `VisionExecutor.encode`: tiles in the host's memory to image
+embeddings on the device, times by the host's clock."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load_vision(engine: EngineDir, precision: str, device: torch.device) -> Torc
 def random_tiles(config: VisionConfig, num_tiles: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = config.image_size
-    return torch.randn(num_tiles, 3, size, size, generator=generator)
+    return torch.randint(256, (num_tiles, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
 def tile_flop(config: VisionConfig) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nvlm.errors import UserError
-from nvlm.inputs.tiling import Grid, TiledImage, normalize
+from nvlm.inputs.tiling import Grid, TiledImage
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from runtime.boxes import parse_boxes
 from runtime.decoder.executor import (
@@ -192,7 +192,7 @@ class Runner:
         """The prompt table [num_virtual_tokens, hidden_size]: all tiles' embeddings in order."""
         if not images:
             return None
-        tiles = torch.cat([normalize(image.tiles) for image in images])
+        tiles = torch.cat([torch.from_numpy(image.tiles) for image in images])
         table = self.vision.encode(tiles).flatten(0, 1)
         if table.is_cuda:  # what is launched is not yet done, and its time is vision's
             torch.cuda.current_stream(table.device).synchronize()

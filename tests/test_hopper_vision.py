@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nvlm.inputs.tiling import normalize
 from nvlm.vision_checkpoint import VisionCheckpoint
 from runtime.vision.hopper_model import HopperVisionModel
 from runtime.vision.kernels import plain_forms
@@ -27,7 +28,9 @@ from tests.tolerances import (
 )
 
 DEVICE = test_kernels.DEVICE
-TILES = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+TILES = torch.randint(
+    256, (3, 56, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
 def kernels() -> Any:
@@ -45,9 +48,23 @@ def test_with_the_plain_twins_it_is_the_module(
     checkpoint_dir: Path, precision: str, tolerance: float
 ) -> None:
     model = VisionCheckpoint.read(checkpoint_dir / "vision").load(precision, CPU)
-    tiles = TILES.to(model.vision_model.embeddings.class_embedding.dtype)
-    found = HopperVisionModel(model, plain_forms)(tiles)
+    tiles = normalize(TILES).to(model.vision_model.embeddings.class_embedding.dtype)
+    found = HopperVisionModel(model, plain_forms)(TILES)
     assert relative_error(found, model(tiles)) < tolerance
+
+
+def test_cut_patches_equals_its_plain_form() -> None:
+    """Every pixel value among them, and bits: what is divided is rounded once each time."""
+    tiles = torch.arange(2 * 28 * 42 * 3).reshape(2, 28, 42, 3)[:, :, :28].to(torch.uint8)
+    tiles = tiles.contiguous().to(DEVICE)
+    for dtype in (torch.float16, torch.float32):
+        arguments = tiles, 14, 592, dtype
+        assert torch.equal(kernels().cut_patches(*arguments), plain_forms.cut_patches(*arguments))
+
+
+def test_embed_equals_its_plain_form() -> None:
+    arguments = randn(3, 4, 130), randn(1, 1, 130, seed=1), randn(1, 5, 130, seed=2)
+    assert torch.equal(kernels().embed(*arguments), plain_forms.embed(*arguments))
 
 
 @pytest.mark.parametrize("has_delta", [True, False], ids=["delta", "no delta"])
@@ -113,7 +130,7 @@ def test_on_a_gpu_it_is_the_cpus_module_and_graphs_change_no_bit(
         for use_graphs in (True, False)
     )
     for num_tiles in (3, 1, 2, 3):
-        tiles = TILES[:num_tiles] + num_tiles
+        tiles = TILES[:num_tiles] + num_tiles  # wraps around
         found = graphs.encode(tiles)
         assert torch.equal(found, launches.encode(tiles))
         error = relative_error(found.cpu(), oracle.encode(tiles))

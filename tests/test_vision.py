@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from build.engines import vision_onnxruntime
+from nvlm.inputs.tiling import normalize
 from nvlm.vision_checkpoint import VisionCheckpoint
 from nvlm.vision_model import pixel_shuffle
 from runtime.vision.onnxruntime_executor import OnnxRuntimeVisionExecutor
@@ -36,7 +37,9 @@ SHAPES = {
 
 def random_tiles(num_tiles: int, image_size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(num_tiles)
-    return torch.randn(num_tiles, 3, image_size, image_size, generator=generator)
+    return torch.randint(
+        256, (num_tiles, image_size, image_size, 3), dtype=torch.uint8, generator=generator
+    )
 
 
 def encode(workshop: Workshop, name: str, precision: str, tiles: torch.Tensor) -> torch.Tensor:
@@ -47,14 +50,18 @@ def encode(workshop: Workshop, name: str, precision: str, tiles: torch.Tensor) -
     return TorchVisionExecutor(model, max_num_tiles=7).encode(tiles)
 
 
+def reference(model_dir: Path, tiles: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(internvit_float64.encode_tiles(model_dir, normalize(tiles).numpy()))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_embeddings_equal_the_float64_model_with_the_heads_as_stored(
     name: str, workshop: Workshop
 ) -> None:
     tiles = random_tiles(2, SHAPES[name].image_size)
     found = encode(workshop, name, "float32", tiles)
-    expected = internvit_float64.encode_tiles(workshop.root / f"vision-{name}", tiles.numpy())
-    error = relative_error(found, torch.from_numpy(expected))
+    expected = reference(workshop.root / f"vision-{name}", tiles)
+    error = relative_error(found, expected)
     print(f"{name}: {error:.1e}")
     assert error <= FLOAT32_VISION
 
@@ -67,8 +74,8 @@ def test_narrow_types_stay_close_to_float64(
 ) -> None:
     tiles = random_tiles(2, 56)
     found = encode(workshop, "56px", precision, tiles)
-    expected = internvit_float64.encode_tiles(workshop.root / "vision-56px", tiles.numpy())
-    error = relative_error(found, torch.from_numpy(expected))
+    expected = reference(workshop.root / "vision-56px", tiles)
+    error = relative_error(found, expected)
     print(f"{precision}: {error:.1e}")
     assert found.dtype == getattr(torch, precision)
     assert error <= tolerance
@@ -78,14 +85,15 @@ def test_fp8_stays_close_to_float64_on_real_tiles(
     checkpoint_dir: Path, model_dir: Path, images: object
 ) -> None:
     from nvlm.inputs.images import load_image
-    from nvlm.inputs.tiling import normalize, tile_image
+    from nvlm.inputs.tiling import tile_image
 
     assert callable(images)
-    tiles = normalize(tile_image(load_image(images("landscape_800x450.png")), 56, 6).tiles)
+    image = load_image(images("landscape_800x450.png"))
+    tiles = torch.from_numpy(tile_image(image, 56, 6).tiles)
     model = VisionCheckpoint.read(checkpoint_dir / "vision").load("FP8", CPU)
     found = TorchVisionExecutor(model, max_num_tiles=7).encode(tiles)
-    expected = internvit_float64.encode_tiles(model_dir, tiles.numpy())
-    error = relative_error(found, torch.from_numpy(expected))
+    expected = reference(model_dir, tiles)
+    error = relative_error(found, expected)
     print(f"FP8: {error:.1e}")
     assert error <= FP8_VISION
 

@@ -95,7 +95,9 @@ def executor(
 
 def random_tiles(num_tiles: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_tiles, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    return torch.randint(
+        256, (num_tiles, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=generator
+    )
 
 
 def encode(executor: VisionExecutor, tiles: torch.Tensor) -> torch.Tensor:
@@ -173,9 +175,9 @@ def test_inputs_are_left_as_they_were(executor: VisionExecutor) -> None:
 def test_strided_tiles_count_by_their_values(
     executor: VisionExecutor, implementation: Implementation
 ) -> None:
-    """Channels last in memory, as images are."""
+    """Channels first in memory, as models have them."""
     tiles = random_tiles(2)
-    strided = tiles.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    strided = tiles.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert not strided.is_contiguous()
     assert_near(encode(executor, strided), encode(executor, tiles), implementation.tolerance)
 
@@ -183,26 +185,32 @@ def test_strided_tiles_count_by_their_values(
 @pytest.mark.parametrize(
     "shape",
     [
-        (0, 3, IMAGE_SIZE, IMAGE_SIZE),
-        (3, IMAGE_SIZE, IMAGE_SIZE),
-        (1, 1, 3, IMAGE_SIZE, IMAGE_SIZE),
-        (1, 1, IMAGE_SIZE, IMAGE_SIZE),
-        (1, 4, IMAGE_SIZE, IMAGE_SIZE),
-        (1, 3, IMAGE_SIZE + 14, IMAGE_SIZE + 14),
-        (1, 3, IMAGE_SIZE, IMAGE_SIZE - 14),
-        (1, IMAGE_SIZE, IMAGE_SIZE, 3),
+        (0, IMAGE_SIZE, IMAGE_SIZE, 3),
+        (IMAGE_SIZE, IMAGE_SIZE, 3),
+        (1, 1, IMAGE_SIZE, IMAGE_SIZE, 3),
+        (1, IMAGE_SIZE, IMAGE_SIZE, 1),
+        (1, IMAGE_SIZE, IMAGE_SIZE, 4),
+        (1, IMAGE_SIZE + 14, IMAGE_SIZE + 14, 3),
+        (1, IMAGE_SIZE, IMAGE_SIZE - 14, 3),
+        (1, 3, IMAGE_SIZE, IMAGE_SIZE),
     ],
     ids=str,
 )
 def test_tiles_of_a_wrong_shape_or_none_are_refused_by_shape(
     executor: VisionExecutor, shape: tuple[int, ...]
 ) -> None:
-    with pytest.raises(UserError, match=r"tiles have shape .*expected \[1 or more, 3, 56, 56\]"):
-        executor.encode(torch.zeros(shape))
+    with pytest.raises(UserError, match=r"tiles have shape .*expected \[1 or more, 56, 56, 3\]"):
+        executor.encode(torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_what_is_no_pixels_is_refused(executor: VisionExecutor) -> None:
+    """Normalised tiles above all, which other interfaces take."""
+    with pytest.raises(UserError, match=r"tiles are torch.float32, expected torch.uint8"):
+        executor.encode(random_tiles(1).to(torch.float32))
 
 
 def test_refused_tiles_leave_the_executor_usable(executor: VisionExecutor) -> None:
     expected = encode(executor, random_tiles(1))
     with pytest.raises(UserError):
-        executor.encode(torch.zeros(1, 3, 1, 1))
+        executor.encode(torch.zeros(1, 1, 1, 3, dtype=torch.uint8))
     assert torch.equal(encode(executor, random_tiles(1)), expected)

@@ -76,11 +76,16 @@ def tile_image(image: Image.Image, image_size: int, max_num_tiles: int) -> Tiled
     return TiledImage((columns, rows), np.array(tiles))  # a copy: Pillow's pixels are read-only
 
 
-def normalize(tiles: NDArray[np.uint8]) -> torch.Tensor:
-    """[num_tiles, S, S, 3] uint8 -> [num_tiles, 3, S, S] float32 by ImageNet statistics."""
-    values = torch.from_numpy(tiles).permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
-    mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
+def normalize(tiles: torch.Tensor | NDArray[np.uint8]) -> torch.Tensor:
+    """[num_tiles, S, S, 3] uint8 -> [num_tiles, 3, S, S] float32, contiguous, by ImageNet
+    statistics: the same numbers on every device."""
+    # 255 as a tensor: by a Python number a GPU would multiply with the rounded reciprocal.
+    pixels = torch.as_tensor(tiles)
+    most, mean, std = (
+        torch.tensor(values, device=pixels.device).view(1, -1, 1, 1)
+        for values in ((255.0,), IMAGENET_MEAN, IMAGENET_STD)
+    )
+    values = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(most)
     return values.sub_(mean).div_(std).contiguous()
 
 

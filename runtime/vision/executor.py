@@ -19,7 +19,7 @@ class VisionExecutor(Protocol):
     """Tiles that one pass takes; `encode` splits what exceeds it."""
 
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
-        """tiles [num_tiles, 3, S, S] float32, normalised, num_tiles >= 1 ->
+        """tiles [num_tiles, S, S, 3] uint8 RGB on the CPU, num_tiles >= 1 ->
         image embeddings [num_tiles, tokens_per_tile, hidden_size] on the executor's device."""
         ...
 
@@ -58,10 +58,12 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
 
 
 def check_tiles(tiles: torch.Tensor, image_size: int) -> None:
-    """Refuses tiles of another shape than the model was trained on."""
-    expected = (3, image_size, image_size)
+    """Refuses tiles of another shape than the model was trained on, and what are no pixels."""
+    expected = (image_size, image_size, 3)
     if tiles.ndim != 4 or tuple(tiles.shape[1:]) != expected or len(tiles) == 0:
         raise UserError(
-            f"tiles have shape {list(tiles.shape)}, expected [1 or more, 3, {image_size}, "
-            f"{image_size}]"
+            f"tiles have shape {list(tiles.shape)}, expected [1 or more, {image_size}, "
+            f"{image_size}, 3]"
         )
+    if tiles.dtype != torch.uint8:
+        raise UserError(f"tiles are {tiles.dtype}, expected torch.uint8: RGB pixels")

@@ -1,9 +1,6 @@
-"""The vision encoder's fast path: fused kernels, FlashAttention, FP8 or 16-bit tensor cores, and
-one CUDA graph for each number of tiles."""
+"""The vision encoder's fast path: fused kernels, FlashAttention, FP8 or 16-bit tensor cores."""
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 from torch import nn
@@ -12,9 +9,16 @@ from nvlm.linear import QuantizableLinear
 from nvlm.vision_model import VisionLayer, VisionModel
 from runtime.vision.kernels.forms import Forms
 
+_FIRST_LAYERS = 4
+"""Of `begin`: enough to keep a GPU busy while the host launches the rest."""
+
+_GRANULARITY = 16
+"""Tensor cores want rows of a multiple of so many numbers."""
+
 
 class HopperVisionModel:
-    """tiles [num_tiles, 3, S, S] -> image embeddings, as `VisionModel`, over that module's weights.
+    """tiles [num_tiles, S, S, 3] uint8 -> image embeddings, as `VisionModel` gives them for the
+    normalised tiles, over that module's weights. In two parts, each of which can be a CUDA graph.
 
     forms: the kernels, or their plain torch twins on any device.
     """
@@ -29,27 +33,67 @@ class HopperVisionModel:
             for module in model.modules()
             if isinstance(module, QuantizableLinear)
         }
+        kernel = model.vision_model.embeddings.patch_embedding.weight.flatten(1)
+        self._kernel = nn.functional.pad(kernel, (0, -kernel.shape[1] % _GRANULARITY))
 
     def __call__(self, tiles: torch.Tensor) -> torch.Tensor:
-        hidden = self._model.vision_model.embeddings(tiles)  # [n, positions, hidden_size]
+        return self.finish(*self.begin(tiles))
+
+    def begin(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream [num_tiles, positions, hidden_size] before one of the first layers,
+        and what that layer begins with."""
+        hidden = self._embed(tiles)
         normed = self._norm(hidden, None, None, self._layers[0])[1]
-        for layer, following in itertools.zip_longest(self._layers, self._layers[1:]):
-            attended = self._attend(layer, normed)
-            hidden, normed = self._forms.add_rms_norm(
-                hidden,
-                attended,
-                layer.ls1,
-                layer.norm2.weight,
-                layer.norm2.eps,
-                _activation_scale(layer.mlp.fc1),
-            )
-            activated = self._forms.gelu(
-                self._linear(layer.mlp.fc1, normed), _activation_scale(layer.mlp.fc2)
-            )
-            delta = self._linear(layer.mlp.fc2, activated)
-            if following is not None:
-                hidden, normed = self._norm(hidden, delta, layer.ls2, following)
-        return self._model.project(hidden + delta * layer.ls2)
+        for index in range(self._num_first):
+            hidden, normed = self._run(index, hidden, normed)
+        return hidden, normed
+
+    def finish(self, hidden: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        last = len(self._layers) - 1
+        for index in range(self._num_first, last):
+            hidden, normed = self._run(index, hidden, normed)
+        hidden, delta = self._add(self._layers[last], hidden, normed)
+        return self._model.project(hidden + delta * self._layers[last].ls2)
+
+    @property
+    def _num_first(self) -> int:
+        return min(_FIRST_LAYERS, len(self._layers) - 1)
+
+    def _embed(self, tiles: torch.Tensor) -> torch.Tensor:
+        embeddings = self._model.vision_model.embeddings
+        size = embeddings.patch_embedding.kernel_size[0]
+        pixels = self._forms.cut_patches(tiles, size, self._kernel.shape[1], self._kernel.dtype)
+        patches = nn.functional.linear(pixels, self._kernel, embeddings.patch_embedding.bias)
+        return self._forms.embed(
+            patches.unflatten(0, (len(tiles), -1)),
+            embeddings.class_embedding,
+            embeddings.position_embedding,
+        )
+
+    def _run(
+        self, index: int, hidden: torch.Tensor, normed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream behind layer `index`, and what the next one begins with."""
+        layer = self._layers[index]
+        hidden, delta = self._add(layer, hidden, normed)
+        return self._norm(hidden, delta, layer.ls2, self._layers[index + 1])
+
+    def _add(
+        self, layer: VisionLayer, hidden: torch.Tensor, normed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream behind a layer's attention, and what its MLP gives."""
+        hidden, normed = self._forms.add_rms_norm(
+            hidden,
+            self._attend(layer, normed),
+            layer.ls1,
+            layer.norm2.weight,
+            layer.norm2.eps,
+            _activation_scale(layer.mlp.fc1),
+        )
+        activated = self._forms.gelu(
+            self._linear(layer.mlp.fc1, normed), _activation_scale(layer.mlp.fc2)
+        )
+        return hidden, self._linear(layer.mlp.fc2, activated)
 
     def _norm(
         self,

@@ -8,6 +8,7 @@ import onnxruntime
 import torch
 
 from nvlm.errors import UserError
+from nvlm.inputs.tiling import normalize
 from runtime.vision.executor import check_tiles
 
 _NUMPY_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
@@ -35,8 +36,8 @@ class OnnxRuntimeVisionExecutor:
 
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
         check_tiles(tiles, self._image_size)
-        batches = tiles.cpu().to(self._dtype).split(self.max_num_tiles)
-        return torch.cat([self._run(batch) for batch in batches])
+        batches = tiles.split(self.max_num_tiles)
+        return torch.cat([self._run(normalize(batch).to(self._dtype)) for batch in batches])
 
     def _run(self, tiles: torch.Tensor) -> torch.Tensor:
         feed = {self._input.name: tiles.numpy()}

@@ -33,7 +33,7 @@ class ParallelVisionExecutor:
             for rank in range(1, self._group.size):
                 if counts[rank]:
                     part = tiles[bounds[rank] : bounds[rank + 1]]
-                    self._group.send(part.to("cpu", torch.float32), rank)
+                    self._group.send(part.contiguous(), rank)
             embeddings = self._own.encode(tiles[: counts[0]])
             whole = embeddings.new_empty(len(tiles), *embeddings.shape[1:])
             whole[: counts[0]] = embeddings
@@ -46,7 +46,7 @@ class ParallelVisionExecutor:
         self._group.job.phase("vision")
         if count := counts[self._group.rank]:
             size = self._image_size
-            tiles = self._group.receive(torch.empty(count, 3, size, size), 0)
+            tiles = self._group.receive(torch.empty(count, size, size, 3, dtype=torch.uint8), 0)
             self._group.send(self._own.encode(tiles), 0)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nvlm.errors import UserError
+from nvlm.inputs.tiling import normalize
 from nvlm.tensorrt_package import make_logger
 from runtime.vision.executor import check_tiles
 
@@ -43,7 +44,7 @@ class TensorrtVisionExecutor:
     @torch.inference_mode()
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
         check_tiles(tiles, self._image_size)
-        tiles = tiles.to(self._device, self._input_dtype).contiguous()
+        tiles = normalize(tiles.to(self._device)).to(self._input_dtype)
         return torch.cat([self._run(batch) for batch in tiles.split(self.max_num_tiles)])
 
     def _run(self, tiles: torch.Tensor) -> torch.Tensor:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nvlm.inputs.tiling import normalize
 from nvlm.vision_model import VisionModel
 from runtime.kernels import hopper
 from runtime.vision.executor import check_tiles
 
-Encode = Callable[[torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    from runtime.vision.hopper_model import HopperVisionModel
 
 
 class TorchVisionExecutor:
-    """On a Hopper GPU in a 16-bit type or FP8 by hopper_model.py, one CUDA graph for each number
+    """On a Hopper GPU in a 16-bit type or FP8 by hopper_model.py, with CUDA graphs for each number
     of tiles that has come; elsewhere by the module itself, the oracle."""
 
     def __init__(self, model: VisionModel, max_num_tiles: int, *, use_graphs: bool = True) -> None:
@@ -23,13 +24,14 @@ class TorchVisionExecutor:
         patch = model.vision_model.embeddings.patch_embedding
         self._image_size = model.patches_per_side * patch.kernel_size[0]
         self._device, self._dtype = patch.weight.device, patch.weight.dtype
-        self._model: Encode = model
+        self._model = model
+        self._fast: HopperVisionModel | None = None
         self._graphs: dict[int, _Graph] | None = None
         if self._dtype != torch.float32 and hopper.has_kernels(self._device):
             from runtime.vision.hopper_model import HopperVisionModel
             from runtime.vision.kernels.triton_forms import TritonForms
 
-            self._model = HopperVisionModel(model, TritonForms(self._device))
+            self._fast = HopperVisionModel(model, TritonForms(self._device))
             self._pool = torch.cuda.graph_pool_handle()
             self._graphs = {} if use_graphs else None
 
@@ -42,36 +44,40 @@ class TorchVisionExecutor:
         """Nothing is held beyond memory."""
 
     def _encode(self, tiles: torch.Tensor) -> torch.Tensor:
+        if self._fast is None:
+            return self._model(normalize(tiles.to(self._device)).to(self._dtype))
         if self._graphs is None:
-            return self._model(tiles.to(self._device, self._dtype))
+            return self._fast(tiles.to(self._device))
         if len(tiles) not in self._graphs:
-            example = tiles.to(self._device, self._dtype)
-            self._graphs[len(tiles)] = _Graph(self._model, example, self._pool)
+            self._graphs[len(tiles)] = _Graph(self._fast, tiles.to(self._device), self._pool)
         return self._graphs[len(tiles)](tiles)
 
 
 class _Graph:
-    """`encode` for as many tiles as `example` has. Graphs of one `pool` share their memory: each
-    result is copied out before another runs."""
+    """`model` for as many tiles as `example` has, in two graphs: while the GPU runs the short one,
+    the host launches the other. Graphs of one `pool` share their memory: each result is copied out
+    before another runs."""
 
-    def __init__(self, encode: Encode, example: torch.Tensor, pool: Any) -> None:
+    def __init__(self, model: HopperVisionModel, example: torch.Tensor, pool: Any) -> None:
         self._tiles = example.clone()
-        encode(self._tiles)  # compiles, and lets the libraries allocate
+        model(self._tiles)  # compiles, and lets the libraries allocate
         torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
+        self._begin, self._finish = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # The decoder's thread may allocate meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._embeddings = encode(self._tiles)
+        options = {"pool": pool, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self._begin, **options):
+            state = model.begin(self._tiles)
+        with torch.cuda.graph(self._finish, **options):
+            self._embeddings = model.finish(*state)
 
-        # Rounded on the host, half the bytes cross, and from pinned memory nobody waits for them.
+        # From pinned memory nobody waits for the copy.
         self._host = torch.empty_like(self._tiles, device="cpu", pin_memory=True)
         self._is_copied = torch.cuda.Event()
 
     def __call__(self, tiles: torch.Tensor) -> torch.Tensor:
-        if tiles.device.type == "cpu":
-            self._is_copied.synchronize()  # of the call before
-            tiles = self._host.copy_(tiles)
-        self._tiles.copy_(tiles, non_blocking=True)
+        self._is_copied.synchronize()  # of the call before
+        self._tiles.copy_(self._host.copy_(tiles), non_blocking=True)
         self._is_copied.record()
-        self._graph.replay()
+        self._begin.replay()
+        self._finish.replay()
         return self._embeddings.clone()

@@ -15,6 +15,14 @@ Fp8Linear = Callable[
 class Forms(Protocol):
     """The module `plain_forms`, or `triton_forms.TritonForms`."""
 
+    def cut_patches(
+        self, tiles: torch.Tensor, patch_size: int, width: int, dtype: torch.dtype
+    ) -> torch.Tensor: ...
+
+    def embed(
+        self, patches: torch.Tensor, class_token: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor: ...
+
     def add_rms_norm(
         self,
         hidden: torch.Tensor,

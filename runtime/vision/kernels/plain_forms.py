@@ -9,6 +9,27 @@ import torch
 from torch import nn
 
 from nvlm import fp8
+from nvlm.inputs.tiling import normalize
+
+
+def cut_patches(
+    tiles: torch.Tensor, patch_size: int, width: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """tiles [num_tiles, S, S, 3] uint8, normalised and cut row by row: [num_tiles * patches,
+    width], in front 3 * patch_size^2 numbers in a convolution kernel's order, then zeros."""
+    side = tiles.shape[1] // patch_size
+    normalized = normalize(tiles).to(dtype)
+    cut = normalized.unflatten(3, (side, patch_size)).unflatten(2, (side, patch_size))
+    rows = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+    return nn.functional.pad(rows, (0, width - rows.shape[1]))
+
+
+def embed(
+    patches: torch.Tensor, class_token: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """patches [num_tiles, patches, size] behind the class token [1, 1, size], plus positions
+    [1, 1 + patches, size]."""
+    return torch.cat((class_token.expand(len(patches), -1, -1), patches), dim=1) + positions
 
 
 def add_rms_norm(

@@ -8,10 +8,12 @@ import torch
 
 from runtime.kernels.quantization import scale_quantize
 from runtime.kernels.tensor_core_linear import TensorCoreLinear
-from runtime.vision.kernels import elementwise
+from runtime.vision.kernels import elementwise, embeddings
 
 
 class TritonForms:
+    cut_patches = staticmethod(embeddings.cut_patches)
+    embed = staticmethod(embeddings.embed)
     add_rms_norm = staticmethod(elementwise.add_rms_norm)
     normalize_qk = staticmethod(elementwise.normalize_qk)
     gelu = staticmethod(elementwise.gelu)
