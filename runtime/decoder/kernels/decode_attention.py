@@ -58,8 +58,8 @@ def _decode_attention(
     qkv, cos, sin, slots, k_cache, v_cache, block_tables, positions, kv_scale, scale, out,
     partial_sums, partial_stats, counters, exponent_scale, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
-    QUANTIZE: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    QUANTIZE: tl.constexpr, NUM_SPLITS: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     ON_GPU: tl.constexpr,
 ):  # fmt: skip
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -134,7 +134,6 @@ def _decode_attention(
         acc = tl.dot(low, wide, tl.dot(high, wide, acc * decay[:, None]))
         largest = new_largest
 
-    target = out + (request * KV_HEADS * GROUP + head)[:, None] * HEAD_DIM + channel[None, :]
     if NUM_SPLITS > 1:
         task = request * KV_HEADS + kv_head
         mine = task * NUM_SPLITS + split
@@ -147,33 +146,36 @@ def _decode_attention(
         tl.debug_barrier()
         if tl.atomic_add(counters + task, 1, sem="acq_rel") == NUM_SPLITS - 1:
             tl.store(counters + task, 0)  # ready for the next launch
-            # Past the first level of cache: other multiprocessors wrote them. No load waits for
-            # another one, and splits are added in their order.
-            part = tl.arange(0, BLOCK_SPLITS)[:, None]
-            places = stats[None, :] + (task * NUM_SPLITS + part) * 2 * BLOCK_ROWS
-            in_use = (part < NUM_SPLITS) & row_mask[None, :]
-            theirs = tl.load(places, in_use, float("-inf"), cache_modifier=".cg")
-            their_totals = tl.load(places + BLOCK_ROWS, in_use, 0.0, cache_modifier=".cg")
-            # Rows of no query are 0 and not -inf, whose difference would be NaN.
-            largest = tl.where(row_mask, tl.max(theirs, 0), 0.0)
-            total = tl.sum(their_totals * tl.exp2(theirs - largest[None, :]), 0)
-            acc = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
+            # Past the first level of cache: other multiprocessors wrote them. Loads wait for no
+            # other ones, and splits are added in their order. The first has seen a position.
+            query = tl.arange(0, GROUP_ROWS)
+            is_query = query < GROUP
+            is_channel = is_query[:, None] & channel_mask[None, :]
+            in_area = query[:, None] * BLOCK_DIM + channel[None, :]
+            peak = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
+            sum_of_weights = tl.zeros((GROUP_ROWS,), tl.float32)
+            merged = tl.zeros((GROUP_ROWS, BLOCK_DIM), tl.float32)
             for i in tl.static_range(NUM_SPLITS):
-                one = task * NUM_SPLITS + i
-                factor = tl.exp2(
-                    tl.load(
-                        stats + one * 2 * BLOCK_ROWS, row_mask, float("-inf"),
-                        cache_modifier=".cg",
-                    )
-                    - largest
-                )  # fmt: skip
-                sums_there = tl.load(sums + one * area, q_mask, 0.0, cache_modifier=".cg")
-                acc += sums_there * factor[:, None]
-            factors = kv / tl.where(row_mask, total, 1.0)
-            _store(acc * factors[:, None], scale, target, q_mask, plain.dtype, QUANTIZE)
+                place = task * NUM_SPLITS + i
+                theirs = partial_stats + place * 2 * BLOCK_ROWS + query
+                part = tl.load(
+                    partial_sums + place * area + in_area, is_channel, 0.0, cache_modifier=".cg"
+                )
+                part_peak = tl.load(theirs, is_query, 0.0, cache_modifier=".cg")
+                part_sum = tl.load(theirs + BLOCK_ROWS, is_query, 0.0, cache_modifier=".cg")
+                new_peak = tl.maximum(peak, part_peak)
+                kept, added = tl.exp2(peak - new_peak), tl.exp2(part_peak - new_peak)
+                sum_of_weights = sum_of_weights * kept + part_sum * added
+                merged = merged * kept[:, None] + part * added[:, None]
+                peak = new_peak
+            merged *= (kv / tl.where(is_query, sum_of_weights, 1.0))[:, None]
+            first = (request * KV_HEADS + kv_head) * GROUP * HEAD_DIM
+            target = out + first + query[:, None] * HEAD_DIM + channel[None, :]
+            _store(merged, scale, target, is_channel, plain.dtype, QUANTIZE)
     else:
         factors = kv / total
-        _store(acc * factors[:, None], scale, target, q_mask, plain.dtype, QUANTIZE)
+        places = out + (request * KV_HEADS * GROUP + head)[:, None] * HEAD_DIM + channel[None, :]
+        _store(acc * factors[:, None], scale, places, q_mask, plain.dtype, QUANTIZE)
 
 
 @triton.jit
@@ -210,10 +212,10 @@ def decode_attention(
         workspace.partial_sums, workspace.stats, workspace.counters,
         _LOG2_E * head_dim**-0.5, block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,
-        QUANTIZE=scale is not None, NUM_SPLITS=splits,
+        QUANTIZE=scale is not None, NUM_SPLITS=splits, GROUP_ROWS=triton.next_power_of_2(group),
         BLOCK_ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_TOKENS=step.num_tokens,
-        BLOCK_SPLITS=triton.next_power_of_2(splits), ON_GPU=qkv.device.type == "cuda",
+        ON_GPU=qkv.device.type == "cuda",
         num_warps=step.num_warps, num_stages=step.num_stages,
     )  # fmt: skip
     return out

@@ -12,6 +12,8 @@ from nvlm.fp8 import E4M3
 from runtime.kernels.quantization import quantize
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
+_FEW_ROWS = 16  # they leave most of the GPU idle, so each gets more threads
+
 
 @triton.jit
 def _add_rms_norm(
@@ -52,7 +54,7 @@ def add_rms_norm(
     _add_rms_norm[(num_tokens,)](
         hidden, delta, weight, scale, new_hidden, normed, eps, size,
         HAS_DELTA=delta is not None, QUANTIZE=scale is not None,
-        BLOCK=triton.next_power_of_2(size), num_warps=8,
+        BLOCK=triton.next_power_of_2(size), num_warps=32 if num_tokens <= _FEW_ROWS else 8,
     )  # fmt: skip
     return new_hidden, normed
 
