@@ -14,6 +14,7 @@
 #               python -m bench.hopper_truth --folder .truth --device cpu; what is missing is made
 #     load      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
 #     peers     Hugging Face transformers, bfloat16; needs transformers
+#     vllm      vLLM, FP8; needs vllm (PYTHON=... where it has an environment of its own)
 #     evaluation  a benchmark task beside the engine alone, $LAYERS (default 80) layers, needs tqdm
 #   one H200:
 #     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving
@@ -49,6 +50,7 @@ part alone 60 $pytest tests/test_hopper_executor.py -k alone_
 part truth 220 $python -m bench.hopper_truth --folder "${TRUTH:-.truth}"
 part load 200 $python -m bench.hopper_load --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.hopper_peers
+part vllm 420 $python -m bench.hopper_vllm
 
 part h200 400 $python -m bench.hopper decode prefill first_token serving --layers 80 \
   --batch_sizes 1,8,32,64 --prompts 1948 --requests 128

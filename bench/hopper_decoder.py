@@ -67,17 +67,7 @@ def measure_decode(
         for request in requests[num_layers]:
             executor.cancel(request)
         seconds = statistics.median(times[num_layers])
-        moved = step_bytes(config, batch_size, context)
-        yield Row(
-            "decode",
-            num_layers,
-            batch_size,
-            context,
-            1e3 * seconds,
-            batch_size / seconds,
-            moved / seconds,
-            moved / seconds / ceilings.copy_bytes_per_s,
-        )
+        yield decode_row(config, batch_size, context, seconds, ceilings)
 
 
 def measure_prefill(
@@ -115,17 +105,45 @@ def measure_prefill(
                 times[num_layers].append(seconds)
     for num_layers, (_, config) in executors.items():
         seconds = statistics.median(times[num_layers][2:])
-        flop = prefill_flop(config, num_tokens)
-        yield Row(
-            "prefill" + ", new" * is_new + ", busy" * is_busy,
-            num_layers,
-            1,
-            num_tokens,
-            1e3 * seconds,
-            num_tokens / seconds,
-            flop / seconds,
-            flop / seconds / ceilings.fp8_flop_per_s,
-        )
+        phase = "prefill" + ", new" * is_new + ", busy" * is_busy
+        yield prefill_row(config, num_tokens, seconds, ceilings.fp8_flop_per_s, phase)
+
+
+def decode_row(
+    config: CheckpointConfig, batch_size: int, context: int, seconds: float, ceilings: Ceilings
+) -> Row:
+    moved = step_bytes(config, batch_size, context)
+    return Row(
+        "decode",
+        config.decoder.num_hidden_layers,
+        batch_size,
+        context,
+        1e3 * seconds,
+        batch_size / seconds,
+        moved / seconds,
+        moved / seconds / ceilings.copy_bytes_per_s,
+    )
+
+
+def prefill_row(
+    config: CheckpointConfig,
+    num_tokens: int,
+    seconds: float,
+    flop_per_s: float,
+    phase: str = "prefill",
+) -> Row:
+    """flop_per_s: the ceiling."""
+    flop = prefill_flop(config, num_tokens)
+    return Row(
+        phase,
+        config.decoder.num_hidden_layers,
+        1,
+        num_tokens,
+        1e3 * seconds,
+        num_tokens / seconds,
+        flop / seconds,
+        flop / seconds / flop_per_s,
+    )
 
 
 def step_bytes(config: CheckpointConfig, batch_size: int, context: int) -> int:

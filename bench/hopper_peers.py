@@ -21,7 +21,7 @@ import transformers
 
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper import numbers, slopes, told
-from bench.hopper_decoder import PAUSE_S, prefill_flop, random_prompt, step_bytes
+from bench.hopper_decoder import PAUSE_S, decode_row, prefill_row, random_prompt
 from bench.hopper_row import Row
 from bench.machine import describe, describe_gpu
 from bench.stopwatch import seconds_of
@@ -32,8 +32,9 @@ from nvlm.config import DecoderConfig
 NUM_STEPS, WARM_UP = 20, 3
 
 
-def qwen2(decoder: DecoderConfig, device: torch.device) -> Any:
-    config = transformers.Qwen2Config(
+def qwen2_config(decoder: DecoderConfig) -> transformers.Qwen2Config:
+    return transformers.Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
         hidden_size=decoder.hidden_size,
         intermediate_size=decoder.intermediate_size,
         num_hidden_layers=decoder.num_hidden_layers,
@@ -44,11 +45,14 @@ def qwen2(decoder: DecoderConfig, device: torch.device) -> Any:
         rms_norm_eps=decoder.rms_norm_eps,
         tie_word_embeddings=False,
     )
+
+
+def qwen2(decoder: DecoderConfig, device: torch.device) -> Any:
     kept = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            model: Any = transformers.Qwen2ForCausalLM(config)
+            model: Any = transformers.Qwen2ForCausalLM(qwen2_config(decoder))
         return model.eval()
     finally:
         torch.set_default_dtype(kept)
@@ -73,17 +77,7 @@ def measure(
             time.sleep(PAUSE_S)
             times.append(seconds_of(work, device))
         seconds = statistics.median(times[2:])
-        flop = prefill_flop(stored, num_tokens)
-        yield Row(
-            "prefill",
-            decoder.num_hidden_layers,
-            1,
-            num_tokens,
-            1e3 * seconds,
-            num_tokens / seconds,
-            flop / seconds,
-            flop / seconds / ceilings.bf16_flop_per_s,
-        )
+        yield prefill_row(stored, num_tokens, seconds, ceilings.bf16_flop_per_s)
     for batch_size in numbers(options.batch_sizes):
         cache = transformers.DynamicCache()
         ids = prompts(batch_size, options.context)
@@ -95,17 +89,7 @@ def measure(
             ids.tolist()
             times.append(time.perf_counter() - start)
         seconds = statistics.median(times[1 + WARM_UP :])
-        moved = step_bytes(stored, batch_size, options.context)
-        yield Row(
-            "decode",
-            decoder.num_hidden_layers,
-            batch_size,
-            options.context,
-            1e3 * seconds,
-            batch_size / seconds,
-            moved / seconds,
-            moved / seconds / ceilings.copy_bytes_per_s,
-        )
+        yield decode_row(stored, batch_size, options.context, seconds, ceilings)
 
 
 def main(arguments: list[str] | None = None) -> None:
