@@ -38,7 +38,8 @@ class TorchVisionExecutor:
     @torch.inference_mode()
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
         check_tiles(tiles, self._image_size)
-        return torch.cat([self._encode(batch) for batch in tiles.split(self.max_num_tiles)])
+        batches = tiles.contiguous().split(self.max_num_tiles)
+        return torch.cat([self._encode(batch) for batch in batches])
 
     def close(self) -> None:
         """Nothing is held beyond memory."""

@@ -156,10 +156,13 @@ def _decode_attention(
             sum_of_weights = tl.zeros((GROUP_ROWS,), tl.float32)
             merged = tl.zeros((GROUP_ROWS, BLOCK_DIM), tl.float32)
             for i in tl.static_range(NUM_SPLITS):
-                place = task * NUM_SPLITS + i
-                theirs = partial_stats + place * 2 * BLOCK_ROWS + query
+                other_split = task * NUM_SPLITS + i
+                theirs = partial_stats + other_split * 2 * BLOCK_ROWS + query
                 part = tl.load(
-                    partial_sums + place * area + in_area, is_channel, 0.0, cache_modifier=".cg"
+                    partial_sums + other_split * area + in_area,
+                    is_channel,
+                    0.0,
+                    cache_modifier=".cg",
                 )
                 part_peak = tl.load(theirs, is_query, 0.0, cache_modifier=".cg")
                 part_sum = tl.load(theirs + BLOCK_ROWS, is_query, 0.0, cache_modifier=".cg")
