@@ -9,7 +9,7 @@ from nvlm.linear import QuantizableLinear
 from nvlm.vision_model import VisionLayer, VisionModel
 from runtime.vision.kernels.forms import Forms
 
-_FIRST_LAYERS = 4
+_FIRST_LAYERS = 1
 """Of `begin`: enough to keep a GPU busy while the host launches the rest."""
 
 _GRANULARITY = 16
