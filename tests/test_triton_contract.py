@@ -14,6 +14,7 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
+from model_repository.models.channel import to_request
 from model_repository.program import Program
 from model_repository.render import Form, ServeOptions, form_of, render
 from model_repository.request import read_request
@@ -106,6 +107,18 @@ def test_the_backend_has_the_signature_of_tensorrt_llms(engine_dir: Path, tmp_pa
     assert config.parameters["gpt_model_path"].string_value == str(engine_dir.resolve() / "llm")
     assert config.max_batch_size == engine.limits.max_batch_size
     assert config.model_transaction_policy.decoupled
+
+
+def test_vision_takes_pixels(engine_dir: Path, tmp_path: Path) -> None:
+    """As its executor does, and what `nvlm` sends of them."""
+    vision = repository(engine_dir, tmp_path, "tensorrt_llm")["vision"]
+    size = EngineDir.read(engine_dir).vision.vision.image_size
+    expected = {"tiles": ("TYPE_UINT8", (-1, size, size, 3), False)}
+    assert tensors_of(vision.input) == expected
+    tiles = torch.arange(size * size * 3).to(torch.uint8).view(1, size, size, 3)
+    request = to_request("vision", {"tiles": tiles}, ("image_embeddings",))
+    assert (request.inputs[0].datatype, *request.inputs[0].shape) == ("UINT8", *tiles.shape)
+    assert request.raw_input_contents[0] == tiles.numpy().tobytes()
 
 
 def test_vision_gives_what_the_backend_takes(engine_dir: Path, tmp_path: Path) -> None:

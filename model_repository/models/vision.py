@@ -39,7 +39,7 @@ class TritonPythonModel:
         self._executor.close()
 
     def _encode(self, request: Any) -> Any:
-        """tiles [num_tiles, 3, S, S] float32 -> image_embeddings [num_tiles, tokens_per_tile,
+        """tiles [num_tiles, S, S, 3] uint8 -> image_embeddings [num_tiles, tokens_per_tile,
         hidden_size]."""
         tensor = pb_utils.get_input_tensor_by_name(request, "tiles")
         try:
