@@ -6,11 +6,13 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nvlm.limits import EngineLimits
+from runtime.decoder import torch_executor
 from runtime.decoder.executor import DecoderRequest, generate
 from runtime.decoder.hopper_model import HopperModel
 from runtime.decoder.hopper_weights import load_hopper_weights
@@ -22,7 +24,7 @@ from runtime.decoder.step import DecoderModel, SequenceStep
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.decoder.torch_weights import load_weights, open_weights
 from runtime.engine_dir import EngineDir
-from runtime.sampling import SamplingParams
+from runtime.sampling import SamplingParams, sample_rows
 
 CPU = torch.device("cpu")
 VOCAB_SIZE, HIDDEN_SIZE, MAX_SEQ_LEN = 512, 128, 160
@@ -202,6 +204,41 @@ def test_steps_ahead_of_the_tokens_change_no_answer(open_executor: Open, seed: i
     for index in set(range(14)) - cancelled:
         assert found[index] == expected[index], index
     assert len(cancelled) < 12
+    assert executor.scheduler.num_free_blocks == 4 * BLOCKS_OF_LONGEST
+
+
+def test_a_step_that_fails_as_it_draws_can_be_taken_again(
+    open_executor: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every step once, be it the next one or one under way: no token is lost or drawn twice."""
+    rng = random.Random(3)
+    requests = [random_request(rng) for _ in range(5)]
+    expected = alone(open_executor, requests)
+    has_failed = True
+
+    def fails_every_second_time(*arguments: Any) -> torch.Tensor:
+        nonlocal has_failed
+        has_failed = not has_failed
+        if not has_failed:
+            raise torch.OutOfMemoryError
+        return sample_rows(*arguments)
+
+    monkeypatch.setattr(torch_executor, "sample_rows", fails_every_second_time)
+    executor = open_executor()
+    found: dict[int, list[int | None]] = {executor.submit(each): [] for each in requests}
+    num_failures = 0
+    while True:
+        try:
+            outputs = executor.step()
+        except torch.OutOfMemoryError:
+            num_failures += 1
+            continue
+        if not outputs:
+            break
+        for output in outputs:
+            found[output.request_id].append(output.token_id)
+    assert num_failures > 30
+    assert [(ids, "length") for ids in found.values()] == expected
     assert executor.scheduler.num_free_blocks == 4 * BLOCKS_OF_LONGEST
 
 

@@ -108,9 +108,10 @@ class TorchDecoderExecutor:
         while sequences := self._scheduler.schedule():
             drawing = [sequence for sequence in sequences if sequence.is_last_chunk]
             logits = self._model.forward([SequenceStep.of(sequence) for sequence in sequences])
+            under_way = self._draw(drawing, logits) if drawing else None
             self._scheduler.advance(sequences)
-            if drawing:
-                return self._draw(drawing, logits)
+            if under_way is not None:
+                return under_way
         return None
 
     def _launch_ahead(self, under_way: UnderWay) -> UnderWay | None:
@@ -121,20 +122,23 @@ class TorchDecoderExecutor:
             return None
         steps = [SequenceStep.of(sequence) for sequence in sequences]
         logits = self._ahead.forward_ahead(steps, under_way.tokens_of(sequences))
+        following = self._draw(sequences, logits)
         self._scheduler.advance(sequences)
-        return self._draw(sequences, logits)
+        return following
 
     def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> UnderWay:
-        """Draws every sequence's token, which stays unknown until it lands."""
+        """Draws every sequence's token, which stays unknown until it lands. What fails changes no
+        sequence, so that the step can be taken again."""
         params = [sequence.request.sampling for sequence in sequences]
         steps = [sequence.num_generated for sequence in sequences]
         kept_logits = [
             logits[i].clone() if sequence.request.return_logits else None
             for i, sequence in enumerate(sequences)
         ]
+        under_way = UnderWay(sequences, kept_logits, sample_rows(logits, params, steps))
         for sequence in sequences:
             sequence.token_ids.append(UNKNOWN_TOKEN)
-        return UnderWay(sequences, kept_logits, sample_rows(logits, params, steps))
+        return under_way
 
     def _land(self, under_way: UnderWay) -> list[StepOutput]:
         """Waits for the tokens, and hands them to those who have not left meanwhile."""
