@@ -21,6 +21,8 @@ def kernel_ms(work: Callable[[], object], device: torch.device, title: str, file
     """Of all kernels of `work` (on a CPU: of all operators); appends their table to `file`."""
     is_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_gpu
+    if is_gpu:
+        torch.cuda.synchronize()  # a step may be under way, which is none of `work`'s
     with profile(activities=activities) as found:
         work()
         if is_gpu:

@@ -125,7 +125,7 @@ class Runner:
         return request_id
 
     def step(self) -> list[TextDelta]:
-        """One token for every request under way; empty when there is none."""
+        """One token for every request that runs; empty when there is none."""
         return [
             self._take(output)
             for output in self.decoder.step()

@@ -55,7 +55,8 @@ class DecoderModel(Protocol):
 class AheadModel(DecoderModel, Protocol):
     """A model that is asked for a step before the host knows the tokens of the one before."""
 
-    max_rows_ahead: int
+    @property
+    def max_rows_ahead(self) -> int: ...
 
     def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
         """As `forward`, for up to `max_rows_ahead` sequences that decode. token_ids: [len(steps)]

@@ -32,8 +32,7 @@ class ParallelVisionExecutor:
             self._group.job.phase("vision")
             for rank in range(1, self._group.size):
                 if counts[rank]:
-                    part = tiles[bounds[rank] : bounds[rank + 1]]
-                    self._group.send(part.contiguous(), rank)
+                    self._group.send(tiles[bounds[rank] : bounds[rank + 1]], rank)
             embeddings = self._own.encode(tiles[: counts[0]])
             whole = embeddings.new_empty(len(tiles), *embeddings.shape[1:])
             whole[: counts[0]] = embeddings
