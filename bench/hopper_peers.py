@@ -58,38 +58,69 @@ def qwen2(decoder: DecoderConfig, device: torch.device) -> Any:
         torch.set_default_dtype(kept)
 
 
+Models = dict[int, tuple[Any, CheckpointConfig]]
+"""By number of layers: the model, and what our checkpoint of it would hold."""
+
+
+def token_ids(stored: CheckpointConfig, batch_size: int, num_tokens: int) -> torch.Tensor:
+    vocab_size = stored.decoder.vocab_size
+    return torch.tensor([random_prompt(vocab_size, num_tokens, i) for i in range(batch_size)])
+
+
 @torch.inference_mode()
-def measure(
-    decoder: DecoderConfig, options: argparse.Namespace, ceilings: Ceilings, device: torch.device
+def measure_prefill(
+    models: Models, num_tokens: int, ceilings: Ceilings, device: torch.device
 ) -> Iterator[Row]:
-    model = qwen2(decoder, device)
-    stored = CheckpointConfig(decoder, "bfloat16", None, None)
-
-    def prompts(batch_size: int, num_tokens: int) -> torch.Tensor:
-        rows = [random_prompt(decoder.vocab_size, num_tokens, seed) for seed in range(batch_size)]
-        return torch.tensor(rows, device=device)
-
-    for num_tokens in numbers(options.prompts):
-        ids = prompts(1, num_tokens)
-        work = lambda ids=ids: model(ids, logits_to_keep=1).logits.argmax(-1).tolist()  # noqa: E731
-        times = []
-        for _ in range(7):
+    times: dict[int, list[float]] = {num_layers: [] for num_layers in models}
+    for _ in range(7):
+        for num_layers, (model, stored) in models.items():
+            ids = token_ids(stored, 1, num_tokens).to(device)
             time.sleep(PAUSE_S)
-            times.append(seconds_of(work, device))
-        seconds = statistics.median(times[2:])
+            work = lambda: model(ids, logits_to_keep=1).logits.argmax(-1).tolist()  # noqa: B023, E731
+            times[num_layers].append(seconds_of(work, device))
+    for num_layers, (_, stored) in models.items():
+        seconds = statistics.median(times[num_layers][2:])
         yield prefill_row(stored, num_tokens, seconds, ceilings.bf16_flop_per_s)
-    for batch_size in numbers(options.batch_sizes):
-        cache = transformers.DynamicCache()
-        ids = prompts(batch_size, options.context)
-        times = []
-        for _ in range(1 + WARM_UP + NUM_STEPS):
+
+
+@torch.inference_mode()
+def measure_decode(
+    models: Models, batch_size: int, context: int, ceilings: Ceilings, device: torch.device
+) -> Iterator[Row]:
+    times: dict[int, list[float]] = {num_layers: [] for num_layers in models}
+    caches = {num_layers: transformers.DynamicCache() for num_layers in models}
+    ids = {
+        num_layers: token_ids(stored, batch_size, context).to(device)
+        for num_layers, (_, stored) in models.items()
+    }
+    for _ in range(1 + WARM_UP + NUM_STEPS):
+        for num_layers, (model, _) in models.items():
             start = time.perf_counter()
-            logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            ids = logits[:, -1:].argmax(-1)
-            ids.tolist()
-            times.append(time.perf_counter() - start)
-        seconds = statistics.median(times[1 + WARM_UP :])
-        yield decode_row(stored, batch_size, options.context, seconds, ceilings)
+            logits = model(
+                ids[num_layers],
+                past_key_values=caches[num_layers],
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+            ids[num_layers] = logits[:, -1:].argmax(-1)
+            ids[num_layers].tolist()
+            times[num_layers].append(time.perf_counter() - start)
+    for num_layers, (_, stored) in models.items():
+        seconds = statistics.median(times[num_layers][1 + WARM_UP :])
+        yield decode_row(stored, batch_size, context, seconds, ceilings)
+
+
+def measure(options: argparse.Namespace, ceilings: Ceilings, device: torch.device) -> Iterator[Row]:
+    """All numbers of layers in turns."""
+    models: Models = {}
+    for num_layers in numbers(options.layers):
+        decoder = replace(DECODERS[options.shape], num_hidden_layers=num_layers)
+        stored = CheckpointConfig(decoder, "bfloat16", None, None)
+        models[num_layers] = qwen2(decoder, device), stored
+    for num_tokens in numbers(options.prompts):
+        yield from measure_prefill(models, num_tokens, ceilings, device)
+    for batch_size in numbers(options.batch_sizes):
+        yield from measure_decode(models, batch_size, options.context, ceilings, device)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -103,11 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)
 
-    def measured(num_layers: int) -> Iterator[Row]:
-        decoder = replace(DECODERS[options.shape], num_hidden_layers=num_layers)
-        return measure(decoder, options, ceilings, device)
-
-    rows = told(row for num_layers in numbers(options.layers) for row in measured(num_layers))
+    rows = told(measure(options, ceilings, device))
     found = {
         "machine": describe() | describe_gpu(device) | {"transformers": transformers.__version__},
         "ceilings": ceilings.to_json(),
