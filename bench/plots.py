@@ -55,7 +55,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     figure = plotted(arguments.plot, arguments.results)
-    figure.savefig(arguments.output, metadata={"Date": None})
+    try:
+        figure.savefig(arguments.output, metadata={"Date": None})
+    except (OSError, ValueError) as error:  # a missing folder; a name whose end says no format
+        raise UserError(
+            f"{arguments.output} cannot be written ({error}); give an --output like plot.svg in a "
+            "folder that exists"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -195,6 +195,17 @@ def test_what_holds_no_results_is_refused(tmp_path: Path, plot: str, text: str) 
         plotted(plot, [f"us={path}"])
 
 
+@pytest.mark.parametrize("output", ["missing/plot.svg", "plot.nope"])
+def test_an_output_that_cannot_be_written_is_refused(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    arguments = ["layers", "--results", f"us={written(OURS)}", "--output", str(tmp_path / output)]
+    monkeypatch.setattr("sys.argv", ["plots", *arguments])
+    with pytest.raises(UserError, match="cannot be written"):
+        plots.main()
+    assert not (tmp_path / output).exists()
+
+
 def test_the_documents_plots_are_those_of_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
