@@ -110,11 +110,16 @@ def measure_prefill(
 
 
 def decode_row(
-    config: CheckpointConfig, batch_size: int, context: int, seconds: float, ceilings: Ceilings
+    config: CheckpointConfig,
+    batch_size: int,
+    context: int,
+    seconds: float,
+    ceilings: Ceilings,
+    phase: str = "decode",
 ) -> Row:
     moved = step_bytes(config, batch_size, context)
     return Row(
-        "decode",
+        phase,
         config.decoder.num_hidden_layers,
         batch_size,
         context,

@@ -10,14 +10,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.ceilings import Ceilings
-from bench.hopper_decoder import Executors, prefill_flop, random_prompt, step_bytes
+from bench.hopper_decoder import Executors, decode_row, prefill_row, random_prompt
 from bench.hopper_row import Row
 from runtime.decoder.executor import DecoderRequest
 
 _NUM_STEPS = 10
 
 
-def kernel_ms(work: Callable[[], object], device: torch.device, title: str, file: Path) -> float:
+def kernel_seconds(
+    work: Callable[[], object], device: torch.device, title: str, file: Path
+) -> float:
     """Of all kernels of `work` (on a CPU: of all operators); appends their table to `file`."""
     is_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_gpu
@@ -32,7 +34,7 @@ def kernel_ms(work: Callable[[], object], device: torch.device, title: str, file
     with file.open("a") as log:
         print(title, averages.table(sort_by=key, row_limit=30, max_name_column_width=90), file=log)
     kind = "CUDA" if is_gpu else "CPU"  # an operator's own row repeats its kernels'
-    return sum(getattr(each, key) for each in averages if each.device_type.name == kind) / 1e3
+    return sum(getattr(each, key) for each in averages if each.device_type.name == kind) / 1e6
 
 
 def measure_kernels(
@@ -60,32 +62,12 @@ def measure_kernels(
             while len(executor.step()) < batch_size:
                 pass
             title = f"{num_layers} layers, {_NUM_STEPS} decode steps, batch {batch_size}"
-            ms = kernel_ms(lambda: steps(_NUM_STEPS), device, title, file) / _NUM_STEPS
+            seconds = kernel_seconds(lambda: steps(_NUM_STEPS), device, title, file) / _NUM_STEPS
             for request in requests:
                 executor.cancel(request)
-            moved = step_bytes(config, batch_size, context)
-            rate = 1e3 * moved / ms
-            yield Row(
-                "decode, kernels",
-                num_layers,
-                batch_size,
-                context,
-                ms,
-                1e3 * batch_size / ms,
-                rate,
-                rate / ceilings.copy_bytes_per_s,
-            )
+            yield decode_row(config, batch_size, context, seconds, ceilings, "decode, kernels")
         executor.submit(DecoderRequest(random_prompt(vocab_size, num_tokens, 5), 1))
         title = f"{num_layers} layers, prompt of {num_tokens} tokens"
-        ms = kernel_ms(lambda: steps(1), device, title, file)
-        rate = 1e3 * prefill_flop(config, num_tokens) / ms
-        yield Row(
-            "prefill, kernels",
-            num_layers,
-            1,
-            num_tokens,
-            ms,
-            1e3 * num_tokens / ms,
-            rate,
-            rate / ceilings.fp8_flop_per_s,
-        )
+        seconds = kernel_seconds(lambda: steps(1), device, title, file)
+        peak = ceilings.fp8_flop_per_s
+        yield prefill_row(config, num_tokens, seconds, peak, "prefill, kernels")

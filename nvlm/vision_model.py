@@ -86,13 +86,21 @@ class VisionLayer(nn.Module):
         return x + self.mlp(self.norm2(x)) * self.ls2
 
 
+def cut_patches(tiles: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """[n, 3, S, S] -> [n, patches, 3 * patch_size^2], row by row, each in the order of a
+    convolution's kernel."""
+    side = tiles.shape[-1] // patch_size
+    cut = tiles.unflatten(3, (side, patch_size)).unflatten(2, (side, patch_size))
+    patches = cut.permute(0, 2, 4, 1, 3, 5)  # [n, side, side, 3, patch_size, patch_size]
+    return patches.flatten(3).flatten(1, 2)
+
+
 class Embeddings(nn.Module):
     """Patches row by row behind the class token, plus learned positions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         size, patch = config.hidden_size, config.patch_size
-        self.patches_per_side = config.patches_per_side
         self.class_embedding = nn.Parameter(torch.empty(1, 1, size))
         self.patch_embedding = nn.Conv2d(3, size, kernel_size=patch, stride=patch)
         self.position_embedding = nn.Parameter(torch.empty(1, config.num_positions, size))
@@ -101,9 +109,7 @@ class Embeddings(nn.Module):
         """tiles: [num_tiles, 3, S, S] -> [num_tiles, 1 + patches, hidden_size]."""
         # The convolution's stride is its size, so it is a product over cut-out patches; written
         # so, no cuDNN setting turns float32 into TF32.
-        side, size = self.patches_per_side, self.patch_embedding.kernel_size[0]
-        cut = tiles.unflatten(3, (side, size)).unflatten(2, (side, size))  # [n, 3, s, p, s, p]
-        pixels = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [n, s * s, 3 * p * p]
+        pixels = cut_patches(tiles, self.patch_embedding.kernel_size[0])
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
         patches = nn.functional.linear(pixels, weight.flatten(1), bias)
         class_token = self.class_embedding.expand(tiles.shape[0], -1, -1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nvlm import fp8
+from nvlm import fp8, vision_model
 from nvlm.inputs.tiling import normalize
 
 
@@ -17,10 +17,7 @@ def cut_patches(
 ) -> torch.Tensor:
     """tiles [num_tiles, S, S, 3] uint8, normalised and cut row by row: [num_tiles * patches,
     width], in front 3 * patch_size^2 numbers in a convolution kernel's order, then zeros."""
-    side = tiles.shape[1] // patch_size
-    normalized = normalize(tiles).to(dtype)
-    cut = normalized.unflatten(3, (side, patch_size)).unflatten(2, (side, patch_size))
-    rows = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+    rows = vision_model.cut_patches(normalize(tiles).to(dtype), patch_size).flatten(0, 1)
     return nn.functional.pad(rows, (0, width - rows.shape[1]))
 
 
