@@ -110,6 +110,15 @@ def test_gelu_equals_its_plain_form() -> None:
     assert_same_e4m3(kernels().gelu(x, scalar(0.02)), plain_forms.gelu(x, scalar(0.02)))
 
 
+def test_add_merge_norm_equals_its_plain_form() -> None:
+    hidden, delta = randn(2, 1 + 36, 50), randn(2, 1 + 36, 50, seed=1)
+    weights = randn(50, seed=2), randn(200, seed=3), randn(200, seed=4)
+    found, expected = (
+        forms.add_merge_norm(hidden, delta, *weights, 1e-5, 6) for forms in (kernels(), plain_forms)
+    )
+    assert relative_error(found, expected) < KERNEL_BF16
+
+
 def test_quantize_equals_its_plain_form() -> None:
     x = randn(2, 5, 300)
     assert_same_e4m3(kernels().quantize(x, scalar(0.01)), plain_forms.quantize(x, scalar(0.01)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -53,7 +55,18 @@ class HopperVisionModel:
         for index in range(self._num_first, last):
             hidden, normed = self._run(index, hidden, normed)
         hidden, delta = self._add(self._layers[last], hidden, normed)
-        return self._model.project(hidden + delta * self._layers[last].ls2)
+        norm = self._model.mlp1[0]
+        assert isinstance(norm, nn.LayerNorm)
+        merged = self._forms.add_merge_norm(
+            hidden,
+            delta,
+            self._layers[last].ls2,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            self._model.patches_per_side,
+        )
+        return cast(torch.Tensor, self._model.mlp1[1:](merged))
 
     @property
     def _num_first(self) -> int:

@@ -44,6 +44,17 @@ class Forms(Protocol):
 
     def gelu(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor: ...
 
+    def add_merge_norm(
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor,
+        layer_scale: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+        side: int,
+    ) -> torch.Tensor: ...
+
     def quantize(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor: ...
 
     @property

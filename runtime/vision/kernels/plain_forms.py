@@ -59,6 +59,22 @@ def gelu(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     return _quantized(nn.functional.gelu(x.to(torch.float32)).to(x.dtype), scale)
 
 
+def add_merge_norm(
+    hidden: torch.Tensor,
+    delta: torch.Tensor,
+    layer_scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    side: int,
+) -> torch.Tensor:
+    """hidden + delta * layer_scale [num_tiles, 1 + side^2, size] without the class token, 2 x 2
+    patches merged, and the LayerNorm of that: [num_tiles, side^2 / 4, 4 * size]."""
+    patches = (hidden + delta * layer_scale)[:, 1:].unflatten(1, (side, side))
+    merged = vision_model.pixel_shuffle(patches).flatten(1, 2)
+    return nn.functional.layer_norm(merged, merged.shape[-1:], weight, bias, eps)
+
+
 def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return fp8.quantize(x, scale)
 

@@ -8,7 +8,7 @@ import torch
 
 from runtime.kernels.quantization import scale_quantize
 from runtime.kernels.tensor_core_linear import TensorCoreLinear
-from runtime.vision.kernels import elementwise, embeddings
+from runtime.vision.kernels import elementwise, embeddings, merging
 
 
 class TritonForms:
@@ -17,6 +17,7 @@ class TritonForms:
     add_rms_norm = staticmethod(elementwise.add_rms_norm)
     normalize_qk = staticmethod(elementwise.normalize_qk)
     gelu = staticmethod(elementwise.gelu)
+    add_merge_norm = staticmethod(merging.add_merge_norm)
 
     def __init__(self, device: torch.device) -> None:
         self.fp8_linear = partial(TensorCoreLinear(device), use_fast_accum=True)
