@@ -15,7 +15,7 @@ from build.checkpoint.convert import ConvertOptions, convert
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
-from runtime.kernels import hopper
+from nvlm import hopper
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 from tools.model_dir import Shape
 

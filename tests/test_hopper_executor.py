@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from nvlm.errors import UserError
-from runtime.decoder import open_model as open_model_module
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest, generate
 from runtime.decoder.hopper_model import HopperModel
 from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine_dir import EngineDir
+from runtime.loading import loading_on
 from runtime.sampling import SamplingParams, sample_rows
 from tests.conftest import CPU
 from tests.tolerances import FAST_PATH_GAP, FAST_PATH_LOGITS, gap_to_best, relative_error
@@ -179,8 +179,8 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(
     engine = EngineDir.read(engine_dir)
     with (
         pytest.raises(UserError, match=r"C compiler and Python's headers .* gcc python3-dev"),
-        open_model_module._loading_on(CUDA, engine),
+        loading_on(CUDA, engine),
     ):
         build._build("launcher", "launcher.c", ".", [], [], [], [])
-    with pytest.raises(RuntimeError, match="of ours"), open_model_module._loading_on(CUDA, engine):
+    with pytest.raises(RuntimeError, match="of ours"), loading_on(CUDA, engine):
         raise RuntimeError("of ours")

@@ -19,7 +19,7 @@ from runtime.engine_dir import EngineDir
 from tests.tolerances import KERNEL_LOGITS, relative_error
 
 CPU = torch.device("cpu")
-NUM_BLOCKS, MAX_SEQ_LEN = 24, 192
+NUM_BLOCKS, MAX_BATCH_SIZE, MAX_SEQ_LEN = 24, 5, 192
 
 
 class Watched:
@@ -47,7 +47,7 @@ def models(engine_dir: Path) -> tuple[DecoderModel, DecoderModel]:
     source = open_weights(engine_dir / "llm", config)
     oracle = PlainModel(config, load_weights(source, config, CPU), NUM_BLOCKS, CPU)
     weights = load_hopper_weights(source, config, CPU)
-    fast = HopperModel(config, 5, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, Watched())  # type: ignore[arg-type]
+    fast = HopperModel(config, MAX_BATCH_SIZE, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, Watched())  # type: ignore[arg-type]
     return oracle, fast
 
 
@@ -129,6 +129,17 @@ def test_warming_up_leaves_nothing_to_compile(
     models[1].warm_up(100)
     rows = {len(tensors[0]) for name, tensors in calls if name == "gate_up_swiglu"}
     assert rows == {100, 16, 2}
+
+
+def test_warming_up_takes_a_step_of_every_prompt_that_fits(
+    models: tuple[DecoderModel, HopperModel], calls: list[tuple[str, list[torch.Tensor]]]
+) -> None:
+    """Whose activations take the most memory."""
+    for max_num_tokens, most in ((300, 300), (10_000, MAX_BATCH_SIZE * MAX_SEQ_LEN)):
+        calls.clear()
+        models[1].warm_up(max_num_tokens)
+        rows = {len(tensors[0]) for name, tensors in calls if name == "gate_up_swiglu"}
+        assert rows == {most, 16, 2}
 
 
 def test_preparing_a_thread_plans_prompts_as_long_as_they_come(

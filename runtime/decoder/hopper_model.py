@@ -61,7 +61,8 @@ class HopperModel:
         # Made on the CPU, whose powers and cosines are the oracle's.
         cos, sin = rope_tables(torch.arange(max_seq_len), decoder.head_dim, decoder.rope_theta)
         self._cos, self._sin = cos.to(device), sin.to(device)
-        self._padding_block, self._max_seq_len = num_blocks, max_seq_len
+        self._padding_block = num_blocks
+        self._max_batch_size, self._max_seq_len = max_batch_size, max_seq_len
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     @property
@@ -102,12 +103,20 @@ class HopperModel:
 
     @torch.inference_mode()
     def warm_up(self, max_num_tokens: int) -> None:
-        """A prompt as long as they come and short ones, so that neither compiling nor running out
-        of memory is left to a request. On all ranks."""
-        num_tokens = min(max_num_tokens, self._max_seq_len)
-        for count in (num_tokens, *(short for short in _SHORT_PROMPTS if short < num_tokens)):
-            blocks = [self._padding_block] * num_blocks_for(count)
-            self._prefill([SequenceStep([0] * count, 0, blocks, None, True)])
+        """A step full of prompts as long as they come, and short ones, so that neither compiling
+        nor running out of memory is left to a request. On all ranks."""
+        longest = min(max_num_tokens, self._max_seq_len)
+        rest = max_num_tokens % longest
+        full = [longest] * (max_num_tokens // longest) + [rest] * (rest > 0)
+        full = full[: self._max_batch_size]
+        for counts in (full, *([short] for short in _SHORT_PROMPTS if short < longest)):
+            blocks = [[self._padding_block] * num_blocks_for(count) for count in counts]
+            self._prefill(
+                [
+                    SequenceStep([0] * count, 0, blocks_of, None, True)
+                    for count, blocks_of in zip(counts, blocks, strict=True)
+                ]
+            )
 
     @torch.inference_mode()
     def prepare_thread(self, max_num_tokens: int) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from nvlm.checkpoint_config import CheckpointConfig
+from nvlm import hopper
 from nvlm.checkpoint_tensors import rank_file
 from nvlm.errors import UserError
 from nvlm.memory import total_memory_bytes
@@ -25,7 +23,7 @@ from runtime.decoder.scheduler import max_num_blocks
 from runtime.decoder.step import DecoderModel
 from runtime.decoder.torch_weights import load_weights, open_weights
 from runtime.engine_dir import EngineDir
-from runtime.kernels import hopper
+from runtime.loading import loading_on
 from runtime.process_group import ProcessGroup
 
 
@@ -33,11 +31,6 @@ from runtime.process_group import ProcessGroup
 class OpenedModel:
     model: DecoderModel
     num_blocks: int
-
-
-def takes_fast_path(config: CheckpointConfig, device: torch.device) -> bool:
-    is_fp8 = config.quant_algo == config.kv_cache_quant_algo == "FP8"
-    return is_fp8 and config.dtype != "float32" and hopper.has_kernels(device)
 
 
 def open_model(
@@ -58,11 +51,11 @@ def open_model(
     file = engine.directory / "llm" / rank_file(rank)
     opened = source or open_weights(file.parent, config, rank)
     own: DecoderModel
-    if takes_fast_path(config, device):
+    if hopper.takes_fast_path(config, device):
         from runtime.decoder.kernels.triton_forms import TritonForms
 
         def load() -> tuple[HopperModel, torch.Tensor]:
-            with _loading_on(device, engine), nullcontext() if source else reading_ahead(file):
+            with loading_on(device, engine), nullcontext() if source else reading_ahead(file):
                 on_gpu = load_hopper_weights(opened, config, device)
                 model = HopperModel(
                     config,
@@ -77,7 +70,7 @@ def open_model(
             return model, on_gpu.embedding
 
         fast, embedding = load() if group is None else group.job.agree(load)
-        with _loading_on(device, engine) if group is None else nullcontext():
+        with loading_on(device, engine) if group is None else nullcontext():
             if use_graphs:
                 fast.capture_graphs()
             fast.warm_up(limits.max_num_tokens)
@@ -90,28 +83,6 @@ def open_model(
         return OpenedModel(own, num_blocks)
     model = ParallelModel(own, group, embedding, config.decoder.vocab_size)
     return OpenedModel(model, num_blocks)
-
-
-@contextmanager
-def _loading_on(device: torch.device, engine: EngineDir) -> Iterator[None]:
-    """The plan counts what is free at the start; another program may take of it meanwhile. And
-    Triton builds what starts its kernels with the machine's compiler, unless its cache has it."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info(device)
-        raise UserError(
-            f"{engine.directory} ran out of memory on {device} while loading, {free / 1e9:.1f} of "
-            f"{total / 1e9:.1f} GB are free; end other programs there, build it with a smaller "
-            "--max_seq_len or --max_num_tokens, or convert with --tp_size 2"
-        ) from error
-    except (RuntimeError, subprocess.CalledProcessError) as error:
-        if not (isinstance(error, subprocess.CalledProcessError) or "C compiler" in str(error)):
-            raise
-        raise UserError(
-            f"Triton needs a C compiler and Python's headers to run {engine.directory} on {device} "
-            f"({error}); install them, on Debian and Ubuntu by apt-get install gcc python3-dev"
-        ) from error
 
 
 def _num_blocks(engine: EngineDir, device: torch.device, group: ProcessGroup | None) -> int:

@@ -12,6 +12,7 @@ from nvlm.memory import total_memory_bytes
 from nvlm.plan import may_widen, vision_parameter_count
 from nvlm.tensorrt_package import PACKAGES, load_tensorrt
 from runtime.engine_dir import EngineDir
+from runtime.loading import loading_on
 
 
 class VisionExecutor(Protocol):
@@ -44,8 +45,11 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
 
         num_parameters = vision_parameter_count(engine.vision.vision)
         widen = may_widen(num_parameters, device, total_memory_bytes(device))
-        model = engine.vision.load(engine.vision_precision, device, widen=widen)
-        return TorchVisionExecutor(model, max_num_tiles)
+        with loading_on(device, engine):
+            model = engine.vision.load(engine.vision_precision, device, widen=widen)
+            executor = TorchVisionExecutor(model, max_num_tiles)
+            executor.warm_up()
+        return executor
     if engine.vision_executor in PACKAGES:
         from runtime.vision.tensorrt_executor import TensorrtVisionExecutor
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nvlm import hopper
 from nvlm.inputs.tiling import normalize
 from nvlm.vision_model import VisionModel
-from runtime.kernels import hopper
 from runtime.vision.executor import check_tiles
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 class TorchVisionExecutor:
     """On a Hopper GPU in a 16-bit type or FP8 by hopper_model.py, with CUDA graphs for each number
-    of tiles that has come; elsewhere by the module itself, the oracle."""
+    of tiles; elsewhere by the module itself, the oracle."""
 
     def __init__(self, model: VisionModel, max_num_tiles: int, *, use_graphs: bool = True) -> None:
         self.max_num_tiles = max_num_tiles
@@ -40,6 +40,17 @@ class TorchVisionExecutor:
         check_tiles(tiles, self._image_size)
         batches = tiles.contiguous().split(self.max_num_tiles)
         return torch.cat([self._encode(batch) for batch in batches])
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Captures the graphs, so that neither compiling nor running out of memory is left to a
+        request. Largest first: the others find their memory in its pool."""
+        if self._graphs is None:
+            return
+        for num_tiles in range(self.max_num_tiles, 0, -1):
+            size = self._image_size
+            blank = torch.zeros(num_tiles, size, size, 3, dtype=torch.uint8)
+            self._encode(blank)
 
     def close(self) -> None:
         """Nothing is held beyond memory."""
