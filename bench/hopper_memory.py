@@ -1,0 +1,153 @@
+"""GPU memory of an engine from its loading to its fullest step, beside the plan.
+
+    python -m bench.hopper_memory [--shape 72b] [--layers 16] [--max_batch_size 8]
+        [--max_seq_len 3944] [--max_num_tokens 8192] [--vision_precision FP8]
+
+A synthetic engine is loaded in the product's order: vision, its graphs, decoder. Then come passes
+of every number of tiles and steps of as many prompt tokens and requests as it takes. The last line
+is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bench.hopper_decoder import random_prompt
+from bench.hopper_vision import load_vision, random_tiles
+from bench.machine import describe, describe_gpu
+from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
+from nvlm.command_line import ArgumentParser, positive_int, run
+from nvlm.errors import UserError
+from nvlm.memory import total_memory_bytes
+from nvlm.plan import EnginePlan, plan_engine
+from runtime.decoder.executor import DecoderRequest
+from runtime.decoder.open_model import open_model
+from runtime.decoder.torch_executor import TorchDecoderExecutor
+from runtime.engine_dir import EngineDir
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is held behind it, in bytes. used_bytes: of the GPU, by the driver's count; torch holds
+    peak_bytes of them in tensors at its most, and reserves reserved_bytes for them."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+    reserved_bytes: int
+    used_bytes: int
+
+    def __str__(self) -> str:
+        sizes = self.peak_bytes, self.reserved_bytes, self.used_bytes
+        told = "".join(f"{size / 1e9:9.3f} GB" for size in sizes)
+        return f"{self.name:<16}{self.seconds:7.1f} s{told}"
+
+
+def measure(engine: EngineDir, device: torch.device) -> Iterator[Stage]:
+    before, start = _used(device), time.perf_counter()
+
+    def stage(name: str) -> Stage:
+        nonlocal start
+        torch.cuda.synchronize(device)
+        found = Stage(
+            name,
+            time.perf_counter() - start,
+            torch.cuda.max_memory_allocated(device),
+            torch.cuda.memory_reserved(device),
+            _used(device) - before,
+        )
+        torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        return found
+
+    (torch.ones(256, 256, device=device) @ torch.ones(256, 256, device=device)).sum().item()
+    yield stage("CUDA")
+    vision = load_vision(engine, engine.vision_precision, device)
+    yield stage("vision")
+    vision.warm_up()
+    yield stage("its graphs")
+    opened = open_model(engine, device, decoder_source(engine, device))
+    executor = TorchDecoderExecutor.over(engine, opened)
+    yield stage("decoder")
+    torch.cuda.empty_cache()  # what making random weights took, and reading a file does not
+    executor.prepare_thread()
+    yield stage("its plans")
+    for num_tiles in range(1, vision.max_num_tiles + 1):
+        vision.encode(random_tiles(engine.vision.vision, num_tiles, seed=num_tiles))
+    yield stage("tiles")
+    limits, vocab_size = engine.limits, engine.checkpoint_config.decoder.vocab_size
+    counts = [limits.max_num_tokens // limits.max_batch_size, limits.max_input_len]
+    for seed, count in enumerate(counts):
+        for number in range(limits.max_batch_size):
+            prompt = random_prompt(vocab_size, count, 100 * seed + number)
+            executor.submit(DecoderRequest(prompt, 4))
+    while executor.step():
+        pass
+    yield stage("full steps")
+
+
+def _used(device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def _told(plan: EnginePlan, stages: list[Stage]) -> list[str]:
+    weights = plan.decoder_weight_bytes + plan.vision_weight_bytes + plan.kv_cache_bytes
+    rest = stages[-1].used_bytes - weights
+    planned = plan.workspace_bytes + plan.prompt_table_bytes
+    return [
+        *plan.lines(),
+        f"beyond weights and cache: {rest / 1e9:.3f} GB used, {planned / 1e9:.3f} GB planned",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser((__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=DECODERS, default="72b")
+    parser.add_argument("--layers", type=positive_int, default=16)
+    parser.add_argument("--max_batch_size", type=positive_int, default=8)
+    parser.add_argument("--max_seq_len", type=positive_int, default=3944)
+    parser.add_argument("--max_num_tokens", type=positive_int, default=8192)
+    parser.add_argument("--vision_precision", choices=("bfloat16", "FP8"), default="FP8")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise UserError("torch sees no CUDA GPU, whose memory this measures; run it on one")
+    device = torch.device("cuda")
+    engine = synthetic_engine(
+        options.shape,
+        options.layers,
+        max_batch_size=options.max_batch_size,
+        max_seq_len=options.max_seq_len,
+        max_num_tokens=options.max_num_tokens,
+        vision_precision=options.vision_precision,
+    )
+    plan = plan_engine(
+        engine.checkpoint_config,
+        engine.vision.vision,
+        engine.vision_precision,
+        engine.limits,
+        device,
+        total_memory_bytes(device),
+    )
+    stages = []
+    print(f"{'':<25}{'peak':>10}{'reserved':>12}{'used':>12}")
+    for stage in measure(engine, device):
+        print(stage, flush=True)
+        stages.append(stage)
+    print("\n".join(_told(plan, stages)))
+    found: dict[str, Any] = {
+        "machine": describe() | describe_gpu(device),
+        "plan": plan.to_json(),
+        "stages": [asdict(stage) for stage in stages],
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run(main)
