@@ -19,6 +19,7 @@
 #     evaluation  a benchmark task beside the engine alone, $LAYERS (default 80) layers, needs tqdm
 #   one H200:
 #     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving
+#     memory80  80 layers and so large a batch that the cache takes what is left: does the plan hold?
 #   two GPUs of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them
 #     ranks     80 layers on both, with CUDA graphs and, should that fail, without; sums by peer memory
@@ -58,6 +59,7 @@ part vllm 420 $python -m bench.hopper_vllm
 
 part h200 400 $python -m bench.hopper decode prefill first_token serving --layers 80 \
   --batch_sizes 1,8,32,64 --prompts 1948 --requests 128
+part memory80 90 $python -m bench.hopper_memory --layers 80 --max_batch_size 112
 part evaluation 150 $python -m bench.evaluation --engine_dir "${TRUTH:-.truth}/engine" --device cuda \
   --shape 72b --layers ${LAYERS:-80} --num_samples 24 --repeats 2
 part one 120 $python -m bench.hopper decode prefill --layers 80 --batch_sizes 1,8,64 --prompts 1948

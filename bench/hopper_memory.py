@@ -82,11 +82,11 @@ def measure(engine: EngineDir, device: torch.device) -> Iterator[Stage]:
         vision.encode(random_tiles(engine.vision.vision, num_tiles, seed=num_tiles))
     yield stage("tiles")
     limits, vocab_size = engine.limits, engine.checkpoint_config.decoder.vocab_size
-    counts = [limits.max_num_tokens // limits.max_batch_size, limits.max_input_len]
+    short = max(1, limits.max_num_tokens // limits.max_batch_size)  # all of a batch in one step
+    num_long = 1 + -(-limits.max_num_tokens // limits.max_input_len)
+    counts = [short] * limits.max_batch_size + [limits.max_input_len] * num_long
     for seed, count in enumerate(counts):
-        for number in range(limits.max_batch_size):
-            prompt = random_prompt(vocab_size, count, 100 * seed + number)
-            executor.submit(DecoderRequest(prompt, 4))
+        executor.submit(DecoderRequest(random_prompt(vocab_size, count, seed), 4))
     while executor.step():
         pass
     yield stage("full steps")

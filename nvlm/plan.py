@@ -14,11 +14,14 @@ from nvlm.checkpoint_tensors import decoder_tensors, vision_tensors
 from nvlm.config import VisionConfig
 from nvlm.dtypes import TORCH_DTYPES
 from nvlm.exact import exact_div
+from nvlm.hopper import takes_fast_path
 from nvlm.limits import EngineLimits
 from nvlm.tensor_names import VISION_LINEARS
 
 _MLP_BYTES_PER_VALUE = 22  # 5.5 GB measured for one 72B MLP over 8,192 tokens
 _CUDA_CONTEXT_BYTES = 2 << 30  # contexts, cuBLAS and NCCL buffers: an allowance, not measured
+_NCCL_BYTES = 1 << 30  # buffers of a rank among several: an allowance, not measured
+_GRAPH_BYTES = 1 << 30  # 0.7 GB measured for the decode graphs of a batch of 8, and cuDNN's plans
 KV_CACHE_FREE_GPU_MEMORY_FRACTION = 0.9  # TensorRT-LLM's default
 _CHECKPOINT_SLACK_BYTES = 64 << 20  # tokenizer, headers, reports
 
@@ -89,11 +92,45 @@ def mlp_activation_bytes(num_tokens: int, intermediate_size: int) -> int:
     return _MLP_BYTES_PER_VALUE * num_tokens * intermediate_size
 
 
+def fast_path_workspace_bytes(config: CheckpointConfig, limits: EngineLimits) -> int:
+    """What a rank of decoder `torch` takes beyond weights and cache with the kernels for Hopper:
+    the largest step's activations and the CUDA graphs."""
+    decoder = config.decoder
+    # Gate and up in two bytes, their product in one; residual, norm, q, k, v and attention.
+    row = 5 * exact_div(decoder.intermediate_size, config.tp_size) + 12 * decoder.hidden_size
+    activations = _reserved(row * limits.max_num_tokens)
+    reductions = _NCCL_BYTES if config.tp_size > 1 else 0
+    return activations + _logits_bytes(config, limits) + _GRAPH_BYTES + reductions
+
+
 def workspace_bytes(config: CheckpointConfig, limits: EngineLimits) -> int:
-    """Activations of a rank's largest step."""
+    """Activations of a rank's largest step in plain torch."""
     intermediate = exact_div(config.decoder.intermediate_size, config.tp_size)
-    logits = limits.max_batch_size * config.decoder.vocab_size * 4
-    return mlp_activation_bytes(limits.max_num_tokens, intermediate) + logits
+    activations = mlp_activation_bytes(limits.max_num_tokens, intermediate)
+    return activations + _logits_bytes(config, limits)
+
+
+def _reserved(num_bytes: int) -> int:
+    """What torch reserves for tensors of so many bytes at the peak: 1.31 times that measured."""
+    return 4 * num_bytes // 3
+
+
+def _logits_bytes(config: CheckpointConfig, limits: EngineLimits) -> int:
+    return 4 * limits.max_batch_size * config.decoder.vocab_size
+
+
+def decoder_workspace_bytes(
+    config: CheckpointConfig, limits: EngineLimits, device: torch.device, memory_bytes: int
+) -> int:
+    """What decoder `torch` takes of a rank's device beyond weights and cache."""
+    if takes_fast_path(config, device):
+        return fast_path_workspace_bytes(config, limits)
+    if may_widen(decoder_parameter_count(config), device, memory_bytes):
+        return workspace_bytes(config, limits)
+    # What a linear widened at each use adds; the head is the largest one.
+    padded = config.mapping().padded_vocab_size(config.decoder.vocab_size)
+    widened = 4 * exact_div(padded, config.tp_size) * config.decoder.hidden_size
+    return workspace_bytes(config, limits) + widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +246,15 @@ def plan_engine(
     decoder, itemsize = config.decoder, TORCH_DTYPES[config.dtype].itemsize
     decoder_weights = decoder_weight_bytes(config)
     vision_weights = vision_weight_bytes(vision, vision_precision)
-    # What a linear widened at each use adds; the head is the largest one.
-    vocab_rows = exact_div(config.mapping().padded_vocab_size(decoder.vocab_size), config.tp_size)
-    widened = 4 * vocab_rows * decoder.hidden_size
+    workspace = decoder_workspace_bytes(config, limits, device, memory_bytes)
     if may_widen(decoder_parameter_count(config), device, memory_bytes):
         decoder_weights += 4 * decoder_parameter_count(config)  # beside the mapped file
-        widened = 0
     if may_widen(vision_parameter_count(vision), device, memory_bytes):
         vision_weights = 4 * vision_parameter_count(vision)
+    if device.type == "cuda":
+        images = limits.max_batch_size * limits.max_num_images
+        num_tiles = limits.max_multimodal_len // (images * vision.tokens_per_tile)
+        workspace += _reserved(vision_workspace_bytes(vision, num_tiles)) + _CUDA_CONTEXT_BYTES
     per_token = kv_bytes_per_token(config)
     num_tokens = limits.max_batch_size * limits.max_seq_len  # every place at its longest
     is_wide_cache = config.kv_cache_quant_algo == "FP8" and device.type == "cpu"
@@ -226,6 +264,6 @@ def plan_engine(
         kv_bytes_per_token=per_token,
         kv_cache_bytes=(2 if is_wide_cache else 1) * per_token * num_tokens,
         prompt_table_bytes=limits.max_multimodal_len * decoder.hidden_size * itemsize,
-        workspace_bytes=workspace_bytes(config, limits) + widened,
+        workspace_bytes=workspace,
         limits=limits,
     )

@@ -65,9 +65,17 @@ class VisionCheckpoint:
         """
         is_fp8 = precision == "FP8"
         dtype = self.dtype if is_fp8 else precision
-        model = self.load_plain(dtype, device, source)
-        if is_fp8:
-            self._quantize(model, source)
+        scales = self.read_scales(source) if is_fp8 else {}
+        model = self._load(dtype, device, source, scales)
+        for name, (weight_scale, activation_scale) in scales.items():
+            module = linear_of(model, name)
+            quantised = QuantizableLinear(
+                module.weight,
+                module.bias,
+                weight_scale=weight_scale,
+                activation_scale=activation_scale,
+            )
+            model.set_submodule(name, quantised)
         if device.type == "cpu" and dtype != "float32":
             _compute_in_float32(model, widen)
         return model.requires_grad_(False).eval()
@@ -76,13 +84,7 @@ class VisionCheckpoint:
         self, dtype: str, device: torch.device, source: TensorSource | None = None
     ) -> VisionModel:
         """The module as torch computes it in `dtype`, nothing quantised."""
-        stored = vision_tensors(self.vision, TORCH_DTYPES[self.dtype])
-        reader = source or open_checked(self.directory / WEIGHTS, stored)
-        with torch.device("meta"):
-            model = VisionModel(self.vision)
-        state = {name: reader.read(name).to(device, TORCH_DTYPES[dtype]) for name in stored}
-        model.load_state_dict(state, assign=True)
-        return model
+        return self._load(dtype, device, source, {})
 
     def read_scales(self, source: TensorSource | None = None) -> dict[str, tuple[float, float]]:
         """(weight scale, activation scale) of every linear that FP8 quantises, by full name."""
@@ -105,16 +107,26 @@ class VisionCheckpoint:
             for name in names
         }
 
-    def _quantize(self, model: VisionModel, source: TensorSource | None) -> None:
-        for name, (weight_scale, activation_scale) in self.read_scales(source).items():
-            module = linear_of(model, name)
-            quantised = QuantizableLinear(
-                fp8.quantize(module.weight, weight_scale),
-                module.bias,
-                weight_scale=weight_scale,
-                activation_scale=activation_scale,
-            )
-            model.set_submodule(name, quantised)
+    def _load(
+        self,
+        dtype: str,
+        device: torch.device,
+        source: TensorSource | None,
+        scales: dict[str, tuple[float, float]],
+    ) -> VisionModel:
+        """Weights of linears that have scales are e4m3, each from when it was read."""
+        stored = vision_tensors(self.vision, TORCH_DTYPES[self.dtype])
+        reader = source or open_checked(self.directory / WEIGHTS, stored)
+
+        def read(name: str) -> torch.Tensor:
+            tensor = reader.read(name).to(device, TORCH_DTYPES[dtype])
+            found = scales.get(name.removesuffix(".weight"))
+            return tensor if found is None else fp8.quantize(tensor, found[0])
+
+        with torch.device("meta"):
+            model = VisionModel(self.vision)
+        model.load_state_dict({name: read(name) for name in stored}, assign=True)
+        return model
 
 
 def _compute_in_float32(model: VisionModel, widen: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvlm import plan
+from nvlm import hopper, plan
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.config import NVLMConfig
 from nvlm.errors import UserError
@@ -16,6 +16,11 @@ from tools.make_random_checkpoint import PRESETS
 from tools.model_dir import config_json
 
 GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def a_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "has_kernels", lambda device: device.type == "cuda")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +127,25 @@ class TestTensorrtLlm:
         memory = int(fixed + longest / 0.9) + 10**6
         assert self.plan(config, 1, memory).fits(memory)
         assert not self.plan(config, 1, memory - 2 * 10**6).fits(memory - 2 * 10**6)
+
+
+def test_kernels_take_less_than_plain_torch_and_a_rank_less_than_the_whole(
+    config: NVLMConfig,
+) -> None:
+    limits = limits_for(config)
+    sizes = {
+        (quant_algo, tp_size): plan.decoder_workspace_bytes(
+            CheckpointConfig(config.decoder, "bfloat16", quant_algo, quant_algo, tp_size),
+            limits,
+            torch.device("cuda"),
+            10**11,
+        )
+        for quant_algo in ("FP8", None)
+        for tp_size in (1, 4)
+    }
+    assert sizes["FP8", 4] < sizes["FP8", 1] < sizes[None, 1] / 2
+    hidden = 2 * limits.max_num_tokens * config.decoder.hidden_size
+    assert sizes["FP8", 4] > 4 * hidden, "what is not split"
 
 
 def test_on_a_cpu_the_plan_counts_what_is_widened(config: NVLMConfig) -> None:

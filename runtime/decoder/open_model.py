@@ -11,7 +11,7 @@ from nvlm import hopper
 from nvlm.checkpoint_tensors import rank_file
 from nvlm.errors import UserError
 from nvlm.memory import total_memory_bytes
-from nvlm.plan import plan_engine
+from nvlm.plan import decoder_workspace_bytes, plan_engine
 from nvlm.read_ahead import reading_ahead
 from nvlm.tensor_source import TensorSource
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK, num_blocks_for
@@ -103,8 +103,13 @@ def _num_blocks(engine: EngineDir, device: torch.device, group: ProcessGroup | N
     # A CPU maps its weights and can page them; the cache has to be there.
     other_bytes = 0
     if device.type == "cuda":
+        workspace_bytes = decoder_workspace_bytes(
+            engine.checkpoint_config, limits, device, memory_bytes
+        )
+        workspace_bytes += plan.prompt_table_bytes
+        other_bytes = plan.decoder_weight_bytes + workspace_bytes
+        torch.cuda.empty_cache()  # what reading vision's weights left; its graphs are there
         memory_bytes, _ = torch.cuda.mem_get_info(device)
-        other_bytes = plan.decoder_weight_bytes + plan.workspace_bytes
     elif group is not None:
         memory_bytes //= group.job.world.local_size  # ranks of one machine share it
     if device.type == "cpu" and plan.kv_cache_bytes > memory_bytes:
@@ -121,7 +126,7 @@ def _num_blocks(engine: EngineDir, device: torch.device, group: ProcessGroup | N
         raise UserError(
             f"{engine.directory} needs {(other_bytes + longest * block_bytes) / 1e9:.1f} GB of "
             f"{device}, where {memory_bytes / 1e9:.1f} GB are free: weights "
-            f"{plan.decoder_weight_bytes / 1e9:.1f}, workspace {plan.workspace_bytes / 1e9:.1f} "
+            f"{plan.decoder_weight_bytes / 1e9:.1f}, workspace {workspace_bytes / 1e9:.1f} "
             f"and, for one request of {longest * TOKENS_PER_BLOCK} tokens, KV cache "
             f"{longest * block_bytes / 1e9:.1f}; build it with a smaller --max_seq_len or "
             "--max_num_tokens, or convert with --tp_size 2"
