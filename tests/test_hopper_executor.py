@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nvlm import hopper
 from nvlm.errors import UserError
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest, generate
 from runtime.decoder.hopper_model import HopperModel
@@ -163,6 +164,7 @@ class TestShortOfMemory:
 def test_an_engine_that_does_not_fit_is_refused_with_what_would_fit(
     engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hopper, "has_kernels", lambda device: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20_000_000, 80 << 30))
     monkeypatch.setattr("runtime.decoder.open_model.total_memory_bytes", lambda device: 80 << 30)
     with pytest.raises(UserError, match=r"needs .* GB of cuda, where 0.0 GB are free: weights"):

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from runtime.decoder.kernels import decode_attention, elementwise, gate_up_swiglu, rope
 from runtime.decoder.kernels import widen_pages
 from runtime.kernels import quantization
-from runtime.vision.kernels import elementwise as vision, embeddings
+from runtime.vision.kernels import elementwise as vision, embeddings, merging
 
 BF16, F32, E4M3, I32, I64 = "*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64"
 POINTERS = {
@@ -67,13 +67,15 @@ found = {
     "vision add_rms_norm": compile_(vision._add_rms_norm,
         {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 4096}, num_warps=8),
     "vision normalize_qk": compile_(vision._normalize_qk, {"BLOCK": 4096}, num_warps=8),
-    "vision gelu": compile_(vision._gelu, {"QUANTIZE": True, "BLOCK": 2048},
+    "vision gelu": compile_(vision._gelu, {"QUANTIZE": True, "BLOCK": 4096},
         {"x": BF16, "y": E4M3}),
     "vision cut_patches": compile_(embeddings._cut_patches, {"PATCH": 14, "BLOCK": 1024},
         {"tiles": "*u8", "out": BF16}
         | dict.fromkeys(("mean0", "mean1", "mean2", "std0", "std1", "std2"), "fp32")),
     "vision embed": compile_(embeddings._embed, {"BLOCK": 4096},
         dict.fromkeys(("patches", "class_token", "positions", "out"), BF16)),
+    "vision add_merge_norm": compile_(merging._add_merge_norm, {"BLOCK": 4096},
+        {"bias": BF16, "out": BF16}, num_warps=16),
     "rope_append": compile_(rope._rope_append,
         {"HEAD_DIM": 128, "TOKENS": 32, "BLOCK_HEADS": 8, "BLOCK_HALF": 64}),
     "gate_up_swiglu": compile_(gate_up_swiglu._gate_up_swiglu,
@@ -103,7 +105,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    assert len(found) == 13
+    assert len(found) == 14
     for name, kernel in found.items():
         assert kernel["cubin_bytes"] > 0, name
         assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, name
