@@ -12,14 +12,15 @@
 #     alone     tests that take the whole GPU: memory that runs out
 #     truth     the trained model's answers beside the CPU's. $TRUTH (default .truth): a folder made by
 #               python -m bench.hopper_truth --folder .truth --device cpu; what is missing is made
-#     memory    16 layers and vision: GPU memory beside the plan, vision in FP8 and bfloat16
+#     memory    16 layers and vision: GPU memory beside the plan, once with limits whose cache takes
+#               all that is left
 #     load      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
 #     peers     Hugging Face transformers, bfloat16; needs transformers
 #     vllm      vLLM, FP8; needs vllm (PYTHON=... where it has an environment of its own)
 #     evaluation  a benchmark task beside the engine alone, $LAYERS (default 80) layers, needs tqdm
 #   one H200:
 #     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving
-#     memory80  80 layers and so large a batch that the cache takes what is left: does the plan hold?
+#     memory80  80 layers, the cache takes all that is left
 #   two GPUs of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them
 #     ranks     80 layers on both, with CUDA graphs and, should that fail, without; sums by peer memory
@@ -51,8 +52,8 @@ part kernels 80 $python -m bench.hopper_kernels --batch_sizes 1,8,64 --prompts 1
 part alone 60 $pytest tests/test_hopper_executor.py -k alone_
 part truth 220 $python -m bench.hopper_truth --folder "${TRUTH:-.truth}"
 part memory 120 bash -c "$python -m bench.hopper_memory --vision_precision bfloat16
-  $python -m bench.hopper_memory --max_batch_size 64 --max_num_tokens 2048 --max_seq_len 2048
-  $python -m bench.hopper_memory"
+  $python -m bench.hopper_memory
+  $python -m bench.hopper_memory --max_batch_size 64 --max_seq_len 32768"
 part load 200 $python -m bench.hopper_load --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.hopper_peers
 part vllm 420 $python -m bench.hopper_vllm

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from nvlm.command_line import ArgumentParser, positive_int, run
 from nvlm.errors import UserError
 from nvlm.memory import total_memory_bytes
 from nvlm.plan import EnginePlan, plan_engine
+from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
@@ -49,10 +49,11 @@ class Stage:
         return f"{self.name:<16}{self.seconds:7.1f} s{told}"
 
 
-def measure(engine: EngineDir, device: torch.device) -> Iterator[Stage]:
-    before, start = _used(device), time.perf_counter()
+def measure(engine: EngineDir, device: torch.device) -> tuple[list[Stage], int]:
+    """Tells the stages as they come; also how many tokens the KV cache holds."""
+    before, start, stages = _used(device), time.perf_counter(), []
 
-    def stage(name: str) -> Stage:
+    def stage(name: str) -> None:
         nonlocal start
         torch.cuda.synchronize(device)
         found = Stage(
@@ -64,23 +65,24 @@ def measure(engine: EngineDir, device: torch.device) -> Iterator[Stage]:
         )
         torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
-        return found
+        print(found, flush=True)
+        stages.append(found)
 
     (torch.ones(256, 256, device=device) @ torch.ones(256, 256, device=device)).sum().item()
-    yield stage("CUDA")
+    stage("CUDA")
     vision = load_vision(engine, engine.vision_precision, device)
-    yield stage("vision")
+    stage("vision")
     vision.warm_up()
-    yield stage("its graphs")
+    stage("its graphs")
     opened = open_model(engine, device, decoder_source(engine, device))
     executor = TorchDecoderExecutor.over(engine, opened)
-    yield stage("decoder")
+    stage("decoder")
     torch.cuda.empty_cache()  # what making random weights took, and reading a file does not
     executor.prepare_thread()
-    yield stage("its plans")
+    stage("its plans")
     for num_tiles in range(1, vision.max_num_tiles + 1):
         vision.encode(random_tiles(engine.vision.vision, num_tiles, seed=num_tiles))
-    yield stage("tiles")
+    stage("tiles")
     limits, vocab_size = engine.limits, engine.checkpoint_config.decoder.vocab_size
     short = max(1, limits.max_num_tokens // limits.max_batch_size)  # all of a batch in one step
     num_long = 1 + -(-limits.max_num_tokens // limits.max_input_len)
@@ -89,7 +91,8 @@ def measure(engine: EngineDir, device: torch.device) -> Iterator[Stage]:
         executor.submit(DecoderRequest(random_prompt(vocab_size, count, seed), 4))
     while executor.step():
         pass
-    yield stage("full steps")
+    stage("full steps")
+    return stages, TOKENS_PER_BLOCK * executor.scheduler.num_free_blocks
 
 
 def _used(device: torch.device) -> int:
@@ -97,12 +100,13 @@ def _used(device: torch.device) -> int:
     return total - free
 
 
-def _told(plan: EnginePlan, stages: list[Stage]) -> list[str]:
-    weights = plan.decoder_weight_bytes + plan.vision_weight_bytes + plan.kv_cache_bytes
-    rest = stages[-1].used_bytes - weights
+def _told(plan: EnginePlan, stages: list[Stage], num_tokens: int) -> list[str]:
+    weights = plan.decoder_weight_bytes + plan.vision_weight_bytes
+    rest = stages[-1].used_bytes - weights - num_tokens * plan.kv_bytes_per_token
     planned = plan.workspace_bytes + plan.prompt_table_bytes
     return [
         *plan.lines(),
+        f"KV cache of {num_tokens:,} tokens",
         f"beyond weights and cache: {rest / 1e9:.3f} GB used, {planned / 1e9:.3f} GB planned",
     ]
 
@@ -135,15 +139,13 @@ def main(arguments: list[str] | None = None) -> None:
         device,
         total_memory_bytes(device),
     )
-    stages = []
     print(f"{'':<25}{'peak':>10}{'reserved':>12}{'used':>12}")
-    for stage in measure(engine, device):
-        print(stage, flush=True)
-        stages.append(stage)
-    print("\n".join(_told(plan, stages)))
+    stages, num_tokens = measure(engine, device)
+    print("\n".join(_told(plan, stages, num_tokens)))
     found: dict[str, Any] = {
         "machine": describe() | describe_gpu(device),
         "plan": plan.to_json(),
+        "kv_cache_tokens": num_tokens,
         "stages": [asdict(stage) for stage in stages],
     }
     print(json.dumps(found))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import hopper, hopper_kernels, hopper_load, hopper_peers
+from bench import hopper, hopper_kernels, hopper_load, hopper_memory, hopper_peers
 from bench.hopper_decoder import random_prompt
+from bench.synthetic_engine import synthetic_engine
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
@@ -42,6 +43,20 @@ def test_every_phase_is_measured_through_the_executors(
     assert all(row["ms"] > 0 and row["rate"] > 0 for row in found["rows"])
     assert len(found["slopes"]) == 8
     assert "2 layers, prompt of 50 tokens" in (tmp_path / "profile.log").read_text()
+
+
+def test_memory_is_told_for_every_stage_of_a_full_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the counters of a GPU that is not there."""
+    counts = {"max_memory_allocated": 1, "memory_reserved": 2, "reset_peak_memory_stats": None}
+    for name, value in {**counts, "synchronize": None, "mem_get_info": (10**9, 2 * 10**9)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    engine = synthetic_engine(
+        "tiny", 1, max_batch_size=3, max_seq_len=90, max_num_tokens=200, vision_precision="FP8"
+    )
+    stages, num_tokens = hopper_memory.measure(engine, torch.device("cpu"))
+    names = ["CUDA", "vision", "its graphs", "decoder", "its plans", "tiles", "full steps"]
+    assert [stage.name for stage in stages] == names
+    assert num_tokens == 3 * 96, "three requests in whole blocks, free again"
 
 
 def test_prompts_of_other_lengths_and_seeds_share_no_beginning() -> None:
