@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import nvlm
+from nvlm.errors import UserError
 from runtime.decoder.executor import (
     DecoderExecutor,
     DecoderOptions,
@@ -60,9 +61,21 @@ def open_parts(
     group = job.agree(lambda: ProcessGroup(job, device)) if is_parallel else None
 
     def load() -> tuple[VisionExecutor, DecoderExecutor]:
+        if engine.decoder_target == "torch":
+            _require_current(device)
         vision = create_vision_executor(engine, device)
         if group is not None:
             vision = ParallelVisionExecutor(vision, group, engine.vision.tiling.image_size)
         return vision, create_decoder_executor(engine, device, options, group)
 
     return job.agree(load)
+
+
+def _require_current(device: torch.device) -> None:
+    """Triton's kernels run on a thread's current GPU, whatever their tensors are on."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return
+    raise UserError(
+        f"{device} is not the process's current GPU (cuda:{torch.cuda.current_device()}); start it "
+        f"with CUDA_VISIBLE_DEVICES={device.index} and give the device as cuda"
+    )

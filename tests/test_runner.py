@@ -192,3 +192,11 @@ def test_a_batch_nobody_listens_to_any_more_frees_its_places(
     next(batch)
     batch.close()
     assert runner.step() == []
+
+
+def test_a_gpu_that_is_not_the_current_one_is_refused(
+    float32_engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(UserError, match=r"cuda:1 is not .* current GPU \(cuda:0\); .*DEVICES=1"):
+        Runner.open(float32_engine_dir, torch.device("cuda:1"))
