@@ -135,13 +135,13 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     found = values.get("kind"), values.get("format_version")
     if found[0] in _MADE_BY and found[0] != kind:
         raise UserError(
-            f"{path} describes a {found[0]!r} directory, expected a {kind!r} one; give the one "
+            f"{path} is of kind {found[0]!r}, expected kind {kind!r}; give the directory "
             f"that {command.split()[0]} made"
         )
     if found != (kind, FORMAT_VERSION):
         raise UserError(
-            f"{path} describes a {found[0]!r} directory of format {found[1]!r}, expected a "
-            f"{kind!r} of format {FORMAT_VERSION}; {mend}"
+            f"{path} is of kind {found[0]!r} and format {found[1]!r}, expected kind {kind!r} and "
+            f"format {FORMAT_VERSION}; {mend}"
         )
     try:
         manifest = _parse(values)

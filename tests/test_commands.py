@@ -183,7 +183,7 @@ def test_a_world_size_that_is_no_number_is_told(engine_dir: Path, variable: str)
 def test_a_checkpoint_given_as_an_engine_is_not_told_to_be_deleted(checkpoint_dir: Path) -> None:
     result = run_command(RUN, *ask(checkpoint_dir, "--prompt", "hi"))
     assert result.exit_code == 2
-    assert "describes a 'checkpoint' directory, expected a 'engine' one" in result.stderr
+    assert "is of kind 'checkpoint', expected kind 'engine'" in result.stderr
     assert "delete" not in result.stderr
 
 
