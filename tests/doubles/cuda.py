@@ -61,6 +61,7 @@ class CudaDouble(TorchFunctionMode):
         self._patches = [
             patch.object(torch.cuda, "is_available", lambda: True),
             patch.object(torch.cuda, "device_count", lambda: num_gpus),
+            patch.object(torch.cuda, "current_device", lambda: 0),
             patch.object(torch.cuda, "get_device_capability", lambda device=None: self.capability),
             patch.object(torch.cuda, "get_device_properties", properties),
             patch.object(
