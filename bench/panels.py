@@ -78,6 +78,6 @@ def _draw_panel(axes: Axes, found: dict[str, tuple[str, Panel]]) -> None:
     if len(every) == 1:
         axes.set_xlim(-1, 1)
     axes.set(title=panel.title, ylabel=panel.ylabel)
-    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
+    axes.set_ylim(0, (1.15 + 0.1 * len(found)) * axes.get_ylim()[1])  # the legend is above
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small", loc="upper left")

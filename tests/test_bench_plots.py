@@ -7,40 +7,47 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import plots
+from bench.ceilings import Ceilings
+from bench.hopper_decoder import decode_row, prefill_row
 from bench.hopper_row import Row
-from bench.plot_layers import floor, points
+from bench.panels import Bar
+from bench.plot_layers import points
 from bench.plots import plotted
+from bench.synthetic_engine import DECODERS
+from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.errors import UserError
 from tests.command import ROOT
 
 CEILINGS = {"copy_bytes_per_s": 3e12, "bf16_flop_per_s": 8e14, "fp8_flop_per_s": 1.4e15}
 
 Written = Callable[[dict[str, Any]], Path]
-
-
-def results(slopes: dict[tuple[str, int, int], float]) -> dict[str, Any]:
-    names = ("phase", "batch_size", "num_tokens")
-    return {
-        "machine": {"cpu": "a CPU", "gpu": "a GPU"},
-        "ceilings": CEILINGS,
-        "rows": [
-            {**dict(zip(names, key, strict=True)), "num_layers": 8, "ms": 8 * ms + 1}
-            for key, ms in slopes.items()
-        ],
-        "slopes": [
-            {**dict(zip(names, key, strict=True)), "ms_per_layer": ms} for key, ms in slopes.items()
-        ],
-    }
+Depths = tuple[int, ...]
 
 
 def whole(*rows: Row) -> dict[str, Any]:
-    return results({}) | {"rows": [row.to_json() for row in rows]}
+    return {
+        "machine": {"cpu": "a CPU", "gpu": "a GPU"},
+        "ceilings": CEILINGS,
+        "rows": [row.to_json() for row in rows],
+    }
+
+
+def results(slopes: dict[tuple[str, int, int], float], depths: Depths = (8, 16)) -> dict[str, Any]:
+    """Milliseconds per layer, and one for the rest."""
+    return whole(
+        *(
+            Row(phase, depth, batch_size, num_tokens, depth * ms + 1, 1.0, 1.0, 0.9)
+            for (phase, batch_size, num_tokens), ms in slopes.items()
+            for depth in depths
+        )
+    )
 
 
 OURS = results({("decode", 1, 2048): 0.33, ("decode", 64, 2048): 0.45, ("prefill", 1, 1948): 2.9})
@@ -99,16 +106,32 @@ def test_slopes_are_drawn_beside_peers_and_the_ceiling(written: Written, tmp_pat
     assert "a GPU" in (tmp_path / "plot.svg").read_text()
 
 
-def test_the_floor_is_a_layers_bytes_over_the_copy_rate() -> None:
-    """877.7 M FP8 weights, 20,480 bfloat16 norms and 10,240 biases; 4 MiB of keys and values."""
-    least = floor(CEILINGS, "decode", (1, 2048))
-    assert least == pytest.approx((877_658_112 + 4 * 2**20) / 3e9, rel=1e-3)
-    assert floor(CEILINGS, "decode", (64, 2048)) > least
-    assert floor(CEILINGS, "prefill", (1, 1948)) == pytest.approx(2.5, rel=0.03)
+def test_a_layer_is_what_the_deeper_model_takes_more() -> None:
+    (point,) = points(results({("decode", 1, 2048): 0.33}), "decode").items()
+    assert point == ((1, 2048), Bar(pytest.approx(0.33), pytest.approx(0.9 * 0.33)))  # type: ignore[arg-type]
+
+
+def test_the_ceiling_is_a_layers_bytes_over_the_copy_rate() -> None:
+    """877.7 M FP8 weights, 20,480 bfloat16 norms and 10,240 biases; 4 MiB of keys and values, or
+    8 in bfloat16."""
+    for kv_cache, kv_bytes in (("FP8", 4 * 2**20), (None, 8 * 2**20)):
+        rows = []
+        for num_layers in (8, 16):
+            decoder = replace(DECODERS["72b"], num_hidden_layers=num_layers)
+            config = CheckpointConfig(decoder, "bfloat16", "FP8", kv_cache)
+            rows.append(decode_row(config, 1, 2048, 0.01 * num_layers, Ceilings(**CEILINGS)))
+            rows.append(prefill_row(config, 1948, 0.05 * num_layers, CEILINGS["fp8_flop_per_s"]))
+        (decode,) = points(whole(*rows), "decode").values()
+        (prefill,) = points(whole(*rows), "prefill").values()
+        assert decode.ceiling == pytest.approx((877_658_112 + kv_bytes) / 3e9, rel=1e-3)
+        assert prefill.ceiling == pytest.approx(2.5, rel=0.03)
+        assert (decode.height, prefill.height) == (pytest.approx(10), pytest.approx(50))
 
 
 def test_one_number_of_layers_counts_the_whole_step() -> None:
-    assert points(OURS | {"slopes": []}, "decode")[1, 2048] == pytest.approx(0.33 + 1 / 8)
+    found = points(results({("decode", 1, 2048): 0.33}, (8,)), "decode")[1, 2048]
+    assert found.height == pytest.approx(0.33 + 1 / 8)
+    assert found.ceiling == pytest.approx(0.9 * found.height)
 
 
 def test_vision_is_drawn_by_precision_after_a_pause_and_busy(written: Written) -> None:
@@ -146,13 +169,12 @@ def test_the_ceilings_are_the_least_times_and_the_most_tokens(written: Written) 
 
 
 def test_ranks_that_measured_less_stand_beside_one(written: Written) -> None:
-    """As bench/hopper_ranks.py writes it: no slopes, a batch size more, no serving."""
+    """As bench/hopper_ranks.py writes it: a batch size more, no serving."""
     ranks = whole(
         Row("decode", 80, 1, 2048, 12.0, 83.0, 3.2e12, 0.8),
         Row("decode", 80, 8, 2048, 13.0, 615.0, 3.2e12, 0.8),
         Row("prefill", 80, 1, 1948, 130.0, 14984.0, 9e14, 0.6),
     )
-    del ranks["slopes"]
     figure = plotted("model", [f"one={written(MODEL)}", f"two={written(ranks)}"])
     decode, prefill, first, _ = figure.axes
     assert ticks(decode) == ["1", "8", "64"]
@@ -183,7 +205,7 @@ def test_results_are_the_last_line_of_a_log_or_a_file_of_their_own(tmp_path: Pat
     log.write_text(f"copy 3 TB/s\n{json.dumps(OURS)}\n")
     own.write_text(json.dumps(OURS, indent=2))
     decode, _ = plotted("layers", [f"a={log}", f"b={own}"]).axes
-    assert heights(decode) == [0.33, 0.33, 0.45, 0.45]
+    assert heights(decode) == pytest.approx([0.33, 0.33, 0.45, 0.45])
 
 
 @pytest.mark.parametrize("plot", plots.PLOTS)
