@@ -58,17 +58,21 @@ def open_parts(
 ) -> tuple[VisionExecutor, DecoderExecutor]:
     """Only rank 0 sees images where the decoder's ranks are TensorRT-LLM's."""
     is_parallel = job.world.size > 1 and engine.decoder_target == "torch"
-    group = job.agree(lambda: ProcessGroup(job, device)) if is_parallel else None
+    group = ProcessGroup(job, device) if is_parallel else None
 
-    def load() -> tuple[VisionExecutor, DecoderExecutor]:
+    def load_vision() -> VisionExecutor:
         if engine.decoder_target == "torch":
             _require_current(device)
-        vision = create_vision_executor(engine, device)
-        if group is not None:
-            vision = ParallelVisionExecutor(vision, group, engine.vision.tiling.image_size)
-        return vision, create_decoder_executor(engine, device, options, group)
+        return create_vision_executor(engine, device)
 
-    return job.agree(load)
+    def load_decoder() -> DecoderExecutor:
+        return create_decoder_executor(engine, device, options, group)
+
+    vision = job.agree(load_vision)
+    if group is None:
+        return vision, job.agree(load_decoder)
+    vision = ParallelVisionExecutor(vision, group, engine.vision.tiling.image_size)
+    return vision, load_decoder()  # whose ranks agree step by step
 
 
 def _require_current(device: torch.device) -> None:

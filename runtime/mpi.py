@@ -137,7 +137,7 @@ class Job:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._phase = "start"
+        self._phase, self._is_attempting = "start", False
         self._watch: Watch | None = None
         self._mpi: Any = None
         self._comm: Any = None
@@ -201,20 +201,25 @@ class Job:
 
     def broadcast(self, value: T) -> T:
         """The leader's value, on every rank."""
+        assert not self._is_attempting, "a rank whose attempt failed is elsewhere"
         return value if self._comm is None else self._comm.bcast(value)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value in rank order, on every rank."""
+        assert not self._is_attempting, "a rank whose attempt failed is elsewhere"
         return [value] if self._comm is None else self._comm.allgather(value)
 
     def agree(self, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns. Where it raises `UserError` on any rank, only the lowest such
-        rank raises it, and the others end without a word."""
+        """What `attempt` returns, which must not speak to other ranks. Where it raises `UserError`
+        on any rank, only the lowest such rank raises it, and the others end without a word."""
         error: UserError | None = None
+        self._is_attempting = True
         try:
             result = attempt()
         except UserError as problem:
             error = problem
+        finally:
+            self._is_attempting = False
         failed = [rank for rank, is_bad in enumerate(self.gather(error is not None)) if is_bad]
         if not failed or (error is not None and not self.has_mpi):
             if error is not None:

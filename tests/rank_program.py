@@ -1,7 +1,8 @@
 """run.py as one rank of a test starts it: `rank_program.py <what> <run.py's flags>`.
 
 `kill=PHASE` kills rank 1 with SIGKILL as soon as it enters the phase and tells when on stderr,
-`raise=PHASE` has it raise; `version=V` gives rank 1 another version; `gpus=N` makes torch see GPUs.
+`raise=PHASE` has it raise; `version=V` gives rank 1 another version; `memory=R` leaves rank R
+little memory; `gpus=N` makes torch see GPUs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run
 from nvlm import command_line
 from runtime import mpi
+from runtime.decoder import open_model
 from runtime.mpi import Job, end, rank_from
 
 RANK = rank_from(os.environ)
@@ -45,6 +47,8 @@ def main() -> None:
         fail_at(value, killed=what == "kill")
     elif what == "version" and RANK == 1:
         sys.modules["nvlm"].__version__ = value
+    elif what == "memory" and int(value) == RANK:
+        open_model.total_memory_bytes = lambda device: 1000
     elif what == "gpus":
         torch.cuda.is_available = lambda: True
         mpi.visible_gpus = lambda: [str(i) for i in range(int(value))]

@@ -109,6 +109,17 @@ def test_a_mistake_is_told_once_in_one_line(
     assert "died" not in result.stderr
 
 
+@pytest.mark.parametrize(("rank", "named"), [(0, "error: "), (1, "rank 1: error: ")])
+def test_a_rank_whose_cache_does_not_fit_tells_so_and_nobody_else(
+    engine: Path, tmp_path: Path, rank: int, named: str
+) -> None:
+    result = job(engine, tmp_path, f"memory={rank}")
+    assert result.returncode == 2
+    (line,) = errors(result.stderr)
+    assert line.startswith(f"{named}the KV cache of {engine} takes 0.0 GB of cpu's 0.0 GB; build ")
+    assert "died" not in result.stderr
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_launcher_of_another_mpi_library_is_told_by_the_first_rank(
     engine: Path, rank: int

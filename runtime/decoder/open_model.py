@@ -24,6 +24,7 @@ from runtime.decoder.step import DecoderModel
 from runtime.decoder.torch_weights import load_weights, open_weights
 from runtime.engine_dir import EngineDir
 from runtime.loading import loading_on
+from runtime.mpi import Job, World
 from runtime.process_group import ProcessGroup
 
 
@@ -47,9 +48,12 @@ def open_model(
     config, limits = engine.checkpoint_config, engine.limits
     rank, all_reduce = (0, None) if group is None else (group.rank, group.all_reduce)
     use_graphs = group is None if use_graphs is None else use_graphs
-    num_blocks = _num_blocks(engine, device, group)
+    agree = Job(World()).agree if group is None else group.job.agree
+    num_blocks = agree(lambda: _num_blocks(engine, device, group))
+    if group is not None:  # one scheduler's numbers must hold on every rank
+        num_blocks = min(group.job.gather(num_blocks))
     file = engine.directory / "llm" / rank_file(rank)
-    opened = source or open_weights(file.parent, config, rank)
+    opened = source or agree(lambda: open_weights(file.parent, config, rank))
     own: DecoderModel
     if hopper.takes_fast_path(config, device):
         from runtime.decoder.kernels.triton_forms import TritonForms
@@ -69,14 +73,14 @@ def open_model(
                 )
             return model, on_gpu.embedding
 
-        fast, embedding = load() if group is None else group.job.agree(load)
+        fast, embedding = agree(load)
         with loading_on(device, engine) if group is None else nullcontext():
             if use_graphs:
                 fast.capture_graphs()
             fast.warm_up(limits.max_num_tokens)
         own = fast
     else:
-        weights = load_weights(opened, config, device, rank, all_reduce)
+        weights = agree(lambda: load_weights(opened, config, device, rank, all_reduce))
         embedding = weights.embedding
         own = PlainModel(config, weights, num_blocks, device)
     if group is None:
@@ -86,7 +90,7 @@ def open_model(
 
 
 def _num_blocks(engine: EngineDir, device: torch.device, group: ProcessGroup | None) -> int:
-    """All that the limits can use, on GPUs as many as each has room for, but one longest request's
+    """All that the limits can use, on a GPU as many as it has room for, but one longest request's
     at least."""
     limits, memory_bytes = engine.limits, total_memory_bytes(device)
     plan = plan_engine(
@@ -131,7 +135,4 @@ def _num_blocks(engine: EngineDir, device: torch.device, group: ProcessGroup | N
             f"{longest * block_bytes / 1e9:.1f}; build it with a smaller --max_seq_len or "
             "--max_num_tokens, or convert with --tp_size 2"
         )
-    if group is None:
-        return num_blocks
-    found = group.job.gather(num_blocks)  # one scheduler's numbers must hold on every rank
-    return int(group.job.broadcast(min(found) if group.rank == 0 else 0))
+    return num_blocks
