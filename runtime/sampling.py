@@ -26,8 +26,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 100.0:
             raise UserError(f"temperature is {self.temperature}, expected 0 (greedy) to 100")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}, expected 0 (off) or more")
+        if not 0 <= self.top_k < 2**31:
+            raise UserError(f"top_k is {self.top_k}, expected 0 (off) to 2^31 - 1")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p is {self.top_p}, expected above 0 and at most 1 (off)")
         if not 0 <= self.seed < 2**64:

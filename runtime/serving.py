@@ -63,6 +63,8 @@ class Ticket:
 class Server:
     """`submit` and `cancel` may be called by any thread.
 
+    A decoder that cannot begin is a `RuntimeError` of the constructor, with its cause.
+
     At most max_batch_size + `max_queue_size` requests are open; `num_preparing` threads decode
     images, each holding one picture (up to MAX_IMAGE_PIXELS) at a time.
     """
@@ -80,6 +82,7 @@ class Server:
         # None wakes the decoder's thread: something was cancelled, or the server closes.
         self._to_decode: SimpleQueue[tuple[Ticket, EncodedRequest] | None] = SimpleQueue()
         self._is_closing = False
+        self._failure: Exception | None = None  # of the decoder's thread, which it ended
         self._num_running = 0
         self._is_prepared = threading.Event()
         self._threads = [
@@ -94,21 +97,33 @@ class Server:
         for thread in self._threads:
             thread.start()
         self._is_prepared.wait()
+        try:
+            self._require_decoder()
+        except RuntimeError:
+            self.close()
+            raise
 
     @property
     def num_open(self) -> int:
         return len(self._open)
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
-        """Accepts a request, whose answers go to `listener`. Raises `BusyError` when full."""
+        """Accepts a request, whose answers go to `listener`. Raises `BusyError` when full or
+        stopping, and `RuntimeError` once the decoder has failed."""
         ticket = Ticket(request, listener)
+        error: BusyError | None = None
         with self._lock:
-            is_full = len(self._open) >= self._max_open or self._is_closing
-            if not is_full:
+            self._require_decoder()
+            if self._is_closing:
+                error = _stopping()
+            elif len(self._open) >= self._max_open:
+                busy = f"the server is busy with {self._max_open} requests; try again later"
+                error = BusyError(busy)
+            else:
                 self._open.add(ticket)
-        if is_full:
+        if error is not None:
             self.metrics.add("nvlm_requests_total", label="busy")
-            raise BusyError(f"the server is busy with {self._max_open} requests; try again later")
+            raise error
         is_text = all(isinstance(part, str) for part in request.content)
         (self._to_prepare_text if is_text else self._to_prepare).put(ticket)
         return ticket
@@ -128,7 +143,7 @@ class Server:
 
     def close(self) -> None:
         """Refuses what is open and waits for the threads; the runner stays open."""
-        self._refuse_all(BusyError("the server is stopping; ask another"))
+        self._refuse_all(_stopping())
         for _ in self._threads:
             self._to_prepare.put(None)
         self._to_prepare_text.put(None)
@@ -136,6 +151,10 @@ class Server:
         self._to_decode.put(None)
         for thread in self._threads:
             thread.join()
+
+    def _require_decoder(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError("the decoder has failed; start again") from self._failure
 
     def _refuse_all(self, error: Exception) -> None:
         """Of now and from now on."""
@@ -209,6 +228,8 @@ class Server:
             self._decode_loop()
         except Exception as error:
             logger.exception("the decoder's thread ended")
+            with self._lock:
+                self._failure = error
             self._refuse_all(error)
         finally:
             self._is_prepared.set()
@@ -284,3 +305,7 @@ class Server:
             self.metrics.add("nvlm_generated_tokens_total", result.num_tokens)
             self.metrics.observe("nvlm_queue_seconds", result.timings.queue_ms / 1e3)
             self._tell(ticket, Answer(text, result))
+
+
+def _stopping() -> BusyError:
+    return BusyError("the server is stopping; ask another")

@@ -123,7 +123,7 @@ def test_any_id_comes_back_as_it_was(engine_dir: Path, tmp_path: Path, line_id: 
         (("--prompt", "a", "--top_p", "0"), ("top_p is 0", "above 0")),
         (("--prompt", "a", "--top_p", "1.5"), ("top_p is 1.5", "at most 1")),
         (("--prompt", "a", "--top_p", "nan"), ("top_p is nan",)),
-        (("--prompt", "a", "--top_k", "-1"), ("top_k is -1", "0 (off) or more")),
+        (("--prompt", "a", "--top_k", "-1"), ("top_k is -1", "0 (off) to 2^31 - 1")),
         (("--prompt", "a", "--temperature", "-1"), ("temperature is -1", "0 (greedy)")),
         (("--prompt", "a", "--temperature", "inf"), ("temperature is inf",)),
         (("--prompt", "a", "--temperature", "hot"), ("--temperature", "'hot'")),

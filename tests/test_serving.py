@@ -64,6 +64,18 @@ def test_the_decoders_thread_is_prepared_before_requests_come(
     assert set(stepping) == set(prepared)
 
 
+def test_a_decoder_that_cannot_begin_is_told_where_the_server_starts(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("the test's failure")
+
+    monkeypatch.setattr(runner.decoder, "prepare_thread", fail)
+    with pytest.raises(RuntimeError, match="the decoder has failed") as raised:
+        Server(runner)
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+
+
 def scheduler_is_empty(runner: Runner) -> bool:
     decoder = runner.decoder
     assert isinstance(decoder, TorchDecoderExecutor)
@@ -364,7 +376,7 @@ def test_a_decoder_that_ends_leaves_nobody_waiting(
     request = GenerationRequest.images_first("Hello?", ())
     server.submit(request, listener)
     assert isinstance(listener.first().error, ZeroDivisionError)
-    with pytest.raises(BusyError):
+    with pytest.raises(RuntimeError, match="the decoder has failed"):  # not busy: for ever
         server.submit(request, listener)
     server.close()
     for request_id in list(runner._answers):
