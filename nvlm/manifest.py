@@ -155,6 +155,8 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
 def _parse(values: dict[str, Any]) -> Manifest:
     """Raises `TypeError`, `KeyError` or `AttributeError` for what no version of ours wrote."""
     files = {name: FileEntry(**entry) for name, entry in values["files"].items()}
+    if not files or not all(isinstance(values[key], dict) for key in ("source", "limits")):
+        raise TypeError("files, source and limits are objects, files not an empty one")
     for entry in files.values():
         if not isinstance(entry.size_bytes, int) or not isinstance(entry.sha256, str):
             raise TypeError(f"{entry} is no file entry")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nvlm.checkpoint_config import CheckpointConfig
 from nvlm.dtypes import TORCH_DTYPES
@@ -11,7 +12,7 @@ from nvlm.engine_layout import decoder_config_file
 from nvlm.errors import UserError
 from nvlm.json_files import StrictReader, read_json_object
 from nvlm.limits import EngineLimits
-from nvlm.manifest import Manifest, read_manifest
+from nvlm.manifest import FILE_NAME, Manifest, read_manifest
 from nvlm.vision_checkpoint import VisionCheckpoint
 
 
@@ -41,6 +42,7 @@ class EngineDir:
         target = manifest.source.get("decoder")
         llm_path = directory / "llm" / decoder_config_file(str(target))
         llm = StrictReader(read_json_object(llm_path), llm_path)
+        _require_built_limits(manifest, directory, llm.section("build_config").values)
         vision_path = directory / "vision" / "config.json"
         vision = StrictReader(read_json_object(vision_path), vision_path)
         return cls(
@@ -55,6 +57,17 @@ class EngineDir:
             vision_executor=vision.string("executor"),
             vision_precision=vision.one_of("precision", (*TORCH_DTYPES, "FP8")),
         )
+
+
+def _require_built_limits(manifest: Manifest, directory: Path, built: dict[str, Any]) -> None:
+    try:
+        StrictReader(manifest.limits, directory / FILE_NAME, "limits.").refuse_unlike(
+            {name: value for name, value in built.items() if name != "target"}
+        )
+    except UserError as error:
+        raise UserError(
+            f"{error}, which it was built for; other limits are build_engine.py's to make"
+        ) from None
 
 
 def _limits(manifest: Manifest, directory: Path) -> EngineLimits:

@@ -47,6 +47,8 @@ DAMAGES: list[tuple[str, Damage, tuple[str, ...]]] = [
     ("a_list", lambda d: (d / "manifest.json").write_text("[]"), ("expected an object",)),
     ("format_2", lambda d: edit_json(d / "manifest.json", "format_version", 2), ("2", "1")),
     ("no_files", lambda d: edit_json(d / "manifest.json", "files", ...), ("manifest.json",)),
+    ("empty_files", lambda d: edit_json(d / "manifest.json", "files", {}), ("manifest.json",)),
+    ("source_list", lambda d: edit_json(d / "manifest.json", "source", []), ("manifest.json",)),
     ("files_list", lambda d: edit_json(d / "manifest.json", "files", []), ("manifest.json",)),
     (
         "entry_without_size",

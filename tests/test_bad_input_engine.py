@@ -189,7 +189,12 @@ def test_an_unfinished_or_damaged_engine_is_refused(
         ),
         (lambda d: edit_json(d / "vision" / "config.json", "precision", "int8"), ("'int8'",)),
         (lambda d: edit_json(d / "manifest.json", "limits.max_input_len", ...), ("max_input_len",)),
-        (lambda d: edit_json(d / "manifest.json", "limits.x", 1), ("'x'", "again")),
+        (lambda d: edit_json(d / "manifest.json", "limits.x", 1), ("limits.x is 1", "absent")),
+        (
+            lambda d: edit_json(d / "manifest.json", "limits.max_input_len", 9000),
+            ("limits.max_input_len is 9000, expected", "which it was built for"),
+        ),
+        (lambda d: edit_json(d / "manifest.json", "limits.max_seq_len", "4096"), ("'4096'",)),
         (
             lambda d: edit_json(d / "llm" / "config.json", "pretrained_config.vocab_size", 64),
             ("rank0", "asks for"),
