@@ -46,6 +46,11 @@ def may_widen(num_parameters: int, device: torch.device, memory_bytes: int) -> b
     return device.type == "cpu" and 4 * num_parameters <= memory_bytes / 4
 
 
+def decoder_may_widen(config: CheckpointConfig, device: torch.device, memory_bytes: int) -> bool:
+    """Of all tensor parallel ranks, which share a CPU's memory."""
+    return may_widen(config.tp_size * decoder_parameter_count(config), device, memory_bytes)
+
+
 def kv_bytes_per_token(config: CheckpointConfig) -> int:
     """K and V of one position in every layer of a rank."""
     dtype = fp8.E4M3 if config.kv_cache_quant_algo == "FP8" else TORCH_DTYPES[config.dtype]
@@ -125,7 +130,7 @@ def decoder_workspace_bytes(
     """What decoder `torch` takes of a rank's device beyond weights and cache."""
     if takes_fast_path(config, device):
         return fast_path_workspace_bytes(config, limits)
-    if may_widen(decoder_parameter_count(config), device, memory_bytes):
+    if decoder_may_widen(config, device, memory_bytes):
         return workspace_bytes(config, limits)
     # What a linear widened at each use adds; the head is the largest one.
     padded = config.mapping().padded_vocab_size(config.decoder.vocab_size)
@@ -247,7 +252,7 @@ def plan_engine(
     decoder_weights = decoder_weight_bytes(config)
     vision_weights = vision_weight_bytes(vision, vision_precision)
     workspace = decoder_workspace_bytes(config, limits, device, memory_bytes)
-    if may_widen(decoder_parameter_count(config), device, memory_bytes):
+    if decoder_may_widen(config, device, memory_bytes):
         decoder_weights += 4 * decoder_parameter_count(config)  # beside the mapped file
     if may_widen(vision_parameter_count(vision), device, memory_bytes):
         vision_weights = 4 * vision_parameter_count(vision)

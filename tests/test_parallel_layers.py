@@ -39,7 +39,7 @@ def loaded(workshop: Workshop, request: pytest.FixtureRequest) -> Loaded:
         config, folder = engine.checkpoint_config, engine.directory / "llm"
         reduce = None if size == 1 else torch.clone
         return [
-            load_weights(open_weights(folder, config, rank), config, CPU, rank, reduce)
+            load_weights(open_weights(folder, config, rank), config, CPU, reduce)
             for rank in range(size)
         ]
 

@@ -129,6 +129,17 @@ class TestTensorrtLlm:
         assert not self.plan(config, 1, memory - 2 * 10**6).fits(memory - 2 * 10**6)
 
 
+def test_ranks_of_one_cpu_widen_where_all_of_them_fit(config: NVLMConfig) -> None:
+    """4 bytes a parameter, within a quarter of the memory; heads and norms that are not split
+    make ranks a little more than one."""
+    memory_bytes = int(4 * 4 * 72.71e9)
+    for tp_size, expected in ((1, True), (2, False)):
+        rank = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8", tp_size)
+        assert plan.decoder_may_widen(rank, torch.device("cpu"), memory_bytes) is expected
+        assert not plan.decoder_may_widen(rank, torch.device("cuda"), memory_bytes)
+        assert plan.decoder_may_widen(rank, torch.device("cpu"), 2 * memory_bytes)
+
+
 def test_kernels_take_less_than_plain_torch_and_a_rank_less_than_the_whole(
     config: NVLMConfig,
 ) -> None:

@@ -80,7 +80,7 @@ def open_model(
             fast.warm_up(limits.max_num_tokens)
         own = fast
     else:
-        weights = agree(lambda: load_weights(opened, config, device, rank, all_reduce))
+        weights = agree(lambda: load_weights(opened, config, device, all_reduce))
         embedding = weights.embedding
         own = PlainModel(config, weights, num_blocks, device)
     if group is None:

@@ -12,7 +12,7 @@ from nvlm.checkpoint_tensors import decoder_layer_tensors, decoder_tensors, open
 from nvlm.decoder_model import AllReduce, DecoderLayer
 from nvlm.linear import QuantizableLinear
 from nvlm.memory import total_memory_bytes
-from nvlm.plan import decoder_parameter_count
+from nvlm.plan import decoder_may_widen
 from nvlm.tensor_names import ENGINE_LAYER, ENGINE_LINEARS, KV_CACHE_SCALE
 from nvlm.tensor_source import TensorSource
 
@@ -38,11 +38,10 @@ def load_weights(
     source: TensorSource,
     config: CheckpointConfig,
     device: torch.device,
-    rank: int = 0,
     all_reduce: AllReduce | None = None,
 ) -> DecoderWeights:
-    """Maps (on a CPU) or copies every tensor; linears are widened where half of the memory allows,
-    which the ranks share."""
+    """Maps (on a CPU) or copies every tensor; linears are widened where the memory, which the
+    ranks share, allows."""
 
     def read(name: str) -> torch.Tensor:
         return source.read(name).to(device)
@@ -56,8 +55,7 @@ def load_weights(
         if KV_CACHE_SCALE in tensors:
             kv_scales.append(float(tensors[KV_CACHE_SCALE]))
     lm_head = QuantizableLinear(read("lm_head.weight"), output_dtype=torch.float32)
-    widened_bytes = 4 * decoder_parameter_count(config, rank) * config.tp_size
-    if device.type == "cpu" and widened_bytes < total_memory_bytes(device) / 2:
+    if decoder_may_widen(config, device, total_memory_bytes(device)):
         for layer in layers:
             for name in ENGINE_LINEARS:
                 layer.linear(name).widen()
