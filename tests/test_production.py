@@ -40,7 +40,7 @@ from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult
 from runtime.worker import run_worker
 from tests.cases import QUESTIONS, SEVEN_TILES, THREE_IMAGES
-from tests.command import BUILD, ROOT, RUN, one_line_error, run_command, script
+from tests.command import BUILD, ROOT, RUN, one_line_error, refused, run_command, script
 from tests.conftest import TINY, Workshop
 from tests.doubles.ranks import mpirun
 from tests.doubles.tensorrt_llm import Doubles, installed
@@ -550,6 +550,18 @@ class TestStrictness:
 
 class TestCommands:
     """The programs as users start them."""
+
+    @pytest.mark.parametrize("taken", ["vision.cache", "llm.cache"])
+    def test_a_timing_cache_that_cannot_be_written_is_refused_before_anything_is_compiled(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path, taken: str
+    ) -> None:
+        (tmp_path / "timings" / taken).mkdir(parents=True)
+        num_builds = len(doubles.builds)
+        where = ("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", tmp_path / "engine")
+        flags = ("--vision_precision", "float16", "--timing_cache", tmp_path / "timings")
+        fragments = (f"--timing_cache {tmp_path / 'timings'} cannot be written", taken)
+        refused(tmp_path, BUILD, *where, *flags, fragments=fragments)
+        assert len(doubles.builds) == num_builds
 
     def test_build_run_and_compare(
         self,

@@ -35,7 +35,7 @@ from nvlm.vision_checkpoint import SCALES, WEIGHTS, VisionCheckpoint
 from nvlm.vision_model import VisionModel, linear_of
 from runtime.engine_dir import EngineDir
 from tests.cases import PHOTO
-from tests.command import BUILD, one_line_error, run_command
+from tests.command import BUILD, one_line_error, refused, run_command
 from tests.conftest import CPU, TINY, Workshop
 from tests.tolerances import FLOAT16_ONNX, FP8_ONNX, relative_error
 
@@ -222,6 +222,36 @@ class TestBuilds:
         assert written
         _build(path, tmp_path, cache)
         assert given == [b"", written]
+
+    @pytest.mark.parametrize(
+        ("cache", "fragment"),
+        [
+            ("file", "Not a directory"),
+            ("file/deeper/timings", "Not a directory"),
+            ("/proc/nvlm/timings", "No such file or directory"),
+            ("/proc", "No such file or directory"),
+            ("taken", "Is a directory"),
+            ("new/" + "x" * 300, "File name too long"),
+        ],
+    )
+    def test_a_timing_cache_that_cannot_be_written_is_refused_before_anything_is_compiled(
+        self,
+        checkpoint_dir: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        cache: str,
+        fragment: str,
+    ) -> None:
+        (tmp_path / "file").write_text("dear")
+        (tmp_path / "taken" / "vision.cache").mkdir(parents=True)
+        monkeypatch.setattr(
+            "build.engines.build.build_vision", lambda *_: pytest.fail("it was compiled")
+        )
+        where = ("--checkpoint_dir", checkpoint_dir, "--engine_dir", tmp_path / "engine")
+        rtx = ("--vision", "tensorrt_rtx", "--compute_capability", ADA, "--device", "cpu")
+        fragments = (f"--timing_cache {tmp_path / cache} cannot be written", fragment)
+        flags = (*rtx, "--timing_cache", tmp_path / cache)
+        refused(tmp_path, BUILD, *where, *flags, fragments=fragments)
 
     def test_a_tensorrt_without_the_flag_builds_too(self, tmp_path: Path) -> None:
         """TensorRT 11 types every network strongly and may drop it."""

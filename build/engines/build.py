@@ -7,6 +7,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from build.engines import timing_cache
 from build.engines.decoder_tensorrt_llm import DecoderBuildOptions, build_decoder
 from build.engines.files import link_or_copy
 from build.engines.specification import BuildOptions, EngineSpec
@@ -16,7 +17,7 @@ from nvlm.checkpoint_tensors import decoder_tensors, open_checked, rank_file
 from nvlm.engine_layout import decoder_config_file
 from nvlm.json_files import write_json_atomically
 from nvlm.output_dir import OutputPlace, staged_directory
-from nvlm.tensorrt_package import load_tensorrt
+from nvlm.tensorrt_package import PACKAGES, load_tensorrt
 from nvlm.vision_checkpoint import SCALES, WEIGHTS
 
 
@@ -34,6 +35,9 @@ def build_engine(
 ) -> None:
     """Writes vision, decoder, tokenizer and manifest; `engine_dir` appears whole or not at all."""
     run = run or BuildRun()
+    for cache in (_vision_cache(spec, run), _decoder_cache(spec, run)):
+        if cache is not None:
+            timing_cache.check_writable(cache)
     place = OutputPlace(engine_dir, "--engine_dir", "engine", run.overwrite)
     with staged_directory(place, _needed_bytes(spec, place)) as staging:
         _build_vision(spec, options, run, staging / "vision")
@@ -112,7 +116,7 @@ def _build_vision(spec: EngineSpec, options: BuildOptions, run: BuildRun, direct
             TensorrtOptions(
                 TileProfile(1, usual, spec.max_num_tiles),
                 compute_capability=options.compute_capability,
-                timing_cache=_cache_file(run, "vision.cache"),
+                timing_cache=_vision_cache(spec, run),
                 keep_onnx=options.keep_onnx,
             ),
             directory,
@@ -139,7 +143,7 @@ def _build_decoder(spec: EngineSpec, options: BuildOptions, run: BuildRun, direc
             link_or_copy(weights, directory / weights.name)
     if spec.decoder == "tensorrt_llm":
         decoder_options = DecoderBuildOptions(
-            options.optimize_for, run.workers, _cache_file(run, "llm.cache")
+            options.optimize_for, run.workers, _decoder_cache(spec, run)
         )
         build_decoder(spec.checkpoint_dir, spec.config, spec.limits, decoder_options, directory)
     write_json_atomically(
@@ -152,5 +156,13 @@ def _build_decoder(spec: EngineSpec, options: BuildOptions, run: BuildRun, direc
     )
 
 
-def _cache_file(run: BuildRun, name: str) -> Path | None:
-    return None if run.timing_cache is None else run.timing_cache / name
+def _vision_cache(spec: EngineSpec, run: BuildRun) -> Path | None:
+    if run.timing_cache is None or spec.vision not in PACKAGES:
+        return None
+    return run.timing_cache / timing_cache.VISION
+
+
+def _decoder_cache(spec: EngineSpec, run: BuildRun) -> Path | None:
+    if run.timing_cache is None or spec.decoder != "tensorrt_llm":
+        return None
+    return run.timing_cache / timing_cache.DECODER
