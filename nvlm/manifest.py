@@ -20,17 +20,27 @@ from tqdm import tqdm
 from nvlm import __version__
 from nvlm.errors import UserError
 from nvlm.json_files import read_json_object, write_json_atomically
+from nvlm.published_model import looks_like_model
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
 Kind = Literal["checkpoint", "engine"]
 
+_TAKES_A_MODEL = {
+    "checkpoint": "convert_checkpoint.py --model_dir {}",
+    "engine": "convert_checkpoint.py --model_dir {} and build_engine.py",
+}
 _MADE_BY = {
     "checkpoint": "convert_checkpoint.py --output_dir {}",
     "engine": "build_engine.py --engine_dir {}",
 }
 _HASH_CHUNK_BYTES = 4 << 20
 _SMALL_FILE_BYTES = 16 << 20  # files up to this size are hashed at every load
+
+
+def told(kind: Kind) -> str:
+    """With its article."""
+    return f"an {kind}" if kind == "engine" else f"a {kind}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +133,15 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     if not directory.is_dir():
         what = "is not a directory" if directory.exists() else "does not exist"
         raise UserError(f"{directory} {what}; give what {command} made")
-    mend = f"delete it or choose a new directory, and run {command}"
+    program, flag, _ = command.split(maxsplit=2)
+    # Nothing here says who made it, so nothing is said of deleting it.
+    mend = f"make one in a new directory with {program} {flag}"
     if not path.is_file():
+        if looks_like_model(directory):
+            raise UserError(
+                f"{directory} is a model as published, not {told(kind)} directory; make one of it "
+                f"with {_TAKES_A_MODEL[kind].format(directory)}"
+            )
         raise UserError(
             f"{directory} has no {FILE_NAME}, so it is not a finished {kind} directory; {mend}"
         )
@@ -136,7 +153,7 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     if found[0] in _MADE_BY and found[0] != kind:
         raise UserError(
             f"{path} is of kind {found[0]!r}, expected kind {kind!r}; give the directory "
-            f"that {command.split()[0]} made"
+            f"that {program} made"
         )
     if found != (kind, FORMAT_VERSION):
         raise UserError(

@@ -83,9 +83,51 @@ def test_a_checkpoint_dir_that_is_something_else_is_refused(
 ) -> None:
     fragments = ("does not exist", "convert_checkpoint.py")
     build_refused(tmp_path / "absent", tmp_path, fragments=fragments)
-    build_refused(model_dir, tmp_path, fragments=("not a finished checkpoint", "convert"))
     build_refused(engine_dir, tmp_path, fragments=("'engine'", "'checkpoint'"))
     build_refused(model_dir / "config.json", tmp_path, fragments=("config.json",))
+
+
+def published(root: Path, *paths: str) -> Path:
+    """A folder with these files, empty."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return root
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("config.json", "model.safetensors.index.json", "model-00001-of-00046.safetensors"),
+        ("config.json", "model.safetensors"),
+        ("config.json", "model-00001-of-00046.safetensors"),
+        ("latest_checkpointed_iteration.txt",),
+        ("iter_0001000/mp_rank_00/model_optim_rng.pt",),
+        ("mp_rank_00_000/model_optim_rng.pt",),
+    ],
+    ids=lambda paths: paths[-1],
+)
+def test_a_model_as_published_is_told_to_be_one(tmp_path: Path, paths: tuple[str, ...]) -> None:
+    """Hours of download: nobody is to delete them."""
+    model = published(tmp_path / "model", *paths)
+    convert = f"convert_checkpoint.py --model_dir {model}"
+    for line in (
+        build_refused(model, tmp_path, fragments=("not a checkpoint directory", convert)),
+        run_refused(model, tmp_path, fragments=("not an engine directory", convert, "build_eng")),
+    ):
+        assert f"{model} is a model as published" in line
+        assert "delete" not in line
+
+
+def test_what_may_be_somebodys_own_is_not_to_go(tmp_path: Path) -> None:
+    photos = published(tmp_path / "photos", "cat.jpg", "config.json")
+    for line in (
+        build_refused(photos, tmp_path, fragments=("not a finished checkpoint", "new directory")),
+        run_refused(photos, tmp_path, fragments=("not a finished engine", "new directory")),
+    ):
+        assert "delete" not in line
+    (photos / "manifest.json").write_text('{"manifest_version": 3}')
+    assert "delete" not in build_refused(photos, tmp_path, fragments=("new directory",))
 
 
 @pytest.mark.parametrize("damage", [row[1] for row in DAMAGES], ids=[row[0] for row in DAMAGES])
