@@ -11,7 +11,7 @@ from typing import get_args
 from build.engines.build import BuildRun, build_engine, is_up_to_date
 from build.engines.decoder_tensorrt_llm import OptimizeFor
 from build.engines.specification import BuildOptions, require_fit, specify
-from build.engines.target import AUTO
+from build.engines.target import AUTO, require_used
 from nvlm.command_line import ArgumentParser, positive_float, positive_int, resolve_device, run
 from nvlm.memory import total_memory_bytes
 from nvlm.targets import Decoder, Vision
@@ -65,6 +65,8 @@ def main() -> None:
     if arguments.memory_gb is not None:
         memory_bytes = int(arguments.memory_gb * 1e9)
     spec = specify(arguments.checkpoint_dir, options, device, memory_bytes, verify=arguments.verify)
+    if arguments.timing_cache is not None:
+        require_used("--timing_cache", spec.decoder, spec.vision)
     if arguments.if_stale and is_up_to_date(spec, arguments.engine_dir, options):
         log.info("%s is up to date", arguments.engine_dir)
         return

@@ -22,9 +22,11 @@ from nvlm.command_line import (
 from nvlm.config import NVLMConfig
 from nvlm.conversion_plan import plan_conversion
 from nvlm.dtypes import TORCH_DTYPES
+from nvlm.errors import UserError
 
 log = logging.getLogger("nvlm.convert_checkpoint")
 
+CALIB_SIZE = 16
 ALGORITHMS: dict[str, QuantAlgo | None] = {"FP8": "FP8", "none": None}
 
 
@@ -47,11 +49,10 @@ def parser() -> ArgumentParser:
     add(
         "--calib_data",
         type=Path,
-        default=BUILT_IN,
         help="JSONL of prompts and images, folder of images, or .txt of prompts "
         "(default: built in)",
     )
-    add("--calib_size", type=positive_int, default=16, help="samples used, at most")
+    add("--calib_size", type=positive_int, help=f"samples used, at most (default: {CALIB_SIZE})")
     add(
         "--projector_norm_eps",
         type=positive_float,
@@ -69,6 +70,22 @@ def parser() -> ArgumentParser:
     add("--if_stale", action="store_true", help="nothing if up to date, else as --overwrite")
     add("--overwrite", action="store_true", help="replace a finished --output_dir")
     return parser
+
+
+def require_used(arguments: Namespace, options: ConvertOptions) -> None:
+    """Refuses flags of the calibration that would do nothing."""
+    names = ("calib_data", "calib_size", "calib_cache")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    if given and not options.is_quantised:
+        raise UserError(
+            f"--{given[0]} needs --quant_algo FP8 or --kv_cache_quant_algo FP8, and without either "
+            "nothing is calibrated; leave it out"
+        )
+    if "calib_cache" in given and len(given) > 1:
+        raise UserError(
+            f"--{given[0]} needs a calibration, and --calib_cache takes the place of one; leave "
+            "one of them out"
+        )
 
 
 def dry_run(model: NVLMConfig, options: ConvertOptions, arguments: Namespace) -> None:
@@ -91,12 +108,13 @@ def main() -> None:
         quant_algo=ALGORITHMS[arguments.quant_algo],
         kv_cache_quant_algo=ALGORITHMS[arguments.kv_cache_quant_algo or arguments.quant_algo],
         dtype=arguments.dtype,
-        calib_data=arguments.calib_data,
-        calib_size=arguments.calib_size,
+        calib_data=arguments.calib_data or BUILT_IN,
+        calib_size=arguments.calib_size or CALIB_SIZE,
         calib_cache=arguments.calib_cache,
         tp_size=arguments.tp_size,
         pp_size=arguments.pp_size,
     )
+    require_used(arguments, options)
     if arguments.dry_run:
         model = read_config(arguments.model_dir, tokenizer_dir=arguments.tokenizer_dir)
         dry_run(model, options, arguments)

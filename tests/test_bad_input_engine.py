@@ -181,6 +181,31 @@ def test_build_flags_that_contradict_the_model_are_refused(
     build_refused(checkpoint_dir, tmp_path, *flags, "--dry_run", fragments=fragments)
 
 
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (("--compute_capability", "foo"), ("--compute_capability needs --vision tensorrt_rtx",)),
+        (("--keep_onnx",), ("--keep_onnx needs --vision tensorrt or --vision tensorrt_rtx",)),
+        (("--timing_cache", "t"), ("--timing_cache needs", "or --decoder tensorrt_llm")),
+    ],
+    ids=lambda value: value[0],
+)
+@pytest.mark.parametrize("vision", ["auto", "torch", "onnxruntime"])
+def test_a_flag_that_the_targets_do_not_use_is_refused(
+    checkpoint_dir: Path,
+    tmp_path: Path,
+    vision: str,
+    flags: tuple[str, ...],
+    fragments: tuple[str, ...],
+) -> None:
+    """`auto` is decided first: on a CPU it is ONNX Runtime."""
+    resolved = "onnxruntime" if vision == "auto" else vision
+    fragments = (*fragments, f"--decoder torch and --vision {resolved}; leave it out")
+    flags = ("--vision", vision, "--device", "cpu", *flags)
+    build_refused(checkpoint_dir, tmp_path, *flags, fragments=fragments)
+    build_refused(checkpoint_dir, tmp_path, *flags, "--dry_run", fragments=fragments)
+
+
 def test_advice_names_a_flag_that_was_given(checkpoint_dir: Path, tmp_path: Path) -> None:
     """With --max_seq_len 20 alone it is that flag which does not hold the image."""
     line = build_refused(checkpoint_dir, tmp_path, "--max_seq_len", "20")

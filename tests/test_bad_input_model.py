@@ -664,6 +664,41 @@ def test_convert_flags_that_are_unknown_short_or_wrong_are_refused(
     convert_refused(model_dir, tmp_path, *flags, fragments=fragments)
 
 
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        *(
+            ((*PLAIN, f"--{name}", value), (f"--{name} needs --quant_algo FP8", "leave it out"))
+            for name, value in (
+                ("calib_cache", "absent"),
+                ("calib_data", "absent"),
+                ("calib_size", "16"),
+            )
+        ),
+        (
+            ("--calib_cache", "absent", "--calib_size", "16"),
+            ("--calib_size needs a calibration", "--calib_cache takes the place"),
+        ),
+        (
+            ("--calib_cache", "absent", "--calib_data", "absent"),
+            ("--calib_data needs a calibration", "--calib_cache takes the place"),
+        ),
+    ],
+    ids=" ".join,
+)
+def test_flags_of_a_calibration_that_does_not_happen_are_refused(
+    model_dir: Path, tmp_path: Path, flags: tuple[str, ...], fragments: tuple[str, ...]
+) -> None:
+    convert_refused(model_dir, tmp_path, *flags, fragments=fragments)
+    convert_refused(model_dir, tmp_path, *flags, "--dry_run", fragments=fragments)
+
+
+def test_an_fp8_cache_alone_is_calibrated(model_dir: Path, tmp_path: Path) -> None:
+    flags = (*PLAIN, "--kv_cache_quant_algo", "FP8", "--calib_size", "1")
+    where = ("--model_dir", model_dir, "--output_dir", tmp_path / "new")
+    assert run_command(CONVERT, *where, *flags).exit_code == 0
+
+
 def test_a_real_process_refuses_in_one_line(model_dir: Path, tmp_path: Path) -> None:
     """No log, no warning and no progress bar before a refusal that needs no work."""
     model = Path(shutil.copytree(model_dir, tmp_path / "model"))

@@ -16,6 +16,7 @@ from build.engines.target import (
     choose_decoder,
     choose_precision,
     choose_vision,
+    require_used,
 )
 from nvlm import manifest, targets, tensorrt_package
 from nvlm.checkpoint_config import CheckpointConfig
@@ -95,6 +96,10 @@ def specify(
         precision=options.vision_precision,
         compute_capability=options.compute_capability,
     )
+    if options.compute_capability is not None:
+        require_used("--compute_capability", decoder, vision)
+    if options.keep_onnx:
+        require_used("--keep_onnx", decoder, vision)
     precision = choose_precision(checkpoint, options.vision_precision, vision)
     limits = derive_limits(
         config.decoder,

@@ -20,6 +20,13 @@ AUTO: Auto = "auto"
 
 ONNX_PRECISIONS = ("float32", "float16")
 
+_FLAG_TARGETS = {
+    "--compute_capability": ("--vision tensorrt_rtx",),
+    "--keep_onnx": ("--vision tensorrt", "--vision tensorrt_rtx"),
+    "--timing_cache": ("--vision tensorrt", "--vision tensorrt_rtx", "--decoder tensorrt_llm"),
+}
+"""Flags of build_engine.py that do something for these targets alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class TargetMachine:
@@ -85,6 +92,16 @@ def choose_vision(
         return "onnxruntime"
     log.info("vision: torch (%s)", against)
     return "torch"
+
+
+def require_used(flag: str, decoder: Decoder, vision: Vision) -> None:
+    """Refuses a flag that would do nothing for the targets chosen."""
+    chosen = (f"--decoder {decoder}", f"--vision {vision}")
+    if not set(chosen) & set(_FLAG_TARGETS[flag]):
+        raise UserError(
+            f"{flag} needs {' or '.join(_FLAG_TARGETS[flag])}, and this engine gets "
+            f"{' and '.join(chosen)}; leave it out or choose another target"
+        )
 
 
 def choose_precision(checkpoint: VisionCheckpoint, asked: str | None, vision: Vision) -> str:
