@@ -15,6 +15,7 @@ def has_kernels(device: torch.device) -> bool:
     """A Hopper GPU or later, with Triton, which comes with torch for CUDA."""
     return (
         device.type == "cuda"
+        and torch.cuda.is_available()
         and torch.cuda.get_device_capability(device) >= _CAPABILITY
         and importlib.util.find_spec("triton") is not None
     )
