@@ -47,6 +47,15 @@ def derive_limits(
     rows_per_request = max_num_images * tiling.max_tiles_per_image * tokens_per_tile
     tag_tokens = max_num_images * (tiling.max_tiles_per_image + 1) * _TAG_TOKENS_PER_TILE
     positions = decoder.max_position_embeddings
+    tokens_per_image = (rows_per_request + tag_tokens) // max_num_images
+    if tokens_per_image >= positions:
+        raise UserError(
+            f"one image takes {tokens_per_image} tokens with tags, as max_dynamic_patch "
+            f"{tiling.max_num_tiles} in the model's config.json allows "
+            f"{tiling.max_tiles_per_image} tiles of {tokens_per_tile} tokens, but the model has "
+            f"{positions} positions (max_position_embeddings); correct config.json, NVLM-D's "
+            "max_dynamic_patch is 6"
+        )
     if rows_per_request + tag_tokens >= positions:
         raise UserError(
             f"--max_num_images {max_num_images} takes {rows_per_request + tag_tokens} tokens with "

@@ -119,8 +119,9 @@ def check_replaceable(place: OutputPlace) -> None:
         raise UserError(f"{place.name} exists; choose another directory or add --overwrite")
     if not manifest.is_ours(final, place.kind):
         raise UserError(
-            f"{place.name} has files but no {manifest.FILE_NAME} of a {place.kind} directory, so "
-            "it is not overwritten; choose another directory"
+            f"{place.name} has files but no {manifest.FILE_NAME} of "
+            f"{manifest.told(place.kind)} directory, so it is not overwritten; choose another "
+            "directory"
         )
 
 
@@ -183,9 +184,17 @@ def _check_free_space(place: OutputPlace, needed_bytes: int) -> None:
     needed_bytes -= sum(512 * path.stat().st_blocks for path in files)  # of an earlier run
     if needed_bytes > free_bytes:
         raise UserError(
-            f"{place.name} needs {needed_bytes / 1e9:.1f} GB but its disk has "
-            f"{free_bytes / 1e9:.1f} GB free; free some space or choose another disk"
+            f"{place.name} needs {_told(needed_bytes)} but its disk has {_told(free_bytes)} free; "
+            "free some space or choose another disk"
         )
+
+
+def _told(num_bytes: int) -> str:
+    """In the largest unit that does not round it to nothing."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size / 10:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} bytes"
 
 
 def _replace(place: OutputPlace) -> None:

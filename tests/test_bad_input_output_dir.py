@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,30 @@ def test_a_foreign_directory_with_a_manifest_of_its_own_is_never_overwritten(
     (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3, "name": "x"}')
     (tmp_path / "extension" / "background.js").write_text("dear")
     arguments = make(tmp_path / "extension")
-    make_refused(tmp_path, arguments, "--overwrite", fragments=("choose another directory",))
+    kind = "a checkpoint" if arguments[0] == CONVERT else "an engine"
+    fragments = (f"no manifest.json of {kind} directory", "choose another directory")
+    make_refused(tmp_path, arguments, "--overwrite", fragments=fragments)
+
+
+@pytest.mark.parametrize(
+    ("free", "told"),
+    [
+        (0, "0 bytes"),
+        (99, "99 bytes"),
+        (2_000, "2.0 kB"),
+        (99_000, "99.0 kB"),
+        (100_000, "0.1 MB"),
+    ],
+)
+def test_little_space_is_not_told_as_nothing(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, told: str
+) -> None:
+    usage = shutil._ntuple_diskusage(free, 0, free)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    where = ("--model_dir", model_dir, "--output_dir", tmp_path / "new")
+    line = refused(tmp_path, CONVERT, *where, *PLAIN, fragments=(f"has {told} free",))
+    (needed,) = re.findall(r"needs ([0-9.]+) [kM]B", line)
+    assert float(needed) > 0
 
 
 def test_overwriting_an_engine_with_a_checkpoint_or_the_reverse_is_refused(

@@ -63,6 +63,19 @@ def test_an_index_without_a_tensor_is_refused(index_only: Path, tmp_path: Path) 
     one_line_error(run_command(CONVERT, *flags), *fragments)
 
 
+def test_images_larger_than_the_context_are_told_as_the_configs_mistake(
+    index_only: Path, tmp_path: Path
+) -> None:
+    """No flag mends it: one image is the least."""
+    path = index_only / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_dynamic_patch": 200}))
+    flags = ("--model_dir", index_only, "--output_dir", tmp_path / "out", "--dry_run")
+    fragments = ("max_dynamic_patch 200", "config.json", "201 tiles", "32768 positions")
+    line = one_line_error(run_command(CONVERT, *flags), *fragments)
+    assert "--max_num_images" not in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_time_is_bytes_over_the_measured_speeds_and_memory_knows_no_depth() -> None:
     config = NVLMConfig.from_hf(config_json(PRESETS["72b"]), Path("config.json"))
     fp8 = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8")
