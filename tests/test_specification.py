@@ -71,3 +71,12 @@ def test_the_default_precision_is_the_checkpoints_and_float32_for_onnx_runtime(
     checkpoint_dir: Path, options: BuildOptions, precision: str
 ) -> None:
     assert specify(checkpoint_dir, options, CPU, MEMORY_BYTES).vision_precision == precision
+
+
+@pytest.mark.parametrize(("batch", "num_tiles"), [(1, 7), (4, 28), (8, 56), (64, 56)])
+def test_a_vision_pass_holds_an_image_for_each_request_of_a_batch_up_to_56_tiles(
+    checkpoint_dir: Path, batch: int, num_tiles: int
+) -> None:
+    """As docs/hopper.md says."""
+    options = BuildOptions(vision="torch", max_batch_size=batch)
+    assert specify(checkpoint_dir, options, CPU, MEMORY_BYTES).max_num_tiles == num_tiles
