@@ -119,8 +119,9 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         return
     if (arguments.prompt is None) == (arguments.input_file is None):
         raise UserError("give either --prompt or --input_file")
-    if arguments.compare and (arguments.output_file or arguments.streaming):
-        raise UserError("--compare prints a report; it takes no --output_file and no --streaming")
+    for name in ("output_file", "streaming", "show_tiles"):
+        if arguments.compare and vars(arguments)[name]:
+            raise UserError(f"--compare prints a report; it takes no --{name}, leave that out")
     if not arguments.compare and (arguments.input_file is None) != (arguments.output_file is None):
         raise UserError("--input_file and --output_file go together")
     if arguments.streaming and (arguments.json or arguments.input_file):

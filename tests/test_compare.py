@@ -77,9 +77,19 @@ def test_an_answer_that_ends_early_differs_where_it_ends() -> None:
     assert found.first_differing_token == 2
 
 
-def test_flags_that_do_not_go_with_it_are_refused(engine_dir: Path, tmp_path: Path) -> None:
-    for flags in (("--streaming",), ("--output_file", tmp_path / "out.jsonl")):
-        result = run_command(
-            RUN, "--engine_dir", engine_dir, "--compare", engine_dir, "--prompt", "x", *flags
-        )
-        one_line_error(result, "--compare")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--streaming",),
+        ("--output_file", "out.jsonl"),
+        ("--show_tiles", "tiles.png", "--image", ONE_TILE.paths[0]),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_that_do_not_go_with_it_are_refused(
+    engine_dir: Path, flags: tuple[object, ...]
+) -> None:
+    result = run_command(
+        RUN, "--engine_dir", engine_dir, "--compare", engine_dir, "--prompt", "x", *flags
+    )
+    one_line_error(result, "--compare", f"no {flags[0]}")
