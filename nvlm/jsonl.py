@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from nvlm.errors import UserError
+from nvlm.file_kinds import is_device
 
 
 def read_jsonl_lines(path: Path, flag: str) -> list[tuple[int, str]]:
     """(line number from 1, text) of every line that is not blank; a leading BOM is dropped.
 
     Only a newline ends a line: U+2028 and its kin may stand in a JSON string. `flag` names the
-    command-line flag that gave `path`. Raises `UserError` when the file cannot be read as UTF-8.
+    command-line flag that gave `path`. Raises `UserError` when the file cannot be read as UTF-8;
+    a pipe may be given, a device may not.
     """
+    if is_device(path):
+        raise UserError(f"{flag} {path} is a device, whose end may never come; give a JSONL file")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm.errors import UserError
+from nvlm.file_kinds import is_pipe_or_device
 
 
 class LineFile:
@@ -21,7 +22,7 @@ class LineFile:
     def __init__(self, path: Path, flag: str) -> None:
         self.name = f"{flag} {path}"
         self._path = path
-        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        if is_pipe_or_device(path):
             # Reading back what a pipe or device was given waits for ever.
             raise UserError(f"{self.name} is not a regular file; give the name of one")
         try:

@@ -182,6 +182,29 @@ def test_an_input_file_that_cannot_be_read_is_refused(engine_dir: Path, tmp_path
         run_refused(engine_dir, tmp_path, *files, fragments=("--input_file", fragment))
 
 
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
+def test_an_input_file_that_is_a_device_is_refused(
+    engine_dir: Path, tmp_path: Path, device: str
+) -> None:
+    """Reading /dev/zero never ends."""
+    files = ("--input_file", device, "--output_file", tmp_path / "out")
+    result = background(RUN, *ask(engine_dir, *files), log=tmp_path / "log").wait(20)
+    one_line_error(result, f"--input_file {device}", "device", "give a JSONL file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_file_may_be_a_pipe(engine_dir: Path, tmp_path: Path) -> None:
+    """As in `--input_file <(...)`."""
+    readable, writable = os.pipe()
+    os.write(writable, b'{"id": "a", "prompt": "hi"}\n')
+    os.close(writable)
+    files = ("--input_file", f"/dev/fd/{readable}", "--output_file", tmp_path / "out")
+    result = run_command(RUN, *ask(engine_dir, *files))
+    os.close(readable)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "out").read_text())["id"] == "a"
+
+
 @pytest.mark.parametrize("place", ["absent/out", "in.jsonl/out", ".", "x" * 300])
 def test_an_output_file_that_cannot_be_written_is_refused(
     engine_dir: Path, tmp_path: Path, place: str

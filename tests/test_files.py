@@ -18,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evaluation.datasets.records import json_lines, read_json
 from nvlm import manifest
 from nvlm.dtypes import SAFETENSORS_NAMES
 from nvlm.errors import UserError
 from nvlm.json_files import StrictReader, read_json_object, write_json_atomically
+from nvlm.jsonl import read_jsonl_lines
 from nvlm.output_dir import OutputPlace, check_replaceable, staged_directory
 from nvlm.safetensors_files import SafetensorsReader, SafetensorsWriter, TensorInfo
 
@@ -628,3 +630,12 @@ class TestStrictReader:
         with pytest.raises(UserError) as error:
             read(reader)
         assert str(error.value).startswith(f"dir/config.json: {message}")
+
+
+@pytest.mark.parametrize(
+    "read", [read_json, json_lines, lambda path: read_jsonl_lines(path, "--calib_data")]
+)
+def test_a_device_is_no_data_file(read: Callable[[Path], object]) -> None:
+    """/dev/zero would be read without end."""
+    with pytest.raises(UserError, match="/dev/zero is a device"):
+        read(Path("/dev/zero"))

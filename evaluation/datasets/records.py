@@ -10,6 +10,7 @@ from typing import Any
 
 from evaluation.sample import DataSet, Sample
 from nvlm.errors import UserError
+from nvlm.file_kinds import is_device
 from nvlm.jsonl import read_jsonl_lines
 
 Record = dict[str, Any]
@@ -23,6 +24,8 @@ class RecordError(Exception):
 
 def read_json(path: Path) -> Any:
     """The JSON value in a ground-truth file."""
+    if is_device(path):
+        raise UserError(f"--gt_path {path} is a device; give the benchmark's file")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nvlm.errors import UserError
+from nvlm.file_kinds import is_pipe_or_device
 
 MAX_IMAGE_PIXELS = 178_956_970
 """Where Pillow itself calls a picture a decompression bomb: 2 x 1/4 GiB of RGB, about 13,377^2."""
@@ -49,7 +50,7 @@ def load_image(
     if isinstance(source, np.ndarray):
         return _from_pixels(source, name)
     where = str(source) if isinstance(source, Path) else name
-    if isinstance(source, Path) and _is_endless(source):
+    if isinstance(source, Path) and is_pipe_or_device(source):
         raise UserError(f"image {where} is not a regular file; give a picture file")
     try:
         if isinstance(source, Path) and source.is_dir():
@@ -114,11 +115,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged metadata does not spoil the picture
         return 1
-
-
-def _is_endless(path: Path) -> bool:
-    """Whether reading may never end: a pipe or a device."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
