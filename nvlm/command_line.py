@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import logging
 import math
 import os
@@ -90,6 +91,9 @@ def run(
     for package in ("nvlm", "build", "runtime", "evaluation"):
         logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.ERROR)
     ignore_remarks()
+    # An answer is UTF-8 whatever the locale; a lone surrogate, of a path, is told by its number.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     # What a scheduler sends to stop a program ends it like Control-C: cleaning up behind it.
     signal.signal(signal.SIGTERM, _interrupt)
     try:

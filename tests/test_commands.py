@@ -47,6 +47,17 @@ def test_plain_streaming_and_json_print_the_same_text(engine_dir: Path) -> None:
     assert plain.stdout == streamed.stdout == json.loads(as_json.stdout)["text"] + "\n"
 
 
+@pytest.mark.parametrize("how", [(), ("--streaming",), ("--json",)], ids=str)
+def test_an_answer_is_utf_8_whatever_the_locale(engine_dir: Path, how: tuple[str, ...]) -> None:
+    flags = ask(engine_dir, "--prompt", "Hello", "--max_new_tokens", "64", "--temperature", "3")
+    expected = run_command(RUN, *flags, "--json")
+    assert not expected.stdout.isascii(), "this test needs an answer that ASCII lacks"
+    found = run_process(RUN, *flags, *how, environment={"PYTHONIOENCODING": "ascii"})
+    assert found.exit_code == 0, found.stderr
+    text = json.loads(found.stdout)["text"] if how == ("--json",) else found.stdout[:-1]
+    assert text == json.loads(expected.stdout)["text"]
+
+
 def test_a_seed_repeats_a_sampled_answer_and_another_changes_it(engine_dir: Path) -> None:
     def sampled(seed: int) -> list[int]:
         flags = ("--prompt", "Tell me", "--top_p", "0.95", "--max_new_tokens", "12")
