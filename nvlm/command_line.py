@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -96,6 +97,8 @@ def run(
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     # What a scheduler sends to stop a program ends it like Control-C: cleaning up behind it.
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        signal.signal(signal.SIGHUP, _hang_up)
     try:
         code = main() or 0
         if sys.stdout is not None:  # None when the caller closed it
@@ -107,7 +110,8 @@ def run(
         end(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         if rank == 0:
-            print("interrupted", file=sys.stderr)
+            with suppress(OSError):  # a terminal that hung up
+                print("interrupted", file=sys.stderr)
         end(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output went away (`run.py ... | head`). Keep the interpreter from
@@ -123,6 +127,12 @@ def run(
 
 
 def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _hang_up(*_: object) -> NoReturn:
+    """The shell and the terminal both send it: the second must not end the cleaning up."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

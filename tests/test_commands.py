@@ -203,3 +203,18 @@ def test_the_root_directory_is_no_output_place(checkpoint_dir: Path) -> None:
     result = run_command(BUILD, *flags, "--overwrite")
     assert result.exit_code == 2
     assert "mount point" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "told"), [((), 130), (("nohup",), 0)], ids=["ssh", "nohup"])
+def test_a_closed_terminal_ends_a_program_unless_it_is_to_be_ignored(
+    command: tuple[str, ...], told: int
+) -> None:
+    program = (
+        "import os, signal\n"
+        "from nvlm.command_line import run\n"
+        "run(lambda: os.kill(os.getpid(), signal.SIGHUP))\n"
+    )
+    done = subprocess.run(
+        [*command, sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode == told, done.stderr

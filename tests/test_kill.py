@@ -309,11 +309,11 @@ def test_two_runs_for_one_place_do_not_mix(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_command_cleans_up(
     making: Callable[..., Making], tmp_path: Path, name: str, signal_number: signal.Signals
 ) -> None:
-    """Control-C and what a scheduler or `docker stop` sends: nothing half-written is left, but what
+    """Control-C, what a scheduler or `docker stop` sends, a closed terminal: nothing half-written is left, but what
     a conversion has done, and it says so."""
     making_ = making(name, tmp_path / "out")
     kill_at = making_.num_changes() // 2

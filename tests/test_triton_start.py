@@ -99,6 +99,24 @@ def test_a_server_that_dies_is_told_and_its_log_kept(engine_dir: Path, tmp_path:
     assert "Started GRPCInferenceService" in kept_log(told[0])
 
 
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_server_that_is_stopped_leaves_nothing(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_number: int
+) -> None:
+    """By a scheduler, or by an ssh session that ends."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    process, _ = start(engine_dir, tmp_path / "log")
+    end = time.monotonic() + 60
+    while not list(scratch.glob("nvlm_triton_*/*.log")):
+        assert time.monotonic() < end, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    process.send_signal(signal_number)
+    assert process.wait(150) == 130, (tmp_path / "log").read_text()
+    assert list(scratch.glob("nvlm_triton_*")) == []
+
+
 def running_in_group(group: int) -> list[str]:
     """Command lines of its processes that are not yet dead."""
     found = []
