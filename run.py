@@ -197,7 +197,8 @@ def lead(
             return EXIT_SOME_FAILED if task_run.run(runner) else 0
         if arguments.input_file:
             num_errors = run_batch(runner, lines, arguments.output_file)
-            print(f"{len(lines)} requests, {num_errors} failed", file=sys.stderr)
+            requests = "1 request" if len(lines) == 1 else f"{len(lines)} requests"
+            print(f"{requests}, {num_errors} failed", file=sys.stderr)
             return EXIT_SOME_FAILED if num_errors else 0
         if arguments.show_tiles:
             write_tiles(runner.prepare(request).images, arguments.show_tiles)

@@ -143,9 +143,10 @@ def told(comparison: Comparison, unit: str) -> str:
         how_sure = "no score differs; the interval says what these samples cannot rule out"
     low, high = comparison.interval
     unit = "points" if unit == "%" else unit
+    samples = "sample" if comparison.num_paired == 1 else "samples"
     return (
         f"{comparison.value:.2f} against {comparison.other_value:.2f} over "
-        f"{comparison.num_paired:,} samples: {comparison.difference:+.2f} {unit}, 95 % interval "
+        f"{comparison.num_paired:,} {samples}: {comparison.difference:+.2f} {unit}, 95 % interval "
         f"{low:+.2f} to {high:+.2f}, p = {comparison.p_value:.3g}: {how_sure}; "
         f"answers that differ: {len(comparison.changes)}, better {comparison.num_better}, "
         f"worse {comparison.num_worse}"

@@ -58,7 +58,8 @@ class Difference:
 
     def line(self) -> str:
         if self.first_differing_token is None:
-            told = f"all {self.num_tokens} tokens equal"
+            told = "1 token" if self.num_tokens == 1 else f"all {self.num_tokens} tokens"
+            told += " equal"
         else:
             told = f"token {self.first_differing_token} of {self.num_tokens} differs"
             if self.margin is not None:

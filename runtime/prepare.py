@@ -83,19 +83,23 @@ def _check_text_size(request: GenerationRequest, engine: EngineDir, tokenizer: T
 
 def _tile(request: GenerationRequest, engine: EngineDir) -> list[str | TiledImage]:
     tiling, limits = engine.vision.tiling, engine.limits
-    check_num_images(sum(not isinstance(part, str) for part in request.content), limits)
+    num_images = sum(not isinstance(part, str) for part in request.content)
+    check_num_images(num_images, limits)
     max_num_tiles = request.max_num_tiles
     if max_num_tiles is None:
         max_num_tiles = tiling.max_num_tiles
     if not 1 <= max_num_tiles <= tiling.max_num_tiles:
         raise UserError(f"max_num_tiles is {max_num_tiles}, expected 1 to {tiling.max_num_tiles}")
     content: list[str | TiledImage] = []
+    number = 0
     for part in request.content:
+        number += not isinstance(part, str)
         if isinstance(part, TiledImage):
             _check_tiles(part, tiling.image_size, tiling.max_tiles_per_image)
         elif not isinstance(part, str):
             source = part() if callable(part) else part
-            image = load_image(source, apply_exif=request.apply_exif)
+            name = "the image" if num_images == 1 else f"image {number} of {num_images}"
+            image = load_image(source, name, apply_exif=request.apply_exif)
             part = tile_image(image, tiling.image_size, max_num_tiles)
         content.append(part)
     return content

@@ -15,6 +15,11 @@ import pytest
 import torch
 from PIL import Image, features
 
+from nvlm.errors import UserError
+from nvlm.inputs.tokenizer import Tokenizer
+from runtime.engine_dir import EngineDir
+from runtime.prepare import prepare
+from runtime.types import GenerationRequest
 from tests.asking import Images, answered, ask, batch, run_refused
 from tests.command import RUN, background, one_line_error
 
@@ -194,6 +199,24 @@ def test_a_refused_image_is_told_what_was_expected(
         path.write_bytes(content)
     line = run_refused(engine_dir, tmp_path, "--image", path, "--prompt", "hi")
     assert re.search(r"\b(expected|give|again)\b", line), f"this tells only what was found:\n{line}"
+
+
+@pytest.mark.parametrize(
+    ("num_images", "told"), [(1, "the image is not"), (2, "image 2 of 2 is not")]
+)
+def test_bytes_that_are_no_image_are_told_by_their_number(
+    engine_dir: Path, images: Images, num_images: int, told: str
+) -> None:
+    """As a client of Triton sends them; the last is damaged."""
+    good = images("pixel_1x1.png").read_bytes()
+    sources = (*[good] * (num_images - 1), b"no picture")
+    engine = EngineDir.read(engine_dir)
+    with pytest.raises(UserError, match=f"^{told}"):
+        prepare(
+            engine,
+            Tokenizer(engine_dir / "tokenizer"),
+            GenerationRequest.images_first("hi", sources),
+        )
 
 
 def test_a_bad_image_among_good_ones_is_named(

@@ -203,6 +203,7 @@ def test_an_input_file_may_be_a_pipe(engine_dir: Path, tmp_path: Path) -> None:
     os.close(readable)
     assert result.exit_code == 0, result.stderr
     assert json.loads((tmp_path / "out").read_text())["id"] == "a"
+    assert result.error == "1 request, 0 failed"
 
 
 @pytest.mark.parametrize("place", ["absent/out", "in.jsonl/out", ".", "x" * 300])

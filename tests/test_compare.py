@@ -72,6 +72,13 @@ def test_only_what_both_saw_alike_is_compared() -> None:
     assert "token 1 of 3 differs" in found.line()
 
 
+def test_one_token_is_no_plural() -> None:
+    for num_tokens, told in ((1, "1 token equal"), (2, "all 2 tokens equal")):
+        answer = run_of([7] * num_tokens, [[0.0, 1.0]] * num_tokens)
+        (found,) = differences(answer, answer)
+        assert found.line().startswith(told)
+
+
 def test_an_answer_that_ends_early_differs_where_it_ends() -> None:
     (found,) = differences(run_of([1, 2], [[0.0]] * 2), run_of([1, 2, 3], [[0.0]] * 3))
     assert found.first_differing_token == 2

@@ -313,8 +313,8 @@ def test_two_runs_for_one_place_do_not_mix(
 def test_a_stopped_command_cleans_up(
     making: Callable[..., Making], tmp_path: Path, name: str, signal_number: signal.Signals
 ) -> None:
-    """Control-C, what a scheduler or `docker stop` sends, a closed terminal: nothing half-written is left, but what
-    a conversion has done, and it says so."""
+    """Control-C, what a scheduler or `docker stop` sends, a closed terminal: nothing half-written is
+    left, but what a conversion has done, and it says so."""
     making_ = making(name, tmp_path / "out")
     kill_at = making_.num_changes() // 2
     result = making_.start(kill_at=kill_at, kill_with=signal_number).wait()

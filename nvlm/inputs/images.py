@@ -38,29 +38,29 @@ _UPRIGHT = {
 
 
 def load_image(
-    source: Path | bytes | NDArray[np.uint8], name: str = "image", *, apply_exif: bool = True
+    source: Path | bytes | NDArray[np.uint8], name: str = "the image", *, apply_exif: bool = True
 ) -> Image.Image:
     """An RGB image from a file, its bytes, or pixels [height, width, 3].
 
-    `name` stands for the image in messages when `source` is no file. Raises `UserError` for what
+    `name` is what messages call the image when `source` is no file. Raises `UserError` for what
     is missing, no image, truncated, empty, or larger than `MAX_IMAGE_PIXELS` (known from the
     header, before any pixel is decoded). Any number of threads may load at once; Pillow's remarks
     on odd metadata and palettes are warnings, which a program switches off once (`ignore_remarks`).
     """
     if isinstance(source, np.ndarray):
         return _from_pixels(source, name)
-    where = str(source) if isinstance(source, Path) else name
+    where = f"image {source}" if isinstance(source, Path) else name
     if isinstance(source, Path) and is_pipe_or_device(source):
-        raise UserError(f"image {where} is not a regular file; give a picture file")
+        raise UserError(f"{where} is not a regular file; give a picture file")
     try:
         if isinstance(source, Path) and source.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         size = source.stat().st_size if isinstance(source, Path) else len(source)
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"image {where} cannot be read: {reason}; give a picture file") from None
+        raise UserError(f"{where} cannot be read: {reason}; give a picture file") from None
     if size == 0:
-        raise UserError(f"image {where} is empty (0 bytes); give a whole picture file")
+        raise UserError(f"{where} is empty (0 bytes); give a whole picture file")
     try:
         return _decode(source, apply_exif)
     except Image.DecompressionBombError:
@@ -68,7 +68,7 @@ def load_image(
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
         what = (str(error).splitlines() or [""])[0].split("<_io.")[0].strip()
         raise UserError(
-            f"image {where} is not a whole image that Pillow can read "
+            f"{where} is not a whole image that Pillow can read "
             f"({what or type(error).__name__}); expected a JPEG, PNG or other picture file"
         ) from None
 
@@ -83,13 +83,13 @@ def ignore_remarks() -> None:
 
 
 def _too_large(where: str) -> UserError:
-    return UserError(f"image {where} has more than {MAX_IMAGE_PIXELS:,} pixels; give a smaller one")
+    return UserError(f"{where} has more than {MAX_IMAGE_PIXELS:,} pixels; give a smaller one")
 
 
 def _from_pixels(pixels: NDArray[np.uint8], name: str) -> Image.Image:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise UserError(
-            f"image {name} is {pixels.dtype} {list(pixels.shape)}, expected uint8 RGB pixels "
+            f"{name} is {pixels.dtype} {list(pixels.shape)}, expected uint8 RGB pixels "
             "[height, width, 3]"
         )
     if pixels.shape[0] * pixels.shape[1] > MAX_IMAGE_PIXELS:
