@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from nvlm.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
 from runtime.answer_file import answer_json
 from runtime.batch import run_batch
-from runtime.compare import differences, record, report_json
+from runtime.compare import check, differences, record, report_json
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine_dir import EngineDir
 from runtime.mpi import Job, World, end, rank_from
@@ -135,22 +136,26 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 def compare(
     arguments: argparse.Namespace,
-    requests: list[GenerationRequest],
+    requests: dict[str, GenerationRequest],
     device: torch.device,
     job: Job,
     options: DecoderOptions,
 ) -> None:
-    """Both engines one after the other, then what differs."""
-    with Runner.open(arguments.engine_dir, device, job, options) as runner:
-        engine = record(runner, requests)
-    with Runner.open(arguments.compare, device) as runner:
-        reference = record(runner, requests)
-    if arguments.json:
-        print(json.dumps(report_json(engine, reference)))
-        return
-    for number, difference in enumerate(differences(engine, reference), start=1):
-        print(f"request {number}: {difference.line()}")
-    print(f"{engine.tokens_per_s:.1f} tokens/s, reference {reference.tokens_per_s:.1f}")
+    """Both engines one after the other, then what differs; `requests` by where they stand."""
+    for engine_dir in (arguments.engine_dir, arguments.compare):
+        check(engine_dir, requests)
+    asked = list(requests.values())
+    with tempfile.TemporaryDirectory(prefix="nvlm_compare_") as folder:
+        with Runner.open(arguments.engine_dir, device, job, options) as runner:
+            engine = record(runner, asked, Path(folder) / "engine")
+        with Runner.open(arguments.compare, device) as runner:
+            reference = record(runner, asked, Path(folder) / "reference")
+        if arguments.json:
+            print(json.dumps(report_json(engine, reference)))
+            return
+        for number, difference in enumerate(differences(engine, reference), start=1):
+            print(f"request {number}: {difference.line()}")
+        print(f"{engine.tokens_per_s:.1f} tokens/s, reference {reference.tokens_per_s:.1f}")
 
 
 def _parse() -> argparse.Namespace:
@@ -189,8 +194,12 @@ def lead(
         for line in lines:
             if isinstance(line.request, UserError):
                 raise line.request
-        asked = [line.request for line in lines if isinstance(line.request, GenerationRequest)]
-        compare(arguments, asked or [request], device, job, options)
+        asked = {
+            f"{arguments.input_file} line {line.number}": line.request
+            for line in lines
+            if isinstance(line.request, GenerationRequest)
+        }
+        compare(arguments, asked or {"the request": request}, device, job, options)
         return 0
     with Runner.open(arguments.engine_dir, device, job, options) as runner:
         if task_run:

@@ -2,7 +2,9 @@
 apart they are, how fast each is.
 
 Meant for a new engine against the torch executor on the same checkpoint. They run one after the
-other, so that each has the GPU to itself.
+other, so that each has the GPU to itself. Of their answers memory holds the token ids: logits and
+prompt tables go to files as they come (float32; 0.6 MB a token at the 72B model's vocabulary, for
+each engine) and are mapped again where they are compared, some rows at a time.
 """
 
 from __future__ import annotations
@@ -10,19 +12,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from nvlm.errors import UserError
+from nvlm.inputs.tokenizer import Tokenizer
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest, StepOutput
 from runtime.engine_dir import EngineDir
+from runtime.prepare import prepare
 from runtime.runner import Runner
 from runtime.types import GenerationRequest, GenerationResult
+
+_COMPARED_ROWS = 16
+"""So many are in memory as float64: 20 MB of the 72B model's logits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One request: prompt_table and logits [num_tokens, vocab_size] float32 on the CPU."""
+    """One request: prompt_table and logits [num_tokens, vocab_size] float32, mapped from files."""
 
     token_ids: list[int]
     prompt_table: torch.Tensor | None
@@ -70,25 +79,59 @@ class Difference:
         return told
 
 
-class _Recorder:
-    """A `DecoderExecutor` that asks for logits and keeps what goes in and comes out."""
+class _RowsFile:
+    """float32 rows of one width, appended to a file."""
 
-    def __init__(self, decoder: DecoderExecutor) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._num_rows = self._num_columns = 0
+
+    def append(self, rows: torch.Tensor) -> None:
+        """rows: [n, num_columns]."""
+        try:
+            with open(self._path, "ab", buffering=0) as file:
+                rest = memoryview(rows.to("cpu", torch.float32).contiguous().numpy()).cast("B")
+                while rest:
+                    rest = rest[file.write(rest) :]
+        except OSError as error:
+            raise UserError(
+                f"--compare keeps logits in {self._path.parent}, which cannot be written: "
+                f"{error.strerror}; set TMPDIR to a folder with more space, or ask fewer requests"
+            ) from None
+        self._num_rows += len(rows)
+        self._num_columns = rows.shape[1]
+
+    def mapped(self) -> torch.Tensor:
+        size = self._num_rows * self._num_columns
+        flat = torch.from_file(str(self._path), size=size) if size else torch.empty(0)
+        return flat.view(self._num_rows, self._num_columns)
+
+
+class _Recorder:
+    """A `DecoderExecutor` that asks for logits and keeps in files what goes in and comes out."""
+
+    def __init__(self, decoder: DecoderExecutor, folder: Path) -> None:
         self.decoder = decoder
         self.limits = decoder.limits
-        self.requests: dict[int, DecoderRequest] = {}
-        self.logits: dict[int, list[torch.Tensor]] = {}
+        self.folder = folder
+        self.tables: dict[int, _RowsFile | None] = {}
+        self.logits: dict[int, _RowsFile] = {}
 
     def submit(self, request: DecoderRequest) -> int:
         request_id = self.decoder.submit(replace(request, return_logits=True))
-        self.requests[request_id], self.logits[request_id] = request, []
+        self.logits[request_id] = _RowsFile(self.folder / f"{request_id}.logits")
+        table = None
+        if request.prompt_table is not None:
+            table = _RowsFile(self.folder / f"{request_id}.table")
+            table.append(request.prompt_table)
+        self.tables[request_id] = table
         return request_id
 
     def step(self) -> list[StepOutput]:
         outputs = self.decoder.step()
         for output in outputs:
             if output.logits is not None:
-                self.logits[output.request_id].append(output.logits.to("cpu", torch.float32))
+                self.logits[output.request_id].append(output.logits[None])
         return outputs
 
     def cancel(self, request_id: int) -> None:
@@ -104,25 +147,37 @@ class _Recorder:
         self.decoder.close()
 
 
-def record(runner: Runner, requests: list[GenerationRequest]) -> Run:
-    """Answers every request once to warm up and once for the record; raises what fails."""
-    recorder = _Recorder(runner.decoder)
+def check(engine_dir: Path, requests: dict[str, GenerationRequest]) -> None:
+    """Refuses what this engine could not answer, before minutes go into loading either; `requests`
+    by where they stand. Tiles one request at a time."""
+    engine = EngineDir.read(engine_dir)
+    tokenizer = Tokenizer(engine.directory / "tokenizer")
+    for where, request in requests.items():
+        try:
+            prepare(engine, tokenizer, request)
+        except UserError as error:
+            raise UserError(f"{engine_dir} cannot answer {where}: {error}") from None
+
+
+def record(runner: Runner, requests: list[GenerationRequest], folder: Path) -> Run:
+    """Answers the first request to warm up and every one for the record, which lies in `folder` as
+    long as the result is used; raises what fails."""
+    folder.mkdir()
+    recorder = _Recorder(runner.decoder, folder)
     recording = Runner(EngineDir.read(runner.engine.directory), runner.vision, recorder)
     _answer(recording, requests[:1])
-    warm_up = len(recorder.requests)
+    warm_up = len(recorder.logits)
     started = time.perf_counter()
     results = _answer(recording, requests)
     seconds = time.perf_counter() - started
     # Requests are submitted in order, so ids are in that order too.
-    ids = list(recorder.requests)[warm_up:]
+    ids = list(recorder.logits)[warm_up:]
     return Run(
         [
             Recording(
                 result.token_ids,
-                _on_cpu(recorder.requests[request_id].prompt_table),
-                torch.stack(recorder.logits[request_id])
-                if recorder.logits[request_id]
-                else torch.empty(0, 0),
+                table.mapped() if (table := recorder.tables[request_id]) else None,
+                recorder.logits[request_id].mapped(),
             )
             for result, request_id in zip(results, ids, strict=True)
         ],
@@ -137,10 +192,6 @@ def _answer(runner: Runner, requests: list[GenerationRequest]) -> list[Generatio
             raise result
         found[index] = result
     return [found[index] for index in range(len(requests))]
-
-
-def _on_cpu(table: torch.Tensor | None) -> torch.Tensor | None:
-    return None if table is None else table.to("cpu", torch.float32)
 
 
 def differences(engine: Run, reference: Run) -> Iterator[Difference]:
@@ -170,8 +221,12 @@ def _difference(found: Recording, expected: Recording) -> Difference:
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    found, expected = found.double(), expected.double()
-    return float((found - expected).norm() / expected.norm())
+    difference, norm = torch.zeros(2, dtype=torch.float64)
+    for rows in zip(found.split(_COMPARED_ROWS), expected.split(_COMPARED_ROWS), strict=True):
+        a, b = rows[0].double(), rows[1].double()
+        difference += (a - b).square().sum()
+        norm += b.square().sum()
+    return float((difference / norm).sqrt())
 
 
 def report_json(engine: Run, reference: Run) -> dict[str, Any]:

@@ -31,10 +31,11 @@ _FIELDS = {"id", "prompt", "images", "stop", *_OPTION_TYPES}
 
 @dataclass(frozen=True, slots=True)
 class RequestLine:
-    """A line of the input file: its id and the request, or what is wrong with it."""
+    """A line of the input file: its id, the request or what is wrong with it, its number from 1."""
 
     id: Any
     request: GenerationRequest | UserError
+    number: int
 
 
 def read_requests(path: Path, defaults: GenerationRequest) -> list[RequestLine]:
@@ -52,11 +53,11 @@ def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) 
         if not isinstance(values, dict):
             raise UserError(f"expected a JSON object, found {type(values).__name__}")
         line_id = values.get("id", number)
-        return RequestLine(line_id, request_from_json(values, path.parent, defaults))
+        return RequestLine(line_id, request_from_json(values, path.parent, defaults), number)
     except (ValueError, RecursionError) as error:
-        return RequestLine(line_id, UserError(f"{path} line {number} is not JSON: {error}"))
+        return RequestLine(line_id, UserError(f"{path} line {number} is not JSON: {error}"), number)
     except UserError as error:
-        return RequestLine(line_id, UserError(f"{path} line {number}: {error}"))
+        return RequestLine(line_id, UserError(f"{path} line {number}: {error}"), number)
 
 
 def request_from_json(

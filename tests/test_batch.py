@@ -95,8 +95,8 @@ class TestReading:
     ) -> None:
         path = write_lines(tmp_path / "in.jsonl", {"prompt": "a"}, "", {"prompt": "b"})
         expected = [
-            RequestLine(1, replace(DEFAULTS, content=("a",))),
-            RequestLine(3, replace(DEFAULTS, content=("b",))),
+            RequestLine(1, replace(DEFAULTS, content=("a",)), 1),
+            RequestLine(3, replace(DEFAULTS, content=("b",)), 3),
         ]
         assert read_requests(path, DEFAULTS) == expected
 

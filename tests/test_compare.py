@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import weakref
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from runtime.compare import Recording, Run, differences
+from runtime import compare
+from runtime.compare import Recording, Run, differences, record
+from runtime.decoder.executor import StepOutput
+from runtime.runner import Runner
+from runtime.types import GenerationRequest
 from tests.cases import ONE_TILE, SEVEN_TILES
 from tests.command import RUN, one_line_error, run_command
 from tests.conftest import Workshop
@@ -55,6 +63,70 @@ def test_fp8_vision_shows_as_an_error_of_vision_and_logits(
     for request in requests:
         assert 0.001 < request["vision_error"] < 0.05
         assert request["logit_error"] > 0
+
+
+def test_what_only_one_engine_cannot_take_is_told_before_either_is_loaded(
+    workshop: Workshop, checkpoint_dir: Path, engine_dir: Path, tmp_path: Path
+) -> None:
+    narrow = workshop.engine("engine_of_one_image", checkpoint_dir, vision="torch")
+    lines = [{"prompt": "What?", "images": [str(ONE_TILE.paths[0])] * n} for n in (1, 2)]
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    for engine, reference in ((engine_dir, narrow), (narrow, engine_dir)):
+        flags = ("--compare", reference, "--device", "cpu", "--input_file", path)
+        with patch.object(Runner, "open", side_effect=AssertionError("loaded")):
+            result = run_command(RUN, "--engine_dir", engine, *flags)
+        one_line_error(result, f"{narrow} cannot answer {path} line 2: ", "2 images", "takes 1")
+
+
+class _Watched:
+    """A decoder that counts how many rows of logits it gave are still in memory."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self.given: list[weakref.ref[torch.Tensor]] = []
+        self.most = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def step(self) -> list[StepOutput]:
+        self.most = max(self.most, sum(ref() is not None for ref in self.given))
+        outputs: list[StepOutput] = self._decoder.step()
+        self.given += [
+            weakref.ref(output.logits) for output in outputs if output.logits is not None
+        ]
+        return outputs
+
+
+def test_memory_holds_the_logits_of_a_step_and_files_all(engine_dir: Path, tmp_path: Path) -> None:
+    request = GenerationRequest.images_first("What?", ONE_TILE.paths, max_new_tokens=24)
+    with Runner.open(engine_dir, torch.device("cpu")) as runner:
+        watched = runner.decoder = _Watched(runner.decoder)
+        run = record(runner, [request] * 3, tmp_path / "kept")
+    assert len(watched.given) >= 3 * 12
+    assert watched.most <= runner.engine.limits.max_batch_size
+    for recording in run.recordings:
+        num_tokens, vocab_size = recording.logits.shape
+        assert num_tokens >= len(recording.token_ids) > 12
+        assert recording.logits[: len(recording.token_ids)].argmax(1).tolist() == (
+            recording.token_ids
+        )
+    num_bytes = sum(path.stat().st_size for path in (tmp_path / "kept").glob("*.logits"))
+    assert num_bytes == 4 * vocab_size * len(watched.given)
+
+
+def test_a_full_disk_is_told_with_its_folder(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> object:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compare, "open", full, raising=False)
+    result = run_command(
+        RUN, "--engine_dir", engine_dir, "--compare", engine_dir, "--device", "cpu", "--prompt", "x"
+    )
+    one_line_error(result, "nvlm_compare_", "No space left", "TMPDIR")
 
 
 def run_of(token_ids: list[int], logits: list[list[float]]) -> Run:

@@ -313,7 +313,7 @@ def test_two_runs_for_one_place_do_not_mix(
 def test_a_stopped_command_cleans_up(
     making: Callable[..., Making], tmp_path: Path, name: str, signal_number: signal.Signals
 ) -> None:
-    """Control-C, what a scheduler or `docker stop` sends, a closed terminal: nothing half-written is
+    """Control-C, what a scheduler or `docker stop` sends, a closed terminal: nothing half-made is
     left, but what a conversion has done, and it says so."""
     making_ = making(name, tmp_path / "out")
     kill_at = making_.num_changes() // 2
