@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -145,17 +144,16 @@ def compare(
     for engine_dir in (arguments.engine_dir, arguments.compare):
         check(engine_dir, requests)
     asked = list(requests.values())
-    with tempfile.TemporaryDirectory(prefix="nvlm_compare_") as folder:
-        with Runner.open(arguments.engine_dir, device, job, options) as runner:
-            engine = record(runner, asked, Path(folder) / "engine")
-        with Runner.open(arguments.compare, device) as runner:
-            reference = record(runner, asked, Path(folder) / "reference")
-        if arguments.json:
-            print(json.dumps(report_json(engine, reference)))
-            return
-        for number, difference in enumerate(differences(engine, reference), start=1):
-            print(f"request {number}: {difference.line()}")
-        print(f"{engine.tokens_per_s:.1f} tokens/s, reference {reference.tokens_per_s:.1f}")
+    with Runner.open(arguments.engine_dir, device, job, options) as runner:
+        engine = record(runner, asked)
+    with Runner.open(arguments.compare, device) as runner:
+        reference = record(runner, asked)
+    if arguments.json:
+        print(json.dumps(report_json(engine, reference)))
+        return
+    for number, difference in enumerate(differences(engine, reference), start=1):
+        print(f"request {number}: {difference.line()}")
+    print(f"{engine.tokens_per_s:.1f} tokens/s, reference {reference.tokens_per_s:.1f}")
 
 
 def _parse() -> argparse.Namespace:

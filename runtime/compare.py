@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class _RowsFile:
         """rows: [n, num_columns]."""
         try:
             with open(self._path, "ab", buffering=0) as file:
-                rest = memoryview(rows.to("cpu", torch.float32).contiguous().numpy()).cast("B")
+                rest = memoryview(rows.to("cpu", torch.float32).numpy().tobytes())
                 while rest:
                     rest = rest[file.write(rest) :]
         except OSError as error:
@@ -159,30 +160,30 @@ def check(engine_dir: Path, requests: dict[str, GenerationRequest]) -> None:
             raise UserError(f"{engine_dir} cannot answer {where}: {error}") from None
 
 
-def record(runner: Runner, requests: list[GenerationRequest], folder: Path) -> Run:
-    """Answers the first request to warm up and every one for the record, which lies in `folder` as
-    long as the result is used; raises what fails."""
-    folder.mkdir()
-    recorder = _Recorder(runner.decoder, folder)
-    recording = Runner(EngineDir.read(runner.engine.directory), runner.vision, recorder)
-    _answer(recording, requests[:1])
-    warm_up = len(recorder.logits)
-    started = time.perf_counter()
-    results = _answer(recording, requests)
-    seconds = time.perf_counter() - started
-    # Requests are submitted in order, so ids are in that order too.
-    ids = list(recorder.logits)[warm_up:]
-    return Run(
-        [
-            Recording(
-                result.token_ids,
-                table.mapped() if (table := recorder.tables[request_id]) else None,
-                recorder.logits[request_id].mapped(),
-            )
-            for result, request_id in zip(results, ids, strict=True)
-        ],
-        seconds,
-    )
+def record(runner: Runner, requests: list[GenerationRequest]) -> Run:
+    """Answers the first request to warm up and every one for the record; raises what fails. The
+    files are below TMPDIR and lose their names here: their space is free when the result goes."""
+    with TemporaryDirectory(prefix="nvlm_compare_") as folder:
+        recorder = _Recorder(runner.decoder, Path(folder))
+        recording = Runner(EngineDir.read(runner.engine.directory), runner.vision, recorder)
+        _answer(recording, requests[:1])
+        warm_up = len(recorder.logits)
+        started = time.perf_counter()
+        results = _answer(recording, requests)
+        seconds = time.perf_counter() - started
+        # Requests are submitted in order, so ids are in that order too.
+        ids = list(recorder.logits)[warm_up:]
+        return Run(
+            [
+                Recording(
+                    result.token_ids,
+                    table.mapped() if (table := recorder.tables[request_id]) else None,
+                    recorder.logits[request_id].mapped(),
+                )
+                for result, request_id in zip(results, ids, strict=True)
+            ],
+            seconds,
+        )
 
 
 def _answer(runner: Runner, requests: list[GenerationRequest]) -> list[GenerationResult]:
