@@ -1,7 +1,8 @@
 """Many requests through one engine: request file in, answer file out.
 
 An answer line is written as soon as all lines before it are; a rerun goes on behind the finished
-ones. A request that fails gets an "error" line and the others go on.
+ones, if they answer the same requests and the engine is the same. A request that fails gets an
+"error" line and the others go on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from nvlm.errors import UserError
 from runtime.answer_file import AnswerFile, answer_json
+from runtime.answer_record import take_over
 from runtime.request_file import RequestLine
 from runtime.runner import Runner
 from runtime.types import GenerationRequest
@@ -27,6 +29,7 @@ def run_batch(runner: Runner, lines: list[RequestLine], output: Path) -> int:
         tqdm(total=len(lines), initial=file.num_finished, desc="answers") as progress,
     ):
         first = file.num_finished
+        take_over(output, runner.engine.manifest.digest, lines, first)
         for index, answer in _answers(runner, lines[first:]):
             pending[first + index] = answer
             progress.update()

@@ -31,11 +31,13 @@ _FIELDS = {"id", "prompt", "images", "stop", *_OPTION_TYPES}
 
 @dataclass(frozen=True, slots=True)
 class RequestLine:
-    """A line of the input file: its id, the request or what is wrong with it, its number from 1."""
+    """A line of the input file: its id, the request or what is wrong with it, its number from 1.
+    The images' paths lie in `folder` unless they are absolute."""
 
     id: Any
     request: GenerationRequest | UserError
     number: int
+    folder: Path
 
 
 def read_requests(path: Path, defaults: GenerationRequest) -> list[RequestLine]:
@@ -48,16 +50,23 @@ def read_requests(path: Path, defaults: GenerationRequest) -> list[RequestLine]:
 
 def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) -> RequestLine:
     line_id: Any = number
+    request: GenerationRequest | UserError
     try:
         values = json.loads(line)
         if not isinstance(values, dict):
             raise UserError(f"expected a JSON object, found {type(values).__name__}")
         line_id = values.get("id", number)
-        return RequestLine(line_id, request_from_json(values, path.parent, defaults), number)
+        return RequestLine(
+            line_id, request_from_json(values, path.parent, defaults), number, path.parent
+        )
     except (ValueError, RecursionError) as error:
-        return RequestLine(line_id, UserError(f"{path} line {number} is not JSON: {error}"), number)
+        return RequestLine(
+            line_id, UserError(f"{path} line {number} is not JSON: {error}"), number, path.parent
+        )
     except UserError as error:
-        return RequestLine(line_id, UserError(f"{path} line {number}: {error}"), number)
+        return RequestLine(
+            line_id, UserError(f"{path} line {number}: {error}"), number, path.parent
+        )
 
 
 def request_from_json(

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ import torch
 
 from nvlm.errors import UserError
 from runtime.answer_file import AnswerFile, answer_json
+from runtime.answer_record import record_path
 from runtime.batch import run_batch
 from runtime.request_file import RequestLine, read_requests
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult, Timings
+from tests.command import tree
 
 DEFAULTS = GenerationRequest(content=(), max_new_tokens=4)
 
@@ -37,8 +40,9 @@ class EchoRunner:
     "fail" is refused; "stop" ends the process as Ctrl-C would.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, digest: str = "e" * 64) -> None:
         self.asked: list[str] = []
+        self.engine = SimpleNamespace(manifest=SimpleNamespace(digest=digest))
 
     def generate_batch(
         self, requests: Iterable[GenerationRequest]
@@ -95,8 +99,8 @@ class TestReading:
     ) -> None:
         path = write_lines(tmp_path / "in.jsonl", {"prompt": "a"}, "", {"prompt": "b"})
         expected = [
-            RequestLine(1, replace(DEFAULTS, content=("a",)), 1),
-            RequestLine(3, replace(DEFAULTS, content=("b",)), 3),
+            RequestLine(1, replace(DEFAULTS, content=("a",)), 1, tmp_path),
+            RequestLine(3, replace(DEFAULTS, content=("b",)), 3, tmp_path),
         ]
         assert read_requests(path, DEFAULTS) == expected
 
@@ -325,6 +329,8 @@ class TestResuming:
         """Real executors answer in order here; the third request interrupts."""
 
         class Interrupted:
+            engine = runner.engine
+
             def generate_batch(self, requests: Iterable[GenerationRequest]) -> Iterator[Any]:
                 for index, item in enumerate(runner.generate_batch(requests)):
                     if index == 2:
@@ -337,6 +343,79 @@ class TestResuming:
         resumed = answer(tmp_path, runner, *self.LINES)
         fresh = answer(tmp_path, runner, *self.LINES, name="fresh.jsonl")
         assert without_timings(resumed) == without_timings(fresh)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"prompt": "other"},
+            {"images": ["other.png"]},
+            {"system": "Be brief."},
+            {"max_new_tokens": 5},
+            {"seed": 7},
+            {"stop": ["x"]},
+        ],
+        ids=str,
+    )
+    def test_an_answer_to_what_is_asked_otherwise_now_is_refused(
+        self, tmp_path: Path, change: dict[str, Any]
+    ) -> None:
+        lines = [{"prompt": f"q{i}"} for i in range(3)]  # known by their position alone
+        answer(tmp_path, EchoRunner(), *lines)
+        before = tree(tmp_path)
+        changed = write_lines(tmp_path / "in.jsonl", lines[0], {**lines[1], **change}, lines[2])
+        requests = read_requests(changed, DEFAULTS)
+        with pytest.raises(UserError, match=r"^line 2 of --input_file .* from its line 2 on"):
+            run_batch(EchoRunner(), requests, tmp_path / "out.jsonl")  # type: ignore[arg-type]
+        assert {**tree(tmp_path), "in.jsonl": ""} == {**before, "in.jsonl": ""}
+        whole = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
+        (tmp_path / "out.jsonl").write_bytes(whole[0])  # as the message says
+        runner = EchoRunner()
+        run_batch(runner, requests, tmp_path / "out.jsonl")  # type: ignore[arg-type]
+        assert len(runner.asked) == 2
+
+    def test_a_changed_default_is_a_changed_request(self, tmp_path: Path) -> None:
+        answer(tmp_path, EchoRunner(), {"prompt": "q"})
+        longer = read_requests(tmp_path / "in.jsonl", replace(DEFAULTS, max_new_tokens=9))
+        with pytest.raises(UserError, match=r"^line 1 of --input_file"):
+            run_batch(EchoRunner(), longer, tmp_path / "out.jsonl")  # type: ignore[arg-type]
+
+    def test_an_answer_of_another_engine_is_refused(self, tmp_path: Path) -> None:
+        answer(tmp_path, EchoRunner(), *self.LINES[:2])
+        with pytest.raises(UserError, match=r"another engine .* was eeeeeeee, now ffffffff"):
+            answer(tmp_path, EchoRunner("f" * 64), *self.LINES)
+        assert len(read_lines(tmp_path / "out.jsonl")) == 2
+
+    def test_a_request_written_or_found_otherwise_is_the_same(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another order of fields, a null, a folder that moved."""
+        (tmp_path / "a").mkdir()
+        answer(tmp_path / "a", EchoRunner(), {"id": 1, "prompt": "q", "images": ["x.png"]})
+        (tmp_path / "a").rename(tmp_path / "b")
+        monkeypatch.chdir(tmp_path / "b")
+        line = {"images": ["x.png"], "prompt": "q", "id": 1, "system": None}
+        runner = EchoRunner()
+        assert len(answer(Path(), runner, line)) == 1
+        assert runner.asked == []
+
+    def test_answers_without_a_record_go_on_by_their_ids(self, tmp_path: Path) -> None:
+        """As an earlier version left them; what is answered from here on is guarded."""
+        answer(tmp_path, EchoRunner(), *self.LINES[:2])
+        record_path(tmp_path / "out.jsonl").unlink()
+        lines = [{**self.LINES[0], "prompt": "other"}, *self.LINES[1:]]
+        runner = EchoRunner()
+        answer(tmp_path, runner, *lines)
+        assert sorted(runner.asked) == ["q2", "q3", "q4"]
+        answer(tmp_path, EchoRunner(), *lines)
+        with pytest.raises(UserError, match=r"^line 3 "):
+            answer(tmp_path, EchoRunner(), *lines[:2], {**lines[2], "prompt": "other"}, *lines[3:])
+
+    @pytest.mark.parametrize("content", ["[1]", "{}", '{"engine": 1, "requests": []}', "no"])
+    def test_a_record_of_something_else_is_refused(self, tmp_path: Path, content: str) -> None:
+        answer(tmp_path, EchoRunner(), *self.LINES[:2])
+        record_path(tmp_path / "out.jsonl").write_text(content)
+        with pytest.raises(UserError, match=r"out.jsonl.run.json"):
+            answer(tmp_path, EchoRunner(), *self.LINES)
 
     def test_requests_may_be_added_behind_the_finished_ones(self, tmp_path: Path) -> None:
         answer(tmp_path, EchoRunner(), *self.LINES[:3])
