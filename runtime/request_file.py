@@ -50,7 +50,6 @@ def read_requests(path: Path, defaults: GenerationRequest) -> list[RequestLine]:
 
 def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) -> RequestLine:
     line_id: Any = number
-    request: GenerationRequest | UserError
     try:
         values = json.loads(line)
         if not isinstance(values, dict):
