@@ -372,7 +372,7 @@ def test_a_disk_too_small_is_told_before_any_work(model_dir: Path, mount: Mount)
     disk = mount("size=300k")
     start = ("--model_dir", model_dir, "--device", "cpu")
     result = run_command(CONVERT, *start, "--output_dir", disk / "new")
-    one_line_error(result, "--output_dir", "needs 0.1 GB", "free")
+    one_line_error(result, "--output_dir", "needs 70.0 MB but its disk has 0.3 MB free")
     assert "layers" not in result.stderr, "no progress bar has begun"
     assert list(disk.iterdir()) == []
 
