@@ -135,7 +135,7 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
         raise UserError(f"{directory} {what}; give what {command} made")
     program, flag, _ = command.split(maxsplit=2)
     # Nothing here says who made it, so nothing is said of deleting it.
-    mend = f"make one with {program} {flag} NEW_DIRECTORY"
+    mend = f"make one in a new directory with {program} {flag}"
     if not path.is_file():
         if looks_like_model(directory):
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,9 @@ HAS_HOPPER = torch.cuda.is_available() and hopper.has_kernels(torch.device("cuda
 # Read when Triton and the kernels are imported.
 if not HAS_HOPPER:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Under nohup programs would inherit that it is ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Two workers share two cores (see Makefile), so each computes on one.
 torch.set_num_threads(1)
