@@ -12,7 +12,7 @@ from typing import Any
 from evaluation.datasets.records import RecordError, field, string_list
 from evaluation.sample import Location, SampleId
 from nvlm.errors import UserError
-from nvlm.json_files import read_json_object, write_json_atomically
+from nvlm.json_files import read_json_object, write_json_beside
 from runtime.engine_dir import EngineDir
 from runtime.types import GenerationRequest
 
@@ -100,12 +100,7 @@ class RunRecord:
             ) from None
 
     def write(self, path: Path) -> None:
-        try:
-            write_json_atomically(path, asdict(self))
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be written: {error.strerror}; choose another --output_path"
-            ) from None
+        write_json_beside(path, asdict(self), "--output_path")
 
     @property
     def location(self) -> Location:

@@ -31,6 +31,16 @@ def write_json_atomically(path: Path, value: dict[str, Any]) -> None:
     write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_json_beside(path: Path, value: dict[str, Any], flag: str) -> None:
+    """As `write_json_atomically`, beside what `flag` names. Raises `UserError` where it cannot."""
+    try:
+        write_json_atomically(path, value)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; choose another {flag}"
+        ) from None
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Writes `text` so that `path` is either absent, as before, or complete."""
     temporary = path.with_name(path.name + ".tmp")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm.errors import UserError
-from nvlm.json_files import read_json_object, write_json_atomically
+from nvlm.json_files import read_json_object, write_json_beside
 from runtime.request_file import RequestLine
 from runtime.types import GenerationRequest
 
@@ -44,12 +44,7 @@ class AnswerRecord:
         return record
 
     def write(self, path: Path) -> None:
-        try:
-            write_json_atomically(path, asdict(self))
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be written: {error.strerror}; choose another --output_file"
-            ) from None
+        write_json_beside(path, asdict(self), "--output_file")
 
 
 def record_path(answers: Path) -> Path:

@@ -50,22 +50,18 @@ def read_requests(path: Path, defaults: GenerationRequest) -> list[RequestLine]:
 
 def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) -> RequestLine:
     line_id: Any = number
+    request: GenerationRequest | UserError
     try:
         values = json.loads(line)
         if not isinstance(values, dict):
             raise UserError(f"expected a JSON object, found {type(values).__name__}")
         line_id = values.get("id", number)
-        return RequestLine(
-            line_id, request_from_json(values, path.parent, defaults), number, path.parent
-        )
+        request = request_from_json(values, path.parent, defaults)
     except (ValueError, RecursionError) as error:
-        return RequestLine(
-            line_id, UserError(f"{path} line {number} is not JSON: {error}"), number, path.parent
-        )
+        request = UserError(f"{path} line {number} is not JSON: {error}")
     except UserError as error:
-        return RequestLine(
-            line_id, UserError(f"{path} line {number}: {error}"), number, path.parent
-        )
+        request = UserError(f"{path} line {number}: {error}")
+    return RequestLine(line_id, request, number, path.parent)
 
 
 def request_from_json(
