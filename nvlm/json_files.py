@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,16 @@ def write_json_beside(path: Path, value: dict[str, Any], flag: str) -> None:
 def write_text_atomically(path: Path, text: str) -> None:
     """Writes `text` so that `path` is either absent, as before, or complete."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # of a folder that is not there
+            temporary.unlink()
+        raise
 
 
 class StrictReader:

@@ -31,9 +31,10 @@ class AnswerRecord:
         """None for answers that have no record: an earlier version wrote none."""
         if not path.exists():
             return None
-        values = read_json_object(path)
         try:
-            record = cls(**values)
+            record = cls(**read_json_object(path))
+        except UserError as error:
+            raise UserError(f"{error}; choose another --output_file") from None
         except TypeError:
             record = cls("", [], 0)
         is_ours = record.format_version == FORMAT_VERSION and isinstance(record.engine, str)

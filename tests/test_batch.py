@@ -16,7 +16,7 @@ import torch
 
 from nvlm.errors import UserError
 from runtime.answer_file import AnswerFile, answer_json
-from runtime.answer_record import record_path
+from runtime.answer_record import AnswerRecord, record_path
 from runtime.batch import run_batch
 from runtime.request_file import RequestLine, read_requests
 from runtime.runner import Runner
@@ -583,3 +583,27 @@ def test_two_runs_on_one_output_file_are_kept_apart(tmp_path: Path) -> None:
         pytest.raises(UserError, match="another process is writing"),
     ):
         AnswerFile(tmp_path / "answers.jsonl", [1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "holds a JSON list, expected an object; choose"),
+        ('{"engine": 3}', "no record of ans"),
+    ],
+)
+def test_a_damaged_record_of_answers_is_told_with_what_mends_it(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = record_path(tmp_path / "answers.jsonl")
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"{message}.*another --output_file"):
+        AnswerRecord.read(path)
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    path = record_path(tmp_path / "answers.jsonl")
+    path.mkdir()
+    with pytest.raises(UserError, match="Is a directory; choose another --output_file"):
+        AnswerRecord("", []).write(path)
+    assert list(tmp_path.iterdir()) == [path]
