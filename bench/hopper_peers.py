@@ -20,8 +20,9 @@ import torch
 import transformers
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.hopper import numbers, slopes, told
+from bench.hopper import numbers
 from bench.hopper_decoder import PAUSE_S, decode_row, prefill_row, random_prompt
+from bench.hopper_report import slopes, told
 from bench.hopper_row import Row
 from bench.machine import describe, describe_gpu
 from bench.stopwatch import seconds_of

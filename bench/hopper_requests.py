@@ -1,18 +1,16 @@
-"""Whole requests: time to the first token of one with seven tiles, and throughput of many."""
+"""Time to the first token of a request with seven tiles, by the executors alone."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 
 import torch
 
 from bench.ceilings import Ceilings
-from bench.hopper_decoder import PAUSE_S, prefill_flop, random_prompt, step_bytes
+from bench.hopper_decoder import PAUSE_S, prefill_flop, random_prompt
 from bench.hopper_row import Row
 from bench.hopper_vision import load_vision, random_tiles, tile_flop
-from nvlm.checkpoint_config import CheckpointConfig
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine_dir import EngineDir
@@ -55,44 +53,4 @@ def measure_first_token(
         1 / seconds,
         flop / seconds,
         flop / seconds / ceilings.fp8_flop_per_s,
-    )
-
-
-def measure_serving(
-    executor: TorchDecoderExecutor,
-    config: CheckpointConfig,
-    num_requests: int,
-    num_input: int,
-    num_output: int,
-    ceilings: Ceilings,
-) -> Row:
-    """All submitted at once; tokens_per_s counts the answers'. ms: from the first step to the last.
-
-    share: of the time that prompts at the FP8 ceiling and steps of full batches at the copy rate
-    would take.
-    """
-    vocab_size = config.decoder.vocab_size
-    for seed in range(num_requests):
-        prompt = random_prompt(vocab_size, num_input, 5000 + seed)
-        executor.submit(DecoderRequest(prompt, num_output))
-    counts: Counter[int] = Counter()
-    start = time.perf_counter()
-    while outputs := executor.step():
-        counts.update(output.request_id for output in outputs)
-    seconds = time.perf_counter() - start
-    assert list(counts.values()) == [num_output] * num_requests
-    batch_size = min(num_requests, executor.limits.max_batch_size)
-    flop = num_requests * prefill_flop(config, num_input)
-    steps = num_output * num_requests / batch_size
-    step_seconds = step_bytes(config, batch_size, num_input) / ceilings.copy_bytes_per_s
-    least = flop / ceilings.fp8_flop_per_s + steps * step_seconds
-    return Row(
-        "serving",
-        config.decoder.num_hidden_layers,
-        batch_size,
-        num_input,
-        1e3 * seconds,
-        num_requests * num_output / seconds,
-        flop / seconds,
-        least / seconds,
     )

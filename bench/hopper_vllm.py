@@ -27,9 +27,10 @@ from typing import Any
 import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.hopper import numbers, slopes, told
+from bench.hopper import numbers
 from bench.hopper_decoder import PAUSE_S, decode_row, prefill_row, random_prompt
 from bench.hopper_peers import qwen2_config
+from bench.hopper_report import slopes, told
 from bench.hopper_row import Row
 from bench.machine import describe, describe_gpu
 from bench.synthetic_engine import DECODERS

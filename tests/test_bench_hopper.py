@@ -11,6 +11,10 @@ import torch
 from bench import hopper, hopper_kernels, hopper_load, hopper_memory, hopper_peers
 from bench.hopper_decoder import random_prompt
 from bench.synthetic_engine import synthetic_engine
+from bench.synthetic_runner import draw_pictures, write_tokenizer
+from nvlm.inputs.images import load_image
+from nvlm.inputs.tiling import tile_image
+from nvlm.inputs.tokenizer import IM_END, IM_START, Detokenizer, Tokenizer
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
@@ -43,6 +47,64 @@ def test_every_phase_is_measured_through_the_executors(
     assert all(row["ms"] > 0 and row["rate"] > 0 for row in found["rows"])
     assert len(found["slopes"]) == 8
     assert "2 layers, prompt of 50 tokens" in (tmp_path / "profile.log").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_pictures_arrive_through_the_server_while_texts_decode(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = "--shape tiny --layers 1 --batch_sizes 1 --context 80 --prompts 20"
+    hopper.main(["interactive", *options.split(), "--picture_rate", "0,6", "--seconds", "1"])
+    first, quiet, busy = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert first["phase"] == "first pictures"
+    assert len(first["first_token_ms"]) == 10
+    assert first["num_tokens"] == 7 * 4 + 156
+    assert (quiet["picture_rate"], quiet["num_pictures"], quiet["first_token_ms"]) == (0, 0, {})
+    assert (busy["picture_rate"], busy["num_pictures"]) == (6, 6)
+    for row in (quiet, busy):
+        gaps = row["gap_ms"]
+        assert 0 < gaps["p50"] <= gaps["p90"] <= gaps["p99"] <= gaps["max"]
+        assert row["num_restarts"] > 0, "answers of 40 tokens end within the second"
+    assert 0 < busy["first_token_ms"]["median"] <= busy["first_token_ms"]["max"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_loads_of_any_size_are_served(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--shape tiny --layers 1 --batch_sizes 1,3 --context 64 --prompts 20"
+    hopper.main(["serving", *options.split(), "--serving", "64/4/6/5,64/3/9/0,50/4/2/2"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["phase"], row["num_tokens"], row["batch_size"]) for row in rows] == [
+        ("served", 64, 5),
+        ("served", 64, 5),  # 0: the engine's limit, the largest that a load names
+        ("served", 50, 2),
+    ]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("text", ["2048/128/256", "a/1/1/1", "1/0/1/1", "1/1/1/-1", ""])
+def test_what_is_no_load_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        hopper.main(["serving", "--serving", text])
+    assert "argument --serving" in capsys.readouterr().err
+
+
+def test_every_picture_has_seven_tiles_of_its_own(tmp_path: Path) -> None:
+    """Otherwise a request would find another's blocks in the KV cache."""
+    pictures = [
+        tile_image(load_image(path), 56, 6) for path in draw_pictures(tmp_path / "p", 5, 56)
+    ]
+    assert {picture.num_tiles for picture in pictures} == {7}
+    assert len({picture.cache_key for picture in pictures}) == 5
+
+
+@pytest.mark.parametrize("vocab_size", [512, 152064])
+def test_every_token_is_a_text_at_once(tmp_path: Path, vocab_size: int) -> None:
+    """Otherwise a server would report nothing for it, and the gap would span two tokens."""
+    write_tokenizer(tmp_path / "tokenizer", vocab_size)
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
+    silent = {i for i in range(vocab_size) if not Detokenizer(tokenizer).push(i)}
+    assert silent == {tokenizer.special_id(name) for name in (IM_START, IM_END)}
+    assert tokenizer.num_tokens == vocab_size
 
 
 def test_memory_is_told_for_every_stage_of_a_full_engine(monkeypatch: pytest.MonkeyPatch) -> None:
