@@ -19,7 +19,9 @@
 #     vllm      vLLM, FP8; needs vllm (PYTHON=... where it has an environment of its own)
 #     evaluation  a benchmark task beside the engine alone, $LAYERS (default 80) layers, needs tqdm
 #   one H200:
-#     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving
+#     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving of 256
+#               requests, 64 at a time, through the product's server
+#     interactive  80 layers: eight texts decode while no, one or two pictures a second arrive
 #     memory80  80 layers, the cache takes all that is left
 #   two GPUs of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them
@@ -58,8 +60,10 @@ part load 200 $python -m bench.hopper_load --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.hopper_peers
 part vllm 420 $python -m bench.hopper_vllm
 
-part h200 400 $python -m bench.hopper decode prefill first_token serving --layers 80 \
-  --batch_sizes 1,8,32,64 --prompts 1948 --requests 128
+part h200 460 $python -m bench.hopper decode prefill first_token serving --layers 80 \
+  --batch_sizes 1,8,32,64 --prompts 1948 --serving 2048/128/256/64
+part interactive 200 $python -m bench.hopper interactive --layers 80 --batch_sizes 8 --prompts 1948 \
+  --picture_rate 0,1,2 --seconds 15
 part memory80 90 $python -m bench.hopper_memory --layers 80 --max_batch_size 112
 part evaluation 150 $python -m bench.evaluation --engine_dir "${TRUTH:-.truth}/engine" --device cuda \
   --shape 72b --layers ${LAYERS:-80} --num_samples 24 --repeats 2
