@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from nvlm import __version__
+from nvlm.code_digest import code_digest
 from nvlm.errors import UserError
 from nvlm.json_files import read_json_object, write_json_atomically
 from nvlm.published_model import looks_like_model
@@ -73,15 +74,6 @@ def sha256_of(path: Path, progress: tqdm[NoReturn] | None = None) -> str:
             digest.update(chunk)
             if progress is not None:
                 progress.update(len(chunk))
-    return digest.hexdigest()
-
-
-def code_digest() -> str:
-    """SHA-256 over the code that makes artefacts: what an older version made is not current."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted([*root.glob("nvlm/**/*.py"), *root.glob("build/**/*.py")]):
-        digest.update(f"{path.relative_to(root)} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 

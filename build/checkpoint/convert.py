@@ -30,12 +30,13 @@ from build.checkpoint.vision_step import VISION_FILE, VisionStep, write_scales
 from build.sources.source import WeightSource
 from nvlm.checkpoint_config import CheckpointConfig, QuantAlgo
 from nvlm.checkpoint_tensors import decoder_tensors, rank_file, vision_tensors
+from nvlm.code_digest import code_digest
 from nvlm.config import NVLMConfig, VisionConfig
 from nvlm.dtypes import TORCH_DTYPES
 from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer, tokenizer_files
 from nvlm.json_files import write_json_atomically
-from nvlm.manifest import code_digest, is_current, sha256_of, write_manifest
+from nvlm.manifest import is_current, sha256_of, write_manifest
 from nvlm.mapping import check_divides
 from nvlm.output_dir import OutputPlace, staged_directory
 from nvlm.plan import calibration_bytes, checkpoint_bytes
