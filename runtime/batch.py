@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from nvlm.errors import UserError
 from runtime.answer_file import AnswerFile, answer_json
-from runtime.answer_record import take_over
 from runtime.request_file import RequestLine
+from runtime.run_record import resume
 from runtime.runner import Runner
 from runtime.types import GenerationRequest
 
@@ -29,7 +29,7 @@ def run_batch(runner: Runner, lines: list[RequestLine], output: Path) -> int:
         tqdm(total=len(lines), initial=file.num_finished, desc="answers") as progress,
     ):
         first = file.num_finished
-        take_over(output, runner.engine.manifest.digest, lines, first)
+        resume(output, runner.engine, lines, first)
         for index, answer in _answers(runner, lines[first:]):
             pending[first + index] = answer
             progress.update()

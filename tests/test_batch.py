@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,9 @@ import torch
 
 from nvlm.errors import UserError
 from runtime.answer_file import AnswerFile, answer_json
-from runtime.answer_record import AnswerRecord, record_path
 from runtime.batch import run_batch
 from runtime.request_file import RequestLine, read_requests
+from runtime.run_record import BATCH, EngineId, RunRecord, record_path, settings_of
 from runtime.runner import Runner
 from runtime.sampling import SamplingParams
 from runtime.types import GenerationRequest, GenerationResult, Timings
@@ -42,7 +43,9 @@ class EchoRunner:
 
     def __init__(self, digest: str = "e" * 64) -> None:
         self.asked: list[str] = []
-        self.engine = SimpleNamespace(manifest=SimpleNamespace(digest=digest))
+        self.engine = SimpleNamespace(
+            manifest=SimpleNamespace(digest=digest), directory=Path(f"/{digest[0]}")
+        )
 
     def generate_batch(
         self, requests: Iterable[GenerationRequest]
@@ -381,7 +384,7 @@ class TestResuming:
 
     def test_an_answer_of_another_engine_is_refused(self, tmp_path: Path) -> None:
         answer(tmp_path, EchoRunner(), *self.LINES[:2])
-        with pytest.raises(UserError, match=r"another engine .* was eeeeeeee, now ffffffff"):
+        with pytest.raises(UserError, match=r"engine /e \(eeeeeeee\) .* has /f \(ffffffff\)"):
             answer(tmp_path, EchoRunner("f" * 64), *self.LINES)
         assert len(read_lines(tmp_path / "out.jsonl")) == 2
 
@@ -409,6 +412,45 @@ class TestResuming:
         answer(tmp_path, EchoRunner(), *lines)
         with pytest.raises(UserError, match=r"^line 3 "):
             answer(tmp_path, EchoRunner(), *lines[:2], {**lines[2], "prompt": "other"}, *lines[3:])
+
+    def test_answers_of_a_record_of_version_1_are_held_to_their_engine_alone(
+        self, tmp_path: Path
+    ) -> None:
+        """Its digests covered settings at their neutral value."""
+        answer(tmp_path, EchoRunner(), *self.LINES[:2])
+        older = {"engine": "e" * 64, "requests": ["0123", None], "format_version": 1}
+        place = record_path(tmp_path / "out.jsonl")
+        place.write_text(json.dumps(older))
+        with pytest.raises(UserError, match=r"engine of an unknown folder \(eeeeeeee\)"):
+            answer(tmp_path, EchoRunner("f" * 64), *self.LINES)
+        runner = EchoRunner()
+        answer(tmp_path, runner, *self.LINES)
+        assert sorted(runner.asked) == ["q2", "q3", "q4"]
+        requests = json.loads(place.read_text())["requests"]
+        assert requests[:2] == [None, None]
+        assert None not in requests[2:]
+
+    def test_a_sampling_setting_that_is_added_later_changes_no_digest(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Unless it has another value than its neutral one."""
+
+        @dataclass(frozen=True, slots=True)
+        class WiderParams(SamplingParams):
+            penalty: float = 1.0
+
+        lines = [{**line, "temperature": 0.5} for line in self.LINES]
+        answer(tmp_path, EchoRunner(), *lines[:2])
+        wider = replace(DEFAULTS, sampling=WiderParams())
+        monkeypatch.setattr(sys.modules[__name__], "DEFAULTS", wider)
+        runner = EchoRunner()
+        answer(tmp_path, runner, *lines)
+        assert sorted(runner.asked) == ["q2", "q3", "q4"]
+        other = replace(wider, sampling=WiderParams(penalty=1.5))
+        assert settings_of(other) == {**settings_of(wider), "penalty": 1.5}
+        monkeypatch.setattr(sys.modules[__name__], "DEFAULTS", other)
+        with pytest.raises(UserError, match="line 1 of --input_file or a setting of it changed"):
+            answer(tmp_path, EchoRunner(), *lines)
 
     @pytest.mark.parametrize("content", ["[1]", "{}", '{"engine": 1, "requests": []}', "no"])
     def test_a_record_of_something_else_is_refused(self, tmp_path: Path, content: str) -> None:
@@ -589,7 +631,7 @@ def test_two_runs_on_one_output_file_are_kept_apart(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[]", "holds a JSON list, expected an object; choose"),
-        ('{"engine": 3}', "no record of ans"),
+        ('{"engine": 3}', "no record of a run"),
     ],
 )
 def test_a_damaged_record_of_answers_is_told_with_what_mends_it(
@@ -598,12 +640,12 @@ def test_a_damaged_record_of_answers_is_told_with_what_mends_it(
     path = record_path(tmp_path / "answers.jsonl")
     path.write_text(text)
     with pytest.raises(UserError, match=f"{message}.*another --output_file"):
-        AnswerRecord.read(path)
+        RunRecord.read(path, BATCH)
 
 
 def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     path = record_path(tmp_path / "answers.jsonl")
     path.mkdir()
     with pytest.raises(UserError, match="Is a directory; choose another --output_file"):
-        AnswerRecord("", []).write(path)
+        RunRecord(EngineId("")).write(path, "--output_file")
     assert list(tmp_path.iterdir()) == [path]
