@@ -9,10 +9,10 @@ from pathlib import Path
 from evaluation.datasets.records import RecordError
 from evaluation.merging import FoundLine, merge
 from evaluation.output_paths import answers_paths, record_path
-from evaluation.run_record import RunRecord
 from evaluation.sample import SampleId
 from evaluation.scorable import scorable_id
 from evaluation.scoring.score import Line
+from evaluation.task_record import TaskRecord
 from evaluation.tasks import Task
 from nvlm.errors import UserError
 
@@ -25,7 +25,7 @@ class Results:
     prefix: Path
     task: Task
     lines: dict[SampleId, Line]
-    records: list[RunRecord]
+    records: list[TaskRecord]
     problems: list[str]
     num_duplicates: int
 
@@ -60,7 +60,7 @@ def read_results(prefix: Path, task: Task, flag: str = "--input_path") -> Result
             f"{flag} {prefix} has no {task.name} answers (looked for "
             f"{prefix}-{task.name}-dprank=*-partition=*.jsonl); give run.py's --output_path"
         )
-    records = [RunRecord.read(p) for p in map(record_path, paths) if p.is_file()]
+    records = [TaskRecord.read(p) for p in map(record_path, paths) if p.is_file()]
     merged = merge(task, found, bool(records))
     problems += _missing(prefix, task, records, len(merged.lines))
     return Results(prefix, task, merged.lines, records, problems, merged.num_duplicates)
@@ -74,7 +74,7 @@ def _lines(path: Path, flag: str) -> list[tuple[int, bytes]]:
     return [(number, text) for number, text in enumerate(data.split(b"\n"), 1) if text.strip()]
 
 
-def _missing(prefix: Path, task: Task, records: list[RunRecord], num_lines: int) -> list[str]:
+def _missing(prefix: Path, task: Task, records: list[TaskRecord], num_lines: int) -> list[str]:
     """Partitions and samples that the records promise and the files lack."""
     if not records:
         return []

@@ -13,8 +13,8 @@ from evaluation.generate import generate, task_prompt
 from evaluation.output_paths import answers_path, answers_paths, record_path
 from evaluation.partition import partition_bounds
 from evaluation.results_file import ResultsFile
-from evaluation.run_record import RunRecord, settings_of
 from evaluation.sample import DataSet, Location
+from evaluation.task_record import TaskRecord, task_settings
 from evaluation.tasks import (
     DEFAULT_MAX_NEW_TOKENS,
     TASKS,
@@ -25,6 +25,7 @@ from evaluation.tasks import (
 from nvlm.command_line import ArgumentParser, natural_int, positive_int
 from nvlm.errors import UserError
 from runtime.engine_dir import EngineDir
+from runtime.run_record import EngineId
 from runtime.runner import Runner
 from runtime.types import GenerationRequest
 
@@ -173,7 +174,7 @@ class TaskRun:
         for path in answers_paths(self.output_path, self.task):
             place = record_path(path)
             if place.is_file() and path.stat().st_size:
-                record.require_same_shares(RunRecord.read(place), place)
+                record.require_same_shares(TaskRecord.read(place), place)
         path = answers_path(self.output_path, self.task, self.partition_id)
         if path.exists():
             with ResultsFile(path, self.task, self.data.samples) as file:
@@ -221,15 +222,15 @@ class TaskRun:
                 f"takes {most}; build it with --max_num_images {num_images} or give --num_frames"
             )
 
-    def _record(self, engine: EngineDir) -> RunRecord:
+    def _record(self, engine: EngineDir) -> TaskRecord:
         samples = self.data.samples
-        return RunRecord(
-            self.task.name,
-            settings_of(
+        return TaskRecord(
+            EngineId.of(engine),
+            task_settings(
                 engine, self.request, self.task.max_num_tiles or self.request.max_num_tiles
             ),
+            self.task.name,
             {
-                "engine_dir": str(engine.directory.resolve()),
                 "input_image_path": str(self.location.image_dir.resolve()),
                 "gt_path": [str(path.resolve()) for path in self.location.gt_paths],
                 "split": self.location.split,
@@ -249,7 +250,7 @@ class TaskRun:
             len(self.data.incomplete),
         )
 
-    def _require_same(self, file: ResultsFile, path: Path, record: RunRecord) -> None:
+    def _require_same(self, file: ResultsFile, path: Path, record: TaskRecord) -> None:
         """Refuses to go on with answers that something else made."""
         if not file.finished:
             return
@@ -259,12 +260,12 @@ class TaskRun:
                 f"{path} holds answers and {place} is missing, so what made them is unknown; "
                 "choose another --output_path"
             )
-        earlier = RunRecord.read(place)
+        earlier = TaskRecord.read(place)
         record.require_same(earlier, place)
         self._require_same_samples(path, file, earlier, record)
 
     def _require_same_samples(
-        self, path: Path, file: ResultsFile, earlier: RunRecord, record: RunRecord
+        self, path: Path, file: ResultsFile, earlier: TaskRecord, record: TaskRecord
     ) -> None:
         """Refuses to go on where an answered sample is no longer what it was: another data set
         under the same names."""

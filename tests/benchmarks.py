@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.run_record import RunRecord
+from evaluation.task_record import TaskRecord
+from runtime.run_record import EngineId
 from tools.tiny.fonts import evaluation_font_files
 
 READ_NUMBER, READ_WORD = "Read the number.", "Read the word."
@@ -663,10 +664,9 @@ def short(sample_id: int | str, answer: str, *truths: str) -> dict[str, Any]:
     return {"sample_id": sample_id, "prompt": "", "answer": answer, "gt_answer": list(truths)}
 
 
-def run_record(task: str, **settings: Any) -> RunRecord:
+def run_record(task: str, engine: str = "1", **settings: Any) -> TaskRecord:
     """Of one sample, with these settings beside the usual ones."""
     usual = {
-        "engine": "1",
         "quant_algo": None,
         "kv_cache_quant_algo": None,
         "dtype": "bfloat16",
@@ -677,8 +677,6 @@ def run_record(task: str, **settings: Any) -> RunRecord:
         "system": "Answer the questions.",
         "prompt_format": "megatron",
         "max_new_tokens": 128,
-        "stop": [],
-        "sampling": {},
     }
     data = {"gt_path": ["x.jsonl"], "num_frames": 8, "input_image_path": "x", "split": None}
-    return RunRecord(task, {**usual, **settings}, data, 0, 1, 1)
+    return TaskRecord(EngineId(engine), {**usual, **settings}, task, data, 0, 1, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from evaluation.datasets.mmmu import read_mmmu_answers
 from evaluation.output_paths import record_path
 from evaluation.packages import require_package
 from evaluation.results import read_results
-from evaluation.run_record import RunRecord
 from evaluation.sample import Location
 from evaluation.scored import read_truth
 from evaluation.scoring.score import Truth
+from evaluation.task_record import TaskRecord
 from evaluation.tasks import TASKS
 from nvlm.errors import UserError
 from tests.benchmarks import (
@@ -567,11 +567,12 @@ def test_another_data_set_under_the_same_names_is_noticed(
 def test_a_record_of_another_format_is_refused(tmp_path: Path) -> None:
     record = run_record("AI2D")
     record.write(tmp_path / "run.json")
-    assert RunRecord.read(tmp_path / "run.json") == record
+    assert TaskRecord.read(tmp_path / "run.json") == record
     assert replace(record, data={**record.data, "num_frames": 4}).decisive != record.decisive
-    replace(record, format_version=2).write(tmp_path / "run.json")
-    with pytest.raises(UserError, match="has format_version 2, expected 1; use another --output_"):
-        RunRecord.read(tmp_path / "run.json")
+    values = json.loads((tmp_path / "run.json").read_text())
+    write_json(tmp_path / "run.json", {**values, "format_version": 3})
+    with pytest.raises(UserError, match="has format_version 3, expected 2; use another --output_"):
+        TaskRecord.read(tmp_path / "run.json")
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError, match=r"folder\.json cannot be written: Is a directory"):
         record.write(tmp_path / "folder.json")
@@ -580,20 +581,25 @@ def test_a_record_of_another_format_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"num_samples": None}, "has num_samples None, expected int"),
-        ({"settings": {}}, "has no 'engine'"),
+        ({"task": {"num_samples": None}}, "has num_samples None, expected int"),
+        ({"engine": {}}, "has no 'digest'"),
+        ({"settings": {}}, "has no 'quant_algo'"),
         ({"settings": []}, "has settings [], expected dict"),
-        ({"data": {"input_image_path": "/x"}}, "has no 'gt_path'"),
-        ({"partition_id": 3}, "is of partition 3 of 1"),
-        ({"image_bytes": {"1": "many"}}, "has 1 'many', expected int"),
-        ({"more": 1}, "unexpected keyword argument 'more'"),
+        ({"task": {"data": {"input_image_path": "/x"}}}, "has no 'gt_path'"),
+        ({"task": {"partition_id": 3}}, "is of partition 3 of 1"),
+        ({"task": {"image_bytes": {"1": "many"}}}, "has 1 'many', expected int"),
+        ({"more": 1}, "has an unexpected 'more'"),
+        ({"task": {"more": 1}}, "has an unexpected 'more'"),
     ],
 )
 def test_a_record_changed_by_hand_is_one_line(
     changed: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     path = write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
-    write_json(record_path(path), {**asdict(run_record("AI2D")), **changed})
+    run_record("AI2D").write(record_path(path))
+    values = json.loads(record_path(path).read_text())
+    changed = {**changed, "task": {**values["task"], **changed.get("task", {})}}
+    write_json(record_path(path), {**values, **changed})
     result = run_command(EVALUATE, "--input_path", tmp_path / "run")
     one_line_error(result, "run.json is no record of a run by this version: it", told)
 
@@ -661,9 +667,24 @@ def test_records_that_were_no_samples_are_told_beside_the_score(
     assert run_command(EVALUATE, *flags).exit_code == 0
 
 
-def test_a_record_of_a_run_before_sizes_and_counts_still_reads(tmp_path: Path) -> None:
+def test_a_record_of_version_1_still_reads(tmp_path: Path) -> None:
+    """Before sizes and counts, even; and it may be resumed."""
     path = write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
-    older = asdict(run_record("AI2D"))
-    del older["image_bytes"], older["num_bad_records"]
+    record = run_record("AI2D", temperature=0.5)
+    sampling = {"temperature": 0.5, "top_k": 0, "top_p": 1.0, "seed": 0}
+    neutral = {"engine": record.engine.digest, "stop": [], "sampling": sampling}
+    settings = {name: value for name, value in record.settings.items() if name != "temperature"}
+    older = {
+        "task": record.task,
+        "settings": {**settings, **neutral},
+        "data": {**record.data, "engine_dir": "/engine"},
+        "partition_id": 0,
+        "num_partitions": 1,
+        "num_samples": 1,
+        "format_version": 1,
+    }
     write_json(record_path(path), older)
+    found = TaskRecord.read(record_path(path))
+    assert found == record
+    assert found.engine.directory == "/engine"
     assert run_command(EVALUATE, "--input_path", tmp_path / "run").exit_code == 0
