@@ -85,7 +85,7 @@ doctor: setup
 
 # Serves an engine until Control-C. In NVIDIA's container use its python: PYTHON and VENV as it has.
 triton: $(if $(SYSTEM_PYTHON),,setup-triton)
-	@$(RUN) -m model_repository.serve --engine_dir "$(ENGINE_DIR)" --http_port $(HTTP_PORT) \
+	@$(RUN) -m frontends.triton.serve --engine_dir "$(ENGINE_DIR)" --http_port $(HTTP_PORT) \
 		--grpc_port $(GRPC_PORT) --metrics_port $(METRICS_PORT) $(TRITON_FLAGS)
 
 # Two workers, one thread each: the suite is sized for two cores.
@@ -102,7 +102,7 @@ lint: setup-test
 	$(BIN)/lint-imports --no-cache --verbose > $(VENV)/.lint-imports.log || { cat $(VENV)/.lint-imports.log; exit 1; }
 
 benchmark: setup
-	@$(RUN) -m bench.cpu_path
+	@$(RUN) -m bench.cpu.path
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

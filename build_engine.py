@@ -12,9 +12,15 @@ from build.engines.build import BuildRun, build_engine, is_up_to_date
 from build.engines.decoder_tensorrt_llm import OptimizeFor
 from build.engines.specification import BuildOptions, require_fit, specify
 from build.engines.target import AUTO, require_used
-from nvlm.command_line import ArgumentParser, positive_float, positive_int, resolve_device, run
-from nvlm.memory import total_memory_bytes
-from nvlm.targets import Decoder, Vision
+from nvlm.planning.device_memory import total_memory_bytes
+from nvlm.planning.targets import Decoder, Vision
+from nvlm.program.command_line import (
+    ArgumentParser,
+    positive_float,
+    positive_int,
+    resolve_device,
+    run,
+)
 
 log = logging.getLogger("nvlm.build_engine")
 

@@ -7,22 +7,22 @@ import logging
 from argparse import Namespace
 from pathlib import Path
 
-from build.checkpoint.calibration_set import BUILT_IN
-from build.checkpoint.convert import ConvertOptions, convert, is_up_to_date
-from build.checkpoint.speeds import measure_speeds
+from build.conversion.calibration.calibration_set import BUILT_IN
+from build.conversion.convert import ConvertOptions, convert, is_up_to_date
+from build.conversion.plan import plan_conversion
+from build.conversion.speeds import measure_speeds
 from build.sources.detect import open_source, read_config
-from nvlm.checkpoint_config import QuantAlgo
-from nvlm.command_line import (
+from nvlm.formats.checkpoint_config import QuantAlgo
+from nvlm.model.config import NVLMConfig
+from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.program.command_line import (
     ArgumentParser,
     positive_float,
     positive_int,
     resolve_device,
     run,
 )
-from nvlm.config import NVLMConfig
-from nvlm.conversion_plan import plan_conversion
-from nvlm.dtypes import TORCH_DTYPES
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 log = logging.getLogger("nvlm.convert_checkpoint")
 

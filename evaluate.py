@@ -7,18 +7,18 @@ import json
 import sys
 from pathlib import Path
 
-from evaluation.compare import compare
-from evaluation.gallery import gallery_location, make_gallery
-from evaluation.notes import notes_on
-from evaluation.output_paths import task_in_name, tasks_of
-from evaluation.report import Report, TaskReport, markdown, report_json, run_name
-from evaluation.report_page import page
-from evaluation.results import read_results
-from evaluation.scored import score_results
+from evaluation.asking.output_paths import task_in_name, tasks_of
+from evaluation.reporting.compare import compare
+from evaluation.reporting.gallery import gallery_location, make_gallery
+from evaluation.reporting.notes import notes_on
+from evaluation.reporting.report import Report, TaskReport, markdown, report_json, run_name
+from evaluation.reporting.report_page import page
+from evaluation.reporting.results import read_results
+from evaluation.scoring.scored import score_results
 from evaluation.tasks import TASKS, Task, find_task
-from nvlm.command_line import EXIT_USER_ERROR, ArgumentParser, natural_int, run
-from nvlm.errors import UserError
-from nvlm.json_files import write_text_atomically
+from nvlm.program.command_line import EXIT_USER_ERROR, ArgumentParser, natural_int, run
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import write_text_atomically
 
 EXIT_INCOMPLETE = 1
 DEFAULT_GALLERY_SIZE = 12

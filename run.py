@@ -10,25 +10,25 @@ from pathlib import Path
 
 import torch
 
-from evaluation.task_run import TaskRun, add_flags, check_flags
+from evaluation.asking.task_run import TaskRun, add_flags, check_flags
 from evaluation.tasks import DEFAULT_MAX_NEW_TOKENS as TASK_MAX_NEW_TOKENS
-from nvlm.command_line import ArgumentParser, fraction, positive_int, resolve_device, run
-from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
-from nvlm.limits import DEFAULT_MAX_NEW_TOKENS
-from nvlm.plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
-from runtime.answer_file import answer_json
-from runtime.batch import run_batch
-from runtime.compare import check, differences, record, report_json
+from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
+from nvlm.planning.memory_plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
+from nvlm.program.command_line import ArgumentParser, fraction, positive_int, resolve_device, run
+from nvlm.program.errors import UserError
+from runtime.answers.answer_file import answer_json
+from runtime.answers.batch import run_batch
+from runtime.answers.compare import check, differences, record, report_json
 from runtime.decoder.executor import DecoderOptions
-from runtime.engine_dir import EngineDir
-from runtime.mpi import Job, World, end, rank_from
-from runtime.request_file import read_requests, with_sampling
-from runtime.runner import Runner
-from runtime.sampling import SamplingParams
-from runtime.show_tiles import write_tiles
-from runtime.types import GenerationRequest, GenerationResult
-from runtime.worker import run_worker
+from runtime.engine.engine_dir import EngineDir
+from runtime.ranks.mpi import Job, World, end, rank_from
+from runtime.ranks.worker import run_worker
+from runtime.requests.request_file import read_requests, with_sampling
+from runtime.requests.sampling import SamplingParams
+from runtime.requests.show_tiles import write_tiles
+from runtime.requests.types import GenerationRequest, GenerationResult
+from runtime.serving.runner import Runner
 
 EXIT_SOME_FAILED = 1
 

@@ -11,7 +11,7 @@
 #   and its other results:
 #     alone     tests that take the whole GPU: memory that runs out
 #     truth     the trained model's answers beside the CPU's. $TRUTH (default .truth): a folder made by
-#               python -m bench.hopper_truth --folder .truth --device cpu; what is missing is made
+#               python -m bench.hopper.truth --folder .truth --device cpu; what is missing is made
 #     memory    16 layers and vision: GPU memory beside the plan, once with limits whose cache takes
 #               all that is left
 #     load      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
@@ -42,33 +42,33 @@ pytest="$python -m pytest -q -p no:cacheprovider --tb=short"
 $python -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' >>"$out/summary.log" 2>&1
 
 part tests 150 $pytest -n 8 --maxfail=40 \
-  tests/test_kernels.py tests/test_hopper_model.py tests/test_hopper_kernels_model.py \
-  tests/test_hopper_executor.py tests/test_hopper_vision.py tests/test_decoder_contract.py \
+  tests/decoder/test_kernels.py tests/decoder/test_hopper_model.py tests/decoder/test_hopper_kernels_model.py \
+  tests/decoder/test_hopper_executor.py tests/vision/test_hopper_vision.py tests/decoder/test_decoder_contract.py \
   -k "not alone_ and not TensorRT and not float32"
 part decode 150 bash -c "$python -m bench.hopper decode prefill --layers 8,16 --prompts 1948,2048 \
     --batch_sizes 1,8,64 --profile '$out/profile.log' ||
   $python -m bench.hopper decode prefill --layers 8 --prompts 1948 --batch_sizes 1 --no_graphs"
 part vision 60 $python -m bench.hopper vision
-part kernels 80 $python -m bench.hopper_kernels --batch_sizes 1,8,64 --prompts 1948
+part kernels 80 $python -m bench.hopper.kernels --batch_sizes 1,8,64 --prompts 1948
 
-part alone 60 $pytest tests/test_hopper_executor.py -k alone_
-part truth 220 $python -m bench.hopper_truth --folder "${TRUTH:-.truth}"
-part memory 120 bash -c "$python -m bench.hopper_memory --vision_precision bfloat16
-  $python -m bench.hopper_memory
-  $python -m bench.hopper_memory --max_batch_size 64 --max_seq_len 32768"
-part load 200 $python -m bench.hopper_load --folder "${SCRATCH:-/tmp}/nvlm_load"
-part peers 120 $python -m bench.hopper_peers
-part vllm 420 $python -m bench.hopper_vllm
+part alone 60 $pytest tests/decoder/test_hopper_executor.py -k alone_
+part truth 220 $python -m bench.hopper.truth --folder "${TRUTH:-.truth}"
+part memory 120 bash -c "$python -m bench.hopper.memory --vision_precision bfloat16
+  $python -m bench.hopper.memory
+  $python -m bench.hopper.memory --max_batch_size 64 --max_seq_len 32768"
+part load 200 $python -m bench.hopper.load --folder "${SCRATCH:-/tmp}/nvlm_load"
+part peers 120 $python -m bench.peers.hugging_face
+part vllm 420 $python -m bench.peers.vllm_engine
 
 part h200 460 $python -m bench.hopper decode prefill first_token serving --layers 80 \
   --batch_sizes 1,8,32,64 --prompts 1948 --serving 2048/128/256/64
 part interactive 200 $python -m bench.hopper interactive --layers 80 --batch_sizes 8 --prompts 1948 \
   --picture_rate 0,1,2 --seconds 15
-part memory80 90 $python -m bench.hopper_memory --layers 80 --max_batch_size 112
-part evaluation 150 $python -m bench.evaluation --engine_dir "${TRUTH:-.truth}/engine" --device cuda \
+part memory80 90 $python -m bench.hopper.memory --layers 80 --max_batch_size 112
+part evaluation 150 $python -m bench.serving.evaluation --engine_dir "${TRUTH:-.truth}/engine" --device cuda \
   --shape 72b --layers ${LAYERS:-80} --num_samples 24 --repeats 2
 part one 120 $python -m bench.hopper decode prefill --layers 80 --batch_sizes 1,8,64 --prompts 1948
-ranks="timeout -k 5 140 mpirun -n 2 $python -m bench.hopper_ranks --one '$out/one.log'"
+ranks="timeout -k 5 140 mpirun -n 2 $python -m bench.ranks.hopper --one '$out/one.log'"
 part ranks 430 bash -c "$ranks --output '$out/ranks.json' || $ranks --output '$out/ranks.json' --no_graphs
   $ranks --output '$out/ranks_one_shot.json' --one_shot"
 tail -n 25 "$out"/*.log | cut -c 1-400

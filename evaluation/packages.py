@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 
 def require_package(module: str, package: str, purpose: str) -> ModuleType:

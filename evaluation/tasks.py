@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from evaluation.answer_lines import ANSWER_LINE, LineForm, SampleLine, VideoLine
+from evaluation.asking.answer_lines import ANSWER_LINE, LineForm, SampleLine, VideoLine
 from evaluation.datasets.captioning import read_captions
 from evaluation.datasets.mathvista import DEFAULT_SPLIT as MATHVISTA_SPLIT
 from evaluation.datasets.mathvista import read_mathvista
@@ -23,8 +23,9 @@ from evaluation.datasets.question_answering import (
     read_questions,
     read_vqa_v2,
 )
+from evaluation.datasets.sample import DataSet, Location, Sample
 from evaluation.datasets.video_mme import read_video_mme
-from evaluation.merged_forms import (
+from evaluation.reporting.merged_forms import (
     MergedForm,
     answers_alone,
     captions,
@@ -34,7 +35,6 @@ from evaluation.merged_forms import (
     whole_lines,
     with_question_id,
 )
-from evaluation.sample import DataSet, Location, Sample
 from evaluation.scoring.captions import score_captions
 from evaluation.scoring.mathvista import score_mathvista
 from evaluation.scoring.mmmu import score_mmmu
@@ -52,7 +52,7 @@ from evaluation.scoring.short_answers import (
     vqa_accuracy_official,
 )
 from evaluation.scoring.video_mme import score_video_mme
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """Megatron-LM's default. Its script for NVLM-D says 16, which cuts OCRBench's formulas short."""

@@ -15,9 +15,8 @@ from typing import get_args
 
 import torch
 
-from nvlm.command_line import ArgumentParser, run
-from nvlm.memory import total_memory_bytes
-from nvlm.targets import (
+from nvlm.planning.device_memory import total_memory_bytes
+from nvlm.planning.targets import (
     Decoder,
     Lack,
     Machine,
@@ -26,6 +25,7 @@ from nvlm.targets import (
     decoder_lacks,
     vision_lacks,
 )
+from nvlm.program.command_line import ArgumentParser, run
 
 _DISTRIBUTIONS = (
     *("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx"),

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from build.checkpoint.convert import ConvertOptions, convert
+from build.conversion.convert import ConvertOptions, convert
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
-from nvlm import hopper
+from nvlm.planning import hopper
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 from tools.model_dir import Shape
 
 if TYPE_CHECKING:
-    from tests.triton_server import Served
+    from tests.support.triton_server import Served
 
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
@@ -114,7 +114,7 @@ def triton_server(
     float32_engine_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     """A real Triton server in the `torch` form, which many tests ask."""
-    from tests.triton_server import serving
+    from tests.support.triton_server import serving
 
     with serving(float32_engine_dir, tmp_path_factory.mktemp("triton")) as served:
         yield served

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nvlm.tensorrt_llm_package import SUPPORTED
-from tests.command import ROOT
+from nvlm.planning.tensorrt_llm_package import SUPPORTED
+from tests.support.command import ROOT
 
 DOCUMENTS = [
     ROOT / name
@@ -58,7 +58,7 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
 def test_every_test_that_the_numerics_contract_names_exists() -> None:
     names = set(re.findall(r"\btest_\w+", (ROOT / "docs" / "decisions.md").read_text()))
     assert len(names) > 4
-    assert [name for name in names if not (ROOT / "tests" / f"{name}.py").is_file()] == []
+    assert [name for name in names if not list((ROOT / "tests").rglob(f"{name}.py"))] == []
 
 
 def test_the_runtime_imports_without_what_only_building_needs() -> None:
@@ -68,7 +68,8 @@ def test_the_runtime_imports_without_what_only_building_needs() -> None:
 import sys
 for name in {blocked!r}:
     sys.modules[name] = None
-import runtime.runner, runtime.batch, runtime.decoder.torch_executor, runtime.vision.torch_executor
+import runtime.serving.runner, runtime.answers.batch
+import runtime.decoder.torch_executor, runtime.vision.torch_executor
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
@@ -97,6 +98,6 @@ def test_git_tracks_the_package_called_build() -> None:
     if git is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     done = subprocess.run(
-        [git, "check-ignore", "-q", "build/checkpoint/convert.py"], cwd=ROOT, check=False
+        [git, "check-ignore", "-q", "build/conversion/convert.py"], cwd=ROOT, check=False
     )
     assert done.returncode == 1

@@ -18,8 +18,8 @@ from pathlib import Path
 import build_engine
 import convert_checkpoint
 import run
-from nvlm import command_line
 from nvlm.inputs.tiling import Grid
+from nvlm.program import command_line
 from tools.tiny.evaluation import draw_sample
 
 MODEL = Path("models/nvlm-d-tiny")

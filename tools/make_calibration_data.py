@@ -1,4 +1,4 @@
-"""Makes the images of build/checkpoint/calibration_data/ and examples/.
+"""Makes the images of build/conversion/calibration/calibration_data/ and examples/.
 
 In: the photographs in the scikit-image wheel (only CC0 and public domain ones, see LICENSES.md
 beside the outputs). Out: small JPEG crops and three drawn documents. Same Pillow, same bytes.
@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
-CALIBRATION_DIR = ROOT / "build" / "checkpoint" / "calibration_data"
+CALIBRATION_DIR = ROOT / "build" / "conversion" / "calibration" / "calibration_data"
 EXAMPLES_DIR = ROOT / "examples"
 INK, GREY, WHITE = (28, 32, 40), (150, 156, 166), (255, 255, 255)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from nvlm.config import NUM_DUMMY_HEADS, NVLMConfig
-from nvlm.tensor_names import StoredTensor
+from nvlm.formats.tensor_names import StoredTensor
+from nvlm.model.config import NUM_DUMMY_HEADS, NVLMConfig
 from tools.make_tokenizer import write_tokenizer
 from tools.model_dir import Shape, model_config, write_model_dir
 

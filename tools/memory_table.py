@@ -2,7 +2,7 @@
 
     python -m tools.memory_table [--max_batch_size N] [--max_num_images N] [--vision_precision P]
 
-Everything is nvlm/plan.py's; nothing is loaded, so it runs anywhere.
+Everything is nvlm/planning/memory_plan.py's; nothing is loaded, so it runs anywhere.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from build.engines.specification import MAX_TILES_PER_PASS
-from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.command_line import ArgumentParser, positive_int, run
-from nvlm.config import NVLMConfig
-from nvlm.limits import derive_limits
-from nvlm.plan import plan_tensorrt_llm
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.model.config import NVLMConfig
+from nvlm.planning.limits import derive_limits
+from nvlm.planning.memory_plan import plan_tensorrt_llm
+from nvlm.program.command_line import ArgumentParser, positive_int, run
 from tools.make_random_checkpoint import PRESETS
 from tools.model_dir import config_json
 

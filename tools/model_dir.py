@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from nvlm.config import NVLMConfig
-from nvlm.safetensors_files import SafetensorsWriter, TensorInfo
-from nvlm.tensor_names import StoredTensor, model_tensors
+from nvlm.formats.safetensors_files import SafetensorsWriter, TensorInfo
+from nvlm.formats.tensor_names import StoredTensor, model_tensors
+from nvlm.model.config import NVLMConfig
 
 
 @dataclass(frozen=True, slots=True)

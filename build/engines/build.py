@@ -12,13 +12,14 @@ from build.engines.decoder_tensorrt_llm import DecoderBuildOptions, build_decode
 from build.engines.files import link_or_copy
 from build.engines.specification import BuildOptions, EngineSpec
 from build.engines.vision_tensorrt import TensorrtOptions, TileProfile, build_vision
-from nvlm import __version__, manifest
-from nvlm.checkpoint_tensors import decoder_tensors, open_checked, rank_file
-from nvlm.engine_layout import decoder_config_file
-from nvlm.json_files import write_json_atomically
-from nvlm.output_dir import OutputPlace, staged_directory
-from nvlm.tensorrt_package import PACKAGES, load_tensorrt
-from nvlm.vision_checkpoint import SCALES, WEIGHTS
+from build.output.output_dir import OutputPlace, staged_directory
+from nvlm import __version__
+from nvlm.formats import manifest
+from nvlm.formats.checkpoint_tensors import decoder_tensors, open_checked, rank_file
+from nvlm.formats.layout import decoder_config_file
+from nvlm.formats.vision_checkpoint import SCALES, WEIGHTS
+from nvlm.planning.tensorrt_package import PACKAGES, load_tensorrt
+from nvlm.program.json_files import write_json_atomically
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.limits import EngineLimits
-from nvlm.tensorrt_llm_package import load_tensorrt_llm, stdout_to_stderr
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.planning.limits import EngineLimits
+from nvlm.planning.tensorrt_llm_package import load_tensorrt_llm, stdout_to_stderr
 
 OptimizeFor = Literal["latency", "throughput"]
 

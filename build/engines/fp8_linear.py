@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nvlm import fp8
+from nvlm.model import fp8
 
 
 class Fp8Linear(nn.Module):

@@ -18,16 +18,17 @@ from build.engines.target import (
     choose_vision,
     require_used,
 )
-from nvlm import manifest, targets, tensorrt_package
-from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.errors import UserError
+from nvlm.formats import manifest
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.inputs.tokenizer import Tokenizer
-from nvlm.limits import EngineLimits, derive_limits
-from nvlm.plan import EnginePlan, plan_engine, plan_tensorrt_llm
-from nvlm.targets import Decoder, Vision
-from nvlm.tensorrt_llm_package import load_tensorrt_llm
-from nvlm.tensorrt_package import PACKAGES, load_tensorrt
-from nvlm.vision_checkpoint import VisionCheckpoint
+from nvlm.planning import targets, tensorrt_package
+from nvlm.planning.limits import EngineLimits, derive_limits
+from nvlm.planning.memory_plan import EnginePlan, plan_engine, plan_tensorrt_llm
+from nvlm.planning.targets import Decoder, Vision
+from nvlm.planning.tensorrt_llm_package import load_tensorrt_llm
+from nvlm.planning.tensorrt_package import PACKAGES, load_tensorrt
+from nvlm.program.errors import UserError
 
 log = logging.getLogger(__name__)
 

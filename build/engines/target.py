@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from nvlm.errors import UserError
-from nvlm.plan import vision_weight_bytes
-from nvlm.targets import Decoder, Machine, Vision, decoder_lacks, told, vision_lacks
-from nvlm.vision_checkpoint import SCALES, VisionCheckpoint
+from nvlm.formats.vision_checkpoint import SCALES, VisionCheckpoint
+from nvlm.planning.memory_plan import vision_weight_bytes
+from nvlm.planning.targets import Decoder, Machine, Vision, decoder_lacks, told, vision_lacks
+from nvlm.program.errors import UserError
 
 log = logging.getLogger(__name__)
 

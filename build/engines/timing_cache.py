@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 VISION, DECODER = "vision.cache", "llm.cache"
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from build.engines.fp8_linear import Fp8Linear
-from nvlm.dtypes import TORCH_DTYPES
-from nvlm.vision_checkpoint import VisionCheckpoint
-from nvlm.vision_model import VisionModel, linear_of
+from nvlm.formats.vision_checkpoint import VisionCheckpoint
+from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.model.vision import VisionModel, linear_of
 
 INPUT, OUTPUT = "tiles", "image_embeddings"
 FILE_NAME = "model.onnx"

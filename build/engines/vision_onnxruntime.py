@@ -10,8 +10,8 @@ import onnxruntime
 import torch
 
 from build.engines.vision_onnx import INPUT, OUTPUT, export_graph, graph_module
-from nvlm.vision_checkpoint import VisionCheckpoint
-from nvlm.vision_model import VisionModel
+from nvlm.formats.vision_checkpoint import VisionCheckpoint
+from nvlm.model.vision import VisionModel
 
 _MAX_RELATIVE_ERROR = {"float32": 1e-4, "float16": 2e-2}
 

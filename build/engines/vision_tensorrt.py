@@ -1,6 +1,6 @@
 """Vision targets `tensorrt` and `tensorrt_rtx`: ONNX -> strongly typed network -> engine.
 
-Which package builds is the caller's choice (nvlm/tensorrt_package.py); the code is the same.
+The caller chooses the package that builds (nvlm/planning/tensorrt_package.py).
 Precision: a dtype name, or "FP8": the four linears of each layer as Q/DQ with calibrated scales;
 patch embedding, norms, attention products and projector stay in the checkpoint's dtype.
 """
@@ -15,10 +15,10 @@ from typing import Any
 from build.engines.tensorrt_network import TensorrtBuildError, parse_onnx
 from build.engines.tensorrt_summary import EngineSummary, summarise
 from build.engines.vision_onnx import INPUT, export_graph, graph_dtype, graph_module
-from nvlm.json_files import write_json_atomically
-from nvlm.tensor_names import VISION_LINEARS
-from nvlm.tensorrt_package import compute_capability, make_logger
-from nvlm.vision_checkpoint import VisionCheckpoint
+from nvlm.formats.tensor_names import VISION_LINEARS
+from nvlm.formats.vision_checkpoint import VisionCheckpoint
+from nvlm.planning.tensorrt_package import compute_capability, make_logger
+from nvlm.program.json_files import write_json_atomically
 
 ENGINE, SUMMARY = "model.engine", "summary.json"
 

@@ -8,8 +8,8 @@ from build.sources.hugging_face import HuggingFaceSource, read_index
 from build.sources.megatron.folder import is_megatron
 from build.sources.megatron.source import MegatronSource
 from build.sources.source import WeightSource
-from nvlm.config import NVLMConfig
-from nvlm.errors import UserError
+from nvlm.model.config import NVLMConfig
+from nvlm.program.errors import UserError
 
 
 def open_source(

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from build.sources.provenance import file_entries, tokenizer_digests
-from nvlm.config import NVLMConfig
-from nvlm.errors import UserError
-from nvlm.json_files import read_json_object
-from nvlm.manifest import sha256_of
-from nvlm.safetensors_files import SafetensorsReader
-from nvlm.tensor_names import model_tensors
+from nvlm.formats.manifest import sha256_of
+from nvlm.formats.safetensors_files import SafetensorsReader
+from nvlm.formats.tensor_names import model_tensors
+from nvlm.model.config import NVLMConfig
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

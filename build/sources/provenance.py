@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from nvlm.formats.manifest import sha256_of
 from nvlm.inputs.tokenizer import tokenizer_files
-from nvlm.manifest import sha256_of
 
 
 def tokenizer_digests(tokenizer_dir: Path) -> dict[str, str]:

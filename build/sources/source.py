@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nvlm.config import NVLMConfig
+from nvlm.model.config import NVLMConfig
 
 
 class WeightSource(Protocol):

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from evaluation.datasets.prompts import CAPTION
 from evaluation.datasets.records import (
     Record,
     RecordError,
@@ -15,9 +16,8 @@ from evaluation.datasets.records import (
     named_file,
     read_json,
 )
-from evaluation.prompts import CAPTION
-from evaluation.sample import DataSet, Location, Sample
-from nvlm.errors import UserError
+from evaluation.datasets.sample import DataSet, Location, Sample
+from nvlm.program.errors import UserError
 
 
 def read_captions(location: Location) -> DataSet:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from evaluation.datasets.parquet import ParquetFile, missing_files, parquet_files
+from evaluation.datasets.prompts import LETTERS, options_by_letter, with_options
 from evaluation.datasets.records import Record, RecordError, collect, field, string_list
-from evaluation.prompts import LETTERS, options_by_letter, with_options
-from evaluation.sample import DataSet, Location, Sample
-from nvlm.errors import UserError
+from evaluation.datasets.sample import DataSet, Location, Sample
+from nvlm.program.errors import UserError
 
 DEFAULT_SPLIT = "testmini"
 

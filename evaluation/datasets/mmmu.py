@@ -12,11 +12,11 @@ import re
 from typing import Any
 
 from evaluation.datasets.parquet import ParquetFile, missing_files, parquet_files
+from evaluation.datasets.prompts import mmmu_multiple_choice, options_by_letter, short_answer
 from evaluation.datasets.records import Record, RecordError, collect, field
-from evaluation.prompts import mmmu_multiple_choice, options_by_letter, short_answer
-from evaluation.sample import DataSet, Location, Sample
+from evaluation.datasets.sample import DataSet, Location, Sample
 from evaluation.scoring.mmmu import SUBJECTS, subject_of
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 DEFAULT_SPLIT = "validation"
 _IMAGE_MARK = re.compile(r"<image [0-7]>")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from evaluation.datasets.parquet import ParquetFile, missing_files, parquet_files
+from evaluation.datasets.prompts import LETTERS, short_answer, with_options
 from evaluation.datasets.records import (
     Record,
     RecordError,
@@ -18,9 +19,8 @@ from evaluation.datasets.records import (
     named_file,
     string_list,
 )
-from evaluation.prompts import LETTERS, short_answer, with_options
-from evaluation.sample import DataSet, Location, Sample
-from nvlm.errors import UserError
+from evaluation.datasets.sample import DataSet, Location, Sample
+from nvlm.program.errors import UserError
 
 _REALWORLD_QA_SPLIT = "test"
 

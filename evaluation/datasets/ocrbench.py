@@ -11,7 +11,7 @@ from evaluation.datasets.records import (
     named_file,
     string_list,
 )
-from evaluation.sample import DataSet, Location, Sample
+from evaluation.datasets.sample import DataSet, Location, Sample
 from evaluation.scoring.ocrbench import TYPES
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from evaluation.datasets.records import Record
 from evaluation.packages import require_package
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]+)?\.parquet")
 NO_PICTURES = re.compile("(?!)")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation.datasets.prompts import short_answer
 from evaluation.datasets.records import (
     Record,
     RecordError,
@@ -23,9 +24,8 @@ from evaluation.datasets.records import (
     read_json,
     string_list,
 )
-from evaluation.prompts import short_answer
-from evaluation.sample import DataSet, Location, Sample
-from nvlm.errors import UserError
+from evaluation.datasets.sample import DataSet, Location, Sample
+from nvlm.program.errors import UserError
 
 HIDDEN = [""]
 """The answers of a test split, as Megatron-LM writes them."""

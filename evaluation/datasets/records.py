@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from evaluation.sample import DataSet, Sample
-from nvlm.errors import UserError
-from nvlm.file_kinds import is_device
-from nvlm.jsonl import read_jsonl_lines
+from evaluation.datasets.sample import DataSet, Sample
+from nvlm.program.errors import UserError
+from nvlm.program.file_kinds import is_device
+from nvlm.program.jsonl import read_jsonl_lines
 
 Record = dict[str, Any]
 _MAX_SHOWN = 80

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.packages import require_package
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 Pixels = NDArray[np.uint8]
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.datasets.parquet import NO_PICTURES, ParquetFile, missing_files
+from evaluation.datasets.prompts import video_question
 from evaluation.datasets.records import (
     Record,
     RecordError,
@@ -28,10 +29,9 @@ from evaluation.datasets.records import (
     named_file,
     string_list,
 )
+from evaluation.datasets.sample import DataSet, Location, Sample
 from evaluation.datasets.video_frames import decode_frames
 from evaluation.packages import require_package
-from evaluation.prompts import video_question
-from evaluation.sample import DataSet, Location, Sample
 
 _PUBLISHED = {
     "video_id": "video_id",

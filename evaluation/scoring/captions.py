@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from evaluation.datasets.sample import SampleId
 from evaluation.packages import require_package
-from evaluation.sample import SampleId
 from evaluation.scoring.score import Line, SampleScore, TaskScore, Truth
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 
 def comparable_caption(caption: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from evaluation.sample import SampleId
+from evaluation.datasets.sample import SampleId
 from evaluation.scoring.multiple_choice import chosen_letter
 from evaluation.scoring.score import Line, SampleScore, TaskScore, Truth, mean_percent
 from evaluation.scoring.vqa_text import normalize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from evaluation.sample import SampleId
+from evaluation.datasets.sample import SampleId
 from evaluation.scoring.multiple_choice import chosen_letter, marked_answer
 from evaluation.scoring.open_answers import is_right
 from evaluation.scoring.score import Line, SampleScore, TaskScore, Truth, mean_percent

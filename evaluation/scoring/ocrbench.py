@@ -5,7 +5,7 @@ As Megatron-LM counts; OCRBench's own program gives a sample one point at most.
 
 from __future__ import annotations
 
-from evaluation.sample import SampleId
+from evaluation.datasets.sample import SampleId
 from evaluation.scoring.score import Line, SampleScore, TaskScore, Truth
 
 _RECOGNITION = "Text Recognition"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from evaluation.sample import SampleId
+from evaluation.datasets.sample import SampleId
 
 Line = dict[str, Any]
 """An answer line as run.py (or Megatron-LM) wrote it."""

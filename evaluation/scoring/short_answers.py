@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from evaluation.datasets.sample import SampleId
 from evaluation.packages import require_package
-from evaluation.sample import SampleId
 from evaluation.scoring.score import Line, SampleScore, TaskScore, Truth, mean_percent
 from evaluation.scoring.vqa_text import normalize
 

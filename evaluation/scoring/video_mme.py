@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from evaluation.sample import SampleId
+from evaluation.datasets.sample import SampleId
 from evaluation.scoring.score import Line, SampleScore, TaskScore, Truth, mean_percent
 
 # What may announce the letter holds capitals itself. As the reference: its list lacks two commas.

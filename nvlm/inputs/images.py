@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nvlm.errors import UserError
-from nvlm.file_kinds import is_pipe_or_device
+from nvlm.program.errors import UserError
+from nvlm.program.file_kinds import is_pipe_or_device
 
 MAX_IMAGE_PIXELS = 178_956_970
 """Where Pillow itself calls a picture a decompression bomb: 2 x 1/4 GiB of RGB, about 13,377^2."""

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import IM_END, IM_START, Tokenizer
+from nvlm.program.errors import UserError
 
 PromptFormat = Literal["hf", "megatron"]
 DEFAULT_SYSTEM = "Answer the questions."

@@ -13,8 +13,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as TokenizersTokenizer
 
-from nvlm.errors import UserError
-from nvlm.json_files import read_json_object
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import read_json_object
 
 FILE_NAME = "tokenizer.json"
 _FILES = (FILE_NAME, "tokenizer_config.json", "vocab.json", "merges.txt")

@@ -11,12 +11,12 @@ from typing import Literal, Protocol
 
 import torch
 
-from nvlm.errors import UserError
-from nvlm.limits import EngineLimits
-from nvlm.plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
-from runtime.engine_dir import EngineDir
-from runtime.process_group import ProcessGroup
-from runtime.sampling import SamplingParams
+from nvlm.planning.limits import EngineLimits
+from nvlm.planning.memory_plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
+from nvlm.program.errors import UserError
+from runtime.engine.engine_dir import EngineDir
+from runtime.ranks.process_group import ProcessGroup
+from runtime.requests.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from nvlm.limits import EngineLimits
+from nvlm.planning.limits import EngineLimits
 from runtime.decoder.block_allocator import (
     TOKENS_PER_BLOCK,
     BlockAllocator,

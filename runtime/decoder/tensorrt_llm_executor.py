@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from nvlm.dtypes import TORCH_DTYPES
-from nvlm.errors import UserError
-from nvlm.tensorrt_llm_package import load_tensorrt_llm, stdout_to_stderr
+from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.planning.tensorrt_llm_package import load_tensorrt_llm, stdout_to_stderr
+from nvlm.program.errors import UserError
 from runtime.decoder.executor import (
     DecoderOptions,
     DecoderRequest,
@@ -23,8 +23,8 @@ from runtime.decoder.executor import (
     check_request,
 )
 from runtime.decoder.image_ids import extra_ids
-from runtime.engine_dir import EngineDir
-from runtime.sampling import SamplingParams
+from runtime.engine.engine_dir import EngineDir
+from runtime.requests.sampling import SamplingParams
 
 _POLL = timedelta(milliseconds=500)  # between looks at Control-C; responses come at once
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import torch
 
-from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.limits import EngineLimits
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.planning.limits import EngineLimits
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
 from runtime.decoder.image_ids import image_keys
-from runtime.decoder.open_model import OpenedModel, open_model
+from runtime.decoder.in_flight import UnderWay
+from runtime.decoder.models.open_model import OpenedModel, open_model
+from runtime.decoder.models.step import AheadModel, DecoderModel, SequenceStep
 from runtime.decoder.scheduler import UNKNOWN_TOKEN, Scheduler, Sequence
-from runtime.decoder.step import AheadModel, DecoderModel, SequenceStep
-from runtime.decoder.under_way import UnderWay
-from runtime.engine_dir import EngineDir
-from runtime.process_group import ProcessGroup
-from runtime.sampling import sample_rows
+from runtime.engine.engine_dir import EngineDir
+from runtime.ranks.process_group import ProcessGroup
+from runtime.requests.sampling import sample_rows
 
 
 class TorchDecoderExecutor:

@@ -7,12 +7,12 @@ from typing import Protocol
 
 import torch
 
-from nvlm.errors import UserError
-from nvlm.memory import total_memory_bytes
-from nvlm.plan import may_widen, vision_parameter_count
-from nvlm.tensorrt_package import PACKAGES, load_tensorrt
-from runtime.engine_dir import EngineDir
-from runtime.loading import loading_on
+from nvlm.planning.device_memory import total_memory_bytes
+from nvlm.planning.memory_plan import may_widen, vision_parameter_count
+from nvlm.planning.tensorrt_package import PACKAGES, load_tensorrt
+from nvlm.program.errors import UserError
+from runtime.engine.engine_dir import EngineDir
+from runtime.engine.loading import loading_on
 
 
 class VisionExecutor(Protocol):

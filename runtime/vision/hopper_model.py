@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from nvlm.linear import QuantizableLinear
-from nvlm.vision_model import VisionLayer, VisionModel
+from nvlm.model.linear import QuantizableLinear
+from nvlm.model.vision import VisionLayer, VisionModel
 from runtime.vision.kernels.forms import Forms
 
 _FIRST_LAYERS = 1

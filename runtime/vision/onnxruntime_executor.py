@@ -7,8 +7,8 @@ from pathlib import Path
 import onnxruntime
 import torch
 
-from nvlm.errors import UserError
 from nvlm.inputs.tiling import normalize
+from nvlm.program.errors import UserError
 from runtime.vision.executor import check_tiles
 
 _NUMPY_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from nvlm.errors import UserError
 from nvlm.inputs.tiling import normalize
-from nvlm.tensorrt_package import make_logger
+from nvlm.planning.tensorrt_package import make_logger
+from nvlm.program.errors import UserError
 from runtime.vision.executor import check_tiles
 
 INPUT, OUTPUT = "tiles", "image_embeddings"

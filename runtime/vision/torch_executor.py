@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nvlm import hopper
 from nvlm.inputs.tiling import normalize
-from nvlm.vision_model import VisionModel
+from nvlm.model.vision import VisionModel
+from nvlm.planning import hopper
 from runtime.vision.executor import check_tiles
 
 if TYPE_CHECKING:

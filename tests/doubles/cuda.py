@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
-from nvlm import hopper
+from nvlm.planning import hopper
 
 CUDA = torch.device("cuda", 0)
 STREAM = 0x5EED

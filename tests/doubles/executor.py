@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from nvlm.checkpoint_config import CheckpointConfig
-from nvlm.limits import EngineLimits
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.planning.limits import EngineLimits
 from runtime.decoder.executor import DecoderRequest, StepOutput
-from runtime.decoder.plain_model import PlainModel
+from runtime.decoder.models.plain_model import PlainModel
+from runtime.decoder.models.torch_weights import load_weights, open_weights
 from runtime.decoder.scheduler import max_num_blocks
 from runtime.decoder.torch_executor import TorchDecoderExecutor
-from runtime.decoder.torch_weights import load_weights, open_weights
-from runtime.sampling import SamplingParams
+from runtime.requests.sampling import SamplingParams
 from tests.doubles import api
 from tests.doubles.cuda import CudaDouble, CudaTensor, plain
 from tests.doubles.merge import merge_ranks

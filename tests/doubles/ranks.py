@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tests.modules import importable
+from tests.support.modules import importable
 
 _TIMEOUT_S = 60
 OPEN, STEP, CLOSE = "open", "step", "close"

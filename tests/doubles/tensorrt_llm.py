@@ -21,8 +21,8 @@ from tests.doubles import api
 from tests.doubles.cuda import CudaDouble
 from tests.doubles.executor import make_executor_module
 from tests.doubles.tensorrt import make_tensorrt
-from tests.modules import importable
 from tests.reference.tensorrt_llm_tensors import expected_tensors, stored_tensors
+from tests.support.modules import importable
 
 VERSION = "1.2.1"
 

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tests.modules import importable
 from tests.reference.safetensors_numpy import read_config
+from tests.support.modules import importable
 
 VISION_HEAD_DIM = 128
 Tensors = dict[str, torch.Tensor]

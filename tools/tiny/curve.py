@@ -12,8 +12,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from nvlm.command_line import ArgumentParser, run
-from nvlm.errors import UserError
+from nvlm.program.command_line import ArgumentParser, run
+from nvlm.program.errors import UserError
 
 matplotlib.rcParams["svg.hashsalt"] = "nvlm"  # the same logs give the same bytes
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from nvlm.command_line import ArgumentParser, positive_int, run
-from nvlm.errors import UserError
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.inputs.tiling import Grid, candidate_grids, choose_grid
+from nvlm.program.command_line import ArgumentParser, positive_int, run
+from nvlm.program.errors import UserError
 from tools.tiny import questions
 from tools.tiny.fonts import evaluation_font_files
 from tools.tiny.words import held_out_words, training_words

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 _LIST = Path(__file__).with_name("fonts.json")
 EVALUATION_FONTS = Path(__file__).with_name("fonts")

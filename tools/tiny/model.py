@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from nvlm.config import NVLMConfig
-from nvlm.safetensors_files import SafetensorsReader
-from nvlm.tensor_names import DECODER_PREFIX, StoredTensor
-from nvlm.vision_model import RMSNorm, VisionLayer, VisionModel
+from nvlm.formats.safetensors_files import SafetensorsReader
+from nvlm.formats.tensor_names import DECODER_PREFIX, StoredTensor
+from nvlm.model.config import NVLMConfig
+from nvlm.model.vision import RMSNorm, VisionLayer, VisionModel
 from tools.model_dir import Shape, model_config, write_model_dir
 from tools.tiny.compositor import NUM_LABELS
 from tools.tiny.questions import COLOURS

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from nvlm.errors import UserError
 from nvlm.inputs.tiling import IMAGENET_MEAN, IMAGENET_STD
+from nvlm.program.errors import UserError
 from tools.tiny.atlas import draw_atlas
 from tools.tiny.compositor import IGNORE, NUM_LABELS, Compositor, Picture, draw
 from tools.tiny.fonts import training_font_files, validation_font_files

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from nvlm.config import NVLMConfig
-from nvlm.exact import exact_div
+from nvlm.model.config import NVLMConfig
+from nvlm.model.exact import exact_div
 
 Shards = list[torch.Tensor]
 Merge = Callable[[Shards, NVLMConfig], torch.Tensor]

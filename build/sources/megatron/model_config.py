@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from build.sources.megatron.rank_file import RankFile
-from nvlm.config import NUM_DUMMY_HEADS, DecoderConfig, NVLMConfig, TilingConfig, VisionConfig
-from nvlm.errors import UserError
-from nvlm.exact import exact_div
-from nvlm.json_files import StrictReader
+from nvlm.model.config import NUM_DUMMY_HEADS, DecoderConfig, NVLMConfig, TilingConfig, VisionConfig
+from nvlm.model.exact import exact_div
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import StrictReader
 
 Stages = list[list[RankFile]]
 """The files of each pipeline stage, in it those of each tensor-parallel rank."""

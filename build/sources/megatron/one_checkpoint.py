@@ -9,7 +9,7 @@ import torch
 from build.sources.megatron.model_config import MODEL_ARGS, Stages
 from build.sources.megatron.rank_file import RankFile
 from build.sources.megatron.tensors import MEGATRON_DECODER_LAYER, MEGATRON_VISION_LAYER
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 # Every rank has other rows of these: no dummy heads, no padding.
 _DECODER_MLP, _VISION_MLP = (

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from nvlm.errors import UserError
+from nvlm.program.errors import UserError
 
 _NAMESPACE = "argparse.Namespace"
 _INERT_PACKAGES = ("megatron.", "transformer_engine.")

@@ -19,8 +19,8 @@ from build.sources.megatron.one_checkpoint import check_no_copies, check_one_che
 from build.sources.megatron.rank_file import RankFile
 from build.sources.megatron.tensors import MegatronTensor, megatron_tensors
 from build.sources.provenance import file_entries, tokenizer_digests
-from nvlm.errors import UserError
 from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer
+from nvlm.program.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from build.sources.megatron import merge
 from build.sources.megatron.merge import Merge
-from nvlm.config import NVLMConfig
-from nvlm.tensor_names import (
+from nvlm.formats.tensor_names import (
     DECODER_LAYER,
     EMBED_TOKENS,
     FINAL_NORM,
@@ -23,6 +22,7 @@ from nvlm.tensor_names import (
     VISION_LAYER,
     dimensions,
 )
+from nvlm.model.config import NVLMConfig
 
 WORD_EMBEDDINGS = "language_model.embedding.word_embeddings.weight"
 PATCH_EMBEDDING = "vision_model.conv1.weight"
@@ -32,7 +32,7 @@ MEGATRON_DECODER_LAYER = "language_model.decoder.layers.{i}."
 
 _Row = tuple[str, str, int | None, dict[str, Merge]]
 
-# Symbols as in nvlm/tensor_names.py (A and V as Megatron pads them), 2F: gate and up,
+# Symbols as in nvlm/formats/tensor_names.py (A and V as Megatron pads them), 2F: gate and up,
 # G: q, k and v of all query groups.
 _VISION_TOP: tuple[_Row, ...] = (
     ("class_token", "1 1 H", None, {"class_embedding": merge.replicated}),

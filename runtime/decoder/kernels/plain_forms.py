@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nvlm import fp8
-from nvlm.decoder_model import apply_rope, causal_attention, rms_norm
+from nvlm.model import fp8
+from nvlm.model.decoder import apply_rope, causal_attention, rms_norm
 
 
 def add_rms_norm(

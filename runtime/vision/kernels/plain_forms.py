@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nvlm import fp8, vision_model
 from nvlm.inputs.tiling import normalize
+from nvlm.model import fp8, vision
 
 
 def cut_patches(
@@ -17,7 +17,7 @@ def cut_patches(
 ) -> torch.Tensor:
     """tiles [num_tiles, S, S, 3] uint8, normalised and cut row by row: [num_tiles * patches,
     width], in front 3 * patch_size^2 numbers in a convolution kernel's order, then zeros."""
-    rows = vision_model.cut_patches(normalize(tiles).to(dtype), patch_size).flatten(0, 1)
+    rows = vision.cut_patches(normalize(tiles).to(dtype), patch_size).flatten(0, 1)
     return nn.functional.pad(rows, (0, width - rows.shape[1]))
 
 
@@ -71,7 +71,7 @@ def add_merge_norm(
     """hidden + delta * layer_scale [num_tiles, 1 + side^2, size] without the class token, 2 x 2
     patches merged, and the LayerNorm of that: [num_tiles, side^2 / 4, 4 * size]."""
     patches = (hidden + delta * layer_scale)[:, 1:].unflatten(1, (side, side))
-    merged = vision_model.pixel_shuffle(patches).flatten(1, 2)
+    merged = vision.pixel_shuffle(patches).flatten(1, 2)
     return nn.functional.layer_norm(merged, merged.shape[-1:], weight, bias, eps)
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
-from nvlm.dtypes import TORCH_DTYPES
+from nvlm.model.dtypes import TORCH_DTYPES
 from runtime.decoder.executor import DecoderRequest, create_decoder_executor
-from runtime.engine_dir import EngineDir
-from runtime.sampling import SamplingParams
+from runtime.engine.engine_dir import EngineDir
+from runtime.requests.sampling import SamplingParams
 
 NUMPY = {
     "TYPE_INT32": np.int32,

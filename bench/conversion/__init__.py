@@ -1,0 +1,1 @@
+"""What converting a checkpoint takes."""

@@ -1,0 +1,1 @@
+"""The product on a Hopper GPU, phase by phase."""

@@ -1,0 +1,176 @@
+"""The kernels of a decoder layer on a Hopper GPU, each beside the ceiling that its bytes set.
+
+    python -m bench.hopper.kernels [--shape 72b|tiny] [--batch_sizes 1,8,64] [--context 2048]
+
+The device's copy rate is measured first, in the same run; a kernel's bytes (each input read once,
+each output written once) over its time are told as a share of it. The FP8 linears are timed with
+both ways to add, beside float64. Times are medians of CUDA graph replays over buffers larger than
+the cache. On a CPU the plain forms run, which only shows that the program works. The last line is
+JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.hopper.ceilings import copy_rate, median_ms
+from bench.machine import describe, describe_gpu
+from nvlm.model import fp8
+from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
+from runtime.decoder.kernels import plain_forms
+
+SHAPES = {"72b": (8192, 29568, 64, 8, 128), "tiny": (256, 512, 4, 2, 64)}
+CACHE_BYTES = 200_000_000  # several times the level-2 cache
+LAUNCHES = 8  # in one graph, over different buffers
+
+Run = Callable[[int], object]  # takes the number of the buffers to use
+
+
+def e4m3(*shape: int, device: torch.device) -> torch.Tensor:
+    return fp8.quantize(torch.randn(*shape, device=device, dtype=torch.bfloat16), 0.01)
+
+
+def measure_linear(
+    forms: Any, rows: int, columns: int, depth: int, device: torch.device
+) -> dict[str, tuple[float, int]]:
+    weights = [e4m3(columns, depth, device=device) for _ in range(num_buffers(columns * depth))]
+    x, scale = e4m3(rows, depth, device=device), torch.tensor(1e-4, device=device)
+    moved = columns * depth + rows * depth + 2 * rows * columns
+
+    def timed(linear: Callable[..., object]) -> tuple[float, int]:
+        def run(i: int) -> object:
+            return linear(x, weights[i % len(weights)], scale, None, torch.bfloat16)
+
+        return median_ms(run, device), moved
+
+    found = {"linear": timed(forms.linear)}
+    if device.type == "cuda":
+        from runtime.kernels.tensor_core_linear import TensorCoreLinear
+
+        exactly = TensorCoreLinear(device)
+        fast = functools.partial(exactly, use_fast_accum=True)
+        oracle = x[:16].double() @ weights[0].double().t() * scale.double()
+        for name, linear in (("sums of 128", exactly), ("fast accumulation", fast)):
+            found[f"linear, {name}"] = timed(linear)
+            y = linear(x[:16], weights[0], scale, None, torch.bfloat16).double()
+            error = float((y - oracle).norm() / oracle.norm())
+            print(f"{rows} rows, {columns} x {depth}, {name}: relative error {error:.2e}")
+    return found
+
+
+def num_buffers(num_bytes: int) -> int:
+    """So many that a graph's launches do not find theirs in the level-2 cache."""
+    return max(1, min(LAUNCHES, 4 * CACHE_BYTES // num_bytes)) if torch.cuda.is_available() else 1
+
+
+def measure(
+    shape: tuple[int, ...], batch_size: int, context: int, device: torch.device, forms: Any
+) -> dict[str, tuple[float, int]]:
+    """Milliseconds and bytes of each kernel."""
+    size, intermediate, heads, kv_heads, head_dim = shape
+    scale = torch.tensor(0.02, device=device)
+    hidden, delta = (torch.randn(batch_size, size, device=device).bfloat16() for _ in range(2))
+    norm = torch.ones(size, device=device, dtype=torch.bfloat16)
+    x = e4m3(batch_size, size, device=device)
+    gate_ups = [
+        e4m3(2 * intermediate, size, device=device)
+        for _ in range(num_buffers(2 * intermediate * size))
+    ]
+    qkv = torch.randn(batch_size, (heads + 2 * kv_heads) * head_dim, device=device).bfloat16()
+    blocks_each = -(-context // TOKENS_PER_BLOCK)
+    num_blocks = batch_size * blocks_each
+    kv_bytes = 2 * batch_size * context * kv_heads * head_dim
+    caches = [
+        [e4m3(num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim, device=device) for _ in "kv"]
+        for _ in range(num_buffers(kv_bytes))
+    ]
+    tables = torch.randperm(num_blocks, device=device).to(torch.int32).view(batch_size, -1)
+    positions = torch.full((batch_size,), context - 1, dtype=torch.int32, device=device)
+    slots = tables[:, -1].long() * TOKENS_PER_BLOCK
+    cos, sin = (torch.rand(batch_size, head_dim // 2, device=device) for _ in range(2))
+    rotated = qkv, cos, sin, slots
+    runs: dict[str, tuple[Run, int]] = {
+        "add_rms_norm": (
+            lambda _: forms.add_rms_norm(hidden, delta, norm, 1e-6, scale),
+            7 * batch_size * size,
+        ),
+        "gate_up_swiglu": (
+            lambda i: forms.gate_up_swiglu(
+                x, gate_ups[i % len(gate_ups)], scale, scale, torch.bfloat16
+            ),
+            2 * intermediate * size + batch_size * (size + intermediate),
+        ),
+        "rope_append": (
+            lambda i: forms.rope_append(*rotated, *caches[i % len(caches)], scale),
+            4 * qkv.numel(),
+        ),
+        "decode_attention": (
+            lambda i: forms.decode_attention(
+                *rotated, *caches[i % len(caches)], tables, positions, scale, scale
+            ),
+            kv_bytes,
+        ),
+    }
+    found = {name: (median_ms(run, device), moved) for name, (run, moved) in runs.items()}
+    return found | measure_linears(shape, batch_size, device, forms)
+
+
+def measure_linears(
+    shape: tuple[int, ...], num_rows: int, device: torch.device, forms: Any
+) -> dict[str, tuple[float, int]]:
+    size, intermediate, heads, kv_heads, head_dim = shape
+    linears = {
+        "qkv": ((heads + 2 * kv_heads) * head_dim, size),
+        "dense": (size, heads * head_dim),
+        "gate_up": (2 * intermediate, size),
+        "down": (size, intermediate),
+    }
+    return {
+        f"{linear} {name}": row
+        for linear, (columns, depth) in linears.items()
+        for name, row in measure_linear(forms, num_rows, columns, depth, device).items()
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="72b")
+    parser.add_argument("--batch_sizes", default="1,8,64")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--prompts", default="", help="rows to time the linears alone with")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    forms: Any = plain_forms
+    machine = describe() | describe_gpu(device)
+    if device.type == "cuda":
+        from runtime.decoder.kernels.triton_forms import TritonForms
+
+        forms = TritonForms(device)
+    rate = copy_rate(device)
+    print(f"copy {rate / 1e12:.3f} TB/s")
+    rows: list[dict[str, Any]] = []
+
+    def tell(num_rows: int, found: dict[str, tuple[float, int]]) -> None:
+        for name, (ms, moved) in found.items():
+            share = moved / (1e-3 * ms) / rate
+            print(f"rows {num_rows:<4} {name:<44}{1e3 * ms:9.2f} us {share:7.1%} of the copy rate")
+            rows.append({"batch_size": num_rows, "kernel": name, "ms": ms, "bytes": moved})
+
+    shape = SHAPES[options.shape]
+    for batch_size in map(int, options.batch_sizes.split(",")):
+        tell(batch_size, measure(shape, batch_size, options.context, device, forms))
+    for num_rows in map(int, filter(None, options.prompts.split(","))):
+        tell(num_rows, measure_linears(shape, num_rows, device, forms))
+    json.dump({"machine": machine, "copy_bytes_per_s": rate, "kernels": rows}, sys.stdout)
+    print()
+
+
+if __name__ == "__main__":
+    main()

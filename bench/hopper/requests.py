@@ -1,0 +1,56 @@
+"""Time to the first token of a request with seven tiles, by the executors alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from bench.hopper.ceilings import Ceilings
+from bench.hopper.decoder import PAUSE_S, prefill_flop, random_prompt
+from bench.hopper.row import Row
+from bench.hopper.vision import load_vision, random_tiles, tile_flop
+from runtime.decoder.executor import DecoderRequest
+from runtime.decoder.torch_executor import TorchDecoderExecutor
+from runtime.engine.engine_dir import EngineDir
+
+_TEXT_TOKENS = 156  # with 7 tiles of 256 tokens: 1,948
+_NUM_TILES = 7
+
+
+def measure_first_token(
+    executor: TorchDecoderExecutor,
+    engine: EngineDir,
+    precision: str,
+    ceilings: Ceilings,
+    device: torch.device,
+    repeats: int = 8,
+) -> Row:
+    """Tiles in the host's memory to the first token on the host."""
+    config, vision_config = engine.checkpoint_config, engine.vision.vision
+    vision = load_vision(engine, precision, device)
+    times = []
+    for repeat in range(2 + repeats):
+        tiles = random_tiles(vision_config, _NUM_TILES, seed=repeat)
+        text = random_prompt(config.decoder.vocab_size, _TEXT_TOKENS, seed=repeat)
+        time.sleep(PAUSE_S)
+        start = time.perf_counter()
+        table = vision.encode(tiles).flatten(0, 1)
+        first = config.decoder.vocab_size
+        prompt = [*text[:30], *range(first, first + len(table)), *text[30:]]
+        executor.submit(DecoderRequest(prompt, 1, prompt_table=table))
+        assert len(executor.step()) == 1
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[2:])
+    flop = _NUM_TILES * tile_flop(vision_config) + prefill_flop(config, len(prompt))
+    return Row(
+        f"first, {precision}",
+        config.decoder.num_hidden_layers,
+        1,
+        len(prompt),
+        1e3 * seconds,
+        1 / seconds,
+        flop / seconds,
+        flop / seconds / ceilings.fp8_flop_per_s,
+    )

@@ -1,0 +1,79 @@
+"""Vision with its projector, through `VisionExecutor.encode`: tiles in the host's memory to image
+embeddings on the device, times by the host's clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+
+from bench.hopper.ceilings import Ceilings
+from bench.hopper.decoder import PAUSE_S
+from bench.hopper.row import Row
+from bench.hopper.synthetic_engine import synthetic_engine, vision_source
+from nvlm.model.config import VisionConfig
+from runtime.engine.engine_dir import EngineDir
+from runtime.vision.torch_executor import TorchVisionExecutor
+
+
+def measure_vision(
+    shape: str,
+    precision: str,
+    num_tiles: int,
+    ceilings: Ceilings,
+    device: torch.device,
+    repeats: int = 10,
+) -> Iterator[Row]:
+    engine = synthetic_engine(shape, 1, max_batch_size=1, max_seq_len=64)
+    config = engine.vision.vision
+    executor = load_vision(engine, precision, device)
+    tiles = random_tiles(config, num_tiles, seed=0)
+    flop = num_tiles * tile_flop(config)
+    ceiling = ceilings.fp8_flop_per_s if precision == "FP8" else ceilings.bf16_flop_per_s
+    num_positions = num_tiles * config.num_positions
+    for is_busy in (False, True):
+        times = []
+        for _ in range(2 + repeats):
+            if not is_busy:
+                time.sleep(PAUSE_S)
+            start = time.perf_counter()
+            executor.encode(tiles)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times[2:])
+        yield Row(
+            f"vision {precision}" + ", busy" * is_busy,
+            config.num_hidden_layers,
+            num_tiles,
+            num_positions,
+            1e3 * seconds,
+            num_positions / seconds,
+            flop / seconds,
+            flop / seconds / ceiling,
+        )
+
+
+def load_vision(engine: EngineDir, precision: str, device: torch.device) -> TorchVisionExecutor:
+    model = engine.vision.load(precision, device, source=vision_source(engine, device))
+    return TorchVisionExecutor(model, engine.vision.tiling.max_tiles_per_image)
+
+
+def random_tiles(config: VisionConfig, num_tiles: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    size = config.image_size
+    return torch.randint(256, (num_tiles, size, size, 3), dtype=torch.uint8, generator=generator)
+
+
+def tile_flop(config: VisionConfig) -> float:
+    """Linears, attention, patch embedding and projector of one tile."""
+    positions, size = config.num_positions, config.hidden_size
+    linears = 4 * size * config.attention_size + 2 * size * config.intermediate_size
+    attention = 2 * positions * config.attention_size
+    layers = config.num_hidden_layers * positions * (linears + attention)
+    patches = (positions - 1) * size * 3 * config.patch_size**2
+    width = config.projector_hidden_size
+    projector = config.tokens_per_tile * width * (config.projector_input_size + config.output_size)
+    return 2.0 * (layers + patches + projector)

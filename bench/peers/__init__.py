@@ -1,0 +1,1 @@
+"""Other software beside the product."""

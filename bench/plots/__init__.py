@@ -1,0 +1,1 @@
+"""Figures of docs/ from the files in bench/results."""

@@ -1,0 +1,1 @@
+"""Tensor parallel ranks, on CPUs and on GPUs."""

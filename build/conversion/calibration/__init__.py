@@ -1,0 +1,1 @@
+"""Runs samples through each layer and records the largest magnitudes."""

@@ -1,0 +1,187 @@
+"""Calibration samples: questions with images, as the runtime would see them.
+
+`--calib_data` is a JSONL file of `{"prompt": ..., "images": [paths relative to the file]}` (or
+`"image"` for one), a folder of images, or a .txt file with a question on each line. The built-in
+set (photographs, documents and text-only questions in `calibration_data/`) is the default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from build.conversion.report.quantization_report import QuantizationReport
+from nvlm.inputs.images import load_image
+from nvlm.inputs.prompt import Prompt, build_prompt, images_first
+from nvlm.inputs.tiling import TiledImage, tile_image
+from nvlm.inputs.tokenizer import Tokenizer
+from nvlm.model.config import NVLMConfig, TilingConfig
+from nvlm.program.errors import UserError
+from nvlm.program.jsonl import read_jsonl_lines
+
+_EXPECTED = 'expected {"prompt": "...", "images": ["path", ...]} on each line'
+_FOLDER_QUESTION = "Describe this image in detail."
+
+BUILT_IN = Path(__file__).parent / "calibration_data" / "calibration.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSample:
+    """A prompt and its images, which stay on disk until they are needed."""
+
+    prompt: Prompt
+    images: tuple[Path, ...]
+    num_tiles: int
+    tiling: TilingConfig
+
+    def load_tiles(self) -> NDArray[np.uint8]:
+        """[num_tiles, S, S, 3], all images of the prompt in order (may be none)."""
+        size = self.tiling.image_size
+        none = np.empty((0, size, size, 3), np.uint8)
+        return np.concatenate([none, *(i.tiles for i in _tile(self.images, self.tiling))])
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Samples, or the report of an earlier conversion that stands for them, or nothing.
+
+    sha256: over everything the samples feed into the model, or over the report.
+    """
+
+    samples: tuple[CalibrationSample, ...] = ()
+    num_skipped: int = 0
+    cache: QuantizationReport | None = None
+    sha256: str | None = None
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Samples that ran and that were skipped, here or where the cache was made."""
+        if self.cache is not None:
+            return self.cache.num_samples, self.cache.num_skipped
+        return len(self.samples), self.num_skipped
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(sample.num_tiles for sample in self.samples)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [len(sample.prompt.token_ids) for sample in self.samples]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """`where` it stands, for messages."""
+
+    where: str
+    question: str
+    images: tuple[Path, ...]
+
+
+def load_calibration_set(
+    path: Path, num_samples: int, config: NVLMConfig, tokenizer: Tokenizer
+) -> Calibration:
+    """The first `num_samples` samples. One whose images cannot all be read is skipped and counted;
+    anything else that is wrong, and nothing being left, is a `UserError` that names file and line.
+
+    Memory: the tiles of one sample.
+    """
+    samples: list[CalibrationSample] = []
+    digest = hashlib.sha256()
+    num_skipped = 0
+    for entry in _entries(path):
+        if len(samples) == num_samples:
+            break
+        try:
+            tiled = _tile(entry.images, config.tiling)
+        except UserError as error:
+            log.warning("%s is skipped: %s", entry.where, error)
+            num_skipped += 1
+            continue
+        sample = _sample(entry, [image.num_tiles for image in tiled], config, tokenizer)
+        digest.update(json.dumps(sample.prompt.token_ids).encode())
+        for image in tiled:
+            digest.update(image.tiles.tobytes())
+        samples.append(sample)
+    if not samples:
+        what = f"{num_skipped} unreadable images and nothing else" if num_skipped else "no samples"
+        raise UserError(f"--calib_data {path} has {what}; {_EXPECTED}, or a folder of images")
+    if num_skipped:
+        log.warning("%d samples of --calib_data %s were skipped", num_skipped, path)
+    return Calibration(tuple(samples), num_skipped, sha256=digest.hexdigest())
+
+
+def _tile(images: tuple[Path, ...], tiling: TilingConfig) -> list[TiledImage]:
+    return [
+        tile_image(load_image(path), tiling.image_size, tiling.max_num_tiles) for path in images
+    ]
+
+
+def _entries(path: Path) -> Iterator[_Entry]:
+    if path.is_dir():
+        for image in sorted(path.rglob("*")):
+            if image.is_file() and not image.name.startswith("."):
+                yield _Entry(f"--calib_data {image}", _FOLDER_QUESTION, (image,))
+        return
+    for number, line in read_jsonl_lines(path, "--calib_data"):
+        where = f"--calib_data {path} line {number}"
+        if path.suffix == ".txt":
+            yield _Entry(where, line, ())
+            continue
+        try:
+            question, names = _parse(line)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        yield _Entry(where, question, tuple(path.parent / name for name in names))
+
+
+def _parse(line: str) -> tuple[str, list[str]]:
+    """Question and image names of a JSONL line."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error}); {_EXPECTED}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"a JSON {type(values).__name__}; {_EXPECTED}")
+    question, names = values.get("prompt"), values.get("images", [])
+    if not isinstance(question, str):
+        raise UserError(f"prompt is {question!r}; {_EXPECTED}")
+    if "image" in values and not names:
+        names = [values["image"]]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"images is {names!r}, not a list of paths; {_EXPECTED}")
+    return question, names
+
+
+def _sample(
+    entry: _Entry, num_tiles: list[int], config: NVLMConfig, tokenizer: Tokenizer
+) -> CalibrationSample:
+    try:
+        prompt = build_prompt(
+            images_first(num_tiles, entry.question),
+            tokenizer,
+            tokens_per_tile=config.vision.tokens_per_tile,
+            vocab_size=config.decoder.vocab_size,
+        )
+    except UserError as error:
+        raise UserError(f"{entry.where}: {error}") from None
+    if len(prompt.token_ids) > config.decoder.max_position_embeddings:
+        raise UserError(
+            f"{entry.where}: {len(prompt.token_ids)} tokens, the model takes "
+            f"{config.decoder.max_position_embeddings}; shorten it"
+        )
+    return CalibrationSample(prompt, entry.images, sum(num_tiles), config.tiling)

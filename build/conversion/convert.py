@@ -1,0 +1,195 @@
+"""Step 1 on one page: model directory -> TensorRT-LLM checkpoint directory.
+
+Work is a list of units: ViT embeddings, its layers, projector, decoder embedding, its layers, head.
+Each reads its tensors once and writes all ranks' parts; the journal knows which units are done.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from build.conversion.calibration.calibration_set import BUILT_IN, Calibration, load_calibration_set
+from build.conversion.calibration.row_file import RowFile
+from build.conversion.decoder_step import DecoderStep
+from build.conversion.dummy_heads import converted_vision_config
+from build.conversion.journal import Journal
+from build.conversion.pipeline import DEFAULT_BUFFERS, Buffers
+from build.conversion.report.quantization_report import FILE_NAME as REPORT_FILE
+from build.conversion.report.quantization_report import QuantizationReport, from_records
+from build.conversion.report.report_page import write_page
+from build.conversion.run_units import STATES, run_units
+from build.conversion.unit import Unit
+from build.conversion.vision_step import VISION_FILE, VisionStep, write_scales
+from build.output.output_dir import OutputPlace, staged_directory
+from build.sources.source import WeightSource
+from nvlm.formats.checkpoint_config import CheckpointConfig, QuantAlgo
+from nvlm.formats.checkpoint_tensors import decoder_tensors, rank_file, vision_tensors
+from nvlm.formats.code_digest import code_digest
+from nvlm.formats.manifest import is_current, sha256_of, write_manifest
+from nvlm.formats.mapping import check_divides
+from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer, tokenizer_files
+from nvlm.model.config import NVLMConfig, VisionConfig
+from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.planning.memory_plan import calibration_bytes, checkpoint_bytes
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import write_json_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What the command line chooses. calib_cache: an earlier conversion's report, instead of
+    calibration."""
+
+    quant_algo: QuantAlgo | None = "FP8"
+    kv_cache_quant_algo: QuantAlgo | None = "FP8"
+    dtype: str = "bfloat16"
+    calib_data: Path = BUILT_IN
+    calib_size: int = 16
+    calib_cache: Path | None = None
+    tp_size: int = 1
+    pp_size: int = 1
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.quant_algo is not None or self.kv_cache_quant_algo is not None
+
+    def config(self, model: NVLMConfig) -> CheckpointConfig:
+        """Raises `UserError` where the decoder does not divide into the ranks asked for."""
+        try:
+            check_divides(model.decoder, self.tp_size, self.pp_size)
+        except UserError as error:
+            raise UserError(f"--{error}") from None
+        return CheckpointConfig(
+            model.decoder,
+            self.dtype,
+            self.quant_algo,
+            self.kv_cache_quant_algo,
+            self.tp_size,
+            self.pp_size,
+        )
+
+
+def convert(
+    source: WeightSource,
+    output_dir: Path,
+    options: ConvertOptions,
+    device: torch.device,
+    *,
+    overwrite: bool = False,
+    buffers: Buffers = DEFAULT_BUFFERS,
+) -> None:
+    """Converts and, for FP8, calibrates. `output_dir` appears whole or not at all; what an
+    interrupted run has done stays beside it and is gone on with."""
+    config = options.config(source.config)
+    calibration = _load_calibration(source, options)
+    made_from = _made_from(source, options, calibration)  # before the first byte is read
+    journal_of = partial(Journal.open, made_from=_fingerprint(made_from, device))
+    place = OutputPlace(output_dir, "--output_dir", "checkpoint", overwrite)
+    needed_bytes = checkpoint_bytes(config, source.config.vision) + calibration_bytes(
+        config, source.config.vision, calibration.num_tiles, calibration.num_tokens
+    )
+
+    def is_worth_keeping(staging: Path) -> bool:
+        return is_current(staging, "checkpoint", **made_from) or journal_of(staging).num_done > 0
+
+    with torch.inference_mode(), staged_directory(place, needed_bytes, is_worth_keeping) as staging:
+        if is_current(staging, "checkpoint", **made_from):
+            return  # killed before it got its name
+        journal = journal_of(staging)
+        vision = converted_vision_config(source)
+        units = _units(source.config.vision, vision, config, calibration, device, staging)
+        files = {VISION_FILE: vision_tensors(vision, TORCH_DTYPES[options.dtype])}
+        for rank in range(config.world_size):
+            files[rank_file(rank)] = decoder_tensors(config, rank)
+        entries = run_units(source, units, files, journal, staging, buffers)
+        _write_configs(source, vision, config, staging)
+        if options.is_quantised:
+            report = from_records(journal.records, *calibration.counts)
+            report.write(staging / REPORT_FILE)
+            write_page(staging, report)
+            write_scales(staging, vision, report)
+        write_manifest(staging, "checkpoint", limits={}, known=entries, **made_from)
+
+
+def is_up_to_date(source: WeightSource, output_dir: Path, options: ConvertOptions) -> bool:
+    """Whether `convert` would only repeat what `output_dir` already holds."""
+    made_from = _made_from(source, options, _load_calibration(source, options))
+    return is_current(output_dir, "checkpoint", **made_from)
+
+
+def _made_from(
+    source: WeightSource, options: ConvertOptions, calibration: Calibration
+) -> dict[str, dict[str, Any]]:
+    """What the result depends on, for the manifest: the samples themselves, not their file."""
+    arguments = asdict(options)
+    for name in ("calib_data", "calib_size", "calib_cache"):
+        del arguments[name]
+    arguments["calibration_sha256"] = calibration.sha256
+    return {"arguments": arguments, "source": source.provenance()}
+
+
+def _fingerprint(made_from: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What an interrupted run must share with the one that goes on, for the same bytes."""
+    versions = {"code": code_digest(), "torch": torch.__version__}
+    return {**made_from, "versions": versions, "device": device.type}
+
+
+def _load_calibration(source: WeightSource, options: ConvertOptions) -> Calibration:
+    """Also the first look at the tokenizer, which must fit the model."""
+    tokenizer = Tokenizer(source.tokenizer_dir)
+    vocab_size = source.config.decoder.vocab_size
+    if tokenizer.num_tokens > vocab_size:
+        raise UserError(
+            f"{source.tokenizer_dir / FILE_NAME} has {tokenizer.num_tokens} tokens but the model "
+            f"has {vocab_size} embeddings; expected the tokenizer that belongs to the checkpoint"
+        )
+    if not options.is_quantised:
+        return Calibration()
+    if options.calib_cache is not None:
+        cache = QuantizationReport.read(options.calib_cache)
+        return Calibration(cache=cache, sha256=sha256_of(options.calib_cache))
+    return load_calibration_set(options.calib_data, options.calib_size, source.config, tokenizer)
+
+
+def _units(
+    published: VisionConfig,
+    vision: VisionConfig,
+    config: CheckpointConfig,
+    calibration: Calibration,
+    device: torch.device,
+    staging: Path,
+) -> list[Unit]:
+    numbers = count()
+
+    def next_states(num_rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> RowFile:
+        return RowFile(staging / f"{STATES}{next(numbers)}", num_rows, row_shape, dtype)
+
+    dtype = TORCH_DTYPES[config.dtype]
+    vision_units = VisionStep(published, vision, dtype, calibration, device).units(next_states)
+    image_embeddings = vision_units[-1].states
+    decoder = DecoderStep(config, calibration, device)
+    return vision_units + decoder.units(image_embeddings, next_states)
+
+
+def _write_configs(
+    source: WeightSource, vision: VisionConfig, config: CheckpointConfig, staging: Path
+) -> None:
+    write_json_atomically(staging / "config.json", config.to_json())
+    write_json_atomically(
+        staging / "vision" / "config.json",
+        {
+            "dtype": config.dtype,
+            "vision": asdict(vision),
+            "tiling": asdict(source.config.tiling),
+        },
+    )
+    (staging / "tokenizer").mkdir(exist_ok=True)
+    for path in tokenizer_files(source.tokenizer_dir):
+        shutil.copyfile(path, staging / "tokenizer" / path.name)

@@ -1,0 +1,217 @@
+"""Decoder part of the conversion: layer by layer, calibrated, quantised, sharded, written.
+
+Peak memory: one layer as the source gives it (nothing, if it maps files), its widest linear in
+float32, a window of the samples' hidden states; without calibration a few blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from build.conversion.calibration.amax_observer import AmaxObserver
+from build.conversion.calibration.calibrate_decoder import run_layer
+from build.conversion.calibration.calibration_set import Calibration
+from build.conversion.calibration.row_file import NextStates, RowFile
+from build.conversion.output_files import OutputFiles
+from build.conversion.quantization.cast import amax, cast, row_blocks
+from build.conversion.quantization.layer_tensors import LayerTensors
+from build.conversion.quantization.scales import report_linears
+from build.conversion.quantization.shard import RankFiles
+from build.conversion.report.quantization_report import AttentionReport, LinearReport, as_record
+from build.conversion.unit import Read, Unit
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.checkpoint_tensors import decoder_layer_tensors, rank_file
+from nvlm.formats.tensor_names import (
+    ACTIVATION_SCALE,
+    DECODER_LAYER,
+    EMBED_TOKENS,
+    ENGINE_FIRST_TENSORS,
+    ENGINE_LAST_TENSORS,
+    ENGINE_LAYER,
+    ENGINE_LAYER_TENSORS,
+    ENGINE_LINEARS,
+    KV_CACHE_SCALE,
+    WEIGHT_SCALE,
+    EngineTensor,
+)
+from nvlm.model import fp8
+from nvlm.model.decoder import DecoderLayer, embed
+from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.program.errors import UserError
+
+Run = Callable[[Read, OutputFiles], dict[str, Any]]
+_BY_NAME = {tensor.name: tensor for tensor in ENGINE_LAYER_TENSORS}
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderStep:
+    """Makes the units; the calibration samples run through the layers, if there are any."""
+
+    config: CheckpointConfig
+    calibration: Calibration
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.config.dtype]
+
+    def units(self, image_embeddings: RowFile | None, next_states: NextStates) -> list[Unit]:
+        """In the order of the model. image_embeddings: [tiles of all samples, tokens_per_tile,
+        hidden_size], where there are samples."""
+        first, last = ENGINE_FIRST_TENSORS, ENGINE_LAST_TENSORS
+        states = self._states(next_states)
+        units = [
+            self._unit(
+                "embedding", first, None, partial(self._run_first, image_embeddings, states), states
+            )
+        ]
+        for i in range(self.config.decoder.num_hidden_layers):
+            before, states = states, self._states(next_states)
+            run = partial(self._run_layer, i, before, states)
+            units.append(self._unit(f"decoder layer {i}", ENGINE_LAYER_TENSORS, i, run, states))
+        units.append(self._unit("head", last, None, partial(self._write_all, last), None))
+        return units
+
+    def _states(self, next_states: NextStates) -> RowFile | None:
+        """Hidden states [tokens of all samples, hidden_size] in `dtype`."""
+        if not self.calibration.samples:
+            return None
+        num_tokens = self.calibration.num_tokens
+        return next_states(num_tokens, (self.config.decoder.hidden_size,), self.dtype)
+
+    def _unit(
+        self,
+        name: str,
+        tensors: tuple[EngineTensor, ...],
+        layer: int | None,
+        run: Run,
+        states: RowFile | None,
+    ) -> Unit:
+        prefix = "" if layer is None else DECODER_LAYER.format(i=layer)
+        reads = tuple(prefix + source for tensor in tensors for source in tensor.sources)
+        files = RankFiles(self.config)
+        if layer is None:
+            names = [tensor.name for tensor in tensors]
+        else:
+            names = list(decoder_layer_tensors(self.config))
+        writes = tuple(
+            (rank_file(mapping.rank), written)
+            for tensor_name in names
+            for mapping, written in files.names(tensor_name, layer)
+        )
+        return Unit(name, reads, writes, run, states)
+
+    def _write_all(
+        self, tensors: tuple[EngineTensor, ...], read: Read, out: OutputFiles
+    ) -> dict[str, Any]:
+        for tensor in tensors:
+            (source,) = tensor.sources
+            self._append(out, tensor, None, source, read(source))
+        return {}
+
+    def _run_first(
+        self,
+        image_embeddings: RowFile | None,
+        states: RowFile | None,
+        read: Read,
+        out: OutputFiles,
+    ) -> dict[str, Any]:
+        """The embedding, and every sample's input of the first layer."""
+        (tensor,) = ENGINE_FIRST_TENSORS
+        embedding = read(EMBED_TOKENS)
+        self._append(out, tensor, None, EMBED_TOKENS, embedding)
+        if states is None:
+            return {}
+        first_tile = 0
+        with states.writer() as writer:
+            for sample in self.calibration.samples:
+                tiles = range(first_tile, first_tile + sample.num_tiles)
+                table = image_embeddings.read(tiles).flatten(0, 1) if image_embeddings else None
+                token_ids = torch.tensor(sample.prompt.token_ids)
+                writer.append(embed(token_ids, embedding, table, self.dtype))
+                first_tile = tiles.stop
+        return {}
+
+    def _run_layer(
+        self, i: int, before: RowFile | None, after: RowFile | None, read: Read, out: OutputFiles
+    ) -> dict[str, Any]:
+        """Samples run through the layer as published; then its linears are quantised."""
+        layer = LayerTensors(DECODER_LAYER.format(i=i), read, self.dtype, self.device)
+        prefix = ENGINE_LAYER.format(i=i)
+        linears: list[LinearReport] = []
+        attention = None
+        cache = self.calibration.cache
+        if before is not None and after is not None:
+            linears, attention = self._calibrate(layer, prefix, before, after)
+        elif cache is not None:
+            linears, attention = cache.rows_of(prefix)
+        by_name = {row.linear.removeprefix(prefix): row for row in linears}
+        scales = {}
+        for name, row in by_name.items():
+            scales[f"{name}.{WEIGHT_SCALE}"] = row.weights_scaling_factor
+            scales[f"{name}.{ACTIVATION_SCALE}"] = row.activation_scaling_factor
+        if attention is not None:
+            scales[KV_CACHE_SCALE] = attention.kv_cache_scaling_factor
+        files = RankFiles(self.config)
+        for name in decoder_layer_tensors(self.config):
+            if name in scales:
+                files.append_scale(out, name, i, scales[name])
+                continue
+            tensor, report = _BY_NAME[name], by_name.get(name.removesuffix(".weight"))
+            if cache is not None and report is not None:
+                _check_cached(report, layer.amax(tensor))
+            is_quantised = self.config.quant_algo == "FP8" and report is not None
+            weight_scale = report.weights_scaling_factor if report and is_quantised else None
+            for source in tensor.sources:
+                self._append(out, tensor, i, source, layer.pop(source), weight_scale, layer.prefix)
+        return as_record(linears, attention)
+
+    def _calibrate(
+        self, tensors: LayerTensors, prefix: str, before: RowFile, after: RowFile
+    ) -> tuple[list[LinearReport], AttentionReport]:
+        """Runs every sample through the layer in the unquantised dtype."""
+        whole = {t.name: tensors.whole(t) for t in ENGINE_LAYER_TENSORS}
+        weight_amax = {name: amax(whole[f"{name}.weight"]) for name in ENGINE_LINEARS}
+        layer = DecoderLayer(self.config.decoder, whole)
+        observer = AmaxObserver(prefix, torch.finfo(self.dtype).max, before.num_rows)
+        decoder, lengths = self.config.decoder, self.calibration.lengths
+        run_layer(layer, decoder, lengths, before, after, observer, self.device)
+        seen = observer.maxima
+        weights = {name: layer.linear(name).weight for name in ENGINE_LINEARS}
+        linears = report_linears(prefix, weights, weight_amax, seen, observer.rows)
+        return linears, AttentionReport(prefix + "attention", seen["q"], seen["k"], seen["v"])
+
+    def _append(
+        self,
+        out: OutputFiles,
+        tensor: EngineTensor,
+        layer: int | None,
+        source: str,
+        published: torch.Tensor,
+        weight_scale: float | None = None,
+        prefix: str = "",
+    ) -> None:
+        """Writes `published` as `tensor` (or its part), quantised if given a scale."""
+
+        def blocks() -> Iterator[torch.Tensor]:
+            for block in row_blocks(published):
+                if weight_scale is None:
+                    yield cast(prefix + source, block, self.dtype)
+                else:
+                    rows = cast(prefix + source, block.to(self.device), self.dtype)
+                    yield fp8.quantize(rows, weight_scale)
+
+        RankFiles(self.config).append(out, tensor, layer, source, blocks(), len(published))
+
+
+def _check_cached(report: LinearReport, amax: float) -> None:
+    if amax != report.weight_amax:
+        raise UserError(
+            f"--calib_cache is of other weights or another --dtype: {report.linear} has amax "
+            f"{amax}, the cache says {report.weight_amax}; calibrate again"
+        )

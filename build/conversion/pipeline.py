@@ -1,0 +1,188 @@
+"""Reads ahead of the computation and writes behind it, each in a thread, in bounded memory.
+
+What is computed never depends on the threads: names are read in the order they were announced and
+blocks written in the order they were given.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+
+import torch
+
+from build.sources.source import WeightSource
+from nvlm.formats.safetensors_files import SafetensorsWriter
+
+_PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """What may wait between the threads; with 0 one tensor is read ahead, one block written."""
+
+    read_ahead_bytes: int = 512 << 20
+    write_behind_bytes: int = 256 << 20
+
+
+DEFAULT_BUFFERS = Buffers()
+
+
+class ReadAhead:
+    """Reads `names` from a source, in this order, before they are asked for.
+
+    Holds `max_bytes` or one tensor, and one more being read; a memory-mapped tensor's pages are
+    brought into the page cache. What the source raises comes out of `read`.
+    """
+
+    def __init__(self, source: WeightSource, names: Sequence[str], max_bytes: int) -> None:
+        self._source = source
+        self._names = names
+        self._max_bytes = max_bytes
+        self._ready: deque[tuple[str, torch.Tensor]] = deque()
+        self._ready_bytes = 0
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="read ahead", daemon=True)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The next announced tensor, which must be `name`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._error)
+            if not self._ready:
+                assert self._error is not None
+                raise self._error
+            announced, tensor = self._ready.popleft()
+            self._ready_bytes -= tensor.nbytes
+            self._changed.notify_all()
+        assert announced == name, f"{name} is asked for, {announced} was announced"
+        return tensor
+
+    def _run(self) -> None:
+        try:
+            for name in self._names:
+                tensor = self._source.read(name)
+                _make_resident(tensor)
+                with self._changed:
+                    self._changed.wait_for(partial(self._has_room, tensor.nbytes))
+                    if self._closed:
+                        return
+                    self._ready.append((name, tensor))
+                    self._ready_bytes += tensor.nbytes
+                    self._changed.notify_all()
+                del tensor
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _has_room(self, num_bytes: int) -> bool:
+        fits = self._ready_bytes + num_bytes <= self._max_bytes
+        return self._closed or fits or not self._ready
+
+    def __enter__(self) -> ReadAhead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+
+def _make_resident(tensor: torch.Tensor) -> None:
+    """Touches every page, so that a mapped file is read here and not where it is needed."""
+    if tensor.is_contiguous() and tensor.nbytes > _PAGE_BYTES:
+        tensor.view(-1).view(torch.uint8).numpy()[::_PAGE_BYTES].max()
+
+
+class WriteBehind:
+    """Appends blocks to files in the background; `max_bytes` or one block wait at a time.
+
+    What fails there is raised by the next call here.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._waiting: deque[tuple[Callable[[], object], int]] = deque()
+        self._waiting_bytes = 0
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="write behind", daemon=True)
+        self._committer = ThreadPoolExecutor(1, "commit")
+        self._commit: Future[None] | None = None
+
+    def append(self, writer: SafetensorsWriter, name: str, block: torch.Tensor) -> None:
+        """The next rows of a tensor; `block` may not change afterwards."""
+        self._put(lambda: writer.append(name, block), block.nbytes)
+
+    def commit(self, action: Callable[[], None]) -> None:
+        """Runs `action` once everything given before is written, beside the next writes."""
+        self._put(lambda: self._start_commit(action), 0)
+
+    def _start_commit(self, action: Callable[[], None]) -> None:
+        if self._commit is not None:
+            self._commit.result()
+        self._commit = self._committer.submit(action)
+
+    def _put(self, action: Callable[[], object], num_bytes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_room(num_bytes) or self._error)
+            if self._error is not None:
+                raise self._error
+            self._waiting.append((action, num_bytes))
+            self._waiting_bytes += num_bytes
+            self._changed.notify_all()
+
+    def _has_room(self, num_bytes: int) -> bool:
+        return self._waiting_bytes + num_bytes <= self._max_bytes or not self._waiting
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._waiting or self._closed)
+                    if not self._waiting:
+                        break
+                    action, num_bytes = self._waiting.popleft()
+                action()
+                del action
+                with self._changed:
+                    self._waiting_bytes -= num_bytes
+                    self._changed.notify_all()
+            if self._commit is not None:
+                self._commit.result()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._waiting.clear()
+                self._changed.notify_all()
+
+    def __enter__(self) -> WriteBehind:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._changed:
+            self._closed = True
+            if kind is not None:
+                self._waiting.clear()
+            self._changed.notify_all()
+        self._thread.join()
+        self._committer.shutdown()
+        if kind is None and self._error is not None:
+            raise self._error

@@ -1,0 +1,1 @@
+"""From published tensors to quantised shards."""

@@ -1,0 +1,49 @@
+"""What FP8 does to a linear, measured on rows of calibration data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from build.conversion.quantization.cast import row_blocks
+from nvlm.model import fp8
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationError:
+    """As in `LinearReport`."""
+
+    weight_error: float
+    output_error: float
+    clipped_share: float
+    underflow_share: float
+
+
+def quantization_error(
+    x: torch.Tensor, weight: torch.Tensor, input_scale: float, weight_scale: float
+) -> QuantizationError:
+    """x: [rows, in_features], weight: [out_features, in_features], any float dtype.
+
+    Sums of squares in float64, products in float32, a block of the weight at a time. The bias is
+    the same on both sides and left out.
+    """
+    x = x.to(torch.float32)
+    quantised = fp8.quantize(x, input_scale)
+    dequantised = fp8.dequantize(quantised, input_scale)
+    squares = torch.zeros(4, dtype=torch.float64, device=x.device)
+    for block in row_blocks(weight):
+        rows = block.to(torch.float32)
+        rows_fp8 = fp8.dequantize(fp8.quantize(block, weight_scale), weight_scale)
+        y = nn.functional.linear(x, rows)
+        pairs = (rows_fp8 - rows, rows, nn.functional.linear(dequantised, rows_fp8) - y, y)
+        squares += torch.stack([part.square().sum(dtype=torch.float64) for part in pairs])
+    weight_error, output_error = _ratio(squares[0], squares[1]), _ratio(squares[2], squares[3])
+    clipped = (x.abs() > fp8.E4M3_MAX * input_scale * (1 + 1e-6)).to(torch.float32).mean()
+    lost = ((dequantised == 0) & (x != 0)).to(torch.float32).mean()
+    return QuantizationError(weight_error, output_error, float(clipped), float(lost))
+
+
+def _ratio(error: torch.Tensor, whole: torch.Tensor) -> float:
+    return float((error / whole).sqrt()) if whole > 0 else 0.0

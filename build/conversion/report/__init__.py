@@ -1,0 +1,1 @@
+"""What quantisation did, as JSON and as a page."""

@@ -1,0 +1,135 @@
+"""What calibration and quantisation saw: rows of quantization_report.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nvlm.model import fp8
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import read_json_object, write_json_atomically
+
+FILE_NAME = "quantization_report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearReport:
+    """A linear's largest magnitudes, its scales, and what FP8 does to it.
+
+    The errors are relative 2-norms: `weight_error` of the dequantised weight, `output_error` of
+    what the FP8 linear computes for `num_rows` rows of the calibration data, against the linear in
+    the checkpoint's dtype. Shares are of the values in those rows: clipped at 448 scales, and not
+    zero but quantised to zero.
+    """
+
+    linear: str
+    weight_amax: float
+    input_amax: float
+    weights_scaling_factor: float
+    activation_scaling_factor: float
+    weight_error: float
+    output_error: float
+    clipped_share: float
+    underflow_share: float
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionReport:
+    """Largest magnitudes of Q and K after bias and RoPE, and of V after bias."""
+
+    layer: str
+    q_amax: float
+    k_amax: float
+    v_amax: float
+
+    @property
+    def kv_cache_scaling_factor(self) -> float:
+        """Covers Q too: the FP8 context kernel quantises Q with the cache's one scale."""
+        return fp8.scale_from_amax(max(self.q_amax, self.k_amax, self.v_amax))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationReport:
+    """Rows in the order of the model."""
+
+    num_samples: int
+    num_skipped: int
+    linears: tuple[LinearReport, ...]
+    attentions: tuple[AttentionReport, ...]
+
+    def rows_of(self, prefix: str) -> tuple[list[LinearReport], AttentionReport]:
+        """Of one decoder layer. Raises `UserError` if the report knows no such layer."""
+        attentions = [row for row in self.attentions if row.layer.startswith(prefix)]
+        linears = self.linears_of(prefix)
+        if len(attentions) != 1 or not linears:
+            raise UserError(f"--calib_cache has no {prefix[:-1]}: it is of another model")
+        return linears, attentions[0]
+
+    def linears_of(self, prefix: str) -> list[LinearReport]:
+        return [row for row in self.linears if row.linear.startswith(prefix)]
+
+    @property
+    def worst_first(self) -> list[LinearReport]:
+        return sorted(self.linears, key=lambda row: -row.output_error)
+
+    def write(self, path: Path) -> None:
+        write_json_atomically(
+            path,
+            {
+                "num_calibration_samples": self.num_samples,
+                "num_skipped": self.num_skipped,
+                "scale": f"amax / {fp8.E4M3_MAX:.0f}",
+                "linears": [asdict(row) for row in self.worst_first],
+                "attention": [
+                    {**asdict(row), "kv_cache_scaling_factor": row.kv_cache_scaling_factor}
+                    for row in self.attentions
+                ],
+            },
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> QuantizationReport:
+        """Raises `UserError` for a file that no conversion of this version wrote."""
+        advice = f"give the {FILE_NAME} of an earlier conversion as --calib_cache"
+        try:
+            values = read_json_object(path)
+        except UserError as error:
+            raise UserError(f"{error}; {advice}") from None
+        try:
+            attentions = [dict(row) for row in values["attention"]]
+            for row in attentions:
+                del row["kv_cache_scaling_factor"]
+            return cls(
+                values["num_calibration_samples"],
+                values["num_skipped"],
+                tuple(LinearReport(**row) for row in values["linears"]),
+                tuple(AttentionReport(**row) for row in attentions),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is no quantization report of this version ({error!r}); {advice}"
+            ) from None
+
+
+def as_record(
+    linears: list[LinearReport], attention: AttentionReport | None = None
+) -> dict[str, Any]:
+    """What the journal keeps of a layer."""
+    return {
+        "linears": [asdict(row) for row in linears],
+        "attention": None if attention is None else asdict(attention),
+    }
+
+
+def from_records(
+    records: list[dict[str, Any]], num_samples: int, num_skipped: int
+) -> QuantizationReport:
+    attentions = [record["attention"] for record in records if record.get("attention")]
+    return QuantizationReport(
+        num_samples,
+        num_skipped,
+        tuple(LinearReport(**row) for record in records for row in record.get("linears", [])),
+        tuple(AttentionReport(**row) for row in attentions),
+    )

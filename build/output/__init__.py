@@ -1,0 +1,1 @@
+"""Directories and files that appear whole or not at all."""

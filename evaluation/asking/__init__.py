@@ -1,0 +1,1 @@
+"""Asks an engine the questions of a benchmark."""

@@ -1,0 +1,302 @@
+"""`run.py --task`: its flags, and a benchmark through an engine into a file of answers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evaluation.asking.generate import generate, task_prompt
+from evaluation.asking.output_paths import answers_path, answers_paths, record_path
+from evaluation.asking.partition import partition_bounds
+from evaluation.asking.results_file import ResultsFile
+from evaluation.asking.task_record import TaskRecord, task_settings
+from evaluation.datasets.sample import DataSet, Location
+from evaluation.tasks import (
+    DEFAULT_MAX_NEW_TOKENS,
+    TASKS,
+    Task,
+    answer_line,
+    find_task,
+)
+from nvlm.program.command_line import ArgumentParser, natural_int, positive_int
+from nvlm.program.errors import UserError
+from runtime.answers.run_record import EngineId
+from runtime.engine.engine_dir import EngineDir
+from runtime.requests.types import GenerationRequest
+from runtime.serving.runner import Runner
+
+_MAX_TOLD = 20
+_NEEDED = ("input_image_path", "output_path")
+_ONLY_WITH_TASK = (
+    *("input_image_path", "gt_path", "output_path", "num_partitions", "partition_id"),
+    *("num_samples_per_partition", "split", "num_frames"),
+)
+_NEVER_WITH_TASK = (
+    *("prompt", "image", "input_file", "output_file", "compare", "show_tiles", "streaming", "json"),
+)
+_ONLY_OF_TASKS = {"split": ("MMMU", "MathVista"), "num_frames": ("VideoMME",)}
+DEFAULT_NUM_FRAMES = 8
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("benchmarks (docs/evaluation.md)").add_argument
+    add("--task", help=f"one of {', '.join(TASKS)}")
+    add("--input_image_path", type=Path, metavar="DIR", help="its images, videos or parquet files")
+    add("--gt_path", type=Path, nargs="+", default=[], metavar="FILE", help="its questions")
+    add("--output_path", type=Path, metavar="PREFIX", help="of the files of answers")
+    add("--num_partitions", type=natural_int, help="share the records among this many processes")
+    add("--partition_id", type=natural_int, help="which share this is, from 0")
+    add("--num_samples_per_partition", type=positive_int, help="take so many instead of a share")
+    add("--split", help="of MMMU (default validation) and MathVista (default testmini)")
+    add(
+        "--num_frames",
+        type=positive_int,
+        help=f"of a video (default {DEFAULT_NUM_FRAMES}), at most the engine's --max_num_images",
+    )
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    if not arguments.task:
+        for name in _ONLY_WITH_TASK:
+            if given[name] not in (None, []):
+                raise UserError(f"--{name} goes with --task")
+        return
+    for name in _NEVER_WITH_TASK:
+        if given[name] not in (None, [], False):
+            raise UserError(f"--{name} does not go with --task, which has its own data")
+    for name in _NEEDED:
+        if given[name] is None:
+            raise UserError(f"--task needs --{name}")
+    task = find_task(arguments.task)
+    if task.gt_file == "needed" and not arguments.gt_path:
+        raise UserError(f"--task {task.name} needs --gt_path, the benchmark's questions")
+    if task.gt_file == "none" and arguments.gt_path:
+        raise UserError(
+            f"--gt_path does not go with --task {task.name}: the parquet files of "
+            "--input_image_path hold questions and answers; leave it out"
+        )
+    if len(set(arguments.gt_path)) < len(arguments.gt_path):
+        raise UserError("--gt_path names a file twice; give each once, its samples count once")
+    if arguments.max_num_tiles and task.max_num_tiles:
+        raise UserError(
+            f"--max_num_tiles does not go with --task {task.name}, whose images are of "
+            f"{task.max_num_tiles} tile each; leave it out"
+        )
+    for name, tasks in _ONLY_OF_TASKS.items():
+        if given[name] is not None and task.name not in tasks:
+            raise UserError(
+                f"--{name} goes with --task {' or '.join(tasks)}; {task.name} has no use for it"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRun:
+    """`data`: the records of one partition, of `num_records`; `request`: how they are asked."""
+
+    task: Task
+    location: Location
+    data: DataSet
+    num_records: int
+    request: GenerationRequest
+    output_path: Path
+    partition_id: int
+    num_partitions: int
+    num_samples_per_partition: int
+
+    @classmethod
+    def read(cls, arguments: argparse.Namespace, request: GenerationRequest) -> TaskRun:
+        """Reads the data set; `request` has the flags that every request shares."""
+        task = find_task(arguments.task)
+        location = Location(
+            arguments.input_image_path,
+            tuple(arguments.gt_path),
+            arguments.split,
+            arguments.num_frames or DEFAULT_NUM_FRAMES,
+        )
+        if not os.path.isdir(location.image_dir):
+            raise UserError(
+                f"--input_image_path {location.image_dir} is not a directory; give the one with "
+                "the benchmark's images"
+            )
+        if not os.path.isdir(arguments.output_path.parent):
+            raise UserError(
+                f"--output_path {arguments.output_path} lies in no directory that exists; make "
+                f"{arguments.output_path.parent} first"
+            )
+        if os.path.isdir(arguments.output_path):
+            raise UserError(
+                f"--output_path {arguments.output_path} is a directory, expected what the names of "
+                f"the files of answers begin with; give {arguments.output_path}/run, say"
+            )
+        data = task.read(location)
+        if not data.samples:
+            where = " and ".join(map(str, location.gt_paths or (location.image_dir,)))
+            told = data.problems[0] if data.problems else "it has no record"
+            raise UserError(
+                f"--task {task.name} found no sample in {where}: {told}; give the files that "
+                "docs/evaluation.md names for this task"
+            )
+        _require_an_image(data, location)
+        partition_id = arguments.partition_id or 0
+        num_records = len(data.records)
+        bounds = partition_bounds(
+            num_records,
+            arguments.num_partitions or 0,
+            partition_id,
+            arguments.num_samples_per_partition or 0,
+        )
+        return cls(
+            task,
+            location,
+            data.part(*bounds),
+            num_records,
+            replace(
+                request,
+                prompt_format=arguments.prompt_format or "megatron",
+                max_new_tokens=arguments.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+            ),
+            arguments.output_path,
+            partition_id,
+            max(arguments.num_partitions or 0, 1),
+            arguments.num_samples_per_partition or 0,
+        )
+
+    def check(self, engine: EngineDir) -> None:
+        """All that `run` would refuse, before minutes go into loading the engine; tells what of the
+        data set is no sample on stderr."""
+        self._check_limits(engine)
+        record = self._record(engine)
+        for path in answers_paths(self.output_path, self.task):
+            place = record_path(path)
+            if place.is_file() and path.stat().st_size:
+                record.require_same_shares(TaskRecord.read(place), place)
+        path = answers_path(self.output_path, self.task, self.partition_id)
+        if path.exists():
+            with ResultsFile(path, self.task, self.data.samples) as file:
+                self._require_same(file, path, record)
+        _tell(self.data.problems)
+
+    def run(self, runner: Runner) -> int:
+        """Answers what is not answered yet, tells what failed on stderr and returns how many, with
+        what is no sample."""
+        path = answers_path(self.output_path, self.task, self.partition_id)
+        samples, problems = self.data.samples, self.data.problems
+        started = time.perf_counter()
+        with ResultsFile(path, self.task, samples) as file:
+            record = self._record(runner.engine)
+            self._require_same(file, path, record)
+            record.write(record_path(path))
+            before = len(file.finished)
+            failures = generate(runner, self.task, samples, self.request, file)
+            num_new = len(file.finished) - before
+        seconds = time.perf_counter() - started
+        _tell(failures)
+        incomplete = self.data.incomplete
+        print(
+            f"{path}: {len(file.finished)} of {len(samples)} samples answered, {num_new} of "
+            f"them now in {seconds:.1f} s ({num_new / seconds:.2f} a second), "
+            f"{len(failures)} failed; records that are no samples: "
+            f"{len(problems) - len(incomplete)}"
+            + (f"; missing parts of the data set: {len(incomplete)}" if incomplete else ""),
+            file=sys.stderr,
+        )
+        return len(failures) + len(problems)
+
+    def _check_limits(self, engine: EngineDir) -> None:
+        most = engine.vision.tiling.max_num_tiles
+        if (self.request.max_num_tiles or 0) > most:
+            raise UserError(
+                f"--max_num_tiles is {self.request.max_num_tiles}, expected 1 to {most}, what the "
+                "model has tags for; leave it out to take that"
+            )
+        num_images = max((len(sample.images) for sample in self.data.samples), default=0)
+        most = engine.limits.max_num_images
+        if num_images > most:
+            raise UserError(
+                f"--task {self.task.name} asks about {num_images} images at once and the engine "
+                f"takes {most}; build it with --max_num_images {num_images} or give --num_frames"
+            )
+
+    def _record(self, engine: EngineDir) -> TaskRecord:
+        samples = self.data.samples
+        return TaskRecord(
+            EngineId.of(engine),
+            task_settings(
+                engine, self.request, self.task.max_num_tiles or self.request.max_num_tiles
+            ),
+            self.task.name,
+            {
+                "input_image_path": str(self.location.image_dir.resolve()),
+                "gt_path": [str(path.resolve()) for path in self.location.gt_paths],
+                "split": self.location.split,
+                "num_frames": self.location.num_frames,
+            },
+            self.partition_id,
+            self.num_partitions,
+            len(samples),
+            {
+                str(sample.id): num_bytes
+                for sample in samples
+                if (num_bytes := sample.num_image_bytes) is not None
+            },
+            self.num_samples_per_partition,
+            self.num_records,
+            len(self.data.problems) - len(self.data.incomplete),
+            len(self.data.incomplete),
+        )
+
+    def _require_same(self, file: ResultsFile, path: Path, record: TaskRecord) -> None:
+        """Refuses to go on with answers that something else made."""
+        if not file.finished:
+            return
+        place = record_path(path)
+        if not place.exists():
+            raise UserError(
+                f"{path} holds answers and {place} is missing, so what made them is unknown; "
+                "choose another --output_path"
+            )
+        earlier = TaskRecord.read(place)
+        record.require_same(earlier, place)
+        self._require_same_samples(path, file, earlier, record)
+
+    def _require_same_samples(
+        self, path: Path, file: ResultsFile, earlier: TaskRecord, record: TaskRecord
+    ) -> None:
+        """Refuses to go on where an answered sample is no longer what it was: another data set
+        under the same names."""
+        for sample in self.data.samples:
+            if sample.id not in file.finished:
+                continue
+            line = answer_line(self.task, sample, task_prompt(sample, self.request), "")
+            what = None
+            if file.finished[sample.id] != self.task.form.digest(line):
+                what = "its question or ground truth"
+            elif record.differs_in_image(earlier, sample.id):
+                what = "the size of its image"
+            if what is not None:
+                raise UserError(
+                    f"{path} holds an answer to sample {sample.id} of another data set: {what} "
+                    "was different then; choose another --output_path"
+                )
+
+
+def _require_an_image(data: DataSet, location: Location) -> None:
+    """One that is missing is told with its sample; where all are, the folder is another."""
+    files = [file for sample in data.samples for file in sample.files]
+    if files and not any(map(os.path.exists, files)):
+        raise UserError(
+            f"--input_image_path {location.image_dir} has none of the {len(files)} files that are "
+            f"asked about, such as {files[0]}; give the folder that has them"
+        )
+
+
+def _tell(problems: list[str]) -> None:
+    for problem in problems[:_MAX_TOLD]:
+        print(problem, file=sys.stderr)
+    if len(problems) > _MAX_TOLD:
+        print(f"... and {len(problems) - _MAX_TOLD} more", file=sys.stderr)

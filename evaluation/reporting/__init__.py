@@ -1,0 +1,1 @@
+"""From files of answers to scores, submissions and reports."""

@@ -1,0 +1,1 @@
+"""Doors onto runtime/serving."""

@@ -1,0 +1,136 @@
+"""Sends answers to Triton from a thread of its own, so that no client holds up the decoder."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from frontends.triton.models.metrics import MetricsExporter
+from frontends.triton.response import output_arrays
+from nvlm.program.errors import UserError
+from runtime.serving.server import Answer, BusyError, Server, Ticket
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.05  # how soon a cancelled client is noticed
+_TICKS_PER_EXPORT = 5
+_CLOSE_TIMEOUT_S = 1.0
+
+
+@dataclass(eq=False, slots=True)
+class Client:
+    """Where the answers of one request go; `outputs` are the tensors it asked for."""
+
+    sender: Any
+    streams: bool
+    outputs: frozenset[str]
+    is_done: bool = False
+
+
+class Delivery:
+    """`put` and `watch` may be called by any thread; whatever they hand over goes out in order."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._exporter = MetricsExporter()
+        self._queue: SimpleQueue[tuple[Client, Answer | Ticket] | None] = SimpleQueue()
+        self._tickets: dict[Client, Ticket] = {}
+        self._next_tick, self._num_ticks = 0.0, 0
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def put(self, client: Client, answer: Answer) -> None:
+        if client.streams or answer.is_last:
+            self._queue.put((client, answer))
+
+    def watch(self, client: Client, ticket: Ticket) -> None:
+        """From now on the request is cancelled when its client goes away."""
+        self._queue.put((client, ticket))
+
+    def close(self) -> None:
+        """Ends the thread. Triton answers no metrics and no `is_cancelled` any more while a model
+        is finalized, so one that waits for such an answer is left behind."""
+        self._queue.put(None)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+
+    def _loop(self) -> None:
+        while True:
+            item: tuple[Client, Answer | Ticket] | None = None
+            with suppress(Empty):
+                if (item := self._queue.get(timeout=_TICK_S)) is None:
+                    return
+            try:
+                if item is not None:
+                    self._handle(*item)
+                self._tick()
+            except Exception:  # one client's trouble is not the others'
+                logger.exception("an answer could not be sent")
+
+    def _tick(self) -> None:
+        """Now and then, looks for clients that are gone and tells the metrics."""
+        if (now := time.monotonic()) < self._next_tick:
+            return
+        self._next_tick = now + _TICK_S
+        self._num_ticks += 1
+        self._cancel_those_gone()
+        if self._num_ticks % _TICKS_PER_EXPORT == 0:
+            self._exporter.export(self._server.samples())
+
+    def _handle(self, client: Client, item: Answer | Ticket) -> None:
+        if client.is_done:
+            return  # cancelled, or answered before it was watched
+        if isinstance(item, Ticket):
+            self._tickets[client] = item
+            return
+        response = response_of(item, client)
+        if item.is_last:
+            self._finish(client, response)
+        else:
+            client.sender.send(response)
+
+    def _cancel_those_gone(self) -> None:
+        for client, ticket in list(self._tickets.items()):
+            if client.sender.is_cancelled():
+                self._server.cancel(ticket)
+                self._finish(client, _error("cancelled by the client", "CANCELLED"))
+
+    def _finish(self, client: Client, response: Any) -> None:
+        client.is_done = True
+        self._tickets.pop(client, None)
+        send_last(client.sender, response)
+
+
+# Triton adds to its module only after a model is imported: nothing of it is read before that.
+def send_last(sender: Any, response: Any) -> None:
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _error(message: str, code: str) -> Any:
+    error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
+    return pb_utils.InferenceResponse(error=error)
+
+
+def response_of(answer: Answer, client: Client) -> Any:
+    """A piece of an answer as Triton's response, with the tensors the client asked for."""
+    if answer.error is not None:
+        return error_response(answer.error)
+    arrays = output_arrays(answer, whole=not client.streams)
+    tensors = [pb_utils.Tensor(name, arrays[name]) for name in arrays if name in client.outputs]
+    return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def error_response(error: Exception) -> Any:
+    """A code and a sentence; a traceback of ours goes to the log."""
+    if isinstance(error, BusyError):
+        return _error(str(error), "UNAVAILABLE")
+    if isinstance(error, UserError):
+        return _error(str(error), "INVALID_ARG")
+    logger.error("a request failed", exc_info=error)
+    return _error(f"{type(error).__name__}: {error}", "INTERNAL")

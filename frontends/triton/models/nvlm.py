@@ -1,0 +1,92 @@
+"""The model clients call: the loop of runtime/serving behind Triton's Python backend."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton_python_backend_utils as pb_utils
+
+from frontends.triton.models.delivery import Client, Delivery, error_response, send_last
+from frontends.triton.request import read_request, wants_stream
+from frontends.triton.signature import NVLM_INPUTS
+from nvlm.inputs.images import ignore_remarks
+from nvlm.program.command_line import resolve_device
+from nvlm.program.errors import UserError
+from runtime.engine.engine_dir import EngineDir
+from runtime.serving.runner import Runner
+from runtime.serving.server import BusyError, Server
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
+        logging.basicConfig(stream=sys.stderr, format="nvlm: %(message)s")
+        ignore_remarks()
+        if num_threads := int(parameters["num_threads"]):
+            torch.set_num_threads(num_threads)
+        try:
+            runner = _open(parameters)
+        except UserError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+        self._is_decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
+        self._server = Server(runner, max_queue_size=int(parameters["max_queue_size"]))
+        self._delivery = Delivery(self._server)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Returns at once; answers go out as they come, in both transaction policies."""
+        for request in requests:
+            self._accept(request)
+
+    def finalize(self) -> None:
+        self._server.close()
+        self._delivery.close()
+        self._server.runner.close()
+
+    def _accept(self, request: Any) -> None:
+        sender = request.get_response_sender()
+        try:
+            tensors = _tensors(request)
+            client = Client(
+                sender, wants_stream(tensors), frozenset(request.requested_output_names())
+            )
+            if client.streams and not self._is_decoupled:
+                raise UserError(
+                    "stream is true, but this server was started with --unary; leave it out"
+                )
+            ticket = self._server.submit(
+                read_request(tensors, self._server.runner.engine.limits),
+                lambda answer: self._delivery.put(client, answer),
+            )
+        except Exception as error:
+            if isinstance(error, UserError) and not isinstance(error, BusyError):
+                self._server.metrics.add("nvlm_requests_total", label="refused")
+            send_last(sender, error_response(error))
+            return
+        self._delivery.watch(client, ticket)
+
+
+def _open(parameters: dict[str, str]) -> Runner:
+    """The runner of the form: both executors here, or both behind other models of Triton."""
+    engine_dir = Path(parameters["engine_dir"])
+    if parameters["form"] == "torch":
+        return Runner.open(engine_dir, resolve_device(parameters["device"]))
+    engine = EngineDir.read(engine_dir)
+    from frontends.triton.models.remote_decoder import RemoteDecoderExecutor
+    from frontends.triton.models.remote_vision import RemoteVisionExecutor
+
+    url = parameters["grpc_url"]
+    return Runner(engine, RemoteVisionExecutor(engine, url), RemoteDecoderExecutor(engine, url))
+
+
+def _tensors(request: Any) -> dict[str, Any]:
+    """The inputs a client sent, as arrays."""
+    found = {
+        spec.name: pb_utils.get_input_tensor_by_name(request, spec.name) for spec in NVLM_INPUTS
+    }
+    return {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}

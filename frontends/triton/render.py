@@ -1,0 +1,104 @@
+"""From an engine directory to a model repository that Triton serves.
+
+One set of templates, two forms: `torch` runs vision and decoder in the process of `nvlm`;
+`tensorrt_llm` has them behind the models `vision` and `tensorrt_llm` (the C++ backend).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+from frontends.triton.signature import (
+    ENSEMBLE_INPUTS,
+    ENSEMBLE_OUTPUTS,
+    NVLM_INPUTS,
+    NVLM_OUTPUTS,
+    identity_map,
+    to_pbtxt,
+)
+from runtime.engine.engine_dir import EngineDir
+
+Form = Literal["torch", "tensorrt_llm"]
+
+PROJECT_DIR = Path(__file__).resolve().parents[2]
+_TEMPLATES = Path(__file__).parent / "templates"
+
+# Model -> the module that holds its code, if it is Python's.
+_MODELS: dict[Form, dict[str, str | None]] = {
+    "torch": {"nvlm": "frontends.triton.models.nvlm", "ensemble": None},
+    "tensorrt_llm": {
+        "nvlm": "frontends.triton.models.nvlm",
+        "ensemble": None,
+        "vision": "frontends.triton.models.vision",
+        "tensorrt_llm": None,
+    },
+}
+_TRITON_DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """num_threads: of each model's torch, 0 is torch's own choice. grpc_url: where the server will
+    listen, by which `nvlm` asks the other models. Without `decoupled` a model answers once and
+    cannot stream, as clients of TensorRT-LLM's `decoupled_mode: False` expect."""
+
+    form: Form
+    device: str = "auto"
+    num_threads: int = 0
+    max_queue_size: int = 64
+    decoupled: bool = True
+    grpc_url: str = "127.0.0.1:8001"
+
+
+def form_of(engine: EngineDir) -> Form:
+    return "tensorrt_llm" if engine.decoder_target == "tensorrt_llm" else "torch"
+
+
+def render(engine: EngineDir, repository: Path, options: ServeOptions) -> None:
+    """Writes the repository's folders into the directory `repository`, which exists."""
+    values = _values(engine, options)
+    for model, module in _MODELS[options.form].items():
+        version = repository / model / "1"
+        version.mkdir(parents=True)  # Triton wants it even where it holds nothing
+        template = Template((_TEMPLATES / model / "config.pbtxt").read_text())
+        (repository / model / "config.pbtxt").write_text(template.substitute(values))
+        if module:
+            code = Template((_TEMPLATES / "model.py.txt").read_text())
+            (version / "model.py").write_text(
+                code.substitute(project_dir=repr(str(PROJECT_DIR)), module=module)
+            )
+
+
+def _values(engine: EngineDir, options: ServeOptions) -> dict[str, object]:
+    config = engine.checkpoint_config
+    directory = engine.directory.resolve()
+    return {
+        "engine_dir": _quoted(directory),
+        "llm_dir": _quoted(directory / "llm"),
+        "form": options.form,
+        "device": options.device,
+        "num_threads": options.num_threads,
+        "max_queue_size": options.max_queue_size,
+        "grpc_url": options.grpc_url,
+        "decoupled": str(options.decoupled).lower(),
+        "max_batch_size": engine.limits.max_batch_size,
+        "image_size": engine.vision.tiling.image_size,
+        "tokens_per_tile": engine.vision.vision.tokens_per_tile,
+        "hidden_size": config.decoder.hidden_size,
+        "table_data_type": _TRITON_DTYPES[config.dtype],
+        "nvlm_inputs": to_pbtxt("input", NVLM_INPUTS),
+        "nvlm_outputs": to_pbtxt("output", NVLM_OUTPUTS),
+        "ensemble_inputs": to_pbtxt("input", ENSEMBLE_INPUTS),
+        "ensemble_outputs": to_pbtxt("output", ENSEMBLE_OUTPUTS),
+        "ensemble_input_map": identity_map("input_map", ENSEMBLE_INPUTS),
+        "ensemble_output_map": identity_map("output_map", ENSEMBLE_OUTPUTS),
+    }
+
+
+def _quoted(path: Path) -> str:
+    """A string of protobuf's text format."""
+    return json.dumps(str(path), ensure_ascii=False)

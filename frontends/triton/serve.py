@@ -1,0 +1,86 @@
+"""Serves an engine directory with Triton Inference Server until it is told to stop.
+
+python -m frontends.triton.serve --engine_dir D [--http_port N --grpc_port N --metrics_port N]
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from frontends.triton.render import ServeOptions, form_of, render
+from frontends.triton.server import Ports, TritonServer
+from nvlm.program.command_line import ArgumentParser, positive_float, positive_int, run
+from nvlm.program.errors import UserError
+from runtime.engine.engine_dir import EngineDir
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser((__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--engine_dir", type=Path, required=True, help="made by build_engine.py")
+    add("--form", choices=("auto", "torch", "tensorrt_llm"), default="auto", help="of the models")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--address", default="127.0.0.1", help="to listen on; 0.0.0.0 is every network")
+    add("--http_port", type=positive_int, default=8000)
+    add("--grpc_port", type=positive_int, default=8001)
+    add("--metrics_port", type=positive_int, default=8002)
+    add("--max_queue_size", type=positive_int, default=64, help="requests beside the batch's")
+    add("--num_threads", type=positive_int, help="of each model's torch (default: its own choice)")
+    add("--unary", action="store_true", help="one response a request: no streaming")
+    add("--startup_timeout_s", type=positive_float, default=900.0)
+    return parser
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    engine = EngineDir.read(arguments.engine_dir)
+    form = form_of(engine) if arguments.form == "auto" else arguments.form
+    ports = Ports(
+        arguments.address, arguments.http_port, arguments.grpc_port, arguments.metrics_port
+    )
+    options = ServeOptions(
+        form,
+        arguments.device,
+        arguments.num_threads or 0,
+        arguments.max_queue_size,
+        not arguments.unary,
+        ports.grpc_url,
+    )
+    world_size = engine.checkpoint_config.world_size
+    if form == "torch" and world_size > 1:
+        raise UserError(
+            f"{arguments.engine_dir} was converted for {world_size} ranks, and Triton runs decoder "
+            "'torch' on one; convert with --tp_size 1, or build with --decoder tensorrt_llm"
+        )
+    with tempfile.TemporaryDirectory(prefix="nvlm_triton_") as folder:
+        scratch = Path(folder)
+        repository = scratch / "models"
+        repository.mkdir()
+        render(engine, repository, options)
+        with TritonServer(repository, scratch, ports, world_size=world_size) as server:
+            try:
+                server.wait_until_ready(arguments.startup_timeout_s)
+                print(
+                    f"ready: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics} on "
+                    f"{ports.address} ({form}); log {server.log}; Control-C stops it",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                code = server.process.wait()
+                raise UserError(f"tritonserver ended by itself with {code}: {server.last_error()}")
+            except UserError as error:
+                raise UserError(f"{error}; its log is kept in {_kept(server.log)}") from None
+
+
+def _kept(log: Path) -> Path:
+    """A copy that outlives the scratch directory."""
+    descriptor, name = tempfile.mkstemp(prefix="nvlm_tritonserver_", suffix=".log")
+    with open(descriptor, "wb") as copy:
+        copy.write(log.read_bytes())
+    return Path(name)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,196 @@
+"""Runs a tritonserver process on a rendered repository: start, wait until it answers, stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from frontends.triton.program import Program, find_program
+from nvlm.program.errors import UserError
+
+EXIT_TIMEOUT_S = 20  # for requests under way
+STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    address: str = "127.0.0.1"
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+    @property
+    def host(self) -> str:
+        """Where this machine reaches it."""
+        return "127.0.0.1" if self.address == "0.0.0.0" else self.address
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{self.host}:{self.grpc}"
+
+    def require_free(self) -> None:
+        """Triton itself would wait, or serve the other ports."""
+        if len({self.http, self.grpc, self.metrics}) < 3:
+            raise UserError(
+                f"the ports {self.http}, {self.grpc} and {self.metrics} are not three; choose "
+                "others with --http_port, --grpc_port and --metrics_port"
+            )
+        for flag, port in (
+            ("--http_port", self.http),
+            ("--grpc_port", self.grpc),
+            ("--metrics_port", self.metrics),
+        ):
+            try:
+                socket.create_server((self.address, port)).close()
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(
+                    f"port {port} of {self.address} cannot be used ({reason}); choose "
+                    f"another with {flag}"
+                ) from None
+
+
+def server_command(
+    program: Program, repository: Path, ports: Ports, prefix: str, world_size: int
+) -> list[str]:
+    """One server, or under mpirun one per rank of which rank 0 alone answers.
+
+    The flags per rank are those of TensorRT-LLM's launch_triton_server.py.
+    """
+    common = [str(program.path), *program.flags, f"--model-repository={repository}"]
+    common += ["--disable-auto-complete-config", f"--exit-timeout-secs={EXIT_TIMEOUT_S}"]
+
+    def rank_flags(rank: int) -> list[str]:
+        flags = [
+            f"--http-port={ports.http + 10 * rank}",
+            f"--grpc-port={ports.grpc + 10 * rank}",
+            f"--metrics-port={ports.metrics + 10 * rank}",
+            f"--backend-config=python,shm-region-prefix-name={prefix}{rank}_",
+        ]
+        flags += [f"--{kind}-address={ports.address}" for kind in ("http", "grpc", "metrics")]
+        if rank > 0:
+            flags += ["--model-control-mode=explicit", "--load-model=tensorrt_llm"]
+        return flags
+
+    if world_size == 1:
+        return [*common, *rank_flags(0)]
+    command = ["mpirun", "--allow-run-as-root"]
+    for rank in range(world_size):
+        command += [*([":"] if rank else []), "-n", "1", *common, *rank_flags(rank)]
+    return command
+
+
+def _mpirun(world_size: int) -> str:
+    """The user's, whatever the program's environment puts before it."""
+    if (path := shutil.which("mpirun")) is not None:
+        return path
+    raise UserError(
+        f"the engine has {world_size} ranks, which mpirun starts, and it is not installed; use "
+        "NVIDIA's container, which has Open MPI"
+    )
+
+
+class TritonServer:
+    """A server process; `stop` (or leaving the `with`) ends it and removes what it left."""
+
+    def __init__(
+        self, repository: Path, scratch: Path, ports: Ports, *, world_size: int = 1
+    ) -> None:
+        ports.require_free()
+        program = find_program(scratch)
+        self.ports = ports
+        self.log = scratch / "tritonserver.log"
+        self._prefix = f"nvlm_{os.getpid()}_{id(self):x}_"
+        command = server_command(program, repository, ports, self._prefix, world_size)
+        if world_size > 1:
+            command[0] = _mpirun(world_size)
+        if setpriv := shutil.which("setpriv"):  # ends with us even if we are killed
+            command = [setpriv, "--pdeathsig", "TERM", *command]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **program.environment},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> TritonServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Returns once a question was really answered: models may be "ready" and yet be unable to.
+
+        Raises `UserError` when the server ends before, or `timeout_s` is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._is_healthy():
+            if self.process.poll() is not None:
+                raise UserError(f"tritonserver ended while starting: {self.last_error()}")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"tritonserver is not ready after {timeout_s:g} s: {self.last_error()}; a "
+                    "large engine needs a larger --startup_timeout_s"
+                )
+            time.sleep(0.05)
+        self._ask(max(1.0, deadline - time.monotonic()))
+
+    def stop(self) -> None:
+        """Ends requests under way, then the server; kills what takes too long or outlives it."""
+        with suppress(subprocess.TimeoutExpired):
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+            self.process.wait(STOP_TIMEOUT_S)
+        with suppress(ProcessLookupError):  # a server that dies leaves its backends behind
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+            region.unlink(missing_ok=True)  # what a backend that died has left
+
+    def _url(self, path: str) -> str:
+        return f"http://{self.ports.host}:{self.ports.http}/v2/{path}"
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(self._url("health/ready"), timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    def _ask(self, timeout_s: float) -> None:
+        question = json.dumps({"text_input": "Ready?", "max_tokens": 1}).encode()
+        request = urllib.request.Request(self._url("models/nvlm/generate"), data=question)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                answer = json.load(response)
+        except urllib.error.HTTPError as error:
+            told = error.read().decode(errors="replace")
+            raise UserError(f"tritonserver is up but cannot answer: {told}") from None
+        except OSError as error:
+            raise UserError(f"tritonserver is up but does not answer: {error}") from None
+        if answer.get("num_tokens") != 1 and answer.get("finish_reason") != "stop":
+            raise UserError(f"tritonserver is up but answers {answer}, expected one token")
+
+    def last_error(self) -> str:
+        """What the log says last of an error, without Triton's own prefix and trace."""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = lines or ["it wrote no log"]
+        told = [line for line in lines if re.match(r"E\d{4} ", line) and "failed to load" in line]
+        errors = told or [line for line in lines if line.startswith("error:")] or lines
+        line = re.sub(r"^E\d{4} \S+ \d+ \S+ ", "", errors[-1].strip())
+        return line.split("\\n\\nAt:")[0].strip('"')

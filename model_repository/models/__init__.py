@@ -1,1 +1,0 @@
-"""What runs inside Triton's Python backend: thin layers over `runtime`."""

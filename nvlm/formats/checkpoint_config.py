@@ -1,0 +1,122 @@
+"""config.json of a TensorRT-LLM 1.2.1 checkpoint directory for Qwen2.
+
+Keys are those of TensorRT-LLM's PretrainedConfig and QWenConfig (tensorrt_llm/models/
+modeling_utils.py, models/qwen/config.py). Its loader warns about keys it does not know and needs
+`qwen_type` and `seq_length`, so exactly this list is written and read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nvlm.formats.mapping import Mapping, check_divides
+from nvlm.model.config import DecoderConfig
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import StrictReader, read_json_object
+
+QuantAlgo = Literal["FP8"]
+
+_FIXED: dict[str, Any] = {
+    "architecture": "Qwen2ForCausalLM",
+    "qwen_type": "qwen2",
+    "hidden_act": "silu",
+    "position_embedding_type": "rope_gpt_neox",
+    "logits_dtype": "float32",
+    "rotary_scaling": None,
+    "attn_bias": True,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "use_parallel_embedding": False,
+    "embedding_sharding_dim": 0,
+    "qk_layernorm": False,
+    "use_logn_attn": False,
+    "disable_weight_only_quant_plugin": False,
+    "moe_intermediate_size": 0,
+    "moe_shared_expert_intermediate_size": 0,
+    "num_labels": 1,
+    "seq_length": 8192,  # QWenConfig's own default, which the model code reads but never uses
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """The decoder as converted: its shape, number types and ranks."""
+
+    decoder: DecoderConfig
+    dtype: str
+    quant_algo: QuantAlgo | None
+    kv_cache_quant_algo: QuantAlgo | None
+    tp_size: int = 1
+    pp_size: int = 1
+
+    def mapping(self, rank: int = 0) -> Mapping:
+        return Mapping(self.tp_size, self.pp_size, rank)
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size
+
+    def to_json(self) -> dict[str, Any]:
+        decoder = self.decoder
+        return {
+            **_FIXED,
+            "dtype": self.dtype,
+            "hidden_size": decoder.hidden_size,
+            "intermediate_size": decoder.intermediate_size,
+            "num_hidden_layers": decoder.num_hidden_layers,
+            "num_attention_heads": decoder.num_attention_heads,
+            "num_key_value_heads": decoder.num_key_value_heads,
+            "head_size": decoder.head_dim,
+            "vocab_size": decoder.vocab_size,
+            "max_position_embeddings": decoder.max_position_embeddings,
+            "rotary_base": decoder.rope_theta,
+            "norm_epsilon": decoder.rms_norm_eps,
+            "mapping": {
+                "world_size": self.world_size,
+                "tp_size": self.tp_size,
+                "pp_size": self.pp_size,
+                "cp_size": 1,
+            },
+            "quantization": {
+                "quant_algo": self.quant_algo,
+                "kv_cache_quant_algo": self.kv_cache_quant_algo,
+            },
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], path: Path) -> CheckpointConfig:
+        reader = StrictReader(values, path)
+        for key, value in _FIXED.items():
+            reader.one_of(key, (value,))
+        decoder = DecoderConfig(
+            hidden_size=reader.positive_int("hidden_size"),
+            intermediate_size=reader.positive_int("intermediate_size"),
+            num_hidden_layers=reader.positive_int("num_hidden_layers"),
+            num_attention_heads=reader.positive_int("num_attention_heads"),
+            num_key_value_heads=reader.positive_int("num_key_value_heads"),
+            vocab_size=reader.positive_int("vocab_size"),
+            max_position_embeddings=reader.positive_int("max_position_embeddings"),
+            rope_theta=reader.positive_float("rotary_base"),
+            rms_norm_eps=reader.positive_float("norm_epsilon"),
+        )
+        mapping, quantization = reader.section("mapping"), reader.section("quantization")
+        config = cls(
+            decoder,
+            dtype=reader.one_of("dtype", ("bfloat16", "float16", "float32")),
+            quant_algo=quantization.one_of("quant_algo", ("FP8", None)),
+            kv_cache_quant_algo=quantization.one_of("kv_cache_quant_algo", ("FP8", None)),
+            tp_size=mapping.positive_int("tp_size"),
+            pp_size=mapping.positive_int("pp_size"),
+        )
+        reader.refuse_unlike(config.to_json())
+        try:
+            check_divides(decoder, config.tp_size, config.pp_size)
+        except UserError as error:
+            raise UserError(f"{path}: mapping: {error}") from None
+        return config
+
+    @classmethod
+    def read(cls, path: Path) -> CheckpointConfig:
+        return cls.from_json(read_json_object(path), path)

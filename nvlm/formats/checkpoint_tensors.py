@@ -1,0 +1,122 @@
+"""The tensors a checkpoint directory holds, by name, type and shape.
+
+The converter allocates its files from these lists and the loaders check against them. Decoder:
+TensorRT-LLM 1.2.1's QWenForCausalLM. Vision: the published names in one dtype.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.safetensors_files import SafetensorsReader, TensorInfo
+from nvlm.formats.tensor_names import (
+    ACTIVATION_SCALE,
+    ENGINE_LAYER,
+    ENGINE_LINEARS,
+    KV_CACHE_SCALE,
+    VISION_LAYER,
+    VISION_LINEARS,
+    WEIGHT_SCALE,
+)
+from nvlm.model import fp8
+from nvlm.model.config import VisionConfig
+from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.model.exact import exact_div
+from nvlm.model.vision import VisionModel
+from nvlm.program.errors import UserError
+
+_SCALE = TensorInfo(torch.float32, (1,))
+
+
+def rank_file(rank: int) -> str:
+    """The file of a rank's decoder tensors in a checkpoint directory."""
+    return f"rank{rank}.safetensors"
+
+
+def decoder_layer_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
+    """One layer's tensors on any rank, under names relative to `transformer.layers.{i}.`."""
+    decoder, dtype = config.decoder, TORCH_DTYPES[config.dtype]
+    weight_dtype = fp8.E4M3 if config.quant_algo == "FP8" else dtype
+    mapping = config.mapping()
+    query_size = mapping.local_heads(decoder.num_attention_heads) * decoder.head_dim
+    key_value_size = mapping.local_heads(decoder.num_key_value_heads) * decoder.head_dim
+    qkv_size = query_size + 2 * key_value_size
+    hidden = decoder.hidden_size
+    intermediate = exact_div(decoder.intermediate_size, config.tp_size)
+    linear_shapes = {
+        "attention.qkv": (qkv_size, hidden),
+        "attention.dense": (hidden, query_size),
+        "mlp.fc": (intermediate, hidden),
+        "mlp.gate": (intermediate, hidden),
+        "mlp.proj": (hidden, intermediate),
+    }
+    tensors = {"input_layernorm.weight": TensorInfo(dtype, (hidden,))}
+    for name in ENGINE_LINEARS:
+        tensors[f"{name}.weight"] = TensorInfo(weight_dtype, linear_shapes[name])
+        if name == "attention.qkv":
+            tensors["attention.qkv.bias"] = TensorInfo(dtype, (qkv_size,))
+        if config.quant_algo == "FP8":
+            tensors[f"{name}.{WEIGHT_SCALE}"] = _SCALE
+            tensors[f"{name}.{ACTIVATION_SCALE}"] = _SCALE
+    if config.kv_cache_quant_algo == "FP8":
+        tensors[KV_CACHE_SCALE] = _SCALE
+    tensors["post_layernorm.weight"] = TensorInfo(dtype, (hidden,))
+    return tensors
+
+
+def decoder_tensors(config: CheckpointConfig, rank: int = 0) -> dict[str, TensorInfo]:
+    """All tensors of a rank's file, in the order they are written; layers count from 0.
+
+    The embedding is whole on every rank of the first stage (use_parallel_embedding is false); the
+    head's rows are split over the last one.
+    """
+    decoder, dtype, mapping = config.decoder, TORCH_DTYPES[config.dtype], config.mapping(rank)
+    vocab_size, hidden = decoder.vocab_size, decoder.hidden_size
+    tensors = {}
+    if mapping.is_first_stage:
+        tensors["transformer.vocab_embedding.weight"] = TensorInfo(dtype, (vocab_size, hidden))
+    layer = decoder_layer_tensors(config)
+    for i in range(len(mapping.layers(decoder.num_hidden_layers))):
+        prefix = ENGINE_LAYER.format(i=i)
+        tensors |= {prefix + name: info for name, info in layer.items()}
+    if mapping.is_last_stage:
+        tensors["transformer.ln_f.weight"] = TensorInfo(dtype, (hidden,))
+        rows = exact_div(mapping.padded_vocab_size(vocab_size), config.tp_size)
+        tensors["lm_head.weight"] = TensorInfo(dtype, (rows, hidden))
+    return tensors
+
+
+def vision_tensors(config: VisionConfig, dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """All tensors of `vision/model.safetensors`: exactly the module's state dict."""
+    with torch.device("meta"):
+        state = VisionModel(config).state_dict()
+    return {name: TensorInfo(dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+def vision_scales(config: VisionConfig) -> dict[str, TensorInfo]:
+    """All tensors of `vision/scales.safetensors`."""
+    return {
+        f"{VISION_LAYER.format(i=i)}{linear}.{kind}": _SCALE
+        for i in range(config.num_hidden_layers)
+        for linear in VISION_LINEARS
+        for kind in (WEIGHT_SCALE, ACTIVATION_SCALE)
+    }
+
+
+def open_checked(path: Path, expected: dict[str, TensorInfo]) -> SafetensorsReader:
+    """Opens a file that must hold exactly `expected`."""
+    reader = SafetensorsReader(path)
+    for name in [*expected, *reader.tensors]:
+        found, wanted = reader.tensors.get(name), expected.get(name)
+        if found != wanted:
+            raise UserError(
+                f"{path}: {name} is {_text(found)}, config.json asks for {_text(wanted)}"
+            )
+    return reader
+
+
+def _text(info: TensorInfo | None) -> str:
+    return "absent" if info is None else f"{info.dtype} {list(info.shape)}"

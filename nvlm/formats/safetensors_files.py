@@ -1,0 +1,187 @@
+"""Safetensors files: memory-mapped reading with one-line errors, streaming writing.
+
+The library reads; it cannot write a file tensor by tensor, so that part is here. Format:
+https://github.com/huggingface/safetensors (8 bytes header length, JSON header, data).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nvlm.model.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
+from nvlm.program.errors import UserError
+
+_READ_BYTES = 4 << 20
+_MAX_WRITE_BYTES = 1 << 30  # one write() moves at most 2 GiB on Linux
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsReader:
+    """One file, memory-mapped: tensors are views of the mapping until something copies them.
+
+    Raises `UserError` when the file is missing, cut short or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: Any = safe_open(path, framework="pt", device="cpu")
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is not a whole safetensors file ({error}); download or copy it again"
+            ) from None
+        self.tensors: dict[str, TensorInfo] = {}
+        for name in self._file.keys():  # noqa: SIM118 - safe_open is no mapping
+            part = self._file.get_slice(name)
+            dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
+            if dtype is None:
+                supported = ", ".join(SAFETENSORS_DTYPES)
+                raise UserError(
+                    f"{path}: {name} is stored as {part.get_dtype()}, expected one of {supported}"
+                )
+            self.tensors[name] = TensorInfo(dtype, tuple(part.get_shape()))
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+class SafetensorsWriter:
+    """Writes a file whose tensors are known by name and shape beforehand, block by block.
+
+    The whole file is allocated at once, so a full disk is found before any work is done. Given
+    `finished` (names that an earlier run wrote and synced) the existing file is gone on with. Peak
+    memory: the block being written. `OSError` passes through for the caller to explain.
+
+    Written in the given order, the file's SHA-256 costs no second reading.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, TensorInfo], finished: Set[str] | None = None
+    ) -> None:
+        self.path = path
+        self._tensors = _aligned(tensors)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, info in self._tensors.items():
+            end = offset + info.num_bytes
+            header[name] = {
+                "dtype": SAFETENSORS_NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self.size_bytes = 8 + len(encoded) + offset
+        # Where the next byte of each unfinished tensor goes, and where it ends.
+        self._next: dict[str, int] = {}
+        self._end: dict[str, int] = {}
+        for name in self._tensors.keys() - (finished or set()):
+            start, end = header[name]["data_offsets"]
+            self._next[name], self._end[name] = (8 + len(encoded) + x for x in (start, end))
+        self._missing = set(self._next)
+        self._digest = hashlib.sha256()
+        self._digested_bytes = 0
+        flags = os.O_CREAT | os.O_EXCL if finished is None else 0
+        self._fd = os.open(path, os.O_RDWR | flags, 0o644)
+        try:
+            os.posix_fallocate(self._fd, 0, self.size_bytes)
+            self._write_at(0, memoryview(struct.pack("<Q", len(encoded)) + encoded))
+            self._digest_until(min(self._next.values(), default=self.size_bytes))
+        except OSError:
+            os.close(self._fd)
+            raise
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """A whole tensor."""
+        assert tuple(tensor.shape) == self._tensors[name].shape, f"{name}: {tensor.shape}"
+        self.append(name, tensor)
+
+    def append(self, name: str, block: torch.Tensor) -> None:
+        """The next rows of a tensor."""
+        info, offset = self._tensors[name], self._next[name]
+        assert block.dtype == info.dtype, f"{name}: {block.dtype} is not {info.dtype}"
+        assert block.shape[1:] == info.shape[1:], f"{name}: {block.shape} in {info.shape}"
+        assert offset + block.nbytes <= self._end[name], f"{name}: more than {info.shape}"
+        flat = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._write_at(offset, flat.numpy().data)
+        self._next[name] = offset + block.nbytes
+        if self._next[name] == self._end[name]:
+            self._missing.discard(name)
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        while data:
+            written = os.pwrite(self._fd, data[:_MAX_WRITE_BYTES], offset)
+            if offset == self._digested_bytes:
+                self._digest.update(data[:written])
+                self._digested_bytes += written
+            data, offset = data[written:], offset + written
+
+    def sync(self) -> None:
+        """Waits until everything written is on the disk, and gives its page cache back."""
+        os.fdatasync(self._fd)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def sha256(self) -> str:
+        """Of the whole file; reads again what was not written in order."""
+        self._digest_until(self.size_bytes)
+        return self._digest.hexdigest()
+
+    def _digest_until(self, end: int) -> None:
+        while self._digested_bytes < end:
+            size = min(end - self._digested_bytes, _READ_BYTES)
+            chunk = os.pread(self._fd, size, self._digested_bytes)
+            assert chunk, f"{self.path} is shorter than {self.size_bytes} bytes"
+            self._digest.update(chunk)
+            self._digested_bytes += len(chunk)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                assert not self._missing, f"never written: {sorted(self._missing)[:5]}"
+                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+
+
+def _aligned(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """As given where that aligns every tensor to its own type, else widest types first, as the
+    library does."""
+    offset = 0
+    for info in tensors.values():
+        if offset % info.dtype.itemsize:
+            return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+        offset += info.num_bytes
+    return dict(tensors)

@@ -1,0 +1,139 @@
+"""The `vision/` folder of a checkpoint directory, and the module it makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nvlm.formats.checkpoint_tensors import open_checked, vision_scales, vision_tensors
+from nvlm.formats.tensor_names import ACTIVATION_SCALE, VISION_LAYER, VISION_LINEARS, WEIGHT_SCALE
+from nvlm.formats.tensor_source import TensorSource
+from nvlm.model import fp8
+from nvlm.model.config import TilingConfig, VisionConfig
+from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.model.linear import QuantizableLinear
+from nvlm.model.vision import VisionModel, linear_of
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import StrictReader, read_json_object
+
+WEIGHTS, SCALES = "model.safetensors", "scales.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class VisionCheckpoint:
+    """What `vision/config.json` says, beside the folder it stands in."""
+
+    directory: Path
+    dtype: str
+    vision: VisionConfig
+    tiling: TilingConfig
+
+    @classmethod
+    def read(cls, directory: Path) -> VisionCheckpoint:
+        path = directory / "config.json"
+        reader = StrictReader(read_json_object(path), path)
+        dtype = reader.one_of("dtype", tuple(TORCH_DTYPES))
+        try:
+            vision = VisionConfig(**reader.section("vision").values)
+            tiling = TilingConfig(**reader.section("tiling").values)
+        except TypeError as error:
+            raise UserError(f"{path} was not written by this version: {error}") from None
+        return cls(directory, dtype, vision, tiling)
+
+    @property
+    def has_scales(self) -> bool:
+        return (self.directory / SCALES).is_file()
+
+    def load(
+        self,
+        precision: str,
+        device: torch.device,
+        *,
+        widen: bool = True,
+        source: TensorSource | None = None,
+    ) -> VisionModel:
+        """The model in `precision`: a dtype name, or "FP8" (the four linears of each layer).
+
+        source: of weights and scales, by default the folder's files.
+
+        On a CPU narrow types are computed in float32 and rounded, which is both what the numerics
+        contract says and faster than the CPU's own bfloat16: weights are widened at each use, or
+        with `widen` once for all.
+        """
+        is_fp8 = precision == "FP8"
+        dtype = self.dtype if is_fp8 else precision
+        scales = self.read_scales(source) if is_fp8 else {}
+        model = self._load(dtype, device, source, scales)
+        for name, (weight_scale, activation_scale) in scales.items():
+            module = linear_of(model, name)
+            quantised = QuantizableLinear(
+                module.weight,
+                module.bias,
+                weight_scale=weight_scale,
+                activation_scale=activation_scale,
+            )
+            model.set_submodule(name, quantised)
+        if device.type == "cpu" and dtype != "float32":
+            _compute_in_float32(model, widen)
+        return model.requires_grad_(False).eval()
+
+    def load_plain(
+        self, dtype: str, device: torch.device, source: TensorSource | None = None
+    ) -> VisionModel:
+        """The module as torch computes it in `dtype`, nothing quantised."""
+        return self._load(dtype, device, source, {})
+
+    def read_scales(self, source: TensorSource | None = None) -> dict[str, tuple[float, float]]:
+        """(weight scale, activation scale) of every linear that FP8 quantises, by full name."""
+        if source is None and not self.has_scales:
+            raise UserError(
+                f"{self.directory} has no {SCALES}, which FP8 vision needs; convert with "
+                "--quant_algo FP8 or choose another --vision_precision"
+            )
+        scales = source or open_checked(self.directory / SCALES, vision_scales(self.vision))
+        names = [
+            VISION_LAYER.format(i=i) + linear
+            for i in range(self.vision.num_hidden_layers)
+            for linear in VISION_LINEARS
+        ]
+        return {
+            name: (
+                float(scales.read(f"{name}.{WEIGHT_SCALE}")),
+                float(scales.read(f"{name}.{ACTIVATION_SCALE}")),
+            )
+            for name in names
+        }
+
+    def _load(
+        self,
+        dtype: str,
+        device: torch.device,
+        source: TensorSource | None,
+        scales: dict[str, tuple[float, float]],
+    ) -> VisionModel:
+        """Weights of linears that have scales are e4m3, each from when it was read."""
+        stored = vision_tensors(self.vision, TORCH_DTYPES[self.dtype])
+        reader = source or open_checked(self.directory / WEIGHTS, stored)
+
+        def read(name: str) -> torch.Tensor:
+            tensor = reader.read(name).to(device, TORCH_DTYPES[dtype])
+            found = scales.get(name.removesuffix(".weight"))
+            return tensor if found is None else fp8.quantize(tensor, found[0])
+
+        with torch.device("meta"):
+            model = VisionModel(self.vision)
+        model.load_state_dict({name: read(name) for name in stored}, assign=True)
+        return model
+
+
+def _compute_in_float32(model: VisionModel, widen: bool) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            linear = QuantizableLinear(module.weight, module.bias)
+            model.set_submodule(name, linear)
+    for module in model.modules():
+        if widen and isinstance(module, QuantizableLinear):
+            module.widen()

@@ -1,0 +1,1 @@
+"""What NVLM-D computes: configuration, modules and number formats."""

@@ -1,0 +1,203 @@
+"""What a model directory's config.json says, as frozen dataclasses.
+
+`NVLMConfig.from_hf` is the only place that knows Hugging Face spellings. Keys that alter the
+computation must have the value this project implements; others are ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nvlm.model.exact import exact_div
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import StrictReader, read_json_object
+
+NUM_DUMMY_HEADS = 7
+"""Heads that modeling_intern_vit.py appends as zeros so that 25 + 7 = 32 divides by 8 ranks."""
+
+PROJECTOR_NORM_EPS = 1e-5
+"""torch's LayerNorm default, which the Hugging Face model uses in `mlp1.0`."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """InternViT and the projector behind it.
+
+    `num_attention_heads` counts real heads; `num_dummy_heads` zero heads are stored behind them.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_dummy_heads: int
+    image_size: int
+    patch_size: int
+    norm_eps: float
+    projector_hidden_size: int
+    output_size: int
+    projector_norm_eps: float = PROJECTOR_NORM_EPS
+
+    @property
+    def head_dim(self) -> int:
+        return exact_div(self.hidden_size, self.num_attention_heads)
+
+    @property
+    def num_stored_heads(self) -> int:
+        return self.num_attention_heads + self.num_dummy_heads
+
+    @property
+    def attention_size(self) -> int:
+        """Channels of q, of k and of v: all stored heads."""
+        return self.num_stored_heads * self.head_dim
+
+    @property
+    def patches_per_side(self) -> int:
+        return exact_div(self.image_size, self.patch_size)
+
+    @property
+    def num_positions(self) -> int:
+        """Patches and the class token."""
+        return self.patches_per_side**2 + 1
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens after the pixel shuffle, which merges 2 x 2 patches."""
+        return exact_div(self.patches_per_side, 2) ** 2
+
+    @property
+    def projector_input_size(self) -> int:
+        return 4 * self.hidden_size
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """The Qwen2 language model. RoPE is never scaled (docs/decisions.md)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+
+    @property
+    def head_dim(self) -> int:
+        return exact_div(self.hidden_size, self.num_attention_heads)
+
+
+@dataclass(frozen=True, slots=True)
+class TilingConfig:
+    """How an image becomes tiles: a grid of at most `max_num_tiles`, then the thumbnail."""
+
+    image_size: int
+    max_num_tiles: int
+
+    @property
+    def max_tiles_per_image(self) -> int:
+        """Tiles of the largest grid plus the thumbnail; a single tile has no thumbnail."""
+        return self.max_num_tiles + 1 if self.max_num_tiles > 1 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class NVLMConfig:
+    vision: VisionConfig
+    decoder: DecoderConfig
+    tiling: TilingConfig
+
+    def with_projector_norm_eps(self, value: float) -> NVLMConfig:
+        return replace(self, vision=replace(self.vision, projector_norm_eps=value))
+
+    @classmethod
+    def from_model_dir(cls, model_dir: Path) -> NVLMConfig:
+        path = model_dir / "config.json"
+        if not path.is_file():
+            raise UserError(
+                f"{model_dir} has no config.json; expected an NVLM-D checkpoint in Hugging Face "
+                "layout, or Megatron-Core's latest_checkpointed_iteration.txt and iter_*; give "
+                "its folder as --model_dir"
+            )
+        return cls.from_hf(read_json_object(path), path)
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], path: Path) -> NVLMConfig:
+        """Reads the object of nvidia/NVLM-D-72B's config.json; `path` is for the messages."""
+        top = StrictReader(values, path)
+        if values.get("model_type") != "NVLM_D":
+            raise UserError(
+                f"{path}: model_type is {values.get('model_type')!r}, expected 'NVLM_D': "
+                "this is not an NVLM-D checkpoint"
+            )
+        top.one_of("architectures", (["NVLM_D"],))
+        top.one_of("min_dynamic_patch", (1,))
+        top.one_of("use_backbone_lora", (0,), 0)
+        top.one_of("use_llm_lora", (0,), 0)
+        top.one_of("ps_version", ("v2",))
+        top.one_of("select_layer", (-1,))
+        top.one_of("downsample_ratio", (0.5,))
+        top.one_of("use_thumbnail", (True,))
+        decoder = _decoder_from_hf(top.section("llm_config"))
+        vision = _vision_from_hf(top.section("vision_config"), decoder)
+        image_size = top.positive_int("force_image_size")
+        if image_size != vision.image_size:
+            raise UserError(
+                f"{path}: force_image_size is {image_size} but vision_config.image_size is "
+                f"{vision.image_size}; they must be equal"
+            )
+        tiling = TilingConfig(image_size, top.positive_int("max_dynamic_patch"))
+        return cls(vision, decoder, tiling)
+
+
+def _decoder_from_hf(llm: StrictReader) -> DecoderConfig:
+    # llm_config.model_type is a stale "llama" in the published file; the architecture decides.
+    llm.one_of("architectures", (["Qwen2ForCausalLM"],))
+    llm.one_of("hidden_act", ("silu",))
+    llm.one_of("tie_word_embeddings", (False,), False)
+    llm.one_of("use_sliding_window", (False,), False)
+    # The published value, which is dropped (docs/decisions.md); another would mean another model.
+    llm.one_of("rope_scaling", (None, {"type": "dynamic", "factor": 3.0}), None)
+    config = DecoderConfig(
+        hidden_size=llm.positive_int("hidden_size"),
+        intermediate_size=llm.positive_int("intermediate_size"),
+        num_hidden_layers=llm.positive_int("num_hidden_layers"),
+        num_attention_heads=llm.positive_int("num_attention_heads"),
+        num_key_value_heads=llm.positive_int("num_key_value_heads"),
+        vocab_size=llm.positive_int("vocab_size"),
+        max_position_embeddings=llm.positive_int("max_position_embeddings"),
+        rope_theta=llm.positive_float("rope_theta"),
+        rms_norm_eps=llm.positive_float("rms_norm_eps"),
+    )
+    # RoPE rotates pairs of channels, so a head has an even number of them.
+    llm.require_multiple("hidden_size", 2, "num_attention_heads")
+    llm.require_multiple("num_attention_heads", 1, "num_key_value_heads")
+    return config
+
+
+def _vision_from_hf(vision: StrictReader, decoder: DecoderConfig) -> VisionConfig:
+    vision.one_of("qk_normalization", (True,))
+    vision.one_of("qkv_bias", (False,))
+    vision.one_of("norm_type", ("rms_norm",))
+    vision.one_of("hidden_act", ("gelu",))
+    vision.one_of("num_channels", (3,), 3)
+    config = VisionConfig(
+        hidden_size=vision.positive_int("hidden_size"),
+        intermediate_size=vision.positive_int("intermediate_size"),
+        num_hidden_layers=vision.positive_int("num_hidden_layers"),
+        num_attention_heads=vision.positive_int("num_attention_heads"),
+        num_dummy_heads=NUM_DUMMY_HEADS,
+        image_size=vision.positive_int("image_size"),
+        patch_size=vision.positive_int("patch_size"),
+        norm_eps=vision.positive_float("layer_norm_eps"),
+        # modeling_nvlm_d.py: the projector is as wide as the language model's MLP.
+        projector_hidden_size=decoder.intermediate_size,
+        output_size=decoder.hidden_size,
+    )
+    vision.require_multiple("hidden_size", 1, "num_attention_heads")
+    # The pixel shuffle merges 2 x 2 patches, so a tile has an even number of them per side.
+    vision.require_multiple("image_size", 2, "patch_size")
+    return config

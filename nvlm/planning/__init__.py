@@ -1,0 +1,1 @@
+"""Limits, bytes and time, and which machine can run what."""

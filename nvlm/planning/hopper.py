@@ -1,0 +1,27 @@
+"""Whether the torch executors take their fast path, the kernels for Hopper, on a device."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from nvlm.formats.checkpoint_config import CheckpointConfig
+
+_CAPABILITY = (9, 0)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """A Hopper GPU or later, with Triton, which comes with torch for CUDA."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(device) >= _CAPABILITY
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def takes_fast_path(config: CheckpointConfig, device: torch.device) -> bool:
+    """Of the decoder."""
+    is_fp8 = config.quant_algo == config.kv_cache_quant_algo == "FP8"
+    return is_fp8 and config.dtype != "float32" and has_kernels(device)

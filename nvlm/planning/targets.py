@@ -1,0 +1,137 @@
+"""What each target of build_engine.py needs of a machine: one table for builder and doctor."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from nvlm.planning import tensorrt_llm_package, tensorrt_package
+
+Decoder = Literal["torch", "tensorrt_llm"]
+Vision = Literal["onnxruntime", "torch", "tensorrt", "tensorrt_rtx"]
+
+HOPPER = "9.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """capabilities: compute capabilities of the GPUs an engine may run on, as "9.0". is_cross: it
+    is compiled for a GPU that need not be here."""
+
+    capabilities: tuple[str, ...] = ()
+    is_cross: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device) -> Machine:
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return cls()
+        return cls((compute_capability(device),))
+
+    @property
+    def has_hopper(self) -> bool:
+        return HOPPER in self.capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """What keeps a target from a machine, and what to do about it."""
+
+    missing: str
+    mend: str
+
+
+def compute_capability(device: torch.device | int) -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def decoder_lacks(target: Decoder, machine: Machine) -> list[Lack]:
+    """Everything that keeps `target` from being built and run on `machine`."""
+    return _lacks(_DECODER_NEEDS[target], machine)
+
+
+def vision_lacks(target: Vision, machine: Machine) -> list[Lack]:
+    return _lacks(_VISION_NEEDS[target], machine)
+
+
+def told(lacks: list[Lack]) -> str:
+    """All of them in one line."""
+    return "; ".join(f"{lack.missing}: {lack.mend}" for lack in lacks)
+
+
+Need = Callable[[Machine], Lack | None]
+
+
+def _lacks(needs: tuple[Need, ...], machine: Machine) -> list[Lack]:
+    return [lack for need in needs if (lack := need(machine)) is not None]
+
+
+def _package(name: str, install: str) -> Need:
+    def need(_: Machine) -> Lack | None:
+        if importlib.util.find_spec(name) is not None:
+            return None
+        return Lack(f"{name} is not installed", install)
+
+    return need
+
+
+def _tensorrt_llm(_: Machine) -> Lack | None:
+    if not tensorrt_llm_package.is_installed():
+        return Lack("tensorrt_llm is not installed", tensorrt_llm_package.INSTALL)
+    version = tensorrt_llm_package.installed_version()
+    if version is None or tensorrt_llm_package.is_supported(version):
+        return None
+    expected = tensorrt_llm_package.SUPPORTED
+    return Lack(
+        f"tensorrt_llm {version} is installed, expected {expected}", tensorrt_llm_package.INSTALL
+    )
+
+
+def _gpu(machine: Machine) -> Lack | None:
+    if machine.capabilities:
+        return None
+    return Lack(
+        "torch sees or may use no GPU", "run on the one it is for, with a CUDA build of torch"
+    )
+
+
+def _hopper(machine: Machine) -> Lack | None:
+    if machine.has_hopper or not machine.capabilities:  # of no GPU, `_gpu` tells
+        return None
+    found = ", ".join(machine.capabilities)
+    return Lack(
+        f"the GPU has compute capability {found}, its FP8 engines are for Hopper ({HOPPER})",
+        "run on an H100, H200 or GH200",
+    )
+
+
+def _rtx_gpu(machine: Machine) -> Lack | None:
+    if machine.is_cross or any(found != HOPPER for found in machine.capabilities):
+        return None
+    return Lack(
+        "it runs on RTX GPUs only (Turing to Blackwell, not Hopper), and torch sees none",
+        "build here for one of those with --compute_capability, and run there",
+    )
+
+
+_EXPORT = tuple(_package(name, f"pip install {name}") for name in ("onnx", "onnxscript"))
+_ONNXRUNTIME = _package("onnxruntime", "pip install onnxruntime")
+_TENSORRT, _TENSORRT_RTX = (
+    _package(name, tensorrt_package.INSTALL[name]) for name in tensorrt_package.PACKAGES
+)
+
+_DECODER_NEEDS: dict[Decoder, tuple[Need, ...]] = {
+    "torch": (),
+    "tensorrt_llm": (_gpu, _hopper, _tensorrt_llm, _TENSORRT),
+}
+_VISION_NEEDS: dict[Vision, tuple[Need, ...]] = {
+    "onnxruntime": (*_EXPORT, _ONNXRUNTIME),
+    "torch": (),
+    "tensorrt": (_gpu, _TENSORRT, *_EXPORT),
+    "tensorrt_rtx": (_rtx_gpu, _TENSORRT_RTX, *_EXPORT),
+}
+assert _DECODER_NEEDS.keys() == set(get_args(Decoder))
+assert _VISION_NEEDS.keys() == set(get_args(Vision))

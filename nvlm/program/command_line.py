@@ -1,0 +1,149 @@
+"""What the entry scripts share: one-line errors with exit code 2, logging, the device."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from nvlm.inputs.images import ignore_remarks
+from nvlm.program.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults that are values; None and switches need none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, []) or isinstance(action.default, Path):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Complains in one line, without the usage text; flags may not be abbreviated."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=_HelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def positive_int(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value
+
+
+def natural_int(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = positive_float(text)
+    if value >= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def run(
+    main: Callable[[], int | None], *, rank: int = 0, end: Callable[[int], NoReturn] = sys.exit
+) -> NoReturn:
+    """Runs an entry script's `main` and ends with its code (None is 0).
+
+    The log goes to stderr, from rank 0 only except for errors. `end` takes other ranks along.
+    """
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(message)s" if rank == 0 else f"rank {rank}: %(message)s",
+    )
+    for package in ("nvlm", "build", "runtime", "evaluation"):
+        logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    ignore_remarks()
+    # An answer is UTF-8 whatever the locale; a lone surrogate, of a path, is told by its number.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    # What a scheduler sends to stop a program ends it like Control-C: cleaning up behind it.
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        signal.signal(signal.SIGHUP, _hang_up)
+    try:
+        code = main() or 0
+        if sys.stdout is not None:  # None when the caller closed it
+            sys.stdout.flush()
+        end(code)
+    except UserError as error:
+        who = "error" if rank == 0 else f"rank {rank}: error"
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+        end(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        if rank == 0:
+            with suppress(OSError):  # a terminal that hung up
+                print("interrupted", file=sys.stderr)
+        end(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output went away (`run.py ... | head`). Keep the interpreter from
+        # complaining again when it flushes stdout.
+        _drop_stdout()
+        end(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _drop_stdout()
+        print("error: stdout cannot be written: its disk is full; free some", file=sys.stderr)
+        end(EXIT_USER_ERROR)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _hang_up(*_: object) -> NoReturn:
+    """The shell and the terminal both send it: the second must not end the cleaning up."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU, else the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA GPU; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

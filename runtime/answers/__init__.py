@@ -1,0 +1,1 @@
+"""Files of answers: written in order, resumed after a stop, compared."""

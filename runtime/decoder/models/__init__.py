@@ -1,0 +1,1 @@
+"""The decoder's network on one device: plain torch and the fast path for Hopper."""

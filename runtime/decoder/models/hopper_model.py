@@ -1,0 +1,303 @@
+"""The decoder's fast path: FP8 tensor-core linears and fused kernels over the paged FP8 cache.
+
+A step in which every sequence decodes replays one CUDA graph, padded up to the next batch size
+that has one, and may be asked for before the host knows its tokens; a step with prompts runs launch
+by launch, its decoding rows among it.
+Design: docs/decisions.md, "Fast path on Hopper".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.model.decoder import AllReduce, embed, rope_tables
+from nvlm.model.dtypes import TORCH_DTYPES
+from runtime.decoder.block_allocator import num_blocks_for
+from runtime.decoder.kernels.forms import Forms
+from runtime.decoder.models.decode_inputs import DecodeInputs
+from runtime.decoder.models.hopper_weights import Fp8Linear, HopperWeights
+from runtime.decoder.models.kv_cache import PagedKVCache
+from runtime.decoder.models.step import SequenceStep
+
+_BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
+_SHORT_PROMPTS = (2, 16)  # Triton compiles anew for a number of rows that 16 divides
+
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+"""Layer and qkv [T, (heads + 2 kv_heads) head_dim], whose K and V are appended to the cache -> e4m3
+[T, heads * head_dim]."""
+
+
+class HopperModel:
+    """`DecoderModel` of an FP8 checkpoint with an FP8 KV cache.
+
+    forms: the kernels, or their plain torch twins on any device. all_reduce: where the weights are
+    a rank's shards, applied to the row-parallel linears' float32 outputs.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        max_batch_size: int,
+        max_seq_len: int,
+        weights: HopperWeights,
+        num_blocks: int,
+        device: torch.device,
+        forms: Forms,
+        *,
+        all_reduce: AllReduce | None = None,
+    ) -> None:
+        decoder = config.decoder
+        self._weights, self._forms, self._device = weights, forms, device
+        self._eps, self._dtype = decoder.rms_norm_eps, TORCH_DTYPES[config.dtype]
+        self._all_reduce = all_reduce
+        scales = [layer.kv_scale_value for layer in weights.layers]
+        # The last block is the padding rows', which nobody reads.
+        self._cache = PagedKVCache(config, num_blocks + 1, scales, device)
+        self._batch_sizes = batch_sizes(max_batch_size)
+        self._inputs = DecodeInputs(self._batch_sizes[-1], max_seq_len, num_blocks, device)
+        # Made on the CPU, whose powers and cosines are the oracle's.
+        cos, sin = rope_tables(torch.arange(max_seq_len), decoder.head_dim, decoder.rope_theta)
+        self._cos, self._sin = cos.to(device), sin.to(device)
+        self._padding_block = num_blocks
+        self._max_batch_size, self._max_seq_len = max_batch_size, max_seq_len
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+
+    @property
+    def max_rows_ahead(self) -> int:
+        return self._batch_sizes[-1]
+
+    def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
+        return self._decode(steps, token_ids)
+
+    def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
+        if len(steps) <= self._batch_sizes[-1] and all(_decodes(step) for step in steps):
+            return self._decode(steps)
+        return self._prefill(steps)
+
+    def _decode(
+        self, steps: list[SequenceStep], token_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """token_ids: instead of the steps' own."""
+        num_rows = _padded(len(steps))
+        self._inputs.fill(steps, num_rows)
+        if token_ids is not None:
+            self._inputs.token_ids(len(steps)).copy_(token_ids)
+        if num_rows in self._graphs:
+            graph, logits = self._graphs[num_rows]
+            graph.replay()
+        else:
+            logits = self._decode_rows(num_rows)
+        return logits[: len(steps)]
+
+    def _decode_rows(self, num_rows: int) -> torch.Tensor:
+        """Logits [num_rows, vocab_size] of what `self._inputs` holds."""
+        inputs = self._inputs
+        hidden = self._weights.embedding[inputs.token_ids(num_rows)]
+        positions = inputs.positions(num_rows).contiguous()
+        slots = inputs.slots(num_rows).to(torch.int64)
+        attend = self._attend_decoding(positions, slots, inputs.block_tables(num_rows))
+        return self._head(*self._layers(hidden, attend))
+
+    @torch.inference_mode()
+    def warm_up(self, max_num_tokens: int) -> None:
+        """A step full of prompts as long as they come, and short ones, so that neither compiling
+        nor running out of memory is left to a request. On all ranks."""
+        longest = min(max_num_tokens, self._max_seq_len)
+        rest = max_num_tokens % longest
+        full = [longest] * (max_num_tokens // longest) + [rest] * (rest > 0)
+        full = full[: self._max_batch_size]
+        for counts in (full, *([short] for short in _SHORT_PROMPTS if short < longest)):
+            blocks = [[self._padding_block] * num_blocks_for(count) for count in counts]
+            self._prefill(
+                [
+                    SequenceStep([0] * count, 0, blocks_of, None, True)
+                    for count, blocks_of in zip(counts, blocks, strict=True)
+                ]
+            )
+
+    @torch.inference_mode()
+    def prepare_thread(self, max_num_tokens: int) -> None:
+        _, kv_heads, _, head_dim = self._cache.pages(0)[0].shape
+        heads = self._weights.layers[0].dense.weight.shape[1] // head_dim
+        num_tokens = min(max_num_tokens, self._max_seq_len)
+        self._forms.plan_prefill_attention(heads, kv_heads, head_dim, self._dtype, num_tokens)
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Of every batch size. On all ranks, whose reductions are captured too.
+
+        Largest first, so that the smaller ones find their memory in its pool."""
+        pool = torch.cuda.graph_pool_handle()
+        for num_rows in reversed(self._batch_sizes):
+            self._inputs.fill([], num_rows)
+            self._decode_rows(num_rows)  # compiles, and lets the libraries allocate
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (NCCL's watchdog, vision) may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                logits = self._decode_rows(num_rows)
+            self._graphs[num_rows] = graph, logits
+
+    def _prefill(self, steps: list[SequenceStep]) -> torch.Tensor:
+        """Any mixture: rows that decode come first, for they share one attention kernel."""
+        order = sorted(range(len(steps)), key=lambda i: not _decodes(steps[i]))
+        ordered = [steps[i] for i in order]
+        num_decoding = sum(_decodes(step) for step in steps)
+        device, counts = self._device, [len(step.token_ids) for step in ordered]
+        positions = torch.cat(
+            [torch.arange(step.first_position, step.end_position) for step in ordered]
+        ).to(device)
+        slots = torch.cat(
+            [
+                self._cache.slots(step.blocks, step.first_position, count)
+                for step, count in zip(ordered, counts, strict=True)
+            ]
+        )
+        hidden = torch.cat([self._embed(step) for step in ordered])
+        attend = self._attend_mixture(ordered, num_decoding, positions, slots)
+        hidden, delta = self._layers(hidden, attend)
+        ends = torch.tensor(counts).cumsum(0) - 1
+        last_rows = torch.empty_like(ends)
+        last_rows[torch.tensor(order)] = ends  # in the steps' own order
+        last_rows = last_rows[torch.tensor([step.wants_logits for step in steps])].to(device)
+        return self._head(hidden[last_rows], delta[last_rows])
+
+    def _embed(self, step: SequenceStep) -> torch.Tensor:
+        token_ids = torch.tensor(step.token_ids).to(self._device, non_blocking=True)
+        table = None if step.prompt_table is None else step.prompt_table.to(self._device)
+        return embed(token_ids, self._weights.embedding, table, self._dtype)
+
+    def _attend_decoding(
+        self, positions: torch.Tensor, slots: torch.Tensor, tables: torch.Tensor
+    ) -> Attend:
+        cos, sin = self._cos[positions], self._sin[positions]
+
+        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
+            layer = self._weights.layers[index]
+            return self._forms.decode_attention(
+                qkv,
+                cos,
+                sin,
+                slots,
+                *self._cache.pages(index),
+                tables,
+                positions,
+                layer.kv_scale,
+                layer.dense.activation_scale,
+            )
+
+        return attend
+
+    def _attend_prompts(
+        self, steps: list[SequenceStep], positions: torch.Tensor, slots: torch.Tensor
+    ) -> Attend:
+        counts = [len(step.token_ids) for step in steps]
+        blocks = [torch.tensor(step.blocks).to(self._device) for step in steps]
+        cos, sin = self._cos[positions], self._sin[positions]
+
+        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
+            layer, pages = self._weights.layers[index], self._cache.pages(index)
+            q = self._forms.rope_append(qkv, cos, sin, slots, *pages, layer.kv_scale)
+            parts = [
+                self._forms.prefill_attention(
+                    rows,
+                    *pages,
+                    table,
+                    step.first_position,
+                    layer.kv_scale_value,
+                    layer.dense.activation_scale,
+                )
+                for step, rows, table in zip(steps, q.split(counts), blocks, strict=True)
+            ]
+            return _cat_e4m3(parts)
+
+        return attend
+
+    def _attend_mixture(
+        self,
+        steps: list[SequenceStep],
+        num_decoding: int,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> Attend:
+        """`num_decoding` steps of one row each, then the others."""
+        n = num_decoding
+        # A tensor that does not begin at 16 bytes would have Triton compile its kernel anew.
+        attend_prompts = self._attend_prompts(steps[n:], positions[n:], slots[n:].clone())
+        if n == 0:
+            return attend_prompts
+        width = max(len(step.blocks) for step in steps[:n])
+        tables = torch.tensor(
+            [step.blocks + [0] * (width - len(step.blocks)) for step in steps[:n]],
+            dtype=torch.int32,
+        ).to(self._device)
+        attend_decoding = self._attend_decoding(positions[:n].to(torch.int32), slots[:n], tables)
+        if n == len(steps):
+            return attend_decoding
+
+        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
+            return _cat_e4m3([attend_decoding(index, qkv[:n]), attend_prompts(index, qkv[n:])])
+
+        return attend
+
+    def _layers(self, hidden: torch.Tensor, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden: [T, hidden_size]; returns the residual stream and what the last layer adds."""
+        forms = self._forms
+        delta: torch.Tensor | None = None
+        for index, layer in enumerate(self._weights.layers):
+            hidden, normed = forms.add_rms_norm(
+                hidden, delta, layer.input_norm, self._eps, layer.qkv.activation_scale
+            )
+            attended = attend(index, self._linear(layer.qkv, normed))
+            delta = self._row_parallel(layer.dense, attended)
+            hidden, normed = forms.add_rms_norm(
+                hidden, delta, layer.post_norm, self._eps, layer.gate_up.activation_scale
+            )
+            gate_up, down = layer.gate_up, layer.down
+            product = forms.gate_up_swiglu(
+                normed, gate_up.weight, gate_up.scale, down.activation_scale, self._dtype
+            )
+            delta = self._row_parallel(down, product)
+        assert delta is not None, "a model has layers"
+        return hidden, delta
+
+    def _head(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        _, normed = self._forms.add_rms_norm(
+            hidden, delta, self._weights.final_norm, self._eps, None
+        )
+        return self._forms.head(normed, self._weights.lm_head)
+
+    def _linear(self, linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
+        return self._forms.linear(x, linear.weight, linear.scale, linear.bias, self._dtype)
+
+    def _row_parallel(self, linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
+        """Ranks add their float32 sums before the one rounding, the next norm's."""
+        if self._all_reduce is None:
+            return self._linear(linear, x)
+        assert linear.bias is None, "every rank would add it"
+        sums = self._forms.linear(x, linear.weight, linear.scale, None, torch.float32)
+        return self._all_reduce(sums)
+
+
+def batch_sizes(max_batch_size: int) -> list[int]:
+    """Rows of the decode steps that have a graph; larger batches run without."""
+    largest = min(max_batch_size, _BATCH_SIZES[-1])
+    return [*(size for size in _BATCH_SIZES if size < largest), _padded(largest)]
+
+
+def _padded(num_rows: int) -> int:
+    return next(size for size in _BATCH_SIZES if size >= num_rows)
+
+
+def _decodes(step: SequenceStep) -> bool:
+    """One token that no prompt table holds, and whose logits are wanted."""
+    return len(step.token_ids) == 1 and step.prompt_table is None and step.wants_logits
+
+
+def _cat_e4m3(parts: list[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)

@@ -1,0 +1,107 @@
+"""A rank's tensors as the kernels of the fast path take them, on the device as they are stored.
+
+Gate and up lie in one weight: their scales are one by the numerics contract. Peak memory beyond
+the weights: one tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.checkpoint_tensors import decoder_layer_tensors
+from nvlm.formats.tensor_names import (
+    ACTIVATION_SCALE,
+    ENGINE_LAYER,
+    KV_CACHE_SCALE,
+    SHARED_SCALE_LINEARS,
+    WEIGHT_SCALE,
+)
+from nvlm.formats.tensor_source import TensorSource
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Linear:
+    """weight: [N, K] e4m3; scales: float32, no dimensions; scale = weight's times activation's."""
+
+    weight: torch.Tensor
+    activation_scale: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HopperLayer:
+    input_norm: torch.Tensor
+    qkv: Fp8Linear
+    dense: Fp8Linear
+    post_norm: torch.Tensor
+    gate_up: Fp8Linear
+    down: Fp8Linear
+    kv_scale: torch.Tensor
+    kv_scale_value: float
+
+
+@dataclass(frozen=True, slots=True)
+class HopperWeights:
+    """embedding and lm_head: [vocab_size, hidden_size] in `dtype`."""
+
+    embedding: torch.Tensor
+    layers: list[HopperLayer]
+    final_norm: torch.Tensor
+    lm_head: torch.Tensor
+
+
+def load_hopper_weights(
+    source: TensorSource, config: CheckpointConfig, device: torch.device
+) -> HopperWeights:
+    """Of an FP8 checkpoint with an FP8 KV cache."""
+    infos = decoder_layer_tensors(config)
+
+    def read(name: str) -> torch.Tensor:
+        return source.read(name).to(device)
+
+    def linear(prefix: str, names: tuple[str, ...]) -> Fp8Linear:
+        """`names` behind one another in one weight, with one scale."""
+        rows = [infos[f"{name}.weight"].shape[0] for name in names]
+        columns = infos[f"{names[0]}.weight"].shape[1]
+        dtype = infos[f"{names[0]}.weight"].dtype
+        weight = torch.empty(sum(rows), columns, dtype=dtype, device=device)
+        for name, part in zip(names, weight.split(rows), strict=True):
+            part.copy_(source.read(f"{prefix}{name}.weight"))
+        scales = [
+            [float(source.read(f"{prefix}{name}.{kind}")) for name in names]
+            for kind in (WEIGHT_SCALE, ACTIVATION_SCALE)
+        ]
+        assert all(len(set(kind)) == 1 for kind in scales), f"{prefix}{names} share their scales"
+        (weight_scale, *_), (activation_scale, *_) = torch.tensor(scales)
+        bias = f"{names[0]}.bias"
+        return Fp8Linear(
+            weight,
+            activation_scale.to(device),
+            (activation_scale * weight_scale).to(device),
+            read(prefix + bias) if bias in infos else None,
+        )
+
+    def layer(prefix: str) -> HopperLayer:
+        kv_scale = source.read(prefix + KV_CACHE_SCALE).reshape(())
+        return HopperLayer(
+            read(f"{prefix}input_layernorm.weight"),
+            linear(prefix, ("attention.qkv",)),
+            linear(prefix, ("attention.dense",)),
+            read(f"{prefix}post_layernorm.weight"),
+            linear(prefix, SHARED_SCALE_LINEARS),
+            linear(prefix, ("mlp.proj",)),
+            kv_scale.to(device),
+            float(kv_scale),
+        )
+
+    num_layers = config.decoder.num_hidden_layers
+    return HopperWeights(
+        embedding=read("transformer.vocab_embedding.weight"),
+        layers=[layer(ENGINE_LAYER.format(i=i)) for i in range(num_layers)],
+        final_norm=read("transformer.ln_f.weight"),
+        lm_head=read("lm_head.weight"),
+    )

@@ -1,0 +1,84 @@
+"""The decoder by plain PyTorch, on any device.
+
+Computes exactly what the numerics contract says (docs/decisions.md), so it is the oracle of every
+faster path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.model.decoder import Attend, causal_attention, embed, rms_norm, rope_tables
+from runtime.decoder.models.kv_cache import PagedKVCache
+from runtime.decoder.models.step import SequenceStep
+from runtime.decoder.models.torch_weights import DecoderWeights
+
+
+class PlainModel:
+    """`DecoderModel` whose layers are `nvlm.model.decoder.DecoderLayer`."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        weights: DecoderWeights,
+        num_blocks: int,
+        device: torch.device,
+    ) -> None:
+        self._decoder = config.decoder
+        self._weights = weights
+        self._device = device
+        self._cache = PagedKVCache(config, num_blocks, weights.kv_scales, device)
+
+    def prepare_thread(self, max_num_tokens: int) -> None:
+        """Nothing is a thread's own."""
+
+    def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
+        weights, decoder = self._weights, self._decoder
+        counts = [len(step.token_ids) for step in steps]
+        hidden = torch.cat([self._embed(step) for step in steps])  # [T, hidden_size]
+        positions = torch.cat(
+            [torch.arange(step.first_position, step.end_position) for step in steps]
+        ).to(self._device)
+        slots = torch.cat(
+            [
+                self._cache.slots(step.blocks, step.first_position, count)
+                for step, count in zip(steps, counts, strict=True)
+            ]
+        )
+        cos, sin = rope_tables(positions, decoder.head_dim, decoder.rope_theta)
+        attend_in = self._attention(steps, counts, slots)
+        for index, layer in enumerate(weights.layers):
+            hidden = layer(hidden, cos, sin, attend_in(index))
+        ends = torch.tensor(counts).cumsum(0) - 1
+        last_rows = ends[torch.tensor([step.wants_logits for step in steps])]
+        hidden = hidden[last_rows.to(self._device)]
+        normed = rms_norm(hidden, weights.final_norm, decoder.rms_norm_eps)
+        logits: torch.Tensor = weights.lm_head(normed)
+        return logits
+
+    def _embed(self, step: SequenceStep) -> torch.Tensor:
+        token_ids = torch.tensor(step.token_ids, device=self._device)
+        embedding, table = self._weights.embedding, step.prompt_table
+        table = None if table is None else table.to(self._device)
+        return embed(token_ids, embedding, table, embedding.dtype)
+
+    def _attention(
+        self, steps: list[SequenceStep], counts: list[int], slots: torch.Tensor
+    ) -> Callable[[int], Attend]:
+        """For each layer, attention of every sequence over its own blocks of the cache."""
+
+        def attend_in(layer: int) -> Attend:
+            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                self._cache.write(layer, slots, k, v)
+                outputs = []
+                for step, rows in zip(steps, q.split(counts), strict=True):
+                    cached = self._cache.read(layer, step.blocks, step.end_position)
+                    outputs.append(causal_attention(rows, *cached, step.first_position))
+                return torch.cat(outputs).to(q.dtype)
+
+            return attend
+
+        return attend_in

@@ -1,0 +1,74 @@
+"""A rank's tensors as the plain form takes them, laid out for a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.checkpoint_tensors import (
+    decoder_layer_tensors,
+    decoder_tensors,
+    open_checked,
+    rank_file,
+)
+from nvlm.formats.tensor_names import ENGINE_LAYER, ENGINE_LINEARS, KV_CACHE_SCALE
+from nvlm.formats.tensor_source import TensorSource
+from nvlm.model.decoder import AllReduce, DecoderLayer
+from nvlm.model.linear import QuantizableLinear
+from nvlm.planning.device_memory import total_memory_bytes
+from nvlm.planning.memory_plan import decoder_may_widen
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """embedding: [vocab_size, hidden_size], whole on every rank; lm_head: the rank's rows of the
+    vocabulary; kv_scales: one a layer, None without FP8 KV cache."""
+
+    embedding: torch.Tensor
+    layers: list[DecoderLayer]
+    final_norm: torch.Tensor
+    lm_head: QuantizableLinear
+    kv_scales: list[float] | None
+
+
+def open_weights(directory: Path, config: CheckpointConfig, rank: int = 0) -> TensorSource:
+    """The rank's file in `directory`, memory-mapped; the only one a rank opens."""
+    return open_checked(directory / rank_file(rank), decoder_tensors(config, rank))
+
+
+def load_weights(
+    source: TensorSource,
+    config: CheckpointConfig,
+    device: torch.device,
+    all_reduce: AllReduce | None = None,
+) -> DecoderWeights:
+    """Maps (on a CPU) or copies every tensor; linears are widened where the memory, which the
+    ranks share, allows."""
+
+    def read(name: str) -> torch.Tensor:
+        return source.read(name).to(device)
+
+    names = decoder_layer_tensors(config)
+    layers, kv_scales = [], []
+    for i in range(config.decoder.num_hidden_layers):
+        prefix = ENGINE_LAYER.format(i=i)
+        tensors = {name: read(prefix + name) for name in names}
+        layers.append(DecoderLayer(config.decoder, tensors, all_reduce))
+        if KV_CACHE_SCALE in tensors:
+            kv_scales.append(float(tensors[KV_CACHE_SCALE]))
+    lm_head = QuantizableLinear(read("lm_head.weight"), output_dtype=torch.float32)
+    if decoder_may_widen(config, device, total_memory_bytes(device)):
+        for layer in layers:
+            for name in ENGINE_LINEARS:
+                layer.linear(name).widen()
+        lm_head.widen()
+    return DecoderWeights(
+        embedding=read("transformer.vocab_embedding.weight"),
+        layers=layers,
+        final_norm=read("transformer.ln_f.weight"),
+        lm_head=lm_head,
+        kv_scales=kv_scales or None,
+    )

@@ -1,0 +1,1 @@
+"""Reads and checks an engine directory."""

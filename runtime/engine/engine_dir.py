@@ -1,0 +1,80 @@
+"""An engine directory, read and checked: what it holds and what it was built for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.layout import decoder_config_file
+from nvlm.formats.manifest import FILE_NAME, Manifest, read_manifest
+from nvlm.formats.vision_checkpoint import VisionCheckpoint
+from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.planning.limits import EngineLimits
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import StrictReader, read_json_object
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDir:
+    """`vision.directory` holds what the vision executor loads."""
+
+    directory: Path
+    manifest: Manifest
+    limits: EngineLimits
+    checkpoint_config: CheckpointConfig
+    decoder_target: str
+    vision: VisionCheckpoint
+    vision_executor: str
+    vision_precision: str
+
+    @property
+    def packages(self) -> dict[str, str]:
+        """Versions of the packages, and the compute capability of the GPU, it was built with."""
+        packages: dict[str, str] = self.manifest.source.get("packages", {})
+        return packages
+
+    @classmethod
+    def read(cls, directory: Path) -> EngineDir:
+        """Raises `UserError` for a directory that is missing, unfinished or damaged."""
+        manifest = read_manifest(directory, "engine")
+        target = manifest.source.get("decoder")
+        llm_path = directory / "llm" / decoder_config_file(str(target))
+        llm = StrictReader(read_json_object(llm_path), llm_path)
+        _require_built_limits(manifest, directory, llm.section("build_config").values)
+        vision_path = directory / "vision" / "config.json"
+        vision = StrictReader(read_json_object(vision_path), vision_path)
+        return cls(
+            directory=directory,
+            manifest=manifest,
+            limits=_limits(manifest, directory),
+            checkpoint_config=CheckpointConfig.from_json(
+                llm.section("pretrained_config").values, llm_path
+            ),
+            decoder_target=llm.section("build_config").string("target"),
+            vision=VisionCheckpoint.read(directory / "vision"),
+            vision_executor=vision.string("executor"),
+            vision_precision=vision.one_of("precision", (*TORCH_DTYPES, "FP8")),
+        )
+
+
+def _require_built_limits(manifest: Manifest, directory: Path, built: dict[str, Any]) -> None:
+    try:
+        StrictReader(manifest.limits, directory / FILE_NAME, "limits.").refuse_unlike(
+            {name: value for name, value in built.items() if name != "target"}
+        )
+    except UserError as error:
+        raise UserError(
+            f"{error}, which it was built for; other limits are build_engine.py's to make"
+        ) from None
+
+
+def _limits(manifest: Manifest, directory: Path) -> EngineLimits:
+    try:
+        return EngineLimits(**manifest.limits)
+    except TypeError as error:
+        raise UserError(
+            f"{directory} was built by another version ({error}); build it again with "
+            f"build_engine.py --engine_dir {directory} --overwrite"
+        ) from None

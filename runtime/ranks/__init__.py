@@ -1,0 +1,1 @@
+"""Several ranks under an MPI launcher. A single rank opens none of it."""

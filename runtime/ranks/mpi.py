@@ -1,0 +1,283 @@
+"""The ranks that an `mpirun` started: which this is, and how one's failure ends them all.
+
+MPI only brings the ranks together and ends them; tensors go through torch.distributed
+(runtime/ranks/process_group.py), because MPI libraries add bfloat16 wrongly or not at all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from nvlm.program.command_line import EXIT_USER_ERROR
+from nvlm.program.errors import UserError
+from runtime.ranks.watch import Watch
+
+T = TypeVar("T")
+
+_CAUSE_S = 3.0
+_FORWARD_S = 0.2  # a launcher that aborts drops what it has not yet read of our output
+_ABORT_S = 5.0  # an abort takes milliseconds; a launcher that never acts is not waited for
+
+# (size, rank, local size, local rank) as Open MPI, and as MPICH and others with PMI, set them.
+_VARIABLES = (
+    (
+        *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        *("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """`local_rank` counts the ranks of one machine, `local_size` of them; None where the launcher
+    does not say, which is then taken as one machine."""
+
+    size: int = 1
+    rank: int = 0
+    local_size_given: int | None = None
+    local_rank_given: int | None = None
+
+    @property
+    def local_size(self) -> int:
+        return self.size if self.local_size_given is None else self.local_size_given
+
+    @property
+    def local_rank(self) -> int:
+        return self.rank if self.local_rank_given is None else self.local_rank_given
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> World:
+        for size, rank, local_size, local_rank in _VARIABLES:
+            if size in environment:
+                values = environment[size], environment.get(rank, "0")
+                local = [environment.get(name) for name in (local_size, local_rank)]
+                if not all(value is None or value.isdecimal() for value in (*values, *local)):
+                    raise UserError(
+                        f"{size}={values[0]} and {rank}={values[1]} in the environment, expected "
+                        "numbers; start with mpirun, or unset them"
+                    )
+                world = cls(
+                    *(int(value) for value in values),
+                    *(None if value is None else int(value) for value in local),
+                )
+                if world.rank >= world.size:
+                    raise UserError(
+                        f"{size}={world.size} and {rank}={world.rank} in the environment, expected "
+                        "a rank below the size; start with mpirun, or unset them"
+                    )
+                return world
+        return cls()
+
+    def share_of(self, num_threads: int) -> int:
+        """Of a machine's threads, for each of its ranks."""
+        return max(1, num_threads // self.local_size)
+
+    def gpu(self, visible: Sequence[Sequence[str]]) -> int:
+        """Of the GPUs `visible` to each rank (or to this one alone), the index that this rank
+        takes: its local rank; 0 where the launcher shows every rank another one (`srun
+        --gpus-per-task 1`). Raises `UserError` for fewer GPUs than ranks."""
+        ones = {gpus[0] for gpus in visible if len(gpus) == 1}
+        if len(ones) == self.size:
+            return 0
+        num_gpus = len(visible[self.rank if len(visible) == self.size else 0])
+        if num_gpus < self.local_size:
+            raise UserError(
+                f"{self.local_size} ranks run on this machine and torch sees {num_gpus} GPU"
+                f"{'' if num_gpus == 1 else 's'}; use as many GPUs as ranks, or --device cpu"
+            )
+        return self.local_rank
+
+
+def visible_gpus() -> list[str]:
+    """An identifier of each GPU that torch sees, the same in every process."""
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+
+
+def rank_from(environment: Mapping[str, str]) -> int:
+    """For the log, which must not fail: 0 where the environment says nothing sensible."""
+    try:
+        return World.from_environment(environment).rank
+    except UserError:
+        return 0
+
+
+def require_world_size(world: World, tp_size: int, pp_size: int) -> None:
+    """Raises `UserError` unless as many ranks run as the engine was built for."""
+    expected = tp_size * pp_size
+    if world.size != expected:
+        raise UserError(
+            f"engine_dir was built for tp_size={tp_size}, pp_size={pp_size} but {world.size} "
+            f"{'rank is' if world.size == 1 else 'ranks are'} running; use mpirun -n {expected}"
+        )
+
+
+class PeerError(RuntimeError):
+    """Another rank is gone, which is the cause."""
+
+
+class Job:
+    """All ranks of one `mpirun`, from its start to its end; alone it does nothing.
+
+    A context: an exception that leaves it on one rank ends every rank. Without mpi4py (TensorRT-LLM
+    brings its own MPI) ranks fail one by one, as the launcher lets them.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._phase, self._is_attempting = "start", False
+        self._watch: Watch | None = None
+        self._mpi: Any = None
+        self._comm: Any = None
+
+    def __enter__(self) -> Job:
+        if self.world.size == 1 or importlib.util.find_spec("mpi4py") is None:
+            return self
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # it looks for libmpi by itself
+            reason = str(error).partition("\n")[0]
+            self.refuse(
+                f"mpi4py finds no MPI library ({reason}); pip install mpich, or set MPI4PY_LIBMPI "
+                "to the libmpi.so of the mpirun in use"
+            )
+        if MPI.COMM_WORLD.size != self.world.size:
+            self.refuse(
+                f"the launcher started {self.world.size} ranks but mpi4py sees "
+                f"{MPI.COMM_WORLD.size}: it belongs to another MPI library; use the mpirun of the "
+                "one that mpi4py loads"
+            )
+        self._mpi, self._comm = MPI, MPI.COMM_WORLD
+        sys.excepthook = self._fail  # a rank that ended alone would leave the others waiting
+        is_one_machine = self.world.local_size == self.world.size
+        offer = Watch.start(self.world.size, is_one_machine) if self.world.rank == 0 else None
+        offer = self._comm.bcast(offer)
+        assert offer is not None
+        self._watch = Watch.join(offer, self.world.rank)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
+            return  # `_fail` tells where
+        if error is not None:
+            self._abort()
+        elif self._comm is not None:
+            self._comm.Barrier()
+            self.watch.leave()
+            self._mpi.Finalize()  # all did their work: from here on each ends alone (see `end`)
+
+    @property
+    def has_mpi(self) -> bool:
+        return self._comm is not None
+
+    @property
+    def watch(self) -> Watch:
+        assert self._watch is not None
+        return self._watch
+
+    def phase(self, name: str) -> None:
+        """What this rank does from now on, for the message when it dies."""
+        if name != self._phase:
+            self._phase = name
+            if self._watch is not None:
+                self._watch.phase(name)
+
+    def broadcast(self, value: T) -> T:
+        """The leader's value, on every rank."""
+        assert not self._is_attempting, "a rank whose attempt failed is elsewhere"
+        return value if self._comm is None else self._comm.bcast(value)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value in rank order, on every rank."""
+        assert not self._is_attempting, "a rank whose attempt failed is elsewhere"
+        return [value] if self._comm is None else self._comm.allgather(value)
+
+    def agree(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns, which must not speak to other ranks. Where it raises `UserError`
+        on any rank, only the lowest such rank raises it, and the others end without a word."""
+        error: UserError | None = None
+        self._is_attempting = True
+        try:
+            result = attempt()
+        except UserError as problem:
+            error = problem
+        finally:
+            self._is_attempting = False
+        failed = [rank for rank, is_bad in enumerate(self.gather(error is not None)) if is_bad]
+        if not failed or (error is not None and not self.has_mpi):
+            if error is not None:
+                raise error
+            return result
+        if failed[0] == self.world.rank and error is not None:
+            raise error
+        self.watch.leave()
+        time.sleep(_ABORT_S)
+        os._exit(EXIT_USER_ERROR)
+
+    def device(self, device: torch.device) -> torch.device:
+        """Collective. This rank's GPU, or the CPU. Raises `UserError` for fewer GPUs than ranks."""
+        if device.type != "cuda" or self.world.size == 1:
+            return device
+        everyones = self.gather(visible_gpus())
+        return self.agree(lambda: torch.device("cuda", self.world.gpu(everyones)))
+
+    def refuse(self, message: str) -> NoReturn:
+        """For a mistake that every rank of a machine finds while they cannot speak to one another:
+        raises `UserError` on the first of them, the others end without a word."""
+        if self.world.local_rank > 0:
+            sys.exit(EXIT_USER_ERROR)
+        raise UserError(message)
+
+    def require_equal(self, what: str, value: str, expected: str, remedy: str) -> None:
+        """Raises `UserError` on a rank whose `value` is not the leader's, `expected`."""
+        if value != expected:
+            raise UserError(
+                f"on {platform.node()} is {what} {value}, rank 0 has {expected}; {remedy}"
+            )
+
+    def _fail(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """An error of ours: the traceback, which rank and where, then the end of all."""
+        if isinstance(error, PeerError):  # the rank that failed tells why, and ends this one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_CAUSE_S)
+        traceback.print_exception(kind, error, trace)
+        print(f"rank {self.world.rank} failed in phase {self._phase}", file=sys.stderr)
+        self._abort()
+        end(1)
+
+    def _abort(self) -> None:
+        """Before `end` with a code other than 0."""
+        if self._watch is not None:
+            self._watch.abort()
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process with `code`. Other than 0, and before the ranks have left their `Job`, it
+    ends every rank, and mpirun returns it."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if code != 0 and mpi is not None and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        time.sleep(_FORWARD_S)
+        mpi.COMM_WORLD.Abort(code)
+    sys.exit(code)

@@ -1,0 +1,155 @@
+"""The ranks of one engine as torch.distributed sees them: NCCL between GPUs, gloo between CPUs.
+
+The leader leads: it names a piece of work, every worker does its part of it, and the collectives
+in it pair up because all do the same. What the leader decides (requests, schedule, samples) is
+told, never decided twice.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from runtime.ranks.mpi import Job, PeerError
+from runtime.ranks.watch import interface_addresses
+
+_FOREVER = timedelta(days=365)  # a worker waits for work; runtime/ranks/watch.py tells who died
+
+
+@contextmanager
+def _with_peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(f"another rank is gone ({error})") from error
+
+
+class ProcessGroup:
+    def __init__(self, job: Job, device: torch.device) -> None:
+        """Collective. Brings the ranks together by an address that rank 0 gives over MPI."""
+        if not job.has_mpi:
+            job.refuse(
+                "several ranks with decoder 'torch' need mpi4py, which is not installed; "
+                "pip install mpi4py mpich"
+            )
+        self.job, self.device = job, device
+        self.size, self.rank = job.world.size, job.world.rank
+        self._work: dict[str, Callable[[Any], object]] = {}
+        self._lock = threading.Lock()
+        self._is_broken = False
+        self._shared: torch.Tensor | None = None
+        # Every rank talks through the interface by which it reaches the leader, or is reached. For
+        # NCCL and shared memory the multicast of NVLink stays off: not every machine that has
+        # NVLink grants it.
+        addresses = job.gather(job.watch.leader_address)
+        address = addresses[-1] if self.rank == 0 else job.watch.local_address
+        names = {value: name for name, value in interface_addresses().items()}
+        if address in names:  # a second address of an interface is not
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", names[address])
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        host = job.watch.leader_address
+        is_leader = self.rank == 0
+        port = 0
+        if is_leader:
+            store = TCPStore(host, 0, self.size, True, _FOREVER, wait_for_workers=False)
+            port = store.port
+        port = job.broadcast(port)
+        if not is_leader:
+            store = TCPStore(host, port, self.size, False, _FOREVER)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        hook = sys.excepthook
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.size, timeout=_FOREVER
+        )
+        sys.excepthook = hook  # torch's holds back what is printed until it returns; ours does not
+
+    def share_memory(self, max_bytes: int) -> None:
+        """Collective, on two GPUs that map each other's memory: from then on sums of at most
+        `max_bytes` are read straight from there. With more ranks each would add in another order.
+        Not the default: it was not run yet."""
+        assert self.size == 2, "two ranks add alike"
+        from torch.distributed import _symmetric_memory
+
+        shared = _symmetric_memory.empty(max_bytes // 4, dtype=torch.float32, device=self.device)
+        _symmetric_memory.rendezvous(shared, dist.distributed_c10d._get_default_group())
+        self._shared = shared
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, maybe in place. x: float32."""
+        assert x.dtype == torch.float32, "sums are rounded once, behind the reduction"
+        if self._shared is not None and x.numel() <= len(self._shared):
+            place = self._shared[: x.numel()].view_as(x)
+            name = dist.distributed_c10d._get_default_group().group_name
+            return torch.ops.symm_mem.one_shot_all_reduce_copy(place, x, "sum", name)
+        with _with_peers():
+            dist.all_reduce(x)
+        return x
+
+    def gather_columns(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The ranks' x [n, columns] side by side, on the leader; None on the others."""
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        with _with_peers():
+            dist.gather(x, parts)
+        return None if parts is None else torch.cat(parts, dim=1)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """The leader's x, into every rank's."""
+        with _with_peers():
+            dist.broadcast(x, 0)
+        return x
+
+    def send(self, x: torch.Tensor, rank: int) -> None:
+        with _with_peers():
+            dist.send(x.contiguous(), rank)
+
+    def receive(self, x: torch.Tensor, rank: int) -> torch.Tensor:
+        with _with_peers():
+            dist.recv(x, rank)
+        return x
+
+    def on(self, name: str, work: Callable[[Any], object]) -> None:
+        """What a worker does when the leader leads `name`."""
+        self._work[name] = work
+
+    @contextmanager
+    def leading(self, name: str, told: object) -> Iterator[None]:
+        """On the leader: workers do `name` with `told` while the block does the leader's part.
+        One at a time, from any thread."""
+        with self._lock:
+            if self._is_broken:
+                raise PeerError("an earlier failure left the ranks at different places")
+            self._is_broken = True  # until the block is through, no other work can be told
+            with _with_peers():
+                dist.broadcast_object_list([(name, told)], 0, device=torch.device("cpu"))
+            yield
+            self._is_broken = False
+
+    def follow(self) -> None:
+        """On a worker: does what the leader leads, until it closes."""
+        while True:
+            message: list[Any] = [None]
+            with _with_peers():
+                dist.broadcast_object_list(message, 0, device=torch.device("cpu"))
+            name, told = message[0]
+            if name == "close":
+                dist.destroy_process_group()
+                return
+            self._work[name](told)
+
+    def close(self) -> None:
+        """On the leader: ends the workers' `follow`, unless a failure is ending them anyway."""
+        if not self._is_broken:
+            with self.leading("close", None):
+                dist.destroy_process_group()

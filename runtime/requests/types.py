@@ -1,0 +1,92 @@
+"""What goes into the runner and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
+from nvlm.inputs.tiling import Grid, TiledImage
+from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
+from runtime.decoder.executor import FinishReason
+from runtime.requests.boxes import Box
+from runtime.requests.sampling import SamplingParams
+
+EncodedImage = Path | bytes | NDArray[np.uint8]
+ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A question about zero or more images.
+
+    `content` is what the user says, in order: text and images (a file's path, its bytes, RGB
+    pixels [height, width, 3], tiles, or a function that gets one of the first three when the
+    request is prepared). Without `max_num_tiles` the engine's own number applies.
+    `apply_exif` turns a picture upright as its metadata says.
+    `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
+    beside <|im_end|>.
+    """
+
+    content: tuple[str | ImageSource, ...]
+    system: str = DEFAULT_SYSTEM
+    prompt_format: PromptFormat = "hf"
+    max_num_tiles: int | None = None
+    apply_exif: bool = True
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    stop: tuple[str, ...] = ()
+    end_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    @classmethod
+    def images_first(
+        cls, prompt: str, images: tuple[ImageSource, ...] = (), **options: object
+    ) -> GenerationRequest:
+        """The usual order: each image and a newline, then the question."""
+        before = [part for image in images for part in (image, "\n")]
+        return cls(content=(*before, prompt), **options)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Milliseconds; all but the last two add up to total_ms. queue_ms: waiting between the steps,
+    as in a server; prefill_ms: from submission to the first token, so in a batch it includes
+    waiting for a place. decode_tokens_per_s counts the tokens after the first."""
+
+    queue_ms: float
+    tiling_ms: float
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: float
+    total_ms: float
+    decode_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """num_prompt_tokens counts virtual tokens; token_ids leaves out the end token."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_tokens: int
+    num_tiles: int
+    grids: list[Grid]
+    boxes: list[Box]
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text that a step added to one request's answer; `result` is set when it is complete, `error`
+    when it never will be."""
+
+    request_id: int
+    text: str
+    result: GenerationResult | None
+    error: Exception | None = None

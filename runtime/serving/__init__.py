@@ -1,0 +1,1 @@
+"""The loop that every question goes through."""

@@ -1,0 +1,92 @@
+"""What a server counts, in Prometheus' terms: counters, gauges and histograms by name.
+
+Held in memory; who exports them (frontends/triton/) reads `samples`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """`label` is the name of its one label, if it has one; `buckets` make it a histogram."""
+
+    kind: Literal["counter", "gauge"]
+    help: str
+    label: str | None = None
+    buckets: tuple[float, ...] = ()
+
+
+METRICS: dict[str, Metric] = {
+    "nvlm_requests_total": Metric("counter", "Requests that ended, by how", "outcome"),
+    "nvlm_prompt_tokens_total": Metric("counter", "Prompt tokens, virtual ones included"),
+    "nvlm_generated_tokens_total": Metric("counter", "Tokens of finished answers"),
+    "nvlm_tiles_total": Metric("counter", "Image tiles encoded"),
+    "nvlm_requests_running": Metric("gauge", "Requests in the decoder's batch"),
+    "nvlm_requests_waiting": Metric("gauge", "Requests accepted and not yet in the batch"),
+    "nvlm_queue_seconds": Metric(
+        "counter", "Waiting between the steps of a request", buckets=_SECONDS
+    ),
+    "nvlm_time_to_first_token_seconds": Metric(
+        "counter", "From acceptance to the first token", buckets=_SECONDS
+    ),
+    "nvlm_time_per_output_token_seconds": Metric(
+        "counter", "Between the tokens of a request after its first", buckets=_SECONDS
+    ),
+    "nvlm_decode_batch_size": Metric("counter", "Requests that shared a step", buckets=_COUNTS),
+}
+
+
+class ServingMetrics:
+    """Any thread may count; every name is a row of `METRICS`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: defaultdict[tuple[str, Labels], float] = defaultdict(float)
+        for name, metric in METRICS.items():
+            if metric.label is None and not metric.buckets:
+                self._values[name, ()] = 0.0  # seen before anything happens
+
+    def add(self, name: str, amount: float = 1.0, label: str = "") -> None:
+        with self._lock:
+            self._values[name, _labels(name, label)] += amount
+
+    def set(self, name: str, value: float) -> None:
+        with self._lock:
+            self._values[name, ()] = value
+
+    def observe(self, name: str, value: float) -> None:
+        """One observation: cumulative buckets, sum and count, as Prometheus defines them."""
+        with self._lock:
+            for bound in (*METRICS[name].buckets, float("inf")):
+                self._values[f"{name}_bucket", (("le", _bound(bound)),)] += value <= bound
+            self._values[f"{name}_sum", ()] += value
+            self._values[f"{name}_count", ()] += 1
+
+    def samples(self) -> dict[tuple[str, Labels], float]:
+        """The value of every series that has one: (name, labels) -> value."""
+        with self._lock:
+            return dict(self._values)
+
+
+def metric_of(series_name: str) -> Metric:
+    """The row of a series' name, which for a histogram carries a suffix."""
+    return METRICS.get(series_name) or METRICS[series_name.rpartition("_")[0]]
+
+
+def _labels(name: str, label: str) -> Labels:
+    key = METRICS[name].label
+    return ((key, label),) if key else ()
+
+
+def _bound(value: float) -> str:
+    return "+Inf" if value == float("inf") else f"{value:g}"

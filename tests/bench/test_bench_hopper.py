@@ -1,0 +1,148 @@
+"""The programs that measure on a GPU run on a CPU too, at a tiny size and without meaning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.hopper import kernels, load, measure, memory
+from bench.hopper.decoder import random_prompt
+from bench.hopper.synthetic_engine import synthetic_engine
+from bench.hopper.synthetic_runner import draw_pictures, write_tokenizer
+from bench.peers import hugging_face
+from nvlm.inputs.images import load_image
+from nvlm.inputs.tiling import tile_image
+from nvlm.inputs.tokenizer import IM_END, IM_START, Detokenizer, Tokenizer
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_every_kernel_is_measured_for_every_batch_size(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels.main(["--shape", "tiny", "--batch_sizes", "1,3", "--context", "70"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["copy_bytes_per_s"] > 0
+    names = {(row["batch_size"], row["kernel"]) for row in found["kernels"]}
+    for kernel in ("add_rms_norm", "decode_attention", "gate_up_swiglu", "down linear"):
+        assert {(1, kernel), (3, kernel)} <= names
+    assert all(row["ms"] > 0 and row["bytes"] > 0 for row in found["kernels"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_every_phase_is_measured_through_the_executors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = ["decode", "prefill", "first_token", "serving", "vision"]
+    options = "--shape tiny --layers 1,2 --batch_sizes 1,3 --context 64 --prompts 50"
+    options += f" --requests 5 --answer 4 --tiles 1 --profile {tmp_path / 'profile.log'}"
+    measure.main([*phases, *options.split()])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = [(row["phase"], row["num_layers"], row["batch_size"]) for row in found["rows"]]
+    for num_layers in (1, 2):
+        assert {("decode", num_layers, 1), ("decode", num_layers, 3)} <= set(rows)
+        assert {("prefill", num_layers, 1), ("prefill, new", num_layers, 1)} <= set(rows)
+        assert {("prefill, busy", num_layers, 1), ("decode, kernels", num_layers, 3)} <= set(rows)
+    assert {("serving", 2, 3), ("first, bfloat16", 2, 1), ("first, FP8", 2, 1)} <= set(rows)
+    assert {("vision bfloat16", 2, 1), ("vision FP8, busy", 2, 1)} <= set(rows)
+    assert all(row["ms"] > 0 and row["rate"] > 0 for row in found["rows"])
+    assert len(found["slopes"]) == 8
+    assert "2 layers, prompt of 50 tokens" in (tmp_path / "profile.log").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_pictures_arrive_through_the_server_while_texts_decode(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = "--shape tiny --layers 1 --batch_sizes 1 --context 80 --prompts 20"
+    measure.main(["interactive", *options.split(), "--picture_rate", "0,6", "--seconds", "1"])
+    first, quiet, busy = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert first["phase"] == "first pictures"
+    assert len(first["first_token_ms"]) == 10
+    assert first["num_tokens"] == 7 * 4 + 156
+    assert (quiet["picture_rate"], quiet["num_pictures"], quiet["first_token_ms"]) == (0, 0, {})
+    assert (busy["picture_rate"], busy["num_pictures"]) == (6, 6)
+    for row in (quiet, busy):
+        gaps = row["gap_ms"]
+        assert 0 < gaps["p50"] <= gaps["p90"] <= gaps["p99"] <= gaps["max"]
+        assert row["num_restarts"] > 0, "answers of 40 tokens end within the second"
+    assert 0 < busy["first_token_ms"]["median"] <= busy["first_token_ms"]["max"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_loads_of_any_size_are_served(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--shape tiny --layers 1 --batch_sizes 1,3 --context 64 --prompts 20"
+    measure.main(["serving", *options.split(), "--serving", "64/4/6/5,64/3/9/0,50/4/2/2"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["phase"], row["num_tokens"], row["batch_size"]) for row in rows] == [
+        ("served", 64, 5),
+        ("served", 64, 5),  # 0: the engine's limit, the largest that a load names
+        ("served", 50, 2),
+    ]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("text", ["2048/128/256", "a/1/1/1", "1/0/1/1", "1/1/1/-1", ""])
+def test_what_is_no_load_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        measure.main(["serving", "--serving", text])
+    assert "argument --serving" in capsys.readouterr().err
+
+
+def test_every_picture_has_seven_tiles_of_its_own(tmp_path: Path) -> None:
+    """Otherwise a request would find another's blocks in the KV cache."""
+    pictures = [
+        tile_image(load_image(path), 56, 6) for path in draw_pictures(tmp_path / "p", 5, 56)
+    ]
+    assert {picture.num_tiles for picture in pictures} == {7}
+    assert len({picture.cache_key for picture in pictures}) == 5
+
+
+@pytest.mark.parametrize("vocab_size", [512, 152064])
+def test_every_token_is_a_text_at_once(tmp_path: Path, vocab_size: int) -> None:
+    """Otherwise a server would report nothing for it, and the gap would span two tokens."""
+    write_tokenizer(tmp_path / "tokenizer", vocab_size)
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
+    silent = {i for i in range(vocab_size) if not Detokenizer(tokenizer).push(i)}
+    assert silent == {tokenizer.special_id(name) for name in (IM_START, IM_END)}
+    assert tokenizer.num_tokens == vocab_size
+
+
+def test_memory_is_told_for_every_stage_of_a_full_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the counters of a GPU that is not there."""
+    counts = {"max_memory_allocated": 1, "memory_reserved": 2, "reset_peak_memory_stats": None}
+    for name, value in {**counts, "synchronize": None, "mem_get_info": (10**9, 2 * 10**9)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    engine = synthetic_engine(
+        "tiny", 1, max_batch_size=3, max_seq_len=90, max_num_tokens=200, vision_precision="FP8"
+    )
+    stages, num_tokens = memory.measure(engine, torch.device("cpu"))
+    names = ["CUDA", "vision", "its graphs", "decoder", "its plans", "tiles", "full steps"]
+    assert [stage.name for stage in stages] == names
+    assert num_tokens == 3 * 96, "three requests in whole blocks, free again"
+
+
+def test_prompts_of_other_lengths_and_seeds_share_no_beginning() -> None:
+    """Otherwise blocks that the last measurement left would be found, and nothing computed."""
+    prompts = [random_prompt(152064, n, seed) for n in (40, 1948, 2048) for seed in (0, 1, 1000)]
+    assert len({prompt[0] for prompt in prompts}) == len(prompts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_loading_is_measured_from_a_file_beside_the_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load.main(["--shape", "tiny", "--layers", "1", "--folder", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["bytes"] == (tmp_path / "llm" / "rank0.safetensors").stat().st_size
+    assert found["share_of_disk"] > 0
+    assert found["ready_s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_a_peer_is_measured_by_the_same_phases(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--shape tiny --layers 1,2 --batch_sizes 2 --context 20 --prompts 20"
+    hugging_face.main(options.split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["phase"] for row in found["rows"]} == {"decode", "prefill"}
+    assert len(found["slopes"]) == 2

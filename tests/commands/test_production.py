@@ -1,0 +1,721 @@
+"""The production path, TensorRT and TensorRT-LLM, from checkpoint to answers, against doubles.
+
+The doubles (tests/doubles) refuse what the originals' signatures refuse and compute what their
+arguments say, so the answers must be those of `--decoder torch`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from build.conversion.convert import ConvertOptions
+from build.engines.build import BuildRun, build_engine
+from build.engines.specification import BuildOptions, specify
+from nvlm.planning import tensorrt_llm_package
+from nvlm.planning.tensorrt_package import make_logger
+from nvlm.program import command_line
+from nvlm.program.errors import UserError
+from runtime.decoder.executor import (
+    DecoderOptions,
+    DecoderRequest,
+    create_decoder_executor,
+    generate,
+)
+from runtime.engine.engine_dir import EngineDir
+from runtime.ranks.mpi import Job, World
+from runtime.ranks.worker import run_worker
+from runtime.requests.sampling import SamplingParams
+from runtime.requests.types import GenerationRequest, GenerationResult
+from runtime.serving.runner import Runner
+from tests.conftest import TINY, Workshop
+from tests.doubles.ranks import mpirun
+from tests.doubles.tensorrt_llm import Doubles, installed
+from tests.support.cases import QUESTIONS, SEVEN_TILES, THREE_IMAGES
+from tests.support.command import BUILD, ROOT, RUN, one_line_error, refused, run_command, script
+from tests.support.tolerances import FLOAT16_ONNX, FP8_LOGITS
+
+rtx = pytest.importorskip("tensorrt_rtx")
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+GPU_BYTES = 80 << 30
+SHAPE = replace(TINY, num_attention_heads=8, num_key_value_heads=2, vision_num_hidden_layers=1)
+OPTIONS = BuildOptions(max_num_images=3, vision_precision="float16")
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def doubles() -> Iterator[Doubles]:
+    with installed(rtx) as found:
+        yield found
+
+
+def checkpoint(workshop: Workshop, tp_size: int) -> Path:
+    model = workshop.model("model_8_heads", SHAPE)
+    options = ConvertOptions(calib_size=4, tp_size=tp_size)
+    return workshop.checkpoint(f"checkpoint_8_heads_tp{tp_size}", model, options)
+
+
+@pytest.fixture(scope="module")
+def built(workshop: Workshop, doubles: Doubles) -> Any:
+    """Builds with the doubles, once per number of ranks."""
+
+    def build(tp_size: int = 1) -> Path:
+        path = workshop.root / f"engine_tensorrt_llm_tp{tp_size}"
+        if not path.exists():
+            spec = specify(checkpoint(workshop, tp_size), OPTIONS, CUDA, GPU_BYTES)
+            build_engine(spec, path, OPTIONS, BuildRun(workers=2))
+        return path
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def reference(workshop: Workshop) -> Runner:
+    """The torch decoder behind the same float16 graph in ONNX Runtime, on one rank."""
+    options = {"decoder": "torch", "vision": "onnxruntime", "vision_precision": "float16"}
+    path = workshop.engine(
+        "engine_8_heads_torch", checkpoint(workshop, 1), max_num_images=3, **options
+    )
+    return Runner.open(path, CPU)
+
+
+def requests() -> list[GenerationRequest]:
+    """No image, one of one tile, one of seven, three of several."""
+    return [
+        GenerationRequest.images_first(q.text, q.paths, max_new_tokens=NEW_TOKENS)
+        for q in QUESTIONS
+    ]
+
+
+def answers(runner: Runner, asked: list[GenerationRequest]) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    for index, result in runner.generate_batch(asked):
+        assert isinstance(result, GenerationResult), result
+        found[index] = result.token_ids
+    return [found[index] for index in range(len(asked))]
+
+
+@pytest.fixture(params=[1, 2, 8], ids="tp{}".format)
+def runner(
+    built: Any, doubles: Doubles, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Runner]:
+    """Rank 0, with the other ranks working beside it."""
+    size, path = request.param, built(request.param)
+
+    def work(rank: int) -> None:
+        run_worker(path, CUDA, Job(World(size, rank)), DecoderOptions())
+
+    with (
+        mpirun(doubles.executor, size, work, tmp_path),
+        Runner.open(path, CUDA, Job(World(size, 0))) as runner,
+    ):
+        yield runner
+
+
+class TestBuild:
+    @pytest.mark.parametrize("tp_size", [1, 2, 8])
+    def test_every_rank_gets_an_engine_and_auto_picks_the_production_targets(
+        self, built: Any, tp_size: int
+    ) -> None:
+        engine = EngineDir.read(built(tp_size))
+        assert (engine.decoder_target, engine.vision_executor) == ("tensorrt_llm", "tensorrt")
+        assert sorted(path.name for path in (engine.directory / "llm").iterdir()) == sorted(
+            ["config.json", "decoder.json", *(f"rank{rank}.engine" for rank in range(tp_size))]
+        )
+        assert sorted(path.name for path in (engine.directory / "vision").iterdir()) == [
+            "config.json",
+            "model.engine",
+            "summary.json",
+        ]
+        assert engine.packages == {
+            "tensorrt": "10.14.1.48",
+            "tensorrt_llm": "1.2.1",
+            "compute_capability": "9.0",
+        }
+
+    def test_one_profile_reaches_from_a_tile_over_a_request_to_a_batch(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        plan = (built() / "vision" / "model.engine").read_bytes()
+        engine = doubles.tensorrt.Runtime(make_logger(doubles.tensorrt)).deserialize_cuda_engine(
+            plan
+        )
+        shapes = engine.get_tensor_profile_shape("tiles", 0)
+        assert [shape[0] for shape in shapes] == [1, OPTIONS.max_num_images * 7, 8 * 7]
+
+    def test_timings_of_an_earlier_build_are_read_by_the_next(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        """Of the decoder; test_vision_tensorrt says so of the vision engine."""
+        options = replace(OPTIONS, vision="torch", vision_precision=None)
+        spec = specify(checkpoint(workshop, 1), options, CUDA, GPU_BYTES)
+        cache = str(tmp_path / "timings" / "llm.cache")
+        for name, expected in (("first", None), ("second", cache)):
+            run = BuildRun(timing_cache=tmp_path / "timings")
+            build_engine(spec, tmp_path / name, options, run)
+            config = doubles.builds[-1]["build_config"]
+            assert (config.input_timing_cache, config.output_timing_cache) == (expected, cache)
+
+    @pytest.mark.parametrize("version", ["1.2.0", "1.3.0rc29"])
+    def test_auto_looks_at_the_version_of_tensorrt_llm(
+        self,
+        workshop: Workshop,
+        doubles: Doubles,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        version: str,
+    ) -> None:
+        monkeypatch.setattr(tensorrt_llm_package, "installed_version", lambda: version)
+        with caplog.at_level(logging.INFO):
+            spec = specify(checkpoint(workshop, 1), OPTIONS, CUDA, GPU_BYTES)
+        assert spec.decoder == "torch"
+        assert f"decoder: torch (tensorrt_llm {version} is installed, expected 1.2.1)" in (
+            caplog.text
+        )
+        asked = replace(OPTIONS, decoder="tensorrt_llm")
+        with pytest.raises(UserError, match=f"{version} is installed, expected 1.2.1: pip install"):
+            specify(checkpoint(workshop, 1), asked, CUDA, GPU_BYTES)
+
+    def test_another_gpu_than_hopper_is_refused_by_the_builder_as_by_the_doctor(
+        self, workshop: Workshop, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doubles.gpu, "capability", (8, 9))
+        asked = replace(OPTIONS, decoder="tensorrt_llm")
+        with pytest.raises(UserError, match=r"capability 8\.9, its FP8 engines are for Hopper"):
+            specify(checkpoint(workshop, 1), asked, CUDA, GPU_BYTES)
+
+    def test_the_prompt_table_holds_a_whole_batch_of_the_largest_requests(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        limits = EngineDir.read(built()).limits
+        settings = doubles.builds[0]["build_config"]
+        rows = OPTIONS.max_num_images * 7 * 4  # images x tiles x tokens of a tile
+        assert settings.max_prompt_embedding_table_size == limits.max_batch_size * rows
+        assert settings.max_input_len == limits.max_input_len
+        assert settings.max_num_tokens >= limits.max_input_len
+
+    @pytest.mark.parametrize("workers", [1, 3, 100])
+    def test_workers_are_at_most_one_a_rank_and_one_a_gpu(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path, workers: int
+    ) -> None:
+        options = replace(OPTIONS, vision="torch", vision_precision=None)
+        spec = specify(checkpoint(workshop, 2), options, CUDA, GPU_BYTES)
+        build_engine(spec, tmp_path / "engine", options, BuildRun(workers=workers))
+        assert doubles.builds[-1]["workers"] == min(workers, 2)
+
+    @pytest.mark.parametrize(
+        ("optimize_for", "plugins"),
+        [
+            ("latency", {"low_latency_gemm_plugin": "fp8", "gemm_swiglu_plugin": None}),
+            ("throughput", {"low_latency_gemm_plugin": None, "gemm_swiglu_plugin": "fp8"}),
+        ],
+    )
+    def test_plugins_follow_what_the_engine_is_optimised_for(
+        self,
+        workshop: Workshop,
+        doubles: Doubles,
+        tmp_path: Path,
+        optimize_for: Any,
+        plugins: dict[str, Any],
+    ) -> None:
+        options = replace(OPTIONS, vision="torch", vision_precision=None, optimize_for=optimize_for)
+        spec = specify(checkpoint(workshop, 1), options, CUDA, GPU_BYTES)
+        cache = BuildRun(timing_cache=tmp_path / "cache")
+        build_engine(spec, tmp_path / "engine", options, cache)
+        settings = doubles.builds[-1]["build_config"]
+        found = vars(settings.plugin_config)
+        assert {name: found[name] for name in plugins} == plugins
+        assert found["use_fp8_context_fmha"]
+        assert found["use_paged_context_fmha"]
+        assert settings.output_timing_cache == str(tmp_path / "cache" / "llm.cache")
+
+
+class TestAnswers:
+    def test_a_batch_of_none_one_and_three_images_gets_the_torch_decoders_tokens(
+        self, runner: Runner, reference: Runner
+    ) -> None:
+        expected = answers(reference, requests())
+        assert answers(runner, requests()) == expected
+        assert len({tuple(tokens) for tokens in expected}) == len(expected)
+
+    def test_two_pictures_with_equal_token_ids_are_told_apart_and_the_same_one_is_known_again(
+        self, runner: Runner, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        """The double fails when (token id, extra id) pairs agree and tables do not."""
+        first = SEVEN_TILES.paths[0]
+        second = tmp_path / "mirrored.png"  # the same grid, so the same token ids
+        ImageOps.mirror(Image.open(first)).save(second)
+        for path in (first, second, first):
+            runner.generate(GenerationRequest.images_first("What?", (path,), max_new_tokens=2))
+        numbers = [
+            set(request.prompt_tuning_config.input_token_extra_ids) - {0}
+            for request in doubles.executor.executors[-1].requests.values()
+        ]
+        assert [len(found) for found in numbers] == [1, 1, 1]
+        assert min(numbers[0] | numbers[1]) >= 2**40, "few bits would be shared by chance"
+        assert numbers[0] == numbers[2]
+        assert numbers[0] != numbers[1]
+
+    def test_each_image_of_a_request_has_its_own_number(
+        self, runner: Runner, doubles: Doubles
+    ) -> None:
+        request = GenerationRequest.images_first("What?", THREE_IMAGES.paths, max_new_tokens=1)
+        runner.generate(request)
+        (sent,) = doubles.executor.executors[-1].requests.values()
+        extra = sent.prompt_tuning_config.input_token_extra_ids
+        runs = [number for i, number in enumerate(extra) if number and number not in extra[:i]]
+        assert len(runs) == len(THREE_IMAGES.paths)
+        counts = [sum(number == run for number in extra) for run in runs]
+        assert counts == [4 * tiles for tiles in THREE_IMAGES.num_tiles]
+
+    def test_the_time_of_vision_ends_when_the_gpu_has_done_it(
+        self, runner: Runner, doubles: Doubles
+    ) -> None:
+        runner.encode(runner.prepare(requests()[1]))
+        assert not doubles.gpu.is_busy
+
+    def test_streaming_gives_the_text_piece_by_piece(self, runner: Runner) -> None:
+        request = requests()[1]
+        whole = runner.generate(request).text
+        runner.submit(request)
+        pieces = [delta.text for deltas in iter(runner.step, []) for delta in deltas]
+        assert len(pieces) == NEW_TOKENS
+        assert "".join(pieces) == whole
+
+    def test_a_cancelled_request_gives_nothing_more_and_the_others_go_on(
+        self, runner: Runner, reference: Runner
+    ) -> None:
+        kept, gone = requests()[0], requests()[1]
+        expected = answers(reference, [kept])[0]
+        ids = [runner.submit(request) for request in (kept, gone)]
+        runner.step()
+        runner.cancel(ids[1])
+        deltas = [delta for step in iter(runner.step, []) for delta in step]
+        assert {delta.request_id for delta in deltas} == {ids[0]}
+        assert deltas[-1].result is not None
+        assert deltas[-1].result.token_ids == expected
+
+    def test_an_error_of_the_executor_fails_its_request_alone(
+        self, runner: Runner, reference: Runner, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doubles.executor, "faults", {2: "Prompt length exceeds maximum"})
+        asked = requests()
+        found = dict(runner.generate_batch(asked))
+        assert isinstance(found[1], UserError)
+        assert "Prompt length exceeds maximum" in str(found[1])
+        expected = answers(reference, asked)
+        for index in (0, 2, 3):
+            result = found[index]
+            assert isinstance(result, GenerationResult)
+            assert result.token_ids == expected[index]
+
+    @pytest.mark.parametrize("includes_end_token", [False, True])
+    def test_stop_tokens_end_an_answer_and_are_not_part_of_it(
+        self,
+        built: Any,
+        doubles: Doubles,
+        monkeypatch: pytest.MonkeyPatch,
+        includes_end_token: bool,
+    ) -> None:
+        """Whichever way the executor tells it."""
+        monkeypatch.setattr(doubles.executor, "includes_end_token", includes_end_token)
+        decoder = create_decoder_executor(EngineDir.read(built()), CUDA)
+        request = DecoderRequest(list(range(9)), max_new_tokens=12)
+        ((ids, reason),) = generate(decoder, [request])
+        assert (len(ids), reason) == (12, "length")
+        cut = next(i for i in range(11, 0, -1) if ids[i] not in ids[:i])
+        unused = max(set(range(512)) - set(ids))
+        stopping = replace(request, stop_ids=frozenset({ids[cut]}))
+        assert generate(decoder, [stopping]) == [(ids[:cut], "stop")]
+        both = replace(request, stop_ids=frozenset({ids[cut], unused}))
+        assert generate(decoder, [both])[0][0] == ids[:cut]
+        sent = list(doubles.executor.executors[-1].requests.values())[-1]
+        assert [sent.end_id, *(word for (word,) in sent.stop_words)] == sorted(both.stop_ids)
+
+    def test_sampling_settings_reach_the_executor(self, built: Any, doubles: Doubles) -> None:
+        decoder = create_decoder_executor(EngineDir.read(built()), CUDA)
+        sampling = SamplingParams(temperature=0.7, top_k=9, top_p=0.8, seed=2**63)
+        decoder.submit(DecoderRequest([1, 2, 3], 4, sampling=sampling))
+        decoder.submit(DecoderRequest([1, 2, 3], 4))
+        first, second = doubles.executor.executors[-1].requests.values()
+        config = first.sampling_config
+        found = (config.temperature, config.top_k, config.top_p, config.seed)
+        assert found == (0.7, 9, 0.8, 2**63)
+        assert second.sampling_config.top_k == 1
+
+    def test_logits_come_where_they_were_asked_for_at_load(self, built: Any) -> None:
+        options = DecoderOptions(gather_logits=True)
+        decoder = create_decoder_executor(EngineDir.read(built()), CUDA, options)
+        decoder.submit(DecoderRequest([1, 2, 3], 4, return_logits=True))
+        outputs = [output for step in iter(decoder.step, []) for output in step]
+        assert len(outputs) == 4
+        for output in outputs:
+            assert output.logits is not None
+            assert int(output.logits.argmax()) == output.token_id
+
+
+class TestLoad:
+    def test_limits_and_memory_fraction_reach_the_executor(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        engine = EngineDir.read(built())
+        create_decoder_executor(engine, CUDA, DecoderOptions(0.5))
+        config = doubles.executor.executors[-1].config
+        assert config.kv_cache_config.free_gpu_memory_fraction == 0.5
+        assert config.kv_cache_config.enable_block_reuse
+        assert config.enable_chunked_context
+        assert config.max_batch_size == engine.limits.max_batch_size
+
+    def test_a_closed_decoder_lets_go_of_the_executor_and_its_memory(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        decoder = create_decoder_executor(EngineDir.read(built()), CUDA)
+        decoder.submit(DecoderRequest([1, 2, 3], 4))
+        opened = weakref.ref(doubles.executor.executors.pop())
+        decoder.close()
+        gc.collect()
+        assert opened() is None
+
+    @pytest.mark.parametrize(
+        ("package", "version"),
+        [("tensorrt", "10.13.3.9"), ("tensorrt_llm", "1.2.0"), ("tensorrt_llm", "1.3.0rc29")],
+    )
+    def test_another_version_is_refused_with_both_named(
+        self,
+        built: Any,
+        doubles: Doubles,
+        monkeypatch: pytest.MonkeyPatch,
+        package: str,
+        version: str,
+    ) -> None:
+        path = built()
+        monkeypatch.setattr(getattr(doubles, package), "__version__", version)
+        with pytest.raises(UserError, match=rf"{package} .*{version}"):
+            Runner.open(path, CUDA)
+
+    def test_another_gpu_is_refused(
+        self, built: Any, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = built()
+        monkeypatch.setattr(doubles.gpu, "capability", (8, 9))
+        with pytest.raises(UserError, match=r"compute capability 9.0 but cuda has 8.9"):
+            Runner.open(path, CUDA)
+
+    def test_a_cpu_is_refused(self, built: Any) -> None:
+        with pytest.raises(UserError, match="need its GPU, but it is to run on cpu"):
+            Runner.open(built(), CPU)
+
+    def test_a_wrong_number_of_ranks_is_refused(self, built: Any) -> None:
+        with pytest.raises(UserError, match="use mpirun -n 2"):
+            Runner.open(built(2), CUDA)
+
+    def test_a_vision_engine_of_another_version_is_refused_with_tensorrts_words(
+        self, fresh: Workshop, workshop: Workshop, doubles: Doubles
+    ) -> None:
+        from runtime.vision.tensorrt_executor import TensorrtVisionExecutor
+
+        path = fresh.root / "model.engine"
+        path.write_bytes(b"of another version")
+        with pytest.raises(UserError, match="magicTag; build the engine again"):
+            TensorrtVisionExecutor(doubles.tensorrt, path, CUDA)
+
+
+def test_an_engine_that_cannot_fit_its_gpu_is_refused_before_it_is_built(
+    workshop: Workshop, doubles: Doubles
+) -> None:
+    from build.engines.specification import require_fit
+
+    spec = specify(checkpoint(workshop, 1), OPTIONS, CUDA, 2 << 30)
+    with pytest.raises(UserError, match=r"a rank needs .* GB .* larger --tp_size"):
+        require_fit(spec, 2 << 30)
+
+
+def test_a_directory_up_to_date_is_not_built_again_but_another_version_is(
+    built: Any, workshop: Workshop, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from build.engines.build import is_up_to_date
+
+    path = built()
+    spec = specify(checkpoint(workshop, 1), OPTIONS, CUDA, GPU_BYTES)
+    assert is_up_to_date(spec, path, OPTIONS)
+    monkeypatch.setattr(doubles.tensorrt, "__version__", "10.14.2.0")
+    spec = specify(checkpoint(workshop, 1), OPTIONS, CUDA, GPU_BYTES)
+    assert not is_up_to_date(spec, path, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def executor(built: Any, doubles: Doubles) -> Any:
+    """The double itself, opened by the product."""
+    create_decoder_executor(EngineDir.read(built()), CUDA)
+    return doubles.executor.executors[-1]
+
+
+class TestStrictness:
+    """What the doubles refuse: without this the tests above would prove nothing."""
+
+    def test_unknown_and_missing_arguments_and_mixed_devices(self, doubles: Doubles) -> None:
+        executor = doubles.executor
+        with pytest.raises(TypeError, match="unexpected keyword argument 'max_new_tokens'"):
+            executor.Request(input_token_ids=[1], max_tokens=4, max_new_tokens=4)
+        with pytest.raises(TypeError, match="missing a required argument: 'max_tokens'"):
+            executor.Request(input_token_ids=[1])
+        with pytest.raises(AttributeError, match="no attribute cache"):
+            executor.KvCacheConfig().cache = 1
+        mixed = torch.ones(2, device="cuda")
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed + torch.ones(2)
+        with pytest.raises(TypeError, match="numpy"):
+            mixed.numpy()
+        assert json.dumps(str(mixed.device)) == '"cuda:0"'
+
+    def request(self, doubles: Doubles, table: Any, extra: list[int] | None) -> Any:
+        trtllm = doubles.executor
+        return trtllm.Request(
+            input_token_ids=[1, 512, 513, 2],
+            max_tokens=2,
+            streaming=True,
+            sampling_config=trtllm.SamplingConfig(top_k=1),
+            output_config=trtllm.OutputConfig(exclude_input_from_output=True),
+            prompt_tuning_config=trtllm.PromptTuningConfig(table, extra),
+        )
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "device", "extra", "told"),
+        [
+            ((2, 128), torch.bfloat16, "cpu", [0, 7, 7, 0], "on the GPU"),
+            ((2, 128), torch.float16, "cuda", [0, 7, 7, 0], "doesn't match model weight"),
+            ((1, 2, 128), torch.bfloat16, "cuda", [0, 7, 7, 0], "shape"),
+            ((9999, 128), torch.bfloat16, "cuda", [0, 7, 7, 0], "the runtime allocates"),
+            ((2, 128), torch.bfloat16, "cuda", None, "would confuse pictures"),
+            ((2, 128), torch.bfloat16, "cuda", [0, 7, 7], "one for every token"),
+            ((2, 128), torch.bfloat16, "cuda", [0, 7, 0, 0], "a picture never"),
+        ],
+    )
+    def test_a_wrong_table_or_wrong_extra_ids(
+        self,
+        executor: Any,
+        doubles: Doubles,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: str,
+        extra: list[int] | None,
+        told: str,
+    ) -> None:
+        table = torch.zeros(shape, dtype=dtype, device=device)
+        with pytest.raises((AssertionError, RuntimeError), match=told):
+            executor.enqueue_request(self.request(doubles, table, extra))
+
+    def test_a_call_behind_the_end(self, built: Any, doubles: Doubles) -> None:
+        create_decoder_executor(EngineDir.read(built()), CUDA).close()
+        executor = doubles.executor.executors[-1]
+        with pytest.raises(RuntimeError, match="Shutdown called"):
+            executor.await_responses(timeout=timedelta(0))
+        with pytest.raises(RuntimeError, match="Shutdown called"):
+            executor.cancel_request(1)
+
+    def test_vision_calls_in_a_wrong_order_and_foreign_memory(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        trt, stream = doubles.tensorrt, torch.cuda.current_stream().cuda_stream
+        plan = (built() / "vision" / "model.engine").read_bytes()
+        engine = trt.Runtime(make_logger(trt)).deserialize_cuda_engine(plan)
+        context = engine.create_execution_context()
+        with pytest.raises(AssertionError, match="once the input's is set"):
+            context.get_tensor_shape("image_embeddings")
+        with pytest.raises(AssertionError, match="has no address"):
+            context.execute_async_v3(stream)
+        with pytest.raises(AssertionError, match="no tensor is called"):
+            context.set_tensor_address("pixels", 0)
+        assert not context.set_input_shape("tiles", (57, 3, 56, 56)), "beyond the profile"
+        assert context.set_input_shape("tiles", (1, 3, 56, 56))
+        for name in ("tiles", "image_embeddings"):
+            context.set_tensor_address(name, torch.zeros(9).data_ptr())
+        with pytest.raises(AssertionError, match="another stream"):
+            context.execute_async_v3(0)
+        with pytest.raises(AssertionError, match="not memory of the GPU"):
+            context.execute_async_v3(stream)
+
+
+class TestCommands:
+    """The programs as users start them."""
+
+    @pytest.mark.parametrize("taken", ["vision.cache", "llm.cache"])
+    def test_a_timing_cache_that_cannot_be_written_is_refused_before_anything_is_compiled(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path, taken: str
+    ) -> None:
+        (tmp_path / "timings" / taken).mkdir(parents=True)
+        num_builds = len(doubles.builds)
+        where = ("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", tmp_path / "engine")
+        flags = ("--vision_precision", "float16", "--timing_cache", tmp_path / "timings")
+        fragments = (f"--timing_cache {tmp_path / 'timings'} cannot be written", taken)
+        refused(tmp_path, BUILD, *where, *flags, fragments=fragments)
+        assert len(doubles.builds) == num_builds
+
+    def test_build_run_and_compare(
+        self,
+        workshop: Workshop,
+        doubles: Doubles,
+        reference: Runner,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        path = tmp_path / "engine"
+        built = run_command(
+            BUILD,
+            *("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", path),
+            *("--vision_precision", "float16", "--max_num_images", 3, "--timing_cache", tmp_path),
+        )
+        assert built.exit_code == 0, built.stderr
+        assert built.stdout == ""
+        summary = json.loads((path / "vision" / "summary.json").read_text())
+        assert summary["engine"] == {"gemm Half": 1}, "what the double's inspector says"
+        engine_bytes = (path / "vision" / "model.engine").stat().st_size
+        assert summary["engine_bytes"] == engine_bytes
+        assert "1 compiled layers, 0 FP8 products" in caplog.text
+        assert "1 gemm Half" in caplog.text
+        assert "[TensorRT-LLM]" not in capfd.readouterr().out, "stdout belongs to answers"
+        question = ("--prompt", SEVEN_TILES.text, "--image", *SEVEN_TILES.paths)
+        asked = run_command(
+            RUN, "--engine_dir", path, *question, "--max_new_tokens", NEW_TOKENS, "--json"
+        )
+        assert asked.exit_code == 0, asked.stderr
+        expected = answers(reference, requests()[1:2])[0]
+        assert json.loads(asked.stdout)["token_ids"] == expected
+        torch_engine = workshop.engine(
+            "engine_8_heads_reference",
+            checkpoint(workshop, 1),
+            decoder="torch",
+            vision="torch",
+            vision_precision="float32",
+        )
+        compared = run_command(
+            RUN,
+            *("--engine_dir", path, "--compare", torch_engine, *question),
+            *("--max_new_tokens", NEW_TOKENS, "--json"),
+        )
+        assert compared.exit_code == 0, compared.stderr
+        (difference,) = json.loads(compared.stdout)["requests"]
+        assert 0 < difference["vision_error"] < FLOAT16_ONNX, "float16 against float32"
+        assert 0 < difference["logit_error"] < FP8_LOGITS
+        num_builds = len(doubles.builds)
+        again = run_command(
+            BUILD,
+            *("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", path, "--if_stale"),
+            *("--vision_precision", "float16", "--max_num_images", 3),
+        )
+        assert again.exit_code == 0, again.stderr
+        assert len(doubles.builds) == num_builds, "up to date"
+
+    def test_an_engine_too_large_is_refused_in_one_line(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        result = run_command(
+            BUILD,
+            *("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", tmp_path / "engine"),
+            *("--memory_gb", "2", "--max_num_tokens", "100000"),
+        )
+        one_line_error(result, "a rank needs", "larger --tp_size")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestRanks:
+    """`mpirun -n N run.py`: the same command line on every rank."""
+
+    @pytest.mark.parametrize("tp_size", [2, 8])
+    def test_all_ranks_work_and_the_leader_alone_talks(
+        self, built: Any, doubles: Doubles, reference: Runner, tmp_path: Path, tp_size: int
+    ) -> None:
+        lines = [
+            {"id": i, "prompt": q.text, "images": list(map(str, q.paths))}
+            for i, q in enumerate(QUESTIONS)
+        ]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        answered = tmp_path / "out.jsonl"
+        flags = (
+            *("--engine_dir", built(tp_size), "--max_new_tokens", NEW_TOKENS),
+            *("--input_file", tmp_path / "in.jsonl", "--output_file", answered),
+        )
+        with mpirun(doubles.executor, tp_size, command(*flags), tmp_path) as ranks:
+            result = run_command(RUN, *flags)
+        assert result.exit_code == 0, result.stderr
+        found = [json.loads(line)["token_ids"] for line in answered.read_text().splitlines()]
+        assert found == answers(reference, requests())
+        assert [rank.told for rank in ranks] == [""] * (tp_size - 1)
+
+    def test_compare_closes_the_ranks_before_the_reference_is_loaded(
+        self, built: Any, doubles: Doubles, reference: Runner, tmp_path: Path
+    ) -> None:
+        flags = (
+            *("--engine_dir", built(2), "--compare", reference.engine.directory, "--json"),
+            *("--prompt", "What?", "--max_new_tokens", NEW_TOKENS),
+        )
+        with mpirun(doubles.executor, 2, command(*flags), tmp_path):
+            result = run_command(RUN, *flags)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["num_equal"] == 1
+
+    def test_a_mistake_on_rank_0_ends_all_ranks(
+        self, built: Any, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        flags = ("--engine_dir", built(2), "--prompt", "x", "--image", tmp_path / "none.jpg")
+        with mpirun(doubles.executor, 2, command(*flags), tmp_path) as ranks:
+            result = run_command(RUN, *flags)
+        one_line_error(result, "none.jpg")
+        assert ranks[0].told == ""
+
+    def test_a_rank_that_dies_is_an_error_and_no_wait_for_ever(
+        self, built: Any, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        """Of the double: else a worker that does nothing would pass above."""
+        path = built(2)
+        with (
+            pytest.raises(RuntimeError, match="rank 1 has ended"),
+            mpirun(doubles.executor, 2, lambda rank: None, tmp_path),
+        ):
+            Runner.open(path, CUDA, Job(World(2, 0)))
+
+    def test_an_engine_does_not_open_alone(self, built: Any) -> None:
+        with pytest.raises(AssertionError, match="all ranks of an engine run together"):
+            Runner.open(built(2), CUDA, Job(World(2, 0)))
+
+
+def command(*flags: object) -> Callable[[int], None]:
+    """`run.py` with these flags on a rank of its own process."""
+
+    def work(rank: int) -> None:
+        sys.argv = ["run.py", *map(str, flags)]
+        command_line.run(script(RUN).main, rank=rank)
+
+    return work
+
+
+def test_the_memory_table_says_which_gpus_hold_the_72b_model() -> None:
+    from tools.memory_table import table
+
+    fits = {}
+    for row in table(8, 1, "bfloat16")[2:]:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        fits[cells[0], int(cells[1])] = cells[-1]
+    assert fits["H100 80 GB", 1] == "no", "75 GB of weights leave no room"
+    assert all(fits["H100 80 GB", tp] == "yes" for tp in (2, 4, 8))
+    assert all(fits["H200 141 GB", tp] == "yes" for tp in (1, 2, 4, 8))
+
+
+def test_the_document_holds_the_table_that_the_command_prints() -> None:
+    from tools.memory_table import table
+
+    assert "\n".join(table(8, 1, "bfloat16")) in (ROOT / "docs" / "hopper.md").read_text()

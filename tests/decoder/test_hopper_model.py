@@ -1,0 +1,178 @@
+"""The fast path's own code with the kernels' plain twins, on a CPU: the oracle's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.decoder.kernels import plain_forms
+from runtime.decoder.models.hopper_model import HopperModel, batch_sizes
+from runtime.decoder.models.hopper_weights import load_hopper_weights
+from runtime.decoder.models.plain_model import PlainModel
+from runtime.decoder.models.step import DecoderModel, SequenceStep
+from runtime.decoder.models.torch_weights import load_weights, open_weights
+from runtime.engine.engine_dir import EngineDir
+from tests.support.tolerances import KERNEL_LOGITS, relative_error
+
+CPU = torch.device("cpu")
+NUM_BLOCKS, MAX_BATCH_SIZE, MAX_SEQ_LEN = 24, 5, 192
+
+
+class Watched:
+    """The plain forms; `calls` are the names and tensors that they were given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, list[torch.Tensor]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        form = getattr(plain_forms, name)
+
+        def watched(*arguments: Any) -> Any:
+            tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
+            self.calls.append((name, tensors))
+            return form(*arguments)
+
+        return watched
+
+
+@pytest.fixture(scope="module")
+def models(engine_dir: Path) -> tuple[DecoderModel, DecoderModel]:
+    """The oracle and the fast path over one file."""
+    engine = EngineDir.read(engine_dir)
+    config = engine.checkpoint_config
+    source = open_weights(engine_dir / "llm", config)
+    oracle = PlainModel(config, load_weights(source, config, CPU), NUM_BLOCKS, CPU)
+    weights = load_hopper_weights(source, config, CPU)
+    fast = HopperModel(config, MAX_BATCH_SIZE, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, Watched())  # type: ignore[arg-type]
+    return oracle, fast
+
+
+@pytest.fixture
+def calls(models: tuple[DecoderModel, HopperModel]) -> list[tuple[str, list[torch.Tensor]]]:
+    """Of the fast path, from now on."""
+    forms: Any = models[1]._forms
+    forms.calls.clear()
+    return forms.calls  # type: ignore[no-any-return]
+
+
+def prompt(first: int, count: int, blocks: list[int], *, is_last: bool = True) -> SequenceStep:
+    return SequenceStep(
+        [7 * i % 500 for i in range(first, first + count)], first, blocks, None, is_last
+    )
+
+
+def token(position: int, blocks: list[int]) -> SequenceStep:
+    return SequenceStep([position % 500], position, blocks, None, True)
+
+
+A, B, C, D = [3, 0, 9], [5, 1], [7], [2, 4, 6]
+TABLE = torch.randn(20, 128, generator=torch.Generator().manual_seed(1))
+PICTURE = SequenceStep([1, 2, *range(512, 532), 3], 0, D, TABLE, True)
+SCENES = {
+    "one prompt": [[prompt(0, 50, A)]],
+    "several prompts": [[prompt(0, 50, A), prompt(0, 33, B), prompt(0, 1, C)]],
+    "a picture": [[PICTURE], [token(23, D)]],
+    "chunks": [[prompt(0, 40, A, is_last=False)], [prompt(40, 30, A)]],
+    "decoding, one to three": [
+        [prompt(0, 50, A), prompt(0, 31, B), prompt(0, 5, C)],
+        [token(50, A)],
+        [token(51, A), token(31, B)],
+        [token(5, C), token(52, A), token(32, B)],
+    ],
+    "decoding beside prompts": [
+        [prompt(0, 50, A), prompt(0, 64, B)],
+        [prompt(0, 20, C, is_last=False), token(50, A), PICTURE],
+        [token(51, A), prompt(20, 5, C), token(23, D)],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_every_mixture_of_prompts_and_tokens_gives_the_oracles_logits(
+    models: tuple[DecoderModel, DecoderModel], name: str
+) -> None:
+    for steps in SCENES[name]:
+        expected, found = (model.forward(steps) for model in models)
+        assert found.shape == expected.shape == (sum(s.wants_logits for s in steps), 512)
+        assert len(found) == 0 or relative_error(found, expected) < KERNEL_LOGITS
+
+
+def test_padding_rows_disturb_nobody(models: tuple[DecoderModel, DecoderModel]) -> None:
+    """Five rows are run as eight."""
+    blocks = [[block] for block in range(5)]
+    for model in models:
+        model.forward([prompt(0, 9, each) for each in blocks])
+    steps = [token(9, each) for each in blocks]
+    expected, found = (model.forward(steps) for model in models)
+    assert relative_error(found, expected) < KERNEL_LOGITS
+
+
+def test_warming_up_disturbs_nobody(models: tuple[DecoderModel, DecoderModel]) -> None:
+    fast = models[1]
+    assert isinstance(fast, HopperModel)
+    for model in models:
+        model.forward([prompt(0, 50, A)])
+    for max_num_tokens in (40, 10 * MAX_SEQ_LEN):
+        fast.warm_up(max_num_tokens)
+    expected, found = (model.forward([token(50, A)]) for model in models)
+    assert relative_error(found, expected) < KERNEL_LOGITS
+
+
+def test_warming_up_leaves_nothing_to_compile(
+    models: tuple[DecoderModel, HopperModel], calls: list[tuple[str, list[torch.Tensor]]]
+) -> None:
+    """Triton compiles a kernel anew for a number that 16 divides."""
+    models[1].warm_up(100)
+    rows = {len(tensors[0]) for name, tensors in calls if name == "gate_up_swiglu"}
+    assert rows == {100, 16, 2}
+
+
+def test_warming_up_takes_a_step_of_every_prompt_that_fits(
+    models: tuple[DecoderModel, HopperModel], calls: list[tuple[str, list[torch.Tensor]]]
+) -> None:
+    """Whose activations take the most memory."""
+    for max_num_tokens, most in ((300, 300), (10_000, MAX_BATCH_SIZE * MAX_SEQ_LEN)):
+        calls.clear()
+        models[1].warm_up(max_num_tokens)
+        rows = {len(tensors[0]) for name, tensors in calls if name == "gate_up_swiglu"}
+        assert rows == {most, 16, 2}
+
+
+def test_preparing_a_thread_plans_prompts_as_long_as_they_come(
+    models: tuple[DecoderModel, HopperModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[tuple[object, ...]] = []
+    monkeypatch.setattr(plain_forms, "plan_prefill_attention", lambda *args: planned.append(args))
+    for max_num_tokens in (100, 10 * MAX_SEQ_LEN):
+        models[1].prepare_thread(max_num_tokens)
+    heads, kv_heads, head_dim = 4, 2, 32  # of the tiny model
+    assert planned == [
+        (heads, kv_heads, head_dim, torch.bfloat16, count) for count in (100, MAX_SEQ_LEN)
+    ]
+
+
+def test_what_attention_takes_begins_at_16_bytes(
+    models: tuple[DecoderModel, HopperModel], calls: list[tuple[str, list[torch.Tensor]]]
+) -> None:
+    """Triton would compile its kernel anew for one that does not."""
+    for steps in SCENES["decoding beside prompts"]:
+        models[1].forward(steps)
+    names = {"rope_append", "decode_attention", "prefill_attention"}
+    assert {name for name, _ in calls} >= names
+    for name, tensors in calls:
+        places = [x.data_ptr() % 16 if x.dim() else 0 for x in tensors]
+        assert name not in names or not any(places), f"{name}: {places}"
+
+
+@pytest.mark.parametrize(
+    ("max_batch_size", "sizes"),
+    [(1, [1]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 16]), (1000, None)],
+)
+def test_batch_sizes_end_at_the_largest_batch(max_batch_size: int, sizes: list[int] | None) -> None:
+    found = batch_sizes(max_batch_size)
+    assert found == sorted(set(found))
+    assert found == sizes if sizes else found[-1] == 256

@@ -1,0 +1,410 @@
+"""The Triton kernels against their plain torch forms: on a Hopper GPU if there is one, else in
+Triton's interpreter, whose conversion to narrow types is replaced (`rounding`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nvlm.model import fp8
+from nvlm.model.decoder import rope_tables
+from runtime.decoder.kernels import plain_forms
+from tests.conftest import HAS_HOPPER
+from tests.support.tolerances import (
+    E4M3_AFTER_ATTENTION,
+    E4M3_AFTER_TENSOR_CORES,
+    E4M3_FLIPPED_SHARE,
+    E4M3_ROUNDING,
+    KERNEL_BF16,
+    PREFILL_ATTENTION,
+    relative_error,
+)
+
+DEVICE = torch.device("cuda" if HAS_HOPPER else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # no bfloat16 products there
+triton = pytest.importorskip("triton", reason="triton is not installed")
+from triton.runtime import interpreter  # noqa: E402
+
+from runtime.decoder.kernels import triton_forms  # noqa: E402
+from runtime.decoder.kernels.decode_attention import Step, decode_attention  # noqa: E402
+from runtime.decoder.kernels.elementwise import swiglu_quantize  # noqa: E402
+from runtime.decoder.kernels.gate_up_swiglu import gate_up_swiglu  # noqa: E402
+from runtime.decoder.kernels.triton_forms import TritonForms  # noqa: E402
+from runtime.decoder.kernels.widen_pages import widen_pages  # noqa: E402
+from runtime.decoder.kernels.workspace import Workspace  # noqa: E402
+from runtime.kernels.quantization import scale_quantize  # noqa: E402
+from runtime.kernels.spare_rows import (  # noqa: E402
+    SPARE_ROWS,
+    empty_with_spare_rows,
+    with_spare_rows,
+)
+
+FORMS = TritonForms(DEVICE)
+
+
+BY_CUBLASLT = [
+    pytest.mark.hopper,
+    pytest.mark.skipif(not HAS_HOPPER, reason="cuBLASLt's FP8 products need a Hopper GPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter loses the carry into the exponent (127 becomes 64) and NaN when it
+    rounds to e4m3; a GPU does neither, so neither may the tests' arithmetic."""
+    if DEVICE.type == "cuda":
+        return
+    convert = interpreter._convert_float
+
+    def rounded(values: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+        if target != triton.language.float8e4nv or source != triton.language.float32:
+            return convert(values, source, target, mode)
+        contiguous = np.ascontiguousarray(values, dtype=np.float32)
+        return torch.from_numpy(contiguous).to(fp8.E4M3).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=DEVICE)
+
+
+def e4m3(*shape: int, seed: int = 0) -> torch.Tensor:
+    return fp8.quantize(randn(*shape, seed=seed, dtype=torch.float32), 0.02)
+
+
+def assert_same_e4m3(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for a few neighbours."""
+    assert found.dtype == expected.dtype == fp8.E4M3
+    a, b = (x.reshape(-1).view(torch.uint8).to(torch.int16) for x in (found, expected))
+    zero_to_zero = ((a | b) & 0x7F) == 0  # of either sign
+    differing = (a != b) & ~zero_to_zero
+    assert float(differing.float().mean()) <= E4M3_FLIPPED_SHARE, f"{int(differing.sum())} differ"
+    assert int(((a - b).abs() * ~zero_to_zero).max()) <= 1, "more than one e4m3 step apart"
+
+
+@pytest.mark.parametrize("has_delta", [True, False], ids=["delta", "no delta"])
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 128), (3, 200), (17, 1024)])
+def test_add_rms_norm_equals_its_plain_form(num_tokens: int, size: int, has_delta: bool) -> None:
+    hidden, weight = randn(num_tokens, size), randn(size, seed=1)
+    delta = randn(num_tokens, size, seed=2) if has_delta else None
+    for scale in (scalar(0.01), None):
+        found = FORMS.add_rms_norm(hidden, delta, weight, 1e-6, scale)
+        expected = plain_forms.add_rms_norm(hidden, delta, weight, 1e-6, scale)
+        assert torch.equal(found[0], expected[0]), "the residual stream is exact"
+        if scale is None:
+            assert relative_error(found[1], expected[1]) < KERNEL_BF16
+        else:
+            assert_same_e4m3(found[1], expected[1])
+
+
+def test_sums_of_ranks_are_rounded_before_they_are_added() -> None:
+    hidden, weight, scale = randn(3, 200), randn(200, seed=1), scalar(0.01)
+    sums = randn(3, 200, seed=2, dtype=torch.float32)
+    found = FORMS.add_rms_norm(hidden, sums, weight, 1e-6, scale)
+    rounded = FORMS.add_rms_norm(hidden, sums.to(DTYPE), weight, 1e-6, scale)
+    plain = plain_forms.add_rms_norm(hidden, sums, weight, 1e-6, scale)
+    for x in (rounded, plain):
+        assert torch.equal(found[0], x[0])
+    assert_same_e4m3(found[1], plain[1])
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3, 24, 64, 192, 512, 4000])
+def test_the_numbers_of_splits_are_few_and_fit_the_workspace(num_tasks: int) -> None:
+    workspace = Workspace.allocate(DEVICE, 264)
+    for crowd in (1, 2):
+        splits = workspace.num_splits(num_tasks, crowd)
+        assert splits in (1, 2, 4, 8, 16)
+        if splits > 1:
+            assert num_tasks * splits * 16 * 128 <= workspace.partial_sums.numel()
+            assert num_tasks * splits * 2 * 16 <= workspace.stats.numel()
+
+
+def test_values_beyond_448_are_clamped_and_nan_stays() -> None:
+    hidden = randn(1, 128)
+    hidden[0, 0] = 30000.0
+    _, found = FORMS.add_rms_norm(hidden, None, randn(128).abs() + 1, 1e-6, scalar(1e-4))
+    assert float(found.float()[0, 0]) == 448.0
+    hidden[0, 1] = float("nan")
+    _, found = FORMS.add_rms_norm(hidden, None, randn(128), 1e-6, scalar(0.01))
+    assert bool(found.float().isnan().all())
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 16, pytest.param(17, marks=BY_CUBLASLT)])
+@pytest.mark.parametrize(("size", "depth"), [(32, 256), (104, 1040)])
+def test_gate_up_swiglu_equals_its_plain_form(num_rows: int, size: int, depth: int) -> None:
+    x, weight = e4m3(num_rows, depth), e4m3(2 * size, depth, seed=1)
+    arguments = (x, weight, scalar(3e-4), scalar(0.1), DTYPE)
+    found, expected = (forms.gate_up_swiglu(*arguments) for forms in (FORMS, plain_forms))
+    assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 7, 64])
+def test_gate_up_swiglu_divides_its_work_among_any_number_of_programs(num_programs: int) -> None:
+    workspace = Workspace.allocate(DEVICE, num_programs)
+    x, weight = e4m3(2, 1000), e4m3(300, 1000, seed=1)
+    arguments = (x, weight, scalar(1e-3), scalar(0.1), DTYPE)
+    found = gate_up_swiglu(*arguments, workspace)
+    expected = plain_forms.gate_up_swiglu(*arguments)
+    assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
+    assert int(workspace.counters.abs().sum()) == 0
+
+
+def test_a_row_of_gate_up_swiglu_does_not_depend_on_the_others() -> None:
+    x, weight = e4m3(9, 1040), e4m3(200, 1040, seed=1)
+    together = FORMS.gate_up_swiglu(x, weight, scalar(1e-3), scalar(0.1), DTYPE)
+    alone = FORMS.gate_up_swiglu(x[4:5], weight, scalar(1e-3), scalar(0.1), DTYPE)
+    assert torch.equal(alone[0].float(), together[4].float())
+
+
+def test_swiglu_quantize_equals_the_formula() -> None:
+    for num_tokens, size in ((1, 64), (5, 1500)):
+        gate_up = 3 * randn(num_tokens, 2 * size)
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        expected = fp8.quantize((torch.nn.functional.silu(gate) * up).to(DTYPE), scalar(0.02))
+        assert_same_e4m3(swiglu_quantize(gate_up, scalar(0.02)), expected)
+
+
+HEADS = [(2, 2, 64), (8, 1, 128), (40, 2, 96), (6, 3, 80)]  # groups of 1 to 20
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_rope_append_equals_its_plain_form(heads: int, kv_heads: int, head_dim: int) -> None:
+    positions = torch.tensor([0, 5, 31, 32, 90], device=DEVICE)
+    slots = positions + 32 * torch.tensor([0, 0, 0, 2, 1], device=DEVICE)
+    qkv = randn(5, (heads + 2 * kv_heads) * head_dim)
+    cos, sin = rope_tables(positions, head_dim, 1e6)
+    shape = (6, kv_heads, 32, head_dim)
+    ours, plain = ([torch.zeros(shape, device=DEVICE).to(fp8.E4M3) for _ in "kv"] for _ in "ab")
+    found = FORMS.rope_append(qkv, cos, sin, slots, *ours, scalar(0.015))
+    expected = plain_forms.rope_append(qkv, cos, sin, slots, *plain, scalar(0.015))
+    assert relative_error(found, expected) < KERNEL_BF16
+    for cache, oracle in zip(ours, plain, strict=True):
+        assert_same_e4m3(cache, oracle)
+        written = cache.float().abs().sum((1, 3)).flatten().nonzero().flatten()
+        assert written.tolist() == sorted(slots.tolist()), "only the slots are written"
+
+
+@pytest.mark.parametrize(("length", "num_positions"), [(1, 32), (40, 64), (64, 128)])
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 64), (3, 80)])
+def test_pages_are_gathered_widened_and_end_in_zeros(
+    length: int, num_positions: int, kv_heads: int, head_dim: int
+) -> None:
+    caches = [e4m3(7, kv_heads, 32, head_dim, seed=s) for s in (2, 3)]
+    blocks = torch.tensor([5, 0, 6][: -(-length // 32)], device=DEVICE)
+    found = widen_pages(*caches, blocks, length, num_positions, DTYPE)
+    for wide, cache in zip(found, caches, strict=True):
+        assert wide.shape == (kv_heads, num_positions, head_dim)
+        pages = cache.float()[blocks].transpose(0, 1).flatten(1, 2)
+        assert torch.equal(wide[:, :length].float(), pages[:, :length])
+        assert not wide[:, length:].any()
+
+
+def test_spare_rows_are_memorys_own_or_a_copys() -> None:
+    x = empty_with_spare_rows(3, 4, dtype=torch.float32, device=DEVICE)
+    x.copy_(torch.arange(12.0).view(3, 4))
+    for rows, same in ((x, True), (x[1:], True), (x.clone(), False)):
+        longer = with_spare_rows(rows, 8)
+        assert longer.shape == (8, 4)
+        assert torch.equal(longer[: len(rows)], rows)
+        assert (longer.data_ptr() == rows.data_ptr()) == same
+
+
+def test_a_quotient_by_the_reciprocal_is_put_right_by_its_remainder() -> None:
+    """The formula of runtime/kernels/quantization.py, its fused steps in float64."""
+    rng = np.random.default_rng(0)
+    drawn = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
+    x = drawn.bfloat16().float().numpy()
+    factors = rng.choice([1.0, 1e-6, 1e3], 1 << 21)
+    scale = np.float32(rng.uniform(1e-3, 1.0, 1 << 21) * factors)
+    ties = np.float32(rng.integers(1, 16, 1 << 16) + 0.5) * scale[: 1 << 16]
+    x[: 1 << 16] = ties
+    x[-2:] = np.inf, -np.inf
+    most = np.float32(448) * scale
+    inside = np.clip(x, -most, most)
+    reciprocal = np.float32(1) / scale
+    near = inside * reciprocal
+    remainder = np.float32(inside.astype(np.float64) - near.astype(np.float64) * scale)
+    found = np.float32(remainder.astype(np.float64) * reciprocal + near)
+    expected = x / scale
+    is_inside = np.abs(x) < most
+    assert np.array_equal(found[is_inside], expected[is_inside])
+    assert 0.5 < is_inside.mean() < 0.8
+    in_e4m3, clamped = torch.from_numpy(found).to(fp8.E4M3), np.clip(expected, -448, 448)
+    assert torch.equal(in_e4m3.float(), torch.from_numpy(clamped).to(fp8.E4M3).float())
+
+
+def test_infinity_and_what_overflows_become_the_largest_number() -> None:
+    x = torch.tensor([float("inf"), -float("inf"), 3e4, -6e4, 1e-4, 0.0], device=DEVICE).to(DTYPE)
+    for scale in (1e-30, 1e-3):
+        found = scale_quantize(x, 1.0, scalar(scale)).float()
+        assert found[:4].tolist() == [448.0, -448.0, 448.0, -448.0]
+        assert torch.equal(found, fp8.quantize(x, scale).float())
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """What `decode_attention` takes, up to its scales; the caches are copied for each call."""
+
+    qkv: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    slots: torch.Tensor
+    caches: tuple[torch.Tensor, torch.Tensor]
+    tables: torch.Tensor
+    positions: torch.Tensor
+
+    def part(self, rows: slice) -> Cached:
+        return Cached(
+            self.qkv[rows], self.cos[rows], self.sin[rows], self.slots[rows], self.caches,
+            self.tables[rows], self.positions[rows],
+        )  # fmt: skip
+
+    def attended(
+        self, forms: object, scale: torch.Tensor | None, *options: object
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        caches = [cache.clone() for cache in self.caches]
+        attend = getattr(forms, "decode_attention", forms)
+        out = attend(
+            self.qkv, self.cos, self.sin, self.slots, *caches, self.tables, self.positions,
+            scalar(0.02), scale, *options,
+        )  # fmt: skip
+        return out, caches
+
+
+def cached(heads: int, kv_heads: int, head_dim: int, lengths: list[int]) -> Cached:
+    """Contexts on blocks in random order; what no request has written yet is NaN."""
+    max_blocks = -(-max(lengths) // 32) + 1
+    num_blocks = len(lengths) * max_blocks
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
+    tables = order.view(len(lengths), max_blocks).to(torch.int32)
+    k, v = (e4m3(num_blocks, kv_heads, 32, head_dim, seed=s) for s in (2, 3))
+    slots = []
+    for table, length in zip(tables, lengths, strict=True):
+        slots.append(int(table[(length - 1) // 32]) * 32 + (length - 1) % 32)
+        for position in range(length - 1, max_blocks * 32):
+            for cache in (k, v):
+                cache.view(torch.uint8)[table[position // 32], :, position % 32] = 0x7F
+    positions = torch.tensor(lengths, device=DEVICE) - 1
+    qkv = randn(len(lengths), (heads + 2 * kv_heads) * head_dim, seed=4)
+    cos, sin = rope_tables(positions, head_dim, 1e6)
+    on_device = torch.tensor(slots, device=DEVICE)
+    return Cached(qkv, cos, sin, on_device, (k, v), tables.to(DEVICE), positions.to(torch.int32))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_decode_attention_equals_its_plain_form(heads: int, kv_heads: int, head_dim: int) -> None:
+    for lengths in ([1], [200], [33, 64, 1]):
+        case = cached(heads, kv_heads, head_dim, lengths)
+        plain = Cached(
+            case.qkv, case.cos, case.sin, case.slots,
+            tuple(torch.where(x.float().isnan(), 0.0, x.float()).to(x.dtype) for x in case.caches),
+            case.tables, case.positions,
+        )  # fmt: skip
+        expected, written = plain.attended(plain_forms, None)
+        found, caches = case.attended(FORMS, None)
+        assert relative_error(found, expected) < KERNEL_BF16
+        for cache, oracle, before in zip(caches, written, case.caches, strict=True):
+            newest = (x[case.slots // 32, :, case.slots % 32] for x in (cache, oracle))
+            assert_same_e4m3(*newest)
+            changed = cache.view(torch.uint8) != before.view(torch.uint8)
+            blocks, _, places, _ = changed.nonzero(as_tuple=True)
+            assert {*(32 * blocks + places).tolist()} == {*case.slots.tolist()}
+        quantised, _ = case.attended(FORMS, scalar(0.01))  # the counters are as they were
+        in_e4m3 = fp8.quantize(expected, 0.01).float()
+        assert relative_error(quantised.float(), in_e4m3) < E4M3_AFTER_ATTENTION
+
+
+def test_a_request_of_a_batch_attends_as_it_does_alone() -> None:
+    case = cached(8, 1, 128, [300, 5, 64])
+    together, _ = case.attended(FORMS, None)
+    for i in range(3):
+        alone, _ = case.part(slice(i, i + 1)).attended(FORMS, None)
+        assert relative_error(alone[0], together[i]) < KERNEL_BF16
+
+
+@pytest.mark.parametrize(
+    ("first_position", "num_rows"), [(0, 1), (0, 255), (0, 256), (0, 300), (40, 1), (70, 280)]
+)
+def test_prefill_attention_equals_its_plain_form(first_position: int, num_rows: int) -> None:
+    """Whatever lies behind the rows, and on the blocks behind the positions."""
+    heads, kv_heads, head_dim = 4, 2, 64
+    end = first_position + num_rows
+    blocks = torch.randperm(12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    caches = [e4m3(12, kv_heads, 32, head_dim, seed=s) for s in (2, 3)]
+    for cache in caches:
+        for position in range(end, 12 * 32):
+            cache.view(torch.uint8)[blocks[position // 32], :, position % 32] = 0x7F
+    shape = (num_rows, heads, head_dim)
+    q = empty_with_spare_rows(*shape, dtype=DTYPE, device=DEVICE)
+    with_spare_rows(q, num_rows + SPARE_ROWS).fill_(float("nan"))
+    q.copy_(randn(*shape))
+    arguments = (q, *caches, blocks, first_position, 0.02)
+    found, expected = (each.prefill_attention(*arguments, None) for each in (FORMS, plain_forms))
+    assert relative_error(found, expected) < PREFILL_ATTENTION
+    found = FORMS.prefill_attention(*arguments, scalar(0.01))
+    assert relative_error(found.float(), 100 * expected.float()) < E4M3_ROUNDING
+
+
+def test_planning_calls_what_prompts_of_every_length_call_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shapes and strides: cuDNN plans anew for others."""
+    called = []
+
+    def attend(*inputs: Any) -> torch.Tensor:
+        called.append([(x.shape, x.stride(), x.dtype) for x in inputs[:3]])
+        return inputs[0].transpose(0, 1)[None]
+
+    heads, kv_heads, head_dim = 4, 2, 64
+    monkeypatch.setattr(triton_forms, "_attend_whole", attend)
+    FORMS.plan_prefill_attention(heads, kv_heads, head_dim, DTYPE, 600)
+    planned = called.copy()
+    called.clear()
+    caches = [e4m3(20, kv_heads, 32, head_dim) for _ in "kv"]
+    for num_rows in (256, 300, 600):
+        q = empty_with_spare_rows(num_rows, heads, head_dim, dtype=DTYPE, device=DEVICE)
+        blocks = torch.arange(num_rows // 32 + 1, device=DEVICE)
+        FORMS.prefill_attention(q.fill_(0), *caches, blocks, 0, 0.02, None)
+    assert called == planned
+
+
+def test_cudnns_attention_is_called_as_this_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its shapes alone, which takes no GPU; and no other thread's attention is touched."""
+    monkeypatch.setattr(triton_forms, "can_use_cudnn_attention", lambda _: True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    q = torch.empty(256, 4, 64, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(2, 256, 64, dtype=torch.bfloat16, device="meta")
+    assert triton_forms._attend_whole(q, k, k, 0.1).shape == (1, 4, 256, 64)
+
+
+@pytest.mark.parametrize("num_programs", [1, 4, 32])
+def test_decode_attention_does_not_depend_on_how_it_is_divided(num_programs: int) -> None:
+    """Whole, in two or four, and in as many splits as there are at most."""
+    case = cached(8, 1, 128, [300, 5])
+    expected, _ = case.attended(FORMS, None)
+    workspace = Workspace.allocate(DEVICE, num_programs)
+    for step in (Step(128, 4, 3, 1), Step(32, 1, 6, 2)):
+        found, _ = case.attended(decode_attention, None, workspace, step)
+        assert relative_error(found, expected) < KERNEL_BF16
+    assert int(workspace.counters.abs().sum()) == 0
+
+
+@pytest.mark.parametrize(
+    "num_rows", [pytest.param(count, marks=BY_CUBLASLT) for count in (1, 8, 300)]
+)
+def test_tensor_core_linear_equals_its_plain_form(num_rows: int) -> None:
+    x, weight, bias = e4m3(num_rows, 1024), e4m3(512, 1024, seed=1), randn(512, seed=2)
+    for b in (None, bias):
+        arguments = (x, weight, scalar(3e-4), b, DTYPE)
+        found = FORMS.tensor_core_linear(*arguments)
+        assert relative_error(found, plain_forms.linear(*arguments)) < KERNEL_BF16

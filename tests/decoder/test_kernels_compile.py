@@ -1,0 +1,118 @@
+"""Triton compiles every kernel for sm_90 at the widths of the 72B model, without a GPU: it fits a
+Hopper multiprocessor's shared memory, and the FP8 products are Hopper's own instructions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+MAX_SHARED_BYTES = 232_448  # of a program on compute capability 9.0 (CUDA C++ Programming Guide)
+
+# In a process of its own: test_kernels.py may have put the interpreter in the compiler's place.
+_PROGRAM = """
+import json, re, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from runtime.decoder.kernels import decode_attention, elementwise, gate_up_swiglu, rope
+from runtime.decoder.kernels import widen_pages
+from runtime.kernels import quantization
+from runtime.vision.kernels import elementwise as vision, embeddings, merging
+
+BF16, F32, E4M3, I32, I64 = "*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64"
+POINTERS = {
+    "hidden": BF16, "delta": BF16, "weight": BF16, "scale": F32, "new_hidden": BF16,
+    "normed": E4M3, "gate_up": BF16, "product": E4M3, "qkv": BF16, "cos": F32, "sin": F32,
+    "slots": I64, "k_cache": E4M3, "v_cache": E4M3, "kv_scale": F32, "q_out": BF16,
+    "block_tables": I32, "positions": I32, "out": E4M3, "partial_sums": F32, "partial_stats": F32,
+    "counters": I32, "x": E4M3, "y": BF16, "eps": "fp32", "exponent_scale": "fp32",
+    "factor": "fp32", "product_scale": F32, "blocks": I64, "k_out": BF16, "v_out": BF16,
+    "layer_scale": BF16, "q_weight": BF16, "k_weight": BF16,
+}
+ALIGNED = ("size", "K")
+
+def compile_(function, constants, types={}, **options):
+    signature = {}
+    for name in function.arg_names:
+        signature[name] = {**POINTERS, **types}.get(name, "i32")
+        if name in constants:
+            signature[name] = "constexpr"
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in ALIGNED
+    }
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = kernel.asm["ptx"]
+    return {"shared_bytes": kernel.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"),
+            "cp_async": ptx.count("cp.async.cg"), "bytes_one_by_one": ptx.count("ld.shared.b8"),
+            "cubin_bytes": len(kernel.asm["cubin"])}
+
+found = {
+    "add_rms_norm": compile_(elementwise._add_rms_norm,
+        {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 8192}, num_warps=8),
+    "swiglu_quantize": compile_(elementwise._swiglu_quantize, {"BLOCK": 1024}),
+    "widen_pages": compile_(widen_pages._widen_pages,
+        {"KV_HEADS": 8, "TOKENS": 32, "HEAD_DIM": 128, "BLOCK_DIM": 128}),
+    "scale_quantize": compile_(quantization._scale_quantize, {"BLOCK": 2048},
+        {"x": BF16, "y": E4M3}),
+    "vision add_rms_norm": compile_(vision._add_rms_norm,
+        {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 4096}, num_warps=8),
+    "vision normalize_qk": compile_(vision._normalize_qk, {"BLOCK": 4096}, num_warps=8),
+    "vision gelu": compile_(vision._gelu, {"QUANTIZE": True, "BLOCK": 4096},
+        {"x": BF16, "y": E4M3}),
+    "vision cut_patches": compile_(embeddings._cut_patches, {"PATCH": 14, "BLOCK": 1024},
+        {"tiles": "*u8", "out": BF16}
+        | dict.fromkeys(("mean0", "mean1", "mean2", "std0", "std1", "std2"), "fp32")),
+    "vision embed": compile_(embeddings._embed, {"BLOCK": 4096},
+        dict.fromkeys(("patches", "class_token", "positions", "out"), BF16)),
+    "vision add_merge_norm": compile_(merging._add_merge_norm, {"BLOCK": 4096},
+        {"bias": BF16, "out": BF16}, num_warps=16),
+    "rope_append": compile_(rope._rope_append,
+        {"HEAD_DIM": 128, "TOKENS": 32, "BLOCK_HEADS": 8, "BLOCK_HALF": 64}),
+    "gate_up_swiglu": compile_(gate_up_swiglu._gate_up_swiglu,
+        {"ROWS": gate_up_swiglu.MAX_ROWS, "COLUMNS": gate_up_swiglu.TILE_COLUMNS, "DEPTH": 256,
+         "DTYPE": triton.language.bfloat16}, {"weight": E4M3}, num_stages=5),
+}
+for splits, batch_size in ((16, 1), (1, 64)):
+    step = decode_attention.step_for(batch_size)
+    found[f"decode_attention {batch_size}"] = compile_(decode_attention._decode_attention,
+        {"KV_HEADS": 8, "GROUP": 8, "HEAD_DIM": 128, "TOKENS": 32, "QUANTIZE": True,
+         "NUM_SPLITS": splits, "BLOCK_ROWS": 16, "BLOCK_DIM": 128, "ON_GPU": True,
+         "BLOCK_TOKENS": step.num_tokens, "GROUP_ROWS": 8},
+        num_warps=step.num_warps, num_stages=step.num_stages)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        cwd=Path(__file__).parents[2],
+        env={"PATH": "/usr/bin:/bin", "TRITON_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    assert len(found) == 14
+    for name, kernel in found.items():
+        assert kernel["cubin_bytes"] > 0, name
+        assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, name
+        if name.startswith("decode_attention"):
+            assert kernel["cp_async"] > 0, f"{name} does not load ahead"
+            assert kernel["bytes_one_by_one"] == 0, f"{name} gathers values by bytes"
+        if name == "gate_up_swiglu":
+            assert kernel["wgmma"] > 0, f"{name} misses Hopper's tensor cores"
+            assert kernel["cp_async"] > 0, f"{name} does not load ahead"
+            assert kernel["shared_bytes"] <= MAX_SHARED_BYTES // 2, "two programs a multiprocessor"

@@ -1,0 +1,274 @@
+"""The `tensorrt_llm` form on the real Triton server, the C++ backend replaced by a double.
+
+TensorRT-LLM needs a GPU. The double (tests/data/tensorrt_llm_double) has the rendered signature of
+its Triton backend and refuses whatever that could not be given. Also here: models that answer once
+(decoupled: false), as TensorRT-LLM's clients without streaming need them.
+"""
+
+from __future__ import annotations
+
+import queue
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from frontends.triton.render import PROJECT_DIR, ServeOptions, render
+from frontends.triton.server import Ports, TritonServer
+from nvlm.inputs.images import load_image
+from runtime.engine.engine_dir import EngineDir
+from runtime.requests.request_file import with_sampling
+from runtime.requests.sampling import SamplingParams
+from runtime.requests.types import GenerationRequest
+from runtime.serving.runner import Runner
+from tests.support.asking import Images
+from tests.support.cases import PHOTO
+from tests.support.triton_server import (
+    ANSWER_TIMEOUT_S,
+    START_TIMEOUT_S,
+    Served,
+    Stream,
+    ask,
+    free_ports,
+    tensors,
+)
+
+DOUBLE = Path(__file__).parents[1] / "data" / "tensorrt_llm_double" / "1" / "model.py"
+
+
+def put_double(repository: Path) -> None:
+    """The rendered configuration stays, but for the backend's name."""
+    model = repository / "tensorrt_llm"
+    config = (model / "config.pbtxt").read_text()
+    assert config.count('backend: "tensorrtllm"') == 1
+    (model / "config.pbtxt").write_text(config.replace('"tensorrtllm"', '"python"'))
+    path = f"import sys\nsys.path.insert(0, {str(PROJECT_DIR)!r})\n"
+    (model / "1" / "model.py").write_text(path + DOUBLE.read_text())
+
+
+def put_unary(repository: Path) -> None:
+    """`nvlm_unary` beside `nvlm`, and `ensemble` in front of it."""
+    shutil.copytree(repository / "nvlm", repository / "nvlm_unary")
+    for model, changes in (
+        (
+            "nvlm_unary",
+            (('name: "nvlm"', 'name: "nvlm_unary"'), ("decoupled: true", "decoupled: false")),
+        ),
+        ("ensemble", (('model_name: "nvlm"', 'model_name: "nvlm_unary"'),)),
+    ):
+        path = repository / model / "config.pbtxt"
+        text = path.read_text()
+        for old, new in changes:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def server(float32_engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    scratch = tmp_path_factory.mktemp("tensorrt_llm")
+    repository = scratch / "models"
+    repository.mkdir()
+    http, grpc, metrics = free_ports(3)
+    ports = Ports("127.0.0.1", http, grpc, metrics)
+    options = ServeOptions(
+        "tensorrt_llm", device="cpu", num_threads=1, max_queue_size=8, grpc_url=ports.grpc_url
+    )
+    render(EngineDir.read(float32_engine_dir), repository, options)
+    put_double(repository)
+    put_unary(repository)
+    with TritonServer(repository, scratch, ports) as triton:
+        triton.wait_until_ready(START_TIMEOUT_S)
+        yield Served(triton.process, http, grpc, metrics, triton.log)
+
+
+@pytest.fixture(scope="module")
+def runner(float32_engine_dir: Path) -> Runner:
+    return Runner.open(float32_engine_dir, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.9, "seed": 3}, {"temperature": 0.9, "top_k": 9, "seed": 2**40}],
+)
+def test_answers_are_those_of_the_runner(
+    server: Served, runner: Runner, images: Images, num_images: int, options: dict[str, float]
+) -> None:
+    names = ("landscape_800x450.png", "portrait_400x1000.png", "pixel_1x1.png")[:num_images]
+    paths = tuple(images(name) for name in names)
+    sampling = with_sampling(SamplingParams(), options)
+    expected = runner.generate(
+        GenerationRequest.images_first("How?", paths, max_new_tokens=16, sampling=sampling)
+    )
+    files = {"image_bytes": [path.read_bytes() for path in paths]} if paths else {}
+    found = ask(server, tensors("How?", 16, stream=True, **options, **files))
+    assert found.error is None
+    assert found.text == expected.text
+    assert found.outputs["finish_reason"].decode() == expected.finish_reason
+    assert found.outputs["num_tokens"] == expected.num_tokens
+    assert found.outputs["num_prompt_tokens"] == expected.num_prompt_tokens
+
+
+def test_an_answer_ends_at_its_end_token(server: Served, runner: Runner) -> None:
+    """The backend leaves it out and says nothing of the reason."""
+    ids = runner.generate(GenerationRequest(("How?",), max_new_tokens=16)).token_ids
+    found = ask(server, tensors("How?", 16, end_id=ids[4]))
+    assert found.outputs["finish_reason"] == b"stop"
+    assert found.text == runner.tokenizer.decode(ids[: ids.index(ids[4])])
+
+
+def test_a_stop_word_and_a_cancellation_stop_the_backend(server: Served, runner: Runner) -> None:
+    """Else its eight places would stay taken by answers of 400 tokens."""
+    whole = runner.generate(GenerationRequest(("How?",), max_new_tokens=400)).text
+    assert len(whole) > 100
+    with Stream(server) as stream:
+        for i in range(8):
+            stream.send(f"gone{i}", tensors("How?", 400, stream=True))
+        stream.take()
+    for _ in range(3):
+        found = ask(server, tensors("How?", 400, stop_words=[whole[5:8].encode()]))
+        assert found.text == whole[: whole.index(whole[5:8])]
+    server.wait_for_sample("nvlm_requests_running", 0)
+
+
+def test_requests_share_the_backend(server: Served, runner: Runner) -> None:
+    questions = [f"Question {i}?" for i in range(12)]
+    expected = [
+        runner.generate(GenerationRequest((text,), max_new_tokens=20)).text for text in questions
+    ]
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda text: ask(server, tensors(text, 20)).text, questions))
+    assert found == expected
+
+
+def test_hundreds_of_requests_at_once_are_all_answered(server: Served, runner: Runner) -> None:
+    """The Python backend's own calls to other models broke here after some hundred."""
+    texts = [f"Question {i}?" for i in range(6)]
+    expected = {
+        text: runner.generate(GenerationRequest((text,), max_new_tokens=4)).text for text in texts
+    }
+
+    def wrong(number: int) -> bool:
+        text = texts[number % len(texts)]
+        return ask(server, tensors(text, 4)).text != expected[text]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(wrong, range(300))) == 0
+
+
+def test_an_error_of_the_backend_ends_one_request(server: Served) -> None:
+    with Stream(server) as other:
+        other.send("kept", tensors("How?", 40))
+        answer = ask(server, tensors("How?", 4, temperature=99.0))
+        assert answer.error is not None
+        assert "the double refuses: the temperature" in answer.error
+        other.finish()
+        assert other.answers["kept"].error is None
+    assert ask(server, tensors("How?", 4)).error is None
+
+
+@pytest.mark.parametrize("model", ["ensemble", "nvlm_unary"])
+def test_models_that_answer_once_take_unary_calls(
+    server: Served, runner: Runner, model: str
+) -> None:
+    """TensorRT-LLM's client without --streaming: one call, one response, text_output by beam."""
+    pixels = np.asarray(load_image(PHOTO))
+    expected = runner.generate(
+        GenerationRequest.images_first("Which city?", (PHOTO,), max_new_tokens=16)
+    )
+    inputs = tensors(
+        "Which city?",
+        16,
+        beam_width=1,
+        temperature=1.0,
+        end_id=-1,
+        pad_id=1,
+        top_k=1,
+        top_p=0.0,
+        stream=False,
+        image_bytes_input=np.array([[pixels]]),
+        repetition_penalty=1.0,
+    )
+    outputs = [grpcclient.InferRequestedOutput("text_output")]
+
+    def call(_: int) -> str:
+        with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+            result = client.infer(model, inputs, outputs=outputs, client_timeout=ANSWER_TIMEOUT_S)
+            return str(result.as_numpy("text_output")[0].decode())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(call, range(8))) == {expected.text}
+    with (
+        grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client,
+        pytest.raises(InferenceServerException, match="stream is true"),
+    ):
+        client.infer(model, tensors("x", 4, stream=True), client_timeout=ANSWER_TIMEOUT_S)
+
+
+def status_of(call: Callable[[], object]) -> tuple[str, str]:
+    """gRPC's code and the sentence that `call` fails with."""
+    with pytest.raises(InferenceServerException) as raised:
+        call()
+    return str(raised.value.status()), str(raised.value.message())
+
+
+def test_unary_calls_fail_with_a_grpc_status_code(server: Served) -> None:
+    with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+
+        def status(inputs: list[grpcclient.InferInput]) -> tuple[str, str]:
+            return status_of(
+                lambda: client.infer("nvlm_unary", inputs, client_timeout=ANSWER_TIMEOUT_S)
+            )
+
+        code, told = status(tensors("x", -4))
+        assert (code, told) == (
+            "StatusCode.INVALID_ARGUMENT",
+            "max_tokens is -4, expected 1 or more",
+        )
+        assert status(tensors("x", 4, image_bytes=[b"no"]))[0] == "StatusCode.INVALID_ARGUMENT"
+        code, told = status(tensors("x", 4, temperature=99.0))
+        assert code == "StatusCode.INTERNAL"
+        assert "the double refuses" in told
+
+
+def test_a_full_server_is_unavailable_by_its_grpc_status_code(server: Served) -> None:
+    def call(_: int) -> str:
+        with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+            try:
+                client.infer("nvlm_unary", tensors("How?", 40), client_timeout=ANSWER_TIMEOUT_S)
+            except InferenceServerException as error:
+                return str(error.status())
+            return "OK"
+
+    with ThreadPoolExecutor(32) as pool:
+        assert set(pool.map(call, range(32))) == {"OK", "StatusCode.UNAVAILABLE"}
+
+
+def test_a_unary_client_that_gives_up_frees_its_slot(server: Served) -> None:
+    with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+        code, _ = status_of(
+            lambda: client.infer("nvlm_unary", tensors("How?", 900), client_timeout=0.3)
+        )
+        assert code == "StatusCode.DEADLINE_EXCEEDED"
+    server.wait_for_sample("nvlm_requests_running", 0, timeout_s=3)
+
+
+def test_streams_that_ask_for_it_fail_with_a_status_code(server: Served) -> None:
+    """Else a stream's error is a sentence in a message of the stream."""
+    answers: queue.Queue[object] = queue.Queue()
+    with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+        client.start_stream(
+            lambda result, error: answers.put(error), headers={"triton_grpc_error": "true"}
+        )
+        client.async_stream_infer("nvlm", tensors("x", -4))
+        error = answers.get(timeout=30)
+        assert isinstance(error, InferenceServerException)
+        assert error.status() == "StatusCode.INVALID_ARGUMENT"
+        assert "max_tokens is -4" in str(error)

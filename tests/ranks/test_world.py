@@ -1,0 +1,84 @@
+"""Which rank this is, by what the launchers say, and the GPU that it takes."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+
+from nvlm.program.errors import UserError
+from runtime.ranks.mpi import Job, World, rank_from, require_world_size
+from runtime.ranks.watch import Offer, Watch
+
+CUDA = torch.device("cuda")
+
+
+def mpich(size: int, rank: int, local_size: int, local_rank: int) -> dict[str, str]:
+    """Variables of mpirun -n 1 env, MPICH 5.0.2."""
+    names = ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID")
+    return dict(zip(names, map(str, (size, rank, local_size, local_rank)), strict=True))
+
+
+def open_mpi(size: int, rank: int, local_size: int, local_rank: int) -> dict[str, str]:
+    """Variables of mpirun -n 1 env, Open MPI 4.1.4 and 5.0.11."""
+    names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    values = zip(names, (size, rank, local_size, local_rank), strict=True)
+    return {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in values}
+
+
+@pytest.mark.parametrize("launcher", [mpich, open_mpi])
+def test_the_second_rank_of_the_second_machine_takes_its_second_gpu(
+    launcher: object,
+) -> None:
+    assert callable(launcher)
+    world = World.from_environment(launcher(4, 3, 2, 1))
+    assert (world.size, world.rank, world.local_size, world.local_rank) == (4, 3, 2, 1)
+    assert world.gpu([["a", "b"]] * 4) == 1
+    assert world.share_of(8) == 4
+    assert world.share_of(1) == 1
+
+
+def test_a_rank_that_sees_a_gpu_of_its_own_takes_it() -> None:
+    """As SLURM gives one to each task: there is no second one to number."""
+    assert World.from_environment(mpich(2, 1, 2, 1)).gpu([["a"], ["b"]]) == 0
+    assert World.from_environment(mpich(2, 1, 1, 0)).gpu([["a"], ["b"]]) == 0
+    uneven = [["a", "b"], ["a", "b"], ["c"]]
+    assert [World(3, rank, 2, rank).gpu(uneven) for rank in (0, 1)] == [0, 1]
+    assert World(3, 2, 1, 0).gpu(uneven) == 0
+
+
+@pytest.mark.parametrize("visible", [[["a"]], [["a"], ["a"]], [["a"], []], [["a", "b"], ["b"]]])
+def test_fewer_gpus_than_ranks_of_a_machine_are_refused(visible: list[list[str]]) -> None:
+    message = f"2 ranks run on this machine and torch sees {len(visible[-1])} GPU"
+    with pytest.raises(UserError, match=message):
+        World.from_environment(mpich(2, 1, 2, 1)).gpu(visible)
+
+
+def test_without_a_launcher_there_is_one_rank() -> None:
+    world = World.from_environment({})
+    assert (world.size, world.rank, world.local_size, world.local_rank) == (1, 0, 1, 0)
+    assert Job(world).device(CUDA) == CUDA
+    require_world_size(world, 1, 1)
+    with pytest.raises(UserError, match="tp_size=4, pp_size=2 but 1 rank"):
+        require_world_size(world, 4, 2)
+
+
+def test_variables_that_are_no_numbers_are_refused_and_the_log_does_without() -> None:
+    environment = {"PMI_SIZE": "two", "PMI_RANK": "0"}
+    with pytest.raises(UserError, match="PMI_SIZE=two"):
+        World.from_environment(environment)
+    assert rank_from(environment) == 0
+
+
+@pytest.mark.parametrize(("size", "rank"), [("0", "0"), ("2", "2")])
+def test_a_rank_outside_the_world_is_refused(size: str, rank: str) -> None:
+    with pytest.raises(UserError, match=f"PMI_SIZE={size} and PMI_RANK={rank}.*below the size"):
+        World.from_environment({"PMI_SIZE": size, "PMI_RANK": rank})
+
+
+def test_a_rank_that_cannot_reach_the_first_one_says_where_it_looked() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UserError, match=f"reaches rank 0 at none .*127.0.0.1.*port {port}"):
+        Watch.join(Offer(("127.0.0.1",), port), 1)
