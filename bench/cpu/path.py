@@ -87,7 +87,7 @@ def measure_tiling(image_size: int, max_num_tiles: int, repeats: int) -> dict[st
 
 
 def measure_vision(runner: Runner, repeats: int) -> dict[str, float]:
-    tiling = runner.engine.vision.tiling
+    tiling = runner.engine.tiling
     shape = tiling.max_tiles_per_image, tiling.image_size, tiling.image_size, 3
     tiles = torch.randint(256, shape, dtype=torch.uint8)
     seconds = median_seconds(lambda: runner.vision.encode(tiles), repeats)
@@ -128,8 +128,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         engine_dir = arguments.engine_dir or make_engine(Path(folder))
         runner = Runner.open(engine_dir, CPU)
-        vision = runner.engine.vision
-        size, max_num_tiles = vision.tiling.image_size, vision.tiling.max_num_tiles
+        tiling = runner.engine.tiling
+        size, max_num_tiles = tiling.image_size, tiling.max_num_tiles
         result: dict[str, Any] = {
             "machine": describe(),
             "threads": torch.get_num_threads(),

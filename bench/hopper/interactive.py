@@ -45,7 +45,7 @@ def measure_interactive(
 
     `runner` must be fresh: what an earlier request has warmed, the first picture would not show.
     """
-    vision = runner.engine.vision.vision
+    vision = runner.engine.vision_config
     counts = [int(rate * seconds) for rate in rates]
     num_tokens, number = picture_tokens(vision), NUM_ALONE + sum(counts)
     pictures = [

@@ -81,7 +81,7 @@ def measure(engine: EngineDir, device: torch.device) -> tuple[list[Stage], int]:
     executor.prepare_thread()
     stage("its plans")
     for num_tiles in range(1, vision.max_num_tiles + 1):
-        vision.encode(random_tiles(engine.vision.vision, num_tiles, seed=num_tiles))
+        vision.encode(random_tiles(engine.vision_config, num_tiles, seed=num_tiles))
     stage("tiles")
     limits, vocab_size = engine.limits, engine.checkpoint_config.decoder.vocab_size
     short = max(1, limits.max_num_tokens // limits.max_batch_size)  # all of a batch in one step
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     plan = plan_engine(
         engine.checkpoint_config,
-        engine.vision.vision,
+        engine.vision_config,
         engine.vision_precision,
         engine.limits,
         device,

@@ -28,7 +28,7 @@ def measure_first_token(
     repeats: int = 8,
 ) -> Row:
     """Tiles in the host's memory to the first token on the host."""
-    config, vision_config = engine.checkpoint_config, engine.vision.vision
+    config, vision_config = engine.checkpoint_config, engine.vision_config
     vision = load_vision(engine, precision, device)
     times = []
     for repeat in range(2 + repeats):

@@ -96,7 +96,9 @@ def synthetic_engine(
         limits=limits,
         checkpoint_config=CheckpointConfig(decoder, "bfloat16", "FP8", "FP8", tp_size),
         decoder_target="torch",
-        vision=VisionCheckpoint(directory, "bfloat16", vision, TilingConfig(vision.image_size, 6)),
+        vision_checkpoint=VisionCheckpoint(
+            directory, "bfloat16", vision, TilingConfig(vision.image_size, 6)
+        ),
         vision_executor="torch",
         vision_precision=vision_precision,
     )
@@ -108,6 +110,6 @@ def decoder_source(engine: EngineDir, device: torch.device, rank: int = 0) -> Sy
 
 
 def vision_source(engine: EngineDir, device: torch.device) -> SyntheticTensors:
-    config = engine.vision.vision
+    config = engine.vision_config
     infos = vision_tensors(config, torch.bfloat16) | vision_scales(config)
     return SyntheticTensors(infos, device)

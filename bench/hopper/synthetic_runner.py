@@ -96,7 +96,7 @@ def _question(runner: Runner, before: list[str | ImageSlot], num_tokens: int, se
         prompt = build_prompt(
             [*before, text],
             runner.tokenizer,
-            tokens_per_tile=engine.vision.vision.tokens_per_tile,
+            tokens_per_tile=engine.vision_config.tokens_per_tile,
             vocab_size=engine.checkpoint_config.decoder.vocab_size,
         )
         return len(prompt.token_ids)

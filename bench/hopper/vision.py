@@ -27,7 +27,7 @@ def measure_vision(
     repeats: int = 10,
 ) -> Iterator[Row]:
     engine = synthetic_engine(shape, 1, max_batch_size=1, max_seq_len=64)
-    config = engine.vision.vision
+    config = engine.vision_config
     executor = load_vision(engine, precision, device)
     tiles = random_tiles(config, num_tiles, seed=0)
     flop = num_tiles * tile_flop(config)
@@ -57,8 +57,8 @@ def measure_vision(
 
 
 def load_vision(engine: EngineDir, precision: str, device: torch.device) -> TorchVisionExecutor:
-    model = engine.vision.load(precision, device, source=vision_source(engine, device))
-    return TorchVisionExecutor(model, engine.vision.tiling.max_tiles_per_image)
+    model = engine.vision_checkpoint.load(precision, device, source=vision_source(engine, device))
+    return TorchVisionExecutor(model, engine.tiling.max_tiles_per_image)
 
 
 def random_tiles(config: VisionConfig, num_tiles: int, seed: int) -> torch.Tensor:

@@ -82,7 +82,7 @@ def _elapsed_ms(begin: Any, end: Any) -> float:
 def open_runner(directory: Path, device: torch.device, job: Job, group: TimedGroup) -> Runner:
     engine = open_engine(directory, device, job)
     own = create_vision_executor(engine, device)
-    vision = ParallelVisionExecutor(own, group, engine.vision.tiling.image_size)
+    vision = ParallelVisionExecutor(own, group, engine.tiling.image_size)
     return Runner(engine, vision, create_decoder_executor(engine, device, None, group))
 
 

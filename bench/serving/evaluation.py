@@ -104,7 +104,7 @@ def measure(runner: Runner, folder: Path, arguments: argparse.Namespace) -> dict
     defaults = GenerationRequest(
         content=(), prompt_format="megatron", max_new_tokens=arguments.max_new_tokens
     )
-    tiling = runner.engine.vision.tiling
+    tiling = runner.engine.tiling
     num_tiles, decode_s = 0, 0.0
 
     def requests(paths: list[Path]) -> list[GenerationRequest]:

@@ -128,7 +128,7 @@ def _build_vision(spec: EngineSpec, options: BuildOptions, run: BuildRun, direct
             "executor": spec.vision,
             "precision": spec.vision_precision,
             "dtype": source.dtype,
-            "vision": asdict(source.vision),
+            "vision": asdict(source.config),
             "tiling": asdict(source.tiling),
         },
     )

@@ -86,13 +86,13 @@ def specify(
     read = manifest.verify_all if verify else manifest.read_manifest
     made = read(checkpoint_dir, "checkpoint")
     config = CheckpointConfig.read(checkpoint_dir / "config.json")
-    checkpoint = VisionCheckpoint.read(checkpoint_dir / "vision")
+    vision_checkpoint = VisionCheckpoint.read(checkpoint_dir / "vision")
     Tokenizer(checkpoint_dir / "tokenizer")  # found damaged now, not when the engine runs
     machine = TargetMachine(device, memory_bytes)
     decoder = choose_decoder(options.decoder, machine)
     vision = choose_vision(
         options.vision,
-        checkpoint,
+        vision_checkpoint,
         machine,
         precision=options.vision_precision,
         compute_capability=options.compute_capability,
@@ -101,32 +101,34 @@ def specify(
         require_used("--compute_capability", decoder, vision)
     if options.keep_onnx:
         require_used("--keep_onnx", decoder, vision)
-    precision = choose_precision(checkpoint, options.vision_precision, vision)
+    precision = choose_precision(vision_checkpoint, options.vision_precision, vision)
     limits = derive_limits(
         config.decoder,
-        checkpoint.tiling,
-        checkpoint.vision.tokens_per_tile,
+        vision_checkpoint.tiling,
+        vision_checkpoint.config.tokens_per_tile,
         max_batch_size=options.max_batch_size,
         max_num_images=options.max_num_images,
         max_input_len=options.max_input_len,
         max_seq_len=options.max_seq_len,
         max_num_tokens=options.max_num_tokens,
     )
-    tiles_per_image = checkpoint.tiling.max_tiles_per_image
+    tiles_per_image = vision_checkpoint.tiling.max_tiles_per_image
     max_num_tiles = max(
         tiles_per_image, min(limits.max_batch_size * tiles_per_image, MAX_TILES_PER_PASS)
     )
     if decoder == "tensorrt_llm":
         plan = plan_tensorrt_llm(
-            config, checkpoint.vision, precision, limits, max_num_tiles, memory_bytes
+            config, vision_checkpoint.config, precision, limits, max_num_tiles, memory_bytes
         )
     else:
-        plan = plan_engine(config, checkpoint.vision, precision, limits, device, memory_bytes)
+        plan = plan_engine(
+            config, vision_checkpoint.config, precision, limits, device, memory_bytes
+        )
     return EngineSpec(
         checkpoint_dir=checkpoint_dir,
         checkpoint=made,
         config=config,
-        vision_checkpoint=checkpoint,
+        vision_checkpoint=vision_checkpoint,
         decoder=decoder,
         vision=vision,
         vision_precision=precision,

@@ -76,7 +76,7 @@ def choose_vision(
     if machine.has_hopper and not vision_lacks("tensorrt", machine):
         log.info("vision: tensorrt (it is installed and the GPU is Hopper)")
         return "tensorrt"
-    graph_bytes = vision_weight_bytes(checkpoint.vision, "float32")
+    graph_bytes = vision_weight_bytes(checkpoint.config, "float32")
     sizes = f"its float32 graph has {graph_bytes / 1e9:.1f} GB"
     memory = f"half of {target.memory_bytes / 1e9:.1f} GB memory"
     if lacks := vision_lacks("onnxruntime", machine):

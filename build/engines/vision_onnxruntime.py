@@ -25,7 +25,7 @@ def export_vision(checkpoint: VisionCheckpoint, precision: str, directory: Path)
     they disagree: such an export is never to be used.
     """
     model = graph_module(checkpoint, precision, precision)
-    path = export_graph(model, checkpoint.vision.image_size, directory)
+    path = export_graph(model, checkpoint.config.image_size, directory)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for num_tiles in (1, 2, checkpoint.tiling.max_tiles_per_image):
         error = compare_with_torch(model, session, num_tiles)

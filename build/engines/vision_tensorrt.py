@@ -54,12 +54,12 @@ def build_vision(
 ) -> EngineSummary:
     """Writes `model.engine` and `summary.json` (and keeps `model.onnx` if asked)."""
     model = graph_module(checkpoint, precision, graph_dtype(checkpoint, precision))
-    onnx = export_graph(model, checkpoint.vision.image_size, directory)
+    onnx = export_graph(model, checkpoint.config.image_size, directory)
     del model
     summary = build_engine_from_onnx(trt, onnx, options, directory)
     expected = 0
     if precision == "FP8":
-        expected = len(VISION_LINEARS) * checkpoint.vision.num_hidden_layers
+        expected = len(VISION_LINEARS) * checkpoint.config.num_hidden_layers
     if summary.num_fp8_products != expected:
         raise TensorrtBuildError(
             f"the network has {summary.num_fp8_products} FP8 products, expected {expected}"

@@ -210,7 +210,7 @@ def task_settings(
         "dtype": config.dtype,
         "decoder": engine.decoder_target,
         "vision": f"{engine.vision_executor} {engine.vision_precision}",
-        "image_size": engine.vision.tiling.image_size,
+        "image_size": engine.tiling.image_size,
         **settings_of(request),
-        "max_num_tiles": max_num_tiles or engine.vision.tiling.max_num_tiles,
+        "max_num_tiles": max_num_tiles or engine.tiling.max_num_tiles,
     }

@@ -208,7 +208,7 @@ class TaskRun:
         return len(failures) + len(problems)
 
     def _check_limits(self, engine: EngineDir) -> None:
-        most = engine.vision.tiling.max_num_tiles
+        most = engine.tiling.max_num_tiles
         if (self.request.max_num_tiles or 0) > most:
             raise UserError(
                 f"--max_num_tiles is {self.request.max_num_tiles}, expected 1 to {most}, what the "

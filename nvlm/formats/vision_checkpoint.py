@@ -28,7 +28,7 @@ class VisionCheckpoint:
 
     directory: Path
     dtype: str
-    vision: VisionConfig
+    config: VisionConfig
     tiling: TilingConfig
 
     @classmethod
@@ -37,11 +37,11 @@ class VisionCheckpoint:
         reader = StrictReader(read_json_object(path), path)
         dtype = reader.one_of("dtype", tuple(TORCH_DTYPES))
         try:
-            vision = VisionConfig(**reader.section("vision").values)
+            config = VisionConfig(**reader.section("vision").values)
             tiling = TilingConfig(**reader.section("tiling").values)
         except TypeError as error:
             raise UserError(f"{path} was not written by this version: {error}") from None
-        return cls(directory, dtype, vision, tiling)
+        return cls(directory, dtype, config, tiling)
 
     @property
     def has_scales(self) -> bool:
@@ -93,10 +93,10 @@ class VisionCheckpoint:
                 f"{self.directory} has no {SCALES}, which FP8 vision needs; convert with "
                 "--quant_algo FP8 or choose another --vision_precision"
             )
-        scales = source or open_checked(self.directory / SCALES, vision_scales(self.vision))
+        scales = source or open_checked(self.directory / SCALES, vision_scales(self.config))
         names = [
             VISION_LAYER.format(i=i) + linear
-            for i in range(self.vision.num_hidden_layers)
+            for i in range(self.config.num_hidden_layers)
             for linear in VISION_LINEARS
         ]
         return {
@@ -115,7 +115,7 @@ class VisionCheckpoint:
         scales: dict[str, tuple[float, float]],
     ) -> VisionModel:
         """Weights of linears that have scales are e4m3, each from when it was read."""
-        stored = vision_tensors(self.vision, TORCH_DTYPES[self.dtype])
+        stored = vision_tensors(self.config, TORCH_DTYPES[self.dtype])
         reader = source or open_checked(self.directory / WEIGHTS, stored)
 
         def read(name: str) -> torch.Tensor:
@@ -124,7 +124,7 @@ class VisionCheckpoint:
             return tensor if found is None else fp8.quantize(tensor, found[0])
 
         with torch.device("meta"):
-            model = VisionModel(self.vision)
+            model = VisionModel(self.config)
         model.load_state_dict({name: read(name) for name in stored}, assign=True)
         return model
 

@@ -10,6 +10,7 @@ from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.layout import decoder_config_file
 from nvlm.formats.manifest import FILE_NAME, Manifest, read_manifest
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
+from nvlm.model.config import TilingConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
@@ -18,16 +19,24 @@ from nvlm.program.json_files import StrictReader, read_json_object
 
 @dataclass(frozen=True, slots=True)
 class EngineDir:
-    """`vision.directory` holds what the vision executor loads."""
+    """`vision_checkpoint.directory` holds what the vision executor loads."""
 
     directory: Path
     manifest: Manifest
     limits: EngineLimits
     checkpoint_config: CheckpointConfig
     decoder_target: str
-    vision: VisionCheckpoint
+    vision_checkpoint: VisionCheckpoint
     vision_executor: str
     vision_precision: str
+
+    @property
+    def vision_config(self) -> VisionConfig:
+        return self.vision_checkpoint.config
+
+    @property
+    def tiling(self) -> TilingConfig:
+        return self.vision_checkpoint.tiling
 
     @property
     def packages(self) -> dict[str, str]:
@@ -53,7 +62,7 @@ class EngineDir:
                 llm.section("pretrained_config").values, llm_path
             ),
             decoder_target=llm.section("build_config").string("target"),
-            vision=VisionCheckpoint.read(directory / "vision"),
+            vision_checkpoint=VisionCheckpoint.read(directory / "vision"),
             vision_executor=vision.string("executor"),
             vision_precision=vision.one_of("precision", (*TORCH_DTYPES, "FP8")),
         )

@@ -71,7 +71,7 @@ def open_parts(
     vision = job.agree(load_vision)
     if group is None:
         return vision, job.agree(load_decoder)
-    vision = ParallelVisionExecutor(vision, group, engine.vision.tiling.image_size)
+    vision = ParallelVisionExecutor(vision, group, engine.tiling.image_size)
     return vision, load_decoder()  # whose ranks agree step by step
 
 

@@ -45,7 +45,7 @@ def prepare(
     prompt = build_prompt(
         [part if isinstance(part, str) else ImageSlot(part.num_tiles) for part in content],
         tokenizer,
-        tokens_per_tile=engine.vision.vision.tokens_per_tile,
+        tokens_per_tile=engine.vision_config.tokens_per_tile,
         vocab_size=engine.checkpoint_config.decoder.vocab_size,
         system=request.system,
         prompt_format=request.prompt_format,
@@ -82,7 +82,7 @@ def _check_text_size(request: GenerationRequest, engine: EngineDir, tokenizer: T
 
 
 def _tile(request: GenerationRequest, engine: EngineDir) -> list[str | TiledImage]:
-    tiling, limits = engine.vision.tiling, engine.limits
+    tiling, limits = engine.tiling, engine.limits
     num_images = sum(not isinstance(part, str) for part in request.content)
     check_num_images(num_images, limits)
     max_num_tiles = request.max_num_tiles

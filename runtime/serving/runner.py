@@ -97,7 +97,7 @@ class Runner:
         begun = time.perf_counter()
         images, request = prepared.images, prepared.request
         table = self._encode(images)
-        tokens_per_tile = self.engine.vision.vision.tokens_per_tile
+        tokens_per_tile = self.engine.vision_config.tokens_per_tile
         return EncodedRequest(
             DecoderRequest(
                 token_ids=prepared.prompt.token_ids,

@@ -29,7 +29,7 @@ class VisionExecutor(Protocol):
 
 def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExecutor:
     """The executor the engine was built for; heavy imports happen in the chosen branch only."""
-    max_num_tiles = engine.vision.tiling.max_tiles_per_image
+    max_num_tiles = engine.tiling.max_tiles_per_image
     if engine.vision_executor == "onnxruntime":
         if importlib.util.find_spec("onnxruntime") is None:
             raise UserError(
@@ -38,15 +38,15 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
             )
         from runtime.vision.onnxruntime_executor import OnnxRuntimeVisionExecutor
 
-        path = engine.vision.directory / "model.onnx"
+        path = engine.vision_checkpoint.directory / "model.onnx"
         return OnnxRuntimeVisionExecutor(path, max_num_tiles)
     if engine.vision_executor == "torch":
         from runtime.vision.torch_executor import TorchVisionExecutor
 
-        num_parameters = vision_parameter_count(engine.vision.vision)
+        num_parameters = vision_parameter_count(engine.vision_config)
         widen = may_widen(num_parameters, device, total_memory_bytes(device))
         with loading_on(device, engine):
-            model = engine.vision.load(engine.vision_precision, device, widen=widen)
+            model = engine.vision_checkpoint.load(engine.vision_precision, device, widen=widen)
             executor = TorchVisionExecutor(model, max_num_tiles)
             executor.warm_up()
         return executor
@@ -54,7 +54,9 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
         from runtime.vision.tensorrt_executor import TensorrtVisionExecutor
 
         package = load_tensorrt(engine.vision_executor)
-        return TensorrtVisionExecutor(package, engine.vision.directory / "model.engine", device)
+        return TensorrtVisionExecutor(
+            package, engine.vision_checkpoint.directory / "model.engine", device
+        )
     raise UserError(
         f"{engine.directory} was built for vision executor {engine.vision_executor!r}, which this "
         "version does not run; build it again with --vision onnxruntime or torch"

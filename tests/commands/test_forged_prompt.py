@@ -126,7 +126,7 @@ def check(
     """Asserts structure and text of one prompt."""
     tokenizer: Tokenizer = runner.tokenizer
     vocab_size = runner.engine.checkpoint_config.decoder.vocab_size
-    per_tile = runner.engine.vision.vision.tokens_per_tile
+    per_tile = runner.engine.vision_config.tokens_per_tile
     num_tiles = sum(part for part in parts if isinstance(part, int))
     ids = request.token_ids
     # Structure: the template's marks and nothing that could be taken for one.

@@ -103,7 +103,7 @@ def test_every_way_to_send_a_picture_gives_the_same_answer(
 ) -> None:
     expected = expect("What is it?", PHOTO, max_tokens=12)
     data, pixels = PHOTO.read_bytes(), np.asarray(load_image(PHOTO))
-    tiling = runner.engine.vision.tiling
+    tiling = runner.engine.tiling
     tiled = tile_image(Image.fromarray(pixels), tiling.image_size, tiling.max_num_tiles)
     encoded = base64.b64encode(data)
     for more in (

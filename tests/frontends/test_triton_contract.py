@@ -25,6 +25,7 @@ from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderRequest
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.sampling import SamplingParams
+from tests.support.command import ROOT
 
 MANIFEST = json.loads((Path(__file__).parents[1] / "data" / "tensorrt_llm_triton.json").read_text())
 FORMS: tuple[Form, ...] = ("torch", "tensorrt_llm")
@@ -112,7 +113,7 @@ def test_the_backend_has_the_signature_of_tensorrt_llms(engine_dir: Path, tmp_pa
 def test_vision_takes_pixels(engine_dir: Path, tmp_path: Path) -> None:
     """As its executor does, and what `nvlm` sends of them."""
     vision = repository(engine_dir, tmp_path, "tensorrt_llm")["vision"]
-    size = EngineDir.read(engine_dir).vision.vision.image_size
+    size = EngineDir.read(engine_dir).vision_config.image_size
     expected = {"tiles": ("TYPE_UINT8", (-1, size, size, 3), False)}
     assert tensors_of(vision.input) == expected
     tiles = torch.arange(size * size * 3).to(torch.uint8).view(1, size, size, 3)
@@ -128,7 +129,7 @@ def test_vision_gives_what_the_backend_takes(engine_dir: Path, tmp_path: Path) -
     assert DataType.Name(output.data_type) == table[0] == "TYPE_BF16"
     engine = EngineDir.read(engine_dir)
     hidden_size = engine.checkpoint_config.decoder.hidden_size
-    assert list(output.dims) == [-1, engine.vision.vision.tokens_per_tile, hidden_size]
+    assert list(output.dims) == [-1, engine.vision_config.tokens_per_tile, hidden_size]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -260,14 +261,14 @@ def test_images_are_counted_before_any_is_copied(engine_dir: Path, name: str) ->
 
 def test_model_code_is_thin() -> None:
     """What runs in Triton calls `runtime`; it grows no logic of its own."""
-    package = Path(__file__).parents[2] / "frontends" / "triton" / "models"
+    package = ROOT / "frontends" / "triton" / "models"
     lengths = {path.name: len(path.read_text().splitlines()) for path in package.glob("*.py")}
     assert max(lengths.values()) < 150, lengths
 
 
 def test_every_input_is_read_or_refused() -> None:
     """No tensor of the signature is silently without effect but those that cannot have one."""
-    package = Path(__file__).parents[2] / "frontends" / "triton"
+    package = ROOT / "frontends" / "triton"
     source = "".join((package / name).read_text() for name in ("request.py", "pictures.py"))
     unread = {spec.name for spec in NVLM_INPUTS if f'"{spec.name}"' not in source}
     assert unread == {"pad_id", "prompt_table_extra_id", "length_penalty"}

@@ -62,14 +62,14 @@ def vision(checkpoint_dir: Path) -> VisionCheckpoint:
 @pytest.fixture(scope="module")
 def tiles(vision: VisionCheckpoint) -> torch.Tensor:
     """Of a photo: FP8 scales are calibrated on such."""
-    return normalize(tile_image(load_image(PHOTO), vision.vision.image_size, 6).tiles)
+    return normalize(tile_image(load_image(PHOTO), vision.config.image_size, 6).tiles)
 
 
 @pytest.fixture(scope="module")
 def fp8_graph(tmp_path_factory: pytest.TempPathFactory, vision: VisionCheckpoint) -> Path:
     """Q/DQ around float32, which ONNX Runtime's CPU kernels run."""
     directory = tmp_path_factory.mktemp("fp8")
-    return export_graph(graph_module(vision, "FP8", "float32"), vision.vision.image_size, directory)
+    return export_graph(graph_module(vision, "FP8", "float32"), vision.config.image_size, directory)
 
 
 class TestGraphs:
@@ -113,7 +113,7 @@ class TestGraphs:
     ) -> None:
         """Of the float32 graph test_vision says so."""
         model = graph_module(vision, "float16", "float16")
-        path = export_graph(model, vision.vision.image_size, tmp_path)
+        path = export_graph(model, vision.config.image_size, tmp_path)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         for num_tiles in (1, 2, 7):
             error = compare_with_torch(model, session, num_tiles)

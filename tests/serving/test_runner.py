@@ -100,12 +100,12 @@ def test_num_tokens_and_reason_tell_why_an_answer_ended(runner: Runner) -> None:
 
 
 def test_tiles_grids_and_prompt_length_are_reported(runner: Runner, images: Images) -> None:
-    vision = runner.engine.vision
+    tokens_per_tile = runner.engine.vision_config.tokens_per_tile
     result = runner.generate(ask("x", images("landscape_800x450.png"), images("pixel_1x1.png")))
     assert result.grids == [(2, 1), (1, 1)]
     assert result.num_tiles == 3 + 1
     text_only = runner.generate(ask("x"))
-    virtual = result.num_tiles * vision.vision.tokens_per_tile
+    virtual = result.num_tiles * tokens_per_tile
     assert result.num_prompt_tokens > text_only.num_prompt_tokens + virtual
 
 

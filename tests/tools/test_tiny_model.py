@@ -195,7 +195,7 @@ def generate(runner: Runner, encoded: EncodedRequest) -> str:
 
 def without(ablation: Ablation, runner: Runner, encoded: EncodedRequest) -> EncodedRequest:
     """The same question with one thing made wrong between encoder and decoder."""
-    vision = runner.engine.vision.vision
+    vision = runner.engine.vision_config
     vocab_size = runner.engine.checkpoint_config.decoder.vocab_size
     changed = ablation(encoded.decoder_request, vision.tokens_per_tile, vocab_size)
     # Other rows are another image: nothing cached of the true one may be taken for it.

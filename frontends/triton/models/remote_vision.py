@@ -11,7 +11,7 @@ from runtime.engine.engine_dir import EngineDir
 
 class RemoteVisionExecutor:
     def __init__(self, engine: EngineDir, url: str) -> None:
-        self.max_num_tiles = engine.vision.tiling.max_tiles_per_image
+        self.max_num_tiles = engine.tiling.max_tiles_per_image
         self._dtype = TORCH_DTYPES[engine.checkpoint_config.dtype]
         self._channel = Channel(url)
 

@@ -95,7 +95,7 @@ def _num_blocks(engine: EngineDir, device: torch.device, group: ProcessGroup | N
     limits, memory_bytes = engine.limits, total_memory_bytes(device)
     plan = plan_engine(
         engine.checkpoint_config,
-        engine.vision.vision,
+        engine.vision_config,
         engine.vision_precision,
         limits,
         device,
