@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from nvlm.formats.tensor_names import StoredTensor
+from nvlm.inputs.tokenizer import tokenizer_files
 from nvlm.model.config import NUM_DUMMY_HEADS, NVLMConfig
 from tools.make_tokenizer import write_tokenizer
 from tools.model_dir import Shape, model_config, write_model_dir
@@ -74,7 +75,7 @@ def write_random_checkpoint(
         num_tokens = write_tokenizer(model_dir)
         assert num_tokens <= shape.vocab_size, f"{num_tokens} tokens, {shape.vocab_size} rows"
     else:
-        for path in tokenizer_dir.glob("tokenizer*.json"):
+        for path in tokenizer_files(tokenizer_dir):
             shutil.copy(path, model_dir)
     generator = torch.Generator(device).manual_seed(seed)
     config = model_config(shape)

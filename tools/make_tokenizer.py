@@ -11,6 +11,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
 
+from nvlm.inputs.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"),
     *("<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
@@ -64,7 +66,7 @@ def save_tokenizer(tokenizer: Tokenizer, tokenizer_dir: Path) -> int:
     """Adds the special tokens and writes both files; returns the number of tokens."""
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token) for token in NON_SPECIAL_TOKENS])
-    tokenizer.save(str(tokenizer_dir / "tokenizer.json"))
+    tokenizer.save(str(tokenizer_dir / TOKENIZER_FILE))
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",
@@ -73,5 +75,5 @@ def save_tokenizer(tokenizer: Tokenizer, tokenizer_dir: Path) -> int:
         "add_prefix_space": False,
         "model_max_length": 131072,
     }
-    (tokenizer_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (tokenizer_dir / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     return tokenizer.get_vocab_size()

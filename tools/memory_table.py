@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from build.engines.specification import MAX_TILES_PER_PASS
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.config import NVLMConfig
 from nvlm.planning.limits import derive_limits
@@ -26,7 +27,7 @@ _COLUMNS = ("weights", "vision", "prompt table", "workspace", "KV cache", "KV to
 
 def table(max_batch_size: int, max_num_images: int, vision_precision: str) -> list[str]:
     """Markdown. Rank 0, which holds most: vision runs there."""
-    config = NVLMConfig.from_hf(config_json(PRESETS["72b"]), Path("config.json"))
+    config = NVLMConfig.from_hf(config_json(PRESETS["72b"]), Path(layout.CONFIG))
     limits = derive_limits(
         config.decoder,
         config.tiling,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nvlm.formats import layout
 from nvlm.formats.safetensors_files import SafetensorsWriter, TensorInfo
 from nvlm.formats.tensor_names import StoredTensor, model_tensors
 from nvlm.model.config import NVLMConfig
@@ -95,7 +96,7 @@ def config_json(shape: Shape) -> dict[str, Any]:
 
 
 def model_config(shape: Shape) -> NVLMConfig:
-    return NVLMConfig.from_hf(config_json(shape), Path("config.json"))
+    return NVLMConfig.from_hf(config_json(shape), Path(layout.CONFIG))
 
 
 def write_model_dir(
@@ -112,7 +113,7 @@ def write_model_dir(
     weight_map: dict[str, str] = {}
     total_size = 0
     for number, tensors in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file_name = layout.shard(number, len(shards))
         infos = {tensor.name: TensorInfo(tensor.dtype, tensor.shape) for tensor in tensors}
         (model_dir / file_name).unlink(missing_ok=True)
         with SafetensorsWriter(model_dir / file_name, infos) as writer:
@@ -122,10 +123,10 @@ def write_model_dir(
         weight_map |= dict.fromkeys(infos, file_name)
         total_size += sum(info.num_bytes for info in infos.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (model_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (model_dir / layout.WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
     # Last: a directory with a config.json is a whole one.
     values = config_json(shape)
-    (model_dir / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    (model_dir / layout.CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.conversion.resident_memory import Measured, run_measured
 from bench.machine import describe
-from build.conversion.report.quantization_report import FILE_NAME as REPORT_FILE
+from nvlm.formats import layout
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def make_models(
     """Random models by depth; they share their weight files."""
     deepest = max(depths)
     models = {layers: folder / f"model{layers}" for layers in depths}
-    if not (models[deepest] / "config.json").exists():
+    if not (models[deepest] / layout.CONFIG).exists():
         shape = replace(PRESETS[preset], num_hidden_layers=deepest, vision_num_hidden_layers=2)
         write_random_checkpoint(models[deepest], shape, device=device)
     for layers, path in models.items():
@@ -50,10 +50,10 @@ def make_models(
             path.mkdir()
             for file in models[deepest].iterdir():
                 (path / file.name).symlink_to(file)
-            config = json.loads((models[deepest] / "config.json").read_text())
+            config = json.loads((models[deepest] / layout.CONFIG).read_text())
             config["llm_config"]["num_hidden_layers"] = layers
-            (path / "config.json").unlink()
-            (path / "config.json").write_text(json.dumps(config))
+            (path / layout.CONFIG).unlink()
+            (path / layout.CONFIG).write_text(json.dumps(config))
     return models
 
 
@@ -64,7 +64,7 @@ def convert(model: Path, output: Path, *flags: str) -> Measured:
 
 
 def input_files(model: Path) -> list[Path]:
-    return sorted({path.resolve() for path in model.glob("*.safetensors")})
+    return sorted({path.resolve() for path in model.glob(layout.ANY_WEIGHTS)})
 
 
 def forget(files: list[Path]) -> None:
@@ -96,7 +96,7 @@ def size_of(directory: Path) -> int:
 
 def measure_disk(folder: Path, repeats: int) -> dict[str, Any]:
     model = make_models(folder)[max(LAYERS)]
-    cache = folder / REPORT_FILE
+    cache = folder / layout.REPORT
     assert cache.exists(), "run `memory` first: it makes the scales"
     files, output, copied = input_files(model), folder / "output", folder / "copy"
     read_bytes = sum(path.stat().st_size for path in files)
@@ -147,7 +147,7 @@ def measure_memory(folder: Path) -> dict[str, Any]:
         output = folder / "output"
         found[layers] = convert(model, output, "--calib_data", str(calibration))
         if layers == max(LAYERS):
-            shutil.copy(output / REPORT_FILE, folder)
+            shutil.copy(output / layout.REPORT, folder)
         shutil.rmtree(output)
         gigabytes, seconds = found[layers].peak_bytes / 1e9, found[layers].seconds
         print(f"{layers} layers: {gigabytes:.2f} GB, {seconds:.0f} s", file=sys.stderr)

@@ -30,9 +30,9 @@ from bench.conversion.disk import LAYERS, ROOT, SAMPLES, make_models, write_cali
 from bench.conversion.resident_memory import Measured, run_measured
 from bench.machine import describe, describe_gpu
 from build.conversion.quantization.quantization_error import quantization_error
-from build.conversion.report.quantization_report import FILE_NAME as REPORT_FILE
 from build.conversion.report.quantization_report import QuantizationReport
 from build.sources.hugging_face import HuggingFaceSource
+from nvlm.formats import layout
 from nvlm.formats.safetensors_files import SafetensorsReader
 from nvlm.formats.tensor_names import DECODER_LAYER, ENGINE_LAYER
 from nvlm.program.command_line import resolve_device
@@ -114,11 +114,11 @@ def compare_linear(model: Path, output: Path, layer: int, device: torch.device) 
     random inputs is `output_error_in_float32`.
     """
     name = ENGINE_LAYER.format(i=layer) + "mlp.proj"
-    report = QuantizationReport.read(output / REPORT_FILE)
+    report = QuantizationReport.read(output / layout.REPORT)
     (row,) = (row for row in report.linears if row.linear == name)
     source = HuggingFaceSource(model)
     published = source.read(DECODER_LAYER.format(i=layer) + "mlp.down_proj.weight")
-    file = SafetensorsReader(output / "rank0.safetensors")
+    file = SafetensorsReader(output / layout.rank_file(0))
     stored = file.read(f"{name}.weight")
     scale = float(file.read(f"{name}.weights_scaling_factor"))
     input_scale = float(file.read(f"{name}.activation_scaling_factor"))
@@ -185,7 +185,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
     }
     yield result
     shutil.rmtree(output, ignore_errors=True)
-    cache = folder / REPORT_FILE
+    cache = folder / layout.REPORT
     calibrate = ("--calib_data", str(write_calibration(folder)))
     for flags, seconds in (
         (calibrate, result["seconds"]),
@@ -203,7 +203,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
                 result["peak_bytes"][str(depth)] = converted.measured.peak_bytes
                 result["peak_device_bytes"][str(depth)] = converted.device_bytes
                 if depth == many:
-                    shutil.copy(output / REPORT_FILE, cache)
+                    shutil.copy(output / layout.REPORT, cache)
                     result["against_float64"] = compare_linear(model, output, many - 1, device)
             shutil.rmtree(output)
             yield result

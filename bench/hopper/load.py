@@ -23,7 +23,8 @@ import torch
 from bench.hopper.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from bench.machine import describe, describe_gpu
 from bench.stopwatch import seconds_of
-from nvlm.formats.checkpoint_tensors import decoder_tensors, rank_file
+from nvlm.formats import layout
+from nvlm.formats.checkpoint_tensors import decoder_tensors
 from nvlm.formats.safetensors_files import SafetensorsWriter
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.open_model import open_model
@@ -35,7 +36,7 @@ _CHUNK_BYTES = 8 << 20
 
 
 def write_weights(engine: EngineDir, device: torch.device) -> Path:
-    path = engine.directory / "llm" / rank_file(0)
+    path = engine.directory / layout.LLM / layout.rank_file(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = decoder_tensors(engine.checkpoint_config)
     if not path.exists():

@@ -27,10 +27,10 @@ import torch
 
 from bench.machine import describe
 from build.conversion.convert import ConvertOptions, convert
-from build.conversion.report.quantization_report import FILE_NAME as REPORT_FILE
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
+from nvlm.formats import layout
 from nvlm.planning.device_memory import total_memory_bytes
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 
@@ -66,7 +66,7 @@ def make_engines(
     small = shape == "72b" and precision == "float32"
     model = folder / f"model_{shape}{'_small_vocabulary' if small else ''}"
     chosen = SHAPES[shape]
-    if not (model / "config.json").exists():
+    if not (model / layout.CONFIG).exists():
         if small:
             chosen = replace(chosen, vocab_size=SMALL_VOCABULARY)
         write_random_checkpoint(model, chosen, device=device.type)
@@ -79,7 +79,7 @@ def make_engines(
         if not checkpoint.exists():
             convert(HuggingFaceSource(model), checkpoint, options, device)
         if options.is_quantised:
-            report = checkpoint / REPORT_FILE
+            report = checkpoint / layout.REPORT
         if not engine.exists():
             build = BuildOptions(decoder="torch", vision="torch", **LIMITS)  # type: ignore[arg-type]
             spec = specify(checkpoint, build, device, total_memory_bytes(device))

@@ -21,20 +21,20 @@ from build.conversion.decoder_step import DecoderStep
 from build.conversion.dummy_heads import converted_vision_config
 from build.conversion.journal import Journal
 from build.conversion.pipeline import DEFAULT_BUFFERS, Buffers
-from build.conversion.report.quantization_report import FILE_NAME as REPORT_FILE
 from build.conversion.report.quantization_report import QuantizationReport, from_records
 from build.conversion.report.report_page import write_page
-from build.conversion.run_units import STATES, run_units
+from build.conversion.run_units import run_units
 from build.conversion.unit import Unit
 from build.conversion.vision_step import VISION_FILE, VisionStep, write_scales
 from build.output.output_dir import OutputPlace, staged_directory
 from build.sources.source import WeightSource
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig, QuantAlgo
-from nvlm.formats.checkpoint_tensors import decoder_tensors, rank_file, vision_tensors
+from nvlm.formats.checkpoint_tensors import decoder_tensors, vision_tensors
 from nvlm.formats.code_digest import code_digest
 from nvlm.formats.manifest import is_current, sha256_of, write_manifest
 from nvlm.formats.mapping import check_divides
-from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer, tokenizer_files
+from nvlm.inputs.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_files
 from nvlm.model.config import NVLMConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.planning.memory_plan import calibration_bytes, checkpoint_bytes
@@ -107,12 +107,12 @@ def convert(
         units = _units(source.config.vision, vision, config, calibration, device, staging)
         files = {VISION_FILE: vision_tensors(vision, TORCH_DTYPES[options.dtype])}
         for rank in range(config.world_size):
-            files[rank_file(rank)] = decoder_tensors(config, rank)
+            files[layout.rank_file(rank)] = decoder_tensors(config, rank)
         entries = run_units(source, units, files, journal, staging, buffers)
         _write_configs(source, vision, config, staging)
         if options.is_quantised:
             report = from_records(journal.records, *calibration.counts)
-            report.write(staging / REPORT_FILE)
+            report.write(staging / layout.REPORT)
             write_page(staging, report)
             write_scales(staging, vision, report)
         write_manifest(staging, "checkpoint", limits={}, known=entries, **made_from)
@@ -147,8 +147,9 @@ def _load_calibration(source: WeightSource, options: ConvertOptions) -> Calibrat
     vocab_size = source.config.decoder.vocab_size
     if tokenizer.num_tokens > vocab_size:
         raise UserError(
-            f"{source.tokenizer_dir / FILE_NAME} has {tokenizer.num_tokens} tokens but the model "
-            f"has {vocab_size} embeddings; expected the tokenizer that belongs to the checkpoint"
+            f"{source.tokenizer_dir / TOKENIZER_FILE} has {tokenizer.num_tokens} tokens but the "
+            f"model has {vocab_size} embeddings; expected the tokenizer that belongs to the "
+            "checkpoint"
         )
     if not options.is_quantised:
         return Calibration()
@@ -169,7 +170,8 @@ def _units(
     numbers = count()
 
     def next_states(num_rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> RowFile:
-        return RowFile(staging / f"{STATES}{next(numbers)}", num_rows, row_shape, dtype)
+        path = staging / f"{layout.STATES_PREFIX}{next(numbers)}"
+        return RowFile(path, num_rows, row_shape, dtype)
 
     dtype = TORCH_DTYPES[config.dtype]
     vision_units = VisionStep(published, vision, dtype, calibration, device).units(next_states)
@@ -181,15 +183,16 @@ def _units(
 def _write_configs(
     source: WeightSource, vision: VisionConfig, config: CheckpointConfig, staging: Path
 ) -> None:
-    write_json_atomically(staging / "config.json", config.to_json())
+    write_json_atomically(staging / layout.CONFIG, config.to_json())
     write_json_atomically(
-        staging / "vision" / "config.json",
+        staging / layout.VISION / layout.CONFIG,
         {
             "dtype": config.dtype,
             "vision": asdict(vision),
             "tiling": asdict(source.config.tiling),
         },
     )
-    (staging / "tokenizer").mkdir(exist_ok=True)
+    tokenizer_dir = staging / layout.TOKENIZER
+    tokenizer_dir.mkdir(exist_ok=True)
     for path in tokenizer_files(source.tokenizer_dir):
-        shutil.copyfile(path, staging / "tokenizer" / path.name)
+        shutil.copyfile(path, tokenizer_dir / path.name)

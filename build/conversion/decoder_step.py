@@ -24,8 +24,9 @@ from build.conversion.quantization.scales import report_linears
 from build.conversion.quantization.shard import RankFiles
 from build.conversion.report.quantization_report import AttentionReport, LinearReport, as_record
 from build.conversion.unit import Read, Unit
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.formats.checkpoint_tensors import decoder_layer_tensors, rank_file
+from nvlm.formats.checkpoint_tensors import decoder_layer_tensors
 from nvlm.formats.tensor_names import (
     ACTIVATION_SCALE,
     DECODER_LAYER,
@@ -100,7 +101,7 @@ class DecoderStep:
         else:
             names = list(decoder_layer_tensors(self.config))
         writes = tuple(
-            (rank_file(mapping.rank), written)
+            (layout.rank_file(mapping.rank), written)
             for tensor_name in names
             for mapping, written in files.names(tensor_name, layer)
         )

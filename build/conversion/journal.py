@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FILE_NAME = ".journal"
+from nvlm.formats import layout
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Journal:
     @classmethod
     def open(cls, directory: Path, made_from: dict[str, Any]) -> Journal:
         """What an earlier run that was making the same has done, or nothing."""
-        journal = cls(directory / FILE_NAME, _as_json(made_from))
+        journal = cls(directory / layout.JOURNAL, _as_json(made_from))
         try:
             whole = journal.path.read_bytes().rpartition(b"\n")[0]
             lines = [json.loads(line) for line in whole.splitlines()]

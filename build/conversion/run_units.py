@@ -15,12 +15,10 @@ from build.conversion.output_files import OutputFiles
 from build.conversion.pipeline import Buffers, ReadAhead
 from build.conversion.unit import Unit
 from build.sources.source import WeightSource
+from nvlm.formats import layout
 from nvlm.formats.manifest import FileEntry
 from nvlm.formats.safetensors_files import TensorInfo
 from nvlm.formats.tensor_names import model_tensors
-
-STATES = ".states-"
-"""Begins the names of the files of hidden states."""
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ def run_units(
         log.info("going on behind %s, %d of %d steps", done[-1].name, len(done), len(units))
     states = done[-1].states if done else None
     _keep_only(staging, {staging / name for name in files}, states)
-    (staging / "vision").mkdir(exist_ok=True)
+    (staging / layout.VISION).mkdir(exist_ok=True)
     finished = {pair for unit in done for pair in unit.writes} if done else None
     sizes = {t.name: TensorInfo(t.dtype, t.shape).num_bytes for t in model_tensors(source.config)}
     reads = [name for unit in todo for name in unit.reads]
@@ -66,7 +64,8 @@ def run_units(
 def _keep_only(staging: Path, weights: set[Path], states: RowFile | None) -> None:
     """Deletes what an interrupted run wrote beside the weights, which is written again."""
     for path in staging.rglob("*"):
-        is_stale_states = path.name.startswith(STATES) and (states is None or path != states.path)
+        is_states = path.name.startswith(layout.STATES_PREFIX)
+        is_stale_states = is_states and (states is None or path != states.path)
         is_small_file = not path.name.startswith(".") and path not in weights
         if path.is_file() and (is_stale_states or is_small_file):
             path.unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from build.conversion.plan import Speeds
+from nvlm.formats import layout
 
 _SAMPLE_BYTES = 64 << 20
 _CHUNK_BYTES = 8 << 20
@@ -24,7 +25,7 @@ def measure_speeds(model_dir: Path, output_dir: Path, device: torch.device) -> S
     try:
         with tempfile.TemporaryFile(dir=parent) as file:
             write = _write_speed(file.fileno())
-            weights = [*model_dir.glob("*.safetensors"), *model_dir.rglob("*.pt")]
+            weights = [*model_dir.glob(layout.ANY_WEIGHTS), *model_dir.rglob("*.pt")]
             largest = max(weights, key=lambda path: path.stat().st_size, default=None)
             if largest is None:
                 return Speeds(_read_speed(file.fileno()), write, _flops(device))

@@ -24,6 +24,7 @@ from build.conversion.quantization.cast import amax, cast
 from build.conversion.quantization.scales import report_linears
 from build.conversion.report.quantization_report import QuantizationReport, as_record
 from build.conversion.unit import Read, Unit
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_tensors import vision_scales
 from nvlm.formats.safetensors_files import SafetensorsWriter
 from nvlm.formats.tensor_names import (
@@ -33,13 +34,11 @@ from nvlm.formats.tensor_names import (
     VISION_LINEARS,
     WEIGHT_SCALE,
 )
-from nvlm.formats.vision_checkpoint import SCALES, WEIGHTS
 from nvlm.inputs.tiling import normalize
 from nvlm.model.config import VisionConfig
 from nvlm.model.vision import VisionLayer, VisionModel, linear_of
 
-VISION_FILE = f"vision/{WEIGHTS}"
-SCALES_FILE = f"vision/{SCALES}"
+VISION_FILE = f"{layout.VISION}/{layout.WEIGHTS}"
 _EMBEDDINGS_PREFIX = "vision_model.embeddings."
 _TILES_PER_WINDOW = 7
 """Tiles that a layer works on at a time: about 1.5 GB of activations at InternViT-6B's width."""
@@ -183,7 +182,7 @@ class VisionStep:
 
 def write_scales(directory: Path, config: VisionConfig, report: QuantizationReport) -> None:
     """`vision/scales.safetensors`; not after calibration with text only."""
-    path = directory / SCALES_FILE
+    path = directory / layout.VISION / layout.SCALES
     path.unlink(missing_ok=True)  # of a run that was interrupted here
     tensors = vision_scales(config)
     if not any(f"{row.linear}.{WEIGHT_SCALE}" in tensors for row in report.linears):

@@ -14,10 +14,8 @@ from build.engines.specification import BuildOptions, EngineSpec
 from build.engines.vision_tensorrt import TensorrtOptions, TileProfile, build_vision
 from build.output.output_dir import OutputPlace, staged_directory
 from nvlm import __version__
-from nvlm.formats import manifest
-from nvlm.formats.checkpoint_tensors import decoder_tensors, open_checked, rank_file
-from nvlm.formats.layout import decoder_config_file
-from nvlm.formats.vision_checkpoint import SCALES, WEIGHTS
+from nvlm.formats import layout, manifest
+from nvlm.formats.checkpoint_tensors import decoder_tensors, open_checked
 from nvlm.planning.tensorrt_package import PACKAGES, load_tensorrt
 from nvlm.program.json_files import write_json_atomically
 
@@ -41,12 +39,13 @@ def build_engine(
             timing_cache.check_writable(cache)
     place = OutputPlace(engine_dir, "--engine_dir", "engine", run.overwrite)
     with staged_directory(place, _needed_bytes(spec, place)) as staging:
-        _build_vision(spec, options, run, staging / "vision")
-        _build_decoder(spec, options, run, staging / "llm")
-        _copy_tokenizer(spec.checkpoint_dir / "tokenizer", staging / "tokenizer")
-        ranks = [rank_file(rank) for rank in range(spec.config.world_size)]
-        carried = {f"llm/{name}": name for name in ranks}
-        carried |= {f"vision/{name}": f"vision/{name}" for name in (WEIGHTS, SCALES)}
+        _build_vision(spec, options, run, staging / layout.VISION)
+        _build_decoder(spec, options, run, staging / layout.LLM)
+        _copy_tokenizer(spec.checkpoint_dir / layout.TOKENIZER, staging / layout.TOKENIZER)
+        ranks = [layout.rank_file(rank) for rank in range(spec.config.world_size)]
+        carried = {f"{layout.LLM}/{name}": name for name in ranks}
+        vision = [f"{layout.VISION}/{name}" for name in (layout.WEIGHTS, layout.SCALES)]
+        carried |= {name: name for name in vision}
         files = spec.checkpoint.files
         manifest.write_manifest(
             staging,
@@ -103,7 +102,7 @@ def _build_vision(spec: EngineSpec, options: BuildOptions, run: BuildRun, direct
 
         export_vision(source, spec.vision_precision, directory)
     elif spec.vision == "torch":
-        for name in (WEIGHTS, SCALES):
+        for name in (layout.WEIGHTS, layout.SCALES):
             if (source.directory / name).is_file():
                 link_or_copy(source.directory / name, directory / name)
     else:
@@ -123,7 +122,7 @@ def _build_vision(spec: EngineSpec, options: BuildOptions, run: BuildRun, direct
             directory,
         )
     write_json_atomically(
-        directory / "config.json",
+        directory / layout.CONFIG,
         {
             "executor": spec.vision,
             "precision": spec.vision_precision,
@@ -138,7 +137,7 @@ def _build_decoder(spec: EngineSpec, options: BuildOptions, run: BuildRun, direc
     """The torch target runs exactly the checkpoint's tensors; layouts are made at load."""
     directory.mkdir()
     for rank in range(spec.config.world_size):
-        weights = spec.checkpoint_dir / rank_file(rank)
+        weights = spec.checkpoint_dir / layout.rank_file(rank)
         open_checked(weights, decoder_tensors(spec.config, rank))
         if spec.decoder == "torch":
             link_or_copy(weights, directory / weights.name)
@@ -148,7 +147,7 @@ def _build_decoder(spec: EngineSpec, options: BuildOptions, run: BuildRun, direc
         )
         build_decoder(spec.checkpoint_dir, spec.config, spec.limits, decoder_options, directory)
     write_json_atomically(
-        directory / decoder_config_file(spec.decoder),
+        directory / layout.decoder_config_file(spec.decoder),
         {
             "version": __version__,
             "pretrained_config": spec.config.to_json(),
@@ -160,10 +159,10 @@ def _build_decoder(spec: EngineSpec, options: BuildOptions, run: BuildRun, direc
 def _vision_cache(spec: EngineSpec, run: BuildRun) -> Path | None:
     if run.timing_cache is None or spec.vision not in PACKAGES:
         return None
-    return run.timing_cache / timing_cache.VISION
+    return run.timing_cache / layout.VISION_TIMINGS
 
 
 def _decoder_cache(spec: EngineSpec, run: BuildRun) -> Path | None:
     if run.timing_cache is None or spec.decoder != "tensorrt_llm":
         return None
-    return run.timing_cache / timing_cache.DECODER
+    return run.timing_cache / layout.DECODER_TIMINGS

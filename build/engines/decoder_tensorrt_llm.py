@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.planning.limits import EngineLimits
 from nvlm.planning.tensorrt_llm_package import load_tensorrt_llm, stdout_to_stderr
@@ -103,7 +104,7 @@ def build_decoder(
         from tensorrt_llm.models.modeling_utils import PretrainedConfig
         from tensorrt_llm.plugin import PluginConfig
 
-        unkept = directory / "model.cache"
+        unkept = directory / layout.UNKEPT_TIMINGS
         timing_cache = options.timing_cache or unkept
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
         plugins = PluginConfig(**plugin_settings(config, options.optimize_for))
@@ -113,7 +114,7 @@ def build_decoder(
             *(config.world_size, package.__version__, options.optimize_for, workers),
         )
         parallel_build(
-            PretrainedConfig.from_json_file(str(checkpoint_dir / "config.json")),
+            PretrainedConfig.from_json_file(str(checkpoint_dir / layout.CONFIG)),
             str(checkpoint_dir),
             BuildConfig(
                 **build_settings(limits, timing_cache),
@@ -125,7 +126,7 @@ def build_decoder(
         )
     unkept.unlink(missing_ok=True)
     for rank in range(config.world_size):
-        engine = directory / f"rank{rank}.engine"
+        engine = directory / layout.rank_engine(rank)
         assert engine.is_file(), f"TensorRT-LLM wrote no {engine.name}"
         log.info("%s: %.1f GB", engine.name, engine.stat().st_size / 1e9)
 

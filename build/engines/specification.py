@@ -18,7 +18,7 @@ from build.engines.target import (
     choose_vision,
     require_used,
 )
-from nvlm.formats import manifest
+from nvlm.formats import layout, manifest
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.inputs.tokenizer import Tokenizer
@@ -85,9 +85,9 @@ def specify(
     """
     read = manifest.verify_all if verify else manifest.read_manifest
     made = read(checkpoint_dir, "checkpoint")
-    config = CheckpointConfig.read(checkpoint_dir / "config.json")
-    vision_checkpoint = VisionCheckpoint.read(checkpoint_dir / "vision")
-    Tokenizer(checkpoint_dir / "tokenizer")  # found damaged now, not when the engine runs
+    config = CheckpointConfig.read(checkpoint_dir / layout.CONFIG)
+    vision_checkpoint = VisionCheckpoint.read(checkpoint_dir / layout.VISION)
+    Tokenizer(checkpoint_dir / layout.TOKENIZER)  # found damaged now, not when the engine runs
     machine = TargetMachine(device, memory_bytes)
     decoder = choose_decoder(options.decoder, machine)
     vision = choose_vision(

@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from nvlm.formats.vision_checkpoint import SCALES, VisionCheckpoint
+from nvlm.formats import layout
+from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.planning.memory_plan import vision_weight_bytes
 from nvlm.planning.targets import Decoder, Machine, Vision, decoder_lacks, told, vision_lacks
 from nvlm.program.errors import UserError
@@ -112,7 +113,7 @@ def choose_precision(checkpoint: VisionCheckpoint, asked: str | None, vision: Vi
         )
     if asked == "FP8" and not checkpoint.has_scales:
         raise UserError(
-            f"{checkpoint.directory} has no {SCALES}, which --vision_precision FP8 needs; "
+            f"{checkpoint.directory} has no {layout.SCALES}, which --vision_precision FP8 needs; "
             "convert with --quant_algo FP8"
         )
     return asked or ("float32" if vision == "onnxruntime" else checkpoint.dtype)

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from nvlm.program.errors import UserError
 
-VISION, DECODER = "vision.cache", "llm.cache"
-
 
 def check_writable(file: Path) -> None:
     """Raises `UserError` where a cache could not be written after hours of compiling.

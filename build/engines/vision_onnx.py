@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from build.engines.fp8_linear import Fp8Linear
+from nvlm.formats import layout
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.vision import VisionModel, linear_of
 
 INPUT, OUTPUT = "tiles", "image_embeddings"
-FILE_NAME = "model.onnx"
 OPSET = 20  # the newest that TensorRT 10's parser covers in full
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,9 @@ def export_graph(model: VisionModel, image_size: int, directory: Path) -> Path:
             verbose=False,  # it would report on stdout, which belongs to answers
         )
     assert exported is not None
-    exported.save(directory / FILE_NAME, external_data=True)
-    return directory / FILE_NAME
+    path = directory / layout.GRAPH
+    exported.save(path, external_data=True)
+    return path
 
 
 def graph_dtype(checkpoint: VisionCheckpoint, precision: str) -> str:

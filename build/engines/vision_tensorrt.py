@@ -15,12 +15,11 @@ from typing import Any
 from build.engines.tensorrt_network import TensorrtBuildError, parse_onnx
 from build.engines.tensorrt_summary import EngineSummary, summarise
 from build.engines.vision_onnx import INPUT, export_graph, graph_dtype, graph_module
+from nvlm.formats import layout
 from nvlm.formats.tensor_names import VISION_LINEARS
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.planning.tensorrt_package import compute_capability, make_logger
 from nvlm.program.json_files import write_json_atomically
-
-ENGINE, SUMMARY = "model.engine", "summary.json"
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def build_vision(
             f"the network has {summary.num_fp8_products} FP8 products, expected {expected}"
         )
     if not options.keep_onnx:
-        for path in (onnx, onnx.with_name(onnx.name + ".data")):
+        for path in (onnx, directory / layout.GRAPH_DATA):
             path.unlink(missing_ok=True)
     return summary
 
@@ -88,13 +87,13 @@ def build_engine_from_onnx(
         raise TensorrtBuildError(
             f"{trt.__name__} {trt.__version__} built no engine: {'; '.join(logger.errors)}"
         )
-    with open(directory / ENGINE, "wb") as file:
+    with open(directory / layout.ENGINE, "wb") as file:
         file.write(plan)
     if options.timing_cache is not None and cache is not None:
         options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
         options.timing_cache.write_bytes(cache.serialize())
     summary = summarise(trt, network, plan, logger)
-    write_json_atomically(directory / SUMMARY, summary.to_json())
+    write_json_atomically(directory / layout.SUMMARY, summary.to_json())
     for line in summary.lines():
         log.info(line)
     return summary

@@ -18,14 +18,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm.formats import manifest
+from nvlm.formats import layout, manifest
 from nvlm.program.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _LITTLE_SPACE_BYTES = 1 << 20
-_MARKER = ".unfinished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +47,11 @@ class OutputPlace:
 
     @property
     def staging(self) -> Path:
-        return self.final.with_name(self.final.name + ".partial")
+        return layout.staging(self.final)
 
     @property
     def replaced(self) -> Path:
-        return self.final.with_name(f".{self.final.name}.replaced")
+        return layout.replaced(self.final)
 
 
 @contextmanager
@@ -119,7 +118,7 @@ def check_replaceable(place: OutputPlace) -> None:
         raise UserError(f"{place.name} exists; choose another directory or add --overwrite")
     if not manifest.is_ours(final, place.kind):
         raise UserError(
-            f"{place.name} has files but no {manifest.FILE_NAME} of "
+            f"{place.name} has files but no {layout.MANIFEST} of "
             f"{manifest.told(place.kind)} directory, so it is not overwritten; choose another "
             "directory"
         )
@@ -146,20 +145,20 @@ def _locked(place: OutputPlace) -> Iterator[None]:
 def _claim(place: OutputPlace) -> None:
     """Marks the staging directory as ours. Raises `UserError` if it holds a user's files."""
     staging = place.staging
-    is_ours = (staging / _MARKER).is_file() or manifest.is_ours(staging, place.kind)
+    is_ours = (staging / layout.UNFINISHED).is_file() or manifest.is_ours(staging, place.kind)
     if any(staging.iterdir()) and not is_ours:
         raise UserError(
             f"{staging} has files that this program did not write; move them or choose another "
             f"{place.flag}"
         )
-    (staging / _MARKER).touch()
+    (staging / layout.UNFINISHED).touch()
 
 
 def _clear(staging: Path) -> None:
     for path in staging.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != _MARKER:
+        elif path.name != layout.UNFINISHED:
             path.unlink()
 
 
@@ -204,8 +203,9 @@ def _replace(place: OutputPlace) -> None:
     if final.exists():
         shutil.rmtree(place.replaced, ignore_errors=True)
         os.rename(final, place.replaced)
-    for scaffolding in sorted(place.staging.glob(".*"), key=lambda path: path.name == _MARKER):
-        scaffolding.unlink()
+    scaffolding = place.staging.glob(".*")
+    for path in sorted(scaffolding, key=lambda path: path.name == layout.UNFINISHED):
+        path.unlink()
     os.rename(place.staging, final)
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)

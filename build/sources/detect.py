@@ -8,6 +8,7 @@ from build.sources.hugging_face import HuggingFaceSource, read_index
 from build.sources.megatron.folder import is_megatron
 from build.sources.megatron.source import MegatronSource
 from build.sources.source import WeightSource
+from nvlm.formats import layout
 from nvlm.model.config import NVLMConfig
 from nvlm.program.errors import UserError
 
@@ -27,7 +28,7 @@ def open_source(
         return HuggingFaceSource(
             model_dir, tokenizer_dir=tokenizer_dir, projector_norm_eps=projector_norm_eps
         )
-    if any(model_dir.glob("*.safetensors")):
+    if any(model_dir.glob(layout.ANY_WEIGHTS)):
         raise UserError(
             f"{model_dir} holds a Megatron checkpoint and safetensors files; give a folder with "
             "one of them as --model_dir"

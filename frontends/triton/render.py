@@ -20,6 +20,7 @@ from frontends.triton.signature import (
     identity_map,
     to_pbtxt,
 )
+from nvlm.formats import layout
 from runtime.engine.engine_dir import EngineDir
 
 Form = Literal["torch", "tensorrt_llm"]
@@ -78,7 +79,7 @@ def _values(engine: EngineDir, options: ServeOptions) -> dict[str, object]:
     directory = engine.directory.resolve()
     return {
         "engine_dir": _quoted(directory),
-        "llm_dir": _quoted(directory / "llm"),
+        "llm_dir": _quoted(directory / layout.LLM),
         "form": options.form,
         "device": options.device,
         "num_threads": options.num_threads,

@@ -31,11 +31,6 @@ from nvlm.program.errors import UserError
 _SCALE = TensorInfo(torch.float32, (1,))
 
 
-def rank_file(rank: int) -> str:
-    """The file of a rank's decoder tensors in a checkpoint directory."""
-    return f"rank{rank}.safetensors"
-
-
 def decoder_layer_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
     """One layer's tensors on any rank, under names relative to `transformer.layers.{i}.`."""
     decoder, dtype = config.decoder, TORCH_DTYPES[config.dtype]

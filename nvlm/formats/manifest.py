@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from nvlm import __version__
 from nvlm.formats.code_digest import code_digest
-from nvlm.formats.published_model import looks_like_model
+from nvlm.formats.layout import CONFIG, MANIFEST, MEGATRON_TRACKER, SHARDS, WEIGHTS_INDEX
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object, write_json_atomically
 
-FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
 Kind = Literal["checkpoint", "engine"]
 
@@ -35,6 +34,8 @@ _MADE_BY = {
     "checkpoint": "convert_checkpoint.py --output_dir {}",
     "engine": "build_engine.py --engine_dir {}",
 }
+_HUGGING_FACE = (WEIGHTS_INDEX, SHARDS)
+_MEGATRON = (MEGATRON_TRACKER, "mp_rank_*/", "*/mp_rank_*/")
 _HASH_CHUNK_BYTES = 4 << 20
 _SMALL_FILE_BYTES = 16 << 20  # files up to this size are hashed at every load
 
@@ -68,7 +69,7 @@ class Manifest:
 
 
 def sha256_of(path: Path, progress: tqdm[NoReturn] | None = None) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    digest = hashlib.sha256()  # hashlib.file_digest would not show progress
     with open(path, "rb") as file:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
@@ -111,7 +112,7 @@ def write_manifest(
         "torch": torch.__version__,
     }
     manifest = Manifest(kind, arguments, limits, source, files, versions)
-    write_json_atomically(directory / FILE_NAME, asdict(manifest))
+    write_json_atomically(directory / MANIFEST, asdict(manifest))
     return manifest
 
 
@@ -120,7 +121,7 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
 
     Every file's size is checked and small files are hashed; `verify_all` hashes the rest.
     """
-    path = directory / FILE_NAME
+    path = directory / MANIFEST
     command = _MADE_BY[kind].format(directory)
     if not directory.is_dir():
         what = "is not a directory" if directory.exists() else "does not exist"
@@ -129,13 +130,13 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     # Nothing here says who made it, so nothing is said of deleting it.
     mend = f"make one in a new directory with {program} {flag}"
     if not path.is_file():
-        if looks_like_model(directory):
+        if _looks_like_model(directory):
             raise UserError(
                 f"{directory} is a model as published, not {told(kind)} directory; make one of it "
                 f"with {_TAKES_A_MODEL[kind].format(directory)}"
             )
         raise UserError(
-            f"{directory} has no {FILE_NAME}, so it is not a finished {kind} directory; {mend}"
+            f"{directory} has no {MANIFEST}, so it is not a finished {kind} directory; {mend}"
         )
     try:
         values = read_json_object(path)
@@ -161,6 +162,12 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     return manifest
 
 
+def _looks_like_model(directory: Path) -> bool:
+    """Whether it holds weights as published, in either layout, whole or not."""
+    patterns = (*_MEGATRON, *(_HUGGING_FACE if (directory / CONFIG).is_file() else ()))
+    return any(any(directory.glob(pattern)) for pattern in patterns)
+
+
 def _parse(values: dict[str, Any]) -> Manifest:
     """Raises `TypeError`, `KeyError` or `AttributeError` for what no version of ours wrote."""
     files = {name: FileEntry(**entry) for name, entry in values["files"].items()}
@@ -175,7 +182,7 @@ def _parse(values: dict[str, Any]) -> Manifest:
 def is_ours(directory: Path, kind: Kind) -> bool:
     """Whether a directory has a manifest of this kind, of any version; files are not checked."""
     try:
-        values = read_json_object(directory / FILE_NAME)
+        values = read_json_object(directory / MANIFEST)
     except UserError:
         return False
     return values.get("kind") == kind and isinstance(values.get("format_version"), int)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_tensors import open_checked, vision_scales, vision_tensors
 from nvlm.formats.tensor_names import ACTIVATION_SCALE, VISION_LAYER, VISION_LINEARS, WEIGHT_SCALE
 from nvlm.formats.tensor_source import TensorSource
@@ -18,8 +19,6 @@ from nvlm.model.linear import QuantizableLinear
 from nvlm.model.vision import VisionModel, linear_of
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import StrictReader, read_json_object
-
-WEIGHTS, SCALES = "model.safetensors", "scales.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class VisionCheckpoint:
 
     @classmethod
     def read(cls, directory: Path) -> VisionCheckpoint:
-        path = directory / "config.json"
+        path = directory / layout.CONFIG
         reader = StrictReader(read_json_object(path), path)
         dtype = reader.one_of("dtype", tuple(TORCH_DTYPES))
         try:
@@ -45,7 +44,7 @@ class VisionCheckpoint:
 
     @property
     def has_scales(self) -> bool:
-        return (self.directory / SCALES).is_file()
+        return (self.directory / layout.SCALES).is_file()
 
     def load(
         self,
@@ -90,10 +89,10 @@ class VisionCheckpoint:
         """(weight scale, activation scale) of every linear that FP8 quantises, by full name."""
         if source is None and not self.has_scales:
             raise UserError(
-                f"{self.directory} has no {SCALES}, which FP8 vision needs; convert with "
+                f"{self.directory} has no {layout.SCALES}, which FP8 vision needs; convert with "
                 "--quant_algo FP8 or choose another --vision_precision"
             )
-        scales = source or open_checked(self.directory / SCALES, vision_scales(self.config))
+        scales = source or open_checked(self.directory / layout.SCALES, vision_scales(self.config))
         names = [
             VISION_LAYER.format(i=i) + linear
             for i in range(self.config.num_hidden_layers)
@@ -116,7 +115,7 @@ class VisionCheckpoint:
     ) -> VisionModel:
         """Weights of linears that have scales are e4m3, each from when it was read."""
         stored = vision_tensors(self.config, TORCH_DTYPES[self.dtype])
-        reader = source or open_checked(self.directory / WEIGHTS, stored)
+        reader = source or open_checked(self.directory / layout.WEIGHTS, stored)
 
         def read(name: str) -> torch.Tensor:
             tensor = reader.read(name).to(device, TORCH_DTYPES[dtype])

@@ -16,22 +16,22 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object
 
-FILE_NAME = "tokenizer.json"
-_FILES = (FILE_NAME, "tokenizer_config.json", "vocab.json", "merges.txt")
+TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+PUBLISHED_FILES = (TOKENIZER_FILE, CONFIG_FILE, "vocab.json", "merges.txt")
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 _REQUIRED = (IM_START, IM_END)
 
 
 def tokenizer_files(tokenizer_dir: Path) -> list[Path]:
     """What of a model directory belongs to its tokenizer."""
-    return [tokenizer_dir / name for name in _FILES if (tokenizer_dir / name).is_file()]
+    return [tokenizer_dir / name for name in PUBLISHED_FILES if (tokenizer_dir / name).is_file()]
 
 
 class Tokenizer:
     """Reads `tokenizer_dir/tokenizer.json`. Raises `UserError` when that is not byte-level BPE."""
 
     def __init__(self, tokenizer_dir: Path) -> None:
-        path = tokenizer_dir / FILE_NAME
+        path = tokenizer_dir / TOKENIZER_FILE
         values = read_json_object(path)
         try:
             self._read(values, path)

@@ -12,7 +12,7 @@ from typing import Any
 
 from nvlm.model.exact import exact_div
 from nvlm.program.errors import UserError
-from nvlm.program.json_files import StrictReader, read_json_object
+from nvlm.program.json_files import StrictReader
 
 NUM_DUMMY_HEADS = 7
 """Heads that modeling_intern_vit.py appends as zeros so that 25 + 7 = 32 divides by 8 ranks."""
@@ -112,17 +112,6 @@ class NVLMConfig:
 
     def with_projector_norm_eps(self, value: float) -> NVLMConfig:
         return replace(self, vision=replace(self.vision, projector_norm_eps=value))
-
-    @classmethod
-    def from_model_dir(cls, model_dir: Path) -> NVLMConfig:
-        path = model_dir / "config.json"
-        if not path.is_file():
-            raise UserError(
-                f"{model_dir} has no config.json; expected an NVLM-D checkpoint in Hugging Face "
-                "layout, or Megatron-Core's latest_checkpointed_iteration.txt and iter_*; give "
-                "its folder as --model_dir"
-            )
-        return cls.from_hf(read_json_object(path), path)
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], path: Path) -> NVLMConfig:

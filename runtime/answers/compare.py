@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from nvlm.formats import layout
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest, StepOutput
@@ -152,7 +153,7 @@ def check(engine_dir: Path, requests: dict[str, GenerationRequest]) -> None:
     """Refuses what this engine could not answer, before minutes go into loading either; `requests`
     by where they stand. Tiles one request at a time."""
     engine = EngineDir.read(engine_dir)
-    tokenizer = Tokenizer(engine.directory / "tokenizer")
+    tokenizer = Tokenizer(engine.directory / layout.TOKENIZER)
     for where, request in requests.items():
         try:
             prepare(engine, tokenizer, request)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nvlm.formats import layout
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.planning.tensorrt_llm_package import load_tensorrt_llm, stdout_to_stderr
 from nvlm.program.errors import UserError
@@ -41,7 +42,7 @@ class TensorrtLlmDecoderExecutor:
             self._dtype = TORCH_DTYPES[self._config.dtype]
             self._device = device
             self._executor: Any = trtllm.Executor(
-                engine.directory / "llm",
+                engine.directory / layout.LLM,
                 trtllm.ModelType.DECODER_ONLY,
                 executor_config(trtllm, engine, options),
             )

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.formats.layout import decoder_config_file
-from nvlm.formats.manifest import FILE_NAME, Manifest, read_manifest
+from nvlm.formats.manifest import Manifest, read_manifest
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model.config import TilingConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
@@ -49,10 +49,10 @@ class EngineDir:
         """Raises `UserError` for a directory that is missing, unfinished or damaged."""
         manifest = read_manifest(directory, "engine")
         target = manifest.source.get("decoder")
-        llm_path = directory / "llm" / decoder_config_file(str(target))
+        llm_path = directory / layout.LLM / layout.decoder_config_file(str(target))
         llm = StrictReader(read_json_object(llm_path), llm_path)
         _require_built_limits(manifest, directory, llm.section("build_config").values)
-        vision_path = directory / "vision" / "config.json"
+        vision_path = directory / layout.VISION / layout.CONFIG
         vision = StrictReader(read_json_object(vision_path), vision_path)
         return cls(
             directory=directory,
@@ -62,7 +62,7 @@ class EngineDir:
                 llm.section("pretrained_config").values, llm_path
             ),
             decoder_target=llm.section("build_config").string("target"),
-            vision_checkpoint=VisionCheckpoint.read(directory / "vision"),
+            vision_checkpoint=VisionCheckpoint.read(directory / layout.VISION),
             vision_executor=vision.string("executor"),
             vision_precision=vision.one_of("precision", (*TORCH_DTYPES, "FP8")),
         )
@@ -70,7 +70,7 @@ class EngineDir:
 
 def _require_built_limits(manifest: Manifest, directory: Path, built: dict[str, Any]) -> None:
     try:
-        StrictReader(manifest.limits, directory / FILE_NAME, "limits.").refuse_unlike(
+        StrictReader(manifest.limits, directory / layout.MANIFEST, "limits.").refuse_unlike(
             {name: value for name, value in built.items() if name != "target"}
         )
     except UserError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import nvlm
+from nvlm.formats import layout
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import (
     DecoderExecutor,
@@ -38,7 +39,7 @@ def open_engine(engine_dir: Path, device: torch.device, job: Job) -> EngineDir:
         return engine
 
     engine = job.agree(read)
-    manifest = (engine.directory / "manifest.json").read_bytes()
+    manifest = (engine.directory / layout.MANIFEST).read_bytes()
     for what, value, remedy in (
         ("nvlm-engine", nvlm.__version__, "install the same version on every machine"),
         ("Python", platform.python_version(), "use the same version on every machine"),

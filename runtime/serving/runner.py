@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from nvlm.formats import layout
 from nvlm.inputs.tiling import Grid, TiledImage
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from nvlm.program.errors import UserError
@@ -59,7 +60,7 @@ class _Answer:
 class Runner:
     def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
         self.engine = engine
-        self.tokenizer = Tokenizer(engine.directory / "tokenizer")
+        self.tokenizer = Tokenizer(engine.directory / layout.TOKENIZER)
         self.vision = vision
         self.decoder = decoder
         self._answers: dict[int, _Answer] = {}

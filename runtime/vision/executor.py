@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from nvlm.formats import layout
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.memory_plan import may_widen, vision_parameter_count
 from nvlm.planning.tensorrt_package import PACKAGES, load_tensorrt
@@ -38,7 +39,7 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
             )
         from runtime.vision.onnxruntime_executor import OnnxRuntimeVisionExecutor
 
-        path = engine.vision_checkpoint.directory / "model.onnx"
+        path = engine.vision_checkpoint.directory / layout.GRAPH
         return OnnxRuntimeVisionExecutor(path, max_num_tiles)
     if engine.vision_executor == "torch":
         from runtime.vision.torch_executor import TorchVisionExecutor
@@ -55,7 +56,7 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
 
         package = load_tensorrt(engine.vision_executor)
         return TensorrtVisionExecutor(
-            package, engine.vision_checkpoint.directory / "model.engine", device
+            package, engine.vision_checkpoint.directory / layout.ENGINE, device
         )
     raise UserError(
         f"{engine.directory} was built for vision executor {engine.vision_executor!r}, which this "

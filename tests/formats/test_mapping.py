@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from build.conversion.convert import ConvertOptions
+from build.sources.hugging_face import model_config
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_tensors
 from nvlm.formats.mapping import Mapping
@@ -203,7 +204,7 @@ def test_the_plan_is_a_ranks(workshop: Workshop, wide_model: Path) -> None:
         path.stat().st_size
         for path in ranks_of(workshop, wide_model, replace(PLAIN, tp_size=4, pp_size=2))
     )
-    small = NVLMConfig.from_model_dir(wide_model)
+    small = model_config(wide_model)
     planned = CheckpointConfig(small.decoder, "bfloat16", None, None, 4, 2)
     ranks = sum(memory_plan.decoder_weight_bytes(planned, rank) for rank in range(8))
     assert ranks == pytest.approx(stored, rel=0.03)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from build.conversion.calibration import calibrate_decoder
 from build.conversion.convert import convert
-from build.conversion.report.quantization_report import FILE_NAME, QuantizationReport
+from build.conversion.report.quantization_report import QuantizationReport
 from build.sources.hugging_face import HuggingFaceSource
+from nvlm.formats import layout
 from tests.conftest import CPU, FP8, Workshop
 from tests.support.tolerances import AMAX_AFTER_BF16, FLOAT32_ATTENTION, relative_error
 
@@ -59,7 +60,7 @@ def test_attention_in_blocks_is_attention(
 
 
 def report_of(checkpoint: Path) -> QuantizationReport:
-    return QuantizationReport.read(checkpoint / FILE_NAME)
+    return QuantizationReport.read(checkpoint / layout.REPORT)
 
 
 def assert_same_scales(found: QuantizationReport, expected: QuantizationReport) -> None:

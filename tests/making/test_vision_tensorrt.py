@@ -23,9 +23,10 @@ from build.engines.fp8_linear import round_up
 from build.engines.tensorrt_network import TensorrtBuildError
 from build.engines.vision_onnx import export_graph, graph_module
 from build.engines.vision_onnxruntime import compare_with_torch
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_tensors import vision_scales, vision_tensors
 from nvlm.formats.safetensors_files import SafetensorsWriter
-from nvlm.formats.vision_checkpoint import SCALES, WEIGHTS, VisionCheckpoint
+from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.inputs.images import load_image
 from nvlm.inputs.tiling import normalize, tile_image
 from nvlm.model import fp8
@@ -301,7 +302,7 @@ def test_a_checkpoint_without_scales_builds_no_fp8_graph(
 ) -> None:
     """Conversion calibrates vision always; theirs may be from elsewhere."""
     shutil.copytree(checkpoint_dir / "vision", tmp_path / "vision")
-    (tmp_path / "vision" / SCALES).unlink()
+    (tmp_path / "vision" / layout.SCALES).unlink()
     vision = VisionCheckpoint.read(tmp_path / "vision")
     with pytest.raises(UserError, match=r"no scales\.safetensors"):
         graph_module(vision, "FP8", "float32")
@@ -312,14 +313,14 @@ def _random_vision(config: VisionConfig, directory: Path) -> VisionCheckpoint:
     directory.mkdir()
     tensors = vision_tensors(config, torch.bfloat16)
     pattern = 0.01 * torch.randn(65537, generator=torch.Generator().manual_seed(0)).bfloat16()
-    with SafetensorsWriter(directory / WEIGHTS, tensors) as writer:
+    with SafetensorsWriter(directory / layout.WEIGHTS, tensors) as writer:
         for index, (name, info) in enumerate(tensors.items()):
             num_values = math.prod(info.shape)
             rolled = pattern.roll(index)  # equal tensors would be stored once
             values = rolled.repeat(num_values // len(pattern) + 1)[:num_values]
             writer.write(name, values.view(info.shape))
     scales = vision_scales(config)
-    with SafetensorsWriter(directory / SCALES, scales) as writer:
+    with SafetensorsWriter(directory / layout.SCALES, scales) as writer:
         for name in scales:
             writer.write(name, torch.tensor([0.01]))
     return VisionCheckpoint(directory, "bfloat16", config, TilingConfig(config.image_size, 6))

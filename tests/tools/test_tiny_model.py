@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from build.conversion.convert import ConvertOptions
+from build.sources.hugging_face import model_config
 from nvlm.formats.safetensors_files import SafetensorsReader
 from nvlm.formats.tensor_names import model_tensors
 from nvlm.inputs.prompt import tile_tags
 from nvlm.inputs.tiling import choose_grid
 from nvlm.inputs.tokenizer import Tokenizer
-from nvlm.model.config import NVLMConfig
 from nvlm.program.errors import UserError
 from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import EncodedRequest, Runner
@@ -69,7 +69,7 @@ def answer(engine: Path, folder: Path, per_task: int) -> dict[str, float]:
 
 def test_files_are_as_published_but_small() -> None:
     """Names, shapes and types of NVLM-D-72B at this size; dummy heads of zeros; equal tags."""
-    config = NVLMConfig.from_model_dir(MODEL)
+    config = model_config(MODEL)
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 26e6
     readers = [SafetensorsReader(path) for path in sorted(MODEL.glob("*.safetensors"))]
     stored = {name: reader.read(name) for reader in readers for name in reader.tensors}

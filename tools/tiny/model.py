@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from nvlm.formats import layout
 from nvlm.formats.safetensors_files import SafetensorsReader
 from nvlm.formats.tensor_names import DECODER_PREFIX, StoredTensor
 from nvlm.model.config import NVLMConfig
@@ -138,7 +139,7 @@ def _with_dummy_heads(tensor: StoredTensor, value: Tensor) -> Tensor:
 def load_exported(model: TinyNVLM, model_dir: Path) -> None:
     """Takes over the weights of an exported model; the dense losses' linears start anew."""
     stored: dict[str, Tensor] = {}
-    for path in sorted(model_dir.glob("*.safetensors")):
+    for path in sorted(model_dir.glob(layout.ANY_WEIGHTS)):
         reader = SafetensorsReader(path)
         stored |= {name: reader.read(name).float() for name in reader.tensors}
     vision = {

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from build.conversion.output_files import OutputFiles
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.formats.checkpoint_tensors import rank_file
 from nvlm.formats.mapping import Mapping
 from nvlm.formats.tensor_names import (
     ENGINE_FIRST_TENSORS,
@@ -80,12 +80,12 @@ class RankFiles:
             for mapping, name in self.names(tensor.name, layer):
                 part = shard(tensor, source, block, rows, num_rows + padding, decoder, mapping)
                 if len(part):
-                    out.append(rank_file(mapping.rank), name, part)
+                    out.append(layout.rank_file(mapping.rank), name, part)
             start = rows.stop
 
     def append_scale(self, out: OutputFiles, name: str, layer: int, scale: float) -> None:
         for mapping, written in self.names(name, layer):
-            out.append(rank_file(mapping.rank), written, torch.tensor([scale]))
+            out.append(layout.rank_file(mapping.rank), written, torch.tensor([scale]))
 
 
 def _with_zero_rows(blocks: Iterator[torch.Tensor], num_rows: int) -> Iterator[torch.Tensor]:

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nvlm.formats import layout
 from nvlm.model import fp8
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object, write_json_atomically
-
-FILE_NAME = "quantization_report.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ class QuantizationReport:
     @classmethod
     def read(cls, path: Path) -> QuantizationReport:
         """Raises `UserError` for a file that no conversion of this version wrote."""
-        advice = f"give the {FILE_NAME} of an earlier conversion as --calib_cache"
+        advice = f"give the {layout.REPORT} of an earlier conversion as --calib_cache"
         try:
             values = read_json_object(path)
         except UserError as error:

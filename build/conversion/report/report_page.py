@@ -8,9 +8,8 @@ from pathlib import Path
 
 from build.conversion.report.line_plot import Points, line_plot
 from build.conversion.report.quantization_report import LinearReport, QuantizationReport
+from nvlm.formats import layout
 from nvlm.formats.tensor_names import ENGINE_LINEARS, VISION_LINEARS
-
-FILE_NAME = "quantization_report.html"
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -67,7 +66,7 @@ _GROUPS = (
 
 
 def write_page(directory: Path, report: QuantizationReport) -> None:
-    (directory / FILE_NAME).write_text(page(report), encoding="utf-8")
+    (directory / layout.REPORT_PAGE).write_text(page(report), encoding="utf-8")
 
 
 def page(report: QuantizationReport) -> str:

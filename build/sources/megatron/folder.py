@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from nvlm.formats import layout
 from nvlm.program.errors import UserError
 
-TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
 
 _ITERATION = re.compile(r"iter_\d{7,}|release")
@@ -22,7 +22,7 @@ _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 def is_megatron(model_dir: Path) -> bool:
     """Whether this is a checkpoint of Megatron's, or one iteration of it."""
     return model_dir.is_dir() and (
-        (model_dir / TRACKER).is_file()
+        (model_dir / layout.MEGATRON_TRACKER).is_file()
         or _is_iteration(model_dir)
         or bool(_folders(model_dir, _ITERATION))
     )
@@ -32,7 +32,7 @@ def iteration_dir(model_dir: Path) -> Path:
     """The folder of the iteration that Megatron itself would load."""
     if _is_iteration(model_dir):
         return model_dir
-    tracker = model_dir / TRACKER
+    tracker = model_dir / layout.MEGATRON_TRACKER
     if tracker.is_file():
         text = tracker.read_bytes()[:80].decode("ascii", errors="replace").strip()
         if text != "release" and not re.fullmatch(r"[0-9]+", text):
@@ -50,8 +50,8 @@ def iteration_dir(model_dir: Path) -> Path:
     folders = _folders(model_dir, _ITERATION)
     if len(folders) != 1:
         raise UserError(
-            f"{model_dir} has {len(folders)} iterations and no {TRACKER}; give the folder of one "
-            "as --model_dir"
+            f"{model_dir} has {len(folders)} iterations and no {layout.MEGATRON_TRACKER}; give the "
+            "folder of one as --model_dir"
         )
     return folders[0]
 

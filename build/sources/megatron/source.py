@@ -19,7 +19,7 @@ from build.sources.megatron.one_checkpoint import check_no_copies, check_one_che
 from build.sources.megatron.rank_file import RankFile
 from build.sources.megatron.tensors import MegatronTensor, megatron_tensors
 from build.sources.provenance import file_entries, tokenizer_digests
-from nvlm.inputs.tokenizer import FILE_NAME, Tokenizer
+from nvlm.inputs.tokenizer import PUBLISHED_FILES, TOKENIZER_FILE, Tokenizer
 from nvlm.program.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -79,11 +79,11 @@ class MegatronSource:
 
 
 def _num_tokens(tokenizer_dir: Path) -> int:
-    if not (tokenizer_dir / FILE_NAME).is_file():
+    if not (tokenizer_dir / TOKENIZER_FILE).is_file():
         raise UserError(
-            f"{tokenizer_dir} has no {FILE_NAME}, and a Megatron checkpoint carries no tokenizer; "
-            "run: hf download nvidia/NVLM-D-72B tokenizer.json tokenizer_config.json vocab.json "
-            "merges.txt --local-dir DIR, and give that folder as --tokenizer_dir DIR"
+            f"{tokenizer_dir} has no {TOKENIZER_FILE}, and a Megatron checkpoint carries no "
+            f"tokenizer; run: hf download nvidia/NVLM-D-72B {' '.join(PUBLISHED_FILES)} "
+            "--local-dir DIR, and give that folder as --tokenizer_dir DIR"
         )
     return Tokenizer(tokenizer_dir).num_tokens
 

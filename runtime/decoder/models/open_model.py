@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nvlm.formats.checkpoint_tensors import rank_file
+from nvlm.formats import layout
 from nvlm.formats.tensor_source import TensorSource
 from nvlm.planning import hopper
 from nvlm.planning.device_memory import total_memory_bytes
@@ -52,7 +52,7 @@ def open_model(
     num_blocks = agree(lambda: _num_blocks(engine, device, group))
     if group is not None:  # one scheduler's numbers must hold on every rank
         num_blocks = min(group.job.gather(num_blocks))
-    file = engine.directory / "llm" / rank_file(rank)
+    file = engine.directory / layout.LLM / layout.rank_file(rank)
     opened = source or agree(lambda: open_weights(file.parent, config, rank))
     own: DecoderModel
     if hopper.takes_fast_path(config, device):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import (
     decoder_layer_tensors,
     decoder_tensors,
     open_checked,
-    rank_file,
 )
 from nvlm.formats.tensor_names import ENGINE_LAYER, ENGINE_LINEARS, KV_CACHE_SCALE
 from nvlm.formats.tensor_source import TensorSource
@@ -36,7 +36,7 @@ class DecoderWeights:
 
 def open_weights(directory: Path, config: CheckpointConfig, rank: int = 0) -> TensorSource:
     """The rank's file in `directory`, memory-mapped; the only one a rank opens."""
-    return open_checked(directory / rank_file(rank), decoder_tensors(config, rank))
+    return open_checked(directory / layout.rank_file(rank), decoder_tensors(config, rank))
 
 
 def load_weights(
