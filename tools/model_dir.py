@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from build.output.safetensors_writer import SafetensorsWriter
 from nvlm.formats import layout
-from nvlm.formats.safetensors_files import SafetensorsWriter, TensorInfo
+from nvlm.formats.safetensors_reader import TensorInfo
 from nvlm.formats.tensor_names import StoredTensor, model_tensors
 from nvlm.model.config import NVLMConfig
 

@@ -33,7 +33,7 @@ from build.conversion.quantization.quantization_error import quantization_error
 from build.conversion.report.quantization_report import QuantizationReport
 from build.sources.hugging_face import HuggingFaceSource
 from nvlm.formats import layout
-from nvlm.formats.safetensors_files import SafetensorsReader
+from nvlm.formats.safetensors_reader import SafetensorsReader
 from nvlm.formats.tensor_names import DECODER_LAYER, ENGINE_LAYER
 from nvlm.program.command_line import resolve_device
 from tools.make_random_checkpoint import PRESETS

@@ -23,9 +23,9 @@ import torch
 from bench.hopper.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from bench.machine import describe, describe_gpu
 from bench.stopwatch import seconds_of
+from build.output.safetensors_writer import SafetensorsWriter
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_tensors import decoder_tensors
-from nvlm.formats.safetensors_files import SafetensorsWriter
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.open_model import open_model
 from runtime.decoder.models.read_ahead import reading_ahead

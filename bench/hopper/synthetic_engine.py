@@ -15,7 +15,7 @@ import torch
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_tensors, vision_scales, vision_tensors
 from nvlm.formats.manifest import Manifest
-from nvlm.formats.safetensors_files import TensorInfo
+from nvlm.formats.safetensors_reader import TensorInfo
 from nvlm.formats.tensor_names import ACTIVATION_SCALE, KV_CACHE_SCALE, WEIGHT_SCALE
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model import fp8

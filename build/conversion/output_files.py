@@ -12,8 +12,9 @@ import torch
 
 from build.conversion.journal import Journal
 from build.conversion.pipeline import WriteBehind
+from build.output.safetensors_writer import SafetensorsWriter
 from nvlm.formats.manifest import FileEntry
-from nvlm.formats.safetensors_files import SafetensorsWriter, TensorInfo
+from nvlm.formats.safetensors_reader import TensorInfo
 
 
 class OutputFiles:

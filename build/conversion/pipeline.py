@@ -16,8 +16,8 @@ from types import TracebackType
 
 import torch
 
+from build.output.safetensors_writer import SafetensorsWriter
 from build.sources.source import WeightSource
-from nvlm.formats.safetensors_files import SafetensorsWriter
 
 _PAGE_BYTES = 4096
 

@@ -17,7 +17,7 @@ from build.conversion.unit import Unit
 from build.sources.source import WeightSource
 from nvlm.formats import layout
 from nvlm.formats.manifest import FileEntry
-from nvlm.formats.safetensors_files import TensorInfo
+from nvlm.formats.safetensors_reader import TensorInfo
 from nvlm.formats.tensor_names import model_tensors
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""Directories and files that appear whole or not at all."""
+"""Writes to disk: directories that appear whole or not at all, safetensors files in pieces."""

@@ -14,7 +14,7 @@ import torch
 from build.sources.provenance import file_entries, tokenizer_digests
 from nvlm.formats import layout
 from nvlm.formats.manifest import sha256_of
-from nvlm.formats.safetensors_files import SafetensorsReader
+from nvlm.formats.safetensors_reader import SafetensorsReader
 from nvlm.formats.tensor_names import model_tensors
 from nvlm.model.config import NVLMConfig
 from nvlm.program.errors import UserError

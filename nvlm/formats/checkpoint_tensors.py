@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.formats.safetensors_files import SafetensorsReader, TensorInfo
+from nvlm.formats.safetensors_reader import SafetensorsReader, TensorInfo
 from nvlm.formats.tensor_names import (
     ACTIVATION_SCALE,
     ENGINE_LAYER,

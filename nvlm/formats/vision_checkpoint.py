@@ -10,8 +10,8 @@ from torch import nn
 
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_tensors import open_checked, vision_scales, vision_tensors
+from nvlm.formats.safetensors_reader import TensorSource
 from nvlm.formats.tensor_names import ACTIVATION_SCALE, VISION_LAYER, VISION_LINEARS, WEIGHT_SCALE
-from nvlm.formats.tensor_source import TensorSource
 from nvlm.model import fp8
 from nvlm.model.config import TilingConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from build.output.output_dir import OutputPlace, check_replaceable, staged_directory
+from build.output.safetensors_writer import SafetensorsWriter
 from evaluation.datasets.records import json_lines, read_json
 from nvlm.formats import manifest
-from nvlm.formats.safetensors_files import SafetensorsReader, SafetensorsWriter, TensorInfo
+from nvlm.formats.safetensors_reader import SafetensorsReader, TensorInfo
 from nvlm.model.dtypes import SAFETENSORS_NAMES
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import StrictReader, read_json_object, write_json_atomically

@@ -23,9 +23,9 @@ from build.engines.fp8_linear import round_up
 from build.engines.tensorrt_network import TensorrtBuildError
 from build.engines.vision_onnx import export_graph, graph_module
 from build.engines.vision_onnxruntime import compare_with_torch
+from build.output.safetensors_writer import SafetensorsWriter
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_tensors import vision_scales, vision_tensors
-from nvlm.formats.safetensors_files import SafetensorsWriter
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.inputs.images import load_image
 from nvlm.inputs.tiling import normalize, tile_image

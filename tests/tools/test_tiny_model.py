@@ -17,7 +17,7 @@ import torch
 
 from build.conversion.convert import ConvertOptions
 from build.sources.hugging_face import model_config
-from nvlm.formats.safetensors_files import SafetensorsReader
+from nvlm.formats.safetensors_reader import SafetensorsReader
 from nvlm.formats.tensor_names import model_tensors
 from nvlm.inputs.prompt import tile_tags
 from nvlm.inputs.tiling import choose_grid

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvlm.formats.safetensors_files import SafetensorsReader
+from nvlm.formats.safetensors_reader import SafetensorsReader
 from nvlm.formats.tensor_names import model_tensors
 from nvlm.inputs.prompt import tile_tags
 from nvlm.inputs.tiling import candidate_grids, tile_image

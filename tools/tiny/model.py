@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nvlm.formats import layout
-from nvlm.formats.safetensors_files import SafetensorsReader
+from nvlm.formats.safetensors_reader import SafetensorsReader
 from nvlm.formats.tensor_names import DECODER_PREFIX, StoredTensor
 from nvlm.model.config import NVLMConfig
 from nvlm.model.vision import RMSNorm, VisionLayer, VisionModel

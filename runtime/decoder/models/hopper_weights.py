@@ -12,6 +12,7 @@ import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_layer_tensors
+from nvlm.formats.safetensors_reader import TensorSource
 from nvlm.formats.tensor_names import (
     ACTIVATION_SCALE,
     ENGINE_LAYER,
@@ -19,7 +20,6 @@ from nvlm.formats.tensor_names import (
     SHARED_SCALE_LINEARS,
     WEIGHT_SCALE,
 )
-from nvlm.formats.tensor_source import TensorSource
 
 
 @dataclass(frozen=True, slots=True)

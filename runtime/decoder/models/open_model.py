@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nvlm.formats import layout
-from nvlm.formats.tensor_source import TensorSource
+from nvlm.formats.safetensors_reader import TensorSource
 from nvlm.planning import hopper
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.memory_plan import decoder_workspace_bytes, plan_engine

@@ -14,8 +14,8 @@ from nvlm.formats.checkpoint_tensors import (
     decoder_tensors,
     open_checked,
 )
+from nvlm.formats.safetensors_reader import TensorSource
 from nvlm.formats.tensor_names import ENGINE_LAYER, ENGINE_LINEARS, KV_CACHE_SCALE
-from nvlm.formats.tensor_source import TensorSource
 from nvlm.model.decoder import AllReduce, DecoderLayer
 from nvlm.model.linear import QuantizableLinear
 from nvlm.planning.device_memory import total_memory_bytes

@@ -1,72 +1,26 @@
-"""Safetensors files: memory-mapped reading with one-line errors, streaming writing.
+"""Writes a safetensors file tensor by tensor, which the library cannot.
 
-The library reads; it cannot write a file tensor by tensor, so that part is here. Format:
-https://github.com/huggingface/safetensors (8 bytes header length, JSON header, data).
+Format: https://github.com/huggingface/safetensors (8 bytes header length, JSON header, data).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import struct
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from nvlm.model.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
-from nvlm.program.errors import UserError
+from nvlm.formats.safetensors_reader import TensorInfo
+from nvlm.model.dtypes import SAFETENSORS_NAMES
 
 _READ_BYTES = 4 << 20
 _MAX_WRITE_BYTES = 1 << 30  # one write() moves at most 2 GiB on Linux
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class SafetensorsReader:
-    """One file, memory-mapped: tensors are views of the mapping until something copies them.
-
-    Raises `UserError` when the file is missing, cut short or not safetensors.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file: Any = safe_open(path, framework="pt", device="cpu")
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} is not a whole safetensors file ({error}); download or copy it again"
-            ) from None
-        self.tensors: dict[str, TensorInfo] = {}
-        for name in self._file.keys():  # noqa: SIM118 - safe_open is no mapping
-            part = self._file.get_slice(name)
-            dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
-            if dtype is None:
-                supported = ", ".join(SAFETENSORS_DTYPES)
-                raise UserError(
-                    f"{path}: {name} is stored as {part.get_dtype()}, expected one of {supported}"
-                )
-            self.tensors[name] = TensorInfo(dtype, tuple(part.get_shape()))
-
-    def read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
 
 
 class SafetensorsWriter:
