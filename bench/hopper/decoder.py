@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.hopper.ceilings import Ceilings
-from bench.hopper.row import Row
+from bench.ceilings import Ceilings
+from bench.row import Row
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_tensors
 from nvlm.planning.memory_plan import kv_bytes_per_token

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.hopper.ceilings import copy_rate, median_ms
+from bench.ceilings import copy_rate, median_ms
 from bench.machine import describe, describe_gpu
 from nvlm.model import fp8
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from bench.hopper.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from bench.machine import describe, describe_gpu
 from bench.stopwatch import seconds_of
+from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from build.output.safetensors_writer import SafetensorsWriter
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_tensors import decoder_tensors

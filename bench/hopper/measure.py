@@ -5,7 +5,7 @@
         [--requests 256] [--answer 128] [--serving 2048/128/256/64] [--picture_rate 0,1,2]
         [--seconds 15] [--tiles 7] [--profile FILE]
 
-The product's loader loads a synthetic engine (bench/hopper/synthetic_engine.py) for each number
+The product's loader loads a synthetic engine (bench/synthetic_engine.py) for each number
 of layers; with several, which are measured in turns, the slope per layer is told too. Prompts and
 tiles come after a pause, and again ("busy") without. serving goes to the executor alone; with
 --serving, through the product's server. interactive comes first: its first picture finds what a
@@ -24,18 +24,18 @@ from pathlib import Path
 
 import torch
 
-from bench.hopper.ceilings import Ceilings, measure_ceilings
+from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import Executors, measure_decode, measure_prefill
 from bench.hopper.interactive import MAX_BATCH_SIZE, measure_interactive, picture_tokens
 from bench.hopper.profile import measure_kernels
 from bench.hopper.report import Measured, slopes, told
 from bench.hopper.requests import measure_first_token
-from bench.hopper.row import Row
 from bench.hopper.serving import Load, loads, measure_served, measure_serving
-from bench.hopper.synthetic_engine import DECODERS, VISIONS, decoder_source, synthetic_engine
 from bench.hopper.synthetic_runner import synthetic_runner
 from bench.hopper.vision import load_vision, measure_vision
 from bench.machine import describe, describe_gpu
+from bench.row import Row
+from bench.synthetic_engine import DECODERS, VISIONS, decoder_source, synthetic_engine
 from runtime.decoder.models.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir

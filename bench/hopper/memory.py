@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from bench.hopper.decoder import random_prompt
-from bench.hopper.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from bench.hopper.vision import load_vision, random_tiles
 from bench.machine import describe, describe_gpu
+from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.memory_plan import EnginePlan, plan_engine
 from nvlm.program.command_line import ArgumentParser, positive_int, run

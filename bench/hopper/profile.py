@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.hopper.ceilings import Ceilings
+from bench.ceilings import Ceilings
 from bench.hopper.decoder import Executors, decode_row, prefill_row, random_prompt
-from bench.hopper.row import Row
+from bench.row import Row
 from runtime.decoder.executor import DecoderRequest
 
 _NUM_STEPS = 10

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bench.hopper.interactive_rows import FirstPictures, Interactive
-from bench.hopper.row import Row
+from bench.row import Row
 
 Measured = Row | FirstPictures | Interactive
 

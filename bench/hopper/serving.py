@@ -13,10 +13,10 @@ from collections import Counter
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from bench.hopper.ceilings import Ceilings
+from bench.ceilings import Ceilings
 from bench.hopper.decoder import prefill_flop, random_prompt, step_bytes
-from bench.hopper.row import Row
 from bench.hopper.synthetic_runner import text_request
+from bench.row import Row
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.torch_executor import TorchDecoderExecutor

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.hopper.ceilings import Ceilings
+from bench.ceilings import Ceilings
 from bench.hopper.decoder import PAUSE_S
-from bench.hopper.row import Row
-from bench.hopper.synthetic_engine import synthetic_engine, vision_source
+from bench.row import Row
+from bench.synthetic_engine import synthetic_engine, vision_source
 from nvlm.model.config import VisionConfig
 from runtime.engine.engine_dir import EngineDir
 from runtime.vision.torch_executor import TorchVisionExecutor

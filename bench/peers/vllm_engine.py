@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 
-from bench.hopper.ceilings import Ceilings, measure_ceilings
+from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import PAUSE_S, decode_row, prefill_row, random_prompt
 from bench.hopper.measure import numbers
 from bench.hopper.report import slopes, told
-from bench.hopper.row import Row
-from bench.hopper.synthetic_engine import DECODERS
 from bench.machine import describe, describe_gpu
 from bench.peers.hugging_face import qwen2_config
+from bench.row import Row
+from bench.synthetic_engine import DECODERS
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.program.command_line import ArgumentParser, run
 from nvlm.program.errors import UserError

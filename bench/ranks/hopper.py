@@ -3,7 +3,7 @@
     mpirun -n 2 python -m bench.ranks.hopper --output FILE [--shape 72b] [--layers 80]
         [--batch_sizes 1,8,64] [--context 2048] [--prompts 1948] [--no_graphs] [--one_shot]
 
-Every rank makes its own random shards (bench/hopper/synthetic_engine.py). `--one FILE` names the
+Every rank makes its own random shards (bench/synthetic_engine.py). `--one FILE` names the
 JSON of bench.hopper on one of these GPUs, to divide by. The output is written after every row,
 so that a hang loses only itself.
 """
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from bench.hopper.ceilings import Ceilings, measure_ceilings
+from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import measure_decode, measure_prefill
 from bench.hopper.measure import numbers
-from bench.hopper.row import Row
-from bench.hopper.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from bench.machine import describe, describe_gpu
+from bench.row import Row
+from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from nvlm.program import command_line
 from nvlm.program.json_files import write_json_atomically
 from runtime.decoder.models.open_model import open_model

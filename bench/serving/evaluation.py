@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageEnhance
 
-from bench.hopper.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from bench.hopper.vision import load_vision
 from bench.machine import describe
+from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from evaluation.asking.generate import generate, sample_request
 from evaluation.asking.results_file import ResultsFile
 from evaluation.datasets.prompts import short_answer

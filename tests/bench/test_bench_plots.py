@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from bench.hopper.ceilings import Ceilings
+from bench.ceilings import Ceilings
 from bench.hopper.decoder import decode_row, prefill_row
-from bench.hopper.row import Row
-from bench.hopper.synthetic_engine import DECODERS
 from bench.plots import draw
 from bench.plots.draw import plotted
 from bench.plots.layers import points
 from bench.plots.panels import Bar
+from bench.row import Row
+from bench.synthetic_engine import DECODERS
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.program.errors import UserError
 from tests.support.command import ROOT
