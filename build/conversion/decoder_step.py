@@ -23,7 +23,8 @@ from build.conversion.quantization.layer_tensors import LayerTensors
 from build.conversion.quantization.scales import report_linears
 from build.conversion.quantization.shard import RankFiles
 from build.conversion.report.quantization_report import AttentionReport, LinearReport, as_record
-from build.conversion.unit import Read, Unit
+from build.conversion.unit import Unit
+from build.sources.source import Read
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_layer_tensors

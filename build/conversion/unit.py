@@ -6,12 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from build.conversion.calibration.row_file import RowFile
 from build.conversion.output_files import OutputFiles
-
-Read = Callable[[str], torch.Tensor]
+from build.sources.source import Read
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,9 @@ from build.conversion.output_files import OutputFiles
 from build.conversion.quantization.cast import amax, cast
 from build.conversion.quantization.scales import report_linears
 from build.conversion.report.quantization_report import QuantizationReport, as_record
-from build.conversion.unit import Read, Unit
+from build.conversion.unit import Unit
 from build.output.safetensors_writer import SafetensorsWriter
+from build.sources.source import Read
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_tensors import vision_scales
 from nvlm.formats.tensor_names import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -9,7 +10,6 @@ from pathlib import Path
 
 from build.engines import timing_cache
 from build.engines.decoder_tensorrt_llm import DecoderBuildOptions, build_decoder
-from build.engines.files import link_or_copy
 from build.engines.specification import BuildOptions, EngineSpec
 from build.engines.vision_tensorrt import TensorrtOptions, TileProfile, build_vision
 from build.output.output_dir import OutputPlace, staged_directory
@@ -18,6 +18,9 @@ from nvlm.formats import layout, manifest
 from nvlm.formats.checkpoint_tensors import decoder_tensors, open_checked
 from nvlm.planning.tensorrt_package import PACKAGES, load_tensorrt
 from nvlm.program.json_files import write_json_atomically
+
+# Another disk, a file system without links, too many of them, or not ours to link.
+_NO_LINK = (errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EMLINK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ def _build_vision(spec: EngineSpec, options: BuildOptions, run: BuildRun, direct
     elif spec.vision == "torch":
         for name in (layout.WEIGHTS, layout.SCALES):
             if (source.directory / name).is_file():
-                link_or_copy(source.directory / name, directory / name)
+                _link_or_copy(source.directory / name, directory / name)
     else:
         usual = min(
             spec.limits.max_num_images * source.tiling.max_tiles_per_image, spec.max_num_tiles
@@ -140,7 +143,7 @@ def _build_decoder(spec: EngineSpec, options: BuildOptions, run: BuildRun, direc
         weights = spec.checkpoint_dir / layout.rank_file(rank)
         open_checked(weights, decoder_tensors(spec.config, rank))
         if spec.decoder == "torch":
-            link_or_copy(weights, directory / weights.name)
+            _link_or_copy(weights, directory / weights.name)
     if spec.decoder == "tensorrt_llm":
         decoder_options = DecoderBuildOptions(
             options.optimize_for, run.workers, _decoder_cache(spec, run)
@@ -154,6 +157,16 @@ def _build_decoder(spec: EngineSpec, options: BuildOptions, run: BuildRun, direc
             "build_config": {"target": spec.decoder, **spec.limits.to_json()},
         },
     )
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Carry a checkpoint's file over: by a hard link where the file system allows one."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        shutil.copyfile(source, target)
 
 
 def _vision_cache(spec: EngineSpec, run: BuildRun) -> Path | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from nvlm.model.config import NVLMConfig
+
+Read = Callable[[str], torch.Tensor]
+"""Gives a tensor by its published name, as `WeightSource.read` does."""
 
 
 class WeightSource(Protocol):

@@ -1,4 +1,4 @@
-"""The model card's table, with the rows of our runs above the published ones."""
+"""The model card's numbers beside ours: its table, and what each number is of."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation.reporting.results import Results
 from evaluation.tasks import TASKS
 
 _NONE = "-"
@@ -38,9 +39,25 @@ def card_table(runs: Sequence[tuple[str, Mapping[str, float]]]) -> Table:
     return Table(columns, ours + published, len(published), card["source"])
 
 
-def card_split(task: str) -> str | None:
-    """Of which the card's number is; None where it has none."""
+def scope(results: Results) -> str:
+    """Say what a score is of, as: 8 samples of val_v1.0_withQT.json (card: test)."""
+    split = _split(results.task.name)
+    card = f" (card: {split})" if split else ""
+    number = len(results.lines)
+    return f"{number:,} sample{'s' if number != 1 else ''} of {_data(results)}{card}"
+
+
+def _split(task: str) -> str | None:
+    """Name the split that the card's number is of; None where it has none."""
     return {name: split for _, name, split in _card()["columns"]}.get(task)
+
+
+def _data(results: Results) -> str:
+    if not results.records:
+        return "unknown data"
+    location = results.records[0].location
+    names = " + ".join(path.name for path in location.gt_paths)
+    return names or f"split {location.split or results.task.default_split}"
 
 
 def _card() -> Any:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.reporting.card import Table, card_table, markdown_table
+from evaluation.reporting.card import Table, card_table, markdown_table, scope
 from evaluation.reporting.compare import Comparison
 from evaluation.reporting.gallery import GalleryItem
 from evaluation.reporting.results import Results
-from evaluation.reporting.scope import scope
 from evaluation.scoring.score import TaskScore
 from evaluation.scoring.scored import Scored
 

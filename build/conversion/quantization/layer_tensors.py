@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from build.conversion.quantization.cast import cast, cast_amax
-from build.conversion.unit import Read
+from build.sources.source import Read
 from nvlm.formats.tensor_names import ENGINE_LAYER_TENSORS, EngineTensor
 
 
