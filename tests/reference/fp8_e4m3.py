@@ -2,8 +2,8 @@
 
 In and out: numpy arrays of any shape; codes are bytes (uint8). No torch float8 type is used.
 Bits s eeee mmm, exponent bias 7, no infinity, 0x7f and 0xff are NaN, largest finite value 448
-(Micikevicius et al. 2022, "FP8 Formats for Deep Learning", table 1). Clamp rule: design.md,
-numerics contract: always clamped before the cast.
+(Micikevicius et al. 2022, "FP8 Formats for Deep Learning", table 1). By the numerics contract
+values are always clamped before the cast.
 """
 
 import numpy as np

@@ -1,8 +1,9 @@
 """Oracle of the vision path: InternViT-6B, pixel shuffle v2 and projector in float64 numpy.
 
 In: a `model_dir` (Hugging Face layout) and normalised tiles. Out: image embeddings. It knows
-neither images nor prompts. Source: facts/nvlm.md 1.3, 1.4 and 2. The dummy heads stay exactly as
-stored; how many heads are stored is read off the rows of qkv.
+neither images nor prompts. Source: modeling_intern_vit.py and extract_feature and pixel_shuffle of
+modeling_nvlm_d.py in nvidia/NVLM-D-72B. The dummy heads stay exactly as stored; how many heads are
+stored is read off the rows of qkv.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Writes a Hugging Face NVLM-D checkpoint the way Megatron-Core saves it, for any TP and PP.
 
-Row orders are index lists made head by head (facts/nvlm.md 4.6), as NVIDIA's own converters make
-them. Beside the weights a rank's file holds what training leaves there: arguments, optimizer, state
-of random number generators, `_extra_state`, and objects of Megatron's and Transformer Engine's
-classes.
+Row orders are index lists made head by head, as NVIDIA's own converters make them (Megatron-LM's
+examples/multimodal/model_converter and tools/checkpoint). Beside the weights a rank's file holds
+what training leaves there: arguments, optimizer, state of random number generators, `_extra_state`,
+and objects of Megatron's and Transformer Engine's classes.
 """
 
 from __future__ import annotations

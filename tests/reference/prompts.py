@@ -1,8 +1,10 @@
 """Oracle of prompts: token ids of the Hugging Face chat() and of Megatron, from whole strings.
 
 In: a question and the number of tiles of each image. Out: token ids with the real `<|vision_pad|>`
-at each image position. Source: facts/nvlm.md 1.5, 2 (chat, template chatml), 4.3, 4.4. As in the
-originals, special tokens in the question are parsed; the product deliberately differs there.
+at each image position. Source: chat() of modeling_nvlm_d.py and the template chatml of
+conversation.py in nvidia/NVLM-D-72B; run_text_generation.py in Megatron-LM's examples/multimodal
+and its MultimodalTokenizer, at branch NVLM-1.0. As in the originals, special tokens in the question
+are parsed; the product deliberately differs there.
 A question may hold `<image>` once per image, in order; without one the images come first.
 """
 
@@ -46,7 +48,7 @@ def hugging_face(
     tokens_per_tile: int,
     system: str = DEFAULT_SYSTEM,
 ) -> list[int]:
-    """One tokenizer call on the complete string, so `<Image><tile_1>` merges '><' (facts 1.5)."""
+    """One tokenizer call on the complete string, so `<Image><tile_1>` merges '><'."""
     return _ids(tokenizer, hugging_face_string(question, num_tiles, tokens_per_tile, system))
 
 
@@ -59,7 +61,7 @@ def megatron(
 ) -> list[int]:
     """Newline after each <|im_end|>; `<image>` is an added token, so the text is cut there.
 
-    Each tag is tokenised alone, as its embeddings are put before its tile's (facts 4.4). Megatron
+    Each tag is tokenised alone, as its embeddings are put before its tile's. Megatron
     itself asserts a single image with tile tags; several follow the same rule here.
     """
     content = _with_markers(question, len(num_tiles)).replace(IMAGE, f"<Image>{IMAGE}</Image>")

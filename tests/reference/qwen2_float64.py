@@ -1,8 +1,9 @@
 """Second oracle of the decoder: Qwen2 in float64 numpy over whole sequences, optionally with FP8.
 
 In: float64 weights under Hugging Face names and inputs_embeds. Out: logits of every position. No KV
-cache, no batch, no rounding other than the FP8 that the scales ask for. Source: facts/nvlm.md 1.1
-(Qwen2: bias on q, k, v only, untied head, plain RoPE), design.md (numerics contract, FP8 rows).
+cache, no batch, no rounding other than the FP8 that the scales ask for. Source: Qwen2's report
+(arXiv 2407.10671; bias on q, k, v only, plain RoPE), llm_config in config.json of
+nvidia/NVLM-D-72B (untied head), and the rows on FP8 of the numerics contract.
 RoPE is written as a complex rotation of the pairs (i, i + head_dim / 2).
 """
 

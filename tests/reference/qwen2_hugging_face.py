@@ -1,8 +1,9 @@
 """Oracle of the decoder: transformers' own Qwen2ForCausalLM with the NVLM-D weights.
 
 In: a `model_dir` (Hugging Face layout). Out: a torch module on the CPU, its greedy tokens and
-logits. It knows neither TensorRT-LLM's layout nor FP8. Source: facts/nvlm.md 1.1, 1.3 and 2.
-rope_scaling is dropped (design.md, numerics contract); llm_config's model_type "llama" is stale.
+logits. It knows neither TensorRT-LLM's layout nor FP8. Source: config.json and modeling_nvlm_d.py
+of nvidia/NVLM-D-72B. rope_scaling is dropped, by the numerics contract; llm_config's model_type
+"llama" is stale.
 """
 
 from pathlib import Path
@@ -70,7 +71,8 @@ def embed(
 ) -> torch.Tensor:
     """[1, num_tokens, hidden]: the positions equal to `image_token_id` overwritten in order.
 
-    image_embeddings: [..., hidden], flattened to rows as generate() does (facts/nvlm.md 2).
+    image_embeddings: [..., hidden], flattened to rows as generate() of modeling_nvlm_d.py
+    does.
     """
     ids = torch.tensor(token_ids)
     embeds = model.get_input_embeddings().weight.detach()[ids]  # a copy

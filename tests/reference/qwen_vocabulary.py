@@ -1,8 +1,9 @@
 """Oracle of tokenisation: Qwen2.5's vocabulary from the wheel `dashscope`, without network.
 
 Out: a `tiktoken.Encoding` (the oracle) and a Hugging Face `tokenizer.json` with the same ids.
-Source of the 151,643 ranks: dashscope/resources/qwen.tiktoken; of the added tokens: facts/nvlm.md
-1.5; of the pattern and the pipeline (NFC, split, bytes): transformers' tokenization_qwen2.py.
+Source of the 151,643 ranks: dashscope/resources/qwen.tiktoken; of the added tokens:
+tokenizer_config.json of nvidia/NVLM-D-72B; of the pattern and the pipeline (NFC, split, bytes):
+transformers' tokenization_qwen2.py.
 """
 
 import base64

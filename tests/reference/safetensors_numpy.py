@@ -2,7 +2,8 @@
 
 In: a `model_dir` in the Hugging Face layout (`model.safetensors.index.json` and its shards, or one
 `model.safetensors`). Out: `{name: float64 array}` and the raw `config.json`. It knows no model.
-Format: u64 little-endian header length, JSON header, then the data (facts/nvlm.md 1.2, 1.3).
+Format: u64 little-endian header length, JSON header, then the data
+(https://github.com/huggingface/safetensors).
 """
 
 import json
@@ -26,7 +27,7 @@ def read_weights(
     """Every tensor whose name starts with `prefix` (cut off the key), upcast to float64.
 
     `weight_dtype` rounds each tensor to that dtype first (what loading the checkpoint does to its
-    float32 tensors, facts/nvlm.md 1.3); None keeps the stored values.
+    float32 tensors: some of nvidia/NVLM-D-72B are); None keeps the stored values.
     """
     index = model_dir / "model.safetensors.index.json"
     if index.exists():

@@ -1,8 +1,8 @@
 """Oracle of image tiling: grid choice in exact fractions and as published, tiles through PIL.
 
 In: a PIL image. Out: normalised float32 tiles, row-major, thumbnail last. It knows no model.
-Source: facts/nvlm.md section 3 (the Hugging Face README's dynamic_preprocess). `grid_float` is what
-the published code answers, `grid` what it means; they part on some exact midpoints (README.md).
+Source: dynamic_preprocess in the README of nvidia/NVLM-D-72B. `grid_float` is what the published
+code answers, `grid` what it means; they part on some exact midpoints (README.md beside this file).
 """
 
 from fractions import Fraction
