@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from nvlm.inputs.prompt import ImageSlot, build_prompt
-from nvlm.inputs.tokenizer import FILE_NAME, IM_END, IM_START, Tokenizer
+from nvlm.inputs.tokenizer import IM_END, IM_START, TOKENIZER_FILE, Tokenizer
 from runtime.decoder.executor import DecoderExecutor
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
 from runtime.vision.executor import VisionExecutor
 
-_TOKENIZER = Path(__file__).parents[2] / "models" / "nvlm-d-tiny" / FILE_NAME
+_TOKENIZER = Path(__file__).parents[2] / "models" / "nvlm-d-tiny" / TOKENIZER_FILE
 NUM_TILES = 7
 _GRID = (3, 2)  # and the thumbnail
 
@@ -54,7 +54,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     vocab |= {f"~{token_id}": token_id for token_id in range(vocab_size) if token_id not in used}
     model["vocab"] = vocab
     folder.mkdir(parents=True)
-    (folder / FILE_NAME).write_text(json.dumps(values))
+    (folder / TOKENIZER_FILE).write_text(json.dumps(values))
 
 
 def text_request(
