@@ -24,8 +24,15 @@ from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.ranks.mpi import Job, World, end, rank_from
 from runtime.ranks.worker import run_worker
-from runtime.requests.request_file import read_requests, with_sampling
-from runtime.requests.sampling import SamplingParams
+from runtime.requests.request_file import read_requests
+from runtime.requests.sampling import (
+    SETTINGS,
+    SamplingParams,
+    check_target,
+    given_settings,
+    non_neutral,
+    with_sampling,
+)
 from runtime.requests.show_tiles import write_tiles
 from runtime.requests.types import GenerationRequest, GenerationResult
 from runtime.serving.runner import Runner
@@ -54,10 +61,8 @@ def parser() -> ArgumentParser:
         "--task)",
     )
     add("--max_num_tiles", type=positive_int, help="tiles of an image's grid, at most")
-    add("--temperature", type=float, help="0 is greedy (default; 1 with --top_k or --top_p)")
-    add("--top_k", type=int, help="sample from the k likeliest tokens")
-    add("--top_p", type=float, help="sample from the likeliest tokens of this probability")
-    add("--seed", type=int, help="of the sampling")
+    for setting in SETTINGS:
+        add(f"--{setting.name}", type=setting.type, help=setting.help)
     add("--stop", nargs="+", default=[], help="strings that end the answer")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(
@@ -82,11 +87,6 @@ def parser() -> ArgumentParser:
 def default_request(arguments: object) -> GenerationRequest:
     """The flags as a request; its content is the single question."""
     given = vars(arguments)
-    sampling = {
-        name: given[name]
-        for name in ("temperature", "top_k", "top_p", "seed")
-        if given[name] is not None
-    }
     return GenerationRequest.images_first(
         given["prompt"] or "",
         tuple(given["image"]),
@@ -95,7 +95,7 @@ def default_request(arguments: object) -> GenerationRequest:
         max_new_tokens=given["max_new_tokens"] or DEFAULT_MAX_NEW_TOKENS,
         max_num_tiles=given["max_num_tiles"],
         stop=tuple(given["stop"]),
-        sampling=with_sampling(SamplingParams(), sampling),
+        sampling=with_sampling(SamplingParams(), given_settings(given)),
     )
 
 
@@ -184,6 +184,8 @@ def lead(
 ) -> int:
     """What rank 0 does, or the only one."""
     request = default_request(arguments)
+    if non_neutral(request.sampling):
+        check_target(request.sampling, EngineDir.read(arguments.engine_dir).decoder_target)
     task_run = TaskRun.read(arguments, request) if arguments.task else None
     if task_run:
         task_run.check(EngineDir.read(arguments.engine_dir))

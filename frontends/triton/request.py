@@ -12,11 +12,11 @@ from frontends.triton.tensors import Tensors, decode, scalar, strings, text
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
-from runtime.requests.request_file import with_sampling
-from runtime.requests.sampling import SamplingParams
+from runtime.requests.sampling import SETTINGS, SamplingParams, with_sampling
 from runtime.requests.types import GenerationRequest
 
-# What TensorRT-LLM can do and we cannot, and the values that ask for nothing.
+# What TensorRT-LLM can do and we cannot, unless the table of sampling settings has it, and the
+# values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "decoder_text_input": (b"",),
     "video_bytes_input": (),
@@ -78,11 +78,8 @@ def _max_tokens(tensors: Tensors) -> int:
 
 def _sampling(tensors: Tensors) -> SamplingParams:
     """run.py's meaning, and TensorRT-LLM's of zero: top_p 0 is off, both filters 0 is greedy."""
-    given = {
-        name: scalar(tensors, name, None)
-        for name in ("temperature", "top_k", "top_p", "seed")
-        if name in tensors
-    }
+    names = [setting.name for setting in SETTINGS if setting.name in tensors]
+    given = {name: scalar(tensors, name, None) for name in names}
     if given.get("top_k") == 0 and given.get("top_p") == 0.0:
         return SamplingParams()
     if given.get("top_p") == 0.0:
@@ -91,7 +88,10 @@ def _sampling(tensors: Tensors) -> SamplingParams:
 
 
 def _refuse_unsupported(tensors: Tensors) -> None:
+    supported = {setting.name for setting in SETTINGS}
     for name, neutral in _NEUTRAL.items():
+        if name in supported:
+            continue
         values = tensors[name].reshape(-1) if name in tensors else ()
         # A large one is not looked through: a list of its values would be many times its size.
         if len(values) > (_MOST_VALUES if neutral else 0) or any(v not in neutral for v in values):

@@ -1,12 +1,15 @@
 """The tensors clients send and receive, as tables.
 
 Names, types and shapes (without the batch dimension) of TensorRT-LLM 1.2.1's multimodal
-`ensemble`, then what only `nvlm` has. One row feeds the rendered config.pbtxt of both models.
+`ensemble`, then what only `nvlm` has: inputs of its own and the sampling settings that `ensemble`
+does not know. One row feeds the rendered config.pbtxt of both models.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from runtime.requests.sampling import SETTINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,11 @@ NVLM_INPUTS = (
     *_specs("TYPE_STRING", (-1,), "image_bytes image_base64"),
     *_specs("TYPE_STRING", (1,), "system"),
     *_specs("TYPE_INT32", (1,), "max_num_tiles"),
+    *(
+        TensorSpec(setting.name, setting.triton_type, (1,))
+        for setting in SETTINGS
+        if setting.name not in {spec.name for spec in ENSEMBLE_INPUTS}
+    ),
 )
 
 ENSEMBLE_OUTPUTS = (

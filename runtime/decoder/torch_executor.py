@@ -16,10 +16,10 @@ from runtime.decoder.image_ids import image_keys
 from runtime.decoder.in_flight import UnderWay
 from runtime.decoder.models.open_model import OpenedModel, open_model
 from runtime.decoder.models.step import AheadModel, DecoderModel, SequenceStep
+from runtime.decoder.sampler import sample_rows
 from runtime.decoder.scheduler import UNKNOWN_TOKEN, Scheduler, Sequence
 from runtime.engine.engine_dir import EngineDir
 from runtime.ranks.process_group import ProcessGroup
-from runtime.requests.sampling import sample_rows
 
 
 class TorchDecoderExecutor:

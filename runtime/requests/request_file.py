@@ -12,21 +12,12 @@ from typing import Any
 
 from nvlm.program.errors import UserError
 from nvlm.program.jsonl import read_jsonl_lines
-from runtime.requests.sampling import SamplingParams
+from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
 from runtime.requests.types import GenerationRequest, ImageSource
 
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "seed")
-_OPTION_TYPES: dict[str, tuple[type, ...]] = {
-    "system": (str,),
-    "prompt_format": (str,),
-    "max_new_tokens": (int,),
-    "max_num_tiles": (int,),
-    "temperature": (int, float),
-    "top_k": (int,),
-    "top_p": (int, float),
-    "seed": (int,),
-}
-_FIELDS = {"id", "prompt", "images", "stop", *_OPTION_TYPES}
+_OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
+_TYPES = {**_OPTION_TYPES, **{setting.name: setting.type for setting in SETTINGS}}
+_FIELDS = {"id", "prompt", "images", "stop", *_TYPES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,32 +62,28 @@ def request_from_json(
     if unknown := sorted(values.keys() - _FIELDS):
         raise UserError(f"unknown field {unknown[0]!r}, expected {', '.join(sorted(_FIELDS))}")
     given = {name: value for name, value in values.items() if value is not None}
-    for name, types in _OPTION_TYPES.items():
-        value = given.get(name, types[0]())
-        if isinstance(value, bool) or not isinstance(value, types):
-            raise UserError(f"{name} is {value!r}, expected {types[-1].__name__}")
+    for name, expected in _TYPES.items():
+        if name in given:
+            _check_type(name, given[name], expected)
     if given.get("prompt_format", "hf") not in ("hf", "megatron"):
         raise UserError(f"prompt_format is {given['prompt_format']!r}, expected 'hf' or 'megatron'")
-    sampling = {name: given[name] for name in _SAMPLING_FIELDS if name in given}
-    options: dict[str, Any] = {
-        name: given[name] for name in _OPTION_TYPES if name in given and name not in sampling
-    }
+    options: dict[str, Any] = {name: given[name] for name in _OPTION_TYPES if name in given}
     if "stop" in given:
         options["stop"] = tuple(_strings(given["stop"], "stop"))
     images = [folder / name for name in _strings(given.get("images", []), "images")]
     return replace(
         defaults,
         content=_content(given.get("prompt"), images, folder),
-        sampling=with_sampling(defaults.sampling, sampling),
+        sampling=with_sampling(defaults.sampling, given_settings(given)),
         **options,
     )
 
 
-def with_sampling(defaults: SamplingParams, given: dict[str, Any]) -> SamplingParams:
-    """A filter without a temperature means sampling at temperature 1."""
-    if defaults.temperature == 0.0 and ("top_k" in given or "top_p" in given):
-        given = {"temperature": 1.0, **given}
-    return replace(defaults, **given)
+def _check_type(name: str, value: Any, expected: type) -> None:
+    """JSON has one kind of number: a whole one is a float too. true and false are none."""
+    accepted = (int, float) if expected is float else expected
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise UserError(f"{name} is {value!r}, expected {expected.__name__}")
 
 
 def _strings(value: Any, name: str) -> list[str]:

@@ -1,91 +1,145 @@
-"""How the next token is chosen from a row of logits."""
+"""The table of sampling settings: one row says all that is particular to a setting.
+
+run.py's flags, the keys of a JSON line, the inputs of Triton's models and the words of TensorRT-LLM
+are read from it. The torch decoder does what a row means in runtime/decoder/sampler.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-import torch
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 from nvlm.program.errors import UserError
+
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A row. `neutral` is the value that asks for nothing; its type is the setting's."""
+
+    name: str  # the field of SamplingParams, run.py's flag, the JSON key and Triton's input
+    neutral: int | float
+    minimum: int | float
+    maximum: int | float
+    expected: str  # the range in words
+    help: str
+    triton_type: str
+    trtllm_keyword: str | None  # of TensorRT-LLM's SamplingConfig; None: it cannot do this
+    trtllm_tensor: str | None  # of its C++ backend for Triton
+    excludes_minimum: bool = False
+    is_filter: bool = False  # given without a temperature it means sampling at temperature 1
+
+    @property
+    def type(self) -> type[int] | type[float]:
+        return type(self.neutral)
+
+    def check(self, value: int | float) -> None:
+        """Raises `UserError` for a value out of range, NaN included."""
+        is_above = value > self.minimum or (value == self.minimum and not self.excludes_minimum)
+        if not (is_above and value <= self.maximum):
+            raise UserError(f"{self.name} is {value}, expected {self.expected}")
+
+
+def _row(neutral: _Number, **columns: Any) -> _Number:
+    return field(default=neutral, metadata={"neutral": neutral, **columns})
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """temperature 0 or top_k 1 is greedy; top_k 0 and top_p 1 switch that filter off.
+    """How a request's tokens are chosen. Its fields are the rows of the table.
 
-    With the same seed a request's tokens do not depend on what runs beside it.
+    temperature 0 or top_k 1 is greedy; top_k 0 and top_p 1 switch that filter off. With the same
+    seed a request's tokens do not depend on what runs beside it.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: float = _row(
+        0.0,
+        minimum=0.0,
+        maximum=100.0,
+        expected="0 (greedy) to 100",
+        help="0 is greedy (default; 1 with --top_k or --top_p)",
+        triton_type="TYPE_FP32",
+        trtllm_keyword="temperature",
+        trtllm_tensor="temperature",
+    )
+    top_k: int = _row(
+        0,
+        minimum=0,
+        maximum=2**31 - 1,
+        expected="0 (off) to 2^31 - 1",
+        help="sample from the k likeliest tokens",
+        triton_type="TYPE_INT32",
+        trtllm_keyword="top_k",
+        trtllm_tensor="runtime_top_k",
+        is_filter=True,
+    )
+    top_p: float = _row(
+        1.0,
+        minimum=0.0,
+        maximum=1.0,
+        expected="above 0 and at most 1 (off)",
+        help="sample from the likeliest tokens of this probability",
+        triton_type="TYPE_FP32",
+        trtllm_keyword="top_p",
+        trtllm_tensor="runtime_top_p",
+        excludes_minimum=True,
+        is_filter=True,
+    )
+    seed: int = _row(
+        0,
+        minimum=0,
+        maximum=2**64 - 1,
+        expected="0 to 2^64 - 1",
+        help="of the sampling",
+        triton_type="TYPE_UINT64",
+        trtllm_keyword="seed",
+        trtllm_tensor="seed",
+    )
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 100.0:
-            raise UserError(f"temperature is {self.temperature}, expected 0 (greedy) to 100")
-        if not 0 <= self.top_k < 2**31:
-            raise UserError(f"top_k is {self.top_k}, expected 0 (off) to 2^31 - 1")
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"top_p is {self.top_p}, expected above 0 and at most 1 (off)")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"seed is {self.seed}, expected 0 to 2^64 - 1")
+        for row in SETTINGS:
+            row.check(getattr(self, row.name))
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0 or self.top_k == 1
 
 
-def sample(logits: torch.Tensor, params: SamplingParams, step: int) -> int:
-    """The token drawn from one row of logits [vocab_size] float32 at the request's `step`."""
-    return int(sample_rows(logits[None], [params], [step]))
+SETTINGS = tuple(Setting(each.name, **each.metadata) for each in fields(SamplingParams))
 
 
-def sample_rows(
-    logits: torch.Tensor, params: Sequence[SamplingParams], steps: Sequence[int]
-) -> torch.Tensor:
-    """A token for every row of logits [n, vocab_size], each as if it were alone: [n] int64, on the
-    logits' device, without waiting for it.
+def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling settings among the flags or fields of a request; None is not given."""
+    return {row.name: values[row.name] for row in SETTINGS if values.get(row.name) is not None}
 
-    Temperature, then the top_k most likely, then the smallest set of them whose probability
-    reaches top_p ("The Curious Case of Neural Text Degeneration", arXiv 1904.09751).
+
+def with_sampling(defaults: SamplingParams, given: dict[str, Any]) -> SamplingParams:
+    """A filter without a temperature means sampling at temperature 1.
+
+    Raises `UserError` for a value out of range.
     """
-    token_ids = logits.argmax(-1)
-    drawn = [i for i, each in enumerate(params) if not each.is_greedy]
-    if drawn:
-        rows = torch.tensor(drawn).to(logits.device, non_blocking=True)
-        chosen = _draw(logits[rows], [params[i] for i in drawn], [steps[i] for i in drawn])
-        token_ids[rows] = chosen
-    return token_ids
+    has_filter = any(row.is_filter and row.name in given for row in SETTINGS)
+    if defaults.temperature == 0.0 and has_filter:
+        given = {"temperature": 1.0, **given}
+    return replace(defaults, **given)
 
 
-def _draw(
-    logits: torch.Tensor, params: Sequence[SamplingParams], steps: Sequence[int]
-) -> torch.Tensor:
-    vocab_size = logits.shape[1]
-    settings = torch.tensor(
-        [
-            (each.temperature, each.top_k or vocab_size, each.top_p, _uniform(each.seed, step))
-            for each, step in zip(params, steps, strict=True)
-        ],
-        dtype=torch.float64,
-    ).to(logits.device, non_blocking=True)
-    temperature, top_k, top_p, uniform = settings.T[:, :, None]  # each [n, 1]
-    # In float64 no accepted temperature underflows to 0 and no quotient is 0 / 0.
-    scaled = (logits - logits.amax(-1, keepdim=True)).to(torch.float64) / temperature
-    probabilities, token_ids = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
-    probabilities *= torch.arange(vocab_size, device=logits.device) < top_k
-    cumulative = (probabilities / probabilities.sum(-1, keepdim=True)).cumsum(-1)
-    num_kept = torch.where(top_p < 1.0, (cumulative < top_p).sum(-1, keepdim=True) + 1, top_k)
-    last = torch.minimum(num_kept, top_k).clamp(max=vocab_size).to(torch.int64) - 1
-    # Inverse transform: the first token whose cumulative probability exceeds a uniform number.
-    threshold = uniform * cumulative.gather(-1, last)
-    index = torch.searchsorted(cumulative, threshold, right=True)
-    return token_ids.gather(-1, torch.minimum(index, last))[:, 0]
+def non_neutral(params: SamplingParams) -> dict[str, int | float]:
+    """The settings that ask for something, by name, in the order of the table."""
+    values = asdict(params)
+    return {row.name: values[row.name] for row in SETTINGS if values[row.name] != row.neutral}
 
 
-def _uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) that depends on seed and step alone (Philox, SC 2011)."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step])).random())
+def check_target(params: SamplingParams, decoder_target: str) -> None:
+    """Raises `UserError` for a setting that the engine's decoder cannot do."""
+    if decoder_target != "tensorrt_llm":
+        return
+    asked = non_neutral(params)
+    for row in SETTINGS:
+        if row.name in asked and row.trtllm_keyword is None:
+            raise UserError(
+                f"{row.name} is {asked[row.name]}, and decoder 'tensorrt_llm' has no such setting; "
+                "leave it out, or build the engine with --decoder torch"
+            )

@@ -16,6 +16,7 @@ from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import check_max_new_tokens, check_prompt_length
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.sampling import check_target
 from runtime.requests.types import GenerationRequest
 
 
@@ -40,6 +41,7 @@ def prepare(
     """Raises `UserError` for a request this engine cannot answer, the cheap reasons first."""
     begun = time.perf_counter()
     check_max_new_tokens(request.max_new_tokens)
+    check_target(request.sampling, engine.decoder_target)
     _check_text_size(request, engine, tokenizer)
     content = _tile(request, engine)
     prompt = build_prompt(

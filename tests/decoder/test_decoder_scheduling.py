@@ -21,10 +21,11 @@ from runtime.decoder.models.open_model import OpenedModel
 from runtime.decoder.models.plain_model import PlainModel
 from runtime.decoder.models.step import DecoderModel, SequenceStep
 from runtime.decoder.models.torch_weights import load_weights, open_weights
+from runtime.decoder.sampler import sample_rows
 from runtime.decoder.scheduler import UNKNOWN_TOKEN, max_num_blocks
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir
-from runtime.requests.sampling import SamplingParams, sample_rows
+from runtime.requests.sampling import SamplingParams
 
 CPU = torch.device("cpu")
 VOCAB_SIZE, HIDDEN_SIZE, MAX_SEQ_LEN = 512, 128, 160

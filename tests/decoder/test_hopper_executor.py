@@ -14,10 +14,11 @@ from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest, generate
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.open_model import open_model
+from runtime.decoder.sampler import sample_rows
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.loading import loading_on
-from runtime.requests.sampling import SamplingParams, sample_rows
+from runtime.requests.sampling import SamplingParams
 from tests.conftest import CPU
 from tests.support.tolerances import FAST_PATH_GAP, FAST_PATH_LOGITS, gap_to_best, relative_error
 

@@ -23,8 +23,7 @@ from frontends.triton.render import PROJECT_DIR, ServeOptions, render
 from frontends.triton.server import Ports, TritonServer
 from nvlm.inputs.images import load_image
 from runtime.engine.engine_dir import EngineDir
-from runtime.requests.request_file import with_sampling
-from runtime.requests.sampling import SamplingParams
+from runtime.requests.sampling import SamplingParams, with_sampling
 from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
 from tests.support.asking import Images

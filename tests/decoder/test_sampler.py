@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nvlm.program.errors import UserError
-from runtime.requests.sampling import SamplingParams, sample
+from runtime.decoder.sampler import sample
+from runtime.requests.sampling import SamplingParams
 
 SHUFFLED = [0.05, 0.4, 0.1, 0.3, 0.15]  # likeliest first: tokens 1, 3, 4, 2, 0
 NUM_DRAWS = 2000
