@@ -10,7 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.decoder.executor import DecoderRequest
-from runtime.requests.sampling import SamplingParams
+from runtime.decoder.tensorrt_llm_dialect import (
+    end_and_stop_ids,
+    extra_ids,
+    prompt_table,
+    sampling_tensors,
+)
 
 
 def request_tensors(
@@ -19,24 +24,23 @@ def request_tensors(
     """By the backend's names, with its batch dimension of 1.
 
     Ids >= vocab_size address prompt_embedding_table [1, rows, hidden_size] of the engine's dtype.
-    An extra id per token tells images apart where the KV cache is reused: it is 0 for text.
     """
-    end_id = min(request.stop_ids, default=-1)  # it takes one; the others are watched by us
+    end_id, _ = end_and_stop_ids(request)  # remote_decoder.py watches for the others
     tensors: dict[str, NDArray[Any] | torch.Tensor] = {
         "input_ids": np.array([request.token_ids], np.int32),
         "input_lengths": np.array([[len(request.token_ids)]], np.int32),
         "request_output_len": np.array([[max_new_tokens]], np.int32),
-        "end_id": np.array([[end_id]], np.int32),
-        "pad_id": np.array([[max(end_id, 0)]], np.int32),
+        "end_id": np.array([[-1 if end_id is None else end_id]], np.int32),
+        "pad_id": np.array([[end_id or 0]], np.int32),
         "streaming": np.array([[True]]),
-        **_sampling_tensors(request.sampling),
+        **sampling_tensors(request.sampling),
     }
-    if request.prompt_table is not None:
-        table = request.prompt_table.to(dtype)
+    table = prompt_table(request, dtype)
+    if table is not None:
         tensors |= {
-            "prompt_embedding_table": table[None].contiguous(),
+            "prompt_embedding_table": table[None],
             "prompt_vocab_size": np.array([[len(table)]], np.int32),
-            "prompt_table_extra_ids": _extra_ids(request, vocab_size),
+            "prompt_table_extra_ids": np.array([extra_ids(request, vocab_size)], np.uint64),
         }
     return tensors
 
@@ -46,26 +50,3 @@ def new_token_ids(outputs: Mapping[str, NDArray[Any]]) -> list[int]:
     length = int(outputs["sequence_length"].reshape(-1)[0])
     ids: list[int] = outputs["output_ids"][0, 0, :length].tolist()
     return ids
-
-
-def _sampling_tensors(sampling: SamplingParams) -> dict[str, NDArray[Any]]:
-    """In this backend top_k 0 with top_p 0 is greedy, so an unfiltered draw has top_p 1."""
-    if sampling.is_greedy:
-        return {"runtime_top_k": np.array([[1]], np.int32)}
-    return {
-        "runtime_top_k": np.array([[sampling.top_k]], np.int32),
-        "runtime_top_p": np.array([[sampling.top_p]], np.float32),
-        "temperature": np.array([[sampling.temperature]], np.float32),
-        "seed": np.array([[sampling.seed]], np.uint64),
-    }
-
-
-def _extra_ids(request: DecoderRequest, vocab_size: int) -> NDArray[np.uint64]:
-    """[1, num_tokens]: the first 64 bits of its image's cache key (never 0) for a virtual token."""
-    keys = [max(1, int.from_bytes(key[:8], "big")) for key in request.cache_keys]
-    per_row = np.repeat(np.array(keys, np.uint64), request.rows_per_image)
-    ids = np.array(request.token_ids)
-    extra = np.zeros(len(ids), np.uint64)
-    is_virtual = ids >= vocab_size
-    extra[is_virtual] = per_row[ids[is_virtual] - vocab_size]
-    return extra[None]

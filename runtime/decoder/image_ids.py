@@ -2,7 +2,7 @@
 
 Every request numbers its virtual tokens from vocab_size, so two pictures have equal token ids. Our
 blocks are found by the whole key, a SHA-256 of the pixels. TensorRT-LLM hashes (token id, extra id)
-pairs and takes 64 bits of it.
+pairs; tensorrt_llm_dialect.py makes its extra ids of these keys.
 """
 
 from __future__ import annotations
@@ -27,12 +27,4 @@ def image_keys(request: DecoderRequest, vocab_size: int) -> list[bytes]:
     return [
         b"" if token_id < vocab_size else keys_of_rows[token_id - vocab_size]
         for token_id in request.token_ids
-    ]
-
-
-def extra_ids(request: DecoderRequest, vocab_size: int) -> list[int]:
-    """TensorRT-LLM's number a prompt token: 0 for text, else the first 64 bits of its key."""
-    return [
-        int.from_bytes(key[:8].ljust(8, b"\0"), "little") or 1 if key else 0
-        for key in image_keys(request, vocab_size)
     ]

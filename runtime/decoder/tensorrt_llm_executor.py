@@ -23,9 +23,13 @@ from runtime.decoder.executor import (
     StepOutput,
     check_request,
 )
-from runtime.decoder.image_ids import extra_ids
+from runtime.decoder.tensorrt_llm_dialect import (
+    end_and_stop_ids,
+    extra_ids,
+    prompt_table,
+    sampling_keywords,
+)
 from runtime.engine.engine_dir import EngineDir
-from runtime.requests.sampling import SamplingParams
 
 _POLL = timedelta(milliseconds=500)  # between looks at Control-C; responses come at once
 
@@ -94,29 +98,31 @@ class TensorrtLlmDecoderExecutor:
         self._executor = None
 
     def _to_trtllm(self, request: DecoderRequest) -> Any:
-        trtllm, table = self._trtllm, request.prompt_table
+        trtllm, table = self._trtllm, prompt_table(request, self._dtype)
         prompt_tuning = None
-        if table is not None and len(table):
-            table = table.to(self._device, self._dtype).contiguous()
+        if table is not None:
+            table = table.to(self._device)
             # The Executor reads it on streams of its own, which do not wait for torch's.
             torch.cuda.current_stream(self._device).synchronize()
             prompt_tuning = trtllm.PromptTuningConfig(
                 embedding_table=table,
                 input_token_extra_ids=extra_ids(request, self._config.decoder.vocab_size),
             )
-        stop_ids = sorted(request.stop_ids)  # one may be the end id, the others are stop words
+        end_id, stop_ids = end_and_stop_ids(request)
         room = self.limits.max_seq_len - len(request.token_ids)
         return trtllm.Request(
             input_token_ids=list(request.token_ids),
             max_tokens=min(request.max_new_tokens, room),
             streaming=True,
-            sampling_config=sampling_config(trtllm, request.sampling),
+            sampling_config=trtllm.SamplingConfig(
+                beam_width=1, **sampling_keywords(request.sampling)
+            ),
             output_config=trtllm.OutputConfig(
                 exclude_input_from_output=True,
                 return_generation_logits=request.return_logits,
             ),
-            end_id=stop_ids[0] if stop_ids else None,
-            stop_words=[[token_id] for token_id in stop_ids[1:]] or None,
+            end_id=end_id,
+            stop_words=[[token_id] for token_id in stop_ids] or None,
             prompt_tuning_config=prompt_tuning,
         )
 
@@ -180,18 +186,4 @@ def executor_config(trtllm: Any, engine: EngineDir, options: DecoderOptions) -> 
             communication_mode=trtllm.CommunicationMode.LEADER,
         ),
         gather_generation_logits=options.gather_logits,
-    )
-
-
-def sampling_config(trtllm: Any, params: SamplingParams) -> Any:
-    """Greedy is top_k 1. The generator is TensorRT-LLM's: a seed replays its own draws, not the
-    torch executor's."""
-    if params.is_greedy:
-        return trtllm.SamplingConfig(beam_width=1, top_k=1)
-    return trtllm.SamplingConfig(
-        beam_width=1,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        temperature=params.temperature,
-        seed=params.seed,
     )

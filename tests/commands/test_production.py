@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from build.conversion.convert import ConvertOptions
 from build.engines.build import BuildRun, build_engine
 from build.engines.specification import BuildOptions, specify
+from frontends.triton.tensorrt_llm import request_tensors
 from nvlm.planning import tensorrt_llm_package
 from nvlm.planning.tensorrt_package import make_logger
 from nvlm.program import command_line
@@ -37,7 +38,7 @@ from runtime.decoder.executor import (
 from runtime.engine.engine_dir import EngineDir
 from runtime.ranks.mpi import Job, World
 from runtime.ranks.worker import run_worker
-from runtime.requests.sampling import SamplingParams
+from runtime.requests.sampling import SETTINGS, SamplingParams
 from runtime.requests.types import GenerationRequest, GenerationResult
 from runtime.serving.runner import Runner
 from tests.conftest import TINY, Workshop
@@ -355,6 +356,65 @@ class TestAnswers:
         found = (config.temperature, config.top_k, config.top_p, config.seed)
         assert found == (0.7, 9, 0.8, 2**63)
         assert second.sampling_config.top_k == 1
+
+    @pytest.mark.parametrize("stop_ids", [(), (9,), (9, 3, 400)])
+    @pytest.mark.parametrize(
+        "sampling",
+        [
+            SamplingParams(),
+            SamplingParams(temperature=0.7, top_k=1, top_p=0.5, seed=3),
+            SamplingParams(temperature=0.75),
+            SamplingParams(temperature=0.5, top_k=9, top_p=0.25, seed=2**63 + 1),
+        ],
+    )
+    def test_the_executor_and_tritons_backend_are_given_the_same(
+        self, built: Any, doubles: Doubles, sampling: SamplingParams, stop_ids: tuple[int, ...]
+    ) -> None:
+        """One request in both dialects, with pictures whose keys begin with 0 and with unequal
+        bytes. A value is exact in float32, which the backend's tensors are."""
+        engine = EngineDir.read(built())
+        decoder = create_decoder_executor(engine, CUDA)
+        config = engine.checkpoint_config.decoder
+        vocab_size = config.vocab_size
+        request = DecoderRequest(
+            token_ids=[5, vocab_size, vocab_size + 1, 6, vocab_size + 2, 7],
+            max_new_tokens=2,
+            prompt_table=torch.arange(3.0)[:, None].expand(3, config.hidden_size),
+            cache_keys=(bytes(range(1, 33)), bytes(8) + b"k" * 24),
+            rows_per_image=(2, 1),
+            stop_ids=frozenset(stop_ids),
+            sampling=sampling,
+        )
+        decoder.submit(request)
+        (sent,) = doubles.executor.executors[-1].requests.values()
+        tensors = request_tensors(request, 2, vocab_size, torch.bfloat16)
+
+        extra = tensors["prompt_table_extra_ids"].tolist()
+        assert [sent.prompt_tuning_config.input_token_extra_ids] == extra
+        assert extra == [[0, 0x0807060504030201, 0x0807060504030201, 0, 1, 0]]
+        table = tensors["prompt_embedding_table"]
+        assert isinstance(table, torch.Tensor)
+        assert torch.equal(sent.prompt_tuning_config.embedding_table.cpu(), table[0])
+        assert [[-1 if sent.end_id is None else sent.end_id]] == tensors["end_id"].tolist()
+        for row in SETTINGS:
+            assert row.trtllm_keyword is not None
+            value = getattr(sent.sampling_config, row.trtllm_keyword)
+            found = tensors.get(row.trtllm_tensor)
+            assert (None if found is None else found.tolist()) == (
+                None if value is None else [[value]]
+            ), row.name
+
+    def test_a_request_without_rows_has_no_table_in_either_dialect(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        engine = EngineDir.read(built())
+        config = engine.checkpoint_config.decoder
+        empty = DecoderRequest([1, 2], 2, prompt_table=torch.empty(0, config.hidden_size))
+        create_decoder_executor(engine, CUDA).submit(empty)
+        (sent,) = doubles.executor.executors[-1].requests.values()
+        assert sent.prompt_tuning_config is None
+        tensors = request_tensors(empty, 2, config.vocab_size, torch.bfloat16)
+        assert not any("prompt" in name for name in tensors)
 
     def test_logits_come_where_they_were_asked_for_at_load(self, built: Any) -> None:
         options = DecoderOptions(gather_logits=True)

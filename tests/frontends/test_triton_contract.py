@@ -196,7 +196,7 @@ def test_what_the_backend_is_given_agrees_with_the_manifest() -> None:
     def values(name: str) -> list[Any]:
         return list(np.asarray(tensors[name]).reshape(-1).tolist())
 
-    one = int.from_bytes(bytes([1] * 8), "big")
+    one = int.from_bytes(bytes([1] * 8), "little")
     assert values("prompt_table_extra_ids") == [0, one, one, 0, 1, 0]
     assert values("prompt_vocab_size") == [3]
     assert values("input_lengths") == [6]

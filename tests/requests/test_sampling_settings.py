@@ -165,6 +165,15 @@ def test_every_door_of_a_tensorrt_llm_engine_refuses_it(table: Any, engine_dir: 
     prepare(engine_for(engine_dir, "torch"), tokenizer, request_of(ENOUGH))
 
 
+def test_both_dialects_of_tensorrt_llm_refuse_it(table: Any) -> None:
+    dialect = import_module("runtime.decoder.tensorrt_llm_dialect")
+    asked = table.SamplingParams(crispness=1.5)
+    with pytest.raises(UserError, match=REFUSED):
+        dialect.sampling_keywords(asked)
+    with pytest.raises(UserError, match=r"^crispness is 1.5, and TensorRT-LLM's Triton backend"):
+        dialect.sampling_tensors(asked)
+
+
 def test_values_that_ask_for_nothing_are_left_out() -> None:
     params = sampling.SamplingParams(temperature=0.5, top_k=0, seed=7)
     assert sampling.non_neutral(params) == {"temperature": 0.5, "seed": 7}

@@ -1,0 +1,90 @@
+"""A decoder request in the words of TensorRT-LLM, for its Executor and its Triton backend alike.
+
+Both run the same engine, so both get the same settings, extra ids and end id. How these travel,
+as keywords or as tensors, is the business of the two callers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nvlm.program.errors import UserError
+from runtime.decoder.executor import DecoderRequest
+from runtime.decoder.image_ids import image_keys
+from runtime.requests.sampling import SETTINGS, SamplingParams, check_target, non_neutral
+
+_OF_A_DRAW = ("temperature", "top_k", "top_p", "seed")  # without effect on greedy decoding
+_NUMPY_TYPES = {"TYPE_FP32": np.float32, "TYPE_INT32": np.int32, "TYPE_UINT64": np.uint64}
+
+
+def sampling_keywords(params: SamplingParams) -> dict[str, int | float]:
+    """The arguments of SamplingConfig. The generator is TensorRT-LLM's: a seed replays its own
+    draws, not the torch executor's.
+
+    Raises `UserError` for a setting that TensorRT-LLM does not have.
+    """
+    check_target(params, "tensorrt_llm")
+    values = _values(params)
+    return {
+        setting.trtllm_keyword: values[setting.name]
+        for setting in SETTINGS
+        if setting.name in values and setting.trtllm_keyword is not None
+    }
+
+
+def sampling_tensors(params: SamplingParams) -> dict[str, NDArray[Any]]:
+    """The backend's sampling tensors, each [1, 1].
+
+    Raises `UserError` for a setting that the backend does not have.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    values = _values(params)
+    for setting in SETTINGS:
+        if setting.name not in values:
+            continue
+        if setting.trtllm_tensor is None:
+            raise UserError(
+                f"{setting.name} is {values[setting.name]}, and TensorRT-LLM's Triton backend has "
+                "no such setting; leave it out"
+            )
+        dtype = _NUMPY_TYPES[setting.triton_type]
+        tensors[setting.trtllm_tensor] = np.array([[values[setting.name]]], dtype)
+    return tensors
+
+
+def _values(params: SamplingParams) -> dict[str, int | float]:
+    """By our names. Greedy is top_k 1. A draw has all its settings, because the backend takes top_k
+    0 without a top_p for greedy; any other setting is left out where it asks for nothing."""
+    others = {name: value for name, value in non_neutral(params).items() if name not in _OF_A_DRAW}
+    if params.is_greedy:
+        return {"top_k": 1, **others}
+    return {name: getattr(params, name) for name in _OF_A_DRAW} | others
+
+
+def end_and_stop_ids(request: DecoderRequest) -> tuple[int | None, list[int]]:
+    """The one end id that TensorRT-LLM takes, the lowest, and the other ids that end an answer."""
+    ids = sorted(request.stop_ids)
+    return (ids[0], ids[1:]) if ids else (None, [])
+
+
+def prompt_table(request: DecoderRequest, dtype: torch.dtype) -> torch.Tensor | None:
+    """[rows, hidden_size] in the engine's dtype, which TensorRT-LLM does not cast to; None where
+    the request has no rows."""
+    table = request.prompt_table
+    return None if table is None or len(table) == 0 else table.to(dtype).contiguous()
+
+
+def extra_ids(request: DecoderRequest, vocab_size: int) -> list[int]:
+    """A uint64 a prompt token, which tells pictures apart where KV blocks are found again.
+
+    0 is TensorRT-LLM's word for no extra id and stands for text. A row of a picture has the first 8
+    bytes of its cache key, little-endian, or 1 where they are 0.
+    """
+    return [
+        int.from_bytes(key[:8].ljust(8, b"\0"), "little") or 1 if key else 0
+        for key in image_keys(request, vocab_size)
+    ]
