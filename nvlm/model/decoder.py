@@ -1,7 +1,7 @@
 """One Qwen2 decoder layer and the pieces around it, over flat token rows.
 
 Rows of several requests lie behind one another: [num_tokens, hidden_size]. Attention itself is
-passed in (`attend`), so the layer knows neither caches nor batches; calibration and the runtime
+passed in (`Attention`), so the layer knows neither caches nor batches; calibration and the runtime
 share it. Names follow the TensorRT-LLM checkpoint. Formulas: Qwen2 technical report
 (arXiv 2407.10671); RMSNorm arXiv 1910.07467; RoPE arXiv 2104.09864; SwiGLU arXiv 2002.05202.
 """
@@ -9,6 +9,7 @@ share it. Names follow the TensorRT-LLM checkpoint. Formulas: Qwen2 technical re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,11 +19,20 @@ from nvlm.model import fp8
 from nvlm.model.config import DecoderConfig
 from nvlm.model.linear import QuantizableLinear
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, heads, head_dim], all `dtype`."""
-
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
 """The sum of a float32 tensor over the ranks that share a layer."""
+
+
+class Attention(Protocol):
+    """Attends over the rows of a step; it alone knows their sequences and their cache."""
+
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim]; q and k after RoPE. Returns
+        [T, heads, head_dim]. All are `dtype`. layer: its index in the model."""
+        ...
+
 
 _ROW_PARALLEL = ("attention.dense", "mlp.proj")
 
@@ -114,15 +124,22 @@ class DecoderLayer(nn.Module):
         return linear
 
     def forward(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention: Attention,
+        index: int = 0,
     ) -> torch.Tensor:
-        """hidden: [T, hidden_size] in `dtype`; cos, sin: `rope_tables` of the rows' positions."""
+        """hidden: [T, hidden_size] in `dtype`; cos, sin: `rope_tables` of the rows' positions.
+        index: the layer's in the model, for `attention`."""
         normed = rms_norm(hidden, self.input_layernorm, self.eps)
         qkv = self.linear("attention.qkv")(normed)  # [T, (heads + 2 kv_heads) head_dim]
         sizes = (self.query_size, self.key_value_size, self.key_value_size)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(sizes, dim=-1))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        hidden = hidden + self._row_parallel("attention.dense", attend(q, k, v).flatten(1))
+        attended = attention.forward(index, q, k, v).flatten(1)  # [T, heads head_dim]
+        hidden = hidden + self._row_parallel("attention.dense", attended)
         normed = rms_norm(hidden, self.post_layernorm, self.eps)
         # TensorRT-LLM's names: `fc` is the activated half (gate_proj), `gate` is up_proj.
         activated = nn.functional.silu(self.linear("mlp.fc")(normed).to(torch.float32))

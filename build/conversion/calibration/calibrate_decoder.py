@@ -54,41 +54,43 @@ def run_layer(
             ranges = [torch.arange(s.position, s.position + s.count) for s in segments]
             positions = torch.cat(ranges).to(device)
             cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
-
-            def attend(
-                q: torch.Tensor,
-                k: torch.Tensor,
-                v: torch.Tensor,
-                segments: list[_Segment] = segments,
-            ) -> torch.Tensor:
-                for name, x in (("q", q), ("k", k), ("v", v)):
-                    observer.see(name, x)
-                return _attend(q, k, v, segments, past)
-
-            writer.append(layer(before.read(window).to(device), cos, sin, attend))
+            attention = WindowAttention(segments, past, observer)
+            writer.append(layer(before.read(window).to(device), cos, sin, attention))
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    segments: list[_Segment],
-    past: dict[int, tuple[torch.Tensor, torch.Tensor]],
-) -> torch.Tensor:
-    """Attention of every segment over its own sequence; `past` holds what windows before saw."""
-    counts = [segment.count for segment in segments]
-    outputs: list[torch.Tensor] = []
-    for segment, rows, *new in zip(
-        segments, q.split(counts), k.split(counts), v.split(counts), strict=True
-    ):
-        keys, values = new
-        if segment.position:
-            old_keys, old_values = past.pop(segment.sequence)
-            keys, values = torch.cat((old_keys, keys)), torch.cat((old_values, values))
-        if not segment.is_last:
-            past[segment.sequence] = keys, values
-        outputs += _in_blocks(rows, keys, values, segment.position)
-    return torch.cat(outputs).to(q.dtype)
+class WindowAttention:
+    """`Attention` of a window's segments, each over its own sequence, in one layer.
+
+    past: keys and values of sequences that a window before has begun; `forward` adds those that go
+    on in the next one. observer: sees q, k and v.
+    """
+
+    def __init__(
+        self,
+        segments: list[_Segment],
+        past: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        observer: AmaxObserver,
+    ) -> None:
+        self._segments, self._past, self._observer = segments, past, observer
+
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            self._observer.see(name, x)
+        counts = [segment.count for segment in self._segments]
+        outputs: list[torch.Tensor] = []
+        for segment, rows, *new in zip(
+            self._segments, q.split(counts), k.split(counts), v.split(counts), strict=True
+        ):
+            keys, values = new
+            if segment.position:
+                old_keys, old_values = self._past.pop(segment.sequence)
+                keys, values = torch.cat((old_keys, keys)), torch.cat((old_values, values))
+            if not segment.is_last:
+                self._past[segment.sequence] = keys, values
+            outputs += _in_blocks(rows, keys, values, segment.position)
+        return torch.cat(outputs).to(q.dtype)
 
 
 def _in_blocks(

@@ -8,8 +8,6 @@ Design: docs/decisions.md, "Fast path on Hopper".
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
@@ -18,16 +16,18 @@ from nvlm.model.dtypes import TORCH_DTYPES
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.kernels.forms import Forms
 from runtime.decoder.models.decode_inputs import DecodeInputs
+from runtime.decoder.models.hopper_attention import (
+    AttentionContext,
+    DecodeAttention,
+    HopperAttention,
+    attention_of,
+)
 from runtime.decoder.models.hopper_weights import Fp8Linear, HopperWeights
 from runtime.decoder.models.kv_cache import PagedKVCache
 from runtime.decoder.models.step import SequenceStep
 
 _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
 _SHORT_PROMPTS = (2, 16)  # Triton compiles anew for a number of rows that 16 divides
-
-Attend = Callable[[int, torch.Tensor], torch.Tensor]
-"""Layer and qkv [T, (heads + 2 kv_heads) head_dim], whose K and V are appended to the cache -> e4m3
-[T, heads * head_dim]."""
 
 
 class HopperModel:
@@ -60,7 +60,9 @@ class HopperModel:
         self._inputs = DecodeInputs(self._batch_sizes[-1], max_seq_len, num_blocks, device)
         # Made on the CPU, whose powers and cosines are the oracle's.
         cos, sin = rope_tables(torch.arange(max_seq_len), decoder.head_dim, decoder.rope_theta)
-        self._cos, self._sin = cos.to(device), sin.to(device)
+        self._attention = AttentionContext(
+            forms, weights.layers, self._cache, cos.to(device), sin.to(device)
+        )
         self._padding_block = num_blocks
         self._max_batch_size, self._max_seq_len = max_batch_size, max_seq_len
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -98,8 +100,9 @@ class HopperModel:
         hidden = self._weights.embedding[inputs.token_ids(num_rows)]
         positions = inputs.positions(num_rows).contiguous()
         slots = inputs.slots(num_rows).to(torch.int64)
-        attend = self._attend_decoding(positions, slots, inputs.block_tables(num_rows))
-        return self._head(*self._layers(hidden, attend))
+        tables = inputs.block_tables(num_rows)
+        attention = DecodeAttention(self._attention, positions, slots, tables)
+        return self._head(*self._layers(hidden, attention))
 
     @torch.inference_mode()
     def warm_up(self, max_num_tokens: int) -> None:
@@ -157,8 +160,8 @@ class HopperModel:
             ]
         )
         hidden = torch.cat([self._embed(step) for step in ordered])
-        attend = self._attend_mixture(ordered, num_decoding, positions, slots)
-        hidden, delta = self._layers(hidden, attend)
+        attention = attention_of(self._attention, ordered, num_decoding, positions, slots)
+        hidden, delta = self._layers(hidden, attention)
         ends = torch.tensor(counts).cumsum(0) - 1
         last_rows = torch.empty_like(ends)
         last_rows[torch.tensor(order)] = ends  # in the steps' own order
@@ -170,80 +173,9 @@ class HopperModel:
         table = None if step.prompt_table is None else step.prompt_table.to(self._device)
         return embed(token_ids, self._weights.embedding, table, self._dtype)
 
-    def _attend_decoding(
-        self, positions: torch.Tensor, slots: torch.Tensor, tables: torch.Tensor
-    ) -> Attend:
-        cos, sin = self._cos[positions], self._sin[positions]
-
-        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
-            layer = self._weights.layers[index]
-            return self._forms.decode_attention(
-                qkv,
-                cos,
-                sin,
-                slots,
-                *self._cache.pages(index),
-                tables,
-                positions,
-                layer.kv_scale,
-                layer.dense.activation_scale,
-            )
-
-        return attend
-
-    def _attend_prompts(
-        self, steps: list[SequenceStep], positions: torch.Tensor, slots: torch.Tensor
-    ) -> Attend:
-        counts = [len(step.token_ids) for step in steps]
-        blocks = [torch.tensor(step.blocks).to(self._device) for step in steps]
-        cos, sin = self._cos[positions], self._sin[positions]
-
-        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
-            layer, pages = self._weights.layers[index], self._cache.pages(index)
-            q = self._forms.rope_append(qkv, cos, sin, slots, *pages, layer.kv_scale)
-            parts = [
-                self._forms.prefill_attention(
-                    rows,
-                    *pages,
-                    table,
-                    step.first_position,
-                    layer.kv_scale_value,
-                    layer.dense.activation_scale,
-                )
-                for step, rows, table in zip(steps, q.split(counts), blocks, strict=True)
-            ]
-            return _cat_e4m3(parts)
-
-        return attend
-
-    def _attend_mixture(
-        self,
-        steps: list[SequenceStep],
-        num_decoding: int,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> Attend:
-        """`num_decoding` steps of one row each, then the others."""
-        n = num_decoding
-        # A tensor that does not begin at 16 bytes would have Triton compile its kernel anew.
-        attend_prompts = self._attend_prompts(steps[n:], positions[n:], slots[n:].clone())
-        if n == 0:
-            return attend_prompts
-        width = max(len(step.blocks) for step in steps[:n])
-        tables = torch.tensor(
-            [step.blocks + [0] * (width - len(step.blocks)) for step in steps[:n]],
-            dtype=torch.int32,
-        ).to(self._device)
-        attend_decoding = self._attend_decoding(positions[:n].to(torch.int32), slots[:n], tables)
-        if n == len(steps):
-            return attend_decoding
-
-        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
-            return _cat_e4m3([attend_decoding(index, qkv[:n]), attend_prompts(index, qkv[n:])])
-
-        return attend
-
-    def _layers(self, hidden: torch.Tensor, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+    def _layers(
+        self, hidden: torch.Tensor, attention: HopperAttention
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden: [T, hidden_size]; returns the residual stream and what the last layer adds."""
         forms = self._forms
         delta: torch.Tensor | None = None
@@ -251,7 +183,7 @@ class HopperModel:
             hidden, normed = forms.add_rms_norm(
                 hidden, delta, layer.input_norm, self._eps, layer.qkv.activation_scale
             )
-            attended = attend(index, self._linear(layer.qkv, normed))
+            attended = attention.forward(index, self._linear(layer.qkv, normed))
             delta = self._row_parallel(layer.dense, attended)
             hidden, normed = forms.add_rms_norm(
                 hidden, delta, layer.post_norm, self._eps, layer.gate_up.activation_scale
@@ -295,9 +227,3 @@ def _padded(num_rows: int) -> int:
 def _decodes(step: SequenceStep) -> bool:
     """One token that no prompt table holds, and whose logits are wanted."""
     return len(step.token_ids) == 1 and step.prompt_table is None and step.wants_logits
-
-
-def _cat_e4m3(parts: list[torch.Tensor]) -> torch.Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)

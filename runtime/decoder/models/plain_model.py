@@ -6,12 +6,10 @@ faster path.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.model.decoder import Attend, causal_attention, embed, rms_norm, rope_tables
+from nvlm.model.decoder import causal_attention, embed, rms_norm, rope_tables
 from runtime.decoder.models.kv_cache import PagedKVCache
 from runtime.decoder.models.step import SequenceStep
 from runtime.decoder.models.torch_weights import DecoderWeights
@@ -49,9 +47,9 @@ class PlainModel:
             ]
         )
         cos, sin = rope_tables(positions, decoder.head_dim, decoder.rope_theta)
-        attend_in = self._attention(steps, counts, slots)
+        attention = PagedAttention(self._cache, steps, slots)
         for index, layer in enumerate(weights.layers):
-            hidden = layer(hidden, cos, sin, attend_in(index))
+            hidden = layer(hidden, cos, sin, attention, index)
         ends = torch.tensor(counts).cumsum(0) - 1
         last_rows = ends[torch.tensor([step.wants_logits for step in steps])]
         hidden = hidden[last_rows.to(self._device)]
@@ -65,20 +63,24 @@ class PlainModel:
         table = None if table is None else table.to(self._device)
         return embed(token_ids, embedding, table, embedding.dtype)
 
-    def _attention(
-        self, steps: list[SequenceStep], counts: list[int], slots: torch.Tensor
-    ) -> Callable[[int], Attend]:
-        """For each layer, attention of every sequence over its own blocks of the cache."""
 
-        def attend_in(layer: int) -> Attend:
-            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-                self._cache.write(layer, slots, k, v)
-                outputs = []
-                for step, rows in zip(steps, q.split(counts), strict=True):
-                    cached = self._cache.read(layer, step.blocks, step.end_position)
-                    outputs.append(causal_attention(rows, *cached, step.first_position))
-                return torch.cat(outputs).to(q.dtype)
+class PagedAttention:
+    """`Attention` of each step's sequence over its own blocks of the cache.
 
-            return attend
+    slots: [T] int64, where the step's rows go in the cache.
+    """
 
-        return attend_in
+    def __init__(self, cache: PagedKVCache, steps: list[SequenceStep], slots: torch.Tensor) -> None:
+        self._cache, self._steps, self._slots = cache, steps, slots
+        self._counts = [len(step.token_ids) for step in steps]
+
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Writes k and v to the cache first."""
+        self._cache.write(layer, self._slots, k, v)
+        outputs = []
+        for step, rows in zip(self._steps, q.split(self._counts), strict=True):
+            cached = self._cache.read(layer, step.blocks, step.end_position)
+            outputs.append(causal_attention(rows, *cached, step.first_position))
+        return torch.cat(outputs).to(q.dtype)

@@ -1,0 +1,149 @@
+"""Attention of the fast path: rows of qkv in, the e4m3 rows of the next linear out.
+
+Every form appends K and V to the paged cache first. Rows that decode share one kernel, prompts
+take one call each. What a form needs of a step is made once and serves every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from runtime.decoder.kernels.forms import Forms
+from runtime.decoder.models.hopper_weights import HopperLayer
+from runtime.decoder.models.kv_cache import PagedKVCache
+from runtime.decoder.models.step import SequenceStep
+
+
+class HopperAttention(Protocol):
+    def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """qkv: [T, (heads + 2 kv_heads) head_dim] in `dtype`, after bias and before RoPE. Returns
+        e4m3 [T, heads * head_dim]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionContext:
+    """What outlives a step. cos, sin: `rope_tables` of positions 0 to max_seq_len - 1."""
+
+    forms: Forms
+    layers: list[HopperLayer]
+    cache: PagedKVCache
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class DecodeAttention:
+    """`HopperAttention` of rows that are one sequence's token each.
+
+    positions: [n] int32; slots: [n] int64; tables: [n, max_blocks] int32, a row valid as far as
+    its sequence goes.
+    """
+
+    def __init__(
+        self,
+        context: AttentionContext,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        tables: torch.Tensor,
+    ) -> None:
+        self._context = context
+        self._positions, self._slots, self._tables = positions, slots, tables
+        self._cos, self._sin = context.cos[positions], context.sin[positions]
+
+    def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        weights = self._context.layers[layer]
+        return self._context.forms.decode_attention(
+            qkv,
+            self._cos,
+            self._sin,
+            self._slots,
+            *self._context.cache.pages(layer),
+            self._tables,
+            self._positions,
+            weights.kv_scale,
+            weights.dense.activation_scale,
+        )
+
+
+class PromptAttention:
+    """`HopperAttention` of prompts or chunks of them, one `step` each.
+
+    positions, slots: [T] int64, of the steps' rows in order.
+    """
+
+    def __init__(
+        self,
+        context: AttentionContext,
+        steps: list[SequenceStep],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        self._context, self._steps, self._slots = context, steps, slots
+        self._counts = [len(step.token_ids) for step in steps]
+        self._blocks = [torch.tensor(step.blocks).to(positions.device) for step in steps]
+        self._cos, self._sin = context.cos[positions], context.sin[positions]
+
+    def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        forms, weights = self._context.forms, self._context.layers[layer]
+        pages = self._context.cache.pages(layer)
+        q = forms.rope_append(qkv, self._cos, self._sin, self._slots, *pages, weights.kv_scale)
+        parts = [
+            forms.prefill_attention(
+                rows,
+                *pages,
+                blocks,
+                step.first_position,
+                weights.kv_scale_value,
+                weights.dense.activation_scale,
+            )
+            for step, rows, blocks in zip(
+                self._steps, q.split(self._counts), self._blocks, strict=True
+            )
+        ]
+        return _cat_e4m3(parts)
+
+
+class MixedAttention:
+    """`HopperAttention` of rows that decode and, after those, prompts."""
+
+    def __init__(
+        self, num_decoding: int, decoding: DecodeAttention, prompts: PromptAttention
+    ) -> None:
+        self._num_decoding, self._decoding, self._prompts = num_decoding, decoding, prompts
+
+    def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        n = self._num_decoding
+        return _cat_e4m3(
+            [self._decoding.forward(layer, qkv[:n]), self._prompts.forward(layer, qkv[n:])]
+        )
+
+
+def attention_of(
+    context: AttentionContext,
+    steps: list[SequenceStep],
+    num_decoding: int,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+) -> HopperAttention:
+    """Of a mixture: `num_decoding` steps of one row each, then prompts. positions, slots: [T] int64
+    on the device."""
+    n = num_decoding
+    # A tensor that does not begin at 16 bytes would have Triton compile its kernel anew.
+    prompts = PromptAttention(context, steps[n:], positions[n:], slots[n:].clone())
+    if n == 0:
+        return prompts
+    width = max(len(step.blocks) for step in steps[:n])
+    tables = torch.tensor(
+        [step.blocks + [0] * (width - len(step.blocks)) for step in steps[:n]], dtype=torch.int32
+    ).to(positions.device)
+    decoding = DecodeAttention(context, positions[:n].to(torch.int32), slots[:n], tables)
+    return decoding if n == len(steps) else MixedAttention(n, decoding, prompts)
+
+
+def _cat_e4m3(parts: list[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
