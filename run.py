@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,15 +17,14 @@ from evaluation.tasks import DEFAULT_MAX_NEW_TOKENS as TASK_MAX_NEW_TOKENS
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.planning.memory_plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
-from nvlm.program.command_line import ArgumentParser, fraction, positive_int, resolve_device, run
+from nvlm.program.command_line import ArgumentParser, fraction, positive_int, run
 from nvlm.program.errors import UserError
+from nvlm.program.launcher import end, rank_from
 from runtime.answers.answer_file import answer_json
 from runtime.answers.batch import run_batch
 from runtime.answers.compare import check, differences, record, report_json
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
-from runtime.ranks.mpi import Job, World, end, rank_from
-from runtime.ranks.worker import run_worker
 from runtime.requests.request_file import read_requests
 from runtime.requests.sampling import (
     SETTINGS,
@@ -35,6 +36,7 @@ from runtime.requests.sampling import (
 )
 from runtime.requests.show_tiles import write_tiles
 from runtime.requests.types import GenerationRequest, GenerationResult
+from runtime.serving.launch import Program, launch, open_runner
 from runtime.serving.runner import Runner
 
 EXIT_SOME_FAILED = 1
@@ -137,16 +139,15 @@ def compare(
     arguments: argparse.Namespace,
     requests: dict[str, GenerationRequest],
     device: torch.device,
-    job: Job,
-    options: DecoderOptions,
+    open_leader: Callable[[], Runner],
 ) -> None:
     """Both engines one after the other, then what differs; `requests` by where they stand."""
     for engine_dir in (arguments.engine_dir, arguments.compare):
         check(engine_dir, requests)
     asked = list(requests.values())
-    with Runner.open(arguments.engine_dir, device, job, options) as runner:
+    with open_leader() as runner:
         engine = record(runner, asked)
-    with Runner.open(arguments.compare, device) as runner:
+    with open_runner(arguments.compare, device, os.environ) as runner:
         reference = record(runner, asked)
     if arguments.json:
         print(json.dumps(report_json(engine, reference)))
@@ -156,31 +157,21 @@ def compare(
     print(f"{engine.tokens_per_s:.1f} tokens/s, reference {reference.tokens_per_s:.1f}")
 
 
-def _parse() -> argparse.Namespace:
+def parse() -> Program:
     arguments = parser().parse_args()
     _check_flags(arguments)
-    return arguments
+    options = DecoderOptions(
+        arguments.kv_cache_free_gpu_memory_fraction, gather_logits=arguments.compare is not None
+    )
+    return Program(arguments.engine_dir, arguments.device, options, partial(lead, arguments))
 
 
 def main() -> int:
-    with Job(World.from_environment(os.environ)) as job:
-        arguments = job.agree(_parse)
-        device = job.device(job.agree(lambda: resolve_device(arguments.device)))
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(job.world.share_of(torch.get_num_threads()))
-        # The same on every rank: each rank of TensorRT-LLM allocates by its own.
-        options = DecoderOptions(
-            arguments.kv_cache_free_gpu_memory_fraction,
-            gather_logits=arguments.compare is not None,
-        )
-        if job.world.rank > 0:
-            run_worker(arguments.engine_dir, device, job, options)
-            return 0
-        return lead(arguments, device, job, options)
+    return launch(os.environ, parse)
 
 
 def lead(
-    arguments: argparse.Namespace, device: torch.device, job: Job, options: DecoderOptions
+    arguments: argparse.Namespace, device: torch.device, open_leader: Callable[[], Runner]
 ) -> int:
     """What rank 0 does, or the only one."""
     request = default_request(arguments)
@@ -199,9 +190,9 @@ def lead(
             for line in lines
             if isinstance(line.request, GenerationRequest)
         }
-        compare(arguments, asked or {"the request": request}, device, job, options)
+        compare(arguments, asked or {"the request": request}, device, open_leader)
         return 0
-    with Runner.open(arguments.engine_dir, device, job, options) as runner:
+    with open_leader() as runner:
         if task_run:
             return EXIT_SOME_FAILED if task_run.run(runner) else 0
         if arguments.input_file:

@@ -17,6 +17,7 @@ from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
 from nvlm.planning import hopper
+from nvlm.program.process import set_up_cublas
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 from tools.model_dir import Shape
 
@@ -30,6 +31,8 @@ HAS_HOPPER = torch.cuda.is_available() and hopper.has_kernels(torch.device("cuda
 # Read when Triton and the kernels are imported.
 if not HAS_HOPPER:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    set_up_cublas(os.environ)
 
 # Under nohup programs would inherit that it is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from bench.ceilings import copy_rate, median_ms
 from bench.machine import describe, describe_gpu
 from nvlm.model import fp8
+from nvlm.program.process import set_up_cublas
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.decoder.kernels import plain_forms
 
@@ -146,6 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--prompts", default="", help="rows to time the linears alone with")
     options = parser.parse_args(arguments)
+    set_up_cublas(os.environ)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     forms: Any = plain_forms
     machine = describe() | describe_gpu(device)

@@ -26,6 +26,7 @@ from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from build.output.safetensors_writer import SafetensorsWriter
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_tensors import decoder_tensors
+from nvlm.program.process import set_up_cublas
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.open_model import open_model
 from runtime.decoder.models.read_ahead import reading_ahead
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=DECODERS, default="72b")
     parser.add_argument("--layers", type=int, default=16)
     options = parser.parse_args(arguments)
+    set_up_cublas(os.environ)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = synthetic_engine(options.shape, options.layers, max_batch_size=8, max_seq_len=4096)
     engine = replace(engine, directory=options.folder)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -36,6 +37,7 @@ from bench.hopper.vision import load_vision, measure_vision
 from bench.machine import describe, describe_gpu
 from bench.row import Row
 from bench.synthetic_engine import DECODERS, VISIONS, decoder_source, synthetic_engine
+from nvlm.program.process import set_up_cublas
 from runtime.decoder.models.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir
@@ -92,7 +94,7 @@ def measure_executors(
     prompts, batch_sizes = numbers(options.prompts), numbers(options.batch_sizes)
     executor, config = list(executors.values())[-1]
     for each, _ in executors.values():
-        each.prepare_thread()
+        each.warm_up()
     if "decode" in options.phases:
         for batch_size in batch_sizes:
             yield from measure_decode(executors, batch_size, options.context, ceilings)
@@ -159,6 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.serving and "serving" not in options.phases:
         parser.error("--serving is given without the phase serving; add it")
+    set_up_cublas(os.environ)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)
     print(ceilings, flush=True)

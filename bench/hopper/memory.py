@@ -11,6 +11,7 @@ is JSON.
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.memory_plan import EnginePlan, plan_engine
 from nvlm.program.command_line import ArgumentParser, positive_int, run
 from nvlm.program.errors import UserError
+from nvlm.program.process import set_up_cublas
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.models.open_model import open_model
@@ -78,7 +80,7 @@ def measure(engine: EngineDir, device: torch.device) -> tuple[list[Stage], int]:
     executor = TorchDecoderExecutor.over(engine, opened)
     stage("decoder")
     torch.cuda.empty_cache()  # what making random weights took, and reading a file does not
-    executor.prepare_thread()
+    executor.warm_up()
     stage("its plans")
     for num_tiles in range(1, vision.max_num_tiles + 1):
         vision.encode(random_tiles(engine.vision_config, num_tiles, seed=num_tiles))
@@ -122,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise UserError("torch sees no CUDA GPU, whose memory this measures; run it on one")
+    set_up_cublas(os.environ)
     device = torch.device("cuda")
     engine = synthetic_engine(
         options.shape,

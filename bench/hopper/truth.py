@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
 from nvlm.planning.device_memory import total_memory_bytes
+from nvlm.program.process import set_up_cublas
 from runtime.answers.compare import Run, differences, record
 from runtime.decoder.models.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
@@ -133,6 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--per_task", type=int, default=40)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options = parser.parse_args(arguments)
+    set_up_cublas(os.environ)
     device = torch.device(options.device)
     options.folder.mkdir(parents=True, exist_ok=True)
     engine = engine_in(options.folder)

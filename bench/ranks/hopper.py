@@ -27,9 +27,11 @@ from bench.row import Row
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from nvlm.program import command_line
 from nvlm.program.json_files import write_json_atomically
-from runtime.decoder.models.open_model import open_model
+from nvlm.program.launcher import World, end, rank_from
+from nvlm.program.process import set_up_cublas, set_up_nccl
 from runtime.decoder.torch_executor import TorchDecoderExecutor
-from runtime.ranks.mpi import Job, World, end, rank_from
+from runtime.ranks.mpi import Job
+from runtime.ranks.parallel_decoder import open_parallel_model
 from runtime.ranks.process_group import ProcessGroup
 
 
@@ -45,8 +47,8 @@ def opened(
         tp_size=group.size,
     )
     source = decoder_source(engine, device, group.rank)
-    model = open_model(engine, device, source, group, use_graphs=not options.no_graphs)
-    return TorchDecoderExecutor.over(engine, model, group)
+    model = open_parallel_model(engine, device, group, source, use_graphs=not options.no_graphs)
+    return TorchDecoderExecutor.over(engine, model)
 
 
 def measure(
@@ -96,6 +98,8 @@ def main() -> None:
     parser.add_argument("--no_graphs", action="store_true")
     parser.add_argument("--one_shot", action="store_true", help="small sums by peer memory")
     options = parser.parse_args()
+    set_up_cublas(os.environ)
+    set_up_nccl(os.environ)
     kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Job(World.from_environment(os.environ)) as job:
         device = job.device(kind)
@@ -106,9 +110,9 @@ def main() -> None:
         start = time.perf_counter()
         executor = opened(options, device, group)
         if group.rank > 0:
-            executor.run_worker()
+            group.follow()
             return
-        executor.prepare_thread()
+        executor.warm_up()
         found: dict[str, Any] = {
             "machine": describe() | describe_gpu(device),
             "tp_size": group.size,

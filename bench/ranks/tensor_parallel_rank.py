@@ -24,15 +24,15 @@ import torch.distributed as dist
 
 from nvlm.program import command_line
 from nvlm.program.json_files import write_json_atomically
+from nvlm.program.launcher import World, end, rank_from
+from nvlm.program.process import set_up_cublas, set_up_nccl
 from runtime.answers.compare import Run, record, report_json
-from runtime.decoder.executor import DecoderExecutor, DecoderRequest, create_decoder_executor
-from runtime.ranks.mpi import Job, World, end, rank_from
-from runtime.ranks.parallel_vision import ParallelVisionExecutor
+from runtime.decoder.executor import DecoderExecutor, DecoderRequest
+from runtime.ranks.mpi import Job
+from runtime.ranks.open_parts import open_engine_on_ranks, open_parts_of_group
 from runtime.ranks.process_group import ProcessGroup
 from runtime.requests.types import GenerationRequest
-from runtime.serving.engine_parts import open_engine
 from runtime.serving.runner import Runner
-from runtime.vision.executor import create_vision_executor
 from tests.support.tolerances import FLOAT32_LOGITS, FP8_FLIPPED
 
 PHOTO = Path(__file__).parents[2] / "examples" / "coffee.jpg"
@@ -80,10 +80,8 @@ def _elapsed_ms(begin: Any, end: Any) -> float:
 
 
 def open_runner(directory: Path, device: torch.device, job: Job, group: TimedGroup) -> Runner:
-    engine = open_engine(directory, device, job)
-    own = create_vision_executor(engine, device)
-    vision = ParallelVisionExecutor(own, group, engine.tiling.image_size)
-    return Runner(engine, vision, create_decoder_executor(engine, device, None, group))
+    engine = open_engine_on_ranks(directory, device, job)
+    return Runner(engine, *open_parts_of_group(engine, device, group))
 
 
 def questions() -> list[GenerationRequest]:
@@ -198,7 +196,7 @@ def follow(directory: Path, device: torch.device, job: Job) -> None:
     columns = runner.engine.checkpoint_config.decoder.hidden_size
     group.on("alone", lambda _: reductions(group, columns, time_reduction))
     group.on("captured", lambda _: reductions(group, columns, time_captured))
-    runner.decoder.run_worker()
+    group.follow()
 
 
 def lead(arguments: argparse.Namespace, device: torch.device, job: Job) -> None:
@@ -232,6 +230,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--device", required=True)
     arguments = parser.parse_args()
+    set_up_cublas(os.environ)
+    set_up_nccl(os.environ)
     with Job(World.from_environment(os.environ)) as job:
         device = job.device(torch.device(arguments.device))
         if job.world.rank > 0:

@@ -37,6 +37,7 @@ from evaluation.tasks import TASKS
 from nvlm.inputs.images import load_image
 from nvlm.inputs.tiling import tile_image
 from nvlm.program.command_line import resolve_device
+from nvlm.program.process import set_up_cublas
 from runtime.decoder.models.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.requests.types import GenerationRequest
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=DECODERS, help="of random models")
     parser.add_argument("--layers", type=int, default=80)
     arguments = parser.parse_args()
+    set_up_cublas(os.environ)
     device = resolve_device(arguments.device)
 
     def runner() -> Runner:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,8 @@ def load_image(
     `name` is what messages call the image when `source` is no file. Raises `UserError` for what
     is missing, no image, truncated, empty, or larger than `MAX_IMAGE_PIXELS` (known from the
     header, before any pixel is decoded). Any number of threads may load at once; Pillow's remarks
-    on odd metadata and palettes are warnings, which a program switches off once (`ignore_remarks`).
+    on odd metadata and palettes are warnings, which a program switches off once
+    (nvlm/program/process.py).
     """
     if isinstance(source, np.ndarray):
         return _from_pixels(source, name)
@@ -71,15 +71,6 @@ def load_image(
             f"{where} is not a whole image that Pillow can read "
             f"({what or type(error).__name__}); expected a JPEG, PNG or other picture file"
         ) from None
-
-
-def ignore_remarks() -> None:
-    """Keeps Pillow's warnings from stderr for the whole process; what matters is raised.
-
-    Once, at the start of a program: a filter set around each image (`warnings.catch_warnings`)
-    would be taken back by one thread under the feet of another.
-    """
-    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _too_large(where: str) -> UserError:

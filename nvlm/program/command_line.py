@@ -1,14 +1,11 @@
-"""What the entry scripts share: one-line errors with exit code 2, logging, the device."""
+"""What the entry scripts share: flags, one-line errors with exit code 2, the device."""
 
 from __future__ import annotations
 
 import argparse
 import errno
-import io
-import logging
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,8 +14,13 @@ from typing import NoReturn
 
 import torch
 
-from nvlm.inputs.images import ignore_remarks
 from nvlm.program.errors import UserError
+from nvlm.program.process import (
+    ignore_pillows_warnings,
+    set_up_log,
+    set_up_signals,
+    set_up_stdout,
+)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -84,21 +86,10 @@ def run(
 
     The log goes to stderr, from rank 0 only except for errors. `end` takes other ranks along.
     """
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(message)s" if rank == 0 else f"rank {rank}: %(message)s",
-    )
-    for package in ("nvlm", "build", "runtime", "evaluation"):
-        logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    ignore_remarks()
-    # An answer is UTF-8 whatever the locale; a lone surrogate, of a path, is told by its number.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    # What a scheduler sends to stop a program ends it like Control-C: cleaning up behind it.
-    signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
-        signal.signal(signal.SIGHUP, _hang_up)
+    set_up_log(rank)
+    ignore_pillows_warnings()
+    set_up_stdout()
+    set_up_signals()
     try:
         code = main() or 0
         if sys.stdout is not None:  # None when the caller closed it
@@ -124,16 +115,6 @@ def run(
         _drop_stdout()
         print("error: stdout cannot be written: its disk is full; free some", file=sys.stderr)
         end(EXIT_USER_ERROR)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _hang_up(*_: object) -> NoReturn:
-    """The shell and the terminal both send it: the second must not end the cleaning up."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _drop_stdout() -> None:

@@ -139,12 +139,6 @@ class _Recorder:
     def cancel(self, request_id: int) -> None:
         self.decoder.cancel(request_id)
 
-    def prepare_thread(self) -> None:
-        self.decoder.prepare_thread()
-
-    def run_worker(self) -> None:
-        self.decoder.run_worker()
-
     def close(self) -> None:
         self.decoder.close()
 

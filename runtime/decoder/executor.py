@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -15,10 +15,8 @@ from nvlm.planning.limits import EngineLimits
 from nvlm.planning.memory_plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
 from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
-from runtime.ranks.process_group import ProcessGroup
 from runtime.requests.sampling import SamplingParams
-
-FinishReason = Literal["stop", "length"]
+from runtime.requests.types import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +73,8 @@ class DecoderExecutor(Protocol):
         ...
 
     def step(self) -> list[StepOutput]:
-        """Advances every running request by one token, letting waiting ones join first, or behind
-        the next step where that one is under way already.
+        """Advances every running request by one token, letting waiting ones join first, or after
+        the next step where that one is in flight already.
 
         Returns an empty list when nothing is left to do.
         """
@@ -86,36 +84,28 @@ class DecoderExecutor(Protocol):
         """Ends a request, waiting or running; it appears in no later step. Unknown ids are fine."""
         ...
 
-    def prepare_thread(self) -> None:
-        """For a thread that will take the steps of many requests: does now what each kind of them
-        would wait for when it first comes (libraries keep their plans by thread)."""
-        ...
-
-    def run_worker(self) -> None:
-        """On ranks other than 0, instead of the above: works until rank 0 closes."""
-        ...
-
     def close(self) -> None: ...
 
 
-def require_ranks_supported(engine: EngineDir) -> None:
-    """Refuses stages that no executor here runs."""
-    config = engine.checkpoint_config
-    if engine.decoder_target == "torch" and config.pp_size > 1:
-        raise UserError(
-            f"{engine.directory} was converted with tp_size={config.tp_size}, "
-            f"pp_size={config.pp_size}, and decoder 'torch' runs one stage only; convert with "
-            f"--tp_size {config.world_size} --pp_size 1"
-        )
+@runtime_checkable
+class NeedsWarmUp(Protocol):
+    """An executor whose thread has work to do before its first request."""
+
+    def warm_up(self) -> None: ...
+
+
+def warm_up(executor: DecoderExecutor) -> None:
+    """For a thread that will take the steps of many requests: does now what each kind of them would
+    wait for when it first comes. Who answers one request leaves it out, since most kinds are other
+    requests'."""
+    if isinstance(executor, NeedsWarmUp):
+        executor.warm_up()
 
 
 def create_decoder_executor(
-    engine: EngineDir,
-    device: torch.device,
-    options: DecoderOptions | None = None,
-    group: ProcessGroup | None = None,
+    engine: EngineDir, device: torch.device, options: DecoderOptions | None = None
 ) -> DecoderExecutor:
-    """The executor for the target the engine was built for; `group`: the ranks of target torch."""
+    """The executor, on one rank or TensorRT-LLM's, for the target the engine was built for."""
     if engine.decoder_target == "tensorrt_llm":
         from runtime.decoder.tensorrt_llm_executor import TensorrtLlmDecoderExecutor
 
@@ -123,7 +113,7 @@ def create_decoder_executor(
     if engine.decoder_target == "torch":
         from runtime.decoder.torch_executor import TorchDecoderExecutor
 
-        return TorchDecoderExecutor.load(engine, device, group)
+        return TorchDecoderExecutor.load(engine, device)
     raise UserError(
         f"{engine.directory} was built for decoder {engine.decoder_target!r}, which this version "
         "does not run; build it again with --decoder torch or tensorrt_llm"

@@ -7,7 +7,7 @@ import torch
 from runtime.decoder.scheduler import Sequence
 
 
-class UnderWay:
+class InFlightStep:
     """sequences: those that draw, each one of `token_ids` [n] int64, which may be on a GPU.
     logits: of those that ask for them."""
 

@@ -19,7 +19,6 @@ from nvlm.program.errors import UserError
 from runtime.decoder.executor import (
     DecoderOptions,
     DecoderRequest,
-    FinishReason,
     StepOutput,
     check_request,
 )
@@ -30,6 +29,7 @@ from runtime.decoder.tensorrt_llm_dialect import (
     sampling_keywords,
 )
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.types import FinishReason
 
 _POLL = timedelta(milliseconds=500)  # between looks at Control-C; responses come at once
 
@@ -79,18 +79,16 @@ class TensorrtLlmDecoderExecutor:
         if self._requests.pop(request_id, None) is not None:
             self._executor.cancel_request(request_id)
 
-    def prepare_thread(self) -> None:
-        """Its steps are its own threads'."""
-
-    def run_worker(self) -> None:
-        """On the other ranks: works until rank 0 closes. (`shutdown` joins the executor's thread,
-        which ends when the leader's last message comes.)"""
+    def work(self) -> None:
+        """On the other ranks, instead of all above: their part of every step until rank 0 closes.
+        (`shutdown` joins the executor's thread, which ends when the leader's last message comes.)
+        """
         assert not self._executor.can_enqueue_requests(), "the leader does not wait"
         self._executor.shutdown()
 
     def close(self) -> None:
         """Gives the GPU back: weights and KV cache live as long as the Executor object does, and
-        its shutdown would wait for the answers under way."""
+        its shutdown would wait for the answers in flight."""
         for request_id in list(self._requests):
             self.cancel(request_id)
         if self._executor is not None:

@@ -13,18 +13,17 @@ from nvlm.planning.limits import EngineLimits
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
 from runtime.decoder.image_ids import image_keys
-from runtime.decoder.in_flight import UnderWay
+from runtime.decoder.in_flight import InFlightStep
 from runtime.decoder.models.open_model import OpenedModel, open_model
 from runtime.decoder.models.step import AheadModel, DecoderModel, SequenceStep
 from runtime.decoder.sampler import sample_rows
 from runtime.decoder.scheduler import UNKNOWN_TOKEN, Scheduler, Sequence
 from runtime.engine.engine_dir import EngineDir
-from runtime.ranks.process_group import ProcessGroup
 
 
 class TorchDecoderExecutor:
-    """`DecoderExecutor` on one device, or on a rank of a tensor parallel `group`: its leader alone
-    schedules and samples. num_blocks: of the model's KV cache."""
+    """`DecoderExecutor` over one model, which schedules and samples. num_blocks: of the model's KV
+    cache."""
 
     def __init__(
         self,
@@ -32,7 +31,6 @@ class TorchDecoderExecutor:
         limits: EngineLimits,
         model: DecoderModel,
         num_blocks: int,
-        group: ProcessGroup | None = None,
     ) -> None:
         assert num_blocks >= num_blocks_for(limits.max_seq_len), "no room for the longest request"
         self.limits = limits
@@ -40,23 +38,17 @@ class TorchDecoderExecutor:
         self._model = model
         self._ahead = model if isinstance(model, AheadModel) else None
         self._scheduler = Scheduler(limits, num_blocks)
-        self._under_way: UnderWay | None = None
+        self._in_flight: InFlightStep | None = None
         self._next_id = 0
-        self._group = group
 
     @classmethod
-    def load(
-        cls, engine: EngineDir, device: torch.device, group: ProcessGroup | None = None
-    ) -> TorchDecoderExecutor:
-        return cls.over(engine, open_model(engine, device, group=group), group)
+    def load(cls, engine: EngineDir, device: torch.device) -> TorchDecoderExecutor:
+        return cls.over(engine, open_model(engine, device))
 
     @classmethod
-    def over(
-        cls, engine: EngineDir, opened: OpenedModel, group: ProcessGroup | None = None
-    ) -> TorchDecoderExecutor:
+    def over(cls, engine: EngineDir, opened: OpenedModel) -> TorchDecoderExecutor:
         """An engine's executor over a model of its shape."""
-        config, limits = engine.checkpoint_config, engine.limits
-        return cls(config, limits, opened.model, opened.num_blocks, group)
+        return cls(engine.checkpoint_config, engine.limits, opened.model, opened.num_blocks)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -78,55 +70,51 @@ class TorchDecoderExecutor:
     def cancel(self, request_id: int) -> None:
         self._scheduler.cancel(request_id)
 
-    def prepare_thread(self) -> None:
-        self._model.prepare_thread(self.limits.max_num_tokens)
-
-    def run_worker(self) -> None:
-        assert self._group is not None, "one rank runs this executor"
-        self._group.follow()
+    def warm_up(self) -> None:
+        """For the calling thread: libraries keep their plans by thread."""
+        self._model.warm_up_thread(self.limits.max_num_tokens)
 
     def close(self) -> None:
-        if self._group is not None:
-            self._group.close()
+        self._model.close()
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Launches the step behind the one it returns first, where that one's tokens need not be
+        """Launches the step after the one it returns first, where that one's tokens need not be
         known for it: the device goes on while the host hands them out."""
         while True:
-            if self._under_way is None:
-                self._under_way = self._launch()
-            if self._under_way is None:
+            if self._in_flight is None:
+                self._in_flight = self._launch()
+            if self._in_flight is None:
                 return []
-            following = self._launch_ahead(self._under_way)
-            landing, self._under_way = self._under_way, following
+            following = self._launch_ahead(self._in_flight)
+            landing, self._in_flight = self._in_flight, following
             if outputs := self._land(landing):
                 return outputs
 
-    def _launch(self) -> UnderWay | None:
-        """The next step that draws tokens, behind chunks of prompts that go on."""
+    def _launch(self) -> InFlightStep | None:
+        """The next step that draws tokens, after chunks of prompts that go on."""
         while sequences := self._scheduler.schedule():
             drawing = [sequence for sequence in sequences if sequence.is_last_chunk]
             logits = self._model.forward([SequenceStep.of(sequence) for sequence in sequences])
-            under_way = self._draw(drawing, logits) if drawing else None
+            in_flight = self._draw(drawing, logits) if drawing else None
             self._scheduler.advance(sequences)
-            if under_way is not None:
-                return under_way
+            if in_flight is not None:
+                return in_flight
         return None
 
-    def _launch_ahead(self, under_way: UnderWay) -> UnderWay | None:
-        if self._ahead is None or len(under_way.sequences) > self._ahead.max_rows_ahead:
+    def _launch_ahead(self, in_flight: InFlightStep) -> InFlightStep | None:
+        if self._ahead is None or len(in_flight.sequences) > self._ahead.max_rows_ahead:
             return None
         sequences = self._scheduler.schedule_ahead()
         if not sequences:
             return None
         steps = [SequenceStep.of(sequence) for sequence in sequences]
-        logits = self._ahead.forward_ahead(steps, under_way.tokens_of(sequences))
+        logits = self._ahead.forward_ahead(steps, in_flight.tokens_of(sequences))
         following = self._draw(sequences, logits)
         self._scheduler.advance(sequences)
         return following
 
-    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> UnderWay:
+    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> InFlightStep:
         """Draws every sequence's token, which stays unknown until it lands. What fails changes no
         sequence, so that the step can be taken again."""
         params = [sequence.request.sampling for sequence in sequences]
@@ -135,17 +123,17 @@ class TorchDecoderExecutor:
             logits[i].clone() if sequence.request.return_logits else None
             for i, sequence in enumerate(sequences)
         ]
-        under_way = UnderWay(sequences, kept_logits, sample_rows(logits, params, steps))
+        in_flight = InFlightStep(sequences, kept_logits, sample_rows(logits, params, steps))
         for sequence in sequences:
             sequence.token_ids.append(UNKNOWN_TOKEN)
-        return under_way
+        return in_flight
 
-    def _land(self, under_way: UnderWay) -> list[StepOutput]:
+    def _land(self, in_flight: InFlightStep) -> list[StepOutput]:
         """Waits for the tokens, and hands them to those who have not left meanwhile."""
         return [
             self._take(sequence, token_id, logits)
             for sequence, token_id, logits in zip(
-                under_way.sequences, under_way.tolist(), under_way.logits, strict=True
+                in_flight.sequences, in_flight.tolist(), in_flight.logits, strict=True
             )
             if not sequence.has_left
         ]

@@ -1,4 +1,4 @@
-"""The ranks that an `mpirun` started: which this is, and how one's failure ends them all.
+"""The ranks that an `mpirun` started: how they agree, and how one's failure ends them all.
 
 MPI only brings the ranks together and ends them; tensors go through torch.distributed
 (runtime/ranks/process_group.py), because MPI libraries add bfloat16 wrongly or not at all.
@@ -9,12 +9,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -22,83 +20,14 @@ import torch
 
 from nvlm.program.command_line import EXIT_USER_ERROR
 from nvlm.program.errors import UserError
+from nvlm.program.launcher import World, end
+from nvlm.program.process import die_of_sigterm
 from runtime.ranks.watch import Watch
 
 T = TypeVar("T")
 
 _CAUSE_S = 3.0
-_FORWARD_S = 0.2  # a launcher that aborts drops what it has not yet read of our output
 _ABORT_S = 5.0  # an abort takes milliseconds; a launcher that never acts is not waited for
-
-# (size, rank, local size, local rank) as Open MPI, and as MPICH and others with PMI, set them.
-_VARIABLES = (
-    (
-        *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        *("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ),
-    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """`local_rank` counts the ranks of one machine, `local_size` of them; None where the launcher
-    does not say, which is then taken as one machine."""
-
-    size: int = 1
-    rank: int = 0
-    local_size_given: int | None = None
-    local_rank_given: int | None = None
-
-    @property
-    def local_size(self) -> int:
-        return self.size if self.local_size_given is None else self.local_size_given
-
-    @property
-    def local_rank(self) -> int:
-        return self.rank if self.local_rank_given is None else self.local_rank_given
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> World:
-        for size, rank, local_size, local_rank in _VARIABLES:
-            if size in environment:
-                values = environment[size], environment.get(rank, "0")
-                local = [environment.get(name) for name in (local_size, local_rank)]
-                if not all(value is None or value.isdecimal() for value in (*values, *local)):
-                    raise UserError(
-                        f"{size}={values[0]} and {rank}={values[1]} in the environment, expected "
-                        "numbers; start with mpirun, or unset them"
-                    )
-                world = cls(
-                    *(int(value) for value in values),
-                    *(None if value is None else int(value) for value in local),
-                )
-                if world.rank >= world.size:
-                    raise UserError(
-                        f"{size}={world.size} and {rank}={world.rank} in the environment, expected "
-                        "a rank below the size; start with mpirun, or unset them"
-                    )
-                return world
-        return cls()
-
-    def share_of(self, num_threads: int) -> int:
-        """Of a machine's threads, for each of its ranks."""
-        return max(1, num_threads // self.local_size)
-
-    def gpu(self, visible: Sequence[Sequence[str]]) -> int:
-        """Of the GPUs `visible` to each rank (or to this one alone), the index that this rank
-        takes: its local rank; 0 where the launcher shows every rank another one (`srun
-        --gpus-per-task 1`). Raises `UserError` for fewer GPUs than ranks."""
-        ones = {gpus[0] for gpus in visible if len(gpus) == 1}
-        if len(ones) == self.size:
-            return 0
-        num_gpus = len(visible[self.rank if len(visible) == self.size else 0])
-        if num_gpus < self.local_size:
-            raise UserError(
-                f"{self.local_size} ranks run on this machine and torch sees {num_gpus} GPU"
-                f"{'' if num_gpus == 1 else 's'}; use as many GPUs as ranks, or --device cpu"
-            )
-        return self.local_rank
 
 
 def visible_gpus() -> list[str]:
@@ -106,36 +35,19 @@ def visible_gpus() -> list[str]:
     return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
 
 
-def rank_from(environment: Mapping[str, str]) -> int:
-    """For the log, which must not fail: 0 where the environment says nothing sensible."""
-    try:
-        return World.from_environment(environment).rank
-    except UserError:
-        return 0
-
-
-def require_world_size(world: World, tp_size: int, pp_size: int) -> None:
-    """Raises `UserError` unless as many ranks run as the engine was built for."""
-    expected = tp_size * pp_size
-    if world.size != expected:
-        raise UserError(
-            f"engine_dir was built for tp_size={tp_size}, pp_size={pp_size} but {world.size} "
-            f"{'rank is' if world.size == 1 else 'ranks are'} running; use mpirun -n {expected}"
-        )
-
-
 class PeerError(RuntimeError):
     """Another rank is gone, which is the cause."""
 
 
 class Job:
-    """All ranks of one `mpirun`, from its start to its end; alone it does nothing.
+    """All ranks of one `mpirun`, two or more, from its start to its end.
 
     A context: an exception that leaves it on one rank ends every rank. Without mpi4py (TensorRT-LLM
     brings its own MPI) ranks fail one by one, as the launcher lets them.
     """
 
     def __init__(self, world: World) -> None:
+        assert world.size > 1, "a single rank opens none of this"
         self.world = world
         self._phase, self._is_attempting = "start", False
         self._watch: Watch | None = None
@@ -143,7 +55,7 @@ class Job:
         self._comm: Any = None
 
     def __enter__(self) -> Job:
-        if self.world.size == 1 or importlib.util.find_spec("mpi4py") is None:
+        if importlib.util.find_spec("mpi4py") is None:
             return self
         try:
             from mpi4py import MPI
@@ -233,7 +145,7 @@ class Job:
 
     def device(self, device: torch.device) -> torch.device:
         """Collective. This rank's GPU, or the CPU. Raises `UserError` for fewer GPUs than ranks."""
-        if device.type != "cuda" or self.world.size == 1:
+        if device.type != "cuda":
             return device
         everyones = self.gather(visible_gpus())
         return self.agree(lambda: torch.device("cuda", self.world.gpu(everyones)))
@@ -257,7 +169,7 @@ class Job:
     ) -> None:
         """An error of ours: the traceback, which rank and where, then the end of all."""
         if isinstance(error, PeerError):  # the rank that failed tells why, and ends this one
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            die_of_sigterm()
             time.sleep(_CAUSE_S)
         traceback.print_exception(kind, error, trace)
         print(f"rank {self.world.rank} failed in phase {self._phase}", file=sys.stderr)
@@ -268,16 +180,3 @@ class Job:
         """Before `end` with a code other than 0."""
         if self._watch is not None:
             self._watch.abort()
-
-
-def end(code: int) -> NoReturn:
-    """Ends this process with `code`. Other than 0, and before the ranks have left their `Job`, it
-    ends every rank, and mpirun returns it."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    if code != 0 and mpi is not None and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1:
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
-        time.sleep(_FORWARD_S)
-        mpi.COMM_WORLD.Abort(code)
-    sys.exit(code)

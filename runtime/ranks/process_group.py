@@ -2,7 +2,7 @@
 
 The leader leads: it names a piece of work, every worker does its part of it, and the collectives
 in it pair up because all do the same. What the leader decides (requests, schedule, samples) is
-told, never decided twice.
+sent, never decided twice.
 """
 
 from __future__ import annotations
@@ -47,16 +47,13 @@ class ProcessGroup:
         self._lock = threading.Lock()
         self._is_broken = False
         self._shared: torch.Tensor | None = None
-        # Every rank talks through the interface by which it reaches the leader, or is reached. For
-        # NCCL and shared memory the multicast of NVLink stays off: not every machine that has
-        # NVLink grants it.
+        # Every rank talks through the interface by which it reaches the leader, or is reached.
+        # gloo takes its name from the environment alone, and only now is it known.
         addresses = job.gather(job.watch.leader_address)
         address = addresses[-1] if self.rank == 0 else job.watch.local_address
         names = {value: name for name, value in interface_addresses().items()}
         if address in names:  # a second address of an interface is not
             os.environ.setdefault("GLOO_SOCKET_IFNAME", names[address])
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         host = job.watch.leader_address
         is_leader = self.rank == 0
         port = 0
@@ -88,7 +85,7 @@ class ProcessGroup:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, maybe in place. x: float32."""
-        assert x.dtype == torch.float32, "sums are rounded once, behind the reduction"
+        assert x.dtype == torch.float32, "sums are rounded once, after the reduction"
         if self._shared is not None and x.numel() <= len(self._shared):
             place = self._shared[: x.numel()].view_as(x)
             name = dist.distributed_c10d._get_default_group().group_name
@@ -124,29 +121,29 @@ class ProcessGroup:
         self._work[name] = work
 
     @contextmanager
-    def leading(self, name: str, told: object) -> Iterator[None]:
-        """On the leader: workers do `name` with `told` while the block does the leader's part.
+    def leading(self, name: str, message: object) -> Iterator[None]:
+        """On the leader: workers do `name` with `message` while the block does the leader's part.
         One at a time, from any thread."""
         with self._lock:
             if self._is_broken:
                 raise PeerError("an earlier failure left the ranks at different places")
-            self._is_broken = True  # until the block is through, no other work can be told
+            self._is_broken = True  # until the block is through, no other work can be led
             with _with_peers():
-                dist.broadcast_object_list([(name, told)], 0, device=torch.device("cpu"))
+                dist.broadcast_object_list([(name, message)], 0, device=torch.device("cpu"))
             yield
             self._is_broken = False
 
     def follow(self) -> None:
         """On a worker: does what the leader leads, until it closes."""
         while True:
-            message: list[Any] = [None]
+            received: list[Any] = [None]
             with _with_peers():
-                dist.broadcast_object_list(message, 0, device=torch.device("cpu"))
-            name, told = message[0]
+                dist.broadcast_object_list(received, 0, device=torch.device("cpu"))
+            name, message = received[0]
             if name == "close":
                 dist.destroy_process_group()
                 return
-            self._work[name](told)
+            self._work[name](message)
 
     def close(self) -> None:
         """On the leader: ends the workers' `follow`, unless a failure is ending them anyway."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.inputs.tiling import Grid, TiledImage
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
-from runtime.decoder.executor import FinishReason
 from runtime.requests.boxes import Box
 from runtime.requests.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length"]
 
 EncodedImage = Path | bytes | NDArray[np.uint8]
 ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage]

@@ -20,15 +20,20 @@ from runtime.decoder.executor import (
     DecoderExecutor,
     DecoderOptions,
     DecoderRequest,
-    FinishReason,
     StepOutput,
 )
 from runtime.engine.engine_dir import EngineDir
-from runtime.ranks.mpi import Job, World
+from runtime.engine.open_engine import open_engine
 from runtime.requests.boxes import parse_boxes
 from runtime.requests.text_stream import TextStream
-from runtime.requests.types import GenerationRequest, GenerationResult, TextDelta, Timings
-from runtime.serving.engine_parts import open_engine, open_parts
+from runtime.requests.types import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    TextDelta,
+    Timings,
+)
+from runtime.serving.engine_parts import open_parts
 from runtime.serving.prepare import PreparedRequest, prepare
 from runtime.vision.executor import VisionExecutor
 
@@ -67,16 +72,12 @@ class Runner:
 
     @classmethod
     def open(
-        cls,
-        engine_dir: Path,
-        device: torch.device,
-        job: Job | None = None,
-        options: DecoderOptions | None = None,
+        cls, engine_dir: Path, device: torch.device, options: DecoderOptions | None = None
     ) -> Runner:
-        """Loads an engine directory onto a device; `job` is the ranks that run, if several."""
-        job = job or Job(World())
-        engine = open_engine(engine_dir, device, job)
-        return cls(engine, *open_parts(engine, device, job, options))
+        """Loads an engine directory onto a device, on one rank. (launch.py: on several, and in a
+        process that is not set up for a GPU yet.)"""
+        engine = open_engine(engine_dir, device)
+        return cls(engine, *open_parts(engine, device, options))
 
     def submit(self, request: GenerationRequest) -> int:
         """Tiles and encodes the images and queues the prompt; returns the request's id.

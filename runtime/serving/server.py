@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Literal
 
 from nvlm.program.errors import UserError
+from runtime.decoder.executor import warm_up
 from runtime.requests.types import GenerationRequest, GenerationResult
 from runtime.serving.metrics import Labels, ServingMetrics
 from runtime.serving.prepare import PreparedRequest
@@ -223,7 +224,7 @@ class Server:
     def _run_decoder(self) -> None:
         """Nobody waits for a decoder that has ended."""
         try:
-            self.runner.decoder.prepare_thread()
+            warm_up(self.runner.decoder)
             self._is_prepared.set()
             self._decode_loop()
         except Exception as error:

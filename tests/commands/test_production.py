@@ -29,6 +29,7 @@ from nvlm.planning import tensorrt_llm_package
 from nvlm.planning.tensorrt_package import make_logger
 from nvlm.program import command_line
 from nvlm.program.errors import UserError
+from nvlm.program.launcher import World
 from runtime.decoder.executor import (
     DecoderOptions,
     DecoderRequest,
@@ -36,8 +37,8 @@ from runtime.decoder.executor import (
     generate,
 )
 from runtime.engine.engine_dir import EngineDir
-from runtime.ranks.mpi import Job, World
-from runtime.ranks.worker import run_worker
+from runtime.ranks.mpi import Job
+from runtime.ranks.open_parts import open_engine_on_ranks, open_parts_on_ranks, work
 from runtime.requests.sampling import SETTINGS, SamplingParams
 from runtime.requests.types import GenerationRequest, GenerationResult
 from runtime.serving.runner import Runner
@@ -116,14 +117,22 @@ def runner(
     """Rank 0, with the other ranks working beside it."""
     size, path = request.param, built(request.param)
 
-    def work(rank: int) -> None:
-        run_worker(path, CUDA, Job(World(size, rank)), DecoderOptions())
+    def follow(rank: int) -> None:
+        job = Job(World(size, rank))
+        work(open_engine_on_ranks(path, CUDA, job), CUDA, job, DecoderOptions())
 
     with (
-        mpirun(doubles.executor, size, work, tmp_path),
-        Runner.open(path, CUDA, Job(World(size, 0))) as runner,
+        mpirun(doubles.executor, size, follow, tmp_path),
+        Runner.open(path, CUDA) if size == 1 else lead(path, size) as runner,
     ):
         yield runner
+
+
+def lead(path: Path, size: int) -> Runner:
+    """Opens rank 0 of `size`."""
+    job = Job(World(size, 0))
+    engine = open_engine_on_ranks(path, CUDA, job)
+    return Runner(engine, *open_parts_on_ranks(engine, CUDA, job, DecoderOptions()))
 
 
 class TestBuild:
@@ -746,11 +755,11 @@ class TestRanks:
             pytest.raises(RuntimeError, match="rank 1 has ended"),
             mpirun(doubles.executor, 2, lambda rank: None, tmp_path),
         ):
-            Runner.open(path, CUDA, Job(World(2, 0)))
+            lead(path, 2)
 
     def test_an_engine_does_not_open_alone(self, built: Any) -> None:
         with pytest.raises(AssertionError, match="all ranks of an engine run together"):
-            Runner.open(built(2), CUDA, Job(World(2, 0)))
+            lead(built(2), 2)
 
 
 def command(*flags: object) -> Callable[[int], None]:

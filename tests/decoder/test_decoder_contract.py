@@ -20,13 +20,13 @@ from runtime.decoder.executor import (
     DecoderExecutor,
     DecoderOptions,
     DecoderRequest,
-    FinishReason,
     StepOutput,
     create_decoder_executor,
     generate,
 )
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.sampling import SamplingParams
+from runtime.requests.types import FinishReason
 from tests.conftest import Workshop
 from tests.doubles.tensorrt_llm import installed
 

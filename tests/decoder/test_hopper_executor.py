@@ -168,7 +168,7 @@ def test_an_engine_that_does_not_fit_is_refused_with_what_would_fit(
     monkeypatch.setattr(hopper, "has_kernels", lambda device: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20_000_000, 80 << 30))
     monkeypatch.setattr(
-        "runtime.decoder.models.open_model.total_memory_bytes", lambda device: 80 << 30
+        "runtime.decoder.models.kv_blocks.total_memory_bytes", lambda device: 80 << 30
     )
     with pytest.raises(UserError, match=r"needs .* GB of cuda, where 0.0 GB are free: weights"):
         open_model(EngineDir.read(engine_dir), CUDA)

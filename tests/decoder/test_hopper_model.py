@@ -148,7 +148,7 @@ def test_preparing_a_thread_plans_prompts_as_long_as_they_come(
     planned: list[tuple[object, ...]] = []
     monkeypatch.setattr(plain_forms, "plan_prefill_attention", lambda *args: planned.append(args))
     for max_num_tokens in (100, 10 * MAX_SEQ_LEN):
-        models[1].prepare_thread(max_num_tokens)
+        models[1].warm_up_thread(max_num_tokens)
     heads, kv_heads, head_dim = 4, 2, 32  # of the tiny model
     assert planned == [
         (heads, kv_heads, head_dim, torch.bfloat16, count) for count in (100, MAX_SEQ_LEN)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import socket
 
 import pytest
-import torch
 
 from nvlm.program.errors import UserError
-from runtime.ranks.mpi import Job, World, rank_from, require_world_size
+from nvlm.program.launcher import World, rank_from
+from runtime.engine.open_engine import require_world_size
 from runtime.ranks.watch import Offer, Watch
-
-CUDA = torch.device("cuda")
 
 
 def mpich(size: int, rank: int, local_size: int, local_rank: int) -> dict[str, str]:
@@ -58,10 +56,9 @@ def test_fewer_gpus_than_ranks_of_a_machine_are_refused(visible: list[list[str]]
 def test_without_a_launcher_there_is_one_rank() -> None:
     world = World.from_environment({})
     assert (world.size, world.rank, world.local_size, world.local_rank) == (1, 0, 1, 0)
-    assert Job(world).device(CUDA) == CUDA
-    require_world_size(world, 1, 1)
+    require_world_size(world.size, 1, 1)
     with pytest.raises(UserError, match="tp_size=4, pp_size=2 but 1 rank"):
-        require_world_size(world, 4, 2)
+        require_world_size(world.size, 4, 2)
 
 
 def test_variables_that_are_no_numbers_are_refused_and_the_log_does_without() -> None:

@@ -54,7 +54,7 @@ def test_the_decoders_thread_is_prepared_before_requests_come(
 
     with monkeypatch.context() as patched:
         patched.setattr(
-            runner.decoder, "prepare_thread", lambda: prepared.append(threading.current_thread())
+            runner.decoder, "warm_up", lambda: prepared.append(threading.current_thread())
         )
         patched.setattr(runner.decoder, "step", record)
         server = Server(runner)
@@ -70,7 +70,7 @@ def test_a_decoder_that_cannot_begin_is_told_where_the_server_starts(
     def fail() -> None:
         raise torch.OutOfMemoryError("the test's failure")
 
-    monkeypatch.setattr(runner.decoder, "prepare_thread", fail)
+    monkeypatch.setattr(runner.decoder, "warm_up", fail)
     with pytest.raises(RuntimeError, match="the decoder has failed") as raised:
         Server(runner)
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)

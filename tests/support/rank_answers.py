@@ -22,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nvlm.formats import manifest
 from nvlm.program import command_line
+from nvlm.program.launcher import World, end, rank_from
 from runtime.answers.compare import Run, differences, record
-from runtime.decoder.executor import DecoderOptions
+from runtime.decoder.executor import DecoderOptions, warm_up
 from runtime.decoder.models import open_model
 from runtime.decoder.models.torch_weights import DecoderWeights
-from runtime.ranks.mpi import Job, World, end, rank_from
-from runtime.ranks.worker import run_worker
+from runtime.ranks.mpi import Job
+from runtime.ranks.open_parts import open_engine_on_ranks, open_parts_on_ranks, work
 from runtime.requests.request_file import read_requests
 from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
@@ -101,13 +102,15 @@ def main() -> None:
     many, one, requests_file, directory = (Path(argument) for argument in sys.argv[1:])
     with Job(World.from_environment(os.environ)) as job:
         watch_files(directory, job.world.rank)
+        engine = open_engine_on_ranks(many, CPU, job)
         if job.world.rank > 0:
-            run_worker(many, CPU, job, DecoderOptions())
+            work(engine, CPU, job, DecoderOptions())
             return
         lines = read_requests(requests_file, GenerationRequest.images_first(""))
         requests = [line.request for line in lines if isinstance(line.request, GenerationRequest)]
-        with Runner.open(many, CPU, job) as runner:
-            runner.decoder.prepare_thread()  # leads the workers to it
+        parts = open_parts_on_ranks(engine, CPU, job, DecoderOptions())
+        with Runner(engine, *parts) as runner:
+            warm_up(runner.decoder)  # leads the workers to it
             ours, found = ask(runner, requests)
         with Runner.open(one, CPU) as runner:
             reference, expected = ask(runner, requests)

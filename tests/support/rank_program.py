@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import run
 from nvlm.program import command_line
-from runtime.decoder.models import open_model
+from nvlm.program.launcher import end, rank_from
+from runtime.decoder.models import kv_blocks
 from runtime.ranks import mpi
-from runtime.ranks.mpi import Job, end, rank_from
+from runtime.ranks.mpi import Job
 
 RANK = rank_from(os.environ)
 
@@ -48,7 +49,7 @@ def main() -> None:
     elif what == "version" and RANK == 1:
         sys.modules["nvlm"].__version__ = value
     elif what == "memory" and int(value) == RANK:
-        open_model.total_memory_bytes = lambda device: 1000
+        kv_blocks.total_memory_bytes = lambda device: 1000
     elif what == "gpus":
         torch.cuda.is_available = lambda: True
         mpi.visible_gpus = lambda: [str(i) for i in range(int(value))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import triton_python_backend_utils as pb_utils
 from frontends.triton.models.delivery import Client, Delivery, error_response, send_last
 from frontends.triton.request import read_request, wants_stream
 from frontends.triton.signature import NVLM_INPUTS
-from nvlm.inputs.images import ignore_remarks
 from nvlm.program.command_line import resolve_device
 from nvlm.program.errors import UserError
+from nvlm.program.process import ignore_pillows_warnings
 from runtime.engine.engine_dir import EngineDir
+from runtime.serving.launch import open_runner
 from runtime.serving.runner import Runner
 from runtime.serving.server import BusyError, Server
 
@@ -27,7 +29,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
         logging.basicConfig(stream=sys.stderr, format="nvlm: %(message)s")
-        ignore_remarks()
+        ignore_pillows_warnings()
         if num_threads := int(parameters["num_threads"]):
             torch.set_num_threads(num_threads)
         try:
@@ -75,7 +77,7 @@ def _open(parameters: dict[str, str]) -> Runner:
     """The runner of the form: both executors here, or both behind other models of Triton."""
     engine_dir = Path(parameters["engine_dir"])
     if parameters["form"] == "torch":
-        return Runner.open(engine_dir, resolve_device(parameters["device"]))
+        return open_runner(engine_dir, resolve_device(parameters["device"]), os.environ)
     engine = EngineDir.read(engine_dir)
     from frontends.triton.models.remote_decoder import RemoteDecoderExecutor
     from frontends.triton.models.remote_vision import RemoteVisionExecutor

@@ -19,8 +19,9 @@ from frontends.triton.models.channel import (
 )
 from frontends.triton.tensorrt_llm import new_token_ids, request_tensors
 from nvlm.model.dtypes import TORCH_DTYPES
-from runtime.decoder.executor import DecoderRequest, FinishReason, StepOutput, check_request
+from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.types import FinishReason
 
 
 class RemoteDecoderExecutor:
@@ -61,12 +62,6 @@ class RemoteDecoderExecutor:
             if output.finish_reason is not None or output.error is not None:
                 self._open.discard(output.request_id)
         return list(outputs.values())
-
-    def prepare_thread(self) -> None:
-        """The backend's own threads take its steps."""
-
-    def run_worker(self) -> None:
-        raise AssertionError("the backend's own ranks do the work")
 
     def cancel(self, request_id: int) -> None:
         """The backend sees that nobody waits for the answer any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.program.command_line import resolve_device
 from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
+from runtime.engine.libraries import set_up_libraries
 from runtime.vision.executor import create_vision_executor
 
 
@@ -26,6 +28,7 @@ class TritonPythonModel:
         try:
             engine = EngineDir.read(Path(parameters["engine_dir"]))
             device = resolve_device(parameters["device"])
+            set_up_libraries(engine, device, os.environ)
             self._executor = create_vision_executor(engine, device)
         except UserError as error:
             raise pb_utils.TritonModelException(str(error)) from None

@@ -50,6 +50,7 @@ class HopperModel:
         all_reduce: AllReduce | None = None,
     ) -> None:
         decoder = config.decoder
+        self.embedding = weights.embedding
         self._weights, self._forms, self._device = weights, forms, device
         self._eps, self._dtype = decoder.rms_norm_eps, TORCH_DTYPES[config.dtype]
         self._all_reduce = all_reduce
@@ -105,9 +106,12 @@ class HopperModel:
         return self._head(*self._layers(hidden, attention))
 
     @torch.inference_mode()
-    def warm_up(self, max_num_tokens: int) -> None:
-        """A step full of prompts as long as they come, and short ones, so that neither compiling
-        nor running out of memory is left to a request. On all ranks."""
+    def warm_up(self, max_num_tokens: int, *, use_graphs: bool = False) -> None:
+        """Once, on all ranks: captures a graph of every batch size, then runs a step full of
+        prompts as long as they come, and short ones, so that neither compiling nor running out of
+        memory is left to a request."""
+        if use_graphs:
+            self.capture_graphs()
         longest = min(max_num_tokens, self._max_seq_len)
         rest = max_num_tokens % longest
         full = [longest] * (max_num_tokens // longest) + [rest] * (rest > 0)
@@ -122,15 +126,18 @@ class HopperModel:
             )
 
     @torch.inference_mode()
-    def prepare_thread(self, max_num_tokens: int) -> None:
+    def warm_up_thread(self, max_num_tokens: int) -> None:
         _, kv_heads, _, head_dim = self._cache.pages(0)[0].shape
         heads = self._weights.layers[0].dense.weight.shape[1] // head_dim
         num_tokens = min(max_num_tokens, self._max_seq_len)
         self._forms.plan_prefill_attention(heads, kv_heads, head_dim, self._dtype, num_tokens)
 
+    def close(self) -> None:
+        """Nothing is held beyond memory."""
+
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Of every batch size. On all ranks, whose reductions are captured too.
+        """Of every batch size; ranks' reductions are captured too.
 
         Largest first, so that the smaller ones find their memory in its pool."""
         pool = torch.cuda.graph_pool_handle()

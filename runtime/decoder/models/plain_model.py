@@ -25,13 +25,20 @@ class PlainModel:
         num_blocks: int,
         device: torch.device,
     ) -> None:
+        self.embedding = weights.embedding
         self._decoder = config.decoder
         self._weights = weights
         self._device = device
         self._cache = PagedKVCache(config, num_blocks, weights.kv_scales, device)
 
-    def prepare_thread(self, max_num_tokens: int) -> None:
+    def warm_up(self, max_num_tokens: int, *, use_graphs: bool = False) -> None:
+        """Nothing is compiled or captured."""
+
+    def warm_up_thread(self, max_num_tokens: int) -> None:
         """Nothing is a thread's own."""
+
+    def close(self) -> None:
+        """Nothing is held beyond memory."""
 
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         weights, decoder = self._weights, self._decoder

@@ -1,0 +1,108 @@
+"""Which rank of an MPI launcher's job this process is, and how it ends with the others.
+
+Data alone: a process that was started without a launcher is rank 0 of one, and opens nothing of
+runtime/ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from nvlm.program.errors import UserError
+
+_FORWARD_S = 0.2  # a launcher that aborts drops what it has not yet read of our output
+
+# (size, rank, local size, local rank) as Open MPI, and as MPICH and others with PMI, set them.
+_VARIABLES = (
+    (
+        *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        *("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """`local_rank` counts the ranks of one machine, `local_size` of them; None where the launcher
+    does not say, which is then taken as one machine."""
+
+    size: int = 1
+    rank: int = 0
+    local_size_given: int | None = None
+    local_rank_given: int | None = None
+
+    @property
+    def local_size(self) -> int:
+        return self.size if self.local_size_given is None else self.local_size_given
+
+    @property
+    def local_rank(self) -> int:
+        return self.rank if self.local_rank_given is None else self.local_rank_given
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> World:
+        for size, rank, local_size, local_rank in _VARIABLES:
+            if size in environment:
+                values = environment[size], environment.get(rank, "0")
+                local = [environment.get(name) for name in (local_size, local_rank)]
+                if not all(value is None or value.isdecimal() for value in (*values, *local)):
+                    raise UserError(
+                        f"{size}={values[0]} and {rank}={values[1]} in the environment, expected "
+                        "numbers; start with mpirun, or unset them"
+                    )
+                world = cls(
+                    *(int(value) for value in values),
+                    *(None if value is None else int(value) for value in local),
+                )
+                if world.rank >= world.size:
+                    raise UserError(
+                        f"{size}={world.size} and {rank}={world.rank} in the environment, expected "
+                        "a rank below the size; start with mpirun, or unset them"
+                    )
+                return world
+        return cls()
+
+    def share_of(self, num_threads: int) -> int:
+        """Of a machine's threads, for each of its ranks."""
+        return max(1, num_threads // self.local_size)
+
+    def gpu(self, visible: Sequence[Sequence[str]]) -> int:
+        """Of the GPUs `visible` to each rank (or to this one alone), the index that this rank
+        takes: its local rank; 0 where the launcher shows every rank another one (`srun
+        --gpus-per-task 1`). Raises `UserError` for fewer GPUs than ranks."""
+        ones = {gpus[0] for gpus in visible if len(gpus) == 1}
+        if len(ones) == self.size:
+            return 0
+        num_gpus = len(visible[self.rank if len(visible) == self.size else 0])
+        if num_gpus < self.local_size:
+            raise UserError(
+                f"{self.local_size} ranks run on this machine and torch sees {num_gpus} GPU"
+                f"{'' if num_gpus == 1 else 's'}; use as many GPUs as ranks, or --device cpu"
+            )
+        return self.local_rank
+
+
+def rank_from(environment: Mapping[str, str]) -> int:
+    """For the log, which must not fail: 0 where the environment says nothing sensible."""
+    try:
+        return World.from_environment(environment).rank
+    except UserError:
+        return 0
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process with `code`. Where it is a rank of several that still work together, any
+    code but 0 ends every rank, and mpirun returns it."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if code != 0 and mpi is not None and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        time.sleep(_FORWARD_S)
+        mpi.COMM_WORLD.Abort(code)
+    sys.exit(code)

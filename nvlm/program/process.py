@@ -1,0 +1,84 @@
+"""What is set once for a whole process: its log, warnings, stdout, signals and environment.
+
+Entry scripts set it up, through `run` (command_line.py) and `launch` (runtime/serving/launch.py),
+and so do the models of a Triton server; nothing below them does.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import MutableMapping
+from typing import NoReturn
+
+_CUBLAS = {"CUBLASLT_WORKSPACE_SIZE": "0", "CUBLAS_WORKSPACE_CONFIG": ":0:0"}
+_NCCL = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+
+
+def set_up_cublas(environment: MutableMapping[str, str]) -> None:
+    """Gives torch's products no workspace. environment: os.environ, which torch reads before its
+    first product on a GPU; what the user has set stays.
+
+    Without a workspace cuBLAS neither splits the sum of few rows, which an H200 pays with a second
+    kernel, nor clears a counter before each product of many (docs/decisions.md).
+    """
+    for name, value in _CUBLAS.items():
+        environment.setdefault(name, value)
+
+
+def set_up_nccl(environment: MutableMapping[str, str]) -> None:
+    """Does without the multicast of NVLink, which not every machine that has NVLink grants.
+    environment: os.environ, before ranks on GPUs meet; what the user has set stays."""
+    for name, value in _NCCL.items():
+        environment.setdefault(name, value)
+
+
+def set_up_log(rank: int) -> None:
+    """The log goes to stderr, from rank 0 only except for errors."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(message)s" if rank == 0 else f"rank {rank}: %(message)s",
+    )
+    for package in ("nvlm", "build", "runtime", "evaluation"):
+        logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+
+def ignore_pillows_warnings() -> None:
+    """Keeps from stderr what Pillow remarks on odd metadata and palettes; what matters is raised.
+
+    Once a process: a filter set around each image (`warnings.catch_warnings`) would be taken back
+    by one thread under the feet of another.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def set_up_stdout() -> None:
+    """An answer is UTF-8 whatever the locale; a lone surrogate, of a path, is shown by number."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def set_up_signals() -> None:
+    """What a scheduler sends to stop a program ends it like Control-C: it cleans up and ends."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        signal.signal(signal.SIGHUP, _hang_up)
+
+
+def die_of_sigterm() -> None:
+    """From now on SIGTERM ends the process at once and without a word."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _hang_up(*_: object) -> NoReturn:
+    """The shell and the terminal both send it: the second must not end the cleaning up."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -1,0 +1,90 @@
+"""Runs an entry script on every rank that a launcher started: rank 0 leads, the others work.
+
+The only place that imports runtime/ranks, and only where there are several ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nvlm.program.command_line import resolve_device
+from nvlm.program.launcher import World
+from runtime.decoder.executor import DecoderOptions
+from runtime.engine.engine_dir import EngineDir
+from runtime.engine.libraries import set_up_libraries
+from runtime.engine.open_engine import open_engine
+from runtime.serving.engine_parts import open_parts
+from runtime.serving.runner import Runner
+
+Lead = Callable[[torch.device, Callable[[], Runner]], int]
+"""What rank 0 does, or the only one: takes the device and what opens its runner there, returns the
+exit code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a command line asks of every rank."""
+
+    engine_dir: Path
+    device: str  # auto, cpu or cuda
+    options: DecoderOptions  # the same on all: each rank of TensorRT-LLM allocates by its own
+    lead: Lead
+
+
+def launch(environment: MutableMapping[str, str], parse: Callable[[], Program]) -> int:
+    """Parses the command line on every rank and returns the exit code.
+
+    environment: os.environ of the entry script; the launcher's variables are read from it, those of
+    libraries are set in it. Raises `UserError` for a mistake, of several ranks on one.
+    """
+    world = World.from_environment(environment)
+    if world.size > 1:
+        return _launch_rank(world, environment, parse)
+    program = parse()
+    device = resolve_device(program.device)
+    return program.lead(
+        device, lambda: open_runner(program.engine_dir, device, environment, program.options)
+    )
+
+
+def open_runner(
+    engine_dir: Path,
+    device: torch.device,
+    environment: MutableMapping[str, str],
+    options: DecoderOptions | None = None,
+) -> Runner:
+    """As `Runner.open`, in a process whose `environment` is to be set up."""
+    engine = open_engine(engine_dir, device)
+    set_up_libraries(engine, device, environment)
+    return Runner(engine, *open_parts(engine, device, options))
+
+
+def _launch_rank(
+    world: World, environment: MutableMapping[str, str], parse: Callable[[], Program]
+) -> int:
+    from runtime.ranks.mpi import Job
+    from runtime.ranks.open_parts import open_engine_on_ranks, open_parts_on_ranks, work
+
+    with Job(world) as job:
+        program = job.agree(parse)
+        device = job.device(job.agree(lambda: resolve_device(program.device)))
+        if "OMP_NUM_THREADS" not in environment:
+            torch.set_num_threads(world.share_of(torch.get_num_threads()))
+
+        def read_engine() -> EngineDir:
+            engine = open_engine_on_ranks(program.engine_dir, device, job)
+            set_up_libraries(engine, device, environment)
+            return engine
+
+        def open_leader() -> Runner:
+            engine = read_engine()
+            return Runner(engine, *open_parts_on_ranks(engine, device, job, program.options))
+
+        if world.rank == 0:
+            return program.lead(device, open_leader)
+        work(read_engine(), device, job, program.options)
+        return 0
