@@ -35,9 +35,10 @@ from runtime.requests.sampling import (
     with_sampling,
 )
 from runtime.requests.show_tiles import write_tiles
-from runtime.requests.types import GenerationRequest, GenerationResult
+from runtime.requests.types import GenerationRequest
 from runtime.serving.launch import Program, launch, open_runner
 from runtime.serving.runner import Runner
+from runtime.serving.ticket import Ticket
 
 EXIT_SOME_FAILED = 1
 
@@ -101,18 +102,11 @@ def default_request(arguments: object) -> GenerationRequest:
     )
 
 
-def stream(runner: Runner, request: GenerationRequest) -> GenerationResult:
-    """Prints text as it comes and returns the whole."""
-    runner.submit(request)
-    while deltas := runner.step():
-        for delta in deltas:
-            print(delta.text, end="", flush=True)
-            if delta.error is not None:
-                raise delta.error
-            if delta.result is not None:
-                print(flush=True)
-                return delta.result
-    raise AssertionError("the request never finished")
+def stream(runner: Runner, request: GenerationRequest) -> None:
+    """Prints text as it comes."""
+    for piece in runner.stream(request):
+        print(piece.text, end="", flush=True)
+    print(flush=True)
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
@@ -201,7 +195,9 @@ def lead(
             print(f"{requests}, {num_errors} failed", file=sys.stderr)
             return EXIT_SOME_FAILED if num_errors else 0
         if arguments.show_tiles:
-            write_tiles(runner.prepare(request).images, arguments.show_tiles)
+            shown = Ticket(request)
+            runner.prepare(shown)
+            write_tiles(shown.images, arguments.show_tiles)
         if arguments.streaming:
             stream(runner, request)
             return 0

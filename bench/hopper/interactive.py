@@ -21,9 +21,10 @@ from bench.hopper.interactive_rows import (
 )
 from bench.hopper.synthetic_runner import NUM_TILES, draw_pictures, picture_request, text_request
 from nvlm.model.config import VisionConfig
-from runtime.requests.types import GenerationRequest
+from runtime.requests.types import Answer, GenerationRequest
 from runtime.serving.runner import Runner
-from runtime.serving.server import Answer, Server, Ticket
+from runtime.serving.server import Server
+from runtime.serving.ticket import Ticket
 
 NUM_TEXTS = 8
 MAX_BATCH_SIZE = 2 * NUM_TEXTS  # room for pictures beside the texts

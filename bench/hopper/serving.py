@@ -20,8 +20,9 @@ from bench.row import Row
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.torch_executor import TorchDecoderExecutor
+from runtime.requests.types import Answer
 from runtime.serving.runner import Runner
-from runtime.serving.server import Answer, Server
+from runtime.serving.server import Server
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.requests.types import GenerationResult
-from runtime.serving.server import Answer
+from runtime.requests.types import Answer, GenerationResult
 
 _COUNTS = ("num_prompt_tokens", "num_tokens", "num_tiles")
 _TIMINGS = ("queue_ms", "tiling_ms", "vision_ms", "prefill_ms", "decode_ms", "total_ms")

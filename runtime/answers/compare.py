@@ -26,6 +26,7 @@ from runtime.engine.engine_dir import EngineDir
 from runtime.requests.types import GenerationRequest, GenerationResult
 from runtime.serving.prepare import prepare
 from runtime.serving.runner import Runner
+from runtime.serving.ticket import Ticket
 
 _COMPARED_ROWS = 16
 """So many are in memory as float64: 20 MB of the 72B model's logits."""
@@ -150,7 +151,7 @@ def check(engine_dir: Path, requests: dict[str, GenerationRequest]) -> None:
     tokenizer = Tokenizer(engine.directory / layout.TOKENIZER)
     for where, request in requests.items():
         try:
-            prepare(engine, tokenizer, request)
+            prepare(engine, tokenizer, Ticket(request))
         except UserError as error:
             raise UserError(f"{engine_dir} cannot answer {where}: {error}") from None
 
@@ -166,7 +167,7 @@ def record(runner: Runner, requests: list[GenerationRequest]) -> Run:
         started = time.perf_counter()
         results = _answer(recording, requests)
         seconds = time.perf_counter() - started
-        # Requests are submitted in order, so ids are in that order too.
+        # The decoder got the requests in order, so ids are in that order too.
         ids = list(recorder.logits)[warm_up:]
         return Run(
             [
@@ -183,7 +184,7 @@ def record(runner: Runner, requests: list[GenerationRequest]) -> Run:
 
 def _answer(runner: Runner, requests: list[GenerationRequest]) -> list[GenerationResult]:
     found: dict[int, GenerationResult] = {}
-    for index, result in runner.generate_batch(requests):
+    for index, result in runner.generate_batch(requests, in_order=True):
         if not isinstance(result, GenerationResult):
             raise result
         found[index] = result

@@ -5,7 +5,6 @@ No string and no image crosses this interface. Implementations share one contrac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -153,26 +152,3 @@ def check_prompt_length(num_tokens: int, limits: EngineLimits) -> None:
 def check_max_new_tokens(max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
-
-
-def generate(
-    executor: DecoderExecutor, requests: list[DecoderRequest]
-) -> list[tuple[list[int], FinishReason]]:
-    """Runs requests to their end: (token_ids, finish_reason) of each, in order."""
-    tokens: dict[int, list[int]] = {executor.submit(request): [] for request in requests}
-    reasons: dict[int, FinishReason] = {}
-    for output in _steps(executor):
-        if output.request_id not in tokens:
-            continue
-        if output.token_id is not None:
-            tokens[output.request_id].append(output.token_id)
-        if output.error is not None:
-            raise output.error
-        if output.finish_reason is not None:
-            reasons[output.request_id] = output.finish_reason
-    return [(ids, reasons[request_id]) for request_id, ids in tokens.items()]
-
-
-def _steps(executor: DecoderExecutor) -> Iterator[StepOutput]:
-    while outputs := executor.step():
-        yield from outputs

@@ -52,20 +52,22 @@ class GenerationRequest:
         before = [part for image in images for part in (image, "\n")]
         return cls(content=(*before, prompt), **options)  # type: ignore[arg-type]
 
+    @property
+    def num_images(self) -> int:
+        return sum(not isinstance(part, str) for part in self.content)
+
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds; all but the last two add up to total_ms. queue_ms: waiting between the steps,
-    as in a server; prefill_ms: from submission to the first token, so in a batch it includes
-    waiting for a place. decode_tokens_per_s counts the tokens after the first."""
+    """Milliseconds. All but the last two add up to total_ms."""
 
-    queue_ms: float
+    queue_ms: float  # waiting between the stages, as in a batch or a server
     tiling_ms: float
     vision_ms: float
-    prefill_ms: float
+    prefill_ms: float  # from the decoder's queue to the first token
     decode_ms: float
     total_ms: float
-    decode_tokens_per_s: float
+    decode_tokens_per_s: float  # of the tokens after the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,13 @@ class GenerationResult:
 
 
 @dataclass(frozen=True, slots=True)
-class TextDelta:
-    """Text that a step added to one request's answer; `result` is set when it is complete, `error`
-    when it never will be."""
+class Answer:
+    """One piece of an answer: new text, and with the last piece `result` or `error`."""
 
-    request_id: int
-    text: str
-    result: GenerationResult | None
+    text: str = ""
+    result: GenerationResult | None = None
     error: Exception | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.result is not None or self.error is not None

@@ -5,8 +5,11 @@ Held in memory; who exports them (frontends/triton/) reads `samples`.
 
 from __future__ import annotations
 
+import math
 import threading
+from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,11 +49,34 @@ METRICS: dict[str, Metric] = {
 }
 
 
+class _Histogram:
+    """Cheap to observe, because every token is; cumulative only when it is read."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = (*bounds, math.inf)
+        self._counts = [0] * len(self._bounds)  # above the bound before, up to this one
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def samples(self, name: str) -> Iterator[tuple[tuple[str, Labels], float]]:
+        """Cumulative buckets, sum and count, as Prometheus defines them."""
+        total = 0
+        for bound, count in zip(self._bounds, self._counts, strict=True):
+            total += count
+            yield (f"{name}_bucket", (("le", _bound(bound)),)), float(total)
+        yield (f"{name}_sum", ()), self._sum
+        yield (f"{name}_count", ()), float(total)
+
+
 class ServingMetrics:
     """Any thread may count; every name is a row of `METRICS`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._histograms: dict[str, _Histogram] = {}
         self._values: defaultdict[tuple[str, Labels], float] = defaultdict(float)
         for name, metric in METRICS.items():
             if metric.label is None and not metric.buckets:
@@ -65,17 +91,18 @@ class ServingMetrics:
             self._values[name, ()] = value
 
     def observe(self, name: str, value: float) -> None:
-        """One observation: cumulative buckets, sum and count, as Prometheus defines them."""
         with self._lock:
-            for bound in (*METRICS[name].buckets, float("inf")):
-                self._values[f"{name}_bucket", (("le", _bound(bound)),)] += value <= bound
-            self._values[f"{name}_sum", ()] += value
-            self._values[f"{name}_count", ()] += 1
+            if name not in self._histograms:
+                self._histograms[name] = _Histogram(METRICS[name].buckets)
+            self._histograms[name].observe(value)
 
     def samples(self) -> dict[tuple[str, Labels], float]:
         """The value of every series that has one: (name, labels) -> value."""
         with self._lock:
-            return dict(self._values)
+            values = dict(self._values)
+            for name, histogram in self._histograms.items():
+                values.update(histogram.samples(name))
+            return values
 
 
 def metric_of(series_name: str) -> Metric:
@@ -89,4 +116,4 @@ def _labels(name: str, label: str) -> Labels:
 
 
 def _bound(value: float) -> str:
-    return "+Inf" if value == float("inf") else f"{value:g}"
+    return "+Inf" if value == math.inf else f"{value:g}"

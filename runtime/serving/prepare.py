@@ -6,10 +6,9 @@ Any number of threads may prepare at once: nothing here is shared but what is on
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from nvlm.inputs.images import load_image
-from nvlm.inputs.prompt import ImageSlot, Prompt, build_prompt
+from nvlm.inputs.prompt import ImageSlot, build_prompt
 from nvlm.inputs.tiling import TiledImage, tile_image
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.planning.limits import EngineLimits
@@ -18,28 +17,16 @@ from runtime.decoder.executor import check_max_new_tokens, check_prompt_length
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.sampling import check_target
 from runtime.requests.types import GenerationRequest
+from runtime.serving.ticket import Ticket
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedRequest:
-    """A request whose images are tiled and whose prompt is tokenised; `started` is when its time
-    began (time.perf_counter)."""
+def prepare(engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket) -> None:
+    """Tiles the images and tokenises the prompt.
 
-    request: GenerationRequest
-    prompt: Prompt
-    images: list[TiledImage]
-    started: float
-    tiling_s: float
-
-
-def prepare(
-    engine: EngineDir,
-    tokenizer: Tokenizer,
-    request: GenerationRequest,
-    started: float | None = None,
-) -> PreparedRequest:
-    """Raises `UserError` for a request this engine cannot answer, the cheap reasons first."""
+    Raises `UserError` for a request this engine cannot answer, the cheap reasons first.
+    """
     begun = time.perf_counter()
+    request = ticket.request
     check_max_new_tokens(request.max_new_tokens)
     check_target(request.sampling, engine.decoder_target)
     _check_text_size(request, engine, tokenizer)
@@ -53,13 +40,9 @@ def prepare(
         prompt_format=request.prompt_format,
     )
     check_prompt_length(len(prompt.token_ids), engine.limits)
-    return PreparedRequest(
-        request,
-        prompt,
-        [part for part in content if isinstance(part, TiledImage)],
-        started=begun if started is None else started,
-        tiling_s=time.perf_counter() - begun,
-    )
+    ticket.prompt_ids = prompt.token_ids
+    ticket.images = [part for part in content if isinstance(part, TiledImage)]
+    ticket.tiling_s = time.perf_counter() - begun
 
 
 def check_num_images(num_images: int, limits: EngineLimits) -> None:
@@ -85,7 +68,7 @@ def _check_text_size(request: GenerationRequest, engine: EngineDir, tokenizer: T
 
 def _tile(request: GenerationRequest, engine: EngineDir) -> list[str | TiledImage]:
     tiling, limits = engine.tiling, engine.limits
-    num_images = sum(not isinstance(part, str) for part in request.content)
+    num_images = request.num_images
     check_num_images(num_images, limits)
     max_num_tiles = request.max_num_tiles
     if max_num_tiles is None:

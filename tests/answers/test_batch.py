@@ -6,7 +6,7 @@ import errno
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ class EchoRunner:
         )
 
     def generate_batch(
-        self, requests: Iterable[GenerationRequest]
+        self, requests: Sequence[GenerationRequest]
     ) -> Iterator[tuple[int, GenerationResult | UserError]]:
         for index, request in reversed(list(enumerate(requests))):
             text = str(request.content[-1])
@@ -334,7 +334,7 @@ class TestResuming:
         class Interrupted:
             engine = runner.engine
 
-            def generate_batch(self, requests: Iterable[GenerationRequest]) -> Iterator[Any]:
+            def generate_batch(self, requests: Sequence[GenerationRequest]) -> Iterator[Any]:
                 for index, item in enumerate(runner.generate_batch(requests)):
                     if index == 2:
                         raise KeyboardInterrupt

@@ -20,6 +20,7 @@ from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.types import GenerationRequest
 from runtime.serving.prepare import prepare
+from runtime.serving.ticket import Ticket
 from tests.support.asking import Images, answered, ask, batch, run_refused
 from tests.support.command import RUN, background, one_line_error
 
@@ -215,7 +216,7 @@ def test_bytes_that_are_no_image_are_told_by_their_number(
         prepare(
             engine,
             Tokenizer(engine_dir / "tokenizer"),
-            GenerationRequest.images_first("hi", sources),
+            Ticket(GenerationRequest.images_first("hi", sources)),
         )
 
 

@@ -19,6 +19,7 @@ from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat, tile_tags
 from nvlm.inputs.tokenizer import IM_END, IM_START, Tokenizer
 from runtime.decoder.executor import DecoderRequest
 from runtime.requests.types import GenerationRequest
+from runtime.serving import runner as runner_module
 from runtime.serving.runner import Runner
 from tests.support.asking import Images, answered, ask
 from tests.support.command import RUN, run_command
@@ -243,6 +244,8 @@ def run_batch(
         return runner
 
     monkeypatch.setattr(Runner, "open", spy)
+    # Every line has a picture: prepared by one thread, they reach the decoder in order.
+    monkeypatch.setattr(runner_module, "MAX_PREPARING_THREADS", 1)
     files = ("--input_file", folder / "in", "--output_file", folder / "out")
     result = run_command(RUN, *ask(engine_dir, *files))
     answers = [json.loads(line) for line in (folder / "out").read_text().split("\n")[:-1]]

@@ -34,19 +34,21 @@ from runtime.decoder.executor import (
     DecoderOptions,
     DecoderRequest,
     create_decoder_executor,
-    generate,
 )
 from runtime.engine.engine_dir import EngineDir
 from runtime.ranks.mpi import Job
 from runtime.ranks.open_parts import open_engine_on_ranks, open_parts_on_ranks, work
 from runtime.requests.sampling import SETTINGS, SamplingParams
-from runtime.requests.types import GenerationRequest, GenerationResult
+from runtime.requests.types import Answer, GenerationRequest, GenerationResult
+from runtime.serving.loop import Loop
 from runtime.serving.runner import Runner
+from runtime.serving.ticket import Ticket
 from tests.conftest import TINY, Workshop
 from tests.doubles.ranks import mpirun
 from tests.doubles.tensorrt_llm import Doubles, installed
 from tests.support.cases import QUESTIONS, SEVEN_TILES, THREE_IMAGES
 from tests.support.command import BUILD, ROOT, RUN, one_line_error, refused, run_command, script
+from tests.support.decoding import generate
 from tests.support.tolerances import FLOAT16_ONNX, FP8_LOGITS
 
 rtx = pytest.importorskip("tensorrt_rtx")
@@ -294,14 +296,15 @@ class TestAnswers:
     def test_the_time_of_vision_ends_when_the_gpu_has_done_it(
         self, runner: Runner, doubles: Doubles
     ) -> None:
-        runner.encode(runner.prepare(requests()[1]))
+        ticket = Ticket(requests()[1])
+        runner.prepare(ticket)
+        runner.encode(ticket)
         assert not doubles.gpu.is_busy
 
     def test_streaming_gives_the_text_piece_by_piece(self, runner: Runner) -> None:
         request = requests()[1]
         whole = runner.generate(request).text
-        runner.submit(request)
-        pieces = [delta.text for deltas in iter(runner.step, []) for delta in deltas]
+        pieces = [piece.text for piece in runner.stream(request)]
         assert len(pieces) == NEW_TOKENS
         assert "".join(pieces) == whole
 
@@ -310,20 +313,26 @@ class TestAnswers:
     ) -> None:
         kept, gone = requests()[0], requests()[1]
         expected = answers(reference, [kept])[0]
-        ids = [runner.submit(request) for request in (kept, gone)]
-        runner.step()
-        runner.cancel(ids[1])
-        deltas = [delta for step in iter(runner.step, []) for delta in step]
-        assert {delta.request_id for delta in deltas} == {ids[0]}
-        assert deltas[-1].result is not None
-        assert deltas[-1].result.token_ids == expected
+        pieces: list[Answer] = []
+        unwanted: list[Answer] = []
+        with Loop(runner, max_open=2) as loop:
+            loop.submit(kept, pieces.append)
+            ticket = loop.submit(gone, unwanted.append)
+            loop.turn()
+            loop.cancel(ticket)
+            unwanted.clear()
+            while loop.num_open:
+                loop.turn()
+        assert unwanted == []
+        assert pieces[-1].result is not None
+        assert pieces[-1].result.token_ids == expected
 
     def test_an_error_of_the_executor_fails_its_request_alone(
         self, runner: Runner, reference: Runner, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(doubles.executor, "faults", {2: "Prompt length exceeds maximum"})
         asked = requests()
-        found = dict(runner.generate_batch(asked))
+        found = dict(runner.generate_batch(asked, in_order=True))
         assert isinstance(found[1], UserError)
         assert "Prompt length exceeds maximum" in str(found[1])
         expected = answers(reference, asked)

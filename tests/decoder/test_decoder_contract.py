@@ -22,13 +22,13 @@ from runtime.decoder.executor import (
     DecoderRequest,
     StepOutput,
     create_decoder_executor,
-    generate,
 )
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.sampling import SamplingParams
 from runtime.requests.types import FinishReason
 from tests.conftest import Workshop
 from tests.doubles.tensorrt_llm import installed
+from tests.support.decoding import generate
 
 VOCAB_SIZE, HIDDEN_SIZE = 512, 128
 MAX_BATCH_SIZE, MAX_INPUT_LEN, MAX_SEQ_LEN = 3, 96, 128

@@ -13,7 +13,7 @@ import torch
 
 from nvlm.planning.limits import EngineLimits
 from runtime.decoder import torch_executor
-from runtime.decoder.executor import DecoderRequest, generate
+from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.kernels import plain_forms
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.hopper_weights import load_hopper_weights
@@ -26,6 +26,7 @@ from runtime.decoder.scheduler import UNKNOWN_TOKEN, max_num_blocks
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.sampling import SamplingParams
+from tests.support.decoding import generate
 
 CPU = torch.device("cpu")
 VOCAB_SIZE, HIDDEN_SIZE, MAX_SEQ_LEN = 512, 128, 160

@@ -11,7 +11,7 @@ import torch
 
 from nvlm.planning import hopper
 from nvlm.program.errors import UserError
-from runtime.decoder.executor import DecoderExecutor, DecoderRequest, generate
+from runtime.decoder.executor import DecoderExecutor, DecoderRequest
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.open_model import open_model
 from runtime.decoder.sampler import sample_rows
@@ -20,6 +20,7 @@ from runtime.engine.engine_dir import EngineDir
 from runtime.engine.loading import loading_on
 from runtime.requests.sampling import SamplingParams
 from tests.conftest import CPU
+from tests.support.decoding import generate
 from tests.support.tolerances import FAST_PATH_GAP, FAST_PATH_LOGITS, gap_to_best, relative_error
 
 needs_gpu = [

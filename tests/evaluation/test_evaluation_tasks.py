@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.asking.generate import answers
 from evaluation.datasets import video_frames
 from evaluation.datasets.sample import Location
 from evaluation.datasets.video_frames import Packets, decode_frames
@@ -377,4 +376,4 @@ def test_a_mistake_of_ours_ends_the_run_as_itself(tmp_path: Path, float32_engine
     runner = Runner.open(float32_engine_dir, torch.device("cpu"))
     broken = Runner(runner.engine, runner.vision, BrokenDecoder(runner.decoder))
     with pytest.raises(ZeroDivisionError):
-        list(answers(broken, (GenerationRequest(s.content) for s in samples * 20)))
+        list(broken.generate_batch([GenerationRequest(s.content) for s in samples * 20]))

@@ -12,7 +12,8 @@ import torch
 from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.sampling import SamplingParams
-from runtime.requests.types import GenerationRequest, GenerationResult
+from runtime.requests.types import Answer, GenerationRequest, GenerationResult
+from runtime.serving.loop import Loop
 from runtime.serving.runner import Runner
 
 Images = Callable[[str], Path]
@@ -58,26 +59,26 @@ def test_a_request_joins_while_another_decodes(
     runner: Runner, questions: list[GenerationRequest]
 ) -> None:
     expected = [runner.generate(question) for question in questions[:2]]
-    results: dict[int, GenerationResult] = {}
-    first = runner.submit(questions[0])
-    for _ in range(4):
-        runner.step()
-    second = runner.submit(questions[1])
-    while deltas := runner.step():
-        results |= {d.request_id: d.result for d in deltas if d.result is not None}
-    assert same(results[first], expected[0])
-    assert same(results[second], expected[1])
+    first: list[Answer] = []
+    second: list[Answer] = []
+    with Loop(runner, max_open=2) as loop:
+        loop.submit(questions[0], first.append)
+        for _ in range(4):
+            loop.turn()
+        loop.submit(questions[1], second.append)
+        while loop.num_open:
+            loop.turn()
+    for pieces, alone in zip((first, second), expected, strict=True):
+        assert pieces[-1].result is not None
+        assert same(pieces[-1].result, alone)
 
 
 def test_streamed_text_adds_up_to_the_answer(
     runner: Runner, questions: list[GenerationRequest]
 ) -> None:
     for question in questions:
-        runner.submit(question)
-        text, result = "", None
-        while deltas := runner.step():
-            text += "".join(delta.text for delta in deltas)
-            result = result or deltas[0].result
+        pieces = list(runner.stream(question))
+        text, result = "".join(piece.text for piece in pieces), pieces[-1].result
         assert result is not None
         assert text == result.text == runner.tokenizer.decode(result.token_ids)
 
@@ -90,7 +91,7 @@ def test_a_stop_string_ends_the_answer_and_frees_its_place(
     result = runner.generate(replace(questions[0], stop=(middle,)))
     assert result.finish_reason == "stop"
     assert result.text == whole[: whole.index(middle)]
-    assert runner.step() == []
+    assert runner.decoder.step() == []
 
 
 def test_num_tokens_and_reason_tell_why_an_answer_ended(runner: Runner) -> None:
@@ -153,14 +154,19 @@ def test_cancelled_requests_leave_the_others_alone(
     runner: Runner, questions: list[GenerationRequest]
 ) -> None:
     expected = runner.generate(questions[0])
-    kept, cancelled = runner.submit(questions[0]), runner.submit(questions[1])
-    runner.step()
-    runner.cancel(cancelled)
-    results = []
-    while deltas := runner.step():
-        assert {delta.request_id for delta in deltas} == {kept}
-        results += [delta.result for delta in deltas if delta.result is not None]
-    assert same(results[0], expected)
+    kept: list[Answer] = []
+    unwanted: list[Answer] = []
+    with Loop(runner, max_open=2) as loop:
+        loop.submit(questions[0], kept.append)
+        ticket = loop.submit(questions[1], unwanted.append)
+        loop.turn()
+        loop.cancel(ticket)
+        unwanted.clear()
+        while loop.num_open:
+            loop.turn()
+    assert unwanted == []
+    assert kept[-1].result is not None
+    assert same(kept[-1].result, expected)
 
 
 def test_one_bad_request_does_not_end_a_batch(
@@ -191,7 +197,7 @@ def test_a_batch_nobody_listens_to_any_more_frees_its_places(
     batch = runner.generate_batch(questions)
     next(batch)
     batch.close()
-    assert runner.step() == []
+    assert runner.decoder.step() == []
 
 
 def test_a_gpu_that_is_not_the_current_one_is_refused(

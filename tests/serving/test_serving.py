@@ -18,9 +18,10 @@ from nvlm.inputs.images import load_image
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderRequest, StepOutput
 from runtime.decoder.torch_executor import TorchDecoderExecutor
-from runtime.requests.types import GenerationRequest, GenerationResult
+from runtime.requests.types import Answer, GenerationRequest, GenerationResult
+from runtime.serving.loop import BusyError
 from runtime.serving.runner import Runner
-from runtime.serving.server import Answer, BusyError, Server
+from runtime.serving.server import Server
 from tests.commands.test_bad_input_image import one_bit_png
 from tests.support.asking import Images
 
@@ -372,12 +373,11 @@ def test_a_decoder_that_ends_leaves_nobody_waiting(
 ) -> None:
     """Not an error of a step, which fails that step's requests, but one of the loop itself."""
     server, listener = Server(runner), Listener()
-    monkeypatch.setattr(server, "_step", lambda running: 1 / 0)
+    monkeypatch.setattr(server._loop, "_step", lambda: 1 / 0)
     request = GenerationRequest.images_first("Hello?", ())
     server.submit(request, listener)
     assert isinstance(listener.first().error, ZeroDivisionError)
     with pytest.raises(RuntimeError, match="the decoder has failed"):  # not busy: for ever
         server.submit(request, listener)
     server.close()
-    for request_id in list(runner._answers):
-        runner.cancel(request_id)
+    assert scheduler_is_empty(runner)

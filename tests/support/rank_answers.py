@@ -30,7 +30,8 @@ from runtime.decoder.models.torch_weights import DecoderWeights
 from runtime.ranks.mpi import Job
 from runtime.ranks.open_parts import open_engine_on_ranks, open_parts_on_ranks, work
 from runtime.requests.request_file import read_requests
-from runtime.requests.types import GenerationRequest
+from runtime.requests.types import Answer, GenerationRequest
+from runtime.serving.loop import Loop
 from runtime.serving.runner import Runner
 
 CPU = torch.device("cpu")
@@ -66,27 +67,26 @@ def watch_files(directory: Path, rank: int) -> None:
 
 
 def streamed(runner: Runner, request: GenerationRequest) -> list[str]:
-    runner.submit(request)
-    pieces: list[str] = []
-    while deltas := runner.step():
-        pieces += [delta.text for delta in deltas]
-    return pieces
+    return [piece.text for piece in runner.stream(request)]
 
 
 def beside_a_cancelled_one(
     runner: Runner, cancelled: GenerationRequest, request: GenerationRequest
 ) -> list[int]:
-    first = runner.submit(cancelled)
-    second = runner.submit(request)
-    runner.step()
-    runner.step()
-    runner.cancel(first)
-    while deltas := runner.step():
-        for delta in deltas:
-            assert delta.request_id == second
-            if delta.result is not None:
-                return delta.result.token_ids
-    raise AssertionError("the request never finished")
+    unwanted: list[Answer] = []
+    pieces: list[Answer] = []
+    with Loop(runner, max_open=2) as loop:
+        ticket = loop.submit(cancelled, unwanted.append)
+        loop.submit(request, pieces.append)
+        loop.turn()
+        loop.turn()
+        loop.cancel(ticket)
+        unwanted.clear()
+        while loop.num_open:
+            loop.turn()
+    assert unwanted == []
+    assert pieces[-1].result is not None
+    return pieces[-1].result.token_ids
 
 
 def ask(runner: Runner, requests: list[GenerationRequest]) -> tuple[Run, dict[str, Any]]:

@@ -23,12 +23,15 @@ from nvlm.inputs.prompt import tile_tags
 from nvlm.inputs.tiling import choose_grid
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.program.errors import UserError
+from runtime.decoder.executor import DecoderRequest
 from runtime.requests.types import GenerationRequest
-from runtime.serving.runner import EncodedRequest, Runner
+from runtime.serving.runner import Runner
+from runtime.serving.ticket import Ticket
 from tests.conftest import BF16, Workshop
 from tests.support import ablations
 from tests.support.ablations import Ablation
 from tests.support.command import RUN, run_command
+from tests.support.decoding import generate
 from tools.tiny.curve import LOSSES, draw, read_runs
 from tools.tiny.evaluation import TASKS, TILE_SIZE, Sample, samples, score, write_requests
 
@@ -145,7 +148,7 @@ class Asked:
     """A question whose image is encoded, and whether its answer is right as it stands."""
 
     expected: str
-    encoded: EncodedRequest
+    encoded: DecoderRequest
     is_right: bool
 
 
@@ -180,27 +183,26 @@ def encode(runner: Runner, sample: Sample, folder: Path) -> Asked:
         prompt_format="megatron" if sample.prompt_format == "megatron" else "hf",
         max_new_tokens=20,
     )
-    encoded = runner.encode(runner.prepare(request))
-    return Asked(sample.answer, encoded, generate(runner, encoded) == sample.answer)
+    ticket = Ticket(request)
+    runner.prepare(ticket)
+    runner.encode(ticket)
+    encoded = ticket.decoder_request
+    return Asked(sample.answer, encoded, answer_of(runner, encoded) == sample.answer)
 
 
-def generate(runner: Runner, encoded: EncodedRequest) -> str:
-    runner.start(encoded)
-    while deltas := runner.step():
-        for delta in deltas:
-            if delta.result is not None:
-                return delta.result.text
-    raise AssertionError("no answer")
+def answer_of(runner: Runner, encoded: DecoderRequest) -> str:
+    ((token_ids, _),) = generate(runner.decoder, [encoded])
+    return runner.tokenizer.decode(token_ids)
 
 
-def without(ablation: Ablation, runner: Runner, encoded: EncodedRequest) -> EncodedRequest:
+def without(ablation: Ablation, runner: Runner, encoded: DecoderRequest) -> DecoderRequest:
     """The same question with one thing made wrong between encoder and decoder."""
     vision = runner.engine.vision_config
     vocab_size = runner.engine.checkpoint_config.decoder.vocab_size
-    changed = ablation(encoded.decoder_request, vision.tokens_per_tile, vocab_size)
+    changed = ablation(encoded, vision.tokens_per_tile, vocab_size)
     # Other rows are another image: nothing cached of the true one may be taken for it.
     keys = tuple(ablation.__name__.encode() + key for key in changed.cache_keys)
-    return replace(encoded, decoder_request=replace(changed, cache_keys=keys))
+    return replace(changed, cache_keys=keys)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_what_is_taken_away_was_used(
     questions = asked(task)
     right = sum(question.is_right for question in questions)
     still = sum(
-        generate(runner, without(ablation, runner, question.encoded)) == question.expected
+        answer_of(runner, without(ablation, runner, question.encoded)) == question.expected
         for question in questions
     )
     assert right >= 0.9 * len(questions)

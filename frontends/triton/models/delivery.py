@@ -15,7 +15,10 @@ import triton_python_backend_utils as pb_utils
 from frontends.triton.models.metrics import MetricsExporter
 from frontends.triton.response import output_arrays
 from nvlm.program.errors import UserError
-from runtime.serving.server import Answer, BusyError, Server, Ticket
+from runtime.requests.types import Answer
+from runtime.serving.loop import BusyError
+from runtime.serving.server import Server
+from runtime.serving.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 

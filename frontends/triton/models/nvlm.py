@@ -20,8 +20,9 @@ from nvlm.program.errors import UserError
 from nvlm.program.process import ignore_pillows_warnings
 from runtime.engine.engine_dir import EngineDir
 from runtime.serving.launch import open_runner
+from runtime.serving.loop import BusyError
 from runtime.serving.runner import Runner
-from runtime.serving.server import BusyError, Server
+from runtime.serving.server import Server
 
 
 class TritonPythonModel:

@@ -1,0 +1,248 @@
+"""THE loop over the decoder's steps: every question, batch, benchmark and server goes through it.
+
+Requests come from any thread, are prepared and encoded (intake.py), share the decoder's steps, and
+hear their answers piece by piece. Whoever calls `turn` is the decoder's thread: the one that asks
+(runner.py) or one of its own (server.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from queue import SimpleQueue
+from typing import Literal
+
+from nvlm.program.errors import UserError
+from runtime.decoder.executor import StepOutput
+from runtime.requests.types import Answer, GenerationRequest, GenerationResult
+from runtime.serving.intake import Intake
+from runtime.serving.metrics import Labels, ServingMetrics
+from runtime.serving.stages import Stages
+from runtime.serving.ticket import Listener, Ticket
+
+logger = logging.getLogger(__name__)
+
+Outcome = Literal["stop", "length", "refused", "failed", "cancelled", "busy"]
+
+
+class BusyError(UserError):
+    """The loop has as many requests as it takes; the same request may succeed later."""
+
+
+class Loop:
+    """`submit`, `cancel` and `stop` may be called by any thread, `turn` by one only.
+
+    At most `max_open` requests are open: accepted and not yet answered. `num_preparing`: threads
+    that decode pictures beside the decoder; 0 prepares and encodes within `submit`.
+    """
+
+    def __init__(self, stages: Stages, *, max_open: int, num_preparing: int = 0) -> None:
+        self.metrics = ServingMetrics()
+        self._stages = stages
+        self._max_open = max_open
+        self._lock = threading.Lock()  # of the next three
+        self._open: set[Ticket] = set()
+        self._is_stopping = False
+        self._failure: Exception | None = None  # of the decoder's thread, which it ended
+        # None wakes the decoder's thread: something was cancelled, or the loop stops.
+        self._encoded: SimpleQueue[Ticket | None] = SimpleQueue()
+        self._waiting: deque[Ticket] = deque()
+        self._running: dict[int, Ticket] = {}  # by the decoder's id
+        self._intake = Intake(stages, num_preparing, self._encoded.put)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_open >= self._max_open
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
+    def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
+        """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or
+        stopping, and `RuntimeError` once the decoder has failed."""
+        ticket = Ticket(request, listener)
+        error: BusyError | None = None
+        with self._lock:
+            self.require_decoder()
+            if self._is_stopping:
+                error = _stopping()
+            elif self.is_full:
+                busy = f"the server is busy with {self._max_open} requests; try again later"
+                error = BusyError(busy)
+            else:
+                self._open.add(ticket)
+        if error is not None:
+            self.metrics.add("nvlm_requests_total", label="busy")
+            raise error
+        self._intake.put(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Frees the request's place before the next step. Its listener hears nothing more but what
+        is being said right now."""
+        ticket.is_cancelled = True
+        self._encoded.put(None)
+
+    def turn(self) -> None:
+        """One step for all requests that run, which others join before it; waits for a request
+        where there is none."""
+        self._take_in()
+        self._drop_cancelled()
+        self._start_waiting()
+        if self._running:
+            self._step()
+
+    def stop(self, failure: Exception | None = None) -> None:
+        """Refuses every request, of now and from now on: with the decoder's `failure`, if that is
+        why."""
+        with self._lock:
+            self._is_stopping = True
+            self._failure = self._failure or failure
+            tickets = list(self._open)
+        for ticket in tickets:
+            self._fail(ticket, failure or _stopping())
+            ticket.is_cancelled = True
+        self._encoded.put(None)
+
+    def close(self) -> None:
+        """For the decoder's thread, or once it has ended. The stages stay open."""
+        self.stop()
+        for request_id in self._running:
+            self._stages.decoder.cancel(request_id)
+        self._running.clear()
+        self._intake.close()
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def require_decoder(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError("the decoder has failed; start again") from self._failure
+
+    def samples(self) -> dict[tuple[str, Labels], float]:
+        """Every metric as it is now."""
+        num_running = len(self._running)
+        self.metrics.set("nvlm_requests_running", num_running)
+        self.metrics.set("nvlm_requests_waiting", max(0, self.num_open - num_running))
+        return self.metrics.samples()
+
+    def _take_in(self) -> None:
+        is_idle = not self._running and not self._waiting
+        while is_idle or not self._encoded.empty():
+            ticket = self._encoded.get()
+            is_idle = False
+            if ticket is None:
+                continue
+            if ticket.error is not None:
+                self._fail(ticket, ticket.error)
+            else:
+                self._waiting.append(ticket)
+
+    def _drop_cancelled(self) -> None:
+        for request_id, ticket in list(self._running.items()):
+            if self._is_dropped(ticket):
+                self._stages.decoder.cancel(request_id)
+                del self._running[request_id]
+        self._waiting = deque(t for t in self._waiting if not self._is_dropped(t))
+
+    def _is_dropped(self, ticket: Ticket) -> bool:
+        """Whether the ticket was cancelled; then its place is free."""
+        if ticket.is_cancelled:
+            self._end(ticket, "cancelled")
+        return ticket.is_cancelled
+
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._running) < self._stages.engine.limits.max_batch_size:
+            ticket = self._waiting.popleft()
+            try:
+                self._running[self._stages.start(ticket)] = ticket
+            except Exception as error:
+                self._fail(ticket, error)
+                continue
+            self.metrics.add("nvlm_prompt_tokens_total", len(ticket.prompt_ids))
+            self.metrics.add("nvlm_tiles_total", ticket.num_tiles)
+
+    def _step(self) -> None:
+        """What breaks in a step is told to all in it."""
+        try:
+            outputs = self._stages.decoder.step()
+        except Exception as error:
+            for request_id, ticket in self._running.items():
+                self._stages.decoder.cancel(request_id)
+                self._fail(ticket, error)
+            self._running.clear()
+            return
+        if outputs:
+            self.metrics.observe("nvlm_decode_batch_size", len(outputs))
+        for output in outputs:
+            if output.request_id in self._running:  # a stop string may have ended it in this step
+                self._take(self._running[output.request_id], output)
+
+    def _take(self, ticket: Ticket, output: StepOutput) -> None:
+        before = ticket.last_token
+        try:
+            answer = ticket.take(output)
+        except Exception as error:
+            answer = Answer(error=error)
+        self._count_token(ticket, before)
+        if answer.is_last:
+            self._stages.decoder.cancel(output.request_id)  # a stop string ends it unknown to it
+            del self._running[output.request_id]
+        if answer.error is not None:
+            self._fail(ticket, answer.error)
+        elif answer.result is not None:
+            self._finish(ticket, answer, answer.result)
+        elif answer.text:
+            self._tell(ticket, answer)
+
+    def _count_token(self, ticket: Ticket, before: float | None) -> None:
+        if ticket.last_token is None:
+            return
+        if before is None:
+            taken = ticket.last_token - ticket.accepted
+            self.metrics.observe("nvlm_time_to_first_token_seconds", taken)
+        else:
+            taken = ticket.last_token - before
+            self.metrics.observe("nvlm_time_per_output_token_seconds", taken)
+
+    def _finish(self, ticket: Ticket, answer: Answer, result: GenerationResult) -> None:
+        if self._end(ticket, result.finish_reason):
+            self.metrics.add("nvlm_generated_tokens_total", result.num_tokens)
+            self.metrics.observe("nvlm_queue_seconds", result.timings.queue_ms / 1e3)
+            self._tell(ticket, answer)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        if self._end(ticket, "refused" if isinstance(error, UserError) else "failed"):
+            self._tell(ticket, Answer(error=error))
+
+    def _end(self, ticket: Ticket, outcome: Outcome) -> bool:
+        """Whether the ticket was open; from here on it is not."""
+        with self._lock:
+            was_open = ticket in self._open
+            self._open.discard(ticket)
+        if was_open:
+            self.metrics.add("nvlm_requests_total", label=outcome)
+        return was_open
+
+    def _tell(self, ticket: Ticket, answer: Answer) -> None:
+        """A listener's exception ends its own request only."""
+        if ticket.is_cancelled:
+            return
+        try:
+            ticket.listener(answer)
+        except Exception:
+            logger.exception("the listener of a request failed")
+            self.cancel(ticket)
+
+
+def _stopping() -> BusyError:
+    return BusyError("the server is stopping; ask another")
