@@ -1,180 +1,58 @@
-"""Scores the answers that run.py --task wrote, beside the model card's, and reports on them."""
+"""Benchmarks: answers one with an engine directory, scores the answers and reports on them."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
-from pathlib import Path
+from functools import partial
 
-from evaluation.asking.output_paths import task_in_name, tasks_of
-from evaluation.reporting.compare import compare
-from evaluation.reporting.gallery import gallery_location, make_gallery
-from evaluation.reporting.notes import notes_on
-from evaluation.reporting.report import Report, TaskReport, markdown, report_json, run_name
-from evaluation.reporting.report_page import page
-from evaluation.reporting.results import read_results
-from evaluation.scoring.scored import score_results
-from evaluation.tasks import TASKS, Task, find_task
-from nvlm.program.command_line import EXIT_USER_ERROR, ArgumentParser, natural_int, run
+from evaluation.asking import generate_command
+from evaluation.reporting import score_command
+from nvlm.program.command_line import ArgumentParser, run
 from nvlm.program.errors import UserError
-from nvlm.program.json_files import write_text_atomically
+from nvlm.program.launcher import end, rank_from
+from runtime.decoder.executor import DecoderOptions
+from runtime.serving.launch import Program, launch
 
-EXIT_INCOMPLETE = 1
-DEFAULT_GALLERY_SIZE = 12
+COMMANDS = {
+    "generate": "answer a benchmark with an engine directory",
+    "score": "score the answers, beside the model card's, and report on them",
+}
 
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "")
-    add = parser.add_argument
-    add("--task", nargs="+", help=f"of {', '.join(TASKS)}; without it all that the prefix has")
-    add("--input_path", type=Path, required=True, metavar="PREFIX", help="run.py's --output_path")
-    add(
-        "--gt_path",
-        type=Path,
-        metavar="FILE",
-        help="answers of MMMU, captions of captioning; all questions of VQAv2's submission",
-    )
-    add(
-        "--compare", type=Path, metavar="PREFIX", help="another run: what changed, and is it chance"
-    )
-    add("--report_dir", type=Path, metavar="DIR", help="write report.md and report.html there")
-    add(
-        "--gallery_size",
-        type=natural_int,
-        default=DEFAULT_GALLERY_SIZE,
-        help="samples of each task in the report, with their images",
-    )
-    add("--input_image_path", type=Path, metavar="DIR", help="the images, if they moved")
-    add("--json", action="store_true", help="print one JSON object instead of Markdown")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in (("generate", generate_command), ("score", score_command)):
+        help_ = COMMANDS[name]
+        command.add_flags(commands.add_parser(name, description=help_, help=help_))
     return parser
 
 
-def check_flags(arguments: argparse.Namespace, tasks: list[Task]) -> None:
-    if arguments.gt_path and len(tasks) > 1:
-        raise UserError("--gt_path goes with one --task")
-    if arguments.gt_path and not tasks[0].scored_with_gt_path:
-        takers = [task.name for task in TASKS.values() if task.scored_with_gt_path]
+def _parse() -> argparse.Namespace:
+    if not sys.argv[1:] or sys.argv[1] not in (*COMMANDS, "-h", "--help"):
+        found = sys.argv[1] if sys.argv[1:] else "nothing"
         raise UserError(
-            f"--gt_path goes with --task {' or '.join(takers)}; the answer lines of "
-            f"{tasks[0].name} hold what is right"
+            f"evaluate.py expected generate or score, found {found}; scores are `evaluate.py score "
+            "--input_path PREFIX`, answers are `evaluate.py generate --task TASK`"
         )
+    return parser().parse_args()
 
 
-def chosen_tasks(names: list[str] | None, prefix: Path) -> list[Task]:
-    if names:
-        tasks = list(dict.fromkeys(find_task(name).name for name in names))
-        if prefix.is_file() and (named := task_in_name(prefix)) and tasks != [named.name]:
-            raise UserError(
-                f"--input_path {prefix} holds answers of {named.name} by its name and --task is "
-                f"{', '.join(tasks)}; give --task {named.name}"
-            )
-        return [TASKS[name] for name in tasks]
-    if prefix.is_file():
-        raise UserError("--input_path is a single file; say whose it is with --task")
-    if found := tasks_of(prefix):
-        return found
-    raise UserError(
-        f"--input_path {prefix} has no answers (looked for {prefix}-<task>-dprank=*-partition=*"
-        ".jsonl); give run.py's --output_path"
-    )
-
-
-def report_task(
-    task: Task,
-    prefix: Path,
-    other_prefix: Path | None,
-    gt_path: Path | None,
-    image_dir: Path | None,
-    gallery_size: int,
-) -> TaskReport:
-    scored = score_results(read_results(prefix, task), gt_path)
-    other = comparison = not_compared = None
-    if other_prefix is not None:
-        try:
-            other = score_results(read_results(other_prefix, task, "--compare"), gt_path)
-            if scored.score and other.score:
-                comparison = compare(scored.score, other.score, task.unit)
-        except UserError as error:
-            not_compared = str(error)
-    gallery = []
-    location = gallery_location(scored.results, image_dir)
-    if gallery_size and scored.score and location:
-        try:
-            gallery = make_gallery(scored.results, scored.score, comparison, location, gallery_size)
-        except UserError as error:
-            print(f"{task.name}: no gallery: {error}", file=sys.stderr)
-    notes = notes_on(scored, other, not_compared)
-    return TaskReport(scored, other, comparison, gallery, notes, not_compared)
-
-
-def write_report(report: Report, directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(directory / "report.md", markdown(report))
-        write_text_atomically(directory / "report.html", page(report))
-    except OSError as error:
-        raise UserError(
-            f"--report_dir {directory} cannot be written: {error.strerror}; give a folder"
-        ) from None
-    print(f"{directory / 'report.html'}", file=sys.stderr)
-
-
-def report_tasks(
-    tasks: list[Task], arguments: argparse.Namespace
-) -> tuple[list[TaskReport], list[str]]:
-    """What can be scored, and why the others cannot; raises `UserError` where nothing can."""
-    reports, failures = [], []
-    for task in tasks:
-        try:
-            report = report_task(
-                task,
-                arguments.input_path,
-                arguments.compare,
-                arguments.gt_path,
-                arguments.input_image_path,
-                arguments.gallery_size if arguments.report_dir else 0,
-            )
-            reports.append(report)
-        except UserError as error:
-            if len(tasks) == 1:
-                raise
-            failures.append(f"{task.name} is not scored: {error}")
-    if not reports:
-        raise UserError(f"none of {len(tasks)} tasks can be scored; {'; '.join(failures)}")
-    return reports, failures
+def _parse_generate() -> Program:
+    arguments = _parse()
+    generate_command.check_flags(arguments)
+    options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
+    lead = partial(generate_command.lead, arguments)
+    return Program(arguments.engine_dir, arguments.device, options, lead)
 
 
 def main() -> int:
-    arguments = parser().parse_args()
-    tasks = chosen_tasks(arguments.task, arguments.input_path)
-    check_flags(arguments, tasks)
-    if arguments.compare and not arguments.compare.is_file() and not tasks_of(arguments.compare):
-        raise UserError(
-            f"--compare {arguments.compare} has no answers (looked for {arguments.compare}-<task>-"
-            "dprank=*-partition=*.jsonl); give the other run's --output_path"
-        )
-    reports, failures = report_tasks(tasks, arguments)
-    others = [task.other for task in reports if task.other]
-    report = Report(
-        run_name(reports[0].results, arguments.input_path),
-        run_name(others[0].results, arguments.compare) if others else None,
-        reports,
-        failures,
-    )
-    if arguments.report_dir:
-        write_report(report, arguments.report_dir)
-    print(json.dumps(report_json(report)) if arguments.json else markdown(report), end="\n")
-    problems = [problem for task in reports for problem in task.problems]
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    missing = [f"{t.name} is not compared: {t.not_compared}" for t in reports if t.not_compared]
-    for failure in failures + missing:
-        print(f"error: {failure}", file=sys.stderr)
-    if failures or missing:
-        return EXIT_USER_ERROR
-    return EXIT_INCOMPLETE if problems else 0
+    if sys.argv[1:2] == ["generate"]:  # the one that several ranks may run
+        return launch(os.environ, _parse_generate)
+    return score_command.score(_parse())
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, rank=rank_from(os.environ), end=end)

@@ -1,4 +1,4 @@
-"""`run.py --task`: its flags, and a benchmark through an engine into a file of answers."""
+"""A benchmark through an engine into a file of answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.asking.generate import generate, task_prompt
@@ -15,83 +15,16 @@ from evaluation.asking.partition import partition_bounds
 from evaluation.asking.results_file import ResultsFile
 from evaluation.asking.task_record import TaskRecord, task_settings
 from evaluation.datasets.sample import DataSet, Location
-from evaluation.tasks import (
-    DEFAULT_MAX_NEW_TOKENS,
-    TASKS,
-    Task,
-    answer_line,
-    find_task,
-)
-from nvlm.program.command_line import ArgumentParser, natural_int, positive_int
+from evaluation.tasks import Task, answer_line, find_task
 from nvlm.program.errors import UserError
 from runtime.answers.run_record import EngineId
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.sampling import check_target
 from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
 
 _MAX_TOLD = 20
-_NEEDED = ("input_image_path", "output_path")
-_ONLY_WITH_TASK = (
-    *("input_image_path", "gt_path", "output_path", "num_partitions", "partition_id"),
-    *("num_samples_per_partition", "split", "num_frames"),
-)
-_NEVER_WITH_TASK = (
-    *("prompt", "image", "input_file", "output_file", "compare", "show_tiles", "streaming", "json"),
-)
-_ONLY_OF_TASKS = {"split": ("MMMU", "MathVista"), "num_frames": ("VideoMME",)}
 DEFAULT_NUM_FRAMES = 8
-
-
-def add_flags(parser: ArgumentParser) -> None:
-    add = parser.add_argument_group("benchmarks (docs/evaluation.md)").add_argument
-    add("--task", help=f"one of {', '.join(TASKS)}")
-    add("--input_image_path", type=Path, metavar="DIR", help="its images, videos or parquet files")
-    add("--gt_path", type=Path, nargs="+", default=[], metavar="FILE", help="its questions")
-    add("--output_path", type=Path, metavar="PREFIX", help="of the files of answers")
-    add("--num_partitions", type=natural_int, help="share the records among this many processes")
-    add("--partition_id", type=natural_int, help="which share this is, from 0")
-    add("--num_samples_per_partition", type=positive_int, help="take so many instead of a share")
-    add("--split", help="of MMMU (default validation) and MathVista (default testmini)")
-    add(
-        "--num_frames",
-        type=positive_int,
-        help=f"of a video (default {DEFAULT_NUM_FRAMES}), at most the engine's --max_num_images",
-    )
-
-
-def check_flags(arguments: argparse.Namespace) -> None:
-    given = vars(arguments)
-    if not arguments.task:
-        for name in _ONLY_WITH_TASK:
-            if given[name] not in (None, []):
-                raise UserError(f"--{name} goes with --task")
-        return
-    for name in _NEVER_WITH_TASK:
-        if given[name] not in (None, [], False):
-            raise UserError(f"--{name} does not go with --task, which has its own data")
-    for name in _NEEDED:
-        if given[name] is None:
-            raise UserError(f"--task needs --{name}")
-    task = find_task(arguments.task)
-    if task.gt_file == "needed" and not arguments.gt_path:
-        raise UserError(f"--task {task.name} needs --gt_path, the benchmark's questions")
-    if task.gt_file == "none" and arguments.gt_path:
-        raise UserError(
-            f"--gt_path does not go with --task {task.name}: the parquet files of "
-            "--input_image_path hold questions and answers; leave it out"
-        )
-    if len(set(arguments.gt_path)) < len(arguments.gt_path):
-        raise UserError("--gt_path names a file twice; give each once, its samples count once")
-    if arguments.max_num_tiles and task.max_num_tiles:
-        raise UserError(
-            f"--max_num_tiles does not go with --task {task.name}, whose images are of "
-            f"{task.max_num_tiles} tile each; leave it out"
-        )
-    for name, tasks in _ONLY_OF_TASKS.items():
-        if given[name] is not None and task.name not in tasks:
-            raise UserError(
-                f"--{name} goes with --task {' or '.join(tasks)}; {task.name} has no use for it"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +88,7 @@ class TaskRun:
             location,
             data.part(*bounds),
             num_records,
-            replace(
-                request,
-                prompt_format=arguments.prompt_format or "megatron",
-                max_new_tokens=arguments.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
-            ),
+            request,
             arguments.output_path,
             partition_id,
             max(arguments.num_partitions or 0, 1),
@@ -208,6 +137,7 @@ class TaskRun:
         return len(failures) + len(problems)
 
     def _check_limits(self, engine: EngineDir) -> None:
+        check_target(self.request.sampling, engine.decoder_target)
         most = engine.tiling.max_num_tiles
         if (self.request.max_num_tiles or 0) > most:
             raise UserError(

@@ -44,7 +44,7 @@ class Merged:
 
 def merge(task: Task, found: list[FoundLine], has_records: bool) -> Merged:
     """Ordered by id, since answers are written as they end. The first answer to a sample counts.
-    Raises `UserError` where one id stands for several samples. run.py's files, which have records,
+    Raises `UserError` where one id stands for several samples. Our files, which have records,
     count through the whole data set."""
     clash = _clash(task, ((line.id, line) for line in found))
     if clash is None:

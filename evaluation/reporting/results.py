@@ -52,13 +52,14 @@ def read_results(prefix: Path, task: Task, flag: str = "--input_path") -> Result
             found.append(FoundLine(sample_id, line, path, number))
     if not found and problems:
         raise UserError(
-            f"{flag} {prefix} has no {task.name} answer to score: {problems[0]}; give run.py's "
-            "--output_path, or one of its files of answers (.jsonl)"
+            f"{flag} {prefix} has no {task.name} answer to score: {problems[0]}; give the "
+            "--output_path of evaluate.py generate, or one of its files of answers (.jsonl)"
         )
     if not found:
         raise UserError(
             f"{flag} {prefix} has no {task.name} answers (looked for "
-            f"{prefix}-{task.name}-dprank=*-partition=*.jsonl); give run.py's --output_path"
+            f"{prefix}-{task.name}-dprank=*-partition=*.jsonl); give the --output_path of "
+            "evaluate.py generate"
         )
     records = [TaskRecord.read(p) for p in map(record_path, paths) if p.is_file()]
     merged = merge(task, found, bool(records))

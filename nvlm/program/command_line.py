@@ -38,8 +38,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """Complains in one line, without the usage text; flags may not be abbreviated."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, prog: str | None = None) -> None:
         super().__init__(
+            prog=prog,
             description=description,
             allow_abbrev=False,
             formatter_class=_HelpFormatter,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from nvlm.program.command_line import resolve_device
+from nvlm.planning.memory_plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
+from nvlm.program.command_line import ArgumentParser, fraction, resolve_device
 from nvlm.program.launcher import World
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
@@ -33,6 +34,19 @@ class Program:
     device: str  # auto, cpu or cuda
     options: DecoderOptions  # the same on all: each rank of TensorRT-LLM allocates by its own
     lead: Lead
+
+
+def add_engine_flags(parser: ArgumentParser) -> None:
+    """The flags that say which engine runs, and on what."""
+    add = parser.add_argument
+    add("--engine_dir", type=Path, required=True, help="made by build_engine.py")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--kv_cache_free_gpu_memory_fraction",
+        type=fraction,
+        default=KV_CACHE_FREE_GPU_MEMORY_FRACTION,
+        help="of what is free after loading, for decoder tensorrt_llm",
+    )
 
 
 def launch(environment: MutableMapping[str, str], parse: Callable[[], Program]) -> int:

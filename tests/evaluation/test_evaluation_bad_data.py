@@ -34,7 +34,15 @@ from tests.support.benchmarks import (
     write_answers,
     write_json,
 )
-from tests.support.command import EVALUATE, RUN, Result, one_line_error, run_command
+from tests.support.command import (
+    EVALUATE,
+    GENERATE,
+    RUN,
+    SCORE,
+    Result,
+    one_line_error,
+    run_command,
+)
 
 SOME_FAILED = 1
 
@@ -42,7 +50,7 @@ SOME_FAILED = 1
 def run_task(engine_dir: Path, made: Benchmark, prefix: Path, *flags: object) -> Result:
     common = ("--engine_dir", engine_dir, "--device", "cpu", "--output_path", prefix)
     flags = (*flags, "--max_new_tokens", "2")
-    return run_command(RUN, *common, *made.run_flags, *flags)
+    return run_command(*GENERATE, *common, *made.run_flags, *flags)
 
 
 def num_lines(prefix: Path, task: str) -> int:
@@ -64,7 +72,7 @@ def test_a_missing_or_broken_image_is_named_and_asked_again_later(
     assert "OCRBench sample 2: image" in result.stderr
     assert "1 of 3 samples answered, 1 of them now" in result.stderr
     assert "2 failed" in result.stderr
-    scored = run_command(EVALUATE, "--input_path", tmp_path / "out", "--json")
+    scored = run_command(*SCORE, "--input_path", tmp_path / "out", "--json")
     assert scored.exit_code == SOME_FAILED
     assert "has 1 of 3 answers; run.py with the same flags goes on" in scored.stderr
     lost.write_bytes(picture)
@@ -129,13 +137,13 @@ def test_a_ground_truth_file_that_is_none_is_refused(
             "starts at sample 20 and the data set has 3",
         ),
         (("--partition_id", "-1"), "'-1' is not a whole number from 0"),
-        (("--prompt", "?"), "--prompt does not go with --task"),
+        (("--prompt", "?"), "unrecognized arguments: --prompt ?"),
         (("--split", "test"), "--split goes with --task MMMU or MathVista; OCRBench has no use"),
         (("--num_frames", "4"), "--num_frames goes with --task VideoMME; OCRBench has no use"),
         (("--task", "MathVista"), "--gt_path does not go with --task MathVista: the parquet"),
         (("--task", "VideoMME", "--max_num_tiles", "2"), "--max_num_tiles does not go with --ta"),
         (("--max_num_tiles", "99"), "--max_num_tiles is 99, expected 1 to 6"),
-        (("--streaming",), "--streaming does not go with --task"),
+        (("--streaming",), "unrecognized arguments: --streaming"),
         (("--output_path", "/nowhere/at/all"), "lies in no directory that exists"),
         (("--input_image_path", "/nowhere"), "--input_image_path /nowhere is not a directory"),
     ],
@@ -159,12 +167,28 @@ def test_a_file_of_charts_given_twice_is_refused(tmp_path: Path, float32_engine_
 def test_flags_of_tasks_need_a_task(float32_engine_dir: Path, tmp_path: Path) -> None:
     common = ("--engine_dir", float32_engine_dir, "--device", "cpu")
     result = run_command(RUN, *common, "--prompt", "?", "--output_path", tmp_path / "x")
-    one_line_error(result, "--output_path goes with --task")
-    result = run_command(RUN, *common, "--task", "MMMU")
+    one_line_error(result, "unrecognized arguments: --output_path")
+    result = run_command(*GENERATE, *common, "--output_path", tmp_path / "x")
+    one_line_error(result, "required: --task")
+    result = run_command(*GENERATE, *common, "--task", "MMMU")
     one_line_error(result, "--task needs --input_image_path")
     paths = ("--input_image_path", tmp_path, "--output_path", tmp_path / "x")
-    result = run_command(RUN, *common, "--task", "TextVQA", *paths)
+    result = run_command(*GENERATE, *common, "--task", "TextVQA", *paths)
     one_line_error(result, "--task TextVQA needs --gt_path")
+
+
+@pytest.mark.parametrize("flags", [("--task", "TextVQA"), ("--task=TextVQA",)])
+def test_run_says_where_benchmarks_are(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Whatever else of the command is missing or no longer run.py's."""
+    for others in ((), ("--engine_dir", tmp_path, "--output_path", tmp_path / "x")):
+        for words in ((*flags, *others), (*others, *flags)):
+            told = "benchmarks are `evaluate.py generate --task TextVQA`"
+            one_line_error(run_command(RUN, *words), told)
+
+
+@pytest.mark.parametrize("words", [(), ("--input_path", "x"), ("--task", "AI2D"), ("scores",)])
+def test_evaluate_names_its_commands(words: tuple[str, ...]) -> None:
+    one_line_error(run_command(EVALUATE, *words), "`evaluate.py score", "`evaluate.py generate")
 
 
 def test_folders_without_parquet_are_refused(float32_engine_dir: Path, tmp_path: Path) -> None:
@@ -205,7 +229,7 @@ def test_cider_without_java_is_one_line(tmp_path: Path) -> None:
     line: dict[str, Any] = {"sample_id": 1, "prompt": "", "caption": "a", "ground_truth": ["a"]}
     write_answers(tmp_path / "run", "captioning", [line])
     with patch("shutil.which", return_value=None):
-        result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+        result = run_command(*SCORE, "--input_path", tmp_path / "run")
     one_line_error(result, "CIDEr needs Java")
 
 
@@ -217,7 +241,7 @@ def test_a_java_that_does_not_work_is_one_line(tmp_path: Path) -> None:
     lines = [{"sample_id": i, "caption": "a cat", "ground_truth": ["a", "b"]} for i in (1, 2)]
     write_answers(tmp_path / "run", "captioning", list(lines))
     with patch.dict("os.environ", PATH=f"{tmp_path}:/bin:/usr/bin"):
-        result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+        result = run_command(*SCORE, "--input_path", tmp_path / "run")
     one_line_error(result, "gave back 1 of 4 captions")
 
 
@@ -227,7 +251,7 @@ def test_a_task_that_cannot_be_scored_does_not_take_the_others_along(tmp_path: P
     write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
     write_answers(tmp_path / "run", "VQAv2", [short(1, "a", ""), short(2, "b", "b")])
     flags = ("--input_path", tmp_path / "run", "--report_dir", tmp_path / "report")
-    result = run_command(EVALUATE, *flags, "--json")
+    result = run_command(*SCORE, *flags, "--json")
     assert result.exit_code == 2
     report = json.loads(result.stdout)
     assert {name: task["score"] for name, task in report["tasks"].items()} == {"AI2D": 100.0}
@@ -240,7 +264,7 @@ def test_a_task_that_cannot_be_scored_does_not_take_the_others_along(tmp_path: P
         assert failure in (tmp_path / "report" / "report.md").read_text()
         assert escape(failure) in (tmp_path / "report" / "report.html").read_text()
     (tmp_path / "run-AI2D-dprank=0-partition=0.jsonl").unlink()
-    nothing = run_command(EVALUATE, *flags)
+    nothing = run_command(*SCORE, *flags)
     one_line_error(nothing, "none of 2 tasks can be scored; captioning is", "; VQAv2 is not scored")
 
 
@@ -262,7 +286,7 @@ def test_output_of_something_else_is_never_overwritten(
 def test_evaluate_names_broken_lines_and_scores_the_rest(tmp_path: Path) -> None:
     lines = [short(1, "yes", "yes"), '{"sample_id": 2, "ans', "[]", short(3, "no", "yes")]
     path = write_answers(tmp_path / "run", "ChartQA", list(lines))
-    result = run_command(EVALUATE, "--input_path", tmp_path / "run", "--json")
+    result = run_command(*SCORE, "--input_path", tmp_path / "run", "--json")
     assert result.exit_code == SOME_FAILED
     assert f"{path} line 2 is not JSON and is left out" in result.stderr
     assert f"{path} line 3 is no ChartQA answer" in result.stderr
@@ -328,17 +352,18 @@ def test_a_single_truth_counts_as_a_list(tmp_path: Path) -> None:
 
 
 def test_evaluate_without_answers_is_one_line(tmp_path: Path) -> None:
-    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    result = run_command(*SCORE, "--input_path", tmp_path / "run")
     one_line_error(result, "has no answers (looked for")
-    result = run_command(EVALUATE, "--input_path", tmp_path / "run", "--task", "MMMU")
+    result = run_command(*SCORE, "--input_path", tmp_path / "run", "--task", "MMMU")
     one_line_error(result, "has no MMMU answers")
     (tmp_path / "other.json").write_text('{\n"merged": []}')
-    result = run_command(EVALUATE, "--input_path", tmp_path / "other.json", "--task", "MMMU")
-    one_line_error(result, "line 1 is not JSON and is left out; give run.py's --output_path, or")
+    result = run_command(*SCORE, "--input_path", tmp_path / "other.json", "--task", "MMMU")
+    told = "left out; give the --output_path of evaluate.py generate, or"
+    one_line_error(result, "line 1 is not JSON and is", told)
     write_answers(tmp_path / "run", "MMMU", [])
     write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
     result = run_command(
-        EVALUATE, "--input_path", tmp_path / "run", "--task", "AI2D", "--compare", tmp_path / "no"
+        *SCORE, "--input_path", tmp_path / "run", "--task", "AI2D", "--compare", tmp_path / "no"
     )
     one_line_error(result, "--compare", "has no answers")
 
@@ -346,7 +371,7 @@ def test_evaluate_without_answers_is_one_line(tmp_path: Path) -> None:
 def test_a_truth_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
     write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
     flags = ("--input_path", tmp_path / "run", "--gt_path", tmp_path / "gt.json")
-    result = run_command(EVALUATE, *flags)
+    result = run_command(*SCORE, *flags)
     one_line_error(result, "--gt_path goes with --task captioning or VQAv2 or MMMU; the answer")
 
 
@@ -354,9 +379,9 @@ def test_mmmu_without_its_answers_is_one_line(tmp_path: Path) -> None:
     line = {"sample_id": "validation_Art_1", "prompt": "", "text": "B", "prediction": "B"}
     write_answers(tmp_path / "run", "MMMU", [{**line, "question_type": "open"}])
     flags = ("--task", "MMMU", "--input_path", tmp_path / "run")
-    one_line_error(run_command(EVALUATE, *flags), "give the MMMU repository's answer_dict_val.json")
+    one_line_error(run_command(*SCORE, *flags), "give the MMMU repository's answer_dict_val.json")
     gt = write_json(tmp_path / "answers.json", {})
-    result = run_command(EVALUATE, *flags, "--gt_path", gt)
+    result = run_command(*SCORE, *flags, "--gt_path", gt)
     one_line_error(result, "lacks validation_Art_1 and 0 more")
 
 
@@ -600,7 +625,7 @@ def test_a_record_changed_by_hand_is_one_line(
     values = json.loads(record_path(path).read_text())
     changed = {**changed, "task": {**values["task"], **changed.get("task", {})}}
     write_json(record_path(path), {**values, **changed})
-    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    result = run_command(*SCORE, "--input_path", tmp_path / "run")
     one_line_error(result, "run.json is no record of a run by this version: it", told)
 
 
@@ -621,7 +646,7 @@ def test_a_truncated_record_is_one_line_and_nothing_is_lost(
 
 def test_a_mixture_of_hidden_and_public_answers_is_refused(tmp_path: Path) -> None:
     write_answers(tmp_path / "run", "VQAv2", [short(1, "a", ""), short(2, "b", "b")])
-    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    result = run_command(*SCORE, "--input_path", tmp_path / "run")
     one_line_error(result, "has 1 answers of a split whose truth is hidden among 2")
 
 
@@ -631,7 +656,7 @@ def test_partitions_of_different_runs_are_told(tmp_path: Path, float32_engine_di
         flags = ("--num_partitions", "2", "--partition_id", partition)
         flags = (*flags, "--prompt_format", prompt_format)
         assert run_task(float32_engine_dir, made, tmp_path / "out", *flags).exit_code == 0
-    result = run_command(EVALUATE, "--input_path", tmp_path / "out", "--json")
+    result = run_command(*SCORE, "--input_path", tmp_path / "out", "--json")
     assert result.exit_code == SOME_FAILED
     assert "partition 1 was made by another engine or with other settings" in result.stderr
 
@@ -640,7 +665,7 @@ def test_partitions_that_are_missing_are_told(tmp_path: Path, float32_engine_dir
     made = ocrbench(tmp_path)
     flags = ("--num_partitions", "3", "--partition_id", "1")
     assert run_task(float32_engine_dir, made, tmp_path / "out", *flags).exit_code == 0
-    result = run_command(EVALUATE, "--input_path", tmp_path / "out", "--json")
+    result = run_command(*SCORE, "--input_path", tmp_path / "out", "--json")
     assert result.exit_code == SOME_FAILED
     for partition in (0, 2):
         assert f"out-OCRBench lacks partition {partition} of 3" in result.stderr
@@ -655,7 +680,7 @@ def test_records_that_were_no_samples_are_told_beside_the_score(
     write_json(made.gt_paths[0], [*records[:2], {**records[2], "type": "Music"}])
     assert run_task(float32_engine_dir, made, tmp_path / "out").exit_code == SOME_FAILED
     flags = ("--input_path", tmp_path / "out", "--json")
-    scored = run_command(EVALUATE, *flags)
+    scored = run_command(*SCORE, *flags)
     assert scored.exit_code == SOME_FAILED
     assert (
         "lacks records of the data set that were no samples when run.py read them: 1"
@@ -664,7 +689,7 @@ def test_records_that_were_no_samples_are_told_beside_the_score(
     assert len(json.loads(scored.stdout)["tasks"]["OCRBench"]["problems"]) == 1
     write_json(made.gt_paths[0], records)
     assert run_task(float32_engine_dir, made, tmp_path / "out").exit_code == 0
-    assert run_command(EVALUATE, *flags).exit_code == 0
+    assert run_command(*SCORE, *flags).exit_code == 0
 
 
 def test_a_record_of_version_1_still_reads(tmp_path: Path) -> None:
@@ -687,4 +712,4 @@ def test_a_record_of_version_1_still_reads(tmp_path: Path) -> None:
     found = TaskRecord.read(record_path(path))
     assert found == record
     assert found.engine.directory == "/engine"
-    assert run_command(EVALUATE, "--input_path", tmp_path / "run").exit_code == 0
+    assert run_command(*SCORE, "--input_path", tmp_path / "run").exit_code == 0

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.support.benchmarks import Benchmark, ocrbench, write_json
-from tests.support.command import RUN, Background, background
+from tests.support.command import GENERATE, Background, background
 
 NUM_SAMPLES = 60
 NUM_KILLS = 3
@@ -32,7 +32,7 @@ def long_benchmark(folder: Path) -> Benchmark:
 def start(engine_dir: Path, made: Benchmark, prefix: Path) -> Background:
     common = ("--engine_dir", engine_dir, "--device", "cpu", "--output_path", prefix)
     flags = (*common, *made.run_flags, "--max_new_tokens", "4")
-    return background(RUN, *flags, log=prefix.with_suffix(".log"))
+    return background(*GENERATE, *flags, log=prefix.with_suffix(".log"))
 
 
 def answers_of(prefix: Path) -> Path:

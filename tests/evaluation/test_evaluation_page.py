@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.benchmarks import ocrbench, text_vqa
-from tests.support.command import EVALUATE, RUN, run_command
+from tests.support.command import GENERATE, SCORE, run_command
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell")
 
@@ -55,10 +55,10 @@ def report(tmp_path_factory: pytest.TempPathFactory, float32_engine_dir: Path) -
         for name, answers in (("fp8", ours), ("bf16", theirs)):
             common = ("--engine_dir", float32_engine_dir, "--device", "cpu", "--max_new_tokens", 1)
             flags = (*common, *made.run_flags, "--output_path", folder / name)
-            assert run_command(RUN, *flags).exit_code == 0
+            assert run_command(*GENERATE, *flags).exit_code == 0
             answer_by_hand(folder / name, made.task, answers[made.task])
     flags = ("--input_path", folder / "fp8", "--compare", folder / "bf16")
-    result = run_command(EVALUATE, *flags, "--report_dir", folder / "report")
+    result = run_command(*SCORE, *flags, "--report_dir", folder / "report")
     assert result.exit_code == 0, result.stderr
     return folder / "report" / "report.html"
 

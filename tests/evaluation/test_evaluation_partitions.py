@@ -19,12 +19,12 @@ from tests.support.benchmarks import (
     write_answers,
     write_json,
 )
-from tests.support.command import RUN, Result, one_line_error, run_command
+from tests.support.command import GENERATE, Result, one_line_error, run_command
 
 
 def run_task(engine_dir: Path, made: Benchmark, prefix: Path, *flags: object) -> Result:
     common = ("--engine_dir", engine_dir, "--device", "cpu", "--output_path", prefix)
-    return run_command(RUN, *common, *made.run_flags, "--max_new_tokens", "2", *flags)
+    return run_command(*GENERATE, *common, *made.run_flags, "--max_new_tokens", "2", *flags)
 
 
 def share(partition: int, number: int) -> tuple[object, ...]:

@@ -27,7 +27,7 @@ from tests.support.benchmarks import (
     write_json,
     write_picture,
 )
-from tests.support.command import EVALUATE, RUN, one_line_error, run_command
+from tests.support.command import GENERATE, SCORE, one_line_error, run_command
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
@@ -81,13 +81,13 @@ def test_realworld_qa_of_hugging_face_runs_without_a_gt_path(
         write_parquet(tmp_path / "data" / f"test-0000{number}-of-00002.parquet", [row])
     common = ("--engine_dir", float32_engine_dir, "--device", "cpu", "--max_new_tokens", "2")
     flags = ("--task", "RealWorldQA", "--input_image_path", tmp_path)
-    result = run_command(RUN, *common, *flags, "--output_path", tmp_path / "out")
+    result = run_command(*GENERATE, *common, *flags, "--output_path", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     lines = read_results(tmp_path / "out", TASKS["RealworldQA"]).lines
     assert {i: line["gt_answer"] for i, line in lines.items()} == {0: ["C"], 1: ["3"]}
     assert TURN in lines[0]["prompt"]
     flags = ("--input_path", tmp_path / "out", "--report_dir", tmp_path / "report")
-    assert run_command(EVALUATE, *flags).exit_code == 0
+    assert run_command(*SCORE, *flags).exit_code == 0
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         UserError, match=r"has no test-\*\.parquet; give a copy of the data set xai"
@@ -166,7 +166,7 @@ def test_a_missing_parquet_file_is_told_before_and_counted_after(
     write_parquet(tmp_path / "data" / "test-00000-of-00002.parquet", rows)
     common = ("--engine_dir", float32_engine_dir, "--device", "cpu", "--max_new_tokens", "2")
     flags = ("--task", "RealWorldQA", "--input_image_path", tmp_path)
-    result = run_command(RUN, *common, *flags, "--output_path", tmp_path / "out")
+    result = run_command(*GENERATE, *common, *flags, "--output_path", tmp_path / "out")
     assert result.exit_code == 1
     told = f"{tmp_path / 'data'} lacks test-00001-of-00002.parquet, which the names of the others"
     assert result.stderr.startswith(told)
@@ -289,6 +289,6 @@ def test_the_prefix_is_no_folder(tmp_path: Path, float32_engine_dir: Path) -> No
     made = doc_vqa(tmp_path / "data")
     common = ("--engine_dir", float32_engine_dir, "--device", "cpu", *made.run_flags)
     (tmp_path / "o").mkdir()
-    result = run_command(RUN, *common, "--output_path", f"{tmp_path / 'o'}/")
+    result = run_command(*GENERATE, *common, "--output_path", f"{tmp_path / 'o'}/")
     one_line_error(result, f"{tmp_path / 'o'} is a directory, expected what the names of the files")
     assert list(tmp_path.glob("o*")) == [tmp_path / "o"]

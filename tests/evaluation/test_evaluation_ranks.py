@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import FP32, Workshop
 from tests.support.benchmarks import ocrbench
-from tests.support.command import RUN, run_command
+from tests.support.command import GENERATE, run_command
 from tests.support.ranks import ROOT, command, engine_of, finished, needs_mpi
 
 pytestmark = [needs_mpi, pytest.mark.mpi]
@@ -18,18 +18,22 @@ def test_two_ranks_write_the_lines_of_one(workshop: Workshop, tmp_path: Path) ->
     made = ocrbench(tmp_path)
     flags = ("--device", "cpu", *made.run_flags, "--max_new_tokens", 6, "--output_path")
     start = ("--engine_dir", engine_of(workshop, 2, FP32), *flags)
-    result = finished(command(2, ROOT / "run.py", *start, tmp_path / "two"), tmp_path)
+    result = finished(
+        command(2, ROOT / "evaluate.py", "generate", *start, tmp_path / "two"), tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("3 of 3 samples answered, 3 of them now") == 1
     alone = ("--engine_dir", engine_of(workshop, 1, FP32), *flags, tmp_path / "one")
-    assert run_command(RUN, *alone).exit_code == 0
+    assert run_command(*GENERATE, *alone).exit_code == 0
     lines = [
         sorted((tmp_path / f"{name}-OCRBench-dprank=0-partition=0.jsonl").read_text().splitlines())
         for name in ("two", "one")
     ]
     assert len(lines[0]) == 3
     assert lines[0] == lines[1]
-    again = finished(command(2, ROOT / "run.py", *start, tmp_path / "two"), tmp_path)
+    again = finished(
+        command(2, ROOT / "evaluate.py", "generate", *start, tmp_path / "two"), tmp_path
+    )
     assert again.returncode == 0, again.stderr
     assert "0 of them now" in again.stderr
 
@@ -53,7 +57,14 @@ def test_what_is_wrong_with_the_data_is_told_once(
     engine = engine_of(workshop, 2, FP32)
     flags = ("--device", "cpu", *made.run_flags, "--max_new_tokens", 2)
     words = command(
-        2, ROOT / "run.py", "--engine_dir", engine, *flags, "--output_path", tmp_path / "out"
+        2,
+        ROOT / "evaluate.py",
+        "generate",
+        "--engine_dir",
+        engine,
+        *flags,
+        "--output_path",
+        tmp_path / "out",
     )
     result = finished(words, tmp_path)
     assert result.returncode == code, result.stderr

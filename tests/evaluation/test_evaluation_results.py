@@ -14,11 +14,11 @@ from evaluation.reporting.card import card_table
 from evaluation.reporting.compare import compare
 from evaluation.scoring.score import SampleScore, TaskScore
 from tests.support.benchmarks import run_record, short, write_answers
-from tests.support.command import EVALUATE, run_command
+from tests.support.command import SCORE, run_command
 
 
 def evaluated(*flags: object) -> dict[str, Any]:
-    result = run_command(EVALUATE, *flags, "--json")
+    result = run_command(*SCORE, *flags, "--json")
     assert result.exit_code == 0, result.stderr
     report: dict[str, Any] = json.loads(result.stdout)
     return report
@@ -125,7 +125,7 @@ def test_a_comparison_tells_what_changed_and_whether_it_is_chance(tmp_path: Path
     assert found["difference"] == pytest.approx(-7.0)
     low, high = found["interval"]
     assert low < -7.0 < high < 0.0, "p is below 0.05"
-    text = run_command(EVALUATE, *flags).stdout
+    text = run_command(*SCORE, *flags).stdout
     assert "53.00 against 60.00 over 100 samples: -7.00" in text
     assert "chance alone would hardly do this" in text
 
@@ -135,11 +135,11 @@ def test_a_comparison_says_when_not_the_engines_alone_differ(tmp_path: Path) -> 
         path = write_answers(tmp_path / name, "AI2D", [short(1, "A", "A")])
         run_record("AI2D", engine=engine, max_new_tokens=max_new_tokens).write(record_path(path))
     flags = ("--input_path", tmp_path / "a", "--report_dir", tmp_path / "report", "--compare")
-    result = run_command(EVALUATE, *flags, tmp_path / "b")
+    result = run_command(*SCORE, *flags, tmp_path / "b")
     assert result.exit_code == 0, result.stderr
     assert "engines alone" not in result.stdout
     told = "Not the engines alone differ: max_new_tokens 128 against 16."
-    assert told in run_command(EVALUATE, *flags, tmp_path / "c").stdout
+    assert told in run_command(*SCORE, *flags, tmp_path / "c").stdout
     assert told in (tmp_path / "report" / "report.html").read_text()
 
 
@@ -171,7 +171,7 @@ def test_the_table_has_the_cards_rows_below_ours() -> None:
 def test_the_report_is_written_beside_the_markdown_on_stdout(tmp_path: Path) -> None:
     write_answers(tmp_path / "run", "TextVQA", [short(1, "a | b", "a | b")])
     flags = ("--input_path", tmp_path / "run", "--report_dir", tmp_path / "report")
-    result = run_command(EVALUATE, *flags)
+    result = run_command(*SCORE, *flags)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("# Evaluation\n")
     assert (tmp_path / "report" / "report.md").read_text().strip() == result.stdout.strip()
@@ -186,13 +186,13 @@ def test_a_task_that_the_other_run_lacks_keeps_its_score(tmp_path: Path) -> None
     write_answers(tmp_path / "bf16", "ChartQA", [short(1, "5", "5")])
     write_answers(tmp_path / "other", "AI2D", [short(2, "B", "B")])
     flags = ("--input_path", tmp_path / "fp8", "--json", "--compare")
-    result = run_command(EVALUATE, *flags, tmp_path / "bf16")
+    result = run_command(*SCORE, *flags, tmp_path / "bf16")
     assert result.exit_code == 2
     assert "error: AI2D is not compared: --compare" in result.stderr
     tasks = json.loads(result.stdout)["tasks"]
     assert [tasks[name]["score"] for name in ("AI2D", "ChartQA")] == [100.0, 100.0]
     assert ["comparison" in tasks[name] for name in ("AI2D", "ChartQA")] == [False, True]
-    alone = run_command(EVALUATE, "--task", "AI2D", *flags, tmp_path / "other")
+    alone = run_command(*SCORE, "--task", "AI2D", *flags, tmp_path / "other")
     assert alone.exit_code == 2
     assert "AI2D is not compared: the two runs have no sample in common" in alone.stderr
     assert json.loads(alone.stdout)["tasks"]["AI2D"]["score"] == 100.0
@@ -254,7 +254,7 @@ def test_the_report_says_what_a_score_is_of(tmp_path: Path) -> None:
     record.data["gt_path"] = []
     record.write(record_path(path))
     flags = ("--input_path", tmp_path / "fp8", "--report_dir", tmp_path / "report")
-    result = run_command(EVALUATE, *flags)
+    result = run_command(*SCORE, *flags)
     assert result.exit_code == 0, result.stderr
     document = "1 sample of val_v1.0_withQT.json (card: test)"
     for text in (result.stdout, (tmp_path / "report" / "report.html").read_text()):
@@ -278,19 +278,19 @@ def test_changes_stand_beside_their_question_and_truth(tmp_path: Path) -> None:
     write_answers(tmp_path / "a", "ChartQA", [line])
     write_answers(tmp_path / "b", "ChartQA", [{**line, "answer": "5"}])
     flags = ("--input_path", tmp_path / "a", "--report_dir", tmp_path / "r", "--compare")
-    text = run_command(EVALUATE, *flags, tmp_path / "b").stdout
+    text = run_command(*SCORE, *flags, tmp_path / "b").stdout
     assert "| sample | question | truth | a | b | gain |" in text
     assert "| 1 | How many / owls? | 5 | 4 | 5 | -1.00 |" in text
     page = (tmp_path / "r" / "report.html").read_text()
     assert "<td>1</td><td>How many | owls?</td><td>5</td><td>4</td>" in page
-    unchanged = run_command(EVALUATE, *flags, tmp_path / "a").stdout
+    unchanged = run_command(*SCORE, *flags, tmp_path / "a").stdout
     assert "| sample |" not in unchanged, "no table of nothing"
 
 
 def test_a_table_behind_a_list_is_a_table(tmp_path: Path) -> None:
     """Without an empty line between them Markdown takes it for the last item's text."""
     write_answers(tmp_path / "run", "AI2D", [short(1, "", "A")])
-    lines = run_command(EVALUATE, "--input_path", tmp_path / "run").stdout.splitlines()
+    lines = run_command(*SCORE, "--input_path", tmp_path / "run").stdout.splitlines()
     tables = [number for number, line in enumerate(lines) if line.startswith("| part")]
     assert tables
     assert all(lines[number - 1] == "" for number in tables)
@@ -341,7 +341,7 @@ def test_megatrons_partitions_with_gaps_are_refused(
         if size == 2:
             lines[1]["sample_id"] = 2
         write_answers(tmp_path / "run", "OCRBench", [ocr(line) for line in lines], partition)
-    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    result = run_command(*SCORE, "--input_path", tmp_path / "run")
     assert result.exit_code == 2, why
     files = [f"run-OCRBench-dprank=0-partition={k}.jsonl line 1" for k in (1, 0)]
     assert (
@@ -356,7 +356,7 @@ def ocr(line: dict[str, Any]) -> dict[str, Any]:
 def test_one_id_for_two_samples_of_a_file_is_refused(tmp_path: Path) -> None:
     lines = [short("a", "B", "B"), short("a", "B", "C")]
     write_answers(tmp_path / "run", "AI2D", list(lines))
-    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    result = run_command(*SCORE, "--input_path", tmp_path / "run")
     assert result.exit_code == 2
     assert "answer different AI2D samples of the same id 'a'" in result.stderr
 
@@ -369,7 +369,7 @@ def test_partitions_of_run_py_are_never_numbered_anew(tmp_path: Path) -> None:
         replace(run_record("ChartQA"), partition_id=partition, num_partitions=2).write(
             record_path(path)
         )
-    result = run_command(EVALUATE, "--input_path", tmp_path / "run")
+    result = run_command(*SCORE, "--input_path", tmp_path / "run")
     assert result.exit_code == 2
     assert "answer different ChartQA samples of the same id 0" in result.stderr
 
@@ -390,11 +390,11 @@ def test_vqa_v2_is_submitted_with_all_questions_of_test2015(tmp_path: Path) -> N
         {"answer": "2", "question_id": 9},
     ]
     gt.write_text(json.dumps({"questions": [{"question_id": i} for i in (8, 9)]}))
-    refused = run_command(EVALUATE, *flags, "--gt_path", gt)
+    refused = run_command(*SCORE, *flags, "--gt_path", gt)
     assert refused.exit_code == 2
     assert "lacks the question 7 that was answered" in refused.stderr
     write_answers(tmp_path / "run", "VQAv2", [short(7, "yes", "yes")])
-    public = run_command(EVALUATE, *flags, "--gt_path", gt)
+    public = run_command(*SCORE, *flags, "--gt_path", gt)
     assert public.exit_code == 2
     assert "goes with VQAv2's hidden answers" in public.stderr
 
@@ -409,7 +409,7 @@ def test_a_run_of_all_of_test2015_is_a_submission(tmp_path: Path) -> None:
 
 def test_a_file_of_another_task_is_refused(tmp_path: Path) -> None:
     path = write_answers(tmp_path / "run", "AI2D", [short(1, "B", "B")])
-    result = run_command(EVALUATE, "--input_path", path, "--task", "ChartQA")
+    result = run_command(*SCORE, "--input_path", path, "--task", "ChartQA")
     assert result.exit_code == 2
     assert "holds answers of AI2D by its name and --task is ChartQA" in result.stderr
     renamed = path.rename(tmp_path / "mine.jsonl")

@@ -27,7 +27,7 @@ from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
 from tests.conftest import BF16, FP8, Workshop
 from tests.support.benchmarks import MAKERS, READ_NUMBER, Benchmark, ocrbench, text_vqa, write_video
-from tests.support.command import EVALUATE, ROOT, RUN, Result, run_command
+from tests.support.command import GENERATE, ROOT, RUN, SCORE, Result, run_command
 
 TRAINED_MODEL = ROOT / "models" / "nvlm-d-tiny"
 pytest.importorskip("pyarrow")
@@ -45,7 +45,7 @@ def reading_engine_dir(workshop: Workshop) -> Path:
 
 def run_task(engine_dir: Path, benchmark: Benchmark, prefix: Path, *flags: object) -> Result:
     common = ("--engine_dir", engine_dir, "--device", "cpu", "--output_path", prefix)
-    return run_command(RUN, *common, *benchmark.run_flags, *flags)
+    return run_command(*GENERATE, *common, *benchmark.run_flags, *flags)
 
 
 def read_lines(prefix: Path, task: str, partition: int = 0) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def test_a_task_writes_the_lines_and_gets_the_score_by_hand(
     assert lines.keys() == made.lines.keys()
     gt = ("--gt_path", made.truth) if made.truth else ()
     flags = ("--task", name, "--input_path", tmp_path / "out", "--json", *gt)
-    scored = run_command(EVALUATE, *flags)
+    scored = run_command(*SCORE, *flags)
     assert scored.exit_code == 0, scored.stderr
     report = json.loads(scored.stdout)["tasks"][name]
     assert report["num_samples"] == len(made.lines)
@@ -168,7 +168,7 @@ def test_partitions_share_the_samples_and_are_scored_as_one(
     second = Path(f"{prefix}-OCRBench-dprank=0-partition=1.jsonl")
     lines = sorted(second.read_text().splitlines(keepends=True), reverse=True)
     second.write_text("".join(lines))  # answers are written as they end
-    result = run_command(EVALUATE, "--input_path", prefix, "--json")
+    result = run_command(*SCORE, "--input_path", prefix, "--json")
     assert json.loads(result.stdout)["tasks"]["OCRBench"]["score"] == made.score
     merged = json.loads(Path(f"{prefix}-OCRBench-merged.json").read_text())
     assert [line["sample_id"] for line in merged] == [0, 1, 2]

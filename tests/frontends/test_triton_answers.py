@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from nvlm.inputs.images import load_image
+from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.inputs.tiling import normalize, tile_image
 from runtime.requests.types import GenerationResult
 from runtime.serving.runner import Runner
@@ -38,7 +39,7 @@ def expect(runner: Runner) -> Expect:
         given = {
             "prompt": prompt,
             "image": list(paths),
-            "system": flags.pop("system", program.DEFAULT_SYSTEM),
+            "system": flags.pop("system", DEFAULT_SYSTEM),
             "prompt_format": "hf",
             "max_new_tokens": flags.pop("max_tokens"),
             "stop": flags.pop("stop", []),

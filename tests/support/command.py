@@ -29,6 +29,7 @@ from nvlm.program import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVERT, BUILD, RUN, EVALUATE = "convert_checkpoint", "build_engine", "run", "evaluate"
+GENERATE, SCORE = (EVALUATE, "generate"), (EVALUATE, "score")
 EXIT_USER_ERROR = 2
 
 PLAIN = ("--quant_algo", "none", "--device", "cpu")
