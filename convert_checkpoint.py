@@ -12,9 +12,9 @@ from build.conversion.convert import ConvertOptions, convert, is_up_to_date
 from build.conversion.plan import plan_conversion
 from build.conversion.speeds import measure_speeds
 from build.sources.detect import open_source, read_config
-from nvlm.formats.checkpoint_config import QuantAlgo
 from nvlm.model.config import NVLMConfig
 from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.model.number_formats import QUANTIZED, UNQUANTIZED
 from nvlm.program.command_line import (
     ArgumentParser,
     positive_float,
@@ -27,7 +27,7 @@ from nvlm.program.errors import UserError
 log = logging.getLogger("nvlm.convert_checkpoint")
 
 CALIB_SIZE = 16
-ALGORITHMS: dict[str, QuantAlgo | None] = {"FP8": "FP8", "none": None}
+ALGORITHMS: dict[str, str | None] = {**{name: name for name in QUANTIZED}, UNQUANTIZED.name: None}
 
 
 def parser() -> ArgumentParser:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from nvlm.model import fp8
+from nvlm.model.number_formats import fp8
 
 _LAUNCHES = 8  # in one graph
 

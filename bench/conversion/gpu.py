@@ -35,6 +35,7 @@ from build.sources.hugging_face import HuggingFaceSource
 from nvlm.formats import layout
 from nvlm.formats.safetensors_reader import SafetensorsReader
 from nvlm.formats.tensor_names import DECODER_LAYER, ENGINE_LAYER
+from nvlm.model.number_formats import FP8
 from nvlm.program.command_line import resolve_device
 from tools.make_random_checkpoint import PRESETS
 
@@ -120,14 +121,15 @@ def compare_linear(model: Path, output: Path, layer: int, device: torch.device) 
     published = source.read(DECODER_LAYER.format(i=layer) + "mlp.down_proj.weight")
     file = SafetensorsReader(output / layout.rank_file(0))
     stored = file.read(f"{name}.weight")
-    scale = float(file.read(f"{name}.weights_scaling_factor"))
-    input_scale = float(file.read(f"{name}.activation_scaling_factor"))
+    scales = FP8.read_scales(file.read, name)
+    assert scales is not None
+    scale, input_scale = scales.weight, scales.activation
     generator = torch.Generator(device).manual_seed(0)
     # As large as the calibration data: the largest of so many normal values is at 5 deviations.
     x = torch.randn(_ROWS, published.shape[1], generator=generator, device=device).double()
     x *= row.input_amax / 5
     x_fp8 = nearest_e4m3(x / input_scale) * input_scale
-    in_float32 = quantization_error(x.float(), published.to(device), input_scale, scale)
+    in_float32 = quantization_error(x.float(), published.to(device), FP8, scales)
     amax, num_other = 0.0, 0
     squares = torch.zeros(4, dtype=torch.float64, device=device)
     for start in range(0, len(published), _BLOCK_ROWS):

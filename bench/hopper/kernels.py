@@ -23,7 +23,7 @@ import torch
 
 from bench.ceilings import copy_rate, median_ms
 from bench.machine import describe, describe_gpu
-from nvlm.model import fp8
+from nvlm.model.number_formats import fp8
 from nvlm.program.process import set_up_cublas
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.decoder.kernels import plain_forms

@@ -29,7 +29,7 @@ from build.conversion.vision_step import VISION_FILE, VisionStep, write_scales
 from build.output.output_dir import OutputPlace, staged_directory
 from build.sources.source import WeightSource
 from nvlm.formats import layout
-from nvlm.formats.checkpoint_config import CheckpointConfig, QuantAlgo
+from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_tensors, vision_tensors
 from nvlm.formats.code_digest import code_digest
 from nvlm.formats.manifest import is_current, sha256_of, write_manifest
@@ -47,8 +47,8 @@ class ConvertOptions:
     """What the command line chooses. calib_cache: an earlier conversion's report, instead of
     calibration."""
 
-    quant_algo: QuantAlgo | None = "FP8"
-    kv_cache_quant_algo: QuantAlgo | None = "FP8"
+    quant_algo: str | None = "FP8"
+    kv_cache_quant_algo: str | None = "FP8"
     dtype: str = "bfloat16"
     calib_data: Path = BUILT_IN
     calib_size: int = 16
@@ -85,7 +85,7 @@ def convert(
     overwrite: bool = False,
     buffers: Buffers = DEFAULT_BUFFERS,
 ) -> None:
-    """Converts and, for FP8, calibrates. `output_dir` appears whole or not at all; what an
+    """Converts and, to quantise, calibrates. `output_dir` appears whole or not at all; what an
     interrupted run has done stays beside it and is gone on with."""
     config = options.config(source.config)
     calibration = _load_calibration(source, options)

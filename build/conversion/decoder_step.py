@@ -29,21 +29,18 @@ from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_layer_tensors
 from nvlm.formats.tensor_names import (
-    ACTIVATION_SCALE,
     DECODER_LAYER,
     EMBED_TOKENS,
     ENGINE_FIRST_TENSORS,
     ENGINE_LAST_TENSORS,
     ENGINE_LAYER,
     ENGINE_LAYER_TENSORS,
-    ENGINE_LINEARS,
     KV_CACHE_SCALE,
-    WEIGHT_SCALE,
     EngineTensor,
 )
-from nvlm.model import fp8
-from nvlm.model.decoder import DecoderLayer, embed
+from nvlm.model.decoder import DECODER_LINEARS, DecoderLayer, embed
 from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.model.number_formats import FP8, UNQUANTIZED, LinearScales, NumberFormat
 from nvlm.program.errors import UserError
 
 Run = Callable[[Read, OutputFiles], dict[str, Any]]
@@ -61,6 +58,13 @@ class DecoderStep:
     @property
     def dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self.config.dtype]
+
+    @property
+    def report_format(self) -> NumberFormat:
+        """What the linears' report is about: where only the cache is quantised, what FP8 would
+        do."""
+        stored = self.config.weight_format
+        return FP8 if stored is UNQUANTIZED else stored
 
     def units(self, image_embeddings: RowFile | None, next_states: NextStates) -> list[Unit]:
         """In the order of the model. image_embeddings: [tiles of all samples, tokens_per_tile,
@@ -153,12 +157,12 @@ class DecoderStep:
         elif cache is not None:
             linears, attention = cache.rows_of(prefix)
         by_name = {row.linear.removeprefix(prefix): row for row in linears}
-        scales = {}
+        weight_format = self.config.weight_format
+        scales: dict[str, torch.Tensor] = {}
         for name, row in by_name.items():
-            scales[f"{name}.{WEIGHT_SCALE}"] = row.weights_scaling_factor
-            scales[f"{name}.{ACTIVATION_SCALE}"] = row.activation_scaling_factor
+            scales |= weight_format.scale_tensors(name, row.scales)
         if attention is not None:
-            scales[KV_CACHE_SCALE] = attention.kv_cache_scaling_factor
+            scales[KV_CACHE_SCALE] = torch.tensor([attention.kv_cache_scaling_factor])
         files = RankFiles(self.config)
         for name in decoder_layer_tensors(self.config):
             if name in scales:
@@ -167,10 +171,9 @@ class DecoderStep:
             tensor, report = _BY_NAME[name], by_name.get(name.removesuffix(".weight"))
             if cache is not None and report is not None:
                 _check_cached(report, layer.amax(tensor))
-            is_quantised = self.config.quant_algo == "FP8" and report is not None
-            weight_scale = report.weights_scaling_factor if report and is_quantised else None
+            used = None if report is None or weight_format is UNQUANTIZED else report.scales
             for source in tensor.sources:
-                self._append(out, tensor, i, source, layer.pop(source), weight_scale, layer.prefix)
+                self._append(out, tensor, i, source, layer.pop(source), used, layer.prefix)
         return as_record(linears, attention)
 
     def _calibrate(
@@ -178,14 +181,16 @@ class DecoderStep:
     ) -> tuple[list[LinearReport], AttentionReport]:
         """Runs every sample through the layer in the unquantised dtype."""
         whole = {t.name: tensors.whole(t) for t in ENGINE_LAYER_TENSORS}
-        weight_amax = {name: amax(whole[f"{name}.weight"]) for name in ENGINE_LINEARS}
+        weight_amax = {name: amax(whole[f"{name}.weight"]) for name in DECODER_LINEARS}
         layer = DecoderLayer(self.config.decoder, whole)
         observer = AmaxObserver(prefix, torch.finfo(self.dtype).max, before.num_rows)
         decoder, lengths = self.config.decoder, self.calibration.lengths
         run_layer(layer, decoder, lengths, before, after, observer, self.device)
         seen = observer.maxima
-        weights = {name: layer.linear(name).weight for name in ENGINE_LINEARS}
-        linears = report_linears(prefix, weights, weight_amax, seen, observer.rows)
+        weights = {name: layer.linear(name).weight for name in DECODER_LINEARS}
+        linears = report_linears(
+            prefix, weights, weight_amax, seen, observer.rows, self.report_format
+        )
         return linears, AttentionReport(prefix + "attention", seen["q"], seen["k"], seen["v"])
 
     def _append(
@@ -195,18 +200,18 @@ class DecoderStep:
         layer: int | None,
         source: str,
         published: torch.Tensor,
-        weight_scale: float | None = None,
+        scales: LinearScales | None = None,
         prefix: str = "",
     ) -> None:
-        """Writes `published` as `tensor` (or its part), quantised if given a scale."""
+        """Writes `published` as `tensor` (or its part), quantised if given scales."""
 
         def blocks() -> Iterator[torch.Tensor]:
             for block in row_blocks(published):
-                if weight_scale is None:
+                if scales is None:
                     yield cast(prefix + source, block, self.dtype)
                 else:
                     rows = cast(prefix + source, block.to(self.device), self.dtype)
-                    yield fp8.quantize(rows, weight_scale)
+                    yield self.config.weight_format.quantize(rows, scales.weight)
 
         RankFiles(self.config).append(out, tensor, layer, source, blocks(), len(published))
 

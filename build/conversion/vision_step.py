@@ -1,4 +1,4 @@
-"""Vision part of the conversion: one dtype, no dummy heads, FP8 scales, image embeddings.
+"""Vision part of the conversion: one dtype, no dummy heads, scales, image embeddings.
 
 Peak memory with calibration: one layer (or the projector) in float32 and a window of tiles'
 hidden states; without, one tensor.
@@ -27,20 +27,20 @@ from build.conversion.unit import Unit
 from build.output.safetensors_writer import SafetensorsWriter
 from build.sources.source import Read
 from nvlm.formats import layout
-from nvlm.formats.checkpoint_tensors import vision_scales
+from nvlm.formats.checkpoint_tensors import vision_linears, vision_scales
 from nvlm.formats.tensor_names import (
-    ACTIVATION_SCALE,
     PROJECTOR_PREFIX,
     VISION_LAYER,
-    VISION_LINEARS,
-    WEIGHT_SCALE,
 )
 from nvlm.inputs.tiling import normalize
 from nvlm.model.config import VisionConfig
-from nvlm.model.vision import VisionLayer, VisionModel, linear_of
+from nvlm.model.number_formats import FP8
+from nvlm.model.vision import VISION_LINEARS, VisionLayer, VisionModel, linear_of
 
 VISION_FILE = f"{layout.VISION}/{layout.WEIGHTS}"
 _EMBEDDINGS_PREFIX = "vision_model.embeddings."
+_FORMAT = FP8
+"""What vision's linears may run in. Their weights are stored unquantised, with scales beside."""
 _TILES_PER_WINDOW = 7
 """Tiles that a layer works on at a time: about 1.5 GB of activations at InternViT-6B's width."""
 
@@ -156,7 +156,7 @@ class VisionStep:
         self._run_windows(layer, before, after)
         weights = {name: linear.weight for name, linear in linears.items()}
         weight_amax = {name: amax(weight) for name, weight in weights.items()}
-        rows = report_linears(prefix, weights, weight_amax, observer.maxima, observer.rows)
+        rows = report_linears(prefix, weights, weight_amax, observer.maxima, observer.rows, _FORMAT)
         return as_record(rows)
 
     def _run_projector(
@@ -185,11 +185,11 @@ def write_scales(directory: Path, config: VisionConfig, report: QuantizationRepo
     """`vision/scales.safetensors`; not after calibration with text only."""
     path = directory / layout.VISION / layout.SCALES
     path.unlink(missing_ok=True)  # of a run that was interrupted here
-    tensors = vision_scales(config)
-    if not any(f"{row.linear}.{WEIGHT_SCALE}" in tensors for row in report.linears):
+    linears = set(vision_linears(config))
+    rows = [row for row in report.linears if row.linear in linears]
+    if not rows:
         return
-    with SafetensorsWriter(path, tensors) as writer:
-        for row in report.linears:
-            for kind in (WEIGHT_SCALE, ACTIVATION_SCALE):
-                if f"{row.linear}.{kind}" in tensors:
-                    writer.write(f"{row.linear}.{kind}", torch.tensor([getattr(row, kind)]))
+    with SafetensorsWriter(path, vision_scales(config, _FORMAT)) as writer:
+        for row in rows:
+            for name, scale in _FORMAT.scale_tensors(row.linear, row.scales).items():
+                writer.write(name, scale)

@@ -10,6 +10,7 @@ import torch
 
 from nvlm.formats import layout
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
+from nvlm.model.number_formats import QUANTIZED
 from nvlm.planning.memory_plan import vision_weight_bytes
 from nvlm.planning.targets import Decoder, Machine, Vision, decoder_lacks, told, vision_lacks
 from nvlm.program.errors import UserError
@@ -111,9 +112,9 @@ def choose_precision(checkpoint: VisionCheckpoint, asked: str | None, vision: Vi
             f"--vision_precision {asked} is not for --vision onnxruntime, expected "
             f"{' or '.join(ONNX_PRECISIONS)}; use --vision torch"
         )
-    if asked == "FP8" and not checkpoint.has_scales:
+    if asked in QUANTIZED and not checkpoint.has_scales:
         raise UserError(
-            f"{checkpoint.directory} has no {layout.SCALES}, which --vision_precision FP8 needs; "
-            "convert with --quant_algo FP8"
+            f"{checkpoint.directory} has no {layout.SCALES}, which --vision_precision {asked} "
+            f"needs; convert with --quant_algo {asked}"
         )
     return asked or ("float32" if vision == "onnxruntime" else checkpoint.dtype)

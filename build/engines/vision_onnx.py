@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from build.engines.fp8_linear import Fp8Linear
+from build.engines.qdq_linear import QdqLinear
 from nvlm.formats import layout
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
-from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.model.number_formats import format_named
 from nvlm.model.vision import VisionModel, linear_of
 
 INPUT, OUTPUT = "tiles", "image_embeddings"
@@ -32,11 +32,9 @@ def graph_module(checkpoint: VisionCheckpoint, precision: str, dtype: str) -> Vi
     tensor.
     """
     model = checkpoint.load_plain(dtype, torch.device("cpu"))
-    if precision == "FP8":
-        for name, (weight_scale, activation_scale) in checkpoint.read_scales().items():
-            linear = linear_of(model, name)
-            quantised = Fp8Linear(linear.weight, linear.bias, weight_scale, activation_scale)
-            model.set_submodule(name, quantised)
+    for name, scales in checkpoint.read_scales(format_named(precision)).items():
+        linear = linear_of(model, name)
+        model.set_submodule(name, QdqLinear(linear.weight, linear.bias, scales))
     return model.requires_grad_(False).eval()
 
 
@@ -63,9 +61,3 @@ def export_graph(model: VisionModel, image_size: int, directory: Path) -> Path:
     path = directory / layout.GRAPH
     exported.save(path, external_data=True)
     return path
-
-
-def graph_dtype(checkpoint: VisionCheckpoint, precision: str) -> str:
-    """The type around FP8 linears is the checkpoint's."""
-    assert precision == "FP8" or precision in TORCH_DTYPES
-    return checkpoint.dtype if precision == "FP8" else precision

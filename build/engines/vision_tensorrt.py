@@ -14,10 +14,11 @@ from typing import Any
 
 from build.engines.tensorrt_network import TensorrtBuildError, parse_onnx
 from build.engines.tensorrt_summary import EngineSummary, summarise
-from build.engines.vision_onnx import INPUT, export_graph, graph_dtype, graph_module
+from build.engines.vision_onnx import INPUT, export_graph, graph_module
 from nvlm.formats import layout
-from nvlm.formats.tensor_names import VISION_LINEARS
+from nvlm.formats.checkpoint_tensors import vision_linears
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
+from nvlm.model.number_formats import FP8, format_named
 from nvlm.planning.tensorrt_package import compute_capability, make_logger
 from nvlm.program.json_files import write_json_atomically
 
@@ -52,13 +53,13 @@ def build_vision(
     directory: Path,
 ) -> EngineSummary:
     """Writes `model.engine` and `summary.json` (and keeps `model.onnx` if asked)."""
-    model = graph_module(checkpoint, precision, graph_dtype(checkpoint, precision))
+    model = graph_module(checkpoint, precision, checkpoint.dtype_around(precision))
     onnx = export_graph(model, checkpoint.config.image_size, directory)
     del model
     summary = build_engine_from_onnx(trt, onnx, options, directory)
     expected = 0
-    if precision == "FP8":
-        expected = len(VISION_LINEARS) * checkpoint.config.num_hidden_layers
+    if format_named(precision) is FP8:
+        expected = len(vision_linears(checkpoint.config))
     if summary.num_fp8_products != expected:
         raise TensorrtBuildError(
             f"the network has {summary.num_fp8_products} FP8 products, expected {expected}"

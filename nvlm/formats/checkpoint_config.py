@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nvlm.formats.mapping import Mapping, check_divides
 from nvlm.model.config import DecoderConfig
+from nvlm.model.number_formats import QUANTIZED, NumberFormat, format_named
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import StrictReader, read_json_object
-
-QuantAlgo = Literal["FP8"]
 
 _FIXED: dict[str, Any] = {
     "architecture": "Qwen2ForCausalLM",
@@ -46,13 +45,22 @@ class CheckpointConfig:
 
     decoder: DecoderConfig
     dtype: str
-    quant_algo: QuantAlgo | None
-    kv_cache_quant_algo: QuantAlgo | None
+    quant_algo: str | None
+    kv_cache_quant_algo: str | None
     tp_size: int = 1
     pp_size: int = 1
 
     def mapping(self, rank: int = 0) -> Mapping:
         return Mapping(self.tp_size, self.pp_size, rank)
+
+    @property
+    def weight_format(self) -> NumberFormat:
+        """What the linears of the layers are stored in."""
+        return format_named(self.quant_algo)
+
+    @property
+    def kv_cache_format(self) -> NumberFormat:
+        return format_named(self.kv_cache_quant_algo)
 
     @property
     def world_size(self) -> int:
@@ -105,8 +113,8 @@ class CheckpointConfig:
         config = cls(
             decoder,
             dtype=reader.one_of("dtype", ("bfloat16", "float16", "float32")),
-            quant_algo=quantization.one_of("quant_algo", ("FP8", None)),
-            kv_cache_quant_algo=quantization.one_of("kv_cache_quant_algo", ("FP8", None)),
+            quant_algo=quantization.one_of("quant_algo", (*QUANTIZED, None)),
+            kv_cache_quant_algo=quantization.one_of("kv_cache_quant_algo", (*QUANTIZED, None)),
             tp_size=mapping.positive_int("tp_size"),
             pp_size=mapping.positive_int("pp_size"),
         )

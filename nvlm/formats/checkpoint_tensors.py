@@ -13,28 +13,23 @@ import torch
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.safetensors_reader import SafetensorsReader, TensorInfo
 from nvlm.formats.tensor_names import (
-    ACTIVATION_SCALE,
     ENGINE_LAYER,
-    ENGINE_LINEARS,
     KV_CACHE_SCALE,
     VISION_LAYER,
-    VISION_LINEARS,
-    WEIGHT_SCALE,
 )
-from nvlm.model import fp8
 from nvlm.model.config import VisionConfig
+from nvlm.model.decoder import DECODER_LINEARS
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.exact import exact_div
-from nvlm.model.vision import VisionModel
+from nvlm.model.number_formats import NumberFormat
+from nvlm.model.vision import VISION_LINEARS, VisionModel
 from nvlm.program.errors import UserError
-
-_SCALE = TensorInfo(torch.float32, (1,))
 
 
 def decoder_layer_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
     """One layer's tensors on any rank, under names relative to `transformer.layers.{i}.`."""
     decoder, dtype = config.decoder, TORCH_DTYPES[config.dtype]
-    weight_dtype = fp8.E4M3 if config.quant_algo == "FP8" else dtype
+    stored_dtype = config.weight_format.stored_dtype(dtype)
     mapping = config.mapping()
     query_size = mapping.local_heads(decoder.num_attention_heads) * decoder.head_dim
     key_value_size = mapping.local_heads(decoder.num_key_value_heads) * decoder.head_dim
@@ -49,15 +44,13 @@ def decoder_layer_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
         "mlp.proj": (hidden, intermediate),
     }
     tensors = {"input_layernorm.weight": TensorInfo(dtype, (hidden,))}
-    for name in ENGINE_LINEARS:
-        tensors[f"{name}.weight"] = TensorInfo(weight_dtype, linear_shapes[name])
+    for name in DECODER_LINEARS:
+        tensors[f"{name}.weight"] = TensorInfo(stored_dtype, linear_shapes[name])
         if name == "attention.qkv":
             tensors["attention.qkv.bias"] = TensorInfo(dtype, (qkv_size,))
-        if config.quant_algo == "FP8":
-            tensors[f"{name}.{WEIGHT_SCALE}"] = _SCALE
-            tensors[f"{name}.{ACTIVATION_SCALE}"] = _SCALE
-    if config.kv_cache_quant_algo == "FP8":
-        tensors[KV_CACHE_SCALE] = _SCALE
+        tensors |= _scale_tensors(name, config.weight_format)
+    if config.kv_cache_format.scale_shapes:
+        tensors[KV_CACHE_SCALE] = TensorInfo(torch.float32, (1,))
     tensors["post_layernorm.weight"] = TensorInfo(dtype, (hidden,))
     return tensors
 
@@ -91,13 +84,24 @@ def vision_tensors(config: VisionConfig, dtype: torch.dtype) -> dict[str, Tensor
     return {name: TensorInfo(dtype, tuple(tensor.shape)) for name, tensor in state.items()}
 
 
-def vision_scales(config: VisionConfig) -> dict[str, TensorInfo]:
+def vision_linears(config: VisionConfig) -> list[str]:
+    """The linears that a number format may quantise, by full name."""
+    layers = (VISION_LAYER.format(i=i) for i in range(config.num_hidden_layers))
+    return [layer + linear for layer in layers for linear in VISION_LINEARS]
+
+
+def vision_scales(config: VisionConfig, number_format: NumberFormat) -> dict[str, TensorInfo]:
     """All tensors of `vision/scales.safetensors`."""
+    tensors: dict[str, TensorInfo] = {}
+    for linear in vision_linears(config):
+        tensors |= _scale_tensors(linear, number_format)
+    return tensors
+
+
+def _scale_tensors(linear: str, number_format: NumberFormat) -> dict[str, TensorInfo]:
     return {
-        f"{VISION_LAYER.format(i=i)}{linear}.{kind}": _SCALE
-        for i in range(config.num_hidden_layers)
-        for linear in VISION_LINEARS
-        for kind in (WEIGHT_SCALE, ACTIVATION_SCALE)
+        f"{linear}.{kind}": TensorInfo(torch.float32, shape)
+        for kind, shape in number_format.scale_shapes.items()
     }
 
 

@@ -174,15 +174,4 @@ ENGINE_LAST_TENSORS = (
 
 ENGINE_TOP_TENSORS = ENGINE_FIRST_TENSORS + ENGINE_LAST_TENSORS
 
-ENGINE_LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
-"""The linears of a decoder layer that FP8 quantises."""
-
-SHARED_SCALE_LINEARS = ("mlp.fc", "mlp.gate")
-"""TensorRT-LLM's fused MLP requantises both with the larger scale; one scale makes that exact."""
-
-VISION_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""The linears of a vision layer that FP8 may quantise."""
-
-WEIGHT_SCALE = "weights_scaling_factor"
-ACTIVATION_SCALE = "activation_scaling_factor"
 KV_CACHE_SCALE = "attention.kv_cache_scaling_factor"

@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from nvlm.formats import layout
-from nvlm.formats.checkpoint_tensors import open_checked, vision_scales, vision_tensors
+from nvlm.formats.checkpoint_tensors import (
+    open_checked,
+    vision_linears,
+    vision_scales,
+    vision_tensors,
+)
 from nvlm.formats.safetensors_reader import TensorSource
-from nvlm.formats.tensor_names import ACTIVATION_SCALE, VISION_LAYER, VISION_LINEARS, WEIGHT_SCALE
-from nvlm.model import fp8
 from nvlm.model.config import TilingConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.linear import QuantizableLinear
+from nvlm.model.number_formats import UNQUANTIZED, LinearScales, NumberFormat, format_named
 from nvlm.model.vision import VisionModel, linear_of
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import StrictReader, read_json_object
@@ -46,6 +50,10 @@ class VisionCheckpoint:
     def has_scales(self) -> bool:
         return (self.directory / layout.SCALES).is_file()
 
+    def dtype_around(self, precision: str) -> str:
+        """The type of what is not quantised in `precision`, a dtype name or a number format's."""
+        return precision if format_named(precision) is UNQUANTIZED else self.dtype
+
     def load(
         self,
         precision: str,
@@ -54,7 +62,7 @@ class VisionCheckpoint:
         widen: bool = True,
         source: TensorSource | None = None,
     ) -> VisionModel:
-        """The model in `precision`: a dtype name, or "FP8" (the four linears of each layer).
+        """The model in `precision`: a dtype name, or the number format of each layer's linears.
 
         source: of weights and scales, by default the folder's files.
 
@@ -62,17 +70,13 @@ class VisionCheckpoint:
         contract says and faster than the CPU's own bfloat16: weights are widened at each use, or
         with `widen` once for all.
         """
-        is_fp8 = precision == "FP8"
-        dtype = self.dtype if is_fp8 else precision
-        scales = self.read_scales(source) if is_fp8 else {}
-        model = self._load(dtype, device, source, scales)
-        for name, (weight_scale, activation_scale) in scales.items():
+        number_format, dtype = format_named(precision), self.dtype_around(precision)
+        scales = self.read_scales(number_format, source)
+        model = self._load(dtype, device, source, number_format, scales)
+        for name, found in scales.items():
             module = linear_of(model, name)
             quantised = QuantizableLinear(
-                module.weight,
-                module.bias,
-                weight_scale=weight_scale,
-                activation_scale=activation_scale,
+                module.weight, module.bias, number_format=number_format, scales=found
             )
             model.set_submodule(name, quantised)
         if device.type == "cpu" and dtype != "float32":
@@ -83,44 +87,44 @@ class VisionCheckpoint:
         self, dtype: str, device: torch.device, source: TensorSource | None = None
     ) -> VisionModel:
         """The module as torch computes it in `dtype`, nothing quantised."""
-        return self._load(dtype, device, source, {})
+        return self._load(dtype, device, source, UNQUANTIZED, {})
 
-    def read_scales(self, source: TensorSource | None = None) -> dict[str, tuple[float, float]]:
-        """(weight scale, activation scale) of every linear that FP8 quantises, by full name."""
+    def read_scales(
+        self, number_format: NumberFormat, source: TensorSource | None = None
+    ) -> dict[str, LinearScales]:
+        """The scales of every linear that is quantised, by full name."""
+        if not number_format.scale_shapes:
+            return {}
         if source is None and not self.has_scales:
             raise UserError(
-                f"{self.directory} has no {layout.SCALES}, which FP8 vision needs; convert with "
-                "--quant_algo FP8 or choose another --vision_precision"
+                f"{self.directory} has no {layout.SCALES}, which {number_format.name} vision "
+                f"needs; convert with --quant_algo {number_format.name} or choose another "
+                "--vision_precision"
             )
-        scales = source or open_checked(self.directory / layout.SCALES, vision_scales(self.config))
-        names = [
-            VISION_LAYER.format(i=i) + linear
-            for i in range(self.config.num_hidden_layers)
-            for linear in VISION_LINEARS
-        ]
-        return {
-            name: (
-                float(scales.read(f"{name}.{WEIGHT_SCALE}")),
-                float(scales.read(f"{name}.{ACTIVATION_SCALE}")),
-            )
-            for name in names
+        stored = vision_scales(self.config, number_format)
+        reader = source or open_checked(self.directory / layout.SCALES, stored)
+        found = {
+            name: number_format.read_scales(reader.read, name)
+            for name in vision_linears(self.config)
         }
+        return {name: scales for name, scales in found.items() if scales is not None}
 
     def _load(
         self,
         dtype: str,
         device: torch.device,
         source: TensorSource | None,
-        scales: dict[str, tuple[float, float]],
+        number_format: NumberFormat,
+        scales: dict[str, LinearScales],
     ) -> VisionModel:
-        """Weights of linears that have scales are e4m3, each from when it was read."""
+        """Weights of linears that have scales are quantised, each from when it was read."""
         stored = vision_tensors(self.config, TORCH_DTYPES[self.dtype])
         reader = source or open_checked(self.directory / layout.WEIGHTS, stored)
 
         def read(name: str) -> torch.Tensor:
             tensor = reader.read(name).to(device, TORCH_DTYPES[dtype])
             found = scales.get(name.removesuffix(".weight"))
-            return tensor if found is None else fp8.quantize(tensor, found[0])
+            return tensor if found is None else number_format.quantize(tensor, found.weight)
 
         with torch.device("meta"):
             model = VisionModel(self.config)

@@ -14,13 +14,18 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from nvlm.formats.tensor_names import ACTIVATION_SCALE, ENGINE_LINEARS, WEIGHT_SCALE
-from nvlm.model import fp8
 from nvlm.model.config import DecoderConfig
 from nvlm.model.linear import QuantizableLinear
+from nvlm.model.number_formats import UNQUANTIZED, NumberFormat
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
 """The sum of a float32 tensor over the ranks that share a layer."""
+
+DECODER_LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
+"""The linears of a layer, which a number format may quantise."""
+
+SHARED_SCALE_LINEARS = ("mlp.fc", "mlp.gate")
+"""TensorRT-LLM's fused MLP requantises both with the larger scale; one scale makes that exact."""
 
 
 class Attention(Protocol):
@@ -88,9 +93,9 @@ def causal_attention(
 class DecoderLayer(nn.Module):
     """Pre-norm attention and SwiGLU MLP; `tensors` maps the layer's TensorRT-LLM names.
 
-    A linear with scaling factors beside it runs in FP8, others in the type they are stored in.
-    On a rank of several the tensors are its shards, and `all_reduce` adds the row-parallel linears'
-    float32 outputs before they are rounded once (Megatron-LM, arXiv 1909.08053).
+    The linears are stored in `number_format`, its scales beside them in `tensors`. On a rank of
+    several the tensors are its shards, and `all_reduce` adds the row-parallel linears' float32
+    outputs before they are rounded once (Megatron-LM, arXiv 1909.08053).
     """
 
     def __init__(
@@ -98,6 +103,8 @@ class DecoderLayer(nn.Module):
         config: DecoderConfig,
         tensors: Mapping[str, torch.Tensor],
         all_reduce: AllReduce | None = None,
+        *,
+        number_format: NumberFormat = UNQUANTIZED,
     ) -> None:
         super().__init__()
         self.all_reduce = all_reduce
@@ -107,10 +114,14 @@ class DecoderLayer(nn.Module):
         self.post_layernorm = tensors["post_layernorm.weight"]
         self.linears = nn.ModuleDict(
             {
-                name.replace(".", "_"): _linear(
-                    name, tensors, torch.float32 if all_reduce and name in _ROW_PARALLEL else None
+                name.replace(".", "_"): QuantizableLinear(
+                    tensors[f"{name}.weight"],
+                    tensors.get(f"{name}.bias"),
+                    number_format=number_format,
+                    scales=number_format.read_scales(tensors.__getitem__, name),
+                    output_dtype=torch.float32 if all_reduce and name in _ROW_PARALLEL else None,
                 )
-                for name in ENGINE_LINEARS
+                for name in DECODER_LINEARS
             }
         )
         rows = tensors["attention.qkv.weight"].shape[0]
@@ -118,7 +129,7 @@ class DecoderLayer(nn.Module):
         self.key_value_size = (rows - self.query_size) // 2
 
     def linear(self, name: str) -> QuantizableLinear:
-        """One of `ENGINE_LINEARS`."""
+        """One of `DECODER_LINEARS`."""
         linear = self.linears[name.replace(".", "_")]
         assert isinstance(linear, QuantizableLinear)
         return linear
@@ -149,21 +160,6 @@ class DecoderLayer(nn.Module):
     def _row_parallel(self, name: str, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(name)(x)
         return y if self.all_reduce is None else self.all_reduce(y).to(x.dtype)
-
-
-def _linear(
-    name: str, tensors: Mapping[str, torch.Tensor], output_dtype: torch.dtype | None
-) -> QuantizableLinear:
-    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-    if weight.dtype != fp8.E4M3:
-        return QuantizableLinear(weight, bias, output_dtype=output_dtype)
-    return QuantizableLinear(
-        weight,
-        bias,
-        weight_scale=float(tensors[f"{name}.{WEIGHT_SCALE}"]),
-        activation_scale=float(tensors[f"{name}.{ACTIVATION_SCALE}"]),
-        output_dtype=output_dtype,
-    )
 
 
 def embed(

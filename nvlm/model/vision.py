@@ -12,6 +12,9 @@ from torch import nn
 
 from nvlm.model.config import VisionConfig
 
+VISION_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+"""The linears of a layer that a number format may quantise."""
+
 
 class RMSNorm(nn.Module):
     """float32 inside, cast to x's dtype, then times the weight (InternRMSNorm's order).

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.formats.checkpoint_tensors import decoder_tensors, vision_tensors
-from nvlm.formats.tensor_names import VISION_LINEARS
-from nvlm.model import fp8
+from nvlm.formats.checkpoint_tensors import decoder_tensors, vision_linears, vision_tensors
+from nvlm.formats.safetensors_reader import TensorInfo
 from nvlm.model.config import VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.exact import exact_div
+from nvlm.model.number_formats import UNQUANTIZED, format_named
 from nvlm.planning.hopper import takes_fast_path
 from nvlm.planning.limits import EngineLimits
 
@@ -32,7 +32,7 @@ def decoder_weight_bytes(config: CheckpointConfig, rank: int = 0) -> int:
 
 
 def decoder_parameter_count(config: CheckpointConfig, rank: int = 0) -> int:
-    """Parameters of the decoder on one rank, biases and norms included, FP8 scales not."""
+    """Parameters of the decoder on one rank, biases and norms included, scales not."""
     plain = replace(config, quant_algo=None, kv_cache_quant_algo=None)
     return sum(math.prod(info.shape) for info in decoder_tensors(plain, rank).values())
 
@@ -53,22 +53,22 @@ def decoder_may_widen(config: CheckpointConfig, device: torch.device, memory_byt
 
 def kv_bytes_per_token(config: CheckpointConfig) -> int:
     """K and V of one position in every layer of a rank."""
-    dtype = fp8.E4M3 if config.kv_cache_quant_algo == "FP8" else TORCH_DTYPES[config.dtype]
+    dtype = config.kv_cache_format.stored_dtype(TORCH_DTYPES[config.dtype])
     decoder, mapping = config.decoder, config.mapping()
     row = mapping.local_heads(decoder.num_key_value_heads) * decoder.head_dim * dtype.itemsize
     return 2 * len(mapping.layers(decoder.num_hidden_layers)) * row
 
 
 def vision_weight_bytes(config: VisionConfig, precision: str) -> int:
-    """`precision` is a dtype name or "FP8" (the four linears of each layer; the rest bfloat16)."""
-    dtype = torch.bfloat16 if precision == "FP8" else TORCH_DTYPES[precision]
-    total = 0
-    for name, info in vision_tensors(config, dtype).items():
-        quantised = precision == "FP8" and name.endswith(
-            tuple(f".{linear}.weight" for linear in VISION_LINEARS)
-        )
-        total += info.num_bytes // (2 if quantised else 1)
-    return total
+    """`precision` is a dtype name or the number format of each layer's linears (the rest
+    bfloat16)."""
+    number_format = format_named(precision)
+    dtype = TORCH_DTYPES[precision] if number_format is UNQUANTIZED else torch.bfloat16
+    tensors = vision_tensors(config, dtype)
+    for linear in vision_linears(config):
+        name = f"{linear}.weight"
+        tensors[name] = TensorInfo(number_format.stored_dtype(dtype), tensors[name].shape)
+    return sum(info.num_bytes for info in tensors.values())
 
 
 def vision_parameter_count(config: VisionConfig) -> int:
@@ -262,12 +262,13 @@ def plan_engine(
         workspace += _reserved(vision_workspace_bytes(vision, num_tiles)) + _CUDA_CONTEXT_BYTES
     per_token = kv_bytes_per_token(config)
     num_tokens = limits.max_batch_size * limits.max_seq_len  # every place at its longest
-    is_wide_cache = config.kv_cache_quant_algo == "FP8" and device.type == "cpu"
+    dtype, number_format = TORCH_DTYPES[config.dtype], config.kv_cache_format
+    held, stored = number_format.cache_dtype(dtype, device), number_format.stored_dtype(dtype)
     return EnginePlan(
         decoder_weight_bytes=decoder_weights,
         vision_weight_bytes=vision_weights,
         kv_bytes_per_token=per_token,
-        kv_cache_bytes=(2 if is_wide_cache else 1) * per_token * num_tokens,
+        kv_cache_bytes=exact_div(held.itemsize, stored.itemsize) * per_token * num_tokens,
         prompt_table_bytes=limits.max_multimodal_len * decoder.hidden_size * itemsize,
         workspace_bytes=workspace,
         limits=limits,

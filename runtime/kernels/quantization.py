@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nvlm.model.fp8 import E4M3
+from nvlm.model.number_formats.fp8 import E4M3
 
 
 @triton.jit

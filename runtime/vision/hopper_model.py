@@ -33,7 +33,7 @@ class HopperVisionModel:
         self._scales = {
             module: module.scales.prod()
             for module in model.modules()
-            if isinstance(module, QuantizableLinear)
+            if isinstance(module, QuantizableLinear) and module.scales is not None
         }
         kernel = model.vision_model.embeddings.patch_embedding.weight.flatten(1)
         self._kernel = nn.functional.pad(kernel, (0, -kernel.shape[1] % _GRANULARITY))
@@ -139,7 +139,7 @@ class HopperVisionModel:
         return self._linear(attention.proj, rows)
 
     def _linear(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if not (isinstance(module, QuantizableLinear) and module.is_fp8):
+        if not isinstance(module, QuantizableLinear) or module not in self._scales:
             return module(x)
         y = self._forms.fp8_linear(
             x.flatten(0, -2), module.weight, self._scales[module], module.bias, self._model_dtype
@@ -153,5 +153,5 @@ class HopperVisionModel:
 
 def _activation_scale(module: nn.Module) -> torch.Tensor | None:
     """Of a linear that takes e4m3."""
-    is_fp8 = isinstance(module, QuantizableLinear) and module.is_fp8
+    is_fp8 = isinstance(module, QuantizableLinear) and module.scales is not None
     return module.scales[1] if is_fp8 else None  # type: ignore[index]

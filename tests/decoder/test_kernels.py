@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from nvlm.model import fp8
 from nvlm.model.decoder import rope_tables
+from nvlm.model.number_formats import fp8
 from runtime.decoder.kernels import plain_forms
 from tests.conftest import HAS_HOPPER
 from tests.support.tolerances import (

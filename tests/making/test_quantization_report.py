@@ -24,8 +24,8 @@ from build.conversion.report.quantization_report import (
 from build.conversion.report.report_page import page
 from build.sources.hugging_face import HuggingFaceSource
 from nvlm.inputs.tokenizer import Tokenizer
-from nvlm.model import fp8
 from nvlm.model.linear import QuantizableLinear
+from nvlm.model.number_formats import LinearScales, fp8
 from tests.conftest import TINY
 from tests.reference import fp8_e4m3, qwen2_hugging_face
 from tests.support.command import CONVERT, one_line_error, run_command
@@ -46,7 +46,7 @@ def test_errors_and_shares_are_those_of_float64() -> None:
     x = torch.randn(40, 96, generator=generator) ** 3
     weight = torch.randn(50, 96, generator=generator).to(torch.bfloat16)
     x_scale, weight_scale = float(x.abs().quantile(0.9)) / 448, float(weight.abs().max()) / 448
-    found = quantization_error(x, weight, x_scale, weight_scale)
+    found = quantization_error(x, weight, fp8.FP8, LinearScales(weight_scale, x_scale))
 
     x64, weight64 = x.double().numpy(), weight.double().numpy()
     x_codes = fp8_e4m3.quantize(x.numpy(), x_scale)
@@ -110,8 +110,11 @@ def test_fp8_linears_are_near_float64_on_calibration_data_and_on_other_data(
             expected = x.double() @ torch.cat(parts).double().T
             quantised = QuantizableLinear(
                 stored[f"{name}.weight"],
-                weight_scale=float(stored[f"{name}.weights_scaling_factor"]),
-                activation_scale=float(stored[f"{name}.activation_scaling_factor"]),
+                number_format=fp8.FP8,
+                scales=LinearScales(
+                    weight=float(stored[f"{name}.weights_scaling_factor"]),
+                    activation=float(stored[f"{name}.activation_scaling_factor"]),
+                ),
             )
             error = relative_error(quantised(x), expected)
             assert 0.02 < error <= limit, f"{name}: {error}"
@@ -134,7 +137,7 @@ def test_the_report_has_every_linear_worst_first_with_the_stored_scales(
     assert errors == sorted(errors, reverse=True)
     for row in report.linears:
         for kind in ("weights_scaling_factor", "activation_scaling_factor"):
-            assert getattr(row, kind) == float(stored[f"{row.linear}.{kind}"])
+            assert row.to_json()[kind] == float(stored[f"{row.linear}.{kind}"])
         assert row.clipped_share == 0, "a scale made from amax clips nothing of its own data"
         assert row.num_rows >= 16
         assert 0.02 < row.weight_error < 0.03
@@ -170,7 +173,8 @@ def test_the_page_stands_alone_and_shows_every_linear(
 
 
 def test_the_page_draws_what_is_extreme_or_missing() -> None:
-    row = LinearReport("transformer.layers.0.mlp.fc", 0.0, 1e30, 1.0, 1e27, 0, 0, 0, 0, 1)
+    scales = LinearScales(1.0, 1e27)
+    row = LinearReport("transformer.layers.0.mlp.fc", 0.0, 1e30, scales, 0, 0, 0, 0, 1)
     attention = AttentionReport("transformer.layers.0.attention", 0.0, 1e-30, 5.0)
     for linears, attentions in (((row,), (attention,)), ((), ())):
         text = page(QuantizationReport(1, 0, linears, attentions))

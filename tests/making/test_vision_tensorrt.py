@@ -19,7 +19,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from build.engines.fp8_linear import round_up
+from build.engines.qdq_linear import round_up
 from build.engines.tensorrt_network import TensorrtBuildError
 from build.engines.vision_onnx import export_graph, graph_module
 from build.engines.vision_onnxruntime import compare_with_torch
@@ -29,9 +29,9 @@ from nvlm.formats.checkpoint_tensors import vision_scales, vision_tensors
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.inputs.images import load_image
 from nvlm.inputs.tiling import normalize, tile_image
-from nvlm.model import fp8
 from nvlm.model.config import TilingConfig, VisionConfig
 from nvlm.model.linear import QuantizableLinear
+from nvlm.model.number_formats import fp8
 from nvlm.model.vision import VisionModel, linear_of
 from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
@@ -319,7 +319,7 @@ def _random_vision(config: VisionConfig, directory: Path) -> VisionCheckpoint:
             rolled = pattern.roll(index)  # equal tensors would be stored once
             values = rolled.repeat(num_values // len(pattern) + 1)[:num_values]
             writer.write(name, values.view(info.shape))
-    scales = vision_scales(config)
+    scales = vision_scales(config, fp8.FP8)
     with SafetensorsWriter(directory / layout.SCALES, scales) as writer:
         for name in scales:
             writer.write(name, torch.tensor([0.01]))
@@ -329,13 +329,13 @@ def _random_vision(config: VisionConfig, directory: Path) -> VisionCheckpoint:
 def _emulated_in_float32(vision: VisionCheckpoint) -> VisionModel:
     """The torch emulation of FP8 with float32 around its linears."""
     model = vision.load_plain("float32", CPU)
-    for name, (weight_scale, activation_scale) in vision.read_scales().items():
+    for name, scales in vision.read_scales(fp8.FP8).items():
         linear = linear_of(model, name)
         emulated = QuantizableLinear(
-            fp8.quantize(linear.weight, weight_scale),
+            fp8.quantize(linear.weight, scales.weight),
             linear.bias,
-            weight_scale=weight_scale,
-            activation_scale=activation_scale,
+            number_format=fp8.FP8,
+            scales=scales,
         )
         model.set_submodule(name, emulated)
     return model

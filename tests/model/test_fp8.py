@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nvlm.model import fp8
 from nvlm.model.linear import QuantizableLinear
+from nvlm.model.number_formats import LinearScales, fp8
 from tests.reference import fp8_e4m3
 
 
@@ -58,7 +58,10 @@ def test_an_fp8_linear_scales_before_it_adds_the_bias_and_rounds_once() -> None:
     bias = torch.randn(32, generator=generator).to(torch.bfloat16)
     s_x, s_w = 0.011, 0.007
     linear = QuantizableLinear(
-        fp8.quantize(weight, s_w), bias, weight_scale=s_w, activation_scale=s_x
+        fp8.quantize(weight, s_w),
+        bias,
+        number_format=fp8.FP8,
+        scales=LinearScales(weight=s_w, activation=s_x),
     )
     q_x = fp8_e4m3.dequantize(fp8_e4m3.quantize(x.float().numpy(), s_x), s_x)
     q_w = fp8_e4m3.dequantize(fp8_e4m3.quantize(weight.numpy(), s_w), s_w)

@@ -9,9 +9,8 @@ import torch
 
 from build.conversion.calibration.amax_observer import AmaxObserver
 from build.conversion.calibration.row_file import RowFile
-from nvlm.formats.tensor_names import ENGINE_LINEARS
 from nvlm.model.config import DecoderConfig
-from nvlm.model.decoder import DecoderLayer, causal_attention, rope_tables
+from nvlm.model.decoder import DECODER_LINEARS, DecoderLayer, causal_attention, rope_tables
 
 _ROWS_PER_WINDOW = 2048
 """Tokens that a layer works on at a time: about 1 GB of activations at the 72B model's width."""
@@ -46,7 +45,7 @@ def run_layer(
     its widest linear in float32, one window's activations, one sequence's keys and values,
     `_SCORE_BYTES` of scores (on a GPU three times).
     """
-    observer.watch_inputs({name: layer.linear(name) for name in ENGINE_LINEARS})
+    observer.watch_inputs({name: layer.linear(name) for name in DECODER_LINEARS})
     past: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with after.writer() as writer:
         for window in before.windows(_ROWS_PER_WINDOW):

@@ -1,4 +1,4 @@
-"""What FP8 does to a linear, measured on rows of calibration data."""
+"""What a number format does to a linear, measured on rows of calibration data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from build.conversion.quantization.cast import row_blocks
-from nvlm.model import fp8
+from nvlm.model.number_formats import LinearScales, NumberFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class QuantizationError:
 
 
 def quantization_error(
-    x: torch.Tensor, weight: torch.Tensor, input_scale: float, weight_scale: float
+    x: torch.Tensor, weight: torch.Tensor, number_format: NumberFormat, scales: LinearScales
 ) -> QuantizationError:
     """x: [rows, in_features], weight: [out_features, in_features], any float dtype.
 
@@ -30,17 +30,22 @@ def quantization_error(
     the same on both sides and left out.
     """
     x = x.to(torch.float32)
-    quantised = fp8.quantize(x, input_scale)
-    dequantised = fp8.dequantize(quantised, input_scale)
+
+    def rounded(values: torch.Tensor, scale: float) -> torch.Tensor:
+        return number_format.dequantize(number_format.quantize(values, scale), scale)
+
+    dequantised = rounded(x, scales.activation)
     squares = torch.zeros(4, dtype=torch.float64, device=x.device)
     for block in row_blocks(weight):
         rows = block.to(torch.float32)
-        rows_fp8 = fp8.dequantize(fp8.quantize(block, weight_scale), weight_scale)
+        rows_quantised = rounded(block, scales.weight)
         y = nn.functional.linear(x, rows)
-        pairs = (rows_fp8 - rows, rows, nn.functional.linear(dequantised, rows_fp8) - y, y)
+        quantised_y = nn.functional.linear(dequantised, rows_quantised)
+        pairs = (rows_quantised - rows, rows, quantised_y - y, y)
         squares += torch.stack([part.square().sum(dtype=torch.float64) for part in pairs])
     weight_error, output_error = _ratio(squares[0], squares[1]), _ratio(squares[2], squares[3])
-    clipped = (x.abs() > fp8.E4M3_MAX * input_scale * (1 + 1e-6)).to(torch.float32).mean()
+    most = number_format.largest * scales.activation * (1 + 1e-6)
+    clipped = (x.abs() > most).to(torch.float32).mean()
     lost = ((dequantised == 0) & (x != 0)).to(torch.float32).mean()
     return QuantizationError(weight_error, output_error, float(clipped), float(lost))
 

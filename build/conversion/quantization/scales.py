@@ -9,8 +9,8 @@ import torch
 
 from build.conversion.quantization.quantization_error import quantization_error
 from build.conversion.report.quantization_report import LinearReport
-from nvlm.formats.tensor_names import SHARED_SCALE_LINEARS
-from nvlm.model import fp8
+from nvlm.model.decoder import SHARED_SCALE_LINEARS
+from nvlm.model.number_formats import NumberFormat
 
 
 def report_linears(
@@ -19,22 +19,23 @@ def report_linears(
     weight_amax: Mapping[str, float],
     input_amax: Mapping[str, float],
     rows: Callable[[str], torch.Tensor],
+    number_format: NumberFormat,
 ) -> list[LinearReport]:
     """One row for each of `weights`, by name without `prefix`; `rows(name)` are inputs of it."""
     result = []
     for name, weight in weights.items():
         shared = SHARED_SCALE_LINEARS if name in SHARED_SCALE_LINEARS else (name,)
-        weight_scale = fp8.scale_from_amax(max(weight_amax[n] for n in shared))
-        input_scale = fp8.scale_from_amax(max(input_amax[n] for n in shared))
+        scales = number_format.scales_from_amax(
+            max(weight_amax[n] for n in shared), max(input_amax[n] for n in shared)
+        )
         x = rows(name)
-        error = quantization_error(x, weight, input_scale, weight_scale)
+        error = quantization_error(x, weight, number_format, scales)
         result.append(
             LinearReport(
                 prefix + name,
                 weight_amax[name],
                 input_amax[name],
-                weight_scale,
-                input_scale,
+                scales,
                 **asdict(error),
                 num_rows=len(x),
             )

@@ -83,9 +83,10 @@ class RankFiles:
                     out.append(layout.rank_file(mapping.rank), name, part)
             start = rows.stop
 
-    def append_scale(self, out: OutputFiles, name: str, layer: int, scale: float) -> None:
+    def append_scale(self, out: OutputFiles, name: str, layer: int, scale: torch.Tensor) -> None:
+        """All of it into the file of every rank that holds the layer."""
         for mapping, written in self.names(name, layer):
-            out.append(layout.rank_file(mapping.rank), written, torch.tensor([scale]))
+            out.append(layout.rank_file(mapping.rank), written, scale)
 
 
 def _with_zero_rows(blocks: Iterator[torch.Tensor], num_rows: int) -> Iterator[torch.Tensor]:

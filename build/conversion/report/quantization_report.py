@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nvlm.formats import layout
-from nvlm.model import fp8
+from nvlm.model.number_formats import ACTIVATION_SCALE, FP8, WEIGHT_SCALE, LinearScales
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object, write_json_atomically
 
 
 @dataclass(frozen=True, slots=True)
 class LinearReport:
-    """A linear's largest magnitudes, its scales, and what FP8 does to it.
+    """A linear's largest magnitudes, its scales, and what its number format does to it.
 
     The errors are relative 2-norms: `weight_error` of the dequantised weight, `output_error` of
-    what the FP8 linear computes for `num_rows` rows of the calibration data, against the linear in
-    the checkpoint's dtype. Shares are of the values in those rows: clipped at 448 scales, and not
-    zero but quantised to zero.
+    what the quantised linear computes for `num_rows` rows of the calibration data, against the
+    linear in the checkpoint's dtype. Shares are of the values in those rows: clipped at the largest
+    number, and not zero but quantised to zero.
     """
 
     linear: str
     weight_amax: float
     input_amax: float
-    weights_scaling_factor: float
-    activation_scaling_factor: float
+    scales: LinearScales
     weight_error: float
     output_error: float
     clipped_share: float
     underflow_share: float
     num_rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat row, the scales under their names in a checkpoint."""
+        row: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            row |= value.to_json() if isinstance(value, LinearScales) else {field.name: value}
+        return row
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> LinearReport:
+        rest = dict(row)
+        scales = LinearScales(rest.pop(WEIGHT_SCALE), rest.pop(ACTIVATION_SCALE))
+        return cls(scales=scales, **rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +59,7 @@ class AttentionReport:
     @property
     def kv_cache_scaling_factor(self) -> float:
         """Covers Q too: the FP8 context kernel quantises Q with the cache's one scale."""
-        return fp8.scale_from_amax(max(self.q_amax, self.k_amax, self.v_amax))
+        return FP8.scale_from_amax(max(self.q_amax, self.k_amax, self.v_amax))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +92,8 @@ class QuantizationReport:
             {
                 "num_calibration_samples": self.num_samples,
                 "num_skipped": self.num_skipped,
-                "scale": f"amax / {fp8.E4M3_MAX:.0f}",
-                "linears": [asdict(row) for row in self.worst_first],
+                "scale": f"amax / {FP8.largest:.0f}",
+                "linears": [row.to_json() for row in self.worst_first],
                 "attention": [
                     {**asdict(row), "kv_cache_scaling_factor": row.kv_cache_scaling_factor}
                     for row in self.attentions
@@ -103,7 +116,7 @@ class QuantizationReport:
             return cls(
                 values["num_calibration_samples"],
                 values["num_skipped"],
-                tuple(LinearReport(**row) for row in values["linears"]),
+                tuple(LinearReport.from_json(row) for row in values["linears"]),
                 tuple(AttentionReport(**row) for row in attentions),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -117,7 +130,7 @@ def as_record(
 ) -> dict[str, Any]:
     """What the journal keeps of a layer."""
     return {
-        "linears": [asdict(row) for row in linears],
+        "linears": [row.to_json() for row in linears],
         "attention": None if attention is None else asdict(attention),
     }
 
@@ -129,6 +142,8 @@ def from_records(
     return QuantizationReport(
         num_samples,
         num_skipped,
-        tuple(LinearReport(**row) for record in records for row in record.get("linears", [])),
+        tuple(
+            LinearReport.from_json(row) for record in records for row in record.get("linears", [])
+        ),
         tuple(AttentionReport(**row) for row in attentions),
     )

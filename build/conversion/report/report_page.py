@@ -9,7 +9,9 @@ from pathlib import Path
 from build.conversion.report.line_plot import Points, line_plot
 from build.conversion.report.quantization_report import LinearReport, QuantizationReport
 from nvlm.formats import layout
-from nvlm.formats.tensor_names import ENGINE_LINEARS, VISION_LINEARS
+from nvlm.model.decoder import DECODER_LINEARS
+from nvlm.model.number_formats import ACTIVATION_SCALE, WEIGHT_SCALE
+from nvlm.model.vision import VISION_LINEARS
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -45,8 +47,8 @@ _COLUMNS = (
     ("to zero", "underflow_share", ".2%"),
     ("weight amax", "weight_amax", ".4g"),
     ("input amax", "input_amax", ".4g"),
-    ("weight scale", "weights_scaling_factor", ".3e"),
-    ("input scale", "activation_scaling_factor", ".3e"),
+    ("weight scale", WEIGHT_SCALE, ".3e"),
+    ("input scale", ACTIVATION_SCALE, ".3e"),
 )
 
 _PLOTS = (
@@ -60,7 +62,7 @@ _PLOTS = (
 )  # fmt: skip
 
 _GROUPS = (
-    ("Decoder", r"transformer\.layers\.(\d+)\.", ENGINE_LINEARS),
+    ("Decoder", r"transformer\.layers\.(\d+)\.", DECODER_LINEARS),
     ("Vision", r"vision_model\.encoder\.layers\.(\d+)\.", VISION_LINEARS),
 )
 
@@ -137,9 +139,9 @@ def _table(report: QuantizationReport) -> str:
     head = "".join(f"<th>{name}</th>" for name, _, _ in _COLUMNS)
     body = []
     for row in rows:
-        cells = []
+        cells, values = [], row.to_json()
         for _, column, form in _COLUMNS:
-            value = getattr(row, column)
+            value = values[column]
             text = escape(value) if isinstance(value, str) else format(value, form)
             is_bar = column == "output_error"
             bar = f' class="bar" style="--w:{value / most:.0%}"' if is_bar else ""

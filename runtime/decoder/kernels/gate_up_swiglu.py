@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nvlm.model.fp8 import E4M3
+from nvlm.model.number_formats.fp8 import E4M3
 from runtime.decoder.kernels.elementwise import swiglu
 from runtime.decoder.kernels.workspace import Workspace
 from runtime.kernels.quantization import quantize

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nvlm.model import fp8
 from nvlm.model.decoder import apply_rope, causal_attention, rms_norm
+from nvlm.model.number_formats import fp8
 
 
 def add_rms_norm(

@@ -14,12 +14,11 @@ from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_layer_tensors
 from nvlm.formats.safetensors_reader import TensorSource
 from nvlm.formats.tensor_names import (
-    ACTIVATION_SCALE,
     ENGINE_LAYER,
     KV_CACHE_SCALE,
-    SHARED_SCALE_LINEARS,
-    WEIGHT_SCALE,
 )
+from nvlm.model.decoder import SHARED_SCALE_LINEARS
+from nvlm.model.number_formats import FP8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +70,10 @@ def load_hopper_weights(
         weight = torch.empty(sum(rows), columns, dtype=dtype, device=device)
         for name, part in zip(names, weight.split(rows), strict=True):
             part.copy_(source.read(f"{prefix}{name}.weight"))
-        scales = [
-            [float(source.read(f"{prefix}{name}.{kind}")) for name in names]
-            for kind in (WEIGHT_SCALE, ACTIVATION_SCALE)
-        ]
-        assert all(len(set(kind)) == 1 for kind in scales), f"{prefix}{names} share their scales"
-        (weight_scale, *_), (activation_scale, *_) = torch.tensor(scales)
+        scales, *others = (FP8.read_scales(source.read, prefix + name) for name in names)
+        assert scales is not None
+        assert all(each == scales for each in others), f"{prefix}{names} share their scales"
+        weight_scale, activation_scale = torch.tensor([scales.weight, scales.activation])
         bias = f"{names[0]}.bias"
         return Fp8Linear(
             weight,

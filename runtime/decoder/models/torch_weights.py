@@ -15,8 +15,8 @@ from nvlm.formats.checkpoint_tensors import (
     open_checked,
 )
 from nvlm.formats.safetensors_reader import TensorSource
-from nvlm.formats.tensor_names import ENGINE_LAYER, ENGINE_LINEARS, KV_CACHE_SCALE
-from nvlm.model.decoder import AllReduce, DecoderLayer
+from nvlm.formats.tensor_names import ENGINE_LAYER, KV_CACHE_SCALE
+from nvlm.model.decoder import DECODER_LINEARS, AllReduce, DecoderLayer
 from nvlm.model.linear import QuantizableLinear
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.memory_plan import decoder_may_widen
@@ -25,7 +25,7 @@ from nvlm.planning.memory_plan import decoder_may_widen
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
     """embedding: [vocab_size, hidden_size], whole on every rank; lm_head: the rank's rows of the
-    vocabulary; kv_scales: one a layer, None without FP8 KV cache."""
+    vocabulary; kv_scales: one a layer, None where the cache is not quantised."""
 
     embedding: torch.Tensor
     layers: list[DecoderLayer]
@@ -56,13 +56,15 @@ def load_weights(
     for i in range(config.decoder.num_hidden_layers):
         prefix = ENGINE_LAYER.format(i=i)
         tensors = {name: read(prefix + name) for name in names}
-        layers.append(DecoderLayer(config.decoder, tensors, all_reduce))
+        layers.append(
+            DecoderLayer(config.decoder, tensors, all_reduce, number_format=config.weight_format)
+        )
         if KV_CACHE_SCALE in tensors:
             kv_scales.append(float(tensors[KV_CACHE_SCALE]))
     lm_head = QuantizableLinear(read("lm_head.weight"), output_dtype=torch.float32)
     if decoder_may_widen(config, device, total_memory_bytes(device)):
         for layer in layers:
-            for name in ENGINE_LINEARS:
+            for name in DECODER_LINEARS:
                 layer.linear(name).widen()
         lm_head.widen()
     return DecoderWeights(

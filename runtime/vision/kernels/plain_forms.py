@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from nvlm.inputs.tiling import normalize
-from nvlm.model import fp8, vision
+from nvlm.model import vision
+from nvlm.model.number_formats import fp8
 
 
 def cut_patches(

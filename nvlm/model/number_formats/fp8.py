@@ -6,7 +6,16 @@ infinity. Scales follow TensorRT-LLM: amax / 448, for weights, activations and t
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
+from torch import nn
+
+from nvlm.model.number_formats.number_format import (
+    ACTIVATION_SCALE,
+    WEIGHT_SCALE,
+    NumberFormat,
+)
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -48,6 +57,52 @@ def _quantize_in_chunks(x: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
     return result.view(x.shape)
 
 
-def dequantize(q: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """q * scale in float32."""
-    return q.to(torch.float32) * scale
+def dequantize(stored: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """stored * scale in float32."""
+    return stored.to(torch.float32) * scale
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x @ weight.T * scale + bias, all in float32.
+
+    x: [..., in_features], weight: [out_features, in_features], both e4m3 or their values widened;
+    scale: one float32, the weight's times the input's; bias: [out_features].
+    """
+    y = nn.functional.linear(x.to(torch.float32), weight.to(torch.float32)) * scale
+    return y if bias is None else y + bias.to(torch.float32)
+
+
+class Fp8(NumberFormat):
+    """Weights, the inputs of linears and the KV cache in e4m3, each with one static scale."""
+
+    name = "FP8"
+    largest = E4M3_MAX
+
+    scale_shapes = MappingProxyType({WEIGHT_SCALE: (1,), ACTIVATION_SCALE: (1,)})
+    scale_from_amax = staticmethod(scale_from_amax)
+    quantize = staticmethod(quantize)
+    dequantize = staticmethod(dequantize)
+
+    def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return E4M3
+
+    def cache_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """A CPU holds the same values as bfloat16, which it widens twenty times faster."""
+        return torch.bfloat16 if device.type == "cpu" else E4M3
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert scales is not None, "FP8 weights need their scales"
+        weight_scale, activation_scale = scales
+        x = quantize(x, activation_scale)
+        return product(x, weight, activation_scale * weight_scale, bias)
+
+
+FP8 = Fp8()

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nvlm.model import fp8
+from nvlm.model.number_formats import LinearScales, fp8
 
 
-class Fp8Linear(nn.Module):
+class QdqLinear(nn.Module):
     """For export only. x: [..., in_features] in `dtype` -> [..., out_features] in `dtype`.
 
     ONNX wants scales in the type of x. Calibrated ones are rounded up to it, so nothing clips, and
@@ -28,16 +28,15 @@ class Fp8Linear(nn.Module):
         self,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        weight_scale: float,
-        activation_scale: float,
+        scales: LinearScales,
     ) -> None:
         """weight: [out_features, in_features] in `dtype`, not yet quantised."""
         super().__init__()
-        scale = round_up(weight_scale, weight.dtype)
+        scale = round_up(scales.weight, weight.dtype)
         self.weight = nn.Parameter(fp8.quantize(weight, scale.float()), requires_grad=False)
         self.bias = bias
         self.register_buffer("weight_scale", scale)
-        self.register_buffer("activation_scale", round_up(activation_scale, weight.dtype))
+        self.register_buffer("activation_scale", round_up(scales.activation, weight.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         symbolic = torch.onnx.ops.symbolic

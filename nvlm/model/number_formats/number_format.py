@@ -1,0 +1,93 @@
+"""What every number format of a linear answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+WEIGHT_SCALE = "weights_scaling_factor"
+ACTIVATION_SCALE = "activation_scaling_factor"
+"""TensorRT-LLM's names, behind the linear's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScales:
+    """A linear's static scales, one of its weight and one of its input: real = stored * scale."""
+
+    weight: float
+    activation: float
+
+    def to_json(self) -> dict[str, float]:
+        return {WEIGHT_SCALE: self.weight, ACTIVATION_SCALE: self.activation}
+
+
+class NumberFormat(ABC):
+    """How a linear's weight, or the KV cache, is stored, and what a product with it is."""
+
+    name: str
+    """`quant_algo` of config.json and of the command line."""
+
+    largest: float
+    """The largest magnitude that can be stored, in scales."""
+
+    scale_shapes: Mapping[str, tuple[int, ...]]
+    """The float32 tensors beside a weight, by the ends of their names. Ranks that share the weight
+    hold all of each."""
+
+    @abstractmethod
+    def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What a checkpoint in `dtype` stores, and so the bytes of a value."""
+
+    @abstractmethod
+    def cache_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """What the KV cache of a checkpoint in `dtype` is held in on `device`."""
+
+    @abstractmethod
+    def scale_from_amax(self, amax: float) -> float:
+        """The scale of a tensor whose largest magnitude is `amax`."""
+
+    @abstractmethod
+    def quantize(self, x: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+        """x / scale as it is stored, in x's shape."""
+
+    @abstractmethod
+    def dequantize(self, stored: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+        """stored * scale in float32."""
+
+    @abstractmethod
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x @ weight.T + bias by the numerics contract, float32 [..., out_features].
+
+        x: [..., in_features] in any float dtype; weight: [out_features, in_features] as stored,
+        or widened to float32; scales: [2] float32, the weight's and the input's, where the format
+        has them; bias: [out_features] float32.
+        """
+
+    def scales_from_amax(self, weight: float, activation: float) -> LinearScales:
+        return LinearScales(self.scale_from_amax(weight), self.scale_from_amax(activation))
+
+    def scale_tensors(self, linear: str, scales: LinearScales) -> dict[str, torch.Tensor]:
+        """What is stored beside the weight of `linear`, by name."""
+        values = scales.to_json()
+        return {
+            f"{linear}.{kind}": torch.full(shape, values[kind])
+            for kind, shape in self.scale_shapes.items()
+        }
+
+    def read_scales(self, read: Callable[[str], torch.Tensor], linear: str) -> LinearScales | None:
+        """What `scale_tensors` stored, or None where the format has no scales."""
+        if not self.scale_shapes:
+            return None
+        weight, activation = (
+            float(read(f"{linear}.{kind}")) for kind in (WEIGHT_SCALE, ACTIVATION_SCALE)
+        )
+        return LinearScales(weight, activation)
