@@ -26,7 +26,9 @@ from bench.machine import describe, describe_gpu
 from nvlm.model.number_formats import fp8
 from nvlm.program.process import set_up_cublas
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
-from runtime.decoder.kernels import plain_forms
+from runtime.decoder.kernels.operands import KVPages, Norm, TokenRows
+from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.kernels.fp8_linear import Fp8Linear
 
 SHAPES = {"72b": (8192, 29568, 64, 8, 128), "tiny": (256, 512, 4, 2, 64)}
 CACHE_BYTES = 200_000_000  # several times the level-2 cache
@@ -40,15 +42,16 @@ def e4m3(*shape: int, device: torch.device) -> torch.Tensor:
 
 
 def measure_linear(
-    forms: Any, rows: int, columns: int, depth: int, device: torch.device
+    forms: PlainForms, rows: int, columns: int, depth: int, device: torch.device
 ) -> dict[str, tuple[float, int]]:
-    weights = [e4m3(columns, depth, device=device) for _ in range(num_buffers(columns * depth))]
-    x, scale = e4m3(rows, depth, device=device), torch.tensor(1e-4, device=device)
+    scale, count = torch.tensor(1e-4, device=device), num_buffers(columns * depth)
+    linears = [Fp8Linear(e4m3(columns, depth, device=device), scale, scale) for _ in range(count)]
+    x = e4m3(rows, depth, device=device)
     moved = columns * depth + rows * depth + 2 * rows * columns
 
-    def timed(linear: Callable[..., object]) -> tuple[float, int]:
+    def timed(multiply: Callable[..., object]) -> tuple[float, int]:
         def run(i: int) -> object:
-            return linear(x, weights[i % len(weights)], scale, None, torch.bfloat16)
+            return multiply(x, linears[i % len(linears)], torch.bfloat16)
 
         return median_ms(run, device), moved
 
@@ -58,10 +61,10 @@ def measure_linear(
 
         exactly = TensorCoreLinear(device)
         fast = functools.partial(exactly, use_fast_accum=True)
-        oracle = x[:16].double() @ weights[0].double().t() * scale.double()
-        for name, linear in (("sums of 128", exactly), ("fast accumulation", fast)):
-            found[f"linear, {name}"] = timed(linear)
-            y = linear(x[:16], weights[0], scale, None, torch.bfloat16).double()
+        oracle = x[:16].double() @ linears[0].weight.double().t() * scale.double()
+        for name, multiply in (("sums of 128", exactly), ("fast accumulation", fast)):
+            found[f"linear, {name}"] = timed(multiply)
+            y = multiply(x[:16], linears[0], torch.bfloat16).double()
             error = float((y - oracle).norm() / oracle.norm())
             print(f"{rows} rows, {columns} x {depth}, {name}: relative error {error:.2e}")
     return found
@@ -73,49 +76,48 @@ def num_buffers(num_bytes: int) -> int:
 
 
 def measure(
-    shape: tuple[int, ...], batch_size: int, context: int, device: torch.device, forms: Any
+    shape: tuple[int, ...], batch_size: int, context: int, device: torch.device, forms: PlainForms
 ) -> dict[str, tuple[float, int]]:
     """Milliseconds and bytes of each kernel."""
     size, intermediate, heads, kv_heads, head_dim = shape
     scale = torch.tensor(0.02, device=device)
     hidden, delta = (torch.randn(batch_size, size, device=device).bfloat16() for _ in range(2))
-    norm = torch.ones(size, device=device, dtype=torch.bfloat16)
+    norm = Norm(torch.ones(size, device=device, dtype=torch.bfloat16), 1e-6)
     x = e4m3(batch_size, size, device=device)
     gate_ups = [
-        e4m3(2 * intermediate, size, device=device)
+        Fp8Linear(e4m3(2 * intermediate, size, device=device), scale, scale)
         for _ in range(num_buffers(2 * intermediate * size))
     ]
     qkv = torch.randn(batch_size, (heads + 2 * kv_heads) * head_dim, device=device).bfloat16()
     blocks_each = -(-context // TOKENS_PER_BLOCK)
     num_blocks = batch_size * blocks_each
     kv_bytes = 2 * batch_size * context * kv_heads * head_dim
-    caches = [
-        [e4m3(num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim, device=device) for _ in "kv"]
+    cache_shape = (num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim)
+    pages = [
+        KVPages(e4m3(*cache_shape, device=device), e4m3(*cache_shape, device=device), scale, 0.02)
         for _ in range(num_buffers(kv_bytes))
     ]
     tables = torch.randperm(num_blocks, device=device).to(torch.int32).view(batch_size, -1)
     positions = torch.full((batch_size,), context - 1, dtype=torch.int32, device=device)
     slots = tables[:, -1].long() * TOKENS_PER_BLOCK
     cos, sin = (torch.rand(batch_size, head_dim // 2, device=device) for _ in range(2))
-    rotated = qkv, cos, sin, slots
+    rows = TokenRows(cos, sin, slots)
     runs: dict[str, tuple[Run, int]] = {
         "add_rms_norm": (
-            lambda _: forms.add_rms_norm(hidden, delta, norm, 1e-6, scale),
+            lambda _: forms.add_rms_norm(hidden, delta, norm, scale),
             7 * batch_size * size,
         ),
         "gate_up_swiglu": (
-            lambda i: forms.gate_up_swiglu(
-                x, gate_ups[i % len(gate_ups)], scale, scale, torch.bfloat16
-            ),
+            lambda i: forms.gate_up_swiglu(x, gate_ups[i % len(gate_ups)], scale, torch.bfloat16),
             2 * intermediate * size + batch_size * (size + intermediate),
         ),
         "rope_append": (
-            lambda i: forms.rope_append(*rotated, *caches[i % len(caches)], scale),
+            lambda i: forms.rope_append(qkv, rows, pages[i % len(pages)]),
             4 * qkv.numel(),
         ),
         "decode_attention": (
             lambda i: forms.decode_attention(
-                *rotated, *caches[i % len(caches)], tables, positions, scale, scale
+                qkv, rows, tables, positions, pages[i % len(pages)], scale
             ),
             kv_bytes,
         ),
@@ -125,7 +127,7 @@ def measure(
 
 
 def measure_linears(
-    shape: tuple[int, ...], num_rows: int, device: torch.device, forms: Any
+    shape: tuple[int, ...], num_rows: int, device: torch.device, forms: PlainForms
 ) -> dict[str, tuple[float, int]]:
     size, intermediate, heads, kv_heads, head_dim = shape
     linears = {
@@ -150,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     set_up_cublas(os.environ)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    forms: Any = plain_forms
+    forms = PlainForms()
     machine = describe() | describe_gpu(device)
     if device.type == "cuda":
         from runtime.decoder.kernels.triton_forms import TritonForms

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from runtime.kernels.fp8_linear import Fp8Linear
 from runtime.kernels.spare_rows import with_spare_rows
 
 _MIN_ROWS = 8  # fewer take longer
 
 
 class TensorCoreLinear:
-    """x @ weight.T * scale + bias for any number of rows. x: [T, K], weight: [N, K], e4m3.
+    """x @ weight.T * scale + bias for any number of rows. x: [T, in_features] e4m3.
 
     As fast as the memory only where the process has set up cuBLAS (nvlm/program/process.py)."""
 
@@ -20,9 +21,7 @@ class TensorCoreLinear:
     def __call__(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor | None,
+        linear: Fp8Linear,
         dtype: torch.dtype,
         *,
         use_fast_accum: bool = False,
@@ -31,10 +30,10 @@ class TensorCoreLinear:
         num_rows = len(x)
         y = torch._scaled_mm(
             x if num_rows >= _MIN_ROWS else with_spare_rows(x, _MIN_ROWS),
-            weight.t(),
-            scale,
+            linear.weight.t(),
+            linear.scale,
             self._one,
-            bias=bias,
+            bias=linear.bias,
             out_dtype=dtype,
             use_fast_accum=use_fast_accum,
         )

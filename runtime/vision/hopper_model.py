@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from nvlm.model.linear import QuantizableLinear
+from nvlm.model.number_formats import FP8
 from nvlm.model.vision import VisionLayer, VisionModel
-from runtime.vision.kernels.forms import Forms
+from runtime.kernels.fp8_linear import Fp8Linear
+from runtime.vision.kernels.operands import ScaledDelta
+from runtime.vision.kernels.plain_forms import PlainForms
 
 _FIRST_LAYERS = 1
 """Of `begin`: enough to keep a GPU busy while the host launches the rest."""
@@ -25,15 +28,15 @@ class HopperVisionModel:
     forms: the kernels, or their plain torch twins on any device.
     """
 
-    def __init__(self, model: VisionModel, forms: Forms) -> None:
+    def __init__(self, model: VisionModel, forms: PlainForms) -> None:
         self._model, self._forms = model, forms
         self._layers = [
             layer for layer in model.vision_model.encoder.layers if isinstance(layer, VisionLayer)
         ]
-        self._scales = {
-            module: module.scales.prod()
+        self._fp8_linears: dict[nn.Module, Fp8Linear] = {
+            module: _fp8_linear(module)
             for module in model.modules()
-            if isinstance(module, QuantizableLinear) and module.scales is not None
+            if isinstance(module, QuantizableLinear) and module.number_format is FP8
         }
         kernel = model.vision_model.embeddings.patch_embedding.weight.flatten(1)
         self._kernel = nn.functional.pad(kernel, (0, -kernel.shape[1] % _GRANULARITY))
@@ -45,7 +48,7 @@ class HopperVisionModel:
         """The residual stream [num_tiles, positions, hidden_size] before one of the first layers,
         and what that layer begins with."""
         hidden = self._embed(tiles)
-        normed = self._norm(hidden, None, None, self._layers[0])[1]
+        normed = self._norm(hidden, None, self._layers[0])[1]
         for index in range(self._num_first):
             hidden, normed = self._run(index, hidden, normed)
         return hidden, normed
@@ -54,18 +57,10 @@ class HopperVisionModel:
         last = len(self._layers) - 1
         for index in range(self._num_first, last):
             hidden, normed = self._run(index, hidden, normed)
-        hidden, delta = self._add(self._layers[last], hidden, normed)
+        hidden, added = self._add(self._layers[last], hidden, normed)
         norm = self._model.mlp1[0]
         assert isinstance(norm, nn.LayerNorm)
-        merged = self._forms.add_merge_norm(
-            hidden,
-            delta,
-            self._layers[last].ls2,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            self._model.patches_per_side,
-        )
+        merged = self._forms.add_merge_norm(hidden, added, norm, self._model.patches_per_side)
         return cast(torch.Tensor, self._model.mlp1[1:](merged))
 
     @property
@@ -87,71 +82,64 @@ class HopperVisionModel:
         self, index: int, hidden: torch.Tensor, normed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream behind layer `index`, and what the next one begins with."""
-        layer = self._layers[index]
-        hidden, delta = self._add(layer, hidden, normed)
-        return self._norm(hidden, delta, layer.ls2, self._layers[index + 1])
+        hidden, added = self._add(self._layers[index], hidden, normed)
+        return self._norm(hidden, added, self._layers[index + 1])
 
     def _add(
         self, layer: VisionLayer, hidden: torch.Tensor, normed: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream behind a layer's attention, and what its MLP gives."""
+    ) -> tuple[torch.Tensor, ScaledDelta]:
+        """The residual stream after a layer's attention, and what its MLP adds."""
+        mlp = layer.mlp
         hidden, normed = self._forms.add_rms_norm(
             hidden,
-            self._attend(layer, normed),
-            layer.ls1,
-            layer.norm2.weight,
-            layer.norm2.eps,
-            _activation_scale(layer.mlp.fc1),
+            ScaledDelta(self._attend(layer, normed), layer.ls1),  # freed before the MLP's rows
+            layer.norm2,
+            self._activation_scale(mlp.fc1),
         )
-        activated = self._forms.gelu(
-            self._linear(layer.mlp.fc1, normed), _activation_scale(layer.mlp.fc2)
-        )
-        return hidden, self._linear(layer.mlp.fc2, activated)
+        activated = self._forms.gelu(self._linear(mlp.fc1, normed), self._activation_scale(mlp.fc2))
+        return hidden, ScaledDelta(self._linear(mlp.fc2, activated), layer.ls2)
 
     def _norm(
         self,
         hidden: torch.Tensor,
-        delta: torch.Tensor | None,
-        layer_scale: torch.Tensor | None,
+        added: ScaledDelta | None,
         layer: VisionLayer,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream and what `layer` begins with."""
-        norm, scale = layer.norm1, _activation_scale(layer.attn.qkv)
-        return self._forms.add_rms_norm(hidden, delta, layer_scale, norm.weight, norm.eps, scale)
+        scale = self._activation_scale(layer.attn.qkv)
+        return self._forms.add_rms_norm(hidden, added, layer.norm1, scale)
 
     def _attend(self, layer: VisionLayer, normed: torch.Tensor) -> torch.Tensor:
         attention = layer.attn
-        q_norm, k_norm = attention.q_norm, attention.k_norm
         qkv = self._forms.normalize_qk(
-            self._linear(attention.qkv, normed),
-            q_norm.weight,
-            k_norm.weight,
-            q_norm.eps,
-            q_norm.num_real_channels,
+            self._linear(attention.qkv, normed), attention.q_norm, attention.k_norm
         )
         heads = qkv.unflatten(-1, (3, -1, attention.head_dim))  # [n, positions, 3, heads, d]
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [n, heads, positions, d]
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
         rows = attended.transpose(1, 2).flatten(2)
-        scale = _activation_scale(attention.proj)
+        scale = self._activation_scale(attention.proj)
         if scale is not None:
             rows = self._forms.quantize(rows, scale)
         return self._linear(attention.proj, rows)
 
     def _linear(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(module, QuantizableLinear) or module not in self._scales:
+        linear = self._fp8_linears.get(module)
+        if linear is None:
             return module(x)
-        y = self._forms.fp8_linear(
-            x.flatten(0, -2), module.weight, self._scales[module], module.bias, self._model_dtype
-        )
+        y = self._forms.linear(x.flatten(0, -2), linear, self._model_dtype)
         return y.unflatten(0, x.shape[:-1])
+
+    def _activation_scale(self, module: nn.Module) -> torch.Tensor | None:
+        """What a linear that takes e4m3 has its input quantised with."""
+        linear = self._fp8_linears.get(module)
+        return None if linear is None else linear.activation_scale
 
     @property
     def _model_dtype(self) -> torch.dtype:
         return self._layers[0].ls1.dtype
 
 
-def _activation_scale(module: nn.Module) -> torch.Tensor | None:
-    """Of a linear that takes e4m3."""
-    is_fp8 = isinstance(module, QuantizableLinear) and module.scales is not None
-    return module.scales[1] if is_fp8 else None  # type: ignore[index]
+def _fp8_linear(module: QuantizableLinear) -> Fp8Linear:
+    assert module.scales is not None, "FP8 weights have scales"
+    return Fp8Linear(module.weight, module.scales[1], module.scales.prod(), module.bias)

@@ -14,7 +14,7 @@ import torch
 from nvlm.planning.limits import EngineLimits
 from runtime.decoder import torch_executor
 from runtime.decoder.executor import DecoderRequest
-from runtime.decoder.kernels import plain_forms
+from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.open_model import OpenedModel
@@ -50,7 +50,7 @@ def open_executor(engine_dir: Path, request: pytest.FixtureRequest) -> Open:
         if request.param == "plain":
             return PlainModel(config, weights, num_blocks, CPU)
         sizes = limits.max_batch_size, limits.max_seq_len
-        return HopperModel(config, *sizes, fast_weights, num_blocks, CPU, plain_forms)
+        return HopperModel(config, *sizes, fast_weights, num_blocks, CPU, PlainForms())
 
     def open_(num_blocks: int | None = None, **limits: int) -> TorchDecoderExecutor:
         chosen = {"max_batch_size": 4, "max_input_len": 128, "max_seq_len": MAX_SEQ_LEN, **limits}
@@ -251,7 +251,7 @@ def test_the_fast_path_is_asked_before_its_tokens_are_known_and_goes_on_after_a_
     limits = replace(engine.limits, max_input_len=128, max_seq_len=MAX_SEQ_LEN)
     engine, config = replace(engine, limits=limits), engine.checkpoint_config
     weights = load_hopper_weights(open_weights(engine_dir / "llm", config), config, CPU)
-    model = HopperModel(config, 4, MAX_SEQ_LEN, weights, 64, CPU, plain_forms)
+    model = HopperModel(config, 4, MAX_SEQ_LEN, weights, 64, CPU, PlainForms())
     ahead = model.forward_ahead
     executor = TorchDecoderExecutor.over(engine, OpenedModel(model, 64))
     requests = [DecoderRequest([1, 2, 3, i], 9) for i in range(3)]

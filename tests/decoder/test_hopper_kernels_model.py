@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from build.conversion.convert import ConvertOptions
-from runtime.decoder.kernels import plain_forms
+from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.plain_model import PlainModel
@@ -41,9 +41,7 @@ class _Forms(test_kernels.TritonForms):
     """What the interpreter cannot run is replaced."""
 
     if DEVICE.type == "cpu":
-        head = staticmethod(plain_forms.head)  # type: ignore[assignment]
-
-        linear = staticmethod(plain_forms.linear)  # type: ignore[assignment]
+        head, linear = PlainForms.head, PlainForms.linear
 
 
 @pytest.fixture(scope="module")

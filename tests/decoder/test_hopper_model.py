@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from runtime.decoder.kernels import plain_forms
+from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_model import HopperModel, batch_sizes
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.plain_model import PlainModel
@@ -29,14 +30,21 @@ class Watched:
         self.calls: list[tuple[str, list[torch.Tensor]]] = []
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        form = getattr(plain_forms, name)
+        form = getattr(PlainForms(), name)
 
         def watched(*arguments: Any) -> Any:
-            tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
+            tensors = [x for each in arguments for x in _tensors(each)]
             self.calls.append((name, tensors))
             return form(*arguments)
 
         return watched
+
+
+def _tensors(argument: object) -> list[torch.Tensor]:
+    """An argument, or those that travel together in it."""
+    if is_dataclass(argument):
+        return [x for field in fields(argument) for x in _tensors(getattr(argument, field.name))]
+    return [argument] if isinstance(argument, torch.Tensor) else []
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +154,7 @@ def test_preparing_a_thread_plans_prompts_as_long_as_they_come(
     models: tuple[DecoderModel, HopperModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: list[tuple[object, ...]] = []
-    monkeypatch.setattr(plain_forms, "plan_prefill_attention", lambda *args: planned.append(args))
+    monkeypatch.setattr(PlainForms, "plan_prefill_attention", lambda _, *args: planned.append(args))
     for max_num_tokens in (100, 10 * MAX_SEQ_LEN):
         models[1].warm_up_thread(max_num_tokens)
     heads, kv_heads, head_dim = 4, 2, 32  # of the tiny model

@@ -3,7 +3,8 @@ Triton's interpreter, whose conversion to narrow types is replaced (`rounding`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 
 from nvlm.model.decoder import rope_tables
 from nvlm.model.number_formats import fp8
-from runtime.decoder.kernels import plain_forms
+from runtime.decoder.kernels.operands import KVPages, Norm, TokenRows
+from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.kernels.fp8_linear import Fp8Linear
 from tests.conftest import HAS_HOPPER
 from tests.support.tolerances import (
     E4M3_AFTER_ATTENTION,
@@ -42,8 +45,9 @@ from runtime.kernels.spare_rows import (  # noqa: E402
     empty_with_spare_rows,
     with_spare_rows,
 )
+from runtime.vision.kernels.triton_forms import TritonForms as VisionTritonForms  # noqa: E402
 
-FORMS = TritonForms(DEVICE)
+FORMS, PLAIN = TritonForms(DEVICE), PlainForms()
 
 
 BY_CUBLASLT = [
@@ -82,6 +86,13 @@ def e4m3(*shape: int, seed: int = 0) -> torch.Tensor:
     return fp8.quantize(randn(*shape, seed=seed, dtype=torch.float32), 0.02)
 
 
+def fp8_linear(
+    out_features: int, in_features: int, scale: float, bias: torch.Tensor | None = None
+) -> Fp8Linear:
+    weight = e4m3(out_features, in_features, seed=1)
+    return Fp8Linear(weight, scalar(0.02), scalar(scale), bias)
+
+
 def assert_same_e4m3(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal but for a few neighbours."""
     assert found.dtype == expected.dtype == fp8.E4M3
@@ -92,14 +103,22 @@ def assert_same_e4m3(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert int(((a - b).abs() * ~zero_to_zero).max()) <= 1, "more than one e4m3 step apart"
 
 
+@pytest.mark.parametrize("forms", [TritonForms, VisionTritonForms])
+def test_every_plain_form_has_its_kernel(forms: type) -> None:
+    """One that is missing would run in plain torch on a GPU, right but slow."""
+    plain = {name for name in vars(forms.__mro__[1]) if not name.startswith("_")}
+    assert len(plain) >= 8
+    assert plain <= set(vars(forms))
+
+
 @pytest.mark.parametrize("has_delta", [True, False], ids=["delta", "no delta"])
 @pytest.mark.parametrize(("num_tokens", "size"), [(1, 128), (3, 200), (17, 1024)])
 def test_add_rms_norm_equals_its_plain_form(num_tokens: int, size: int, has_delta: bool) -> None:
     hidden, weight = randn(num_tokens, size), randn(size, seed=1)
     delta = randn(num_tokens, size, seed=2) if has_delta else None
     for scale in (scalar(0.01), None):
-        found = FORMS.add_rms_norm(hidden, delta, weight, 1e-6, scale)
-        expected = plain_forms.add_rms_norm(hidden, delta, weight, 1e-6, scale)
+        arguments = (hidden, delta, Norm(weight, 1e-6), scale)
+        found, expected = (forms.add_rms_norm(*arguments) for forms in (FORMS, PLAIN))
         assert torch.equal(found[0], expected[0]), "the residual stream is exact"
         if scale is None:
             assert relative_error(found[1], expected[1]) < KERNEL_BF16
@@ -108,11 +127,11 @@ def test_add_rms_norm_equals_its_plain_form(num_tokens: int, size: int, has_delt
 
 
 def test_sums_of_ranks_are_rounded_before_they_are_added() -> None:
-    hidden, weight, scale = randn(3, 200), randn(200, seed=1), scalar(0.01)
+    hidden, norm, scale = randn(3, 200), Norm(randn(200, seed=1), 1e-6), scalar(0.01)
     sums = randn(3, 200, seed=2, dtype=torch.float32)
-    found = FORMS.add_rms_norm(hidden, sums, weight, 1e-6, scale)
-    rounded = FORMS.add_rms_norm(hidden, sums.to(DTYPE), weight, 1e-6, scale)
-    plain = plain_forms.add_rms_norm(hidden, sums, weight, 1e-6, scale)
+    found = FORMS.add_rms_norm(hidden, sums, norm, scale)
+    rounded = FORMS.add_rms_norm(hidden, sums.to(DTYPE), norm, scale)
+    plain = PLAIN.add_rms_norm(hidden, sums, norm, scale)
     for x in (rounded, plain):
         assert torch.equal(found[0], x[0])
     assert_same_e4m3(found[1], plain[1])
@@ -132,37 +151,37 @@ def test_the_numbers_of_splits_are_few_and_fit_the_workspace(num_tasks: int) -> 
 def test_values_beyond_448_are_clamped_and_nan_stays() -> None:
     hidden = randn(1, 128)
     hidden[0, 0] = 30000.0
-    _, found = FORMS.add_rms_norm(hidden, None, randn(128).abs() + 1, 1e-6, scalar(1e-4))
+    norm = Norm(randn(128).abs() + 1, 1e-6)
+    _, found = FORMS.add_rms_norm(hidden, None, norm, scalar(1e-4))
     assert float(found.float()[0, 0]) == 448.0
     hidden[0, 1] = float("nan")
-    _, found = FORMS.add_rms_norm(hidden, None, randn(128), 1e-6, scalar(0.01))
+    _, found = FORMS.add_rms_norm(hidden, None, Norm(randn(128), 1e-6), scalar(0.01))
     assert bool(found.float().isnan().all())
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 16, pytest.param(17, marks=BY_CUBLASLT)])
 @pytest.mark.parametrize(("size", "depth"), [(32, 256), (104, 1040)])
 def test_gate_up_swiglu_equals_its_plain_form(num_rows: int, size: int, depth: int) -> None:
-    x, weight = e4m3(num_rows, depth), e4m3(2 * size, depth, seed=1)
-    arguments = (x, weight, scalar(3e-4), scalar(0.1), DTYPE)
-    found, expected = (forms.gate_up_swiglu(*arguments) for forms in (FORMS, plain_forms))
+    x, gate_up = e4m3(num_rows, depth), fp8_linear(2 * size, depth, 3e-4)
+    arguments = (x, gate_up, scalar(0.1), DTYPE)
+    found, expected = (forms.gate_up_swiglu(*arguments) for forms in (FORMS, PLAIN))
     assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 7, 64])
 def test_gate_up_swiglu_divides_its_work_among_any_number_of_programs(num_programs: int) -> None:
     workspace = Workspace.allocate(DEVICE, num_programs)
-    x, weight = e4m3(2, 1000), e4m3(300, 1000, seed=1)
-    arguments = (x, weight, scalar(1e-3), scalar(0.1), DTYPE)
+    arguments = (e4m3(2, 1000), fp8_linear(300, 1000, 1e-3), scalar(0.1), DTYPE)
     found = gate_up_swiglu(*arguments, workspace)
-    expected = plain_forms.gate_up_swiglu(*arguments)
+    expected = PLAIN.gate_up_swiglu(*arguments)
     assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
     assert int(workspace.counters.abs().sum()) == 0
 
 
 def test_a_row_of_gate_up_swiglu_does_not_depend_on_the_others() -> None:
-    x, weight = e4m3(9, 1040), e4m3(200, 1040, seed=1)
-    together = FORMS.gate_up_swiglu(x, weight, scalar(1e-3), scalar(0.1), DTYPE)
-    alone = FORMS.gate_up_swiglu(x[4:5], weight, scalar(1e-3), scalar(0.1), DTYPE)
+    x, gate_up = e4m3(9, 1040), fp8_linear(200, 1040, 1e-3)
+    together = FORMS.gate_up_swiglu(x, gate_up, scalar(0.1), DTYPE)
+    alone = FORMS.gate_up_swiglu(x[4:5], gate_up, scalar(0.1), DTYPE)
     assert torch.equal(alone[0].float(), together[4].float())
 
 
@@ -174,6 +193,11 @@ def test_swiglu_quantize_equals_the_formula() -> None:
         assert_same_e4m3(swiglu_quantize(gate_up, scalar(0.02)), expected)
 
 
+def pages(caches: Sequence[torch.Tensor], scale: float) -> KVPages:
+    k, v = caches
+    return KVPages(k, v, scalar(scale), scale)
+
+
 HEADS = [(2, 2, 64), (8, 1, 128), (40, 2, 96), (6, 3, 80)]  # groups of 1 to 20
 
 
@@ -182,11 +206,11 @@ def test_rope_append_equals_its_plain_form(heads: int, kv_heads: int, head_dim: 
     positions = torch.tensor([0, 5, 31, 32, 90], device=DEVICE)
     slots = positions + 32 * torch.tensor([0, 0, 0, 2, 1], device=DEVICE)
     qkv = randn(5, (heads + 2 * kv_heads) * head_dim)
-    cos, sin = rope_tables(positions, head_dim, 1e6)
+    rows = TokenRows(*rope_tables(positions, head_dim, 1e6), slots)
     shape = (6, kv_heads, 32, head_dim)
     ours, plain = ([torch.zeros(shape, device=DEVICE).to(fp8.E4M3) for _ in "kv"] for _ in "ab")
-    found = FORMS.rope_append(qkv, cos, sin, slots, *ours, scalar(0.015))
-    expected = plain_forms.rope_append(qkv, cos, sin, slots, *plain, scalar(0.015))
+    found = FORMS.rope_append(qkv, rows, pages(ours, 0.015))
+    expected = PLAIN.rope_append(qkv, rows, pages(plain, 0.015))
     assert relative_error(found, expected) < KERNEL_BF16
     for cache, oracle in zip(ours, plain, strict=True):
         assert_same_e4m3(cache, oracle)
@@ -201,11 +225,11 @@ def test_pages_are_gathered_widened_and_end_in_zeros(
 ) -> None:
     caches = [e4m3(7, kv_heads, 32, head_dim, seed=s) for s in (2, 3)]
     blocks = torch.tensor([5, 0, 6][: -(-length // 32)], device=DEVICE)
-    found = widen_pages(*caches, blocks, length, num_positions, DTYPE)
+    found = widen_pages(pages(caches, 1.0), blocks, length, num_positions, DTYPE)
     for wide, cache in zip(found, caches, strict=True):
         assert wide.shape == (kv_heads, num_positions, head_dim)
-        pages = cache.float()[blocks].transpose(0, 1).flatten(1, 2)
-        assert torch.equal(wide[:, :length].float(), pages[:, :length])
+        rows = cache.float()[blocks].transpose(0, 1).flatten(1, 2)
+        assert torch.equal(wide[:, :length].float(), rows[:, :length])
         assert not wide[:, length:].any()
 
 
@@ -256,28 +280,22 @@ class Cached:
     """What `decode_attention` takes, up to its scales; the caches are copied for each call."""
 
     qkv: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-    slots: torch.Tensor
-    caches: tuple[torch.Tensor, torch.Tensor]
+    rows: TokenRows
+    caches: tuple[torch.Tensor, ...]
     tables: torch.Tensor
     positions: torch.Tensor
 
-    def part(self, rows: slice) -> Cached:
-        return Cached(
-            self.qkv[rows], self.cos[rows], self.sin[rows], self.slots[rows], self.caches,
-            self.tables[rows], self.positions[rows],
-        )  # fmt: skip
+    def part(self, part: slice) -> Cached:
+        rows = TokenRows(self.rows.cos[part], self.rows.sin[part], self.rows.slots[part])
+        return Cached(self.qkv[part], rows, self.caches, self.tables[part], self.positions[part])
 
     def attended(
         self, forms: object, scale: torch.Tensor | None, *options: object
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         caches = [cache.clone() for cache in self.caches]
         attend = getattr(forms, "decode_attention", forms)
-        out = attend(
-            self.qkv, self.cos, self.sin, self.slots, *caches, self.tables, self.positions,
-            scalar(0.02), scale, *options,
-        )  # fmt: skip
+        own = pages(caches, 0.02)
+        out = attend(self.qkv, self.rows, self.tables, self.positions, own, scale, *options)
         return out, caches
 
 
@@ -296,29 +314,24 @@ def cached(heads: int, kv_heads: int, head_dim: int, lengths: list[int]) -> Cach
                 cache.view(torch.uint8)[table[position // 32], :, position % 32] = 0x7F
     positions = torch.tensor(lengths, device=DEVICE) - 1
     qkv = randn(len(lengths), (heads + 2 * kv_heads) * head_dim, seed=4)
-    cos, sin = rope_tables(positions, head_dim, 1e6)
-    on_device = torch.tensor(slots, device=DEVICE)
-    return Cached(qkv, cos, sin, on_device, (k, v), tables.to(DEVICE), positions.to(torch.int32))
+    rows = TokenRows(*rope_tables(positions, head_dim, 1e6), torch.tensor(slots, device=DEVICE))
+    return Cached(qkv, rows, (k, v), tables.to(DEVICE), positions.to(torch.int32))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 def test_decode_attention_equals_its_plain_form(heads: int, kv_heads: int, head_dim: int) -> None:
     for lengths in ([1], [200], [33, 64, 1]):
         case = cached(heads, kv_heads, head_dim, lengths)
-        plain = Cached(
-            case.qkv, case.cos, case.sin, case.slots,
-            tuple(torch.where(x.float().isnan(), 0.0, x.float()).to(x.dtype) for x in case.caches),
-            case.tables, case.positions,
-        )  # fmt: skip
-        expected, written = plain.attended(plain_forms, None)
+        finite = (torch.where(x.float().isnan(), 0.0, x.float()).to(x.dtype) for x in case.caches)
+        expected, written = replace(case, caches=tuple(finite)).attended(PLAIN, None)
         found, caches = case.attended(FORMS, None)
         assert relative_error(found, expected) < KERNEL_BF16
         for cache, oracle, before in zip(caches, written, case.caches, strict=True):
-            newest = (x[case.slots // 32, :, case.slots % 32] for x in (cache, oracle))
+            newest = (x[case.rows.slots // 32, :, case.rows.slots % 32] for x in (cache, oracle))
             assert_same_e4m3(*newest)
             changed = cache.view(torch.uint8) != before.view(torch.uint8)
             blocks, _, places, _ = changed.nonzero(as_tuple=True)
-            assert {*(32 * blocks + places).tolist()} == {*case.slots.tolist()}
+            assert {*(32 * blocks + places).tolist()} == {*case.rows.slots.tolist()}
         quantised, _ = case.attended(FORMS, scalar(0.01))  # the counters are as they were
         in_e4m3 = fp8.quantize(expected, 0.01).float()
         assert relative_error(quantised.float(), in_e4m3) < E4M3_AFTER_ATTENTION
@@ -348,8 +361,8 @@ def test_prefill_attention_equals_its_plain_form(first_position: int, num_rows: 
     q = empty_with_spare_rows(*shape, dtype=DTYPE, device=DEVICE)
     with_spare_rows(q, num_rows + SPARE_ROWS).fill_(float("nan"))
     q.copy_(randn(*shape))
-    arguments = (q, *caches, blocks, first_position, 0.02)
-    found, expected = (each.prefill_attention(*arguments, None) for each in (FORMS, plain_forms))
+    arguments = (q, pages(caches, 0.02), blocks, first_position)
+    found, expected = (each.prefill_attention(*arguments, None) for each in (FORMS, PLAIN))
     assert relative_error(found, expected) < PREFILL_ATTENTION
     found = FORMS.prefill_attention(*arguments, scalar(0.01))
     assert relative_error(found.float(), 100 * expected.float()) < E4M3_ROUNDING
@@ -374,7 +387,7 @@ def test_planning_calls_what_prompts_of_every_length_call_later(
     for num_rows in (256, 300, 600):
         q = empty_with_spare_rows(num_rows, heads, head_dim, dtype=DTYPE, device=DEVICE)
         blocks = torch.arange(num_rows // 32 + 1, device=DEVICE)
-        FORMS.prefill_attention(q.fill_(0), *caches, blocks, 0, 0.02, None)
+        FORMS.prefill_attention(q.fill_(0), pages(caches, 0.02), blocks, 0, None)
     assert called == planned
 
 
@@ -403,8 +416,8 @@ def test_decode_attention_does_not_depend_on_how_it_is_divided(num_programs: int
     "num_rows", [pytest.param(count, marks=BY_CUBLASLT) for count in (1, 8, 300)]
 )
 def test_tensor_core_linear_equals_its_plain_form(num_rows: int) -> None:
-    x, weight, bias = e4m3(num_rows, 1024), e4m3(512, 1024, seed=1), randn(512, seed=2)
-    for b in (None, bias):
-        arguments = (x, weight, scalar(3e-4), b, DTYPE)
+    x = e4m3(num_rows, 1024)
+    for bias in (None, randn(512, seed=2)):
+        arguments = (x, fp8_linear(512, 1024, 3e-4, bias), DTYPE)
         found = FORMS.tensor_core_linear(*arguments)
-        assert relative_error(found, plain_forms.linear(*arguments)) < KERNEL_BF16
+        assert relative_error(found, PLAIN.linear(*arguments)) < KERNEL_BF16

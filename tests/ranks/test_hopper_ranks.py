@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from runtime.decoder.kernels import plain_forms
+from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.step import SequenceStep
@@ -53,7 +53,7 @@ def logits(workshop: Workshop, num_ranks: int) -> list[torch.Tensor]:
         source = open_weights(engine.directory / "llm", config, rank)
         weights = load_hopper_weights(source, config, CPU)
         reduce = adding.of_rank(rank) if num_ranks > 1 else None
-        size = (5, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, plain_forms)
+        size = (5, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, PlainForms())
         model = HopperModel(config, *size, all_reduce=reduce)
         with torch.inference_mode():
             return [model.forward([step]).clone() for step in (PROMPT, *TOKENS)]

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.inputs.tiling import normalize
+from nvlm.model.vision import RMSNorm
 from runtime.vision.hopper_model import HopperVisionModel
-from runtime.vision.kernels import plain_forms
+from runtime.vision.kernels.operands import ScaledDelta
+from runtime.vision.kernels.plain_forms import PlainForms
 from runtime.vision.torch_executor import TorchVisionExecutor
 from tests.conftest import CPU
 from tests.decoder import test_kernels
@@ -33,6 +36,15 @@ TILES = torch.randint(
 )
 
 
+PLAIN = PlainForms()
+
+
+def rms_norm(weight: torch.Tensor, num_real_channels: int | None = None) -> RMSNorm:
+    norm = RMSNorm(len(weight), 1e-6, num_real_channels)
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    return norm
+
+
 def kernels() -> Any:
     from runtime.vision.kernels import triton_forms
 
@@ -49,7 +61,7 @@ def test_with_the_plain_twins_it_is_the_module(
 ) -> None:
     model = VisionCheckpoint.read(checkpoint_dir / "vision").load(precision, CPU)
     tiles = normalize(TILES).to(model.vision_model.embeddings.class_embedding.dtype)
-    found = HopperVisionModel(model, plain_forms)(TILES)
+    found = HopperVisionModel(model, PLAIN)(TILES)
     assert relative_error(found, model(tiles)) < tolerance
 
 
@@ -59,23 +71,22 @@ def test_cut_patches_equals_its_plain_form() -> None:
     tiles = tiles.contiguous().to(DEVICE)
     for dtype in (torch.float16, torch.float32):
         arguments = tiles, 14, 592, dtype
-        assert torch.equal(kernels().cut_patches(*arguments), plain_forms.cut_patches(*arguments))
+        assert torch.equal(kernels().cut_patches(*arguments), PLAIN.cut_patches(*arguments))
 
 
 def test_embed_equals_its_plain_form() -> None:
     arguments = randn(3, 4, 130), randn(1, 1, 130, seed=1), randn(1, 5, 130, seed=2)
-    assert torch.equal(kernels().embed(*arguments), plain_forms.embed(*arguments))
+    assert torch.equal(kernels().embed(*arguments), PLAIN.embed(*arguments))
 
 
 @pytest.mark.parametrize("has_delta", [True, False], ids=["delta", "no delta"])
 @pytest.mark.parametrize(("num_tokens", "size"), [(1, 128), (5, 400)])
 def test_add_rms_norm_equals_its_plain_form(num_tokens: int, size: int, has_delta: bool) -> None:
-    hidden, weight = randn(2, num_tokens, size), randn(size, seed=1)
-    delta = randn(2, num_tokens, size, seed=2) if has_delta else None
-    layer_scale = randn(size, seed=3) if has_delta else None
+    hidden, norm = randn(2, num_tokens, size), rms_norm(randn(size, seed=1))
+    added = ScaledDelta(randn(2, num_tokens, size, seed=2), randn(size, seed=3))
     for scale in (scalar(0.01), None):
-        arguments = (hidden, delta, layer_scale, weight, 1e-6, scale)
-        found, expected = (forms.add_rms_norm(*arguments) for forms in (kernels(), plain_forms))
+        arguments = (hidden, added if has_delta else None, norm, scale)
+        found, expected = (forms.add_rms_norm(*arguments) for forms in (kernels(), PLAIN))
         assert torch.equal(found[0], expected[0]), "the residual stream is exact"
         if scale is None:
             assert relative_error(found[1], expected[1]) < KERNEL_BF16
@@ -85,10 +96,10 @@ def test_add_rms_norm_equals_its_plain_form(num_tokens: int, size: int, has_delt
 
 @pytest.mark.parametrize(("size", "num_real"), [(128, 128), (320, 250)])
 def test_normalize_qk_equals_its_plain_form(size: int, num_real: int) -> None:
-    qkv, q_weight, k_weight = randn(2, 3, 3 * size), randn(size, seed=1), randn(size, seed=2)
-    expected = plain_forms.normalize_qk(qkv, q_weight, k_weight, 1e-6, num_real)
+    qkv, norms = randn(2, 3, 3 * size), [rms_norm(randn(size, seed=s), num_real) for s in (1, 2)]
+    expected = PLAIN.normalize_qk(qkv, *norms)
     v = qkv[..., 2 * size :].clone()
-    found = kernels().normalize_qk(qkv, q_weight, k_weight, 1e-6, num_real)
+    found = kernels().normalize_qk(qkv, *norms)
     assert relative_error(found, expected) < KERNEL_BF16
     assert torch.equal(found[..., 2 * size :], v)
 
@@ -106,22 +117,25 @@ def test_gelu_is_the_normal_distributions_whatever_comes() -> None:
 
 def test_gelu_equals_its_plain_form() -> None:
     x = 3 * randn(2, 5, 300)
-    assert relative_error(kernels().gelu(x, None), plain_forms.gelu(x, None)) < KERNEL_BF16
-    assert_same_e4m3(kernels().gelu(x, scalar(0.02)), plain_forms.gelu(x, scalar(0.02)))
+    assert relative_error(kernels().gelu(x, None), PLAIN.gelu(x, None)) < KERNEL_BF16
+    assert_same_e4m3(kernels().gelu(x, scalar(0.02)), PLAIN.gelu(x, scalar(0.02)))
 
 
 def test_add_merge_norm_equals_its_plain_form() -> None:
-    hidden, delta = randn(2, 1 + 36, 50), randn(2, 1 + 36, 50, seed=1)
-    weights = randn(50, seed=2), randn(200, seed=3), randn(200, seed=4)
-    found, expected = (
-        forms.add_merge_norm(hidden, delta, *weights, 1e-5, 6) for forms in (kernels(), plain_forms)
+    hidden, added = (
+        randn(2, 1 + 36, 50),
+        ScaledDelta(randn(2, 1 + 36, 50, seed=1), randn(50, seed=2)),
     )
+    norm = nn.LayerNorm(200, eps=1e-5)
+    norm.weight = nn.Parameter(randn(200, seed=3), requires_grad=False)
+    norm.bias = nn.Parameter(randn(200, seed=4), requires_grad=False)
+    found, expected = (forms.add_merge_norm(hidden, added, norm, 6) for forms in (kernels(), PLAIN))
     assert relative_error(found, expected) < KERNEL_BF16
 
 
 def test_quantize_equals_its_plain_form() -> None:
     x = randn(2, 5, 300)
-    assert_same_e4m3(kernels().quantize(x, scalar(0.01)), plain_forms.quantize(x, scalar(0.01)))
+    assert_same_e4m3(kernels().quantize(x, scalar(0.01)), PLAIN.quantize(x, scalar(0.01)))
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from nvlm.model.number_formats.fp8 import E4M3
+from runtime.decoder.kernels.operands import KVPages, TokenRows
 from runtime.decoder.kernels.workspace import Workspace
 from runtime.kernels.quantization import quantize
 from runtime.kernels.spare_rows import empty_with_spare_rows
@@ -192,26 +193,23 @@ def _store(attended, scale, target, mask, dtype: tl.constexpr, QUANTIZE: tl.cons
 
 def decode_attention(
     qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    slots: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    rows: TokenRows,
     block_tables: torch.Tensor,
     positions: torch.Tensor,
-    kv_scale: torch.Tensor,
+    pages: KVPages,
     scale: torch.Tensor | None,
     workspace: Workspace,
     step: Step | None = None,
 ) -> torch.Tensor:
-    _, kv_heads, block_size, head_dim = k_cache.shape
+    _, kv_heads, block_size, head_dim = pages.k.shape
     batch_size, heads = len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads
     group, step = heads // kv_heads, step or step_for(len(qkv))
     dtype = qkv.dtype if scale is None else E4M3
     out = empty_with_spare_rows(batch_size, heads * head_dim, dtype=dtype, device=qkv.device)
     splits = workspace.num_splits(batch_size * kv_heads, step.crowd)
     _decode_attention[(batch_size, kv_heads, splits)](
-        qkv, cos, sin, slots, k_cache, v_cache, block_tables, positions, kv_scale, scale, out,
+        qkv, rows.cos, rows.sin, rows.slots, pages.k, pages.v, block_tables, positions,
+        pages.scale, scale, out,
         workspace.partial_sums, workspace.stats, workspace.counters,
         _LOG2_E * head_dim**-0.5, block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from nvlm.model.number_formats.fp8 import E4M3
+from runtime.decoder.kernels.operands import Norm
 from runtime.kernels.quantization import quantize
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
@@ -43,8 +44,7 @@ def _add_rms_norm(
 def add_rms_norm(
     hidden: torch.Tensor,
     delta: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
+    norm: Norm,
     scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, size = hidden.shape
@@ -52,7 +52,7 @@ def add_rms_norm(
     dtype = hidden.dtype if scale is None else E4M3
     normed = empty_with_spare_rows(num_tokens, size, dtype=dtype, device=hidden.device)
     _add_rms_norm[(num_tokens,)](
-        hidden, delta, weight, scale, new_hidden, normed, eps, size,
+        hidden, delta, norm.weight, scale, new_hidden, normed, norm.eps, size,
         HAS_DELTA=delta is not None, QUANTIZE=scale is not None,
         BLOCK=triton.next_power_of_2(size), num_warps=32 if num_tokens <= _FEW_ROWS else 8,
     )  # fmt: skip

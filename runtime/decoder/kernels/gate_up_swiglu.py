@@ -18,6 +18,7 @@ import triton.language as tl
 from nvlm.model.number_formats.fp8 import E4M3
 from runtime.decoder.kernels.elementwise import swiglu
 from runtime.decoder.kernels.workspace import Workspace
+from runtime.kernels.fp8_linear import Fp8Linear
 from runtime.kernels.quantization import quantize
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
@@ -89,19 +90,19 @@ def _gate_up_swiglu(
 
 def gate_up_swiglu(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
+    gate_up: Fp8Linear,
     product_scale: torch.Tensor,
     dtype: torch.dtype,
     workspace: Workspace,
 ) -> torch.Tensor:
     num_rows, depth = x.shape
-    size = len(weight) // 2
+    size = len(gate_up.weight) // 2
     assert num_rows <= MAX_ROWS, f"{num_rows} rows, at most {MAX_ROWS} stream"
     num_units = triton.cdiv(size, TILE_COLUMNS // 2) * triton.cdiv(depth, _DEPTH)
     product = empty_with_spare_rows(num_rows, size, dtype=E4M3, device=x.device)
     _gate_up_swiglu[(workspace.num_programs,)](
-        x, weight, scale, product_scale, product, workspace.partial_sums, workspace.counters,
+        x, gate_up.weight, gate_up.scale, product_scale, product,
+        workspace.partial_sums, workspace.counters,
         num_rows, size, depth, triton.cdiv(num_units, workspace.num_programs),
         ROWS=MAX_ROWS, COLUMNS=TILE_COLUMNS, DEPTH=_DEPTH, DTYPE=_TRITON_TYPES[dtype],
         num_warps=4, num_stages=5,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.decoder.kernels.operands import KVPages, TokenRows
 from runtime.kernels.quantization import quantize
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
@@ -52,21 +53,13 @@ def _rope_append(
             tl.store(v_cache + row * HEAD_DIM + channel + half, second8, mask)
 
 
-def rope_append(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    slots: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    kv_scale: torch.Tensor,
-) -> torch.Tensor:
-    _, kv_heads, block_size, head_dim = k_cache.shape
+def rope_append(qkv: torch.Tensor, rows: TokenRows, pages: KVPages) -> torch.Tensor:
+    _, kv_heads, block_size, head_dim = pages.k.shape
     num_tokens, heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * kv_heads
     q = empty_with_spare_rows(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     group_size = heads // kv_heads
     _rope_append[(num_tokens, group_size + 2)](
-        qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q, kv_heads, group_size,
+        qkv, rows.cos, rows.sin, rows.slots, pages.k, pages.v, pages.scale, q, kv_heads, group_size,
         HEAD_DIM=head_dim, TOKENS=block_size, BLOCK_HEADS=triton.next_power_of_2(kv_heads),
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2), num_warps=4,
     )  # fmt: skip

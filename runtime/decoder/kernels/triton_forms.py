@@ -1,9 +1,7 @@
-"""The functions of `plain_forms` as Triton kernels and libraries' calls, bound to one device's
+"""The steps of `plain_forms` as Triton kernels and libraries' calls, bound to one device's
 workspace."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 from torch import nn
@@ -11,8 +9,11 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention.bias import causal_lower_right
 
 from runtime.decoder.kernels import decode_attention, elementwise, gate_up_swiglu, rope
+from runtime.decoder.kernels.operands import KVPages, TokenRows
+from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.kernels.widen_pages import widen_pages
 from runtime.decoder.kernels.workspace import Workspace
+from runtime.kernels.fp8_linear import Fp8Linear
 from runtime.kernels.quantization import scale_quantize
 from runtime.kernels.spare_rows import with_spare_rows
 from runtime.kernels.tensor_core_linear import TensorCoreLinear
@@ -22,7 +23,7 @@ _PLANNED_ROWS = 256  # of a prompt's attention: cuDNN plans their multiples
 _FAST_ROWS = 256  # of a linear. More than a decode step's, whose time is the memory's
 
 
-class TritonForms:
+class TritonForms(PlainForms):
     add_rms_norm = staticmethod(elementwise.add_rms_norm)
     rope_append = staticmethod(rope.rope_append)
 
@@ -33,46 +34,42 @@ class TritonForms:
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         num_programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
         self._workspace = Workspace.allocate(device, num_programs)
-        self.decode_attention = partial(
-            decode_attention.decode_attention, workspace=self._workspace
-        )
         self.tensor_core_linear = TensorCoreLinear(device)
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        return self.tensor_core_linear(
-            x, weight, scale, bias, dtype, use_fast_accum=len(x) > _FAST_ROWS
-        )
+    def linear(self, x: torch.Tensor, linear: Fp8Linear, dtype: torch.dtype) -> torch.Tensor:
+        return self.tensor_core_linear(x, linear, dtype, use_fast_accum=len(x) > _FAST_ROWS)
 
     def gate_up_swiglu(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
+        gate_up: Fp8Linear,
         product_scale: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         if len(x) <= gate_up_swiglu.MAX_ROWS:
-            return gate_up_swiglu.gate_up_swiglu(
-                x, weight, scale, product_scale, dtype, self._workspace
-            )
-        gate_up = self.linear(x, weight, scale, None, dtype)
-        return elementwise.swiglu_quantize(gate_up, product_scale)
+            return gate_up_swiglu.gate_up_swiglu(x, gate_up, product_scale, dtype, self._workspace)
+        halves = self.linear(x, gate_up, dtype)
+        return elementwise.swiglu_quantize(halves, product_scale)
+
+    def decode_attention(
+        self,
+        qkv: torch.Tensor,
+        rows: TokenRows,
+        block_tables: torch.Tensor,
+        positions: torch.Tensor,
+        pages: KVPages,
+        scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return decode_attention.decode_attention(
+            qkv, rows, block_tables, positions, pages, scale, self._workspace
+        )
 
     def prefill_attention(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        pages: KVPages,
         blocks: torch.Tensor,
         first_position: int,
-        kv_scale: float,
         scale: torch.Tensor | None,
     ) -> torch.Tensor:
         """By torch, over keys and values that are gathered and widened; e4m3 numbers are exact in
@@ -81,18 +78,18 @@ class TritonForms:
         num_rows, heads, head_dim = q.shape
         end = first_position + num_rows
         is_planned = first_position == 0 and num_rows >= _PLANNED_ROWS
-        granularity = _PLANNED_ROWS if is_planned else k_cache.shape[2]
+        granularity = _PLANNED_ROWS if is_planned else pages.k.shape[2]
         num_positions = -(-end // granularity) * granularity
-        k, v = widen_pages(k_cache, v_cache, blocks, end, num_positions, q.dtype)
-        softmax_scale = head_dim**-0.5 * kv_scale
+        k, v = widen_pages(pages, blocks, end, num_positions, q.dtype)
+        softmax_scale = head_dim**-0.5 * pages.scale_value
         if is_planned:
             attended = _attend_whole(with_spare_rows(q, num_positions), k, v, softmax_scale)
         else:
             attended = _attend_up_to(q, k[:, :end], v[:, :end], softmax_scale)
         rows = attended[0, :, :num_rows].transpose(0, 1).reshape(num_rows, heads * head_dim)
         if scale is None:
-            return rows * kv_scale
-        return scale_quantize(rows.contiguous(), kv_scale, scale)
+            return rows * pages.scale_value
+        return scale_quantize(rows.contiguous(), pages.scale_value, scale)
 
     def plan_prefill_attention(
         self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, max_num_tokens: int

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.decoder.kernels.operands import KVPages
+
 
 @triton.jit(do_not_specialize=["length", "num_positions"])
 def _widen_pages(
@@ -29,8 +31,7 @@ def _widen_pages(
 
 
 def widen_pages(
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    pages: KVPages,
     blocks: torch.Tensor,
     length: int,
     num_positions: int,
@@ -39,13 +40,13 @@ def widen_pages(
     """K and V [kv_heads, num_positions, head_dim] of the positions below `length` that lie on
     `blocks` [num_blocks] int64, without their scale; 0 from there on. num_positions: a multiple of
     a block's, no less than `length`."""
-    _, kv_heads, block_size, head_dim = k_cache.shape
+    _, kv_heads, block_size, head_dim = pages.k.shape
     k, v = (
-        torch.empty(kv_heads, num_positions, head_dim, dtype=dtype, device=k_cache.device)
+        torch.empty(kv_heads, num_positions, head_dim, dtype=dtype, device=pages.k.device)
         for _ in range(2)
     )
     _widen_pages[(num_positions // block_size, kv_heads, 2)](
-        k_cache, v_cache, blocks, k, v, length, num_positions, KV_HEADS=kv_heads,
+        pages.k, pages.v, blocks, k, v, length, num_positions, KV_HEADS=kv_heads,
         TOKENS=block_size, HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim),
         num_warps=4,
     )  # fmt: skip

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 
-from runtime.decoder.kernels.forms import Forms
+from runtime.decoder.kernels.operands import KVPages, TokenRows
+from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_weights import HopperLayer
-from runtime.decoder.models.kv_cache import PagedKVCache
 from runtime.decoder.models.step import SequenceStep
 
 
@@ -26,13 +26,17 @@ class HopperAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionContext:
-    """What outlives a step. cos, sin: `rope_tables` of positions 0 to max_seq_len - 1."""
+    """What outlives a step. pages: of each layer. cos, sin: `rope_tables` of positions 0 to
+    max_seq_len - 1."""
 
-    forms: Forms
+    forms: PlainForms
     layers: list[HopperLayer]
-    cache: PagedKVCache
+    pages: list[KVPages]
     cos: torch.Tensor
     sin: torch.Tensor
+
+    def rows(self, positions: torch.Tensor, slots: torch.Tensor) -> TokenRows:
+        return TokenRows(self.cos[positions], self.sin[positions], slots)
 
 
 class DecodeAttention:
@@ -49,22 +53,14 @@ class DecodeAttention:
         slots: torch.Tensor,
         tables: torch.Tensor,
     ) -> None:
-        self._context = context
-        self._positions, self._slots, self._tables = positions, slots, tables
-        self._cos, self._sin = context.cos[positions], context.sin[positions]
+        self._context, self._positions, self._tables = context, positions, tables
+        self._rows = context.rows(positions, slots)
 
     def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        weights = self._context.layers[layer]
-        return self._context.forms.decode_attention(
-            qkv,
-            self._cos,
-            self._sin,
-            self._slots,
-            *self._context.cache.pages(layer),
-            self._tables,
-            self._positions,
-            weights.kv_scale,
-            weights.dense.activation_scale,
+        context = self._context
+        scale = context.layers[layer].dense.activation_scale
+        return context.forms.decode_attention(
+            qkv, self._rows, self._tables, self._positions, context.pages[layer], scale
         )
 
 
@@ -81,25 +77,18 @@ class PromptAttention:
         positions: torch.Tensor,
         slots: torch.Tensor,
     ) -> None:
-        self._context, self._steps, self._slots = context, steps, slots
+        self._context, self._steps = context, steps
         self._counts = [len(step.token_ids) for step in steps]
         self._blocks = [torch.tensor(step.blocks).to(positions.device) for step in steps]
-        self._cos, self._sin = context.cos[positions], context.sin[positions]
+        self._rows = context.rows(positions, slots)
 
     def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        forms, weights = self._context.forms, self._context.layers[layer]
-        pages = self._context.cache.pages(layer)
-        q = forms.rope_append(qkv, self._cos, self._sin, self._slots, *pages, weights.kv_scale)
+        forms, pages = self._context.forms, self._context.pages[layer]
+        scale = self._context.layers[layer].dense.activation_scale
+        q = forms.rope_append(qkv, self._rows, pages)
         parts = [
-            forms.prefill_attention(
-                rows,
-                *pages,
-                blocks,
-                step.first_position,
-                weights.kv_scale_value,
-                weights.dense.activation_scale,
-            )
-            for step, rows, blocks in zip(
+            forms.prefill_attention(queries, pages, blocks, step.first_position, scale)
+            for step, queries, blocks in zip(
                 self._steps, q.split(self._counts), self._blocks, strict=True
             )
         ]

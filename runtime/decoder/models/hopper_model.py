@@ -14,7 +14,8 @@ from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.decoder import AllReduce, embed, rope_tables
 from nvlm.model.dtypes import TORCH_DTYPES
 from runtime.decoder.block_allocator import num_blocks_for
-from runtime.decoder.kernels.forms import Forms
+from runtime.decoder.kernels.operands import KVPages
+from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.decode_inputs import DecodeInputs
 from runtime.decoder.models.hopper_attention import (
     AttentionContext,
@@ -22,9 +23,10 @@ from runtime.decoder.models.hopper_attention import (
     HopperAttention,
     attention_of,
 )
-from runtime.decoder.models.hopper_weights import Fp8Linear, HopperWeights
+from runtime.decoder.models.hopper_weights import HopperWeights
 from runtime.decoder.models.kv_cache import PagedKVCache
 from runtime.decoder.models.step import SequenceStep
+from runtime.kernels.fp8_linear import Fp8Linear
 
 _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
 _SHORT_PROMPTS = (2, 16)  # Triton compiles anew for a number of rows that 16 divides
@@ -45,14 +47,14 @@ class HopperModel:
         weights: HopperWeights,
         num_blocks: int,
         device: torch.device,
-        forms: Forms,
+        forms: PlainForms,
         *,
         all_reduce: AllReduce | None = None,
     ) -> None:
         decoder = config.decoder
         self.embedding = weights.embedding
         self._weights, self._forms, self._device = weights, forms, device
-        self._eps, self._dtype = decoder.rms_norm_eps, TORCH_DTYPES[config.dtype]
+        self._dtype = TORCH_DTYPES[config.dtype]
         self._all_reduce = all_reduce
         scales = [layer.kv_scale_value for layer in weights.layers]
         # The last block is the padding rows', which nobody reads.
@@ -61,8 +63,12 @@ class HopperModel:
         self._inputs = DecodeInputs(self._batch_sizes[-1], max_seq_len, num_blocks, device)
         # Made on the CPU, whose powers and cosines are the oracle's.
         cos, sin = rope_tables(torch.arange(max_seq_len), decoder.head_dim, decoder.rope_theta)
+        pages = [
+            KVPages(*self._cache.pages(index), layer.kv_scale, layer.kv_scale_value)
+            for index, layer in enumerate(weights.layers)
+        ]
         self._attention = AttentionContext(
-            forms, weights.layers, self._cache, cos.to(device), sin.to(device)
+            forms, weights.layers, pages, cos.to(device), sin.to(device)
         )
         self._padding_block = num_blocks
         self._max_batch_size, self._max_seq_len = max_batch_size, max_seq_len
@@ -127,7 +133,7 @@ class HopperModel:
 
     @torch.inference_mode()
     def warm_up_thread(self, max_num_tokens: int) -> None:
-        _, kv_heads, _, head_dim = self._cache.pages(0)[0].shape
+        _, kv_heads, _, head_dim = self._attention.pages[0].k.shape
         heads = self._weights.layers[0].dense.weight.shape[1] // head_dim
         num_tokens = min(max_num_tokens, self._max_seq_len)
         self._forms.plan_prefill_attention(heads, kv_heads, head_dim, self._dtype, num_tokens)
@@ -188,37 +194,33 @@ class HopperModel:
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._weights.layers):
             hidden, normed = forms.add_rms_norm(
-                hidden, delta, layer.input_norm, self._eps, layer.qkv.activation_scale
+                hidden, delta, layer.input_norm, layer.qkv.activation_scale
             )
             attended = attention.forward(index, self._linear(layer.qkv, normed))
             delta = self._row_parallel(layer.dense, attended)
             hidden, normed = forms.add_rms_norm(
-                hidden, delta, layer.post_norm, self._eps, layer.gate_up.activation_scale
+                hidden, delta, layer.post_norm, layer.gate_up.activation_scale
             )
-            gate_up, down = layer.gate_up, layer.down
             product = forms.gate_up_swiglu(
-                normed, gate_up.weight, gate_up.scale, down.activation_scale, self._dtype
+                normed, layer.gate_up, layer.down.activation_scale, self._dtype
             )
-            delta = self._row_parallel(down, product)
+            delta = self._row_parallel(layer.down, product)
         assert delta is not None, "a model has layers"
         return hidden, delta
 
     def _head(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        _, normed = self._forms.add_rms_norm(
-            hidden, delta, self._weights.final_norm, self._eps, None
-        )
+        _, normed = self._forms.add_rms_norm(hidden, delta, self._weights.final_norm, None)
         return self._forms.head(normed, self._weights.lm_head)
 
     def _linear(self, linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-        return self._forms.linear(x, linear.weight, linear.scale, linear.bias, self._dtype)
+        return self._forms.linear(x, linear, self._dtype)
 
     def _row_parallel(self, linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
         """Ranks add their float32 sums before the one rounding, the next norm's."""
         if self._all_reduce is None:
             return self._linear(linear, x)
         assert linear.bias is None, "every rank would add it"
-        sums = self._forms.linear(x, linear.weight, linear.scale, None, torch.float32)
-        return self._all_reduce(sums)
+        return self._all_reduce(self._forms.linear(x, linear, torch.float32))
 
 
 def batch_sizes(max_batch_size: int) -> list[int]:

@@ -19,24 +19,16 @@ from nvlm.formats.tensor_names import (
 )
 from nvlm.model.decoder import SHARED_SCALE_LINEARS
 from nvlm.model.number_formats import FP8
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8Linear:
-    """weight: [N, K] e4m3; scales: float32, no dimensions; scale = weight's times activation's."""
-
-    weight: torch.Tensor
-    activation_scale: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor | None = None
+from runtime.decoder.kernels.operands import Norm
+from runtime.kernels.fp8_linear import Fp8Linear
 
 
 @dataclass(frozen=True, slots=True)
 class HopperLayer:
-    input_norm: torch.Tensor
+    input_norm: Norm
     qkv: Fp8Linear
     dense: Fp8Linear
-    post_norm: torch.Tensor
+    post_norm: Norm
     gate_up: Fp8Linear
     down: Fp8Linear
     kv_scale: torch.Tensor
@@ -49,7 +41,7 @@ class HopperWeights:
 
     embedding: torch.Tensor
     layers: list[HopperLayer]
-    final_norm: torch.Tensor
+    final_norm: Norm
     lm_head: torch.Tensor
 
 
@@ -57,7 +49,7 @@ def load_hopper_weights(
     source: TensorSource, config: CheckpointConfig, device: torch.device
 ) -> HopperWeights:
     """Of an FP8 checkpoint with an FP8 KV cache."""
-    infos = decoder_layer_tensors(config)
+    infos, eps = decoder_layer_tensors(config), config.decoder.rms_norm_eps
 
     def read(name: str) -> torch.Tensor:
         return source.read(name).to(device)
@@ -85,10 +77,10 @@ def load_hopper_weights(
     def layer(prefix: str) -> HopperLayer:
         kv_scale = source.read(prefix + KV_CACHE_SCALE).reshape(())
         return HopperLayer(
-            read(f"{prefix}input_layernorm.weight"),
+            Norm(read(f"{prefix}input_layernorm.weight"), eps),
             linear(prefix, ("attention.qkv",)),
             linear(prefix, ("attention.dense",)),
-            read(f"{prefix}post_layernorm.weight"),
+            Norm(read(f"{prefix}post_layernorm.weight"), eps),
             linear(prefix, SHARED_SCALE_LINEARS),
             linear(prefix, ("mlp.proj",)),
             kv_scale.to(device),
@@ -99,6 +91,6 @@ def load_hopper_weights(
     return HopperWeights(
         embedding=read("transformer.vocab_embedding.weight"),
         layers=[layer(ENGINE_LAYER.format(i=i)) for i in range(num_layers)],
-        final_norm=read("transformer.ln_f.weight"),
+        final_norm=Norm(read("transformer.ln_f.weight"), eps),
         lm_head=read("lm_head.weight"),
     )

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 from nvlm.model.number_formats.fp8 import E4M3
+from nvlm.model.vision import RMSNorm
 from runtime.kernels.quantization import quantize
+from runtime.vision.kernels.operands import ScaledDelta
 
 
 @triton.jit
@@ -42,17 +44,16 @@ def _add_rms_norm(
 
 def add_rms_norm(
     hidden: torch.Tensor,
-    delta: torch.Tensor | None,
-    layer_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
+    added: ScaledDelta | None,
+    norm: RMSNorm,
     scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     size = hidden.shape[-1]
+    delta, layer_scale = (None, None) if added is None else (added.delta, added.layer_scale)
     new_hidden = hidden if delta is None else torch.empty_like(hidden)
     normed = torch.empty_like(hidden, dtype=hidden.dtype if scale is None else E4M3)
     _add_rms_norm[(hidden.numel() // size,)](
-        hidden, delta, layer_scale, weight, scale, new_hidden, normed, eps, size,
+        hidden, delta, layer_scale, norm.weight, scale, new_hidden, normed, norm.eps, size,
         HAS_DELTA=delta is not None, QUANTIZE=scale is not None,
         # Fused, product and sum would be rounded once where InternViT rounds twice.
         BLOCK=triton.next_power_of_2(size), num_warps=8, enable_fp_fusion=False,
@@ -77,12 +78,10 @@ def _normalize_qk(qkv, q_weight, k_weight, eps, size, num_real, BLOCK: tl.conste
     tl.store(qkv + row + columns, (normalised.to(tl.float32) * w).to(x.dtype), mask)
 
 
-def normalize_qk(
-    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, num_real: int
-) -> torch.Tensor:
+def normalize_qk(qkv: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> torch.Tensor:
     size = qkv.shape[-1] // 3
     _normalize_qk[(qkv.numel() // (3 * size), 2)](
-        qkv, q_weight, k_weight, eps, size, num_real,
+        qkv, q_norm.weight, k_norm.weight, q_norm.eps, size, q_norm.num_real_channels,
         BLOCK=triton.next_power_of_2(size), num_warps=8,
     )  # fmt: skip
     return qkv

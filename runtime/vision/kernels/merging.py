@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import nn
+
+from runtime.vision.kernels.operands import ScaledDelta
 
 
 @triton.jit
@@ -36,19 +39,13 @@ def _add_merge_norm(
 
 
 def add_merge_norm(
-    hidden: torch.Tensor,
-    delta: torch.Tensor,
-    layer_scale: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    side: int,
+    hidden: torch.Tensor, added: ScaledDelta, norm: nn.LayerNorm, side: int
 ) -> torch.Tensor:
     num_tiles, _, size = hidden.shape
     num_tokens = (side // 2) ** 2
     out = hidden.new_empty(num_tiles, num_tokens, 4 * size)
     _add_merge_norm[(num_tiles * num_tokens,)](
-        hidden, delta, layer_scale, weight, bias, out, eps, side, size,
+        hidden, added.delta, added.layer_scale, norm.weight, norm.bias, out, norm.eps, side, size,
         # Fused, product and sum would be rounded once where InternViT rounds twice.
         BLOCK=triton.next_power_of_2(size), num_warps=16, enable_fp_fusion=False,
     )  # fmt: skip

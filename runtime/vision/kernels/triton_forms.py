@@ -1,17 +1,17 @@
-"""The functions of `plain_forms` as Triton kernels and cuBLASLt."""
+"""The steps of `plain_forms` as Triton kernels and cuBLASLt."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
+from runtime.kernels.fp8_linear import Fp8Linear
 from runtime.kernels.quantization import scale_quantize
 from runtime.kernels.tensor_core_linear import TensorCoreLinear
 from runtime.vision.kernels import elementwise, embeddings, merging
+from runtime.vision.kernels.plain_forms import PlainForms
 
 
-class TritonForms:
+class TritonForms(PlainForms):
     cut_patches = staticmethod(embeddings.cut_patches)
     embed = staticmethod(embeddings.embed)
     add_rms_norm = staticmethod(elementwise.add_rms_norm)
@@ -20,7 +20,10 @@ class TritonForms:
     add_merge_norm = staticmethod(merging.add_merge_norm)
 
     def __init__(self, device: torch.device) -> None:
-        self.fp8_linear = partial(TensorCoreLinear(device), use_fast_accum=True)
+        self._tensor_core_linear = TensorCoreLinear(device)
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return scale_quantize(x.contiguous(), 1.0, scale)
+
+    def linear(self, x: torch.Tensor, linear: Fp8Linear, dtype: torch.dtype) -> torch.Tensor:
+        return self._tensor_core_linear(x, linear, dtype, use_fast_accum=True)
