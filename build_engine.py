@@ -12,7 +12,7 @@ from build.engines.build import BuildRun, build_engine, is_up_to_date
 from build.engines.decoder_tensorrt_llm import OptimizeFor
 from build.engines.specification import BuildOptions, require_fit, specify
 from build.engines.target import AUTO, require_used
-from nvlm.model.number_formats import QUANTIZED
+from nvlm.model.vision import VISION_FORMAT
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.targets import Decoder, Vision
 from nvlm.program.command_line import (
@@ -33,7 +33,7 @@ def parser() -> ArgumentParser:
     add("--engine_dir", type=Path, required=True, help="engine directory to make")
     add("--decoder", choices=(AUTO, *get_args(Decoder)), default=AUTO, help="what runs the decoder")
     add("--vision", choices=(AUTO, *get_args(Vision)), default=AUTO, help="what runs vision")
-    add("--vision_precision", choices=("float32", "bfloat16", "float16", *QUANTIZED))
+    add("--vision_precision", choices=("float32", "bfloat16", "float16", VISION_FORMAT.name))
     add("--max_batch_size", type=positive_int, default=8, help="requests decoded together")
     add("--max_num_images", type=positive_int, default=1, help="images a request may hold")
     add("--max_input_len", type=positive_int, help="tokens of a prompt, images included")

@@ -19,7 +19,7 @@ from nvlm.formats.safetensors_reader import TensorInfo
 from nvlm.formats.tensor_names import KV_CACHE_SCALE
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model.config import DecoderConfig, TilingConfig, VisionConfig
-from nvlm.model.number_formats import ACTIVATION_SCALE, FP8, WEIGHT_SCALE, fp8
+from nvlm.model.number_formats import ACTIVATION_SCALE, WEIGHT_SCALE, fp8
 from nvlm.planning.limits import EngineLimits
 from runtime.engine.engine_dir import EngineDir
 
@@ -111,5 +111,5 @@ def decoder_source(engine: EngineDir, device: torch.device, rank: int = 0) -> Sy
 
 def vision_source(engine: EngineDir, device: torch.device) -> SyntheticTensors:
     config = engine.vision_config
-    infos = vision_tensors(config, torch.bfloat16) | vision_scales(config, FP8)
+    infos = vision_tensors(config, torch.bfloat16) | vision_scales(config)
     return SyntheticTensors(infos, device)

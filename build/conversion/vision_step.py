@@ -34,13 +34,10 @@ from nvlm.formats.tensor_names import (
 )
 from nvlm.inputs.tiling import normalize
 from nvlm.model.config import VisionConfig
-from nvlm.model.number_formats import FP8
-from nvlm.model.vision import VISION_LINEARS, VisionLayer, VisionModel, linear_of
+from nvlm.model.vision import VISION_FORMAT, VISION_LINEARS, VisionLayer, VisionModel, linear_of
 
 VISION_FILE = f"{layout.VISION}/{layout.WEIGHTS}"
 _EMBEDDINGS_PREFIX = "vision_model.embeddings."
-_FORMAT = FP8
-"""What vision's linears may run in. Their weights are stored unquantised, with scales beside."""
 _TILES_PER_WINDOW = 7
 """Tiles that a layer works on at a time: about 1.5 GB of activations at InternViT-6B's width."""
 
@@ -156,7 +153,9 @@ class VisionStep:
         self._run_windows(layer, before, after)
         weights = {name: linear.weight for name, linear in linears.items()}
         weight_amax = {name: amax(weight) for name, weight in weights.items()}
-        rows = report_linears(prefix, weights, weight_amax, observer.maxima, observer.rows, _FORMAT)
+        rows = report_linears(
+            prefix, weights, weight_amax, observer.maxima, observer.rows, VISION_FORMAT
+        )
         return as_record(rows)
 
     def _run_projector(
@@ -189,7 +188,7 @@ def write_scales(directory: Path, config: VisionConfig, report: QuantizationRepo
     rows = [row for row in report.linears if row.linear in linears]
     if not rows:
         return
-    with SafetensorsWriter(path, vision_scales(config, _FORMAT)) as writer:
+    with SafetensorsWriter(path, vision_scales(config)) as writer:
         for row in rows:
-            for name, scale in _FORMAT.scale_tensors(row.linear, row.scales).items():
+            for name, scale in VISION_FORMAT.scale_tensors(row.linear, row.scales).items():
                 writer.write(name, scale)

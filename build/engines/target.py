@@ -10,7 +10,7 @@ import torch
 
 from nvlm.formats import layout
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
-from nvlm.model.number_formats import QUANTIZED
+from nvlm.model.vision import VISION_FORMAT
 from nvlm.planning.memory_plan import vision_weight_bytes
 from nvlm.planning.targets import Decoder, Machine, Vision, decoder_lacks, told, vision_lacks
 from nvlm.program.errors import UserError
@@ -112,7 +112,7 @@ def choose_precision(checkpoint: VisionCheckpoint, asked: str | None, vision: Vi
             f"--vision_precision {asked} is not for --vision onnxruntime, expected "
             f"{' or '.join(ONNX_PRECISIONS)}; use --vision torch"
         )
-    if asked in QUANTIZED and not checkpoint.has_scales:
+    if asked == VISION_FORMAT.name and not checkpoint.has_scales:
         raise UserError(
             f"{checkpoint.directory} has no {layout.SCALES}, which --vision_precision {asked} "
             f"needs; convert with --quant_algo {asked}"

@@ -22,7 +22,7 @@ from nvlm.model.decoder import DECODER_LINEARS
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.exact import exact_div
 from nvlm.model.number_formats import NumberFormat
-from nvlm.model.vision import VISION_LINEARS, VisionModel
+from nvlm.model.vision import VISION_FORMAT, VISION_LINEARS, VisionModel
 from nvlm.program.errors import UserError
 
 
@@ -85,16 +85,16 @@ def vision_tensors(config: VisionConfig, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def vision_linears(config: VisionConfig) -> list[str]:
-    """The linears that a number format may quantise, by full name."""
+    """The linears that may be quantised, by full name."""
     layers = (VISION_LAYER.format(i=i) for i in range(config.num_hidden_layers))
     return [layer + linear for layer in layers for linear in VISION_LINEARS]
 
 
-def vision_scales(config: VisionConfig, number_format: NumberFormat) -> dict[str, TensorInfo]:
+def vision_scales(config: VisionConfig) -> dict[str, TensorInfo]:
     """All tensors of `vision/scales.safetensors`."""
     tensors: dict[str, TensorInfo] = {}
     for linear in vision_linears(config):
-        tensors |= _scale_tensors(linear, number_format)
+        tensors |= _scale_tensors(linear, VISION_FORMAT)
     return tensors
 
 

@@ -101,8 +101,7 @@ class VisionCheckpoint:
                 f"needs; convert with --quant_algo {number_format.name} or choose another "
                 "--vision_precision"
             )
-        stored = vision_scales(self.config, number_format)
-        reader = source or open_checked(self.directory / layout.SCALES, stored)
+        reader = source or open_checked(self.directory / layout.SCALES, vision_scales(self.config))
         found = {
             name: number_format.read_scales(reader.read, name)
             for name in vision_linears(self.config)

@@ -11,9 +11,13 @@ import torch
 from torch import nn
 
 from nvlm.model.config import VisionConfig
+from nvlm.model.number_formats import FP8, NumberFormat
 
 VISION_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""The linears of a layer that a number format may quantise."""
+"""The linears of a layer that may be quantised."""
+
+VISION_FORMAT: NumberFormat = FP8
+"""What in. A checkpoint stores the weights unquantised and this format's scales beside them."""
 
 
 class RMSNorm(nn.Module):

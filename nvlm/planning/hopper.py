@@ -7,6 +7,7 @@ import importlib.util
 import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.model.number_formats import FP8
 
 _CAPABILITY = (9, 0)
 
@@ -23,5 +24,5 @@ def has_kernels(device: torch.device) -> bool:
 
 def takes_fast_path(config: CheckpointConfig, device: torch.device) -> bool:
     """Of the decoder."""
-    is_fp8 = config.quant_algo == config.kv_cache_quant_algo == "FP8"
+    is_fp8 = config.weight_format is FP8 and config.kv_cache_format is FP8
     return is_fp8 and config.dtype != "float32" and has_kernels(device)

@@ -12,7 +12,7 @@ from nvlm.formats.manifest import Manifest, read_manifest
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model.config import TilingConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
-from nvlm.model.number_formats import QUANTIZED
+from nvlm.model.vision import VISION_FORMAT
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import StrictReader, read_json_object
@@ -65,7 +65,7 @@ class EngineDir:
             decoder_target=llm.section("build_config").string("target"),
             vision_checkpoint=VisionCheckpoint.read(directory / layout.VISION),
             vision_executor=vision.string("executor"),
-            vision_precision=vision.one_of("precision", (*TORCH_DTYPES, *QUANTIZED)),
+            vision_precision=vision.one_of("precision", (*TORCH_DTYPES, VISION_FORMAT.name)),
         )
 
 

@@ -319,7 +319,7 @@ def _random_vision(config: VisionConfig, directory: Path) -> VisionCheckpoint:
             rolled = pattern.roll(index)  # equal tensors would be stored once
             values = rolled.repeat(num_values // len(pattern) + 1)[:num_values]
             writer.write(name, values.view(info.shape))
-    scales = vision_scales(config, fp8.FP8)
+    scales = vision_scales(config)
     with SafetensorsWriter(directory / layout.SCALES, scales) as writer:
         for name in scales:
             writer.write(name, torch.tensor([0.01]))
