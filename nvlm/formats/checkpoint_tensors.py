@@ -17,10 +17,9 @@ from nvlm.formats.tensor_names import (
     KV_CACHE_SCALE,
     VISION_LAYER,
 )
-from nvlm.model.config import VisionConfig
+from nvlm.model.config import VisionConfig, exact_div
 from nvlm.model.decoder import DECODER_LINEARS
 from nvlm.model.dtypes import TORCH_DTYPES
-from nvlm.model.exact import exact_div
 from nvlm.model.number_formats import NumberFormat
 from nvlm.model.vision import VISION_FORMAT, VISION_LINEARS, VisionModel
 from nvlm.program.errors import UserError
@@ -29,7 +28,8 @@ from nvlm.program.errors import UserError
 def decoder_layer_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
     """One layer's tensors on any rank, under names relative to `transformer.layers.{i}.`."""
     decoder, dtype = config.decoder, TORCH_DTYPES[config.dtype]
-    stored_dtype = config.weight_format.stored_dtype(dtype)
+    weight_format = config.weight_format
+    stored_dtype = weight_format.stored_dtype(dtype)
     mapping = config.mapping()
     query_size = mapping.local_heads(decoder.num_attention_heads) * decoder.head_dim
     key_value_size = mapping.local_heads(decoder.num_key_value_heads) * decoder.head_dim
@@ -48,7 +48,7 @@ def decoder_layer_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
         tensors[f"{name}.weight"] = TensorInfo(stored_dtype, linear_shapes[name])
         if name == "attention.qkv":
             tensors["attention.qkv.bias"] = TensorInfo(dtype, (qkv_size,))
-        tensors |= _scale_tensors(name, config.weight_format)
+        tensors |= _scale_tensors(name, weight_format)
     if config.kv_cache_format.scale_shapes:
         tensors[KV_CACHE_SCALE] = TensorInfo(torch.float32, (1,))
     tensors["post_layernorm.weight"] = TensorInfo(dtype, (hidden,))

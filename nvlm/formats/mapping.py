@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nvlm.model.config import DecoderConfig
-from nvlm.model.exact import exact_div
+from nvlm.model.config import DecoderConfig, exact_div
 from nvlm.program.errors import UserError
 
 

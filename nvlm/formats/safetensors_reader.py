@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,10 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def total_bytes(infos: Iterable[TensorInfo]) -> int:
+    return sum(info.num_bytes for info in infos)
 
 
 class TensorSource(Protocol):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nvlm.model.exact import exact_div
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import StrictReader
 
@@ -19,6 +18,13 @@ NUM_DUMMY_HEADS = 7
 
 PROJECTOR_NORM_EPS = 1e-5
 """torch's LayerNorm default, which the Hugging Face model uses in `mlp1.0`."""
+
+
+def exact_div(dividend: int, divisor: int) -> int:
+    """`dividend / divisor` where a remainder would be a bug (heads per rank, patches per side)."""
+    quotient, remainder = divmod(dividend, divisor)
+    assert remainder == 0, f"{dividend} is not a multiple of {divisor}"
+    return quotient
 
 
 @dataclass(frozen=True, slots=True)

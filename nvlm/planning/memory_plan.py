@@ -10,10 +10,9 @@ import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_tensors, vision_linears, vision_tensors
-from nvlm.formats.safetensors_reader import TensorInfo
-from nvlm.model.config import VisionConfig
+from nvlm.formats.safetensors_reader import TensorInfo, total_bytes
+from nvlm.model.config import VisionConfig, exact_div
 from nvlm.model.dtypes import TORCH_DTYPES
-from nvlm.model.exact import exact_div
 from nvlm.model.number_formats import UNQUANTIZED, format_named
 from nvlm.planning.hopper import takes_fast_path
 from nvlm.planning.limits import EngineLimits
@@ -28,7 +27,7 @@ _CHECKPOINT_SLACK_BYTES = 64 << 20  # tokenizer, headers, reports
 
 def decoder_weight_bytes(config: CheckpointConfig, rank: int = 0) -> int:
     """Of one rank."""
-    return sum(info.num_bytes for info in decoder_tensors(config, rank).values())
+    return total_bytes(decoder_tensors(config, rank).values())
 
 
 def decoder_parameter_count(config: CheckpointConfig, rank: int = 0) -> int:
@@ -68,7 +67,7 @@ def vision_weight_bytes(config: VisionConfig, precision: str) -> int:
     for linear in vision_linears(config):
         name = f"{linear}.weight"
         tensors[name] = TensorInfo(number_format.stored_dtype(dtype), tensors[name].shape)
-    return sum(info.num_bytes for info in tensors.values())
+    return total_bytes(tensors.values())
 
 
 def vision_parameter_count(config: VisionConfig) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.model.exact import exact_div
+from nvlm.model.config import exact_div
 from runtime.decoder.models.torch_weights import DecoderWeights, load_weights, open_weights
 from runtime.engine.engine_dir import EngineDir
 from tests.conftest import FP8, FP32, Workshop

@@ -15,8 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from nvlm.model.config import NVLMConfig
-from nvlm.model.exact import exact_div
+from nvlm.model.config import NVLMConfig, exact_div
 
 Shards = list[torch.Tensor]
 Merge = Callable[[Shards, NVLMConfig], torch.Tensor]

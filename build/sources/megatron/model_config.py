@@ -14,8 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from build.sources.megatron.rank_file import RankFile
-from nvlm.model.config import NUM_DUMMY_HEADS, DecoderConfig, NVLMConfig, TilingConfig, VisionConfig
-from nvlm.model.exact import exact_div
+from nvlm.model.config import (
+    NUM_DUMMY_HEADS,
+    DecoderConfig,
+    NVLMConfig,
+    TilingConfig,
+    VisionConfig,
+    exact_div,
+)
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import StrictReader
 
