@@ -3,11 +3,11 @@
     python -m bench.serving.evaluation --engine_dir D [--device cuda] [--num_samples N]
         [--repeats N] [--shape 72b --layers 80]
 
-The engine alone answers the same requests with their tiles in memory, as a batch (the loop of
-`run.py --input_file`). The task reads JPEG files of a camera's size, decodes, tiles, answers and
-writes its lines. The two take turns, so that a busy machine slows both; processor time stands
-beside the clock's. With --shape, models of that shape with random weights, vision in FP8, stand in
-for the engine's own, of which the tokenizer is left. The last line is JSON.
+The engine alone answers the same requests with their tiles in memory. The task reads JPEG files of
+a camera's size, decodes, tiles, answers and writes its lines. The two take turns, so that a busy
+machine slows both; processor time stands beside the clock's. With --shape, models of that shape
+with random weights, vision in FP8, stand in for the engine's own, of which the tokenizer is left.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageEnhance
 
 from bench.hopper.vision import load_vision
 from bench.machine import describe
+from bench.photos import write_photos
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from evaluation.asking.generate import generate, sample_request
 from evaluation.asking.results_file import ResultsFile
@@ -43,21 +43,7 @@ from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
 
-PHOTO = Path(__file__).parents[2] / "examples" / "coffee.jpg"
 TASK = TASKS["TextVQA"]
-SIZES = ((1600, 1200), (1024, 683), (1200, 1600), (800, 800))
-
-
-def write_photos(folder: Path, number: int) -> list[Path]:
-    """Different pixels in each: nothing can be found in a cache."""
-    photo = Image.open(PHOTO).convert("RGB")
-    paths = []
-    for index in range(number):
-        brightness = 0.6 + 0.8 * index / number
-        image = ImageEnhance.Brightness(photo.resize(SIZES[index % len(SIZES)])).enhance(brightness)
-        paths.append(folder / f"{index}.jpg")
-        image.save(paths[-1], quality=90)
-    return paths
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.serving.evaluation import measure, write_photos
+from bench.photos import write_photos
+from bench.serving.evaluation import measure
 from runtime.serving.runner import Runner
 
 
