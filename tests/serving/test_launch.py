@@ -1,0 +1,70 @@
+"""What a program sets in the environment before an engine loads, and which device it opens on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvlm.planning import hopper
+from nvlm.program.errors import UserError
+from runtime.decoder.executor import DecoderOptions
+from runtime.engine.engine_dir import EngineDir
+from runtime.engine.libraries import set_up_libraries
+from runtime.serving.launch import Program, launch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CUBLAS = {"CUBLASLT_WORKSPACE_SIZE": "0", "CUBLAS_WORKSPACE_CONFIG": ":0:0"}
+
+
+def environment_of(engine: EngineDir, device: torch.device, **given: str) -> dict[str, str]:
+    environment = dict(given)
+    set_up_libraries(engine, device, environment)
+    return environment
+
+
+def test_cublas_gets_no_workspace_where_torch_has_kernels_unless_the_user_says_so(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = replace(EngineDir.read(engine_dir), vision_executor="onnxruntime")
+    assert environment_of(engine, CPU) == {}
+    monkeypatch.setattr(hopper, "has_kernels", lambda device: device.type == "cuda")
+    assert environment_of(engine, CUDA) == CUBLAS
+    assert environment_of(engine, CPU) == {}
+    given = {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    assert environment_of(engine, CUDA, **given) == CUBLAS | given
+    other = replace(engine, decoder_target="tensorrt_llm")
+    assert environment_of(other, CUDA) == {}
+    assert environment_of(replace(other, vision_executor="torch"), CUDA) == CUBLAS
+
+
+def test_nccl_is_set_up_for_ranks_of_torch(engine_dir: Path) -> None:
+    engine = EngineDir.read(engine_dir)
+    config = replace(engine.checkpoint_config, tp_size=2)
+    ranks = replace(engine, checkpoint_config=config)
+    assert environment_of(ranks, CPU)["NCCL_NVLS_ENABLE"] == "0"
+    assert environment_of(ranks, CPU, NCCL_NVLS_ENABLE="1")["NCCL_NVLS_ENABLE"] == "1"
+    assert environment_of(replace(ranks, decoder_target="tensorrt_llm"), CPU) == {}
+
+
+def test_one_rank_leads_with_the_runner_of_its_engine(float32_engine_dir: Path) -> None:
+    """And returns its exit code, also where a launcher started it alone."""
+
+    def lead(device: torch.device, open_leader: object) -> int:
+        assert device == CPU
+        assert callable(open_leader)
+        with open_leader() as runner:
+            assert runner.engine.directory == float32_engine_dir
+        return 7
+
+    program = Program(float32_engine_dir, "cpu", DecoderOptions(), lead)
+    assert launch({}, lambda: program) == 7
+    assert launch({"PMI_SIZE": "1", "PMI_RANK": "0"}, lambda: program) == 7
+
+
+def test_a_launcher_that_makes_no_sense_is_told_before_the_command_line_is_read() -> None:
+    with pytest.raises(UserError, match="PMI_SIZE=two"):
+        launch({"PMI_SIZE": "two"}, partial(pytest.fail, "parsed"))
