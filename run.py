@@ -28,7 +28,7 @@ from runtime.requests.request_file import RequestLine, read_requests
 from runtime.requests.sampling import check_target, non_neutral
 from runtime.requests.show_tiles import write_tiles
 from runtime.requests.types import GenerationRequest
-from runtime.serving.launch import Program, add_engine_flags, launch, open_runner
+from runtime.serving.launch import Program, add_engine_flags, launch, open_alone
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Ticket
 
@@ -111,15 +111,15 @@ def compare(
     arguments: argparse.Namespace,
     requests: dict[str, GenerationRequest],
     device: torch.device,
-    open_leader: Callable[[], Runner],
+    open_runner: Callable[[], Runner],
 ) -> None:
     """Both engines one after the other, then what differs; `requests` by where they stand."""
     for engine_dir in (arguments.engine_dir, arguments.compare):
         check(engine_dir, requests)
     asked = list(requests.values())
-    with open_leader() as runner:
+    with open_runner() as runner:
         engine = record(runner, asked)
-    with open_runner(arguments.compare, device, os.environ) as runner:
+    with open_alone(arguments.compare, device, os.environ) as runner:
         reference = record(runner, asked)
     if arguments.json:
         print(json.dumps(report_json(engine, reference)))
@@ -130,7 +130,7 @@ def compare(
 
 
 def lead(
-    arguments: argparse.Namespace, device: torch.device, open_leader: Callable[[], Runner]
+    arguments: argparse.Namespace, device: torch.device, open_runner: Callable[[], Runner]
 ) -> int:
     """What rank 0 does, or the only one."""
     request = default_request(arguments)
@@ -138,9 +138,9 @@ def lead(
         check_target(request.sampling, EngineDir.read(arguments.engine_dir).decoder_target)
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
     if arguments.compare:
-        compare(arguments, _asked(arguments, request, lines), device, open_leader)
+        compare(arguments, _asked(arguments, request, lines), device, open_runner)
         return 0
-    with open_leader() as runner:
+    with open_runner() as runner:
         if arguments.input_file:
             num_errors = run_batch(runner, lines, arguments.output_file)
             requests = "1 request" if len(lines) == 1 else f"{len(lines)} requests"

@@ -53,10 +53,10 @@ def test_nccl_is_set_up_for_ranks_of_torch(engine_dir: Path) -> None:
 def test_one_rank_leads_with_the_runner_of_its_engine(float32_engine_dir: Path) -> None:
     """And returns its exit code, also where a launcher started it alone."""
 
-    def lead(device: torch.device, open_leader: object) -> int:
+    def lead(device: torch.device, open_runner: object) -> int:
         assert device == CPU
-        assert callable(open_leader)
-        with open_leader() as runner:
+        assert callable(open_runner)
+        with open_runner() as runner:
             assert runner.engine.directory == float32_engine_dir
         return 7
 
