@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.ceilings import Ceilings
-from bench.row import Row
+from bench.rows import Row
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_tensors
 from nvlm.planning.memory_plan import kv_bytes_per_token

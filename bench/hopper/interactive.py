@@ -13,13 +13,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from bench.hopper.decoder import PAUSE_S
-from bench.hopper.interactive_rows import (
+from bench.rows import (
     FirstPictures,
     Interactive,
     first_token_summary,
     gap_percentiles,
 )
-from bench.hopper.synthetic_runner import NUM_TILES, draw_pictures, picture_request, text_request
+from bench.synthetic_runner import NUM_TILES, draw_pictures, picture_request, text_request
 from nvlm.model.config import VisionConfig
 from runtime.requests.types import Answer, GenerationRequest
 from runtime.serving.runner import Runner

@@ -29,14 +29,14 @@ from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import Executors, measure_decode, measure_prefill
 from bench.hopper.interactive import MAX_BATCH_SIZE, measure_interactive, picture_tokens
 from bench.hopper.profile import measure_kernels
-from bench.hopper.report import Measured, slopes, told
 from bench.hopper.requests import measure_first_token
 from bench.hopper.serving import Load, loads, measure_served, measure_serving
-from bench.hopper.synthetic_runner import synthetic_runner
 from bench.hopper.vision import load_vision, measure_vision
 from bench.machine import describe, describe_gpu
-from bench.row import Row
+from bench.report import Measured, slopes, told
+from bench.rows import Row
 from bench.synthetic_engine import DECODERS, VISIONS, decoder_source, synthetic_engine
+from bench.synthetic_runner import synthetic_runner
 from nvlm.program.process import set_up_cublas
 from runtime.decoder.models.open_model import open_model
 from runtime.decoder.torch_executor import TorchDecoderExecutor

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.ceilings import Ceilings
 from bench.hopper.decoder import Executors, decode_row, prefill_row, random_prompt
-from bench.row import Row
+from bench.rows import Row
 from runtime.decoder.executor import DecoderRequest
 
 _NUM_STEPS = 10

@@ -10,7 +10,7 @@ import torch
 from bench.ceilings import Ceilings
 from bench.hopper.decoder import PAUSE_S, prefill_flop, random_prompt
 from bench.hopper.vision import load_vision, random_tiles, tile_flop
-from bench.row import Row
+from bench.rows import Row
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir

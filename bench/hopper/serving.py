@@ -15,8 +15,8 @@ from queue import SimpleQueue
 
 from bench.ceilings import Ceilings
 from bench.hopper.decoder import prefill_flop, random_prompt, step_bytes
-from bench.hopper.synthetic_runner import text_request
-from bench.row import Row
+from bench.rows import Row
+from bench.synthetic_runner import text_request
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.torch_executor import TorchDecoderExecutor

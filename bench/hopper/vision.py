@@ -11,7 +11,7 @@ import torch
 
 from bench.ceilings import Ceilings
 from bench.hopper.decoder import PAUSE_S
-from bench.row import Row
+from bench.rows import Row
 from bench.synthetic_engine import synthetic_engine, vision_source
 from nvlm.model.config import VisionConfig
 from runtime.engine.engine_dir import EngineDir

@@ -22,9 +22,9 @@ import transformers
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import PAUSE_S, decode_row, prefill_row, random_prompt
 from bench.hopper.measure import numbers
-from bench.hopper.report import slopes, told
 from bench.machine import describe, describe_gpu
-from bench.row import Row
+from bench.report import slopes, told
+from bench.rows import Row
 from bench.stopwatch import seconds_of
 from bench.synthetic_engine import DECODERS
 from nvlm.formats.checkpoint_config import CheckpointConfig

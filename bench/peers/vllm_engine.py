@@ -29,10 +29,10 @@ import torch
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import PAUSE_S, decode_row, prefill_row, random_prompt
 from bench.hopper.measure import numbers
-from bench.hopper.report import slopes, told
 from bench.machine import describe, describe_gpu
 from bench.peers.hugging_face import qwen2_config
-from bench.row import Row
+from bench.report import slopes, told
+from bench.rows import Row
 from bench.synthetic_engine import DECODERS
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.program.command_line import ArgumentParser, run

@@ -23,7 +23,7 @@ from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import measure_decode, measure_prefill
 from bench.hopper.measure import numbers
 from bench.machine import describe, describe_gpu
-from bench.row import Row
+from bench.rows import Row
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from nvlm.program import command_line
 from nvlm.program.json_files import write_json_atomically

@@ -10,9 +10,9 @@ import torch
 
 from bench.hopper import kernels, load, measure, memory
 from bench.hopper.decoder import random_prompt
-from bench.hopper.synthetic_runner import draw_pictures, write_tokenizer
 from bench.peers import hugging_face
 from bench.synthetic_engine import synthetic_engine
+from bench.synthetic_runner import draw_pictures, write_tokenizer
 from nvlm.inputs.images import load_image
 from nvlm.inputs.tiling import tile_image
 from nvlm.inputs.tokenizer import IM_END, IM_START, Detokenizer, Tokenizer

@@ -19,7 +19,7 @@ from bench.plots import draw
 from bench.plots.draw import plotted
 from bench.plots.layers import points
 from bench.plots.panels import Bar
-from bench.row import Row
+from bench.rows import Row
 from bench.synthetic_engine import DECODERS
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.program.errors import UserError

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from bench.hopper.interactive_rows import FirstPictures, Interactive
-from bench.row import Row
+from bench.rows import FirstPictures, Interactive, Row
 
 Measured = Row | FirstPictures | Interactive
 

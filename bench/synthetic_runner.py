@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nvlm.formats import layout
 from nvlm.inputs.prompt import ImageSlot, build_prompt
 from nvlm.inputs.tokenizer import IM_END, IM_START, TOKENIZER_FILE, Tokenizer
 from runtime.decoder.executor import DecoderExecutor
@@ -17,7 +18,7 @@ from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
 from runtime.vision.executor import VisionExecutor
 
-_TOKENIZER = Path(__file__).parents[2] / "models" / "nvlm-d-tiny" / TOKENIZER_FILE
+_TOKENIZER = Path(__file__).parents[1] / "models" / "nvlm-d-tiny" / TOKENIZER_FILE
 NUM_TILES = 7
 _GRID = (3, 2)  # and the thumbnail
 
@@ -27,7 +28,7 @@ def synthetic_runner(
 ) -> Runner:
     """Writes a tokenizer of the decoder's vocabulary below `folder`, which stays as long as the
     runner does."""
-    write_tokenizer(folder / "tokenizer", engine.checkpoint_config.decoder.vocab_size)
+    write_tokenizer(folder / layout.TOKENIZER, engine.checkpoint_config.decoder.vocab_size)
     return Runner(replace(engine, directory=folder), vision, decoder)
 
 
