@@ -13,14 +13,8 @@ import pytest
 from nvlm.planning.tensorrt_llm_package import SUPPORTED
 from tests.support.command import ROOT
 
-DOCUMENTS = [
-    ROOT / name
-    for name in (
-        *("README.md", "CONTRIBUTING.md"),
-        *("docs/decisions.md", "docs/evaluation.md", "docs/hopper.md", "docs/ranks.md"),
-        *("docs/tiny_model.md", "docs/triton.md"),
-    )
-]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 
 
 def test_imports_go_only_in_the_stated_directions() -> None:
@@ -47,7 +41,7 @@ def tracked_files() -> set[Path]:
     return {ROOT / name for name in done.stdout.splitlines()}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", document.read_text())
     local = [link for link in links if "://" not in link]
@@ -56,9 +50,46 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
 
 
 def test_every_test_that_the_numerics_contract_names_exists() -> None:
-    names = set(re.findall(r"\btest_\w+", (ROOT / "docs" / "decisions.md").read_text()))
-    assert len(names) > 4
+    contract = (ROOT / "docs" / "numerics.md").read_text()
+    assert len(set(re.findall(r"\btest_\w+", contract))) > 4
+    texts = [contract, *(path.read_text() for path in DECISIONS)]
+    names = {name for text in texts for name in re.findall(r"\btest_\w+", text)}
     assert [name for name in names if not list((ROOT / "tests").rglob(f"{name}.py"))] == []
+
+
+def numbered_decisions() -> dict[int, str]:
+    """The file, relative to the root, of each decision; raises where a number comes twice."""
+    found: dict[int, str] = {}
+    for path in DECISIONS:
+        for number in re.findall(
+            r"^## (\d+)\. .*\n\d{4}-\d\d-\d\d$", path.read_text(), re.MULTILINE
+        ):
+            assert int(number) not in found, f"decision {number} stands twice"
+            found[int(number)] = str(path.relative_to(ROOT))
+    return found
+
+
+def test_decisions_are_dated_and_numbered_without_a_gap() -> None:
+    num_headings = sum(path.read_text().count("\n## ") for path in DECISIONS)
+    assert sorted(numbered_decisions()) == list(range(1, num_headings + 1))
+
+
+def test_what_cites_a_decision_names_its_file() -> None:
+    """In code and documents: "decision 12 (docs/decisions/inputs.md)", or a link under it."""
+    cited = re.compile(
+        r"\bdecisions? (\d+)(?: to \d+)?\s+\((docs/decisions/\w+\.md)\)"
+        r"|\[decision (\d+)\]\((?:docs/)?(decisions/\w+\.md)\)"
+    )
+    where = numbered_decisions()
+    found = []
+    for path in tracked_files():
+        if path.suffix in (".py", ".md") and path.is_file() and path != Path(__file__).resolve():
+            for in_code, code_file, in_link, linked_file in cited.findall(path.read_text()):
+                found.append(
+                    (path.name, int(in_code or in_link), code_file or f"docs/{linked_file}")
+                )
+    assert len(found) > 3
+    assert [item for item in found if where.get(item[1]) != item[2]] == []
 
 
 def test_the_runtime_imports_without_what_only_building_needs() -> None:
