@@ -80,7 +80,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """The Qwen2 language model. RoPE is never scaled (docs/decisions.md)."""
+    """The Qwen2 language model. RoPE is never scaled: decision 2 (docs/decisions/model.md)."""
 
     hidden_size: int
     intermediate_size: int
@@ -154,7 +154,8 @@ def _decoder_from_hf(llm: StrictReader) -> DecoderConfig:
     llm.one_of("hidden_act", ("silu",))
     llm.one_of("tie_word_embeddings", (False,), False)
     llm.one_of("use_sliding_window", (False,), False)
-    # The published value, which is dropped (docs/decisions.md); another would mean another model.
+    # The published value, which is dropped: decision 2 (docs/decisions/model.md). Another would
+    # mean another model.
     llm.one_of("rope_scaling", (None, {"type": "dynamic", "factor": 3.0}), None)
     config = DecoderConfig(
         hidden_size=llm.positive_int("hidden_size"),

@@ -54,7 +54,7 @@ def rope_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position * theta^(-2 j / head_dim): each [num_tokens, head_dim / 2] float32.
 
-    Plain RoPE: the checkpoint's rope_scaling is dropped (docs/decisions.md).
+    Plain RoPE: the checkpoint's rope_scaling is dropped, decision 2 (docs/decisions/model.md).
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = theta ** (-exponents / head_dim)

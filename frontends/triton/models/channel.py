@@ -1,7 +1,7 @@
 """What one model of a Triton server needs to ask another: tensors out, tensors back, over gRPC.
 
 The Python backend's own calls (business logic scripting) corrupt memory when several threads make
-them (docs/decisions.md).
+them: decision 75 (docs/decisions/triton.md).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A step in which every sequence decodes replays one CUDA graph, padded up to the next batch size
 that has one, and may be asked for before the host knows its tokens; a step with prompts runs launch
 by launch, its decoding rows among it.
-Design: docs/decisions.md, "Fast path on Hopper".
+Design: decisions 48 to 60 (docs/decisions/decoder.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The decoder by plain PyTorch, on any device.
 
-Computes exactly what the numerics contract says (docs/decisions.md), so it is the oracle of every
+Computes exactly what the numerics contract says (docs/numerics.md), so it is the oracle of every
 faster path.
 """
 

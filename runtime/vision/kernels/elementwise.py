@@ -1,7 +1,7 @@
 """Triton: residual with layer scale + RMSNorm + quantise, norm of q and k, and GELU + quantise.
 
 A program holds one row for the norms, else a piece of the whole. Roundings are InternViT's: a norm
-is rounded before it is multiplied by its weight (docs/decisions.md).
+is rounded before it is multiplied by its weight (docs/numerics.md).
 """
 
 from __future__ import annotations
