@@ -40,23 +40,22 @@ class Project:
 
 OURS = ("nvlm", "build", "runtime", "evaluation", "frontends", "model_repository", "*.py")
 
-PROJECTS = (
+PROJECTS = (  # the first whose marker is there
     Project(
-        name="nvlm-engine, before the rooms",
-        marker="nvlm/config.py",
+        name="nvlm-engine",
+        marker="runtime/serving/loop.py",
         product=OURS,
         documents=("docs/*.md", "docs/decisions/*.md"),
         step=("step",),
         sampling="top_p",
         carriers=(
-            *("GenerationRequest", "Ticket", "PreparedRequest", "EncodedRequest", "_Answer"),
-            *("DecoderRequest", "Sequence"),
-            *("StepOutput", "TextDelta", "Answer", "GenerationResult"),
+            *("GenerationRequest", "Ticket", "DecoderRequest", "Sequence"),
+            *("StepOutput", "Answer", "GenerationResult"),
         ),
     ),
     Project(
-        name="nvlm-engine",
-        marker="nvlm/model/config.py",
+        name="nvlm-engine, before the one loop",
+        marker="convert_checkpoint.py",
         product=OURS,
         documents=("docs/*.md", "docs/decisions/*.md"),
         step=("step",),
@@ -202,32 +201,20 @@ def function_lengths(code: CodeBase) -> str:
     return f"{statistics.median(lengths):.0f} / {lengths[len(lengths) * 9 // 10]} / {lengths[-1]}"
 
 
-def _calls(node: ast.AST) -> set[str]:
-    """Names of what is called below `node`, without what it is called on."""
-    calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
-    names = [getattr(call, "attr", getattr(call, "id", "")) for call in calls]
-    return {name for name in names if isinstance(name, str)}
+def steppers(code: CodeBase) -> list[str]:
+    """Functions that take steps of the decoder and hand out what comes of them.
 
-
-def _repeated(loop: ast.For | ast.While) -> list[ast.AST]:
-    """What a loop does every time: a `for` looks at its iterable once."""
-    return [*loop.body, *([loop.test] if isinstance(loop, ast.While) else [])]
-
-
-def step_loops(code: CodeBase) -> list[str]:
-    """Functions with a loop that takes steps, itself or by a function of the same file."""
+    A function of the step's own name passes a step on and does not count.
+    """
     found = []
     for path, tree in code.trees.items():
-        if not any(f"{name}(" in code.sources[path] for name in code.project.step):
-            continue  # most files, which need no walk
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        steppers = set(code.project.step)
-        steppers |= {node.name for node in functions if _calls(node) & steppers}
-        for function in functions:
-            loops = [node for node in ast.walk(function) if isinstance(node, ast.For | ast.While)]
-            inner = [part for loop in loops for part in _repeated(loop)]
-            if any(_calls(part) & steppers for part in inner):
-                found.append(f"{path.relative_to(code.root)}:{function.name}")
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or node.name in code.project.step:
+                continue
+            calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+            names = {call.attr for call in calls if isinstance(call, ast.Attribute)}
+            if names & set(code.project.step):
+                found.append(f"{path.relative_to(code.root)}:{node.name}")
     return found
 
 
@@ -247,13 +234,13 @@ FIGURES: dict[str, Callable[[CodeBase], str]] = {
     "lines of a file, median / max": file_lengths,
     "lines of a function, median / p90 / max": function_lengths,
     "modules in the fullest folder": fullest_folder,
-    "functions that loop over the decoder's step": lambda code: str(len(step_loops(code))),
+    "functions that take the decoder's steps": lambda code: str(len(steppers(code))),
     "carriers of a request": carriers,
     "files that name a sampling setting": lambda code: str(
         code.num_files_naming(rf"\b{code.project.sampling}\b")
     ),
     "files that name FP8 or E4M3": lambda code: str(code.num_files_naming(r"fp8|e4m3")),
-    "docstrings that begin with Of": of_docstrings,
+    "docstrings that begin with Of, outside tests": of_docstrings,
     "words a sentence, README": lambda code: words_a_sentence([code.root / "README.md"]),
     "words a sentence, docs": lambda code: words_a_sentence(
         [path for pattern in code.project.documents for path in code.root.glob(pattern)]
@@ -305,7 +292,7 @@ def main() -> None:
     for name, *cells in rows:
         print(name.ljust(width), *(cell.ljust(30) for cell in cells))
     for code in codes:
-        print(f"{code.project.name}: loops in {', '.join(step_loops(code)) or 'none'}")
+        print(f"{code.project.name}: steps are taken by {', '.join(steppers(code)) or 'none'}")
 
 
 if __name__ == "__main__":
