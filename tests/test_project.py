@@ -62,7 +62,7 @@ def numbered_decisions() -> dict[int, str]:
     found: dict[int, str] = {}
     for path in DECISIONS:
         for number in re.findall(
-            r"^## (\d+)\. .*\n\d{4}-\d\d-\d\d$", path.read_text(), re.MULTILINE
+            r"^## (\d+)\. .*\n\d{4}-\d\d-\d\d.*$", path.read_text(), re.MULTILINE
         ):
             assert int(number) not in found, f"decision {number} stands twice"
             found[int(number)] = str(path.relative_to(ROOT))
