@@ -132,3 +132,12 @@ def test_git_tracks_the_package_called_build() -> None:
         [git, "check-ignore", "-q", "build/conversion/convert.py"], cwd=ROOT, check=False
     )
     assert done.returncode == 1
+
+
+def test_every_file_and_folder_that_the_map_names_exists() -> None:
+    """What stands in backticks, from the root or from any folder."""
+    text = (ROOT / "docs" / "structure.md").read_text()
+    named = set(re.findall(r"`([\w./]+(?:\.py|\.md|\.toml|/))`", text))
+    tracked = "\n".join(f"/{path.relative_to(ROOT)}" for path in tracked_files())
+    assert len(named) > 40
+    assert sorted(name for name in named if f"/{name}" not in tracked) == []

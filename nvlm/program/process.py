@@ -22,8 +22,9 @@ def set_up_cublas(environment: MutableMapping[str, str]) -> None:
     """Gives torch's products no workspace. environment: os.environ, which torch reads before its
     first product on a GPU; what the user has set stays.
 
-    Without a workspace cuBLAS neither splits the sum of few rows, which an H200 pays with a second
-    kernel, nor clears a counter before each product of many (docs/decisions.md).
+    Without a workspace cuBLAS neither splits the sum of few rows, for which an H200 pays with a
+    second kernel, nor clears a counter before each product of many rows: decision 59
+    (docs/decisions/decoder.md).
     """
     for name, value in _CUBLAS.items():
         environment.setdefault(name, value)
