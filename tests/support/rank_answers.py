@@ -67,7 +67,16 @@ def watch_files(directory: Path, rank: int) -> None:
 
 
 def streamed(runner: Runner, request: GenerationRequest) -> list[str]:
-    return [piece.text for piece in runner.stream(request)]
+    """What each step adds to the text, which may be nothing."""
+    heard: list[Answer] = []
+    pieces: list[str] = []
+    with Loop(runner, max_open=1) as loop:
+        loop.submit(request, heard.append)
+        while loop.num_open:
+            loop.turn()
+            pieces.append("".join(answer.text for answer in heard))
+            heard.clear()
+    return pieces
 
 
 def beside_a_cancelled_one(
