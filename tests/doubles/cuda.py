@@ -7,6 +7,7 @@ calls itself CUDA. Reading one as numpy, or adding one to a CPU tensor, fails as
 from __future__ import annotations
 
 import ctypes
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +81,10 @@ class CudaDouble(TorchFunctionMode):
 
         # Tracing asks whether there is a GPU and then prepares for a real one.
         self._patches.append(patch.object(torch.onnx, "export", self._without(torch.onnx.export)))
+        # A mode is a thread's own, a GPU the process's.
+        self._patches.append(
+            patch.object(threading.Thread, "run", self._within(threading.Thread.run))
+        )
 
     def _synchronize(self) -> None:
         self.is_busy = False
@@ -94,6 +99,18 @@ class CudaDouble(TorchFunctionMode):
                 patch.object(torch.cuda, "device_count", lambda: 0),
             ):
                 return function(*args, **named)
+
+        return called
+
+    def _within(self, function: Any) -> Any:
+        """`function`, called where the double is, on whatever thread."""
+
+        def called(*args: Any, **named: Any) -> Any:
+            TorchFunctionMode.__enter__(self)
+            try:
+                return function(*args, **named)
+            finally:
+                TorchFunctionMode.__exit__(self, None, None, None)
 
         return called
 
