@@ -15,7 +15,10 @@ _LAUNCHES = 8  # in one graph
 
 
 def median_ms(run: Callable[[int], object], device: torch.device) -> float:
-    """Of one launch in a CUDA graph; `run` takes the launch's number, for buffers to rotate."""
+    """The median time of one launch in a CUDA graph.
+
+    `run` takes the launch's number, for buffers to rotate.
+    """
     if device.type == "cpu":
         start = time.perf_counter()
         run(0)

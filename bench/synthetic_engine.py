@@ -105,7 +105,7 @@ def synthetic_engine(
 
 
 def decoder_source(engine: EngineDir, device: torch.device, rank: int = 0) -> SyntheticTensors:
-    """Of a rank's shards; what is whole on every rank is the same there."""
+    """A rank's shards; what is whole on every rank is the same there."""
     return SyntheticTensors(decoder_tensors(engine.checkpoint_config, rank), device)
 
 

@@ -95,7 +95,7 @@ def _watched(device: torch.device) -> Iterator[dict[str, int]]:
 
 
 def _used_bytes() -> int:
-    """Of the first GPU's memory, by all its processes."""
+    """What all processes use of the first GPU's memory."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
     told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     return int(told) << 20

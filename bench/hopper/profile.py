@@ -20,7 +20,7 @@ _NUM_STEPS = 10
 def kernel_seconds(
     work: Callable[[], object], device: torch.device, title: str, file: Path
 ) -> float:
-    """Of all kernels of `work` (on a CPU: of all operators); appends their table to `file`."""
+    """Times all kernels of `work` (on a CPU: all operators); appends their table to `file`."""
     is_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_gpu
     if is_gpu:

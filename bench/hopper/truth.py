@@ -66,7 +66,7 @@ def engine_in(folder: Path) -> EngineDir:
 
 
 def questions(folder: Path, per_task: int) -> Iterator[GenerationRequest]:
-    """Of every task the first `per_task`."""
+    """The first `per_task` questions of every task."""
     folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         for sample in samples(task, per_task):

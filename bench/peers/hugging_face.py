@@ -99,7 +99,7 @@ def measure_decode(
 def _step_times(
     models: Models, batch_size: int, context: int, device: torch.device
 ) -> dict[int, list[float]]:
-    """Of the prompt and each step behind it, by number of layers."""
+    """Times of the prompt and of each step after it, by number of layers."""
     times: dict[int, list[float]] = {num_layers: [] for num_layers in models}
     caches = {num_layers: transformers.DynamicCache() for num_layers in models}
     ids = {

@@ -71,7 +71,7 @@ class Peer:
         )
 
     def seconds(self, batch_size: int, prompt: int, num_tokens: int) -> float:
-        """Of `batch_size` requests that are `prompt` tokens long and get `num_tokens` more."""
+        """How long `batch_size` requests of `prompt` tokens take to get `num_tokens` more each."""
         vocab_size = self.config.decoder.vocab_size
         prompts = [
             {"prompt_token_ids": random_prompt(vocab_size, prompt, seed)}

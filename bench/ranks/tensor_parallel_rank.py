@@ -59,7 +59,7 @@ class TimedGroup(ProcessGroup):
         return x
 
     def take_ms(self) -> float:
-        """Of all reductions since the last call."""
+        """The time of all reductions since the last call."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         total = sum(_elapsed_ms(begin, end) for begin, end in self._marks)

@@ -46,7 +46,7 @@ def _write_speed(fd: int) -> float:
 
 
 def _read_speed(fd: int) -> float:
-    """Of up to `_SAMPLE_BYTES`, which are dropped from the page cache before."""
+    """Bytes a second of up to `_SAMPLE_BYTES`, which are dropped from the page cache before."""
     os.posix_fadvise(fd, 0, _SAMPLE_BYTES, os.POSIX_FADV_DONTNEED)
     size, offset = min(_SAMPLE_BYTES, os.fstat(fd).st_size), 0
     start = time.perf_counter()
@@ -56,7 +56,7 @@ def _read_speed(fd: int) -> float:
 
 
 def _flops(device: torch.device) -> float:
-    """Of a float32 product; the first one warms up."""
+    """Operations a second of a float32 product; the first one warms up."""
     rows, width = 1024, 2048
     x, weight = torch.randn(rows, width, device=device), torch.randn(width, width, device=device)
     (x @ weight).sum().item()

@@ -101,7 +101,7 @@ class SafetensorsWriter:
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sha256(self) -> str:
-        """Of the whole file; reads again what was not written in order."""
+        """Hashes the whole file; reads again what was not written in order."""
         self._digest_until(self.size_bytes)
         return self._digest.hexdigest()
 

@@ -34,7 +34,7 @@ class LineForm(ABC):
     def without_answer(self, line: Line) -> Line: ...
 
     def digest(self, line: Line) -> bytes:
-        """Of all that a line says beside the answer."""
+        """Hashes all that a line says beside the answer."""
         asked = json.dumps(self.without_answer(line), sort_keys=True)
         return hashlib.sha256(asked.encode()).digest()
 

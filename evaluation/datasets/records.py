@@ -84,7 +84,7 @@ def field(record: Any, key: str, types: type | tuple[type, ...]) -> Any:
 
 
 def answer(record: Any, key: str) -> str:
-    """Of a benchmark that hides none."""
+    """The answer of a record; for benchmarks that hide none."""
     value: str = field(record, key, str)
     if not value.strip():
         raise RecordError(f"has {key} {value!r}, expected an answer")

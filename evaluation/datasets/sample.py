@@ -34,7 +34,7 @@ class Sample:
 
     @property
     def num_image_bytes(self) -> int | None:
-        """Of the files; None where one is missing, or there are none."""
+        """The files' bytes together; None where one is missing, or there are none."""
         try:
             return sum(file.stat().st_size for file in self.files) or None
         except OSError:
@@ -65,7 +65,7 @@ class DataSet:
         return self.incomplete + bad
 
     def part(self, first: int, end: int) -> DataSet:
-        """Of these records; a bad one keeps its place, so mending it moves no other."""
+        """The data set of these records; a bad one keeps its place, so fixing it moves no other."""
         return DataSet(self.records[first:end], self.incomplete)
 
 

@@ -44,10 +44,10 @@ def submitted(id_name: str) -> MergedForm:
 
 
 def responses(lines: dict[SampleId, Line]) -> dict[str, str]:
-    """Of MathVista: results/leaderboad_submission_template, "response_only"."""
+    """MathVista's form: results/leaderboad_submission_template, "response_only"."""
     return {str(i): line["answer"] for i, line in lines.items()}
 
 
 def letters(lines: dict[SampleId, Line]) -> dict[str, str]:
-    """Of MMMU, whose server takes the same."""
+    """MMMU's form, which its server takes too."""
     return {str(i): mmmu.parsed_prediction(line) for i, line in lines.items()}

@@ -153,7 +153,7 @@ def told(comparison: Comparison, unit: str) -> str:
 
 
 def change_rows(task: TaskReport) -> list[tuple[str, ...]]:
-    """Of the first changes: sample, question, truth, both answers, gain."""
+    """Rows of the first changes: sample, question, truth, both answers, gain."""
     assert task.comparison, "only what was compared has changes"
     assert task.score, "only what was compared has changes"
     return [

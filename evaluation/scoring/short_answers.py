@@ -55,7 +55,7 @@ def exact_match(prediction: str, truths: list[str]) -> float:
 
 
 def exact_match_official(prediction: str, truths: list[str]) -> float:
-    """Of what is written, in either case: "A" is a letter here, and no article."""
+    """Compares what is written, in either case: "A" is a letter here, and no article."""
     (truth,) = truths
     return float(prediction.strip().lower() == truth.strip().lower())
 

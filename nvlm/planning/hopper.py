@@ -23,6 +23,6 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def takes_fast_path(config: CheckpointConfig, device: torch.device) -> bool:
-    """Of the decoder."""
+    """Whether the decoder runs by the kernels: an FP8 checkpoint with an FP8 cache."""
     is_fp8 = config.weight_format is FP8 and config.kv_cache_format is FP8
     return is_fp8 and config.dtype != "float32" and has_kernels(device)

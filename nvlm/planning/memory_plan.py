@@ -26,7 +26,7 @@ _CHECKPOINT_SLACK_BYTES = 64 << 20  # tokenizer, headers, reports
 
 
 def decoder_weight_bytes(config: CheckpointConfig, rank: int = 0) -> int:
-    """Of one rank."""
+    """Bytes of one rank's weights."""
     return total_bytes(decoder_tensors(config, rank).values())
 
 
@@ -46,7 +46,7 @@ def may_widen(num_parameters: int, device: torch.device, memory_bytes: int) -> b
 
 
 def decoder_may_widen(config: CheckpointConfig, device: torch.device, memory_bytes: int) -> bool:
-    """Of all tensor parallel ranks, which share a CPU's memory."""
+    """`may_widen` for all tensor parallel ranks together: they share a CPU's memory."""
     return may_widen(config.tp_size * decoder_parameter_count(config), device, memory_bytes)
 
 

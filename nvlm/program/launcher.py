@@ -68,13 +68,13 @@ class World:
         return cls()
 
     def share_of(self, num_threads: int) -> int:
-        """Of a machine's threads, for each of its ranks."""
+        """How many of a machine's threads each of its ranks takes."""
         return max(1, num_threads // self.local_size)
 
     def gpu(self, visible: Sequence[Sequence[str]]) -> int:
-        """Of the GPUs `visible` to each rank (or to this one alone), the index that this rank
-        takes: its local rank; 0 where the launcher shows every rank another one (`srun
-        --gpus-per-task 1`). Raises `UserError` for fewer GPUs than ranks."""
+        """The index of the GPU that this rank takes, among those `visible` to each rank (or to
+        this one alone). It is the local rank; 0 where the launcher shows every rank another GPU
+        (`srun --gpus-per-task 1`). Raises `UserError` for fewer GPUs than ranks."""
         ones = {gpus[0] for gpus in visible if len(gpus) == 1}
         if len(ones) == self.size:
             return 0

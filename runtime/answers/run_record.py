@@ -19,7 +19,7 @@ from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object, write_json_beside
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.request_file import RequestLine
-from runtime.requests.sampling import SamplingParams
+from runtime.requests.sampling import SamplingParams, non_neutral
 from runtime.requests.types import GenerationRequest
 
 FORMAT_VERSION = 2
@@ -157,24 +157,18 @@ def settings_of(request: GenerationRequest) -> dict[str, Any]:
 
     A setting at its neutral value is left out, so a setting that is added later changes nothing.
     """
-    told = _not_neutral(request)
-    del told["content"]
-    sampling = told.pop("sampling", None)
-    return {**told, **(_not_neutral(sampling) if sampling is not None else {})}
-
-
-def _not_neutral(options: GenerationRequest | SamplingParams) -> dict[str, Any]:
-    """The fields that do not have their default."""
     told = {}
-    for each in fields(options):
-        value = getattr(options, each.name)
+    for each in fields(request):
+        if each.name in ("content", "sampling"):
+            continue
+        value = getattr(request, each.name)
         default = each.default
         if each.default_factory is not MISSING:
             default = each.default_factory()
         if each.name in _ALWAYS or value != default:
             value = sorted(value) if isinstance(value, frozenset) else value
             told[each.name] = list(value) if isinstance(value, tuple) else value
-    return told
+    return {**told, **non_neutral(request.sampling)}
 
 
 def _digest(line: RequestLine) -> str:

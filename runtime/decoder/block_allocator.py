@@ -20,7 +20,10 @@ def num_blocks_for(num_tokens: int) -> int:
 
 
 def block_key(previous: bytes, token_ids: Sequence[int], image_keys: Sequence[bytes]) -> bytes:
-    """Of a full block behind the block `previous` (empty: the first). image_keys: image_ids.py."""
+    """The key of a full block after the block `previous` (empty: the first).
+
+    image_keys: as image_ids.py makes them.
+    """
     digest = hashlib.sha256(previous)
     digest.update(array("Q", token_ids).tobytes())
     for key in image_keys:

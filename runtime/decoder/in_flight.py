@@ -22,8 +22,8 @@ class InFlightStep:
         self._copied: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def tokens_of(self, sequences: list[Sequence]) -> torch.Tensor:
-        """Of some of the sequences, on the device, for a step to be launched upon them. All are
-        copied to the host before it, so that `tolist` waits for this step alone."""
+        """The tokens of some sequences, on the device, for the step that is launched upon them.
+        All are copied to the host before it, so that `tolist` waits for this step alone."""
         if self._token_ids.device.type == "cuda":
             host = torch.empty_like(self._token_ids, device="cpu", pin_memory=True)
             host.copy_(self._token_ids, non_blocking=True)

@@ -69,7 +69,7 @@ class Sequence:
 
     @property
     def num_known(self) -> int:
-        """Of its tokens, all but the last one or two."""
+        """How many of its tokens are known: all but the last one or two."""
         count = self.num_tokens
         while self.token_ids[count - 1] == UNKNOWN_TOKEN:
             count -= 1
@@ -91,7 +91,7 @@ class Sequence:
         return self.num_scheduled == self.num_uncached
 
     def key_of(self, index: int) -> bytes:
-        """Of its full block `index`, whose predecessors have theirs in `keys`."""
+        """The key of its full block `index`, whose predecessors have theirs in `keys`."""
         part = slice(index * TOKENS_PER_BLOCK, (index + 1) * TOKENS_PER_BLOCK)
         image_keys = self.image_keys[part]
         image_keys += [b""] * (TOKENS_PER_BLOCK - len(image_keys))
@@ -143,9 +143,9 @@ class Scheduler:
         return [sequence for sequence in self._running if sequence.num_scheduled > 0]
 
     def schedule_ahead(self) -> list[Sequence]:
-        """Of the step behind one whose tokens are unknown yet: all sequences that it does not
-        complete, each with that one token. None where somebody could join then, a prompt goes on,
-        or blocks run out: what comes next has to wait for those tokens.
+        """Schedules the step after one whose tokens are unknown yet: all sequences that it does
+        not complete, each with that one token. None where somebody could join then, a prompt goes
+        on, or blocks run out: what comes next has to wait for those tokens.
 
         A sequence that turns out to have ended with its token has been scheduled for nothing, and
         writes behind its end into a block of its own. Who is given that block later writes later.

@@ -17,6 +17,8 @@ from nvlm.program.launcher import World
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
+from runtime.engine.open_engine import open_engine
+from runtime.serving.engine_parts import open_parts
 from runtime.serving.runner import Runner
 
 Lead = Callable[[torch.device, Callable[[], Runner]], int]
@@ -70,8 +72,9 @@ def open_alone(
     options: DecoderOptions | None = None,
 ) -> Runner:
     """As `Runner.open`, in a process whose `environment` is to be set up."""
-    set_up_libraries(EngineDir.read(engine_dir), device, environment)
-    return Runner.open(engine_dir, device, options)
+    engine = open_engine(engine_dir, device)
+    set_up_libraries(engine, device, environment)
+    return Runner(engine, *open_parts(engine, device, options))
 
 
 def _launch_rank(

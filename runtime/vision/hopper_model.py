@@ -15,7 +15,7 @@ from runtime.vision.kernels.operands import ScaledDelta
 from runtime.vision.kernels.plain_forms import PlainForms
 
 _FIRST_LAYERS = 1
-"""Of `begin`: enough to keep a GPU busy while the host launches the rest."""
+"""Layers of `begin`: enough to keep a GPU busy while the host launches the rest."""
 
 _GRANULARITY = 16
 """Tensor cores want rows of a multiple of so many numbers."""

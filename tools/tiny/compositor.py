@@ -122,7 +122,7 @@ class Compositor:
         return alpha * inside
 
     def line_labels(self, lines: DeviceLines, x: Tensor, y: Tensor) -> Labels:
-        """Of the points x, y [N or 1, P]."""
+        """Labels of the points x, y [N or 1, P]."""
         u, v, index = _line_coordinates(lines, x, y)
         ends = lines.starts.masked_fill(lines.starts > 1e3, 0).amax(1, keepdim=True)
         hit = (u >= 0) & (u < ends) & (v.abs() < 0.5) & (lines.characters[:, :1] >= 0)

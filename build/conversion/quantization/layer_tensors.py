@@ -33,7 +33,7 @@ class LayerTensors:
         return self._parts.pop(source)
 
     def amax(self, tensor: EngineTensor) -> float:
-        """Of the values in `dtype`; every one is checked."""
+        """The largest magnitude in `dtype`; every value is checked."""
         return max(
             cast_amax(self.prefix + source, self._part(source), self._dtype, self._device)
             for source in tensor.sources

@@ -72,7 +72,7 @@ class QuantizationReport:
     attentions: tuple[AttentionReport, ...]
 
     def rows_of(self, prefix: str) -> tuple[list[LinearReport], AttentionReport]:
-        """Of one decoder layer. Raises `UserError` if the report knows no such layer."""
+        """The rows of one decoder layer. Raises `UserError` if the report knows no such layer."""
         attentions = [row for row in self.attentions if row.layer.startswith(prefix)]
         linears = self.linears_of(prefix)
         if len(attentions) != 1 or not linears:

@@ -117,8 +117,10 @@ def attention_of(
     positions: torch.Tensor,
     slots: torch.Tensor,
 ) -> HopperAttention:
-    """Of a mixture: `num_decoding` steps of one row each, then prompts. positions, slots: [T] int64
-    on the device."""
+    """Makes the attention of a mixture: `num_decoding` steps of one row each, then prompts.
+
+    positions, slots: [T] int64 on the device.
+    """
     n = num_decoding
     # A tensor that does not begin at 16 bytes would have Triton compile its kernel anew.
     prompts = PromptAttention(context, steps[n:], positions[n:], slots[n:].clone())

@@ -143,7 +143,7 @@ class HopperModel:
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Of every batch size; ranks' reductions are captured too.
+        """Captures a graph of every batch size, ranks' reductions included.
 
         Largest first, so that the smaller ones find their memory in its pool."""
         pool = torch.cuda.graph_pool_handle()

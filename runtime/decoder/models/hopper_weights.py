@@ -48,7 +48,7 @@ class HopperWeights:
 def load_hopper_weights(
     source: TensorSource, config: CheckpointConfig, device: torch.device
 ) -> HopperWeights:
-    """Of an FP8 checkpoint with an FP8 KV cache."""
+    """Loads an FP8 checkpoint with an FP8 KV cache."""
     infos, eps = decoder_layer_tensors(config), config.decoder.rms_norm_eps
 
     def read(name: str) -> torch.Tensor:
