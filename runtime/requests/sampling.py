@@ -7,7 +7,7 @@ are read from it. The torch decoder does what a row means in runtime/decoder/sam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from nvlm.program.errors import UserError
@@ -128,8 +128,8 @@ def with_sampling(defaults: SamplingParams, given: dict[str, Any]) -> SamplingPa
 
 def non_neutral(params: SamplingParams) -> dict[str, int | float]:
     """The settings that ask for something, by name, in the order of the table."""
-    values = asdict(params)
-    return {row.name: values[row.name] for row in SETTINGS if values[row.name] != row.neutral}
+    values = {each.name: (getattr(params, each.name), each.default) for each in fields(params)}
+    return {name: value for name, (value, neutral) in values.items() if value != neutral}
 
 
 def check_target(params: SamplingParams, decoder_target: str) -> None:

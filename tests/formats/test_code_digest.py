@@ -219,10 +219,10 @@ def project(tmp_path: Path) -> Path:
 
 def rewrite_without_meaning(project: Path) -> None:
     """Renames a module of each package and edits a docstring and a comment of each."""
-    move_module(project, "nvlm/model/fp8.py", "nvlm/formats/e4m3.py")
+    move_module(project, "nvlm/model/dtypes.py", "nvlm/formats/number_types.py")
     move_module(project, "build/conversion/quantization/cast.py", "build/casting.py")
     move_module(project, "build/engines/timing_cache.py", "build/engines/timings.py")
-    replace_once(project / "nvlm/model/exact.py", '"""Division', '"""Integer division')
+    replace_once(project / "nvlm/model/config.py", "would be a bug (heads", "is a bug (heads")
     replace_once(
         project / "nvlm/planning/device_memory.py", "    try:\n", "    try:  # a container\n"
     )
@@ -231,7 +231,7 @@ def rewrite_without_meaning(project: Path) -> None:
 
 
 def change_an_operator(project: Path) -> None:
-    replace_once(project / "nvlm/model/exact.py", "remainder == 0", "remainder <= 0")
+    replace_once(project / "nvlm/model/config.py", "remainder == 0", "remainder <= 0")
 
 
 def test_a_module_of_the_project_may_be_renamed(project: Path) -> None:

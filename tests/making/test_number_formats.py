@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from nvlm.formats.safetensors_files import SafetensorsReader
+from nvlm.formats.safetensors_reader import SafetensorsReader
 from torch import nn
 
 from nvlm.model import dtypes

@@ -157,12 +157,13 @@ def test_tensorrt_llm_refuses_what_it_cannot_do_before_it_is_loaded(
 def test_every_door_of_a_tensorrt_llm_engine_refuses_it(table: Any, engine_dir: Path) -> None:
     """A neutral value asks for nothing; the torch decoder's engine takes any."""
     prepare = import_module("runtime.serving.prepare").prepare
+    ticket = import_module("runtime.serving.ticket").Ticket
     tokenizer = import_module("nvlm.inputs.tokenizer").Tokenizer(engine_dir / "tokenizer")
     engine = engine_for(engine_dir, "tensorrt_llm")
     with pytest.raises(UserError, match=REFUSED):
-        prepare(engine, tokenizer, request_of(ENOUGH))
-    prepare(engine, tokenizer, request_of({**ENOUGH, "crispness": 0.5}))
-    prepare(engine_for(engine_dir, "torch"), tokenizer, request_of(ENOUGH))
+        prepare(engine, tokenizer, ticket(request_of(ENOUGH)))
+    prepare(engine, tokenizer, ticket(request_of({**ENOUGH, "crispness": 0.5})))
+    prepare(engine_for(engine_dir, "torch"), tokenizer, ticket(request_of(ENOUGH)))
 
 
 def test_both_dialects_of_tensorrt_llm_refuse_it(table: Any) -> None:
