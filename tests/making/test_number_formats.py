@@ -9,9 +9,9 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from nvlm.formats.safetensors_reader import SafetensorsReader
 from torch import nn
 
+from nvlm.formats.safetensors_reader import SafetensorsReader
 from nvlm.model import dtypes
 from nvlm.model.number_formats import ACTIVATION_SCALE, QUANTIZED, WEIGHT_SCALE, NumberFormat
 from nvlm.planning.memory_plan import decoder_weight_bytes
