@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -66,9 +65,9 @@ class Runner(Stages):
     ) -> Iterator[tuple[int, GenerationResult | UserError]]:
         """Answers requests as they finish: (index, result or what was wrong with the request).
 
-        Pictures are decoded and encoded beside the decoder, a bounded number of requests ahead;
-        on a CPU the two then get half of torch's threads each. `in_order` encodes between the
-        decoder's steps instead, so that it gets the requests in their order.
+        Pictures are decoded and encoded beside the decoder, a bounded number of requests ahead.
+        `in_order` encodes between the decoder's steps instead, so that it gets the requests in
+        their order.
         """
         is_beside = not in_order and len(requests) > 1 and any(r.num_images for r in requests)
         max_open, num_preparing = self.engine.limits.max_batch_size, 0
@@ -81,10 +80,7 @@ class Runner(Stages):
             if answer.is_last:
                 ended.append((index, answer))
 
-        with (
-            _half_of_torch_threads() if is_beside else nullcontext(),
-            Loop(self, max_open=max_open, num_preparing=num_preparing) as loop,
-        ):
+        with Loop(self, max_open=max_open, num_preparing=num_preparing) as loop:
             for index, request in enumerate(requests):
                 while loop.is_full:
                     loop.turn()
@@ -120,14 +116,3 @@ def _outcome(item: tuple[int, Answer]) -> tuple[int, GenerationResult | UserErro
         raise answer.error
     assert answer.result is not None, "the last piece has a result or an error"
     return index, answer.result
-
-
-@contextmanager
-def _half_of_torch_threads() -> Iterator[None]:
-    """For encoding and for decoding each, which overlap."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, num_threads // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
