@@ -21,16 +21,18 @@ BUILD_FLAGS ?=
 DEMO := work/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-triton demo engine doctor triton test test-all lint benchmark clean
+.PHONY: help setup setup-test setup-triton demo engine doctor triton check test test-all durations \
+	lint benchmark clean
 
 help:
 	@echo "make demo        set up, convert, build, and read pictures with the small trained model on the CPU"
+	@echo "make check       lint, types and the tests that need a moment: under a minute"
 	@echo "make test        set up and run the tests that need no GPU"
 	@echo "make engine MODEL_DIR=... [CHECKPOINT_DIR=... ENGINE_DIR=... TP=1 QUANT=FP8|none"
 	@echo "            DECODER=... VISION=... BUILD_FLAGS=...]"
 	@echo "make triton ENGINE_DIR=... [HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002 TRITON_FLAGS=...]"
 	@echo "make doctor      what can be built and run here, and what is missing for the rest"
-	@echo "make setup | test-all | lint | benchmark | clean"
+	@echo "make setup | test-all | durations | lint | benchmark | clean"
 
 # A stamp per requirements file: installing again is a no-op until the file changes.
 # SYSTEM_PYTHON=1 takes $(PYTHON) as it is, in a container that has everything (docker/Dockerfile).
@@ -89,11 +91,22 @@ triton: $(if $(SYSTEM_PYTHON),,setup-triton)
 		--grpc_port $(GRPC_PORT) --metrics_port $(METRICS_PORT) $(TRITON_FLAGS)
 
 # Two workers, one thread each: the suite is sized for two cores.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+# The inner loop. ruff and mypy read again only what changed; tests/README.md says what it leaves out.
+check: lint
+	$(PYTEST) -m check
+
 test: setup-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" -q
+	$(PYTEST) -m "not slow"
 
 test-all: setup-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(PYTEST)
+
+# What `make test` runs, timed: tests/durations.md.
+durations: setup-test
+	$(PYTEST) -m "not slow" --junitxml work/tests.xml
+	$(BIN)/python -m tools.slowest_tests work/tests.xml --output tests/durations.md
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
-"""Directories that many tests read: made once for a session, never written to by a test."""
+"""Directories that many tests read: made once for a session, never written to by a test.
+
+And the markers of whole rooms and files, by which `make check` leaves tests out.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +21,14 @@ from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
 from nvlm.planning import hopper
 from nvlm.program.process import set_up_cublas
+from tests.support import guard
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 from tools.model_dir import Shape
 
 if TYPE_CHECKING:
     from tests.support.triton_server import Served
 
+TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
 
@@ -34,11 +39,69 @@ if not HAS_HOPPER:
 else:
     set_up_cublas(os.environ)
 
+MARKS: dict[str, str] = {
+    "bench/test_bench_hopper.py": "long",
+    "bench/test_bench_vllm.py": "long",
+    "commands/test_commands.py": "process",
+    "commands/test_fidelity_float32.py": "long",
+    "commands/test_fidelity_fp8.py": "long",
+    "commands/test_kill.py": "process",
+    "commands/test_production.py": "process",
+    "commands/test_resume.py": "process",
+    "decoder/test_hopper_kernels_model.py": "kernels",
+    "decoder/test_kernels.py": "kernels",
+    "decoder/test_kernels_compile.py": "process",
+    "evaluation/test_evaluation_killed.py": "process",
+    "evaluation/test_evaluation_page.py": "process",
+    "evaluation/test_evaluation_ranks.py": "process",
+    "frontends/test_triton_start.py": "process",
+    "frontends/test_triton_tensorrt_llm.py": "process",
+    "making/test_vision_tensorrt.py": "long",
+    "ranks/test_hopper_ranks.py": "process",
+    "ranks/test_rank_failures.py": "process",
+    "ranks/test_rank_hosts.py": "process",
+    "ranks/test_ranks.py": "process",
+    "test_project.py": "process",
+    "test_reference.py": "long",
+    "tools/test_tiny_model.py": "long",
+    "vision/test_hopper_vision.py": "kernels",
+}
+"""Markers of every test of a folder or a file; a test that differs from its file bears its own."""
+
+FIXTURE_MARKS = {"onnx_engine_dir": "long", "triton_server": "process"}
+"""Markers of every test that asks for a fixture."""
+
+LEFT_OUT_OF_CHECK = ("process", "kernels", "long", "slow")
+
 # Under nohup programs would inherit that it is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Two workers share two cores (see Makefile), so each computes on one.
 torch.set_num_threads(1)
+
+guard.install()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks by the tables above. The rest is marked `check`, in the JUnit file too."""
+    for item in items:
+        for path, marker in MARKS.items():
+            if item.path.is_relative_to(TESTS / path):
+                item.add_marker(marker)
+        for fixture, marker in FIXTURE_MARKS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+        if not any(item.get_closest_marker(marker) for marker in LEFT_OUT_OF_CHECK):
+            item.add_marker("check")
+            item.user_properties.append(("check", "yes"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with guard.guarding(item):
+        return (yield)
+
 
 FP8 = ConvertOptions(calib_size=4)
 BF16 = ConvertOptions(quant_algo=None, kv_cache_quant_algo=None)
@@ -126,4 +189,4 @@ def triton_server(
 @pytest.fixture(scope="session")
 def images() -> Callable[[str], Path]:
     """Golden pictures by file name."""
-    return lambda name: Path(__file__).parent / "data" / "images" / name
+    return lambda name: TESTS / "data" / "images" / name

@@ -47,6 +47,7 @@ def test_nearest_is_that_of_the_definition() -> None:
     assert torch.equal(nearest_e4m3(x), torch.from_numpy(expected))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_it_runs_and_keeps_what_it_has_found(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.conversion.gpu", "--folder", str(tmp_path / "models")]

@@ -182,6 +182,7 @@ def test_an_image_that_is_missing_or_a_directory_is_refused(
         run_refused(engine_dir, tmp_path, *flags, fragments=(str(path), fragment))
 
 
+@pytest.mark.process
 def test_an_image_that_is_no_regular_file_is_refused(engine_dir: Path, tmp_path: Path) -> None:
     """Reading a pipe waits for ever, reading a device never ends."""
     os.mkfifo(tmp_path / "pipe")

@@ -495,6 +495,7 @@ def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(
     assert not Path("ran").exists()
 
 
+@pytest.mark.process
 def test_those_pickles_are_hostile_to_an_ordinary_unpickler(
     tmp_path: Path, hf_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

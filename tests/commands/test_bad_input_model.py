@@ -153,6 +153,7 @@ def test_sizes_that_do_not_divide_are_refused(
 
 
 @pytest.mark.parametrize("section", ["llm_config", "vision_config"])
+@pytest.mark.process
 def test_a_number_of_layers_beyond_all_bounds_is_refused_at_once(
     own_model: Path, tmp_path: Path, section: str
 ) -> None:
@@ -699,6 +700,7 @@ def test_an_fp8_cache_alone_is_calibrated(model_dir: Path, tmp_path: Path) -> No
     assert run_command(CONVERT, *where, *flags).exit_code == 0
 
 
+@pytest.mark.process
 def test_a_real_process_refuses_in_one_line(model_dir: Path, tmp_path: Path) -> None:
     """No log, no warning and no progress bar before a refusal that needs no work."""
     model = Path(shutil.copytree(model_dir, tmp_path / "model"))

@@ -191,6 +191,7 @@ def test_an_input_file_that_cannot_be_read_is_refused(engine_dir: Path, tmp_path
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
+@pytest.mark.process
 def test_an_input_file_that_is_a_device_is_refused(
     engine_dir: Path, tmp_path: Path, device: str
 ) -> None:
@@ -223,6 +224,7 @@ def test_an_output_file_that_cannot_be_written_is_refused(
 
 
 @pytest.mark.parametrize("place", ["/dev/null", "pipe"])
+@pytest.mark.process
 def test_an_output_file_that_is_no_regular_file_is_refused(
     engine_dir: Path, tmp_path: Path, place: str
 ) -> None:

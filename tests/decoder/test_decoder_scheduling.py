@@ -163,6 +163,7 @@ def with_stop(request: DecoderRequest, answer: list[int], rng: random.Random) ->
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.long
 def test_steps_ahead_of_the_tokens_change_no_answer(open_executor: Open, seed: int) -> None:
     """Answers end by a stop token, by length and by cancellation while the next step is under way,
     requests come meanwhile, and some are sampled or want their logits."""

@@ -233,6 +233,7 @@ def test_cider_without_java_is_one_line(tmp_path: Path) -> None:
     one_line_error(result, "CIDEr needs Java")
 
 
+@pytest.mark.process
 def test_a_java_that_does_not_work_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("pycocoevalcap")
     java = tmp_path / "java"

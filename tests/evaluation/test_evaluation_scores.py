@@ -332,6 +332,7 @@ def test_video_mme_by_duration() -> None:
     assert score.details == {"long": 100.0, "short": 50.0}
 
 
+@pytest.mark.process
 def test_cider_is_that_of_its_formulas() -> None:
     if shutil.which("java") is None:
         pytest.skip("no Java")

@@ -95,6 +95,7 @@ def digest_with(root: Path, changes: dict[str, list[tuple[str, str]]]) -> str:
 
 
 @pytest.mark.parametrize("minor", [11, 12, 13])
+@pytest.mark.process
 def test_the_digest_is_the_same_on_every_python(tmp_path: Path, minor: int) -> None:
     root = write_tree(tmp_path, SOURCES)
     if sys.version_info[:2] == (3, minor):
@@ -275,6 +276,7 @@ def program(command: list[str], project: Path) -> str:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+@pytest.mark.process
 def test_only_what_the_code_means_makes_an_engine_stale_and_a_conversion_start_over(
     project: Path, model_dir: Path, tmp_path: Path
 ) -> None:

@@ -452,6 +452,7 @@ class TestOutputDirectory:
             assert (staging / "a.txt").read_text() == "first"
         assert (final / "a.txt").read_text() == "first"
 
+    @pytest.mark.process
     def test_another_process_that_writes_is_noticed_too(self, tmp_path: Path) -> None:
         code = (
             "import sys; sys.path.insert(0, sys.argv[1])\n"

@@ -488,6 +488,7 @@ print(json.dumps([opened, most]))
 """
 
 
+@pytest.mark.process
 def test_files_are_mapped_and_one_tensor_is_resident(tmp_path: Path) -> None:
     """Opening 80 MB of optimizer state costs nothing; reading costs the tensor that is read."""
     shape = replace(SHAPE, hidden_size=512, intermediate_size=12288, num_hidden_layers=2)

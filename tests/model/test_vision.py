@@ -118,6 +118,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint_dir: Path) -> 
 
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 7, 20])
+@pytest.mark.long
 def test_onnx_equals_torch_for_any_number_of_tiles(
     num_tiles: int, exported: Path, checkpoint_dir: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_onnx_equals_torch_for_any_number_of_tiles(
     assert relative_error(found, expected) <= FLOAT32_VISION
 
 
+@pytest.mark.long
 def test_the_onnx_file_is_valid_and_its_tile_count_dynamic(exported: Path) -> None:
     onnx.checker.check_model(exported, full_check=True)
     graph = onnx.load(exported, load_external_data=False).graph
@@ -136,6 +138,7 @@ def test_the_onnx_file_is_valid_and_its_tile_count_dynamic(exported: Path) -> No
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "num_tiles"
 
 
+@pytest.mark.long
 def test_an_export_that_computes_something_else_fails_loudly(
     tmp_path: Path, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def test_what_is_missing_comes_with_what_mends_it() -> None:
             assert f"{lack.missing}: {lack.mend}" in printed
 
 
+@pytest.mark.process
 def test_it_runs_as_a_module_and_prints_json() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "runtime.doctor", "--json"],

@@ -101,6 +101,7 @@ def test_labels_lie_on_the_ink(atlas: Atlas) -> None:
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (1, 5)])
+@pytest.mark.long
 def test_labels_spell_the_answer(atlas: Atlas, grid: tuple[int, int]) -> None:
     """Characters by their index in the line give the text that is asked for."""
     batch = scenes(atlas, grid, 20, seed=1)

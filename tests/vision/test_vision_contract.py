@@ -44,10 +44,17 @@ IMPLEMENTATIONS = {
 }
 
 
+def marks_of(made: Implementation, name: str) -> list[pytest.MarkDecorator]:
+    if name.endswith("cuda"):
+        return [pytest.mark.gpu]
+    # The others build their engine in seconds.
+    return [] if made.vision == "torch" else [pytest.mark.long]
+
+
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(made, id=name, marks=[pytest.mark.gpu] if name.endswith("cuda") else [])
+        pytest.param(made, id=name, marks=marks_of(made, name))
         for name, made in IMPLEMENTATIONS.items()
     ],
 )
