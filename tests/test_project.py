@@ -13,7 +13,10 @@ import pytest
 from nvlm.planning.tensorrt_llm_package import SUPPORTED
 from tests.support.command import ROOT
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tests/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 
 

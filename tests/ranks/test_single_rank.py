@@ -23,6 +23,7 @@ except SystemExit as end:
 """
 
 
+@pytest.mark.process
 def test_a_question_on_one_rank_imports_nothing_of_ranks(float32_engine_dir: Path) -> None:
     flags = ("--engine_dir", float32_engine_dir, "--prompt", "hi", "--max_new_tokens", "1")
     done = subprocess.run(

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.command import ROOT
 
 RUN = """
@@ -34,6 +36,7 @@ def tile():
 """
 
 
+@pytest.mark.process
 def test_calls_and_changes_of_file_are_counted_in_all_threads(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(RUN)
     (tmp_path / "first.py").write_text(FIRST)
