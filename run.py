@@ -28,7 +28,7 @@ from runtime.requests.request_file import RequestLine, read_requests
 from runtime.requests.sampling import check_target, non_neutral
 from runtime.requests.show_tiles import write_tiles
 from runtime.requests.types import GenerationRequest
-from runtime.serving.launch import Program, add_engine_flags, launch, open_alone
+from runtime.serving.launch import Program, add_engine_flags, launch
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Ticket
 
@@ -119,7 +119,7 @@ def compare(
     asked = list(requests.values())
     with open_runner() as runner:
         engine = record(runner, asked)
-    with open_alone(arguments.compare, device, os.environ) as runner:
+    with Runner.open(arguments.compare, device, environment=os.environ) as runner:
         reference = record(runner, asked)
     if arguments.json:
         print(json.dumps(report_json(engine, reference)))

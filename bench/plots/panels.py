@@ -25,7 +25,7 @@ class Bar:
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> Bar:
-        """Milliseconds of a result's row (bench/row.py)."""
+        """Milliseconds of a result's row (bench/rows.py)."""
         return cls(row["ms"], row["ms"] * row["share"])
 
 

@@ -17,8 +17,6 @@ from nvlm.program.launcher import World
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
-from runtime.engine.open_engine import open_engine
-from runtime.serving.engine_parts import open_parts
 from runtime.serving.runner import Runner
 
 Lead = Callable[[torch.device, Callable[[], Runner]], int]
@@ -61,20 +59,8 @@ def launch(environment: MutableMapping[str, str], parse: Callable[[], Program]) 
     program = parse()
     device = resolve_device(program.device)
     return program.lead(
-        device, lambda: open_alone(program.engine_dir, device, environment, program.options)
+        device, lambda: Runner.open(program.engine_dir, device, program.options, environment)
     )
-
-
-def open_alone(
-    engine_dir: Path,
-    device: torch.device,
-    environment: MutableMapping[str, str],
-    options: DecoderOptions | None = None,
-) -> Runner:
-    """As `Runner.open`, in a process whose `environment` is to be set up."""
-    engine = open_engine(engine_dir, device)
-    set_up_libraries(engine, device, environment)
-    return Runner(engine, *open_parts(engine, device, options))
 
 
 def _launch_rank(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ import torch
 
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderOptions
+from runtime.engine.libraries import set_up_libraries
 from runtime.engine.open_engine import open_engine
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.engine_parts import open_parts
@@ -35,11 +36,20 @@ class Runner(Stages):
 
     @classmethod
     def open(
-        cls, engine_dir: Path, device: torch.device, options: DecoderOptions | None = None
+        cls,
+        engine_dir: Path,
+        device: torch.device,
+        options: DecoderOptions | None = None,
+        environment: MutableMapping[str, str] | None = None,
     ) -> Runner:
-        """Loads an engine directory onto a device, on one rank. (launch.py: on several, and in a
-        process that is not set up for a GPU yet.)"""
+        """Loads an engine directory onto a device, on one rank; launch.py does on several.
+
+        environment: os.environ of a program, in which it sets what cuBLAS reads before its first
+        product on a GPU; None leaves it as it is.
+        """
         engine = open_engine(engine_dir, device)
+        if environment is not None:
+            set_up_libraries(engine, device, environment)
         return cls(engine, *open_parts(engine, device, options))
 
     def generate(self, request: GenerationRequest) -> GenerationResult:

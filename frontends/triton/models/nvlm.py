@@ -19,7 +19,6 @@ from nvlm.program.command_line import resolve_device
 from nvlm.program.errors import UserError
 from nvlm.program.process import ignore_pillows_warnings
 from runtime.engine.engine_dir import EngineDir
-from runtime.serving.launch import open_alone
 from runtime.serving.loop import BusyError
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
@@ -78,7 +77,8 @@ def _open(parameters: dict[str, str]) -> Runner:
     """The runner of the form: both executors here, or both behind other models of Triton."""
     engine_dir = Path(parameters["engine_dir"])
     if parameters["form"] == "torch":
-        return open_alone(engine_dir, resolve_device(parameters["device"]), os.environ)
+        device = resolve_device(parameters["device"])
+        return Runner.open(engine_dir, device, environment=os.environ)
     engine = EngineDir.read(engine_dir)
     from frontends.triton.models.remote_decoder import RemoteDecoderExecutor
     from frontends.triton.models.remote_vision import RemoteVisionExecutor
