@@ -26,7 +26,8 @@ def parser() -> ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in (("generate", generate_command), ("score", score_command)):
         help_ = COMMANDS[name]
-        command.add_flags(commands.add_parser(name, description=help_, help=help_))
+        sentence = f"{help_[0].upper()}{help_[1:]}."
+        command.add_flags(commands.add_parser(name, description=sentence, help=help_))
     return parser
 
 
@@ -49,9 +50,9 @@ def _parse_generate() -> Program:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["generate"]:  # the one that several ranks may run
-        return launch(os.environ, _parse_generate)
-    return score_command.score(_parse())
+    if sys.argv[1:2] == ["score"]:
+        return score_command.score(_parse())
+    return launch(os.environ, _parse_generate)  # several ranks may run it, and be told once
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ def export_graph(model: VisionModel, image_size: int, directory: Path) -> Path:
             verbose=False,  # it would report on stdout, which belongs to answers
         )
     assert exported is not None
+    # What the exporter notes of our modules would change the file with their names.
+    for node in exported.model.graph.all_nodes():
+        node.metadata_props.clear()
     path = directory / layout.GRAPH
     exported.save(path, external_data=True)
     return path

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +22,8 @@ from runtime.engine.engine_dir import EngineDir
 from runtime.requests.request_file import RequestLine
 from runtime.requests.sampling import SamplingParams, non_neutral
 from runtime.requests.types import GenerationRequest
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 _DIGEST_CHARACTERS = 16
@@ -141,6 +144,13 @@ def resume(output: Path, engine: EngineDir, lines: list[RequestLine], num_finish
         earlier = RunRecord.read(path, BATCH)
         require_same(earlier.decisive, record.decisive, path, "--output_file")
         known = earlier.requests[:num_finished]
+        if known and not any(known):
+            log.warning(
+                "%s is an earlier version's: its %d answers are kept without a look at their "
+                "requests, which may have changed",
+                path,
+                len(known),
+            )
     for position, then in enumerate(known):
         if then not in (None, digests[position]):
             raise UserError(

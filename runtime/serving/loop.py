@@ -34,16 +34,23 @@ class Loop:
     """`submit`, `cancel` and `stop` may be called by any thread, `turn` by one only.
 
     At most `max_open` requests are open: accepted and not yet answered. `num_preparing`: threads
-    that decode pictures beside the decoder; 0 prepares and encodes within `submit`.
+    that decode pictures beside the decoder; 0 prepares and encodes within `submit`. Raises
+    `UserError` while another loop of the same stages is open: each would miss the other's tokens.
     """
 
     def __init__(self, stages: Stages, *, max_open: int, num_preparing: int = 0) -> None:
+        if not stages.in_loop.acquire(blocking=False):
+            raise UserError(
+                "this runner is answering already: a question, stream, batch or server of it is "
+                "open; take its answers to the end, or close it, first"
+            )
         self.metrics = ServingMetrics()
         self._stages = stages
         self._max_open = max_open
         self._lock = threading.Lock()  # of the next three
         self._open: set[Ticket] = set()
         self._is_stopping = False
+        self._is_closed = False
         self._failure: Exception | None = None  # of the decoder's thread, which it ended
         # None wakes the decoder's thread: something was cancelled, or the loop stops.
         self._encoded: SimpleQueue[Ticket | None] = SimpleQueue()
@@ -117,6 +124,9 @@ class Loop:
             self._stages.decoder.cancel(request_id)
         self._running.clear()
         self._intake.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self._stages.in_loop.release()
 
     def __enter__(self) -> Loop:
         return self

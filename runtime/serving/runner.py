@@ -32,7 +32,11 @@ size."""
 
 
 class Runner(Stages):
-    """What `Stages` are made of, opened together; a context that closes it."""
+    """What `Stages` are made of, opened together; a context that closes it.
+
+    It answers one question, stream or batch at a time, and raises `UserError` for another one
+    meanwhile. Questions from several threads go through `Server`.
+    """
 
     @classmethod
     def open(

@@ -5,6 +5,7 @@ Owns no algorithm and no loop: who calls what, and from which thread, is loop.py
 
 from __future__ import annotations
 
+import threading
 import time
 
 import torch
@@ -28,6 +29,7 @@ class Stages:
         self.tokenizer = Tokenizer(engine.directory / layout.TOKENIZER)
         self.vision = vision
         self.decoder = decoder
+        self.in_loop = threading.Lock()  # held by the one loop that is open
 
     def prepare(self, ticket: Ticket) -> None:
         """Tiles the images and tokenises the prompt. Any number of threads may do so at once.

@@ -414,7 +414,7 @@ class TestResuming:
             answer(tmp_path, EchoRunner(), *lines[:2], {**lines[2], "prompt": "other"}, *lines[3:])
 
     def test_answers_of_a_record_of_version_1_are_held_to_their_engine_alone(
-        self, tmp_path: Path
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Its digests covered settings at their neutral value."""
         answer(tmp_path, EchoRunner(), *self.LINES[:2])
@@ -425,6 +425,7 @@ class TestResuming:
             answer(tmp_path, EchoRunner("f" * 64), *self.LINES)
         runner = EchoRunner()
         answer(tmp_path, runner, *self.LINES)
+        assert f"{place} is an earlier version's: its 2 answers are kept" in caplog.text
         assert sorted(runner.asked) == ["q2", "q3", "q4"]
         requests = json.loads(place.read_text())["requests"]
         assert requests[:2] == [None, None]

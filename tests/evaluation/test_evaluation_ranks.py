@@ -38,6 +38,13 @@ def test_two_ranks_write_the_lines_of_one(workshop: Workshop, tmp_path: Path) ->
     assert "0 of them now" in again.stderr
 
 
+@pytest.mark.parametrize("words", [(), ("nothing",), ("generate", "--task", "OCRBench")])
+def test_a_wrong_command_line_is_told_once(words: tuple[str, ...], tmp_path: Path) -> None:
+    result = finished(command(2, ROOT / "evaluate.py", *words), tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("error: ") == 1, result.stderr
+
+
 @pytest.mark.parametrize("what", ["data", "record", "image"])
 def test_what_is_wrong_with_the_data_is_told_once(
     what: str, workshop: Workshop, tmp_path: Path

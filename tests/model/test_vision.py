@@ -136,6 +136,7 @@ def test_the_onnx_file_is_valid_and_its_tile_count_dynamic(exported: Path) -> No
     assert [i.name for i in graph.input] == ["tiles"]
     assert [o.name for o in graph.output] == ["image_embeddings"]
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "num_tiles"
+    assert not any(node.metadata_props for node in graph.node), "no name of a module of ours"
 
 
 @pytest.mark.long

@@ -73,6 +73,29 @@ def test_a_request_joins_while_another_decodes(
         assert same(pieces[-1].result, alone)
 
 
+def test_a_second_batch_or_question_meanwhile_is_refused_and_the_first_goes_on(
+    runner: Runner, questions: list[GenerationRequest]
+) -> None:
+    """Two loops over one decoder would each miss the other's tokens."""
+    expected = [runner.generate(question) for question in questions]
+    batch = runner.generate_batch(questions)
+    found = dict([next(batch)])
+    for other in (runner.generate_batch(questions), runner.stream(questions[0])):
+        with pytest.raises(UserError, match="answering already"):
+            next(other)
+    with pytest.raises(UserError, match="answering already"):
+        runner.generate(questions[0])
+    found |= dict(batch)
+    for index, alone in enumerate(expected):
+        result = found[index]
+        assert isinstance(result, GenerationResult)
+        assert same(result, alone)
+    abandoned = runner.generate_batch(questions)
+    next(abandoned)
+    abandoned.close()
+    assert same(runner.generate(questions[0]), expected[0])
+
+
 def test_streamed_text_adds_up_to_the_answer(
     runner: Runner, questions: list[GenerationRequest]
 ) -> None:
