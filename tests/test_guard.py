@@ -22,6 +22,10 @@ START: dict[str, Callable[[], object]] = {
 }
 
 
+on_watch = pytest.mark.skipif(torch.cuda.is_available(), reason="the guard rests beside a GPU")
+
+
+@on_watch
 @pytest.mark.parametrize("start", START.values(), ids=START)
 def test_an_unmarked_test_that_starts_a_process_fails(start: Callable[[], object]) -> None:
     with pytest.raises(pytest.fail.Exception, match="mark it `process`"):
