@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.checkout import checkout
 from bench.machine import describe
 from bench.photos import write_photos
 
@@ -74,13 +75,13 @@ def measure(checkout: Path, batch: Batch, answers: Path) -> Taken:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine_dir", type=Path, required=True)
-    parser.add_argument("--before", type=Path, help="another checkout, to compare with")
+    parser.add_argument("--before", type=checkout, help="another checkout, to compare with")
     parser.add_argument("--num_requests", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--step_ms", type=float, default=0.0, help="of a decoder double")
     arguments = parser.parse_args()
-    checkouts = [ROOT] if arguments.before is None else [arguments.before.resolve(), ROOT]
+    checkouts = [ROOT] if arguments.before is None else [arguments.before, ROOT]
     with tempfile.TemporaryDirectory() as folder:
         requests = write_requests(Path(folder), arguments.num_requests)
         batch = Batch(

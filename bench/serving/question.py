@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.checkout import checkout
 from bench.machine import describe, describe_gpu
 from nvlm.program.command_line import resolve_device
 
@@ -37,7 +38,7 @@ def ask(checkout: Path, flags: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine_dir", type=Path, required=True)
-    parser.add_argument("--before", type=Path, help="another checkout, to compare with")
+    parser.add_argument("--before", type=checkout, help="another checkout, to compare with")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max_new_tokens", type=int, default=500)
@@ -53,7 +54,7 @@ def main() -> None:
     words = [str(word) for pair in flags.items() for word in pair]
     checkouts = {"after": ROOT}
     if given.before is not None:
-        checkouts = {"before": given.before.resolve(), **checkouts}
+        checkouts = {"before": given.before, **checkouts}
     rounds = [
         {name: ask(checkout, words) for name, checkout in checkouts.items()}
         for _ in range(given.repeats)
