@@ -25,7 +25,7 @@ def sampling_keywords(params: SamplingParams) -> dict[str, int | float]:
     """The arguments of SamplingConfig. The generator is TensorRT-LLM's: a seed replays its own
     draws, not the torch executor's.
 
-    Raises `UserError` for a setting that TensorRT-LLM does not have.
+    Raises `UserError` for a setting that TensorRT-LLM does not have, or has in a smaller range.
     """
     check_target(params, "tensorrt_llm")
     values = _values(params)
@@ -39,7 +39,7 @@ def sampling_keywords(params: SamplingParams) -> dict[str, int | float]:
 def sampling_tensors(params: SamplingParams) -> dict[str, NDArray[Any]]:
     """The backend's sampling tensors, each [1, 1].
 
-    Raises `UserError` for a setting that the backend does not have.
+    Raises `UserError` for a setting that the backend does not have, or has in a smaller range.
     """
     tensors: dict[str, NDArray[Any]] = {}
     values = _values(params)
@@ -53,6 +53,7 @@ def sampling_tensors(params: SamplingParams) -> dict[str, NDArray[Any]]:
             )
         dtype = _NUMPY_TYPES[setting.triton_type]
         tensors[setting.trtllm_tensor] = np.array([[values[setting.name]]], dtype)
+    check_target(params, "tensorrt_llm")  # after the names, which this door words otherwise
     return tensors
 
 

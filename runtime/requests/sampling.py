@@ -28,6 +28,7 @@ class Setting:
     triton_type: str
     trtllm_keyword: str | None  # of TensorRT-LLM's SamplingConfig; None: it cannot do this
     trtllm_tensor: str | None  # of its C++ backend for Triton
+    trtllm_maximum: int | float | None = None  # what TensorRT-LLM clips it to, with a warning
     excludes_minimum: bool = False
     is_filter: bool = False  # given without a temperature it means sampling at temperature 1
 
@@ -69,10 +70,11 @@ class SamplingParams:
         minimum=0,
         maximum=2**31 - 1,
         expected="0 (off) to 2^31 - 1",
-        help="sample from the k likeliest tokens",
+        help="sample from the k likeliest tokens (decoder tensorrt_llm: 1024 at most)",
         triton_type="TYPE_INT32",
         trtllm_keyword="top_k",
         trtllm_tensor="runtime_top_k",
+        trtllm_maximum=1024,
         is_filter=True,
     )
     top_p: float = _row(
@@ -142,4 +144,9 @@ def check_target(params: SamplingParams, decoder_target: str) -> None:
             raise UserError(
                 f"{row.name} is {asked[row.name]}, and decoder 'tensorrt_llm' has no such setting; "
                 "leave it out, or build the engine with --decoder torch"
+            )
+        if row.trtllm_maximum is not None and asked.get(row.name, row.neutral) > row.trtllm_maximum:
+            raise UserError(
+                f"{row.name} is {asked[row.name]}, and decoder 'tensorrt_llm' takes "
+                f"{row.trtllm_maximum} at most; lower it, or build the engine with --decoder torch"
             )

@@ -175,6 +175,40 @@ def test_both_dialects_of_tensorrt_llm_refuse_it(table: Any) -> None:
         dialect.sampling_tensors(asked)
 
 
+TOP_K = r"^top_k is 1025, and decoder 'tensorrt_llm' takes 1024 at most; lower it, or build"
+
+
+def test_tensorrt_llm_refuses_a_top_k_that_it_would_clip_before_it_is_loaded(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = import_module("run")
+    engine = engine_for(engine_dir, "tensorrt_llm")
+    monkeypatch.setattr(run.EngineDir, "read", lambda _: engine)
+    flags = ["--engine_dir", str(engine_dir), "--prompt", "hi", "--top_k", "1025"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+    with pytest.raises(UserError, match=TOP_K):
+        run.main()
+
+
+def test_every_door_and_dialect_of_tensorrt_llm_refuses_a_top_k_that_it_would_clip(
+    engine_dir: Path,
+) -> None:
+    prepare = import_module("runtime.serving.prepare").prepare
+    ticket = import_module("runtime.serving.ticket").Ticket
+    tokenizer = import_module("nvlm.inputs.tokenizer").Tokenizer(engine_dir / "tokenizer")
+    dialect = import_module("runtime.decoder.tensorrt_llm_dialect")
+    engine = engine_for(engine_dir, "tensorrt_llm")
+    asked, most = ({"prompt": "hi", "top_k": top_k} for top_k in (1025, 1024))
+    with pytest.raises(UserError, match=TOP_K):
+        prepare(engine, tokenizer, ticket(request_of(asked)))
+    prepare(engine, tokenizer, ticket(request_of(most)))
+    prepare(engine_for(engine_dir, "torch"), tokenizer, ticket(request_of(asked)))
+    for words in (dialect.sampling_keywords, dialect.sampling_tensors):
+        with pytest.raises(UserError, match=TOP_K):
+            words(request_of(asked).sampling)
+        assert words(request_of(most).sampling)
+
+
 def test_values_that_ask_for_nothing_are_left_out() -> None:
     params = sampling.SamplingParams(temperature=0.5, top_k=0, seed=7)
     assert sampling.non_neutral(params) == {"temperature": 0.5, "seed": 7}
