@@ -458,6 +458,18 @@ class TestLoad:
         assert config.enable_chunked_context
         assert config.max_batch_size == engine.limits.max_batch_size
 
+    def test_an_engine_that_records_more_tokens_a_step_than_it_has_still_runs(
+        self, built: Any, doubles: Doubles, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """As one from before the clipping does; the runtime ignores the larger value."""
+        engine = EngineDir.read(built())
+        recorded = replace(engine.limits, max_num_tokens=10**6)
+        request = DecoderRequest([1, 2, 3], 4)
+        expected = generate(create_decoder_executor(engine, CUDA), [request])
+        decoder = create_decoder_executor(replace(engine, limits=recorded), CUDA)
+        assert generate(decoder, [request]) == expected
+        assert "[WARNING] max_num_tokens" in capfd.readouterr().err
+
     def test_a_closed_decoder_lets_go_of_the_executor_and_its_memory(
         self, built: Any, doubles: Doubles
     ) -> None:
@@ -596,6 +608,48 @@ class TestStrictness:
         table = torch.zeros(shape, dtype=dtype, device=device)
         with pytest.raises((AssertionError, RuntimeError), match=told):
             executor.enqueue_request(self.request(doubles, table, extra))
+
+    def test_an_end_id_brings_no_row_of_logits_and_a_stop_word_does(
+        self, built: Any, doubles: Doubles
+    ) -> None:
+        options = DecoderOptions(gather_logits=True)
+        decoder = create_decoder_executor(EngineDir.read(built()), CUDA, options)
+        ((ids, _),) = generate(decoder, [DecoderRequest([1, 2, 3], 1)])
+        trtllm, executor = doubles.executor, doubles.executor.executors[-1]
+        found = {}
+        for end_id, stop_words in ((ids[0], None), (None, [ids])):
+            output = trtllm.OutputConfig(
+                exclude_input_from_output=True, return_generation_logits=True
+            )
+            executor.enqueue_request(
+                trtllm.Request(
+                    input_token_ids=[1, 2, 3],
+                    max_tokens=2,
+                    streaming=True,
+                    sampling_config=trtllm.SamplingConfig(top_k=1),
+                    output_config=output,
+                    end_id=end_id,
+                    stop_words=stop_words,
+                )
+            )
+            (response,) = executor.await_responses(timeout=timedelta(0))
+            assert response.result.is_final
+            (reason,) = response.result.finish_reasons
+            tokens, logits = response.result.output_token_ids[0], response.result.generation_logits
+            found[reason.name] = (tokens, logits.flatten(0, -2).shape[0])
+        assert found == {"END_ID": ([], 0), "STOP_WORDS": (ids, 1)}
+
+    def test_settings_that_pydantic_refuses_or_drops(self, doubles: Doubles) -> None:
+        from tensorrt_llm.builder import BuildConfig
+        from tensorrt_llm.plugin import PluginConfig
+
+        with pytest.raises(ValueError, match="output_timing_cache: Input should be"):
+            BuildConfig(output_timing_cache=None)
+        with pytest.raises(ValueError, match="gemm_plugin: Input should be"):
+            PluginConfig(gemm_plugin="int4")
+        plugins = PluginConfig(gemm_plugins="fp8", dtype="bfloat16", nccl_plugin="auto")
+        assert not hasattr(plugins, "gemm_plugins")
+        assert (plugins.gemm_plugin, plugins.nccl_plugin) == (None, "bfloat16")
 
     def test_a_call_behind_the_end(self, built: Any, doubles: Doubles) -> None:
         create_decoder_executor(EngineDir.read(built()), CUDA).close()

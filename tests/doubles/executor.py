@@ -36,6 +36,7 @@ _CLASSES = (
 )
 _ENUMS = ("ModelType", "FinishReason", "CommunicationType", "CommunicationMode", "BatchingType")
 _CPU = torch.device("cpu")
+_TOP_K_MAX = 1024  # cpp/tensorrt_llm/kernels/samplingTopKKernels.h; a larger one is clipped
 
 
 def make_executor_module(gpu: CudaDouble) -> ModuleType:
@@ -92,7 +93,8 @@ class _Executor:
             max_batch_size=self.config.max_batch_size,
             max_input_len=engine["max_input_len"],
             max_seq_len=engine["max_seq_len"],
-            max_num_tokens=self.config.max_num_tokens,
+            # The runtime takes a larger value than the engine's, and ignores it.
+            max_num_tokens=min(self.config.max_num_tokens, engine["max_num_tokens"]),
             max_num_images=1,
             max_multimodal_len=engine["max_prompt_embedding_table_size"],
         )
@@ -100,7 +102,8 @@ class _Executor:
     def _check_config(self, config: Any) -> None:
         plugins, module = self.engine["plugin_config"], self.module
         assert config.max_batch_size <= self.engine["max_batch_size"]
-        assert config.max_num_tokens <= self.engine["max_num_tokens"]
+        if config.max_num_tokens > self.engine["max_num_tokens"]:
+            print("[TensorRT-LLM][WARNING] max_num_tokens is larger than the engine's")
         assert config.max_beam_width <= self.engine["max_beam_width"]
         assert isinstance(config.kv_cache_config, module.KvCacheConfig)
         assert 0 < config.kv_cache_config.free_gpu_memory_fraction < 1
@@ -166,17 +169,22 @@ class _Executor:
             raise RuntimeError("only the leader takes requests")
 
     def _response(self, output: StepOutput) -> Any:
+        """A stop word is one of the tokens, the end id is not; logits have a row for each token."""
         number, reasons = self._ids[output.request_id], self.module.FinishReason
-        tokens = [] if output.token_id is None else [output.token_id]
-        reason = reasons.NOT_FINISHED
-        if output.finish_reason == "length":
-            reason = reasons.LENGTH
-        elif output.finish_reason == "stop":
+        request = self.requests[number]
+        assert output.token_id is not None, "the torch executor knows of no stop ids"
+        tokens, is_final = [output.token_id], output.finish_reason is not None
+        reason = reasons.LENGTH if is_final else reasons.NOT_FINISHED
+        if output.token_id == request.end_id:
             reason = reasons.END_ID
-            if self.module.includes_end_token:
-                tokens = [self.requests[number].end_id]
-        logits = None if output.logits is None else output.logits[None, None]
-        return _response(number, tokens, [reason], output.finish_reason is not None, logits)
+            tokens = tokens if self.module.includes_end_token else []
+        elif tokens in (request.stop_words or []):
+            reason = reasons.STOP_WORDS
+        if reason in (reasons.END_ID, reasons.STOP_WORDS) and not is_final:
+            self._torch.cancel(output.request_id)
+            is_final = True
+        logits = None if output.logits is None else output.logits[None, None][: len(tokens)]
+        return _response(number, tokens, [reason], is_final, logits)
 
     def _read(self, request: Any) -> DecoderRequest:
         """The request as far as the engine can see it."""
@@ -191,10 +199,7 @@ class _Executor:
             assert extra is not None, "reuse of KV blocks would confuse pictures"
             assert len(extra) == len(ids), "one for every token"
             self._check_reuse(ids, extra, table)
-        stop = {request.end_id} if request.end_id is not None else set()
-        for word in request.stop_words or []:
-            assert len(word) == 1
-            stop |= set(word)
+        assert all(len(word) == 1 for word in request.stop_words or [])
         output = request.output_config
         assert output.exclude_input_from_output, "the prompt would come back"
         assert request.streaming, "tokens would come at the end only"
@@ -204,7 +209,6 @@ class _Executor:
             token_ids=ids,
             max_new_tokens=request.max_tokens,
             prompt_table=table,
-            stop_ids=frozenset(stop),
             sampling=_sampling(request.sampling_config),
             return_logits=bool(output.return_generation_logits),
         )
@@ -252,7 +256,8 @@ def _sampling(config: Any) -> SamplingParams:
     assert config.beam_width == 1
     if config.top_k == 1:
         return SamplingParams()
-    return SamplingParams(config.temperature, config.top_k, config.top_p, config.seed)
+    top_k = min(config.top_k, _TOP_K_MAX)
+    return SamplingParams(config.temperature, top_k, config.top_p, config.seed)
 
 
 def _load(checkpoint_dir: Path, limits: EngineLimits) -> TorchDecoderExecutor:

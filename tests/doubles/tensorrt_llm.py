@@ -61,8 +61,7 @@ def _modules(builds: list[dict[str, Any]], executor: ModuleType) -> dict[str, Mo
     modules["tensorrt_llm.bindings.executor"] = executor
     modules["tensorrt_llm"].__version__ = VERSION  # type: ignore[attr-defined]
     modules["tensorrt_llm.bindings"].executor = executor  # type: ignore[attr-defined]
-    build_config = api.value_class("tensorrt_llm.builder.BuildConfig")
-    plugin_config = api.value_class("tensorrt_llm.plugin.PluginConfig")
+    build_config, plugin_config = _build_config_class(), _plugin_config_class()
     modules["tensorrt_llm.builder"].BuildConfig = build_config  # type: ignore[attr-defined]
     modules["tensorrt_llm.plugin"].PluginConfig = plugin_config  # type: ignore[attr-defined]
     modules["tensorrt_llm.models.modeling_utils"].PretrainedConfig = (  # type: ignore[attr-defined]
@@ -85,6 +84,37 @@ def _modules(builds: list[dict[str, Any]], executor: ModuleType) -> dict[str, Mo
         parallel_build
     )
     return modules
+
+
+def _build_config_class() -> type:
+    class BuildConfig(api.value_class("tensorrt_llm.builder.BuildConfig")):  # type: ignore[misc]
+        def __init__(self, **named: Any) -> None:
+            super().__init__(**named)
+            if not isinstance(self.output_timing_cache, str):
+                raise ValueError("output_timing_cache: Input should be a valid string")
+
+    return BuildConfig
+
+
+def _plugin_config_class() -> type:
+    symbol = "tensorrt_llm.plugin.PluginConfig"
+
+    class PluginConfig(api.value_class(symbol)):  # type: ignore[misc]
+        """Pydantic's with extra="ignore": an unknown name is dropped without a word."""
+
+        model_fields = dict.fromkeys(api.signature(symbol).parameters)
+
+        def __init__(self, **named: Any) -> None:
+            super().__init__(**{name: named[name] for name in self.model_fields if name in named})
+            for name, choices in api.manifest()[symbol]["choices"].items():
+                if vars(self)[name] not in choices:
+                    raise ValueError(f"{name}: Input should be one of {choices}")
+
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            return self.dtype if isinstance(value, str) and value == "auto" else value
+
+    return PluginConfig
 
 
 class PretrainedConfig:
@@ -110,6 +140,10 @@ def _build(
     values = model_config.values
     world_size = values["mapping"]["world_size"]
     _check_plugins(build_config, values)
+    most = build_config.max_batch_size * build_config.max_seq_len
+    if build_config.max_num_tokens > most:
+        print(f"[TensorRT-LLM] [W] max_num_tokens is clipped to {most}")
+        build_config.max_num_tokens = most
     for rank in range(world_size):
         _check_tensors(Path(ckpt_dir) / f"rank{rank}.safetensors", values, rank)
         engine = {"checkpoint_dir": str(Path(ckpt_dir).resolve()), "rank": rank}
@@ -132,10 +166,7 @@ def _check_plugins(build_config: Any, values: dict[str, Any]) -> None:
     plugins = build_config.plugin_config
     assert build_config.max_prompt_embedding_table_size > 0, "prompt tuning would not be built"
     assert plugins.dtype == values["dtype"]
-    for name, choices in api.manifest()["tensorrt_llm.plugin.PluginConfig"]["choices"].items():
-        assert getattr(plugins, name) in choices, f"Pydantic would refuse this {name}"
     cache = build_config.output_timing_cache
-    assert isinstance(cache, str), "Pydantic would refuse this output_timing_cache"
     assert cache != "model.cache", "written into the working directory"
     Path(cache).write_bytes(b"timings")
     if plugins.low_latency_gemm_plugin:
