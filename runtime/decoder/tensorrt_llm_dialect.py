@@ -67,8 +67,15 @@ def _values(params: SamplingParams) -> dict[str, int | float]:
 
 
 def end_and_stop_ids(request: DecoderRequest) -> tuple[int | None, list[int]]:
-    """The one end id that TensorRT-LLM takes, the lowest, and the other ids that end an answer."""
+    """The one end id that TensorRT-LLM takes, the lowest, and the other ids that end an answer.
+
+    There is no end id where logits are wanted: a streamed response has a row for each of its
+    tokens, and an end id is none of them. A stop word is, and brings its row: decision 97
+    (docs/decisions/engines.md).
+    """
     ids = sorted(request.stop_ids)
+    if request.return_logits:
+        return None, ids
     return (ids[0], ids[1:]) if ids else (None, [])
 
 

@@ -144,7 +144,8 @@ class TensorrtLlmDecoderExecutor:
         """Its new tokens, up to one that ends the answer; an end without a token has its own."""
         rows = [None] * (len(result.output_token_ids[0]) + 1)
         if request.return_logits and result.generation_logits is not None:
-            # [1, beam_width, vocab] in streaming; the vocabulary is padded at several ranks.
+            # A row for each token of a streamed response, and one beam; the vocabulary is padded
+            # at several ranks.
             logits = result.generation_logits.flatten(0, -2).to(torch.float32)
             rows = [*logits[:, : self._config.decoder.vocab_size], *rows]
         outputs: list[StepOutput] = []

@@ -445,6 +445,32 @@ class TestAnswers:
             assert output.logits is not None
             assert int(output.logits.argmax()) == output.token_id
 
+    @pytest.mark.parametrize("includes_end_token", [False, True])
+    def test_the_token_that_ends_an_answer_has_its_logits_too(
+        self,
+        built: Any,
+        doubles: Doubles,
+        monkeypatch: pytest.MonkeyPatch,
+        includes_end_token: bool,
+    ) -> None:
+        """An end id would bring no row: all stop ids are stop words."""
+        monkeypatch.setattr(doubles.executor, "includes_end_token", includes_end_token)
+        options = DecoderOptions(gather_logits=True)
+        decoder = create_decoder_executor(EngineDir.read(built()), CUDA, options)
+        request = DecoderRequest(list(range(9)), max_new_tokens=12, return_logits=True)
+        ((ids, _),) = generate(decoder, [request])
+        cut = next(i for i in range(11, 0, -1) if ids[i] not in ids[:i])
+        stop_ids = frozenset({ids[cut], max(set(range(512)) - set(ids))})
+        decoder.submit(replace(request, stop_ids=stop_ids))
+        outputs = [output for step in iter(decoder.step, []) for output in step]
+        assert [output.token_id for output in outputs] == [*ids[:cut], None]
+        assert [output.finish_reason for output in outputs] == [*[None] * cut, "stop"]
+        rows = [output.logits for output in outputs]
+        assert [None if row is None else int(row.argmax()) for row in rows] == ids[: cut + 1]
+        sent = list(doubles.executor.executors[-1].requests.values())[-1]
+        assert sent.end_id is None
+        assert sent.stop_words == [[token_id] for token_id in sorted(stop_ids)]
+
 
 class TestLoad:
     def test_limits_and_memory_fraction_reach_the_executor(
