@@ -38,7 +38,11 @@ def parser() -> ArgumentParser:
     add("--max_num_images", type=positive_int, default=1, help="images a request may hold")
     add("--max_input_len", type=positive_int, help="tokens of a prompt, images included")
     add("--max_seq_len", type=positive_int, help="tokens of a prompt and its answer")
-    add("--max_num_tokens", type=positive_int, help="tokens of all requests in one step")
+    add(
+        "--max_num_tokens",
+        type=positive_int,
+        help="tokens of all requests in one step, clipped to --max_batch_size x --max_seq_len",
+    )
     add(
         "--optimize_for",
         choices=get_args(OptimizeFor),

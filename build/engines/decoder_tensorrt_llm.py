@@ -17,7 +17,8 @@ import torch
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.planning.limits import EngineLimits
-from nvlm.planning.tensorrt_llm_package import load_tensorrt_llm, stdout_to_stderr
+from nvlm.planning.tensorrt_llm_package import INSTALL, load_tensorrt_llm, stdout_to_stderr
+from nvlm.program.errors import UserError
 
 OptimizeFor = Literal["latency", "throughput"]
 
@@ -66,6 +67,35 @@ def plugin_settings(config: CheckpointConfig, optimize_for: OptimizeFor) -> dict
     return {**settings, "gemm_plugin": None, "gemm_swiglu_plugin": "fp8"}
 
 
+def plugin_config(config: CheckpointConfig, optimize_for: OptimizeFor) -> Any:
+    """Make TensorRT-LLM's PluginConfig and read every setting back: decision 99
+    (docs/decisions/engines.md).
+
+    PluginConfig of 1.2.1 drops a name that it does not know without a word. Raises `UserError` that
+    names such a setting, or one that reads otherwise than it was set, and the installed version.
+    """
+    package = load_tensorrt_llm()
+    with stdout_to_stderr():
+        from tensorrt_llm.plugin import PluginConfig
+
+        settings = plugin_settings(config, optimize_for)
+        unknown = [name for name in settings if name not in PluginConfig.model_fields]
+        if unknown:
+            raise UserError(
+                f"tensorrt_llm {package.__version__} has no plugin setting {', '.join(unknown)}; "
+                f"{INSTALL}"
+            )
+        plugins = PluginConfig(**settings)
+    for name, value in settings.items():
+        found, expected = getattr(plugins, name), config.dtype if value == "auto" else value
+        if found != expected:
+            raise UserError(
+                f"plugin setting {name} of tensorrt_llm {package.__version__} reads as {found!r}, "
+                f"expected {expected!r}; {INSTALL}"
+            )
+    return plugins
+
+
 def build_settings(limits: EngineLimits, timing_cache: Path) -> dict[str, Any]:
     """Keywords of BuildConfig, without the plugins.
 
@@ -102,12 +132,11 @@ def build_decoder(
         from tensorrt_llm.builder import BuildConfig
         from tensorrt_llm.commands.build import parallel_build
         from tensorrt_llm.models.modeling_utils import PretrainedConfig
-        from tensorrt_llm.plugin import PluginConfig
 
         unkept = directory / layout.UNKEPT_TIMINGS
         timing_cache = options.timing_cache or unkept
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        plugins = PluginConfig(**plugin_settings(config, options.optimize_for))
+        plugins = plugin_config(config, options.optimize_for)
         workers = num_workers(options.workers, config.world_size, torch.cuda.device_count)
         log.info(
             "building %d rank(s) with tensorrt_llm %s for %s, %d at a time",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from build.engines.decoder_tensorrt_llm import OptimizeFor
+from build.engines.decoder_tensorrt_llm import OptimizeFor, plugin_config
 from build.engines.target import (
     AUTO,
     Auto,
@@ -112,11 +112,18 @@ def specify(
         max_seq_len=options.max_seq_len,
         max_num_tokens=options.max_num_tokens,
     )
+    if options.max_num_tokens is not None and limits.max_num_tokens < options.max_num_tokens:
+        log.info(
+            "--max_num_tokens %d is clipped to %d: all that %d requests of %d tokens hold",
+            *(options.max_num_tokens, limits.max_num_tokens),
+            *(limits.max_batch_size, limits.max_seq_len),
+        )
     tiles_per_image = vision_checkpoint.tiling.max_tiles_per_image
     max_num_tiles = max(
         tiles_per_image, min(limits.max_batch_size * tiles_per_image, MAX_TILES_PER_PASS)
     )
     if decoder == "tensorrt_llm":
+        plugin_config(config, options.optimize_for)  # refused now, not after vision is built
         plan = plan_tensorrt_llm(
             config, vision_checkpoint.config, precision, limits, max_num_tiles, memory_bytes
         )

@@ -43,6 +43,8 @@ def derive_limits(
 
     By default a request may hold `max_num_images` images of the largest grid, 1,024 tokens of text
     and 1,024 new tokens. max_multimodal_len counts prompt-table rows for a whole batch.
+    max_num_tokens is clipped to max_batch_size * max_seq_len, which no step exceeds; TensorRT-LLM's
+    builder does so too.
     """
     rows_per_request = max_num_images * tiling.max_tiles_per_image * tokens_per_tile
     tag_tokens = max_num_images * (tiling.max_tiles_per_image + 1) * _TAG_TOKENS_PER_TILE
@@ -96,7 +98,7 @@ def derive_limits(
         max_batch_size=max_batch_size,
         max_input_len=max_input_len,
         max_seq_len=max_seq_len,
-        max_num_tokens=max_num_tokens,
+        max_num_tokens=min(max_num_tokens, max_batch_size * max_seq_len),
         max_num_images=max_num_images,
         max_multimodal_len=max_batch_size * rows_per_request,
     )

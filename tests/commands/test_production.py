@@ -22,9 +22,11 @@ import torch
 from PIL import Image, ImageOps
 
 from build.conversion.convert import ConvertOptions
+from build.engines import decoder_tensorrt_llm
 from build.engines.build import BuildRun, build_engine
 from build.engines.specification import BuildOptions, specify
 from frontends.triton.tensorrt_llm import request_tensors
+from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.planning import tensorrt_llm_package
 from nvlm.planning.tensorrt_package import make_logger
 from nvlm.program import command_line
@@ -253,6 +255,89 @@ class TestBuild:
         assert found["use_fp8_context_fmha"]
         assert found["use_paged_context_fmha"]
         assert settings.output_timing_cache == str(tmp_path / "cache" / "llm.cache")
+
+    @pytest.mark.parametrize("optimize_for", ["latency", "throughput"])
+    @pytest.mark.parametrize("tp_size", [1, 2])
+    def test_every_plugin_setting_is_a_field_and_reads_as_it_was_set(
+        self, workshop: Workshop, doubles: Doubles, optimize_for: Any, tp_size: int
+    ) -> None:
+        config = CheckpointConfig.read(checkpoint(workshop, tp_size) / "config.json")
+        plugins = decoder_tensorrt_llm.plugin_config(config, optimize_for)
+        settings = decoder_tensorrt_llm.plugin_settings(config, optimize_for)
+        assert settings.keys() <= plugins.model_fields.keys()
+        found = {name: getattr(plugins, name) for name in settings}
+        autos = {name for name, value in settings.items() if value == "auto"}
+        assert found == settings | dict.fromkeys(autos, "bfloat16")
+
+    def test_a_plugin_setting_that_the_installed_class_lacks_is_refused_before_anything_is_compiled(
+        self,
+        workshop: Workshop,
+        doubles: Doubles,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from tensorrt_llm.plugin import PluginConfig
+
+        monkeypatch.delitem(PluginConfig.model_fields, "gemm_swiglu_plugin")
+        where = ("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", tmp_path / "engine")
+        fragments = ("tensorrt_llm 1.2.1 has no plugin setting gemm_swiglu_plugin; pip install",)
+        refused(tmp_path, BUILD, *where, "--vision_precision", "float16", fragments=fragments)
+        refused(tmp_path, BUILD, *where, "--dry_run", fragments=fragments)
+
+    def test_a_plugin_setting_that_reads_otherwise_is_refused(
+        self, workshop: Workshop, doubles: Doubles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from tensorrt_llm import plugin
+
+        class Deaf(plugin.PluginConfig):  # type: ignore[misc]
+            def __init__(self, **named: Any) -> None:
+                super().__init__(**named | {"use_fused_mlp": False})
+
+        monkeypatch.setattr(plugin, "PluginConfig", Deaf)
+        told = "setting use_fused_mlp of tensorrt_llm 1.2.1 reads as False, expected True; pip"
+        with pytest.raises(UserError, match=told):
+            specify(checkpoint(workshop, 1), OPTIONS, CUDA, GPU_BYTES)
+
+    def test_the_output_timing_cache_is_always_a_path(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        """Pydantic refuses None. What nobody asked to keep is gone after the build."""
+        options = replace(OPTIONS, vision="torch", vision_precision=None)
+        spec = specify(checkpoint(workshop, 1), options, CUDA, GPU_BYTES)
+        build_engine(spec, tmp_path / "engine", options)
+        settings = doubles.builds[-1]["build_config"]
+        assert settings.input_timing_cache is None
+        cache = Path(settings.output_timing_cache)
+        assert cache.parent.name == "llm"
+        assert not list((tmp_path / "engine").rglob(cache.name))
+
+    @pytest.mark.parametrize("asked", [None, 10**6])
+    def test_max_num_tokens_is_recorded_as_the_builder_clips_it(
+        self,
+        workshop: Workshop,
+        doubles: Doubles,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+        asked: int | None,
+    ) -> None:
+        options = replace(
+            OPTIONS,
+            vision="torch",
+            vision_precision=None,
+            max_batch_size=1,
+            max_num_tokens=asked,
+        )
+        with caplog.at_level(logging.INFO):
+            spec = specify(checkpoint(workshop, 1), options, CUDA, GPU_BYTES)
+        build_engine(spec, tmp_path / "engine", options)
+        most = spec.limits.max_seq_len
+        assert most < 8192
+        assert (f"--max_num_tokens 1000000 is clipped to {most}" in caplog.text) == bool(asked)
+        assert spec.plan.limits.max_num_tokens == most
+        for name in ("config.json", "decoder.json"):
+            written = json.loads((tmp_path / "engine" / "llm" / name).read_text())
+            assert written["build_config"]["max_num_tokens"] == most
+        assert EngineDir.read(tmp_path / "engine").limits.max_num_tokens == most
 
 
 class TestAnswers:

@@ -70,6 +70,16 @@ def test_default_limits_hold_the_largest_image_and_leave_room_for_the_answer(
     assert limits.max_num_tokens == 8192
 
 
+@pytest.mark.parametrize("asked", [None, 1 << 20])
+def test_a_step_is_planned_for_no_more_tokens_than_a_batch_holds(
+    config: NVLMConfig, asked: int | None
+) -> None:
+    limits = limits_for(config, max_batch_size=1, max_num_tokens=asked)
+    assert limits.max_num_tokens == limits.max_seq_len < 8192
+    limits = limits_for(config, max_batch_size=3, max_num_tokens=asked)
+    assert limits.max_num_tokens == (3 * limits.max_seq_len if asked else 8192)
+
+
 def test_the_prompt_table_of_a_batch_of_16_takes_half_a_gigabyte(config: NVLMConfig) -> None:
     fp8 = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8")
     limits = limits_for(config, max_batch_size=16, max_num_images=1)
