@@ -31,6 +31,6 @@ def what_differs(
         return None
     return (
         f"{directory} has float32 scales, of an older version: TensorRT-LLM casts them to "
-        f"{config.dtype}, so its logits differ by 2 to 3 % from decoder 'torch'; convert again "
+        f"{config.dtype}, so its logits differ by 1 to 3 % from decoder 'torch'; convert again "
         "with convert_checkpoint.py --overwrite, then build again"
     )
