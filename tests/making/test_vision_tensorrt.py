@@ -132,7 +132,7 @@ class TestGraphs:
                 scales.weight,
                 scales.activation,
             )
-            assert torch.equal(found.weight.float(), linear_of(emulated, name).weight.float())
+            assert torch.equal(found.weight.float(), emulated.get_submodule(name).weight.float())
 
     def test_a_graph_of_float32_scales_is_quantised_with_what_they_become(
         self, fresh: Workshop, model_dir: Path
