@@ -10,7 +10,7 @@ import pytest
 from bench.cpu import fp8_answers
 
 
-@pytest.mark.long
+@pytest.mark.process
 def test_fp8_is_compared_with_bfloat16_of_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
