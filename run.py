@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from nvlm.formats.scale_dtype import what_differs
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.command_line import ArgumentParser, run
 from nvlm.program.errors import UserError
@@ -31,6 +33,8 @@ from runtime.requests.types import GenerationRequest
 from runtime.serving.launch import Program, add_engine_flags, launch
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Ticket
+
+log = logging.getLogger("nvlm.run")
 
 EXIT_SOME_FAILED = 1
 
@@ -116,17 +120,21 @@ def compare(
     """Both engines one after the other, then what differs; `requests` by where they stand."""
     for engine_dir in (arguments.engine_dir, arguments.compare):
         check(engine_dir, requests)
+        engine = EngineDir.read(engine_dir)
+        told = what_differs(engine_dir, engine.manifest.source, engine.checkpoint_config)
+        if told is not None:
+            log.warning(told)
     asked = list(requests.values())
     with open_runner() as runner:
-        engine = record(runner, asked)
+        answers = record(runner, asked)
     with Runner.open(arguments.compare, device, environment=os.environ) as runner:
         reference = record(runner, asked)
     if arguments.json:
-        print(json.dumps(report_json(engine, reference)))
+        print(json.dumps(report_json(answers, reference)))
         return
-    for number, difference in enumerate(differences(engine, reference), start=1):
+    for number, difference in enumerate(differences(answers, reference), start=1):
         print(f"request {number}: {difference.line()}")
-    print(f"{engine.tokens_per_s:.1f} tokens/s, reference {reference.tokens_per_s:.1f}")
+    print(f"{answers.tokens_per_s:.1f} tokens/s, reference {reference.tokens_per_s:.1f}")
 
 
 def lead(

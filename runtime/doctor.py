@@ -1,6 +1,6 @@
 """What is installed here, which targets can be built and run, and what to install for the others.
 
-python -m runtime.doctor [--json]
+python -m runtime.doctor [--json] [DIR ...]
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ import importlib.metadata
 import json
 import platform
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
 import torch
 
+from nvlm.formats import layout
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.manifest import Kind, is_ours, read_manifest
+from nvlm.formats.scale_dtype import scale_dtype, what_differs
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.targets import (
     Decoder,
@@ -26,6 +31,7 @@ from nvlm.planning.targets import (
     vision_lacks,
 )
 from nvlm.program.command_line import ArgumentParser, run
+from runtime.engine.engine_dir import EngineDir
 
 _DISTRIBUTIONS = (
     *("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx"),
@@ -50,6 +56,35 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Directory:
+    """A checkpoint or an engine. scale_dtype: what its linears' scales are numbers of, if they have
+    any; warning: what follows where an older version wrote them."""
+
+    path: str
+    kind: Kind
+    scale_dtype: str | None
+    warning: str | None
+
+    @classmethod
+    def read(cls, path: Path) -> Directory:
+        """Raises `UserError` for a directory that is neither, unfinished or damaged."""
+        kind: Kind = "checkpoint" if is_ours(path, "checkpoint") else "engine"
+        if kind == "checkpoint":
+            made_from = read_manifest(path, kind).arguments
+            config = CheckpointConfig.read(path / layout.CONFIG)
+        else:
+            engine = EngineDir.read(path)
+            made_from, config = engine.manifest.source, engine.checkpoint_config
+        return cls(
+            str(path), kind, scale_dtype(made_from, config), what_differs(path, made_from, config)
+        )
+
+    def line(self) -> str:
+        scales = f"scales in {self.scale_dtype}" if self.scale_dtype else "linears without scales"
+        return self.warning or f"{self.kind} {self.path}: {scales}"
+
+
+@dataclass(frozen=True, slots=True)
 class Findings:
     python: str
     memory_gb: float
@@ -57,9 +92,10 @@ class Findings:
     gpus: list[Gpu]
     packages: dict[str, str | None]
     targets: list[Target]
+    directories: list[Directory]
 
 
-def examine() -> Findings:
+def examine(directories: Sequence[Path] = ()) -> Findings:
     gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
     return Findings(
         python=platform.python_version(),
@@ -68,6 +104,7 @@ def examine() -> Findings:
         gpus=gpus,
         packages={name: _version(name) for name in _DISTRIBUTIONS},
         targets=targets(gpus),
+        directories=[Directory.read(path) for path in directories],
     )
 
 
@@ -114,14 +151,20 @@ def lines(findings: Findings) -> list[str]:
     for target in findings.targets:
         told.append(f"  {target.flag:<24}{'no' if target.lacks else 'ready'}")
         told += [f"    {lack.missing}: {lack.mend}" for lack in target.lacks]
+    if findings.directories:
+        told += ["directories", *(f"  {each.line()}" for each in findings.directories)]
     return told
 
 
 def main() -> None:
     parser = ArgumentParser(__doc__ or "")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    findings = examine()
-    if parser.parse_args().json:
+    parser.add_argument(
+        "directories", type=Path, nargs="*", metavar="DIR", help="a checkpoint or an engine"
+    )
+    arguments = parser.parse_args()
+    findings = examine(arguments.directories)
+    if arguments.json:
         print(json.dumps(asdict(findings)))
     else:
         print("\n".join(lines(findings)))

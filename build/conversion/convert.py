@@ -6,6 +6,7 @@ Each reads its tensors once and writes all ranks' parts; the journal knows which
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,12 +35,15 @@ from nvlm.formats.checkpoint_tensors import decoder_tensors, vision_tensors
 from nvlm.formats.code_digest import code_digest
 from nvlm.formats.manifest import is_current, sha256_of, write_manifest
 from nvlm.formats.mapping import check_divides
+from nvlm.formats.scale_dtype import SCALE_DTYPE
 from nvlm.inputs.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_files
 from nvlm.model.config import NVLMConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.planning.memory_plan import calibration_bytes, checkpoint_bytes
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import write_json_atomically
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ def convert(
         entries = run_units(source, units, files, journal, staging, buffers)
         _write_configs(source, vision, config, staging)
         if options.is_quantised:
-            report = from_records(journal.records, *calibration.counts)
+            report = from_records(journal.records, *calibration.counts, options.dtype)
             report.write(staging / layout.REPORT)
             write_page(staging, report)
             write_scales(staging, vision, report)
@@ -132,6 +136,7 @@ def _made_from(
     for name in ("calib_data", "calib_size", "calib_cache"):
         del arguments[name]
     arguments["calibration_sha256"] = calibration.sha256
+    arguments[SCALE_DTYPE] = options.dtype  # older versions left scales in float32, and this out
     return {"arguments": arguments, "source": source.provenance()}
 
 
@@ -155,6 +160,14 @@ def _load_calibration(source: WeightSource, options: ConvertOptions) -> Calibrat
         return Calibration()
     if options.calib_cache is not None:
         cache = QuantizationReport.read(options.calib_cache)
+        if cache.scale_dtype != options.dtype:
+            log.info(
+                "%s has %s scales: its amax are taken and scales are rounded up to %s, but the "
+                "errors that it reports stay those of its own scales",
+                options.calib_cache,
+                cache.scale_dtype,
+                options.dtype,
+            )
         return Calibration(cache=cache, sha256=sha256_of(options.calib_cache))
     return load_calibration_set(options.calib_data, options.calib_size, source.config, tokenizer)
 

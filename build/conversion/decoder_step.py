@@ -20,7 +20,7 @@ from build.conversion.calibration.row_file import NextStates, RowFile
 from build.conversion.output_files import OutputFiles
 from build.conversion.quantization.cast import amax, cast, row_blocks
 from build.conversion.quantization.layer_tensors import LayerTensors
-from build.conversion.quantization.scales import report_linears
+from build.conversion.quantization.scales import report_linears, scaled_anew
 from build.conversion.quantization.shard import RankFiles
 from build.conversion.report.quantization_report import AttentionReport, LinearReport, as_record
 from build.conversion.unit import Unit
@@ -155,7 +155,8 @@ class DecoderStep:
         if before is not None and after is not None:
             linears, attention = self._calibrate(layer, prefix, before, after)
         elif cache is not None:
-            linears, attention = cache.rows_of(prefix)
+            cached, attention = cache.rows_of(prefix)
+            linears = scaled_anew(prefix, cached, self.report_format, self.dtype)
         by_name = {row.linear.removeprefix(prefix): row for row in linears}
         weight_format = self.config.weight_format
         scales: dict[str, torch.Tensor] = {}
@@ -189,7 +190,7 @@ class DecoderStep:
         seen = observer.maxima
         weights = {name: layer.linear(name).weight for name in DECODER_LINEARS}
         linears = report_linears(
-            prefix, weights, weight_amax, seen, observer.rows, self.report_format
+            prefix, weights, weight_amax, seen, observer.rows, self.report_format, self.dtype
         )
         return linears, AttentionReport(prefix + "attention", seen["q"], seen["k"], seen["v"])
 

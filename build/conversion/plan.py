@@ -14,6 +14,7 @@ from nvlm.formats.mapping import check_divides
 from nvlm.formats.tensor_names import model_tensors
 from nvlm.model.config import NVLMConfig
 from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.model.number_formats import FP8
 from nvlm.planning import memory_plan
 from nvlm.planning.limits import derive_limits
 from nvlm.program.errors import UserError
@@ -54,7 +55,10 @@ class GpuFit:
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """`calibration_disk_bytes` are there only while it runs; times are None if not measured."""
+    """`calibration_disk_bytes` are there only while it runs; times are None if not measured.
+
+    scale_dtype: what the linears' scales are rounded up to; None where they have none.
+    """
 
     input_bytes: int
     rank_bytes: list[int]
@@ -64,6 +68,7 @@ class ConversionPlan:
     streaming_seconds: float | None
     calibration_seconds: float | None
     gpus: list[GpuFit]
+    scale_dtype: str | None
 
     @property
     def output_bytes(self) -> int:
@@ -85,6 +90,11 @@ class ConversionPlan:
             lines.append(
                 f"about {_duration(self.streaming_seconds)} of reading and writing and "
                 f"{_duration(self.calibration_seconds)} of calibration"
+            )
+        if self.scale_dtype is not None:
+            lines.append(
+                f"scales of linears are amax / {FP8.largest:.0f}, rounded up to "
+                f"{self.scale_dtype}, to which TensorRT-LLM casts them"
             )
         header = "".join(f"{f'at {context}':>10}" for context in CONTEXTS)
         lines.append(f"{'fits':<12} {'TP':>3} {'weights':>10} {'cache':>12}  requests{header}")
@@ -128,6 +138,7 @@ def plan_conversion(
         streaming,
         calibrating,
         [_gpu_fit(model, config, gpu, tp) for gpu in GPUS for tp in _tp_sizes(config)],
+        config.dtype if config.weight_format.scale_shapes else None,
     )
 
 

@@ -21,7 +21,7 @@ from build.conversion.calibration.row_file import NextStates, RowFile
 from build.conversion.dummy_heads import without_dummy_heads
 from build.conversion.output_files import OutputFiles
 from build.conversion.quantization.cast import amax, cast
-from build.conversion.quantization.scales import report_linears
+from build.conversion.quantization.scales import report_linears, scaled_anew
 from build.conversion.report.quantization_report import QuantizationReport, as_record
 from build.conversion.unit import Unit
 from build.output.safetensors_writer import SafetensorsWriter
@@ -144,7 +144,8 @@ class VisionStep:
         self._fill(layer, prefix, read, out)
         if before is None or after is None:
             cache = self.calibration.cache
-            return as_record(cache.linears_of(prefix) if cache else [])
+            rows = cache.linears_of(prefix) if cache else []
+            return as_record(scaled_anew(prefix, rows, VISION_FORMAT, self.dtype))
         # What the runtime computes in must hold what is seen here in float32.
         num_rows = before.num_rows * self.config.num_positions
         observer = AmaxObserver(prefix, torch.finfo(self.dtype).max, num_rows)
@@ -154,7 +155,7 @@ class VisionStep:
         weights = {name: linear.weight for name, linear in linears.items()}
         weight_amax = {name: amax(weight) for name, weight in weights.items()}
         rows = report_linears(
-            prefix, weights, weight_amax, observer.maxima, observer.rows, VISION_FORMAT
+            prefix, weights, weight_amax, observer.maxima, observer.rows, VISION_FORMAT, self.dtype
         )
         return as_record(rows)
 

@@ -16,9 +16,9 @@ from nvlm.model.number_formats import LinearScales, fp8
 class QdqLinear(nn.Module):
     """For export only. x: [..., in_features] in `dtype` -> [..., out_features] in `dtype`.
 
-    ONNX wants scales in the type of x. Calibrated ones are rounded up to it, so nothing clips, and
-    the weight is quantised anew with the rounded one, so both sides of the product agree. In
-    float32 that changes nothing.
+    ONNX wants scales in the type of x, and a checkpoint's are numbers of its dtype. The cast
+    changes only the float32 scales of an older checkpoint; the weight is quantised after it, so
+    that both sides of the product agree.
     """
 
     weight_scale: torch.Tensor
@@ -32,11 +32,13 @@ class QdqLinear(nn.Module):
     ) -> None:
         """weight: [out_features, in_features] in `dtype`, not yet quantised."""
         super().__init__()
-        scale = round_up(scales.weight, weight.dtype)
-        self.weight = nn.Parameter(fp8.quantize(weight, scale.float()), requires_grad=False)
+        weight_scale = torch.tensor(scales.weight, dtype=weight.dtype)
+        self.weight = nn.Parameter(fp8.quantize(weight, weight_scale), requires_grad=False)
         self.bias = bias
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("activation_scale", round_up(scales.activation, weight.dtype))
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer(
+            "activation_scale", torch.tensor(scales.activation, dtype=weight.dtype)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         symbolic = torch.onnx.ops.symbolic
@@ -54,13 +56,3 @@ class QdqLinear(nn.Module):
             shape=self.weight.shape,
         )
         return nn.functional.linear(activation, weight, self.bias)
-
-
-def round_up(scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """The smallest number of `dtype` that is not below `scale`, as a scalar tensor."""
-    exact = torch.tensor(scale, dtype=torch.float32)
-    rounded = exact.to(dtype)
-    if rounded.float() < exact:
-        bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-        rounded = (rounded.view(bits) + 1).view(dtype)  # the next one, of positive numbers
-    return rounded

@@ -20,6 +20,7 @@ from build.engines.target import (
 )
 from nvlm.formats import layout, manifest
 from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.scale_dtype import what_differs
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.planning import targets, tensorrt_package
@@ -97,6 +98,9 @@ def specify(
         precision=options.vision_precision,
         compute_capability=options.compute_capability,
     )
+    told = what_differs(checkpoint_dir, made.arguments, config)
+    if told is not None and decoder == "tensorrt_llm":
+        log.warning(told)
     if options.compute_capability is not None:
         require_used("--compute_capability", decoder, vision)
     if options.keep_onnx:

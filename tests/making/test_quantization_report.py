@@ -177,7 +177,7 @@ def test_the_page_draws_what_is_extreme_or_missing() -> None:
     row = LinearReport("transformer.layers.0.mlp.fc", 0.0, 1e30, scales, 0, 0, 0, 0, 1)
     attention = AttentionReport("transformer.layers.0.attention", 0.0, 1e-30, 5.0)
     for linears, attentions in (((row,), (attention,)), ((), ())):
-        text = page(QuantizationReport(1, 0, linears, attentions))
+        text = page(QuantizationReport(1, 0, linears, attentions, "bfloat16"))
         assert "nan" not in text
         assert text.endswith("</body></html>\n")
 

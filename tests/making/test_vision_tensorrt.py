@@ -19,7 +19,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from build.engines.qdq_linear import round_up
 from build.engines.tensorrt_network import TensorrtBuildError
 from build.engines.vision_onnx import export_graph, graph_module
 from build.engines.vision_onnxruntime import compare_with_torch
@@ -35,9 +34,10 @@ from nvlm.model.number_formats import fp8
 from nvlm.model.vision import VisionModel, linear_of
 from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
-from tests.conftest import CPU, TINY, Workshop
+from tests.conftest import CPU, FP8, TINY, Workshop
 from tests.support.cases import PHOTO
 from tests.support.command import BUILD, one_line_error, refused, run_command
+from tests.support.older_checkpoint import write_older_checkpoint
 from tests.support.tolerances import FLOAT16_ONNX, FP8_ONNX, relative_error
 
 ADA = "8.9"
@@ -121,12 +121,32 @@ class TestGraphs:
             print(f"float16, {num_tiles} tiles: {error:.1e}")
             assert error <= FLOAT16_ONNX
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    def test_scales_are_rounded_up_by_less_than_a_step(self, dtype: torch.dtype) -> None:
-        for scale in (0.0123, 1.0, 3.1e-3, 7e-5, 250.1):
-            rounded = float(round_up(scale, dtype))
-            exact = float(torch.tensor(scale))
-            assert exact <= rounded <= exact * (1 + 2 * torch.finfo(dtype).eps)
+    def test_a_graph_has_the_checkpoints_scales(self, vision: VisionCheckpoint) -> None:
+        """And weights that are quantised with them."""
+        model = graph_module(vision, "FP8", "bfloat16")
+        emulated = vision.load("FP8", CPU)
+        for name, scales in vision.read_scales(fp8.FP8).items():
+            found = model.get_submodule(name)
+            assert found.weight_scale.dtype == torch.bfloat16
+            assert (found.weight_scale, found.activation_scale) == (
+                scales.weight,
+                scales.activation,
+            )
+            assert torch.equal(found.weight.float(), emulated.get_submodule(name).weight.float())
+
+    def test_a_graph_of_float32_scales_is_quantised_with_what_they_become(
+        self, fresh: Workshop, model_dir: Path
+    ) -> None:
+        """Both sides of the product agree, also for an older checkpoint."""
+        older = write_older_checkpoint(model_dir, fresh.root / "older", FP8)
+        vision = VisionCheckpoint.read(older / "vision")
+        model = graph_module(vision, "FP8", "bfloat16")
+        plain = vision.load_plain("bfloat16", CPU)
+        for name, scales in vision.read_scales(fp8.FP8).items():
+            found = model.get_submodule(name)
+            assert float(found.weight_scale) == pytest.approx(scales.weight, rel=2**-8)
+            expected = fp8.quantize(linear_of(plain, name).weight, found.weight_scale)
+            assert torch.equal(found.weight.float(), expected.float())
 
 
 class TestBuilds:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.linear import QuantizableLinear
 from nvlm.model.number_formats import LinearScales, fp8
+from nvlm.model.number_formats.number_format import round_up
 from tests.reference import fp8_e4m3
 
 
@@ -49,6 +53,30 @@ def test_scales_map_amax_to_448_and_zero_to_one() -> None:
     assert fp8.scale_from_amax(448.0) == 1.0
     assert fp8.scale_from_amax(0.0) == 1.0
     assert fp8.scale_from_amax(3.0) == float(np.float32(3.0) / np.float32(448.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scales_are_rounded_up_to_the_next_number(dtype: torch.dtype) -> None:
+    """Also where float16 has subnormal numbers only, below 6.1e-5, or none, below 6e-8."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.empty(2_000).uniform_(-38, math.log2(6e4), generator=generator)
+    for exact in torch.exp2(exponents).tolist():
+        rounded = torch.tensor(round_up(exact, dtype), dtype=torch.float32).to(dtype)
+        below = torch.nextafter(rounded, torch.tensor(-math.inf, dtype=dtype))
+        assert float(below) < exact <= float(rounded)
+        assert round_up(float(rounded), dtype) == float(rounded), "a number of the type stays"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_scales_of_a_linear_are_those_of_the_definition(dtype: str) -> None:
+    largest = float(torch.finfo(TORCH_DTYPES[dtype]).max)
+    for amax in (3.0, 448.0, 0.0131, 1e-4, 1e-7, 211.7, largest):
+        scales = fp8.FP8.scales_from_amax(amax, 2 * amax / 3, TORCH_DTYPES[dtype])
+        assert scales.weight == fp8_e4m3.linear_scale(amax, dtype)
+        assert scales.activation == fp8_e4m3.linear_scale(2 * amax / 3, dtype)
+        assert math.isfinite(scales.weight)
+    assert fp8.FP8.scales_from_amax(0.0, 0.0, TORCH_DTYPES[dtype]) == LinearScales(1.0, 1.0)
+    assert fp8.FP8.scales_from_amax(1e-43, 1e-43, TORCH_DTYPES[dtype]).weight > 0.0
 
 
 def test_an_fp8_linear_scales_before_it_adds_the_bias_and_rounds_once() -> None:

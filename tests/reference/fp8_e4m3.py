@@ -40,6 +40,17 @@ def quantize(x: np.ndarray, scale: float) -> np.ndarray:
     return code | (np.signbit(scaled).astype(np.uint8) << 7)
 
 
+def linear_scale(amax: float, dtype: str) -> float:
+    """amax / 448 in float32, then the smallest number of `dtype` that is not below it."""
+    exact = np.float32(amax) / np.float32(MAX)
+    if dtype == "bfloat16":  # the upper half of a float32's bits
+        bits = (exact.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)
+        return float(bits.view(np.float32))
+    nearest = exact.astype(dtype)
+    above = np.nextafter(nearest, np.array(np.inf, dtype))
+    return float(nearest if nearest.astype(np.float32) >= exact else above)
+
+
 def dequantize(codes: np.ndarray, scale: float) -> np.ndarray:
     """float64 real values of codes (uint8, any shape): stored value times the float32 scale."""
     return TABLE[codes] * float(np.float32(scale))

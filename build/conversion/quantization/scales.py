@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from build.conversion.quantization.quantization_error import quantization_error
 from build.conversion.report.quantization_report import LinearReport
 from nvlm.model.decoder import SHARED_SCALE_LINEARS
-from nvlm.model.number_formats import NumberFormat
+from nvlm.model.number_formats import LinearScales, NumberFormat
+from nvlm.program.errors import UserError
 
 
 def report_linears(
@@ -20,24 +21,59 @@ def report_linears(
     input_amax: Mapping[str, float],
     rows: Callable[[str], torch.Tensor],
     number_format: NumberFormat,
+    dtype: torch.dtype,
 ) -> list[LinearReport]:
     """One row for each of `weights`, by name without `prefix`; `rows(name)` are inputs of it."""
+    scales = _scales(weight_amax, input_amax, number_format, dtype)
     result = []
     for name, weight in weights.items():
-        shared = SHARED_SCALE_LINEARS if name in SHARED_SCALE_LINEARS else (name,)
-        scales = number_format.scales_from_amax(
-            max(weight_amax[n] for n in shared), max(input_amax[n] for n in shared)
-        )
         x = rows(name)
-        error = quantization_error(x, weight, number_format, scales)
+        error = quantization_error(x, weight, number_format, scales[name])
         result.append(
             LinearReport(
                 prefix + name,
                 weight_amax[name],
                 input_amax[name],
-                scales,
+                scales[name],
                 **asdict(error),
                 num_rows=len(x),
             )
+        )
+    return result
+
+
+def scaled_anew(
+    prefix: str, cached: list[LinearReport], number_format: NumberFormat, dtype: torch.dtype
+) -> list[LinearReport]:
+    """A layer's rows of --calib_cache with the scales that a calibration would give now.
+
+    Their amax are kept. An older version stored float32 scales, and --dtype may be another one.
+    Raises `UserError` for an input that `dtype` does not hold.
+    """
+    rows = {row.linear.removeprefix(prefix): row for row in cached}
+    for row in cached:
+        if row.input_amax > torch.finfo(dtype).max:
+            raise UserError(
+                f"--calib_cache overflows --dtype at {row.linear} ({row.input_amax}); use --dtype "
+                "bfloat16 or float32"
+            )
+    weight_amax = {name: row.weight_amax for name, row in rows.items()}
+    input_amax = {name: row.input_amax for name, row in rows.items()}
+    scales = _scales(weight_amax, input_amax, number_format, dtype)
+    return [replace(row, scales=scales[name]) for name, row in rows.items()]
+
+
+def _scales(
+    weight_amax: Mapping[str, float],
+    input_amax: Mapping[str, float],
+    number_format: NumberFormat,
+    dtype: torch.dtype,
+) -> dict[str, LinearScales]:
+    """Of each of a layer's linears, by name."""
+    result = {}
+    for name in weight_amax:
+        shared = SHARED_SCALE_LINEARS if name in SHARED_SCALE_LINEARS else (name,)
+        result[name] = number_format.scales_from_amax(
+            max(weight_amax[n] for n in shared), max(input_amax[n] for n in shared), dtype
         )
     return result

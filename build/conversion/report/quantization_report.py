@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm.formats import layout
+from nvlm.formats.scale_dtype import SCALE_DTYPE
 from nvlm.model.number_formats import ACTIVATION_SCALE, FP8, WEIGHT_SCALE, LinearScales
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object, write_json_atomically
@@ -64,12 +65,13 @@ class AttentionReport:
 
 @dataclass(frozen=True, slots=True)
 class QuantizationReport:
-    """Rows in the order of the model."""
+    """Rows in the order of the model. scale_dtype: what the linears' scales are numbers of."""
 
     num_samples: int
     num_skipped: int
     linears: tuple[LinearReport, ...]
     attentions: tuple[AttentionReport, ...]
+    scale_dtype: str
 
     def rows_of(self, prefix: str) -> tuple[list[LinearReport], AttentionReport]:
         """The rows of one decoder layer. Raises `UserError` if the report knows no such layer."""
@@ -92,7 +94,8 @@ class QuantizationReport:
             {
                 "num_calibration_samples": self.num_samples,
                 "num_skipped": self.num_skipped,
-                "scale": f"amax / {FP8.largest:.0f}",
+                "scale": f"amax / {FP8.largest:.0f}, of linears rounded up to scale_dtype",
+                SCALE_DTYPE: self.scale_dtype,
                 "linears": [row.to_json() for row in self.worst_first],
                 "attention": [
                     {**asdict(row), "kv_cache_scaling_factor": row.kv_cache_scaling_factor}
@@ -118,6 +121,7 @@ class QuantizationReport:
                 values["num_skipped"],
                 tuple(LinearReport.from_json(row) for row in values["linears"]),
                 tuple(AttentionReport(**row) for row in attentions),
+                values.get(SCALE_DTYPE, "float32"),  # older versions did not say it
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -136,7 +140,7 @@ def as_record(
 
 
 def from_records(
-    records: list[dict[str, Any]], num_samples: int, num_skipped: int
+    records: list[dict[str, Any]], num_samples: int, num_skipped: int, scale_dtype: str
 ) -> QuantizationReport:
     attentions = [record["attention"] for record in records if record.get("attention")]
     return QuantizationReport(
@@ -146,4 +150,5 @@ def from_records(
             LinearReport.from_json(row) for record in records for row in record.get("linears", [])
         ),
         tuple(AttentionReport(**row) for row in attentions),
+        scale_dtype,
     )

@@ -115,8 +115,9 @@ def _summary(report: QuantizationReport) -> str:
         ]
     boxes = "".join(f"<div>{name}<b>{value}</b></div>" for name, value in tiles)
     return (
-        "<h1>Quantization report</h1><p>FP8 E4M3, one static scale per tensor: amax / 448. With "
-        "its three bits of mantissa, 2.6 % of error on a weight and 3.7 % on an output are what "
+        "<h1>Quantization report</h1><p>FP8 E4M3, one static scale per tensor: amax / 448, of "
+        f"linears rounded up to {report.scale_dtype}. With its three bits of mantissa, 2.6 % of "
+        "error on a weight and 3.7 % on an output are what "
         "the format costs; what stands out from its neighbours deserves a look.</p>"
         f'<div class="tiles">{boxes}</div>'
     )

@@ -1,7 +1,8 @@
 """FP8 E4M3 with one static scale per tensor: real = stored * scale.
 
 E4M3 as in "FP8 Formats for Deep Learning" (arXiv 2209.05433, table 1): largest magnitude 448, no
-infinity. Scales follow TensorRT-LLM: amax / 448, for weights, activations and the KV cache.
+infinity. Scales follow TensorRT-LLM: amax / 448, for weights, activations and the KV cache; those
+of a linear are rounded up to the checkpoint's dtype.
 """
 
 from __future__ import annotations

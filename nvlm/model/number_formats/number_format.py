@@ -13,6 +13,19 @@ ACTIVATION_SCALE = "activation_scaling_factor"
 """TensorRT-LLM's names, behind the linear's own."""
 
 
+def round_up(scale: float, dtype: torch.dtype) -> float:
+    """The smallest number of `dtype` that is not below the float32 number `scale` (positive).
+
+    Not to the nearest number: what the scale was made from would then be clipped.
+    """
+    exact = torch.tensor(scale, dtype=torch.float32)
+    rounded = exact.to(dtype)
+    if rounded.to(torch.float32) < exact:
+        bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        rounded = (rounded.view(bits) + 1).view(dtype)  # the next one, of positive numbers
+    return float(rounded)
+
+
 @dataclass(frozen=True, slots=True)
 class LinearScales:
     """A linear's static scales, one of its weight and one of its input: real = stored * scale."""
@@ -47,7 +60,7 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def scale_from_amax(self, amax: float) -> float:
-        """The scale of a tensor whose largest magnitude is `amax`."""
+        """The float32 scale of a tensor whose largest magnitude is `amax`."""
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
@@ -72,8 +85,15 @@ class NumberFormat(ABC):
         has them; bias: [out_features] float32.
         """
 
-    def scales_from_amax(self, weight: float, activation: float) -> LinearScales:
-        return LinearScales(self.scale_from_amax(weight), self.scale_from_amax(activation))
+    def scales_from_amax(
+        self, weight: float, activation: float, dtype: torch.dtype
+    ) -> LinearScales:
+        """Rounded up to numbers of `dtype`, to which TensorRT-LLM casts both;
+        decision 97 (docs/decisions/model.md)."""
+        return LinearScales(
+            round_up(self.scale_from_amax(weight), dtype),
+            round_up(self.scale_from_amax(activation), dtype),
+        )
 
     def scale_tensors(self, linear: str, scales: LinearScales) -> dict[str, torch.Tensor]:
         """What is stored beside the weight of `linear`, by name."""
