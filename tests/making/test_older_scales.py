@@ -234,6 +234,7 @@ def test_a_build_for_tensorrt_llm_warns_of_an_older_checkpoint(
 ) -> None:
     monkeypatch.setattr("build.engines.specification.choose_decoder", lambda *_: "tensorrt_llm")
     monkeypatch.setattr("build.engines.specification._packages", lambda *_: {})
+    monkeypatch.setattr("build.engines.specification.plugin_config", lambda *_: None)
     for directory, is_older in ((older, True), (checkpoint_dir, False)):
         caplog.clear()
         specify(directory, BuildOptions(vision="torch"), CPU, MEMORY_BYTES)

@@ -1,4 +1,4 @@
-"""Checkpoints as versions before decision 97 wrote them: the scales of linears in float32."""
+"""Checkpoints as versions before decision 100 wrote them: the scales of linears in float32."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class NumberFormat(ABC):
         self, weight: float, activation: float, dtype: torch.dtype
     ) -> LinearScales:
         """Rounded up to numbers of `dtype`, to which TensorRT-LLM casts both;
-        decision 97 (docs/decisions/model.md)."""
+        decision 100 (docs/decisions/model.md)."""
         return LinearScales(
             round_up(self.scale_from_amax(weight), dtype),
             round_up(self.scale_from_amax(activation), dtype),
