@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from nvlm.formats.safetensors_reader import TensorSource
@@ -11,12 +9,11 @@ from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.kv_blocks import count_blocks
 from runtime.decoder.models.open_model import OpenedModel, load_model
 from runtime.decoder.models.plain_model import PlainModel
-from runtime.decoder.models.step import SequenceStep
+from runtime.decoder.models.step import AheadModel, SequenceStep
 from runtime.engine.engine_dir import EngineDir
+from runtime.engine.loading import loading_on
 from runtime.ranks.process_group import ProcessGroup
-
-StepMessage = list[tuple[SequenceStep, int | None]]
-"""Steps without their prompt tables, and the tables' numbers of rows."""
+from runtime.ranks.step_message import Again, StepDecoder, StepEncoder, StepMessage
 
 
 def open_parallel_model(
@@ -25,10 +22,9 @@ def open_parallel_model(
     group: ProcessGroup,
     source: TensorSource | None = None,
     *,
-    use_graphs: bool = False,
+    use_graphs: bool = True,
 ) -> OpenedModel:
-    """Collective. As `open_model`, on ranks; the leader's model leads the others' from then on.
-    use_graphs: they would hold the reductions, which no two GPUs have run yet."""
+    """Collective. As `open_model`, on ranks; the leader's model leads the others' from then on."""
     job = group.job
     # One scheduler's numbers must hold on every rank.
     num_blocks = min(
@@ -39,9 +35,19 @@ def open_parallel_model(
             engine, device, num_blocks, source, rank=group.rank, all_reduce=group.all_reduce
         )
     )
-    own.warm_up(engine.limits.max_num_tokens, use_graphs=use_graphs)
+    with loading_on(device, engine):
+        own.warm_up(engine.limits.max_num_tokens, use_graphs=use_graphs)
     vocab_size = engine.checkpoint_config.decoder.vocab_size
-    return OpenedModel(ParallelModel(own, group, vocab_size), num_blocks)
+    return OpenedModel(parallel_model(own, group, vocab_size), num_blocks)
+
+
+def parallel_model(
+    own: HopperModel | PlainModel, group: ProcessGroup, vocab_size: int
+) -> ParallelModel:
+    """Runs ahead where `own` does."""
+    if isinstance(own, AheadModel):
+        return ParallelAheadModel(own, group, vocab_size)
+    return ParallelModel(own, group, vocab_size)
 
 
 class ParallelModel:
@@ -52,8 +58,10 @@ class ParallelModel:
 
     def __init__(self, own: HopperModel | PlainModel, group: ProcessGroup, vocab_size: int) -> None:
         self._own, self._group, self._vocab_size = own, group, vocab_size
+        self._encoder, self._decoder = StepEncoder(), StepDecoder()
         group.on("step", self._follow)
         group.on("warm up", own.warm_up_thread)
+        group.on_close(own.close)
 
     def warm_up_thread(self, max_num_tokens: int) -> None:
         with self._group.leading("warm up", max_num_tokens):
@@ -64,33 +72,59 @@ class ParallelModel:
         self._group.close()
 
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
-        message: StepMessage = [
-            (
-                replace(step, prompt_table=None),
-                None if step.prompt_table is None else len(step.prompt_table),
-            )
-            for step in steps
-        ]
-        with self._group.leading("step", message):
+        with self._group.leading("step", self._encoder.encode(steps)):
             self._group.job.phase(_phase(steps))
             for step in steps:
                 if step.prompt_table is not None:
                     self._group.broadcast(step.prompt_table.to(self._own.embedding).contiguous())
-            logits = self._group.gather_columns(self._own.forward(steps))
-        assert logits is not None
-        return logits[:, : self._vocab_size]  # the head is padded to equal shards
+            return self._whole(self._own.forward(steps))
 
     @torch.inference_mode()
     def _follow(self, message: StepMessage) -> None:
-        self._group.job.phase(_phase([step for step, _ in message]))
-        steps = [replace(step, prompt_table=self._receive(num_rows)) for step, num_rows in message]
+        steps = self._decoder.decode(message)
+        self._group.job.phase(_phase(steps))
+        if not isinstance(message, Again):
+            for step, row in zip(steps, message, strict=True):
+                if row.num_table_rows is not None:
+                    step.prompt_table = self._receive_table(row.num_table_rows)
         self._group.gather_columns(self._own.forward(steps))
 
-    def _receive(self, num_rows: int | None) -> torch.Tensor | None:
-        if num_rows is None:
-            return None
+    def _whole(self, columns: torch.Tensor) -> torch.Tensor:
+        logits = self._group.gather_columns(columns)
+        assert logits is not None
+        return logits[:, : self._vocab_size]  # the head is padded to equal shards
+
+    def _receive_table(self, num_rows: int) -> torch.Tensor:
         like = self._own.embedding  # in whose type and width prompt tables travel
         return self._group.broadcast(like.new_empty(num_rows, like.shape[1]))
+
+
+class ParallelAheadModel(ParallelModel):
+    """`AheadModel` of the leader: the tokens that it drew go to the workers on the device."""
+
+    _own: HopperModel
+
+    def __init__(self, own: HopperModel, group: ProcessGroup, vocab_size: int) -> None:
+        super().__init__(own, group, vocab_size)
+        group.on("step ahead", self._follow_ahead)
+
+    @property
+    def max_rows_ahead(self) -> int:
+        return self._own.max_rows_ahead
+
+    def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
+        with self._group.leading("step ahead", self._encoder.encode(steps)):
+            self._group.job.phase("decode")
+            self._group.broadcast(token_ids)
+            return self._whole(self._own.forward_ahead(steps, token_ids))
+
+    @torch.inference_mode()
+    def _follow_ahead(self, message: StepMessage) -> None:
+        steps = self._decoder.decode(message)
+        self._group.job.phase("decode")
+        token_ids = torch.empty(len(steps), dtype=torch.int64, device=self._group.device)
+        self._group.broadcast(token_ids)
+        self._group.gather_columns(self._own.forward_ahead(steps, token_ids))
 
 
 def _phase(steps: list[SequenceStep]) -> str:

@@ -8,6 +8,7 @@ sent, never decided twice.
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ from runtime.ranks.mpi import Job, PeerError
 from runtime.ranks.watch import interface_addresses
 
 _FOREVER = timedelta(days=365)  # a worker waits for work; runtime/ranks/watch.py tells who died
+_FRAME_BYTES = 4096  # a message up to this size is one broadcast
+_LENGTH_BYTES = 8  # of a message, at the start of its frame
+_CLOSE = "close"
 
 
 @contextmanager
@@ -44,6 +48,8 @@ class ProcessGroup:
         self.job, self.device = job, device
         self.size, self.rank = job.world.size, job.world.rank
         self._work: dict[str, Callable[[Any], object]] = {}
+        self._releases: list[Callable[[], None]] = []
+        self._frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
         self._lock = threading.Lock()
         self._is_broken = False
         self._shared: torch.Tensor | None = None
@@ -68,7 +74,13 @@ class ProcessGroup:
             torch.cuda.set_device(device)
         hook = sys.excepthook
         dist.init_process_group(
-            backend, store=store, rank=self.rank, world_size=self.size, timeout=_FOREVER
+            backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=_FOREVER,
+            # NCCL connects now: later it would warn of every pair that sends and receives.
+            device_id=device if device.type == "cuda" else None,
         )
         sys.excepthook = hook  # torch's holds back what is printed until it returns; ours does not
 
@@ -120,6 +132,11 @@ class ProcessGroup:
         """What a worker does when the leader leads `name`."""
         self._work[name] = work
 
+    def on_close(self, release: Callable[[], None]) -> None:
+        """What every rank gives back before the group ends, the last one first. NCCL's end waits
+        for CUDA graphs that hold its reductions, so they must be gone by then."""
+        self._releases.append(release)
+
     @contextmanager
     def leading(self, name: str, message: object) -> Iterator[None]:
         """On the leader: workers do `name` with `message` while the block does the leader's part.
@@ -128,25 +145,45 @@ class ProcessGroup:
             if self._is_broken:
                 raise PeerError("an earlier failure left the ranks at different places")
             self._is_broken = True  # until the block is through, no other work can be led
-            with _with_peers():
-                dist.broadcast_object_list([(name, message)], 0, device=torch.device("cpu"))
+            self._send_message((name, message))
             yield
             self._is_broken = False
 
     def follow(self) -> None:
         """On a worker: does what the leader leads, until it closes."""
         while True:
-            received: list[Any] = [None]
-            with _with_peers():
-                dist.broadcast_object_list(received, 0, device=torch.device("cpu"))
-            name, message = received[0]
-            if name == "close":
-                dist.destroy_process_group()
+            name, message = self._receive_message()
+            if name == _CLOSE:
+                self._end()
                 return
             self._work[name](message)
 
     def close(self) -> None:
         """On the leader: ends the workers' `follow`, unless a failure is ending them anyway."""
         if not self._is_broken:
-            with self.leading("close", None):
-                dist.destroy_process_group()
+            with self.leading(_CLOSE, None):
+                self._end()
+
+    def _end(self) -> None:
+        while self._releases:
+            self._releases.pop()()
+        dist.destroy_process_group()
+
+    def _send_message(self, message: tuple[str, object]) -> None:
+        """One broadcast of a frame; a longer message follows it in a second one."""
+        data = pickle.dumps(message)
+        framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
+        part = torch.frombuffer(bytearray(framed[:_FRAME_BYTES]), dtype=torch.uint8)
+        self._frame[: len(part)] = part
+        self.broadcast(self._frame)
+        if len(framed) > _FRAME_BYTES:
+            self.broadcast(torch.frombuffer(bytearray(framed[_FRAME_BYTES:]), dtype=torch.uint8))
+
+    def _receive_message(self) -> tuple[str, Any]:
+        framed = self.broadcast(self._frame).numpy().tobytes()
+        end = _LENGTH_BYTES + int.from_bytes(framed[:_LENGTH_BYTES], "little")
+        if end > _FRAME_BYTES:
+            rest = torch.empty(end - _FRAME_BYTES, dtype=torch.uint8)
+            framed += self.broadcast(rest).numpy().tobytes()
+        message: tuple[str, Any] = pickle.loads(framed[_LENGTH_BYTES:end])
+        return message

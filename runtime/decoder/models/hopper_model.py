@@ -139,7 +139,11 @@ class HopperModel:
         self._forms.plan_prefill_attention(heads, kv_heads, head_dim, self._dtype, num_tokens)
 
     def close(self) -> None:
-        """Nothing is held beyond memory."""
+        """Ends the steps in flight and deletes the graphs, which hold the ranks' reductions."""
+        if self._graphs:
+            torch.cuda.synchronize(self._device)
+            self._graphs.clear()
+            torch.cuda.synchronize(self._device)
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
