@@ -61,6 +61,7 @@ MARKS: dict[str, str] = {
     "ranks/test_rank_failures.py": "process",
     "ranks/test_rank_hosts.py": "process",
     "ranks/test_ranks.py": "process",
+    "ranks/test_ranks_ahead.py": "process",
     "test_project.py": "process",
     "test_reference.py": "long",
     "tools/test_tiny_model.py": "long",
