@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FP32, Workshop
+from tests.conftest import FP8, FP32, Workshop
 from tests.support.command import RUN, one_line_error, run_process
 from tests.support.ranks import (
     MAX_SECONDS_TO_END,
@@ -35,6 +35,12 @@ QUESTION = ("--image", PHOTO, "--prompt", "hi", "--max_new_tokens", 4)
 @pytest.fixture(scope="module")
 def engine(workshop: Workshop) -> Path:
     return engine_of(workshop, 2, FP32)
+
+
+@pytest.fixture(scope="module")
+def ahead_engine(workshop: Workshop) -> Path:
+    """Of the fast path, whose steps are in flight."""
+    return engine_of(workshop, 2, FP8)
 
 
 def job(
@@ -73,6 +79,33 @@ def test_a_failed_rank_shows_its_traceback_and_phase_and_nobody_else_is_named(
     assert result.returncode == 1
     assert "RuntimeError: the test's failure" in result.stderr, result.stderr
     assert "rank 1 failed in phase prefill" in result.stderr
+    assert result.stderr.count("Traceback") == 1
+    assert "died" not in result.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_with_a_step_in_flight_ends_all_in_time_and_is_named(
+    ahead_engine: Path, tmp_path: Path, rank: int
+) -> None:
+    """It has the next step's message and has not launched it."""
+    result = job(ahead_engine, tmp_path, f"ahead:kill=decode@{rank}")
+    ended = time.monotonic()
+    assert result.returncode != 0
+    assert f"rank {rank} died in phase decode; ending the others" in result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    killed = re.search(r"killed at ([\d.]+)", result.stderr)
+    assert killed is not None
+    assert ended - float(killed[1]) < MAX_SECONDS_TO_END
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_with_a_step_in_flight_tells_why_and_ends_all(
+    ahead_engine: Path, tmp_path: Path, rank: int
+) -> None:
+    result = job(ahead_engine, tmp_path, f"ahead:raise=decode@{rank}")
+    assert result.returncode == 1
+    assert "RuntimeError: the test's failure" in result.stderr, result.stderr
+    assert f"rank {rank} failed in phase decode" in result.stderr
     assert result.stderr.count("Traceback") == 1
     assert "died" not in result.stderr
 
@@ -135,16 +168,26 @@ def test_a_launcher_of_another_mpi_library_is_told_by_the_first_rank(
         assert result.stderr == ""
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=["^C", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("signal_number", "what"),
+    [
+        (signal.SIGINT, ""),
+        (signal.SIGTERM, ""),
+        (signal.SIGINT, "ahead:"),
+        (signal.SIGTERM, "ahead:"),
+    ],
+    ids=["^C", "SIGTERM", "^C ahead", "SIGTERM ahead"],
+)
 def test_an_interrupted_job_ends_every_rank_and_says_so_once(
-    engine: Path, tmp_path: Path, signal_number: int
+    engine: Path, ahead_engine: Path, tmp_path: Path, signal_number: int, what: str
 ) -> None:
     """A terminal sends Control-C to the launcher's group, a scheduler SIGTERM to the launcher."""
+    engine = ahead_engine if what else engine
     requests = tmp_path / "in.jsonl"
     requests.write_text('{"prompt": "hi", "max_new_tokens": 9}\n' * 5000)
     output = tmp_path / "out.jsonl"
     flags = ("--engine_dir", engine, "--input_file", requests, "--output_file", output)
-    with started(command(2, PROGRAM, "", *flags), tmp_path) as process:
+    with started(command(2, PROGRAM, what, *flags), tmp_path) as process:
         deadline = time.monotonic() + 60
         while not (output.exists() and output.stat().st_size):
             assert time.monotonic() < deadline
