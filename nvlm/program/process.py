@@ -15,7 +15,11 @@ from collections.abc import MutableMapping
 from typing import NoReturn
 
 _CUBLAS = {"CUBLASLT_WORKSPACE_SIZE": "0", "CUBLAS_WORKSPACE_CONFIG": ":0:0"}
-_NCCL = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+_NCCL = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
 
 
 def set_up_cublas(environment: MutableMapping[str, str]) -> None:
@@ -31,8 +35,10 @@ def set_up_cublas(environment: MutableMapping[str, str]) -> None:
 
 
 def set_up_nccl(environment: MutableMapping[str, str]) -> None:
-    """Does without the multicast of NVLink, which not every machine that has NVLink grants.
-    environment: os.environ, before ranks on GPUs meet; what the user has set stays."""
+    """Does without the multicast of NVLink, which not every machine that has NVLink grants, and
+    without torch's monitor of NCCL, which warns where rank 0 ends first (runtime/ranks/watch.py
+    watches the ranks). environment: os.environ, before ranks on GPUs meet; what the user has set
+    stays."""
     for name, value in _NCCL.items():
         environment.setdefault(name, value)
 

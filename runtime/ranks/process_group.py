@@ -79,8 +79,7 @@ class ProcessGroup:
             rank=self.rank,
             world_size=self.size,
             timeout=_FOREVER,
-            # NCCL connects now: later it would warn of every pair that sends and receives.
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if device.type == "cuda" else None,  # NCCL connects now
         )
         sys.excepthook = hook  # torch's holds back what is printed until it returns; ours does not
 
@@ -120,13 +119,17 @@ class ProcessGroup:
         return x
 
     def send(self, x: torch.Tensor, rank: int) -> None:
-        with _with_peers():
-            dist.send(x.contiguous(), rank)
+        self._exchange(dist.isend, x.contiguous(), rank)
 
     def receive(self, x: torch.Tensor, rank: int) -> torch.Tensor:
-        with _with_peers():
-            dist.recv(x, rank)
+        self._exchange(dist.irecv, x, rank)
         return x
+
+    def _exchange(self, operation: Callable[..., object], x: torch.Tensor, rank: int) -> None:
+        """As a batch of one: torch warns of NCCL's sends and receives outside a batch."""
+        with _with_peers():
+            for work in dist.batch_isend_irecv([dist.P2POp(operation, x, rank)]):
+                work.wait()
 
     def on(self, name: str, work: Callable[[Any], object]) -> None:
         """What a worker does when the leader leads `name`."""

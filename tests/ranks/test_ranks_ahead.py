@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import FP8, Workshop
-from tests.support.ranks import ROOT, command, engine_of, finished, needs_mpi
+from tests.support.ranks import (
+    PHOTO,
+    PROGRAM,
+    ROOT,
+    command,
+    engine_of,
+    finished,
+    needs_mpi,
+)
 
 AHEAD = ROOT / "tests" / "support" / "rank_ahead.py"
 
@@ -35,3 +43,21 @@ def test_random_batches_get_the_tokens_of_not_running_ahead(
     assert waiting["num_steps_ahead"] == 0
     assert ahead["num_steps_ahead"] > ahead["num_steps"] // 4
     assert num_ranks > 2 or ahead["num_preemptions"] > 3
+
+
+@pytest.mark.parametrize(
+    "flags", [("--streaming",), ("--temperature", 0.8, "--seed", 3)], ids=["streamed", "sampled"]
+)
+def test_a_question_captures_graphs_deletes_them_and_ends_without_a_warning(
+    workshop: Workshop, tmp_path: Path, flags: tuple[object, ...]
+) -> None:
+    """On every rank, and while the group is there, whose end waits for them."""
+    question = ("--image", PHOTO, "--prompt", "hi", "--max_new_tokens", 12)
+    engine = engine_of(workshop, 2, FP8)
+    words = command(2, PROGRAM, "ahead:", "--engine_dir", engine, *question, *flags)
+    result = finished(words, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    told = result.stderr.splitlines()
+    assert [told.count(f"graphs are {what}") for what in ("captured", "deleted")] == [2, 2]
+    assert [line for line in told if "arning" in line or "[W" in line or "[Gloo]" in line] == []

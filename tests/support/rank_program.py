@@ -48,12 +48,21 @@ def fail_at(phase: str, rank: int, *, killed: bool) -> None:
 
 
 def run_ahead() -> None:
-    """On the CPU, where neither Triton nor graphs are."""
+    """On the CPU, where neither Triton nor graphs are: tells when graphs come and go."""
+
+    def capture(model: HopperModel) -> None:
+        print("graphs are captured", file=sys.stderr)
+
+    def close(model: HopperModel) -> None:
+        assert torch.distributed.is_initialized(), "the group outlives them"
+        print("graphs are deleted", file=sys.stderr)
+
     hopper.takes_fast_path = lambda config, device: True
     forms = ModuleType("runtime.decoder.kernels.triton_forms")
     forms.TritonForms = lambda *arguments: PlainForms()  # type: ignore[attr-defined]
     sys.modules[forms.__name__] = forms
-    HopperModel.capture_graphs = lambda model: None  # type: ignore[method-assign]
+    HopperModel.capture_graphs = capture  # type: ignore[method-assign]
+    HopperModel.close = close  # type: ignore[method-assign]
 
 
 def main() -> None:
