@@ -41,7 +41,7 @@ def test_random_batches_get_the_tokens_of_not_running_ahead(
     assert ahead["answers"] == waiting["answers"]
     assert sum(map(len, waiting["answers"])) > 6 * num_requests
     assert waiting["num_steps_ahead"] == 0
-    assert ahead["num_steps_ahead"] > ahead["num_steps"] // 4
+    assert ahead["num_steps_ahead"] > ahead["num_steps"] // 6
     assert num_ranks > 2 or ahead["num_preemptions"] > 3
 
 
