@@ -23,9 +23,9 @@
 #               requests, 64 at a time, through the product's server
 #     interactive  80 layers: eight texts decode while no, one or two pictures a second arrive
 #     memory80  80 layers, the cache takes all that is left
-#   two GPUs of 100 GB or more, mpirun and mpi4py:
-#     one       80 layers on one of them
-#     ranks     80 layers on both, with CUDA graphs and, should that fail, without; sums by peer memory
+#   $RANKS GPUs (default 2) of 100 GB or more, mpirun and mpi4py:
+#     one       80 layers on one of them: decode, prefill, first token, serving; kept in one.json
+#     ranks     the same on all of them, beside one.json; kept in ranks.json, row by row
 out=$1; shift
 parts=${*:-tests decode vision kernels}
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
@@ -38,6 +38,7 @@ part() { # name, seconds, command
   echo "$name: exit $? after $((SECONDS - started)) s" | tee -a "$out/summary.log"
 }
 python=${PYTHON:-python3}
+mpirun="mpirun -n ${RANKS:-2} $python"
 pytest="$python -m pytest -q -p no:cacheprovider --tb=short"
 $python -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' >>"$out/summary.log" 2>&1
 
@@ -67,8 +68,9 @@ part interactive 200 $python -m bench.hopper interactive --layers 80 --batch_siz
 part memory80 90 $python -m bench.hopper.memory --layers 80 --max_batch_size 112
 part evaluation 150 $python -m bench.serving.evaluation --engine_dir "${TRUTH:-.truth}/engine" --device cuda \
   --shape 72b --layers ${LAYERS:-80} --num_samples 24 --repeats 2
-part one 120 $python -m bench.hopper decode prefill --layers 80 --batch_sizes 1,8,64 --prompts 1948
-ranks="timeout -k 5 140 mpirun -n 2 $python -m bench.ranks.hopper --one '$out/one.log'"
-part ranks 430 bash -c "$ranks --output '$out/ranks.json' || $ranks --output '$out/ranks.json' --no_graphs
-  $ranks --output '$out/ranks_one_shot.json' --one_shot"
+part one 180 $python -m bench.hopper decode prefill first_token serving --layers 80 --batch_sizes 1,8,64 \
+  --prompts 1948 --precisions FP8 --serving 2048/128/256/64 --output "$out/one.json"
+[ -f "$out/one.json" ] && one="--one $out/one.json"
+part ranks 260 $mpirun -m bench.ranks decode prefill first_token serving --layers 80 --batch_sizes 1,8,64 \
+  --prompts 1948 --precisions FP8 --serving 2048/128/256/64 $one --output "$out/ranks.json"
 tail -n 25 "$out"/*.log | cut -c 1-400

@@ -1,27 +1,88 @@
-"""What a run of phases prints: its rows as they come, and what a layer adds."""
+"""What a run of phases tells: its rows as they come, what a layer adds, and JSON of it all."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from bench.ceilings import Ceilings
 from bench.rows import FirstPictures, Interactive, Row
+from nvlm.program.errors import UserError
+from nvlm.program.json_files import write_json_atomically
 
 Measured = Row | FirstPictures | Interactive
+Key = tuple[str, int, int, int]
+"""Phase, number of layers, batch size, number of tokens."""
 
 
-def told(measured: Iterable[Measured]) -> list[Measured]:
-    """The rows, printed as they come, then what a layer adds."""
-    rows = []
-    for row in measured:
-        print(row, flush=True)
-        rows.append(row)
-    for slope in slopes(rows):
-        print(
-            f"{slope['phase']:<8}batch {slope['batch_size']:<3} {slope['num_tokens']:>5} tokens "
-            f"{slope['ms_per_layer']:.4f} ms per layer, {slope['fixed_ms']:.3f} ms fixed"
-        )
-    return rows
+class Report:
+    """Prints each row, and keeps all in the file `output` from the first row on.
+
+    one: milliseconds of one GPU, beside which rows bear their speed-up; None leaves it out.
+    """
+
+    def __init__(
+        self,
+        machine: dict[str, Any],
+        ceilings: Ceilings,
+        *,
+        output: Path | None = None,
+        one: dict[Key, float] | None = None,
+    ) -> None:
+        self._head = {"machine": machine, "ceilings": ceilings.to_json()}
+        self._output, self._one = output, one
+        self._measured: list[Measured] = []
+        self._rows: list[dict[str, Any]] = []
+        print(ceilings, flush=True)
+
+    def tell(self, measured: Iterable[Measured]) -> None:
+        """The rows, printed as they come, then what a layer adds."""
+        rows = []
+        for row in measured:
+            values = row.to_json()
+            told = str(row)
+            if self._one is not None:
+                values["speed_up"] = speed_up = _speed_up(row, self._one)
+                told += "" if speed_up is None else f" {speed_up:.2f} times one"
+            print(told, flush=True)
+            rows.append(row)
+            self._measured.append(row)
+            self._rows.append(values)
+            if self._output is not None:
+                write_json_atomically(self._output, self.to_json())
+        for slope in slopes(rows):
+            print(
+                f"{slope['phase']:<8}batch {slope['batch_size']:<3} {slope['num_tokens']:>5} "
+                f"tokens {slope['ms_per_layer']:.4f} ms per layer, {slope['fixed_ms']:.3f} ms fixed"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return self._head | {"rows": self._rows, "slopes": slopes(self._measured)}
+
+
+def step_times(path: Path | str) -> dict[Key, float]:
+    """Milliseconds of the rows of an earlier run: the file it kept, or its log, whose last line is
+    JSON. Raises `UserError` for anything else."""
+    try:
+        text = Path(path).read_text()
+        values = json.loads(text if text.startswith("{") else text.splitlines()[-1])
+        return {_key(row): row["ms"] for row in values["rows"] if "ms" in row}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(
+            f"{path} holds no rows; expected the --output of bench.hopper, or its log"
+        ) from None
+
+
+def _speed_up(row: Measured, one: dict[Key, float]) -> float | None:
+    values = row.to_json()
+    key = _key(values)
+    return one[key] / values["ms"] if key in one else None
+
+
+def _key(row: dict[str, Any]) -> Key:
+    return row["phase"], row["num_layers"], row["batch_size"], row["num_tokens"]
 
 
 def slopes(measured: list[Measured]) -> list[dict[str, Any]]:

@@ -152,8 +152,8 @@ def prefill_row(
 
 
 def step_bytes(config: CheckpointConfig, batch_size: int, context: int) -> int:
-    """Read once in a decode step: every weight but the embedding, and the requests' keys and
-    values."""
+    """Read once in a decode step by a rank: every weight but the embedding, and the requests' keys
+    and values."""
     weights = sum(
         info.num_bytes
         for name, info in decoder_tensors(config).items()
@@ -163,7 +163,7 @@ def step_bytes(config: CheckpointConfig, batch_size: int, context: int) -> int:
 
 
 def prefill_flop(config: CheckpointConfig, num_tokens: int) -> float:
-    """Linears of all tokens and causal attention; the head is one token's."""
+    """Linears of all tokens and causal attention, of one rank; the head is one token's."""
     decoder = config.decoder
     linears = sum(
         2.0 * num_tokens * info.shape[0] * info.shape[1]
@@ -171,4 +171,4 @@ def prefill_flop(config: CheckpointConfig, num_tokens: int) -> float:
         if name.startswith("transformer.layers") and len(info.shape) == 2
     )
     attention = 2.0 * num_tokens**2 * decoder.hidden_size * decoder.num_hidden_layers
-    return linears + attention
+    return linears + attention / config.tp_size

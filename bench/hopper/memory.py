@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from bench.hopper.decoder import random_prompt
-from bench.hopper.vision import load_vision, random_tiles
+from bench.hopper.parts import load_vision
+from bench.hopper.vision import random_tiles
 from bench.machine import describe, describe_gpu
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
 from nvlm.planning.device_memory import total_memory_bytes

@@ -5,11 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 
-import torch
-
 from bench.ceilings import Ceilings
 from bench.hopper.decoder import PAUSE_S, prefill_flop, random_prompt
-from bench.hopper.vision import load_vision, random_tiles, tile_flop
+from bench.hopper.parts import Parts
+from bench.hopper.vision import random_tiles, tile_flop
 from bench.rows import Row
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.torch_executor import TorchDecoderExecutor
@@ -22,14 +21,14 @@ _NUM_TILES = 7
 def measure_first_token(
     executor: TorchDecoderExecutor,
     engine: EngineDir,
+    parts: Parts,
     precision: str,
     ceilings: Ceilings,
-    device: torch.device,
     repeats: int = 8,
 ) -> Row:
     """Tiles in the host's memory to the first token on the host."""
     config, vision_config = engine.checkpoint_config, engine.vision_config
-    vision = load_vision(engine, precision, device)
+    vision = parts.vision(engine, precision)
     times = []
     for repeat in range(2 + repeats):
         tiles = random_tiles(vision_config, _NUM_TILES, seed=repeat)
@@ -43,7 +42,8 @@ def measure_first_token(
         assert len(executor.step()) == 1
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[2:])
-    flop = _NUM_TILES * tile_flop(vision_config) + prefill_flop(config, len(prompt))
+    tiles_flop = _NUM_TILES * tile_flop(vision_config) / parts.num_ranks
+    flop = tiles_flop + prefill_flop(config, len(prompt))
     return Row(
         f"first, {precision}",
         config.decoder.num_hidden_layers,

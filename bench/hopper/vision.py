@@ -11,26 +11,24 @@ import torch
 
 from bench.ceilings import Ceilings
 from bench.hopper.decoder import PAUSE_S
+from bench.hopper.parts import Parts
 from bench.rows import Row
-from bench.synthetic_engine import synthetic_engine, vision_source
 from nvlm.model.config import VisionConfig
 from runtime.engine.engine_dir import EngineDir
-from runtime.vision.torch_executor import TorchVisionExecutor
 
 
 def measure_vision(
-    shape: str,
+    parts: Parts,
+    engine: EngineDir,
     precision: str,
     num_tiles: int,
     ceilings: Ceilings,
-    device: torch.device,
     repeats: int = 10,
 ) -> Iterator[Row]:
-    engine = synthetic_engine(shape, 1, max_batch_size=1, max_seq_len=64)
-    config = engine.vision_config
-    executor = load_vision(engine, precision, device)
+    config, device = engine.vision_config, parts.device
+    executor = parts.vision(engine, precision)
     tiles = random_tiles(config, num_tiles, seed=0)
-    flop = num_tiles * tile_flop(config)
+    flop = num_tiles * tile_flop(config) / parts.num_ranks
     ceiling = ceilings.fp8_flop_per_s if precision == "FP8" else ceilings.bf16_flop_per_s
     num_positions = num_tiles * config.num_positions
     for is_busy in (False, True):
@@ -54,11 +52,6 @@ def measure_vision(
             flop / seconds,
             flop / seconds / ceiling,
         )
-
-
-def load_vision(engine: EngineDir, precision: str, device: torch.device) -> TorchVisionExecutor:
-    model = engine.vision_checkpoint.load(precision, device, source=vision_source(engine, device))
-    return TorchVisionExecutor(model, engine.tiling.max_tiles_per_image)
 
 
 def random_tiles(config: VisionConfig, num_tiles: int, seed: int) -> torch.Tensor:

@@ -21,9 +21,9 @@ import transformers
 
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import PAUSE_S, decode_row, prefill_row, random_prompt
-from bench.hopper.measure import numbers
+from bench.hopper.phases import numbers
 from bench.machine import describe, describe_gpu
-from bench.report import slopes, told
+from bench.report import Report
 from bench.rows import Row
 from bench.stopwatch import seconds_of
 from bench.synthetic_engine import DECODERS
@@ -144,15 +144,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)
-
-    rows = told(measure(options, ceilings, device))
-    found = {
-        "machine": describe() | describe_gpu(device) | {"transformers": transformers.__version__},
-        "ceilings": ceilings.to_json(),
-        "rows": [row.to_json() for row in rows],
-        "slopes": slopes(rows),
-    }
-    print(json.dumps(found))
+    version = {"transformers": transformers.__version__}
+    report = Report(describe() | describe_gpu(device) | version, ceilings)
+    report.tell(measure(options, ceilings, device))
+    print(json.dumps(report.to_json()))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import PAUSE_S, decode_row, prefill_row, random_prompt
-from bench.hopper.measure import numbers
+from bench.hopper.phases import numbers
 from bench.machine import describe, describe_gpu
 from bench.peers.hugging_face import qwen2_config
-from bench.report import slopes, told
+from bench.report import Report
 from bench.rows import Row
 from bench.synthetic_engine import DECODERS
 from nvlm.formats.checkpoint_config import CheckpointConfig
@@ -142,22 +142,17 @@ def main(arguments: list[str] | None = None) -> None:
     # What an engine needs grows with its layers; embedding, head and activations are some 4 more.
     need = {num_layers: num_layers + 4 for num_layers in numbers(options.layers)}
     share = {num_layers: _MEMORY * need[num_layers] / sum(need.values()) for num_layers in need}
+    versions = {"vllm": vllm.__version__, "kv_cache_dtype": options.kv_cache_dtype}
+    report = Report(describe() | describe_gpu(device) | versions, ceilings)
     with tempfile.TemporaryDirectory() as folder:
         peers = {
             num_layers: Peer(vllm, options, num_layers, memory, Path(folder, str(num_layers)))
             for num_layers, memory in share.items()
         }
-        rows = told(measure(peers, options, ceilings))
+        report.tell(measure(peers, options, ceilings))
         peers.clear()
         gc.collect()  # whatever vLLM's processes say at their end comes before the JSON
-    versions = {"vllm": vllm.__version__, "kv_cache_dtype": options.kv_cache_dtype}
-    found = {
-        "machine": describe() | describe_gpu(device) | versions,
-        "ceilings": ceilings.to_json(),
-        "rows": [row.to_json() for row in rows],
-        "slopes": slopes(rows),
-    }
-    print(json.dumps(found))
+    print(json.dumps(report.to_json()))
 
 
 if __name__ == "__main__":

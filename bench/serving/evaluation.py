@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bench.hopper.vision import load_vision
+from bench.hopper.parts import load_vision
 from bench.machine import describe
 from bench.photos import write_photos
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
