@@ -26,6 +26,8 @@
 #   $RANKS GPUs (default 2) of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them: decode, prefill, first token, serving; kept in one.json
 #     ranks     the same on all of them, beside one.json; kept in ranks.json, row by row
+#     rank_truth  the trained model's answers beside one GPU's, graphs and running ahead on and off, the
+#               same bits on all ranks after every sum; $TRUTH as for truth
 out=$1; shift
 parts=${*:-tests decode vision kernels}
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
@@ -70,7 +72,8 @@ part evaluation 150 $python -m bench.serving.evaluation --engine_dir "${TRUTH:-.
   --shape 72b --layers ${LAYERS:-80} --num_samples 24 --repeats 2
 part one 180 $python -m bench.hopper decode prefill first_token serving --layers 80 --batch_sizes 1,8,64 \
   --prompts 1948 --precisions FP8 --serving 2048/128/256/64 --output "$out/one.json"
-[ -f "$out/one.json" ] && one="--one $out/one.json"
+beside=; [ -f "$out/one.json" ] && beside="--one $out/one.json"
 part ranks 260 $mpirun -m bench.ranks decode prefill first_token serving --layers 80 --batch_sizes 1,8,64 \
-  --prompts 1948 --precisions FP8 --serving 2048/128/256/64 $one --output "$out/ranks.json"
+  --prompts 1948 --precisions FP8 --serving 2048/128/256/64 $beside --output "$out/ranks.json"
+part rank_truth 400 $mpirun -m bench.ranks.truth --folder "${TRUTH:-.truth}"
 tail -n 25 "$out"/*.log | cut -c 1-400

@@ -27,6 +27,7 @@ from build.conversion.convert import ConvertOptions, convert
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
+from nvlm.formats import layout
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.program.process import set_up_cublas
 from runtime.answers.compare import Run, differences, record
@@ -50,10 +51,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def engine_in(folder: Path) -> EngineDir:
-    engine, checkpoint = folder / "engine", folder / "checkpoint"
+def engine_in(folder: Path, tp_size: int = 1) -> EngineDir:
+    """That of several ranks has the scales of the one for one rank."""
+    suffix = "" if tp_size == 1 else f"_{tp_size}"
+    engine = folder / f"engine{suffix}"
     if not engine.exists():
-        convert(HuggingFaceSource(MODEL), checkpoint, ConvertOptions(), CPU)
+        checkpoint = checkpoint_in(folder, tp_size, folder / f"checkpoint{suffix}")
         options = BuildOptions(
             decoder="torch",
             vision="torch",
@@ -63,6 +66,17 @@ def engine_in(folder: Path) -> EngineDir:
         spec = specify(checkpoint, options, CPU, total_memory_bytes(CPU))
         build_engine(spec, engine, options)
     return EngineDir.read(engine)
+
+
+def checkpoint_in(folder: Path, tp_size: int, checkpoint: Path) -> Path:
+    if checkpoint.exists():
+        return checkpoint
+    report = None
+    if tp_size > 1:
+        report = checkpoint_in(folder, 1, folder / "checkpoint") / layout.REPORT
+    options = ConvertOptions(tp_size=tp_size, calib_cache=report)
+    convert(HuggingFaceSource(MODEL), checkpoint, options, CPU)
+    return checkpoint
 
 
 def questions(folder: Path, per_task: int) -> Iterator[GenerationRequest]:
