@@ -28,6 +28,8 @@
 #     ranks     the same on all of them, beside one.json; kept in ranks.json, row by row
 #     rank_truth  the trained model's answers beside one GPU's, graphs and running ahead on and off, the
 #               same bits on all ranks after every sum; $TRUTH as for truth
+#     rank_ends  run.py and evaluate.py end by themselves, ${ENDS:-10} times each in turns, and within 10 s
+#               of a rank killed, an error, SIGTERM, Control-C; kept in rank_ends.json, job by job
 out=$1; shift
 parts=${*:-tests decode vision kernels}
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
@@ -76,4 +78,6 @@ beside=; [ -f "$out/one.json" ] && beside="--one $out/one.json"
 part ranks 260 $mpirun -m bench.ranks decode prefill first_token serving --layers 80 --batch_sizes 1,8,64 \
   --prompts 1948 --precisions FP8 --serving 2048/128/256/64 $beside --output "$out/ranks.json"
 part rank_truth 400 $mpirun -m bench.ranks.truth --folder "${TRUTH:-.truth}"
+part rank_ends 560 $python -m bench.ranks.ends --folder "${TRUTH:-.truth}" --num_ranks ${RANKS:-2} \
+  --repeats ${ENDS:-10} --output "$out/rank_ends.json"
 tail -n 25 "$out"/*.log | cut -c 1-400

@@ -33,26 +33,26 @@ class Checksums:
         weights = torch.randint(1 << 62, (_MAX_WORDS,), generator=generator) | 1
         self.num_sums = num_sums
         self._weights = weights.to(device)
-        self._table = torch.zeros(num_sums, 1, dtype=torch.int64, device=device)
+        self.table = torch.zeros(num_sums, 1, dtype=torch.int64, device=device)
         self._num_added = 0
         self._group: ProcessGroup | None = None
 
     def add(self, x: torch.Tensor) -> None:
         """x: [rows, columns], whose bits every rank should hold."""
-        place = self._table[self._num_added % self.num_sums]
+        place = self.table[self._num_added % self.num_sums]
         place.mul_(_FACTOR).add_(checksum(x, self._weights))
         self._num_added += 1
 
     def join(self, group: ProcessGroup) -> None:
         """Before the first step, on every rank: workers answer `num_different`."""
         self._group = group
-        group.on("checksums", lambda _: group.gather_columns(self._table))
+        group.on("checksums", lambda _: group.gather_columns(self.table))
 
     def num_different(self) -> int:
         """How many places of the table have differed among the ranks so far. On the leader."""
         assert self._group is not None, "it joins the ranks' group first"
         with self._group.leading("checksums", None):
-            tables = self._group.gather_columns(self._table)  # [num_sums, ranks]
+            tables = self._group.gather_columns(self.table)  # [num_sums, ranks]
         assert tables is not None
         return int((tables != tables[:, :1]).any(1).sum())
 
@@ -60,10 +60,17 @@ class Checksums:
 def checksum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """64 bits [1] of x [rows, columns] of any type, wherever it differs in one value. weights:
     int64, odd, as many as a row has words of 64 bits."""
-    words = x.contiguous().view(torch.int64)
-    rows = (words * weights[: words.shape[1]]).sum(1)
+    words = _mixed(x.contiguous().view(torch.int64))
+    rows = _mixed((words * weights[: words.shape[1]]).sum(1))
     places = torch.arange(1, 2 * len(rows), 2, device=x.device)
     return (rows * places).sum(0, keepdim=True)
+
+
+def _mixed(words: torch.Tensor) -> torch.Tensor:
+    """Spreads every bit over the word, and keeps words apart. Products alone carry bits upwards
+    only: two signs that change in different places would cancel."""
+    words = words * _FACTOR
+    return words ^ (words >> 32)
 
 
 class CheckedNorm:
