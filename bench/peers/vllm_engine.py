@@ -1,12 +1,14 @@
 """vLLM in FP8 at the same width, with random weights: the same phases. Needs vllm and a GPU.
 
     python -m bench.peers.vllm_engine [--shape 72b] [--layers 8,16] [--batch_sizes 1,8,64]
-        [--context 2048] [--prompts 1948,2048] [--kv_cache_dtype auto]
+        [--context 2048] [--prompts 1948,2048] [--kv_cache_dtype auto] [--tp_size 1]
 
 Weights are quantised by vLLM as it loads them, activations by scales of the moment; CUDA graphs, no
 prefix cache, greedy tokens. A decode step is the difference of two `generate` calls over the
 difference of their tokens; a prompt is a call for one token, and what vLLM's processes tell each
-other is in it. All numbers of layers are loaded and measured in turns. The last line is JSON.
+other is in it. All numbers of layers are loaded and measured in turns. With --tp_size vLLM starts a
+process for each GPU by itself, without mpirun; rates and shares are then of one GPU. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from bench.report import Report
 from bench.rows import Row
 from bench.synthetic_engine import DECODERS
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.program.command_line import ArgumentParser, run
+from nvlm.program.command_line import ArgumentParser, positive_int, run
 from nvlm.program.errors import UserError
 
 NUM_STEPS, WARM_UP, REPEATS = 128, 2, 5
@@ -52,7 +54,8 @@ class Peer:
         """memory: share of the GPU's. folder: where the model's config.json is written."""
         decoder = replace(DECODERS[options.shape], num_hidden_layers=num_layers)
         is_fp8 = options.kv_cache_dtype == "fp8"
-        self.config = CheckpointConfig(decoder, "bfloat16", "FP8", "FP8" if is_fp8 else None)
+        cache = "FP8" if is_fp8 else None
+        self.config = CheckpointConfig(decoder, "bfloat16", "FP8", cache, options.tp_size)
         self._vllm = vllm
         qwen2_config(decoder).save_pretrained(folder)
         self._llm = vllm.LLM(
@@ -68,6 +71,7 @@ class Peer:
             enable_prefix_caching=False,
             enforce_eager=False,
             gpu_memory_utilization=memory,
+            tensor_parallel_size=options.tp_size,
         )
 
     def seconds(self, batch_size: int, prompt: int, num_tokens: int) -> float:
@@ -127,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--prompts", default="1948,2048")
     parser.add_argument("--kv_cache_dtype", choices=("auto", "fp8"), default="auto")
+    parser.add_argument("--tp_size", type=positive_int, default=1)
     options = parser.parse_args(arguments)
     least = _short(max(numbers(options.batch_sizes)), options.context) + NUM_STEPS // 2 + 1
     if options.context < least:
@@ -142,8 +147,9 @@ def main(arguments: list[str] | None = None) -> None:
     # What an engine needs grows with its layers; embedding, head and activations are some 4 more.
     need = {num_layers: num_layers + 4 for num_layers in numbers(options.layers)}
     share = {num_layers: _MEMORY * need[num_layers] / sum(need.values()) for num_layers in need}
-    versions = {"vllm": vllm.__version__, "kv_cache_dtype": options.kv_cache_dtype}
-    report = Report(describe() | describe_gpu(device) | versions, ceilings)
+    settings = {"kv_cache_dtype": options.kv_cache_dtype, "tp_size": options.tp_size}
+    machine = describe() | describe_gpu(device) | {"vllm": vllm.__version__, **settings}
+    report = Report(machine, ceilings)
     with tempfile.TemporaryDirectory() as folder:
         peers = {
             num_layers: Peer(vllm, options, num_layers, memory, Path(folder, str(num_layers)))

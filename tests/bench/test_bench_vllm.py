@@ -13,7 +13,7 @@ import torch
 from bench.peers import vllm_engine
 from nvlm.program import command_line
 from nvlm.program.errors import UserError
-from tests.doubles.vllm import FIXED, LAYER, READ, TOKEN, VERSION, Calls, Clock, make_vllm
+from tests.doubles.vllm import FIXED, LAYER, READ, SUM, TOKEN, VERSION, Calls, Clock, make_vllm
 from tests.support.modules import importable
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
@@ -59,6 +59,20 @@ def test_steps_and_slopes_are_those_of_the_clock(
     slope = slopes["decode", CONTEXT, 64]
     assert slope["ms_per_layer"] == pytest.approx(1e3 * (LAYER + READ * 64 * CONTEXT), rel=1e-3)
     assert len(slopes) == 4
+
+
+def test_several_gpus_are_vllms_own_to_start(
+    calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row's rate is of one GPU, which reads a half of the weights."""
+    one, two = (measured(capsys, "--batch_sizes", "1", "--tp_size", str(n)) for n in (1, 2))
+    assert [arguments["tensor_parallel_size"] for _, arguments in calls.engines] == [1, 1, 2, 2]
+    assert (one["machine"]["tp_size"], two["machine"]["tp_size"]) == (1, 2)
+    for alone, halved in zip(one["rows"], two["rows"], strict=True):
+        layers = 1e3 * halved["num_layers"]
+        expected = 1e3 * FIXED + (alone["ms"] - 1e3 * FIXED) / 2 + SUM * layers
+        assert halved["ms"] == pytest.approx(expected, rel=1e-3)
+        assert halved["rate"] * halved["ms"] < 0.6 * alone["rate"] * alone["ms"]
 
 
 def test_engines_are_asked_in_turns_as_often_as_told(

@@ -2,7 +2,8 @@
 
 Names are those that vllm/engine/arg_utils.py, vllm/entrypoints/llm.py and vllm/sampling_params.py
 have had from 0.10 on. A step's seconds are known: FIXED, LAYER for every layer, TOKEN for every
-prompt token and READ for every token attended to by a decoding request, in every layer.
+prompt token and READ for every token attended to by a decoding request, in every layer. Several
+GPUs share all of a layer, and add a SUM to it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 FIXED, LAYER, TOKEN, READ = 1e-3, 3e-4, 1e-6, 1e-9
+SUM = 1e-5
 VERSION = "0.0.double"
 
 _ENGINE = {
@@ -64,6 +66,8 @@ def make_vllm(clock: Clock, calls: Calls) -> ModuleType:
             self.num_layers: int = config["num_hidden_layers"]
             self.vocab_size: int = config["vocab_size"]
             self.limits = named
+            self.num_gpus: int = named["tensor_parallel_size"]
+            assert config["num_key_value_heads"] % self.num_gpus == 0, "vLLM would repeat them"
             calls.engines.append((self.num_layers, named | {"config": config}))
 
         def __del__(self) -> None:
@@ -88,7 +92,7 @@ def make_vllm(clock: Clock, calls: Calls) -> ModuleType:
             left, made = list(lengths), [0] * len(lengths)
             while min(made) < num_tokens:
                 budget = self.limits["max_num_batched_tokens"]
-                seconds = FIXED + LAYER * self.num_layers
+                seconds = LAYER * self.num_layers
                 for i, length in enumerate(lengths):
                     if left[i] == 0 and made[i] < num_tokens:
                         seconds += READ * self.num_layers * (length + made[i])
@@ -100,7 +104,8 @@ def make_vllm(clock: Clock, calls: Calls) -> ModuleType:
                     budget -= chunk
                     seconds += TOKEN * self.num_layers * chunk
                     made[i] += chunk > 0 and left[i] == 0
-                clock.sleep(seconds)
+                sums = SUM * self.num_layers if self.num_gpus > 1 else 0.0
+                clock.sleep(FIXED + seconds / self.num_gpus + sums)
 
     module = ModuleType("vllm")
     module.__spec__ = ModuleSpec("vllm", None)
