@@ -67,6 +67,26 @@ def copy_rate(device: torch.device) -> float:
     return 8e3 * source.numel() / median_ms(lambda _: torch.neg(source, out=target), device)
 
 
+def peer_copy_rate() -> float | None:
+    """Bytes a second from another GPU of this machine to the first; None where there is no other
+    that torch sees."""
+    if torch.cuda.device_count() < 2:
+        return None
+    target, source = (
+        torch.empty(1 << 28, dtype=torch.uint8, device=f"cuda:{index}") for index in range(2)
+    )
+    times = []
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(0):
+            begin.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return target.nbytes / statistics.median(times[2:])
+
+
 def measure_ceilings(device: torch.device) -> Ceilings:
     size = 8192 if device.type == "cuda" else 64
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))

@@ -26,6 +26,7 @@
 #   $RANKS GPUs (default 2) of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them: decode, prefill, first token, serving; kept in one.json
 #     ranks     the same on all of them, beside one.json; kept in ranks.json, row by row
+#     rank_sums  the sum over ranks with residual, norm and quantise alone, beside NCCL and a peer copy
 #     rank_truth  the trained model's answers beside one GPU's, graphs and running ahead on and off, the
 #               same bits on all ranks after every sum; $TRUTH as for truth
 #     rank_ends  run.py and evaluate.py end by themselves, ${ENDS:-10} times each in turns, and within 10 s
@@ -77,6 +78,7 @@ part one 180 $python -m bench.hopper decode prefill first_token serving --layers
 beside=; [ -f "$out/one.json" ] && beside="--one $out/one.json"
 part ranks 260 $mpirun -m bench.ranks decode prefill first_token serving --layers 80 --batch_sizes 1,8,64 \
   --prompts 1948 --precisions FP8 --serving 2048/128/256/64 $beside --output "$out/ranks.json"
+part rank_sums 120 $mpirun -m bench.ranks.sums
 part rank_truth 400 $mpirun -m bench.ranks.truth --folder "${TRUTH:-.truth}"
 part rank_ends 560 $python -m bench.ranks.ends --folder "${TRUTH:-.truth}" --num_ranks ${RANKS:-2} \
   --repeats ${ENDS:-10} --output "$out/rank_ends.json"

@@ -13,7 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from runtime.decoder.models.all_reduce_norm import AllReduceNorm
 
+from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.open_model import load_model
 from runtime.decoder.models.plain_model import PlainModel
@@ -74,18 +76,21 @@ def _mixed(words: torch.Tensor) -> torch.Tensor:
 
 
 class CheckedNorm:
-    """`all_reduce_norm` of a `HopperModel`, each of whose results is added to `checksums`."""
+    """An `AllReduceNorm` whose norms are added to `checksums`."""
 
-    def __init__(self, own: Any, checksums: Checksums) -> None:
+    def __init__(self, own: AllReduceNorm, checksums: Checksums) -> None:
         self._own, self._checksums = own, checksums
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
-
-    def add_rms_norm(self, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, normed = self._own.add_rms_norm(*operands)
+    def linear_add_rms_norm(self, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, normed = self._own.linear_add_rms_norm(*operands)
         self._checksums.add(normed)
         return hidden, normed
+
+
+def checked_norms(
+    make: Callable[[PlainForms], AllReduceNorm], checksums: Checksums
+) -> Callable[[PlainForms], CheckedNorm]:
+    return lambda forms: CheckedNorm(make(forms), checksums)
 
 
 def checked_sum(
@@ -106,7 +111,7 @@ def checking(checksums: Checksums, group: ProcessGroup) -> Iterator[None]:
     checksums.join(group)
     wraps: dict[str, Callable[[Any, Checksums], Any]] = {
         "all_reduce": checked_sum,
-        "all_reduce_norm": CheckedNorm,
+        "all_reduce_norm": checked_norms,
     }
 
     def load(*arguments: Any, **named: Any) -> HopperModel | PlainModel:

@@ -1,7 +1,8 @@
 """The phases of bench.hopper on tensor parallel ranks, beside one of their GPUs.
 
     mpirun -n 2 python -m bench.ranks decode prefill first_token serving interactive
-        [--one FILE] [--output FILE] [--layers 80] and the other flags of bench.hopper
+        [--one FILE] [--output FILE] [--layers 80] [--no_peer_memory]
+        and the other flags of bench.hopper
 
 Every rank makes its own random shards (bench/synthetic_engine.py), and encodes its part of the
 tiles. `--one` names what bench.hopper kept (--output) or printed for one of these GPUs: rows bear
@@ -36,6 +37,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     add_flags(parser, layers="80")
     add = parser.add_argument
     add("--one", type=step_times, help="what bench.hopper kept or printed for one of these GPUs")
+    add("--no_peer_memory", action="store_true", help="sums over ranks by NCCL")
     options = parse(parser, arguments)
     if len(numbers(options.layers)) > 1:
         raise UserError(f"--layers {options.layers}: ranks hold one decoder; give one number")
@@ -53,13 +55,16 @@ def main(arguments: list[str] | None = None) -> None:
         device = job.device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         group = ProcessGroup(job, device)
         ceilings = measure_ceilings(device)
-        parts = Ranks(group, use_graphs=not options.no_graphs)
+        settings = {
+            "use_graphs": not options.no_graphs,
+            "use_peer_memory": not options.no_peer_memory,
+        }
+        parts = Ranks(group, **settings)
         if group.rank > 0:
             group.follow()
             return
-        machine = describe() | describe_gpu(device)
-        settings = {"tp_size": group.size, "has_graphs": not options.no_graphs}
-        report = Report(machine | settings, ceilings, output=options.output, one=options.one)
+        machine = describe() | describe_gpu(device) | {"tp_size": group.size, **settings}
+        report = Report(machine, ceilings, output=options.output, one=options.one)
         measure(options, parts, ceilings, report)
         parts.close()
         print(json.dumps(report.to_json()))

@@ -15,9 +15,10 @@ class Ranks:
     """`Parts` of the leader. On a worker its construction is all: what the leader opens, the
     worker's `group.follow` opens too. One decoder at a time."""
 
-    def __init__(self, group: ProcessGroup, *, use_graphs: bool) -> None:
+    def __init__(self, group: ProcessGroup, *, use_graphs: bool, use_peer_memory: bool) -> None:
         self.device, self.num_ranks = group.device, group.size
-        self._group, self._use_graphs = group, use_graphs
+        self._group = group
+        self._use_graphs, self._use_peer_memory = use_graphs, use_peer_memory
         self._decoder: TorchDecoderExecutor | None = None
         group.on("open vision", lambda message: self._open_vision(*message))
         group.on("open decoder", self._open_decoder)
@@ -47,6 +48,11 @@ class Ranks:
     def _open_decoder(self, engine: EngineDir) -> TorchDecoderExecutor:
         source = decoder_source(engine, self.device, self._group.rank)
         opened = open_parallel_model(
-            engine, self.device, self._group, source, use_graphs=self._use_graphs
+            engine,
+            self.device,
+            self._group,
+            source,
+            use_graphs=self._use_graphs,
+            use_peer_memory=self._use_peer_memory,
         )
         return TorchDecoderExecutor.over(engine, opened)

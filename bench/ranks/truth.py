@@ -29,6 +29,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.distributed import distributed_c10d
 
 from bench.hopper.truth import (
     MAX_NEW_TOKENS,
@@ -97,11 +98,16 @@ class Ranks:
 
     def __init__(self, job: Job, engine: EngineDir, device: torch.device) -> None:
         self._job, self._engine, self._device = job, engine, device
+        self._num_opened = 0
 
     @contextmanager
     def runner(self) -> Iterator[Runner | None]:
         """The leader's; None on a worker, which has done its part by then."""
         engine, options = self._engine, DecoderOptions()
+        # torch names a group by this count, which starts again when the last group ends; its
+        # symmetric memory knows a group by the name, so it would find the one that has ended.
+        distributed_c10d._world.group_count = self._num_opened
+        self._num_opened += 1
         if self._job.world.rank > 0:
             open_parts.work(engine, self._device, self._job, options)
             yield None

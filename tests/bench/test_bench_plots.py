@@ -169,7 +169,7 @@ def test_the_ceilings_are_the_least_times_and_the_most_tokens(written: Written) 
 
 
 def test_ranks_that_measured_less_stand_beside_one(written: Written) -> None:
-    """As bench/ranks/hopper.py writes it: a batch size more, no serving."""
+    """As `bench.ranks decode prefill` writes it: a batch size more, no serving."""
     ranks = whole(
         Row("decode", 80, 1, 2048, 12.0, 83.0, 3.2e12, 0.8),
         Row("decode", 80, 8, 2048, 13.0, 615.0, 3.2e12, 0.8),

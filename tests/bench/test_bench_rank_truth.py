@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from bench.ranks import ends
-from bench.ranks.checksums import CheckedNorm, Checksums, checked_sum, checksum
+from bench.ranks.checksums import Checksums, checked_norms, checked_sum, checksum
 from bench.ranks.ends import end_of
 from bench.ranks.joining import guests
 from bench.ranks.truth import NotAhead, same_tokens
+from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.step import AheadModel, DecoderModel
 from runtime.requests.types import GenerationRequest
 from tests.support.ranks import command, finished, needs_mpi
@@ -45,27 +46,30 @@ def test_a_checksum_sees_one_bit_and_where_it_is(dtype: torch.dtype) -> None:
 
 
 class Adding:
-    """An `all_reduce_norm` whose sum is off at its call number `wrong`."""
-
-    part_dtype = torch.float32
+    """An `AllReduceNorm` whose sum is off at its call number `wrong`."""
 
     def __init__(self, wrong: int) -> None:
         self._left = wrong
 
-    def add_rms_norm(
-        self, hidden: torch.Tensor, part: torch.Tensor, norm: object, scale: object
+    def linear_add_rms_norm(
+        self,
+        x: torch.Tensor,
+        linear: object,
+        hidden: torch.Tensor,
+        norm: object,
+        scale: object,
+        following: object = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._left -= 1
-        total = hidden + part
+        total = hidden + x
         return total, total + (1 if self._left == 0 else 0)
 
 
 def table(wrong: int, num_calls: int) -> torch.Tensor:
     checksums = Checksums(4, CPU)
-    norm = CheckedNorm(Adding(wrong), checksums)
-    assert norm.part_dtype == torch.float32, "what it wraps is still there"
+    norm = checked_norms(lambda _: Adding(wrong), checksums)(PlainForms())
     for _ in range(num_calls):
-        norm.add_rms_norm(torch.ones(2, 8), torch.ones(2, 8), None, None)
+        norm.linear_add_rms_norm(torch.ones(2, 8), None, torch.ones(2, 8), None, None)
     return checksums.table
 
 
@@ -147,7 +151,6 @@ def test_a_job_that_ends_wrongly_or_never_is_told(tmp_path: Path) -> None:
     )
     left = job(tmp_path, f"import subprocess; {child}", timeout_s=2)
     assert (left.code, left.is_right, left.num_left) == (0, False, 1)
-    assert ends.processes_of(tmp_path) == []
 
 
 @pytest.mark.process

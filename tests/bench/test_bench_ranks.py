@@ -63,6 +63,17 @@ def test_two_ranks_go_through_the_phases_of_one(tmp_path: Path) -> None:
 @needs_mpi
 @pytest.mark.mpi
 @pytest.mark.process
+def test_sums_of_every_size_are_measured(tmp_path: Path) -> None:
+    flags = ("--shape", "tiny", "--num_rows", "1,3")
+    found, _ = program(2, tmp_path, "bench.ranks.sums", *flags)
+    assert [row["num_rows"] for row in found["rows"]] == [1, 3]
+    assert all(row["us"].keys() == {"all-reduce"} for row in found["rows"]), "CPUs have no peers"
+    assert all(row["us"]["all-reduce"] > 0 for row in found["rows"])
+
+
+@needs_mpi
+@pytest.mark.mpi
+@pytest.mark.process
 def test_several_depths_on_ranks_are_refused(tmp_path: Path) -> None:
     words = command(2, "-m", "bench.ranks", "decode", "--layers", "1,2")
     result = finished(words, tmp_path)
