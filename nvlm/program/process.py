@@ -14,7 +14,7 @@ import warnings
 from collections.abc import MutableMapping
 from typing import NoReturn
 
-_CUBLAS = {"CUBLASLT_WORKSPACE_SIZE": "0", "CUBLAS_WORKSPACE_CONFIG": ":0:0"}
+_CUBLAS = {"CUBLASLT_WORKSPACE_SIZE": "0"}
 _NCCL = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
@@ -28,7 +28,8 @@ def set_up_cublas(environment: MutableMapping[str, str]) -> None:
 
     Without a workspace cuBLAS neither splits the sum of few rows, for which an H200 pays with a
     second kernel, nor clears a counter before each product of many rows: decision 59
-    (docs/decisions/decoder.md).
+    (docs/decisions/decoder.md). CUBLAS_WORKSPACE_CONFIG stays unset: torch 2.11 reads it anew, for
+    100 us, in every product.
     """
     for name, value in _CUBLAS.items():
         environment.setdefault(name, value)

@@ -17,7 +17,7 @@ from runtime.engine.libraries import set_up_libraries
 from runtime.serving.launch import Program, launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-CUBLAS = {"CUBLASLT_WORKSPACE_SIZE": "0", "CUBLAS_WORKSPACE_CONFIG": ":0:0"}
+CUBLAS = {"CUBLASLT_WORKSPACE_SIZE": "0"}
 
 
 def environment_of(engine: EngineDir, device: torch.device, **given: str) -> dict[str, str]:
@@ -34,7 +34,7 @@ def test_cublas_gets_no_workspace_where_torch_has_kernels_unless_the_user_says_s
     monkeypatch.setattr(hopper, "has_kernels", lambda device: device.type == "cuda")
     assert environment_of(engine, CUDA) == CUBLAS
     assert environment_of(engine, CPU) == {}
-    given = {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    given = {"CUBLASLT_WORKSPACE_SIZE": "16"}
     assert environment_of(engine, CUDA, **given) == CUBLAS | given
     other = replace(engine, decoder_target="tensorrt_llm")
     assert environment_of(other, CUDA) == {}
