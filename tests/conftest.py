@@ -49,6 +49,7 @@ MARKS: dict[str, str] = {
     "commands/test_production.py": "process",
     "commands/test_resume.py": "process",
     "decoder/test_hopper_kernels_model.py": "kernels",
+    "decoder/test_rank_kernels.py": "kernels",
     "decoder/test_kernels.py": "kernels",
     "decoder/test_kernels_compile.py": "process",
     "evaluation/test_evaluation_killed.py": "process",

@@ -23,18 +23,24 @@ class TensorCoreLinear:
         x: torch.Tensor,
         linear: Fp8Linear,
         dtype: torch.dtype,
+        out: torch.Tensor | None = None,
         *,
         use_fast_accum: bool = False,
     ) -> torch.Tensor:
-        """Sums leave the tensor cores every 128 products, with fast accumulation at the end."""
+        """Sums leave the tensor cores every 128 products, with fast accumulation at the end. out:
+        [T, out_features] of `dtype`, where the result must be, with room for 8 rows."""
         num_rows = len(x)
+        if num_rows < _MIN_ROWS:
+            x = with_spare_rows(x, _MIN_ROWS)
+            out = None if out is None else with_spare_rows(out, _MIN_ROWS)
         y = torch._scaled_mm(
-            x if num_rows >= _MIN_ROWS else with_spare_rows(x, _MIN_ROWS),
+            x,
             linear.weight.t(),
             linear.scale,
             self._one,
             bias=linear.bias,
             out_dtype=dtype,
             use_fast_accum=use_fast_accum,
+            out=out,
         )
         return y[:num_rows]

@@ -93,6 +93,10 @@ def fp8_linear(
     return Fp8Linear(weight, scalar(0.02), scalar(scale), bias)
 
 
+DOWN = Fp8Linear(e4m3(16, 16), scalar(0.1), scalar(1.0))
+"""The linear after gate and up, whose input they quantise."""
+
+
 def assert_same_e4m3(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal but for a few neighbours."""
     assert found.dtype == expected.dtype == fp8.E4M3
@@ -163,7 +167,7 @@ def test_values_beyond_448_are_clamped_and_nan_stays() -> None:
 @pytest.mark.parametrize(("size", "depth"), [(32, 256), (104, 1040)])
 def test_gate_up_swiglu_equals_its_plain_form(num_rows: int, size: int, depth: int) -> None:
     x, gate_up = e4m3(num_rows, depth), fp8_linear(2 * size, depth, 3e-4)
-    arguments = (x, gate_up, scalar(0.1), DTYPE)
+    arguments = (x, gate_up, DOWN, DTYPE)
     found, expected = (forms.gate_up_swiglu(*arguments) for forms in (FORMS, PLAIN))
     assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
 
@@ -171,7 +175,7 @@ def test_gate_up_swiglu_equals_its_plain_form(num_rows: int, size: int, depth: i
 @pytest.mark.parametrize("num_programs", [1, 3, 7, 64])
 def test_gate_up_swiglu_divides_its_work_among_any_number_of_programs(num_programs: int) -> None:
     workspace = Workspace.allocate(DEVICE, num_programs)
-    arguments = (e4m3(2, 1000), fp8_linear(300, 1000, 1e-3), scalar(0.1), DTYPE)
+    arguments = (e4m3(2, 1000), fp8_linear(300, 1000, 1e-3), DOWN, DTYPE)
     found = gate_up_swiglu(*arguments, workspace)
     expected = PLAIN.gate_up_swiglu(*arguments)
     assert relative_error(found.float(), expected.float()) < E4M3_AFTER_TENSOR_CORES
@@ -180,8 +184,8 @@ def test_gate_up_swiglu_divides_its_work_among_any_number_of_programs(num_progra
 
 def test_a_row_of_gate_up_swiglu_does_not_depend_on_the_others() -> None:
     x, gate_up = e4m3(9, 1040), fp8_linear(200, 1040, 1e-3)
-    together = FORMS.gate_up_swiglu(x, gate_up, scalar(0.1), DTYPE)
-    alone = FORMS.gate_up_swiglu(x[4:5], gate_up, scalar(0.1), DTYPE)
+    together = FORMS.gate_up_swiglu(x, gate_up, DOWN, DTYPE)
+    alone = FORMS.gate_up_swiglu(x[4:5], gate_up, DOWN, DTYPE)
     assert torch.equal(alone[0].float(), together[4].float())
 
 

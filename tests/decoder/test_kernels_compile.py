@@ -15,15 +15,18 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 MAX_SHARED_BYTES = 232_448  # of a program on compute capability 9.0 (CUDA C++ Programming Guide)
 
+PROMPTS_ALONE = ("widen_pages", "scale_quantize", "load_ahead")
+"""Kernels that no decode step launches after another one."""
+
 # In a process of its own: test_kernels.py may have put the interpreter in the compiler's place.
 _PROGRAM = """
 import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.decoder.kernels import decode_attention, elementwise, gate_up_swiglu, rope
-from runtime.decoder.kernels import widen_pages
-from runtime.kernels import quantization
+from runtime.decoder.kernels import all_reduce_norm, decode_attention, elementwise
+from runtime.decoder.kernels import gate_up_swiglu, rank_exchange, rope, widen_pages
+from runtime.kernels import load_ahead, quantization
 from runtime.vision.kernels import elementwise as vision, embeddings, merging
 
 BF16, F32, E4M3, I32, I64 = "*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64"
@@ -34,9 +37,11 @@ POINTERS = {
     "block_tables": I32, "positions": I32, "out": E4M3, "partial_sums": F32, "partial_stats": F32,
     "counters": I32, "x": E4M3, "y": BF16, "eps": "fp32", "exponent_scale": "fp32",
     "factor": "fp32", "product_scale": F32, "blocks": I64, "k_out": BF16, "v_out": BF16,
-    "layer_scale": BF16, "q_weight": BF16, "k_weight": BF16,
+    "layer_scale": BF16, "q_weight": BF16, "k_weight": BF16, "distances": I64, "part": F32,
+    "flags": I32, "epochs": I32, "columns": F32, "whole": F32,
+    "tokens": I64, "place": I64,
 }
-ALIGNED = ("size", "K")
+ALIGNED = ("size", "K", "num_columns")
 
 def compile_(function, constants, types={}, **options):
     signature = {}
@@ -54,12 +59,15 @@ def compile_(function, constants, types={}, **options):
     ptx = kernel.asm["ptx"]
     return {"shared_bytes": kernel.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"),
             "cp_async": ptx.count("cp.async.cg"), "bytes_one_by_one": ptx.count("ld.shared.b8"),
+            "waits": ptx.count("griddepcontrol.wait"),
+            "global_bytes": len(re.findall(r"(?:ld|st)[.a-z]*[.]global[.a-z0-9]*[.]b8", ptx)),
             "cubin_bytes": len(kernel.asm["cubin"])}
 
 found = {
     "add_rms_norm": compile_(elementwise._add_rms_norm,
-        {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 8192}, num_warps=8),
-    "swiglu_quantize": compile_(elementwise._swiglu_quantize, {"BLOCK": 1024}),
+        {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 8192, "ON_GPU": True}, num_warps=8),
+    "swiglu_quantize": compile_(elementwise._swiglu_quantize,
+        {"BLOCK": 1024, "ON_GPU": True}),
     "widen_pages": compile_(widen_pages._widen_pages,
         {"KV_HEADS": 8, "TOKENS": 32, "HEAD_DIM": 128, "BLOCK_DIM": 128}),
     "scale_quantize": compile_(quantization._scale_quantize, {"BLOCK": 2048},
@@ -77,11 +85,24 @@ found = {
     "vision add_merge_norm": compile_(merging._add_merge_norm, {"BLOCK": 4096},
         {"bias": BF16, "out": BF16}, num_warps=16),
     "rope_append": compile_(rope._rope_append,
-        {"HEAD_DIM": 128, "TOKENS": 32, "BLOCK_HEADS": 8, "BLOCK_HALF": 64}),
+        {"HEAD_DIM": 128, "TOKENS": 32, "BLOCK_HEADS": 8, "BLOCK_HALF": 64, "ON_GPU": True}),
     "gate_up_swiglu": compile_(gate_up_swiglu._gate_up_swiglu,
         {"ROWS": gate_up_swiglu.MAX_ROWS, "COLUMNS": gate_up_swiglu.TILE_COLUMNS, "DEPTH": 256,
+         "NUM_UNITS_EARLY": 4, "SECTOR_BYTES": 32, "ON_GPU": True,
          "DTYPE": triton.language.bfloat16}, {"weight": E4M3}, num_stages=5),
+    "load_ahead": compile_(load_ahead._load_ahead, {"LANES": 256, "AT_A_TIME": 4},
+        {"weight": E4M3}, num_warps=8),
+    "gather_columns": compile_(rank_exchange._gather_columns,
+        {"RANKS": 8, "BLOCK": 4096, "ON_GPU": True}, num_warps=8),
+    "share_tokens": compile_(rank_exchange._share_tokens,
+        {"RANKS": 8, "BLOCK": 256, "ON_GPU": True}, num_warps=1),
 }
+for ranks in (2, 8):
+    for way, shots in (("pulled", 1), ("pulled", 2), ("pushed", 2)):
+        found[f"all_reduce_norm {ranks} {way} {shots}"] = compile_(
+            all_reduce_norm._all_reduce_norm,
+            {"RANKS": ranks, "TWO_SHOTS": shots == 2, "IS_PUSHED": way == "pushed",
+             "QUANTIZE": True, "BLOCK": 8192, "ON_GPU": True}, num_warps=32 // shots)
 for splits, batch_size in ((16, 1), (1, 64)):
     step = decode_attention.step_for(batch_size)
     found[f"decode_attention {batch_size}"] = compile_(decode_attention._decode_attention,
@@ -105,10 +126,14 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    assert len(found) == 14
+    assert len(found) == 23
     for name, kernel in found.items():
         assert kernel["cubin_bytes"] > 0, name
         assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, name
+        is_of_a_step = "vision" not in name and name not in PROMPTS_ALONE
+        assert kernel["waits"] == is_of_a_step, f"{name}: programmatic dependent launch"
+        if "_norm " in name:
+            assert kernel["global_bytes"] == 0, f"{name} reads or writes its peers by bytes"
         if name.startswith("decode_attention"):
             assert kernel["cp_async"] > 0, f"{name} does not load ahead"
             assert kernel["bytes_one_by_one"] == 0, f"{name} gathers values by bytes"

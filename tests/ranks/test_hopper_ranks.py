@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.decoder.models.all_reduce_norm import CollectiveAllReduceNorm
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.step import SequenceStep
@@ -52,9 +53,10 @@ def logits(workshop: Workshop, num_ranks: int) -> list[torch.Tensor]:
     def run(rank: int) -> list[torch.Tensor]:
         source = open_weights(engine.directory / "llm", config, rank)
         weights = load_hopper_weights(source, config, CPU)
-        reduce = adding.of_rank(rank) if num_ranks > 1 else None
-        size = (5, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, PlainForms())
-        model = HopperModel(config, *size, all_reduce=reduce)
+        forms = PlainForms()
+        sums = CollectiveAllReduceNorm(forms, adding.of_rank(rank)) if num_ranks > 1 else None
+        size = (5, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, forms)
+        model = HopperModel(config, *size, all_reduce_norm=sums)
         with torch.inference_mode():
             return [model.forward([step]).clone() for step in (PROMPT, *TOKENS)]
 

@@ -23,6 +23,7 @@ from nvlm.program import command_line
 from nvlm.program.launcher import World, end, rank_from
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.decoder.models.all_reduce_norm import CollectiveAllReduceNorm
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.step import SequenceStep
@@ -74,8 +75,10 @@ class CountingAhead(Counting):
 def open_on_ranks(engine: EngineDir, group: ProcessGroup) -> ParallelAheadModel:
     config, rank = engine.checkpoint_config, group.rank
     weights = load_hopper_weights(open_weights(engine.directory / "llm", config, rank), config, CPU)
-    sizes = BATCH_SIZE, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, PlainForms()
-    own = HopperModel(config, *sizes, all_reduce=group.all_reduce)
+    forms = PlainForms()
+    sums = CollectiveAllReduceNorm(forms, group.all_reduce)
+    sizes = BATCH_SIZE, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, forms
+    own = HopperModel(config, *sizes, all_reduce_norm=sums)
     model = parallel_model(own, group, config.decoder.vocab_size)
     assert isinstance(model, ParallelAheadModel)
     return model

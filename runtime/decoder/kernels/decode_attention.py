@@ -18,6 +18,7 @@ import triton.language as tl
 from nvlm.model.number_formats.fp8 import E4M3
 from runtime.decoder.kernels.operands import KVPages, TokenRows
 from runtime.decoder.kernels.workspace import Workspace
+from runtime.kernels.dependent_launch import dependent, wait_for_previous
 from runtime.kernels.quantization import quantize
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
@@ -69,6 +70,7 @@ def _decode_attention(
     q_mask = row_mask[:, None] & channel_mask[None, :]
     head = kv_head * GROUP + row
     kv = tl.load(kv_scale)
+    wait_for_previous(ON_GPU)
     num_before = tl.load(positions + request)
     half: tl.constexpr = HEAD_DIM // 2
     is_first_half = channel < half
@@ -216,7 +218,6 @@ def decode_attention(
         QUANTIZE=scale is not None, NUM_SPLITS=splits, GROUP_ROWS=triton.next_power_of_2(group),
         BLOCK_ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_TOKENS=step.num_tokens,
-        ON_GPU=qkv.device.type == "cuda",
-        num_warps=step.num_warps, num_stages=step.num_stages,
+        num_warps=step.num_warps, num_stages=step.num_stages, **dependent(qkv.device),
     )  # fmt: skip
     return out

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 from nvlm.model.number_formats.fp8 import E4M3
+from runtime.decoder.kernels import norm_row
 from runtime.decoder.kernels.operands import Norm
+from runtime.kernels.dependent_launch import dependent, wait_for_previous
 from runtime.kernels.quantization import quantize
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
@@ -19,26 +21,19 @@ _FEW_ROWS = 16  # they leave most of the GPU idle, so each gets more threads
 @triton.jit
 def _add_rms_norm(
     hidden, delta, weight, scale, new_hidden, normed, eps, size,
-    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     mask = columns < size
     w = tl.load(weight + columns, mask, other=0.0)
-    if QUANTIZE:
-        s = tl.load(scale)
+    wait_for_previous(ON_GPU)
     x = tl.load(hidden + row + columns, mask, other=0.0)
     if HAS_DELTA:
-        y = tl.load(delta + row + columns, mask, other=0.0).to(x.dtype)
-        x = (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
+        x = norm_row.add(x, tl.load(delta + row + columns, mask, other=0.0))
         tl.store(new_hidden + row + columns, x, mask)
-    x32 = x.to(tl.float32)
-    factor = tl.rsqrt(tl.sum(x32 * x32) / size + eps)
-    rounded = (x32 * factor * w.to(tl.float32)).to(x.dtype)
-    if QUANTIZE:
-        tl.store(normed + row + columns, quantize(rounded.to(tl.float32), s), mask)
-    else:
-        tl.store(normed + row + columns, rounded, mask)
+    values = norm_row.rms_norm(x, w, scale, size, eps, QUANTIZE)
+    tl.store(normed + row + columns, values, mask)
 
 
 def add_rms_norm(
@@ -55,6 +50,7 @@ def add_rms_norm(
         hidden, delta, norm.weight, scale, new_hidden, normed, norm.eps, size,
         HAS_DELTA=delta is not None, QUANTIZE=scale is not None,
         BLOCK=triton.next_power_of_2(size), num_warps=32 if num_tokens <= _FEW_ROWS else 8,
+        **dependent(hidden.device),
     )  # fmt: skip
     return new_hidden, normed
 
@@ -66,11 +62,12 @@ def swiglu(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_quantize(gate_up, scale, product, size, BLOCK: tl.constexpr):
+def _swiglu_quantize(gate_up, scale, product, size, BLOCK: tl.constexpr, ON_GPU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
     s = tl.load(scale)
+    wait_for_previous(ON_GPU)
     gate = tl.load(gate_up + row * 2 * size + columns, mask, other=0.0)
     up = tl.load(gate_up + row * 2 * size + size + columns, mask, other=0.0)
     rounded = swiglu(gate.to(tl.float32), up.to(tl.float32), gate.dtype)
@@ -82,6 +79,6 @@ def swiglu_quantize(gate_up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     product = torch.empty(num_tokens, size, dtype=E4M3, device=gate_up.device)
     block = 1024
     _swiglu_quantize[(num_tokens, triton.cdiv(size, block))](
-        gate_up, scale, product, size, BLOCK=block, num_warps=4
+        gate_up, scale, product, size, BLOCK=block, num_warps=4, **dependent(gate_up.device)
     )
     return product

@@ -18,7 +18,9 @@ import triton.language as tl
 from nvlm.model.number_formats.fp8 import E4M3
 from runtime.decoder.kernels.elementwise import swiglu
 from runtime.decoder.kernels.workspace import Workspace
+from runtime.kernels.dependent_launch import dependent, wait_for_previous
 from runtime.kernels.fp8_linear import Fp8Linear
+from runtime.kernels.load_ahead import load_and_forget
 from runtime.kernels.quantization import quantize
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
@@ -27,13 +29,35 @@ MAX_ROWS = 16
 
 TILE_COLUMNS = 64
 _DEPTH = 256
+_UNITS_EARLY = 4  # of a program's own, asked for before the kernel before has ended
+_SECTOR_BYTES = 32  # what one load brings
+
+
+@triton.jit
+def _ask_early(
+    weight, unit, end, steps, size, K, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    SECTOR_BYTES: tl.constexpr, NUM_UNITS: tl.constexpr,
+):  # fmt: skip
+    """Asks the second level of cache for the weights of a program's first units."""
+    half: tl.constexpr = COLUMNS // 2
+    sectors: tl.constexpr = DEPTH // SECTOR_BYTES
+    lane = tl.arange(0, COLUMNS * sectors)
+    column = lane // sectors
+    for i in tl.static_range(NUM_UNITS):
+        if unit + i < end:
+            channel = (unit + i) // steps * half + column % half
+            row = tl.where(channel < size, channel + column // half * size, 0)
+            k = tl.minimum((unit + i) % steps * DEPTH + lane % sectors * SECTOR_BYTES, K - 4)
+            load_and_forget(weight + row.to(tl.int64) * K + k)
 
 
 @triton.jit
 def _gate_up_swiglu(
     x, weight, scale, product_scale, product, partial_sums, counters, num_rows, size, K,
-    units_per_program, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    DTYPE: tl.constexpr,
+    units_per_program,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, NUM_UNITS_EARLY: tl.constexpr,
+    SECTOR_BYTES: tl.constexpr, DTYPE: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = COLUMNS // 2
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -41,6 +65,9 @@ def _gate_up_swiglu(
     steps = tl.cdiv(K, DEPTH)
     unit = program * units_per_program
     end = tl.minimum(unit + units_per_program, tl.cdiv(size, half) * steps)
+    if ON_GPU:
+        _ask_early(weight, unit, end, steps, size, K, COLUMNS, DEPTH, SECTOR_BYTES, NUM_UNITS_EARLY)
+    wait_for_previous(ON_GPU)
     inside = column[:, None] * ROWS + row[None, :]
     area: tl.constexpr = ROWS * COLUMNS
     while unit < end:
@@ -89,11 +116,7 @@ def _gate_up_swiglu(
 
 
 def gate_up_swiglu(
-    x: torch.Tensor,
-    gate_up: Fp8Linear,
-    product_scale: torch.Tensor,
-    dtype: torch.dtype,
-    workspace: Workspace,
+    x: torch.Tensor, gate_up: Fp8Linear, down: Fp8Linear, dtype: torch.dtype, workspace: Workspace
 ) -> torch.Tensor:
     num_rows, depth = x.shape
     size = len(gate_up.weight) // 2
@@ -101,11 +124,12 @@ def gate_up_swiglu(
     num_units = triton.cdiv(size, TILE_COLUMNS // 2) * triton.cdiv(depth, _DEPTH)
     product = empty_with_spare_rows(num_rows, size, dtype=E4M3, device=x.device)
     _gate_up_swiglu[(workspace.num_programs,)](
-        x, gate_up.weight, gate_up.scale, product_scale, product,
+        x, gate_up.weight, gate_up.scale, down.activation_scale, product,
         workspace.partial_sums, workspace.counters,
         num_rows, size, depth, triton.cdiv(num_units, workspace.num_programs),
-        ROWS=MAX_ROWS, COLUMNS=TILE_COLUMNS, DEPTH=_DEPTH, DTYPE=_TRITON_TYPES[dtype],
-        num_warps=4, num_stages=5,
+        ROWS=MAX_ROWS, COLUMNS=TILE_COLUMNS, DEPTH=_DEPTH, NUM_UNITS_EARLY=_UNITS_EARLY,
+        SECTOR_BYTES=_SECTOR_BYTES, DTYPE=_TRITON_TYPES[dtype],
+        num_warps=4, num_stages=5, **dependent(x.device),
     )  # fmt: skip
     return product
 

@@ -34,23 +34,33 @@ class PlainForms:
         normed = rms_norm(hidden, norm.weight, norm.eps)
         return hidden, normed if scale is None else fp8.quantize(normed, scale)
 
-    def linear(self, x: torch.Tensor, linear: Fp8Linear, dtype: torch.dtype) -> torch.Tensor:
-        """x @ weight.T * scale + bias: float32 sums, one rounding. x: [T, in_features] e4m3."""
-        return fp8.product(x, linear.weight, linear.scale, linear.bias).to(dtype)
+    def linear(
+        self,
+        x: torch.Tensor,
+        linear: Fp8Linear,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x @ weight.T * scale + bias: float32 sums, one rounding. x: [T, in_features] e4m3.
+
+        out: where the result must be, [T, out_features] of `dtype`.
+        """
+        y = fp8.product(x, linear.weight, linear.scale, linear.bias).to(dtype)
+        return y if out is None else out.copy_(y)
 
     def gate_up_swiglu(
         self,
         x: torch.Tensor,
         gate_up: Fp8Linear,
-        product_scale: torch.Tensor,
+        down: Fp8Linear,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """silu(gate) * up in float32, rounded, then e4m3: [T, I].
+        """silu(gate) * up in float32, rounded, then e4m3, the input of `down`: [T, I].
 
         gate_up: weight [2 I, hidden_size], gate first, no bias; its sums are rounded to `dtype`.
         """
         gate, up = self.linear(x, gate_up, dtype).to(torch.float32).chunk(2, dim=-1)
-        return fp8.quantize((nn.functional.silu(gate) * up).to(dtype), product_scale)
+        return fp8.quantize((nn.functional.silu(gate) * up).to(dtype), down.activation_scale)
 
     def rope_append(self, qkv: torch.Tensor, rows: TokenRows, pages: KVPages) -> torch.Tensor:
         """Rotates q and k, writes K and V to the cache, returns q [T, heads, head_dim] in `dtype`.
@@ -108,6 +118,13 @@ class PlainForms:
         self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, max_num_tokens: int
     ) -> None:
         """What prompts of up to `max_num_tokens` tokens need once is done now: here nothing."""
+
+    def load_ahead(self, weight: torch.Tensor) -> None:
+        """The kernel that comes next leaves the memory idle: the beginning of a weight, [rows,
+        columns] of one-byte numbers, may come into a cache meanwhile. Here nothing."""
+
+    def join_ahead(self) -> None:
+        """After the last `load_ahead` of a step."""
 
     def head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Float32 logits of x [T, hidden_size] and the head [vocab_size, hidden_size]."""

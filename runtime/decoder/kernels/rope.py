@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from runtime.decoder.kernels.operands import KVPages, TokenRows
+from runtime.kernels.dependent_launch import dependent, wait_for_previous
 from runtime.kernels.quantization import quantize
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
@@ -18,7 +19,7 @@ from runtime.kernels.spare_rows import empty_with_spare_rows
 def _rope_append(
     qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q_out, kv_heads, group_size,
     HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = HEAD_DIM // 2
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -27,7 +28,9 @@ def _rope_append(
     mask = (head < kv_heads) & (channel < half)
     num_heads = (group_size + 2) * kv_heads
     source = qkv + (token * num_heads + part * kv_heads + head) * HEAD_DIM + channel
-    scale, slot = tl.load(kv_scale), tl.load(slots + token)
+    scale = tl.load(kv_scale)
+    wait_for_previous(ON_GPU)
+    slot = tl.load(slots + token)
     first, second = tl.load(source, mask, other=0.0), tl.load(source + half, mask, other=0.0)
     if part <= group_size:  # q or K
         in_half = channel < half
@@ -61,6 +64,6 @@ def rope_append(qkv: torch.Tensor, rows: TokenRows, pages: KVPages) -> torch.Ten
     _rope_append[(num_tokens, group_size + 2)](
         qkv, rows.cos, rows.sin, rows.slots, pages.k, pages.v, pages.scale, q, kv_heads, group_size,
         HEAD_DIM=head_dim, TOKENS=block_size, BLOCK_HEADS=triton.next_power_of_2(kv_heads),
-        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), num_warps=4,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), num_warps=4, **dependent(qkv.device),
     )  # fmt: skip
     return q

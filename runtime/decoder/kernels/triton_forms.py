@@ -14,6 +14,7 @@ from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.kernels.widen_pages import widen_pages
 from runtime.decoder.kernels.workspace import Workspace
 from runtime.kernels.fp8_linear import Fp8Linear
+from runtime.kernels.load_ahead import LoadAhead
 from runtime.kernels.quantization import scale_quantize
 from runtime.kernels.spare_rows import with_spare_rows
 from runtime.kernels.tensor_core_linear import TensorCoreLinear
@@ -35,21 +36,24 @@ class TritonForms(PlainForms):
         num_programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
         self._workspace = Workspace.allocate(device, num_programs)
         self.tensor_core_linear = TensorCoreLinear(device)
+        self._ahead = LoadAhead(device)
 
-    def linear(self, x: torch.Tensor, linear: Fp8Linear, dtype: torch.dtype) -> torch.Tensor:
-        return self.tensor_core_linear(x, linear, dtype, use_fast_accum=len(x) > _FAST_ROWS)
-
-    def gate_up_swiglu(
+    def linear(
         self,
         x: torch.Tensor,
-        gate_up: Fp8Linear,
-        product_scale: torch.Tensor,
+        linear: Fp8Linear,
         dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.tensor_core_linear(x, linear, dtype, out, use_fast_accum=len(x) > _FAST_ROWS)
+
+    def gate_up_swiglu(
+        self, x: torch.Tensor, gate_up: Fp8Linear, down: Fp8Linear, dtype: torch.dtype
     ) -> torch.Tensor:
         if len(x) <= gate_up_swiglu.MAX_ROWS:
-            return gate_up_swiglu.gate_up_swiglu(x, gate_up, product_scale, dtype, self._workspace)
+            return gate_up_swiglu.gate_up_swiglu(x, gate_up, down, dtype, self._workspace)
         halves = self.linear(x, gate_up, dtype)
-        return elementwise.swiglu_quantize(halves, product_scale)
+        return elementwise.swiglu_quantize(halves, down.activation_scale)
 
     def decode_attention(
         self,
@@ -98,6 +102,12 @@ class TritonForms(PlainForms):
             q = torch.zeros(num_rows, heads, head_dim, dtype=dtype, device=self._device)
             k, v = torch.zeros(2, kv_heads, num_rows, head_dim, dtype=dtype, device=self._device)
             _attend_whole(q, k, v, 1.0)
+
+    def load_ahead(self, weight: torch.Tensor) -> None:
+        self._ahead.start(weight)
+
+    def join_ahead(self) -> None:
+        self._ahead.join()
 
     def head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.model.decoder import AllReduce, embed, rope_tables
+from nvlm.model.decoder import embed, rope_tables
 from nvlm.model.dtypes import TORCH_DTYPES
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.kernels.operands import KVPages
 from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.decoder.models.all_reduce_norm import AllReduceNorm, OneRank
 from runtime.decoder.models.decode_inputs import DecodeInputs
 from runtime.decoder.models.hopper_attention import (
     AttentionContext,
@@ -26,17 +27,17 @@ from runtime.decoder.models.hopper_attention import (
 from runtime.decoder.models.hopper_weights import HopperWeights
 from runtime.decoder.models.kv_cache import PagedKVCache
 from runtime.decoder.models.step import SequenceStep
-from runtime.kernels.fp8_linear import Fp8Linear
 
 _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
+_ROWS_WITHOUT_CONTEXT = 2  # whose attention reads so little that the memory has time
 _SHORT_PROMPTS = (2, 16)  # Triton compiles anew for a number of rows that 16 divides
 
 
 class HopperModel:
     """`DecoderModel` of an FP8 checkpoint with an FP8 KV cache.
 
-    forms: the kernels, or their plain torch twins on any device. all_reduce: where the weights are
-    a rank's shards, applied to the row-parallel linears' float32 outputs.
+    forms: the kernels, or their plain torch twins on any device. all_reduce_norm: what follows the
+    row-parallel linears, where the weights are a rank's shards.
     """
 
     def __init__(
@@ -49,13 +50,13 @@ class HopperModel:
         device: torch.device,
         forms: PlainForms,
         *,
-        all_reduce: AllReduce | None = None,
+        all_reduce_norm: AllReduceNorm | None = None,
     ) -> None:
         decoder = config.decoder
         self.embedding = weights.embedding
         self._weights, self._forms, self._device = weights, forms, device
         self._dtype = TORCH_DTYPES[config.dtype]
-        self._all_reduce = all_reduce
+        self._sums = all_reduce_norm or OneRank(forms, self._dtype)
         scales = [layer.kv_scale_value for layer in weights.layers]
         # The last block is the padding rows', which nobody reads.
         self._cache = PagedKVCache(config, num_blocks + 1, scales, device)
@@ -109,7 +110,7 @@ class HopperModel:
         slots = inputs.slots(num_rows).to(torch.int64)
         tables = inputs.block_tables(num_rows)
         attention = DecodeAttention(self._attention, positions, slots, tables)
-        return self._head(*self._layers(hidden, attention))
+        return self._forms.head(self._layers(hidden, attention), self._weights.lm_head)
 
     @torch.inference_mode()
     def warm_up(self, max_num_tokens: int, *, use_graphs: bool = False) -> None:
@@ -178,53 +179,39 @@ class HopperModel:
         )
         hidden = torch.cat([self._embed(step) for step in ordered])
         attention = attention_of(self._attention, ordered, num_decoding, positions, slots)
-        hidden, delta = self._layers(hidden, attention)
+        normed = self._layers(hidden, attention)
         ends = torch.tensor(counts).cumsum(0) - 1
         last_rows = torch.empty_like(ends)
         last_rows[torch.tensor(order)] = ends  # in the steps' own order
         last_rows = last_rows[torch.tensor([step.wants_logits for step in steps])].to(device)
-        return self._head(hidden[last_rows], delta[last_rows])
+        return self._forms.head(normed[last_rows], self._weights.lm_head)
 
     def _embed(self, step: SequenceStep) -> torch.Tensor:
         token_ids = torch.tensor(step.token_ids).to(self._device, non_blocking=True)
         table = None if step.prompt_table is None else step.prompt_table.to(self._device)
         return embed(token_ids, self._weights.embedding, table, self._dtype)
 
-    def _layers(
-        self, hidden: torch.Tensor, attention: HopperAttention
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden: [T, hidden_size]; returns the residual stream and what the last layer adds."""
-        forms = self._forms
-        delta: torch.Tensor | None = None
-        for index, layer in enumerate(self._weights.layers):
-            hidden, normed = forms.add_rms_norm(
-                hidden, delta, layer.input_norm, layer.qkv.activation_scale
+    def _layers(self, hidden: torch.Tensor, attention: HopperAttention) -> torch.Tensor:
+        """hidden: [T, hidden_size]; returns the rows of the head, normed, in `dtype`."""
+        forms, sums, layers = self._forms, self._sums, self._weights.layers
+        norms = [(layer.input_norm, layer.qkv.activation_scale) for layer in layers]
+        norms_after = [*norms[1:], (self._weights.final_norm, None)]
+        hidden, normed = forms.add_rms_norm(hidden, None, *norms[0])
+        for index, layer in enumerate(layers):
+            qkv = forms.linear(normed, layer.qkv, self._dtype)
+            if len(hidden) <= _ROWS_WITHOUT_CONTEXT:
+                forms.load_ahead(layer.dense.weight)
+            attended = attention.forward(index, qkv)
+            hidden, normed = sums.linear_add_rms_norm(
+                attended, layer.dense, hidden, layer.post_norm, layer.gate_up.activation_scale
             )
-            attended = attention.forward(index, self._linear(layer.qkv, normed))
-            delta = self._row_parallel(layer.dense, attended)
-            hidden, normed = forms.add_rms_norm(
-                hidden, delta, layer.post_norm, layer.gate_up.activation_scale
+            product = forms.gate_up_swiglu(normed, layer.gate_up, layer.down, self._dtype)
+            following = layers[index + 1].qkv.weight if index + 1 < len(layers) else None
+            hidden, normed = sums.linear_add_rms_norm(
+                product, layer.down, hidden, *norms_after[index], following
             )
-            product = forms.gate_up_swiglu(
-                normed, layer.gate_up, layer.down.activation_scale, self._dtype
-            )
-            delta = self._row_parallel(layer.down, product)
-        assert delta is not None, "a model has layers"
-        return hidden, delta
-
-    def _head(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        _, normed = self._forms.add_rms_norm(hidden, delta, self._weights.final_norm, None)
-        return self._forms.head(normed, self._weights.lm_head)
-
-    def _linear(self, linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-        return self._forms.linear(x, linear, self._dtype)
-
-    def _row_parallel(self, linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-        """Ranks add their float32 sums before the one rounding, the next norm's."""
-        if self._all_reduce is None:
-            return self._linear(linear, x)
-        assert linear.bias is None, "every rank would add it"
-        return self._all_reduce(self._forms.linear(x, linear, torch.float32))
+        forms.join_ahead()
+        return normed
 
 
 def batch_sizes(max_batch_size: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from nvlm.formats import layout
 from nvlm.formats.safetensors_reader import TensorSource
 from nvlm.model.decoder import AllReduce
 from nvlm.planning import hopper
+from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.decoder.models.all_reduce_norm import AllReduceNorm, CollectiveAllReduceNorm
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.kv_blocks import count_blocks
@@ -52,11 +55,20 @@ def load_model(
     *,
     rank: int = 0,
     all_reduce: AllReduce | None = None,
+    all_reduce_norm: Callable[[PlainForms], AllReduceNorm] | None = None,
 ) -> HopperModel | PlainModel:
     """`rank`'s shard with a KV cache of `num_blocks`, before its warm-up. all_reduce: where there
-    are more ranks. Raises `UserError` for what keeps the device from loading it."""
+    are more ranks. all_reduce_norm: makes what the fast path takes instead of it, if anything.
+    Raises `UserError` for what keeps the device from loading it."""
     if hopper.takes_fast_path(engine.checkpoint_config, device):
-        return _load_hopper_model(engine, device, num_blocks, source, rank, all_reduce)
+        from runtime.decoder.kernels.triton_forms import TritonForms
+
+        forms, sums = TritonForms(device), None
+        if all_reduce_norm is not None:
+            sums = all_reduce_norm(forms)
+        elif all_reduce is not None:
+            sums = CollectiveAllReduceNorm(forms, all_reduce)
+        return _load_hopper_model(engine, device, num_blocks, source, rank, forms, sums)
     return _load_plain_model(engine, device, num_blocks, source, rank, all_reduce)
 
 
@@ -80,10 +92,9 @@ def _load_hopper_model(
     num_blocks: int,
     source: TensorSource | None,
     rank: int,
-    all_reduce: AllReduce | None,
+    forms: PlainForms,
+    all_reduce_norm: AllReduceNorm | None,
 ) -> HopperModel:
-    from runtime.decoder.kernels.triton_forms import TritonForms
-
     config, limits = engine.checkpoint_config, engine.limits
     directory = engine.directory / layout.LLM
     ahead = nullcontext() if source else reading_ahead(directory / layout.rank_file(rank))
@@ -97,6 +108,6 @@ def _load_hopper_model(
             weights,
             num_blocks,
             device,
-            TritonForms(device),
-            all_reduce=all_reduce,
+            forms,
+            all_reduce_norm=all_reduce_norm,
         )
