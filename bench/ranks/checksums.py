@@ -13,9 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from runtime.decoder.models.all_reduce_norm import AllReduceNorm
 
 from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.decoder.models.all_reduce_norm import AllReduceNorm
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.open_model import load_model
 from runtime.decoder.models.plain_model import PlainModel

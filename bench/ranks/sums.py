@@ -23,9 +23,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from runtime.decoder.models.all_reduce_norm import AllReduceNorm, CollectiveAllReduceNorm
-from runtime.ranks.peer_all_reduce_norm import PeerAllReduceNorm
-from runtime.ranks.peer_memory import PeerMemory
 
 from bench.ceilings import peer_copy_rate
 from bench.hopper.phases import numbers
@@ -38,9 +35,12 @@ from nvlm.program.launcher import World, end, rank_from
 from nvlm.program.process import set_up_cublas, set_up_nccl
 from runtime.decoder.kernels.operands import Norm
 from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.decoder.models.all_reduce_norm import AllReduceNorm, CollectiveAllReduceNorm
 from runtime.kernels.fp8_linear import Fp8Linear
 from runtime.ranks import peer_all_reduce_norm
 from runtime.ranks.mpi import Job
+from runtime.ranks.peer_all_reduce_norm import PeerAllReduceNorm
+from runtime.ranks.peer_memory import PeerMemory
 from runtime.ranks.process_group import ProcessGroup
 
 NUM_SUMS = 160

@@ -16,6 +16,7 @@ from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.number_formats import UNQUANTIZED, format_named
 from nvlm.planning.hopper import takes_fast_path
 from nvlm.planning.limits import EngineLimits
+from nvlm.planning.peer_memory import peer_memory_bytes
 
 _MLP_BYTES_PER_VALUE = 22  # 5.5 GB measured for one 72B MLP over 8,192 tokens
 _CUDA_CONTEXT_BYTES = 2 << 30  # contexts, cuBLAS and NCCL buffers: an allowance, not measured
@@ -98,13 +99,15 @@ def mlp_activation_bytes(num_tokens: int, intermediate_size: int) -> int:
 
 def fast_path_workspace_bytes(config: CheckpointConfig, limits: EngineLimits) -> int:
     """What a rank of decoder `torch` takes beyond weights and cache with the kernels for Hopper:
-    the largest step's activations and the CUDA graphs."""
+    the largest step's activations, the CUDA graphs, and what ranks map of one another."""
     decoder = config.decoder
     # Gate and up in two bytes, their product in one; residual, norm, q, k, v and attention.
     row = 5 * exact_div(decoder.intermediate_size, config.tp_size) + 12 * decoder.hidden_size
     activations = _reserved(row * limits.max_num_tokens)
-    reductions = _NCCL_BYTES if config.tp_size > 1 else 0
-    return activations + _logits_bytes(config, limits) + _GRAPH_BYTES + reductions
+    others = 0
+    if config.tp_size > 1:
+        others = peer_memory_bytes(config, limits) + _NCCL_BYTES
+    return activations + _logits_bytes(config, limits) + _GRAPH_BYTES + others
 
 
 def workspace_bytes(config: CheckpointConfig, limits: EngineLimits) -> int:

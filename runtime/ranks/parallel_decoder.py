@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from nvlm.formats.safetensors_reader import TensorSource
@@ -12,6 +14,7 @@ from runtime.decoder.models.plain_model import PlainModel
 from runtime.decoder.models.step import AheadModel, SequenceStep
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.loading import loading_on
+from runtime.ranks.peer_memory import PeerMemory
 from runtime.ranks.process_group import ProcessGroup
 from runtime.ranks.step_message import Again, StepDecoder, StepEncoder, StepMessage
 
@@ -23,6 +26,7 @@ def open_parallel_model(
     source: TensorSource | None = None,
     *,
     use_graphs: bool = True,
+    use_peer_memory: bool = True,
 ) -> OpenedModel:
     """Collective. As `open_model`, on ranks; the leader's model leads the others' from then on."""
     job = group.job
@@ -30,34 +34,58 @@ def open_parallel_model(
     num_blocks = min(
         job.gather(job.agree(lambda: count_blocks(engine, device, job.world.local_size)))
     )
+    memory = PeerMemory.open(engine, device, group) if use_peer_memory else None
+    all_reduce_norm = None
+    if memory is not None:
+        from runtime.ranks.peer_all_reduce_norm import PeerAllReduceNorm  # Triton is there
+
+        all_reduce_norm = partial(PeerAllReduceNorm, memory)
     own = job.agree(
         lambda: load_model(
-            engine, device, num_blocks, source, rank=group.rank, all_reduce=group.all_reduce
+            engine,
+            device,
+            num_blocks,
+            source,
+            rank=group.rank,
+            all_reduce=group.all_reduce,
+            all_reduce_norm=all_reduce_norm,
         )
     )
     with loading_on(device, engine):
         own.warm_up(engine.limits.max_num_tokens, use_graphs=use_graphs)
     vocab_size = engine.checkpoint_config.decoder.vocab_size
-    return OpenedModel(parallel_model(own, group, vocab_size), num_blocks)
+    return OpenedModel(parallel_model(own, group, vocab_size, memory), num_blocks)
 
 
 def parallel_model(
-    own: HopperModel | PlainModel, group: ProcessGroup, vocab_size: int
+    own: HopperModel | PlainModel,
+    group: ProcessGroup,
+    vocab_size: int,
+    memory: PeerMemory | None = None,
 ) -> ParallelModel:
     """Runs ahead where `own` does."""
     if isinstance(own, AheadModel):
-        return ParallelAheadModel(own, group, vocab_size)
-    return ParallelModel(own, group, vocab_size)
+        return ParallelAheadModel(own, group, vocab_size, memory)
+    return ParallelModel(own, group, vocab_size, memory)
 
 
 class ParallelModel:
     """`DecoderModel` of the leader; on a worker its construction is all.
 
-    own: this rank's model, on its shards of the weights and of the KV cache.
+    own: this rank's model, on its shards of the weights and of the KV cache. memory: by which
+    logits and tokens travel where the ranks share some, else by the group's collectives.
     """
 
-    def __init__(self, own: HopperModel | PlainModel, group: ProcessGroup, vocab_size: int) -> None:
+    def __init__(
+        self,
+        own: HopperModel | PlainModel,
+        group: ProcessGroup,
+        vocab_size: int,
+        memory: PeerMemory | None = None,
+    ) -> None:
         self._own, self._group, self._vocab_size = own, group, vocab_size
+        self._gather_columns = group.gather_columns if memory is None else memory.gather_columns
+        self._broadcast_tokens = group.broadcast if memory is None else memory.broadcast_tokens
         self._encoder, self._decoder = StepEncoder(), StepDecoder()
         group.on("step", self._follow)
         group.on("warm up", own.warm_up_thread)
@@ -87,10 +115,10 @@ class ParallelModel:
             for step, row in zip(steps, message, strict=True):
                 if row.num_table_rows is not None:
                     step.prompt_table = self._receive_table(row.num_table_rows)
-        self._group.gather_columns(self._own.forward(steps))
+        self._gather_columns(self._own.forward(steps))
 
     def _whole(self, columns: torch.Tensor) -> torch.Tensor:
-        logits = self._group.gather_columns(columns)
+        logits = self._gather_columns(columns)
         assert logits is not None
         return logits[:, : self._vocab_size]  # the head is padded to equal shards
 
@@ -104,8 +132,14 @@ class ParallelAheadModel(ParallelModel):
 
     _own: HopperModel
 
-    def __init__(self, own: HopperModel, group: ProcessGroup, vocab_size: int) -> None:
-        super().__init__(own, group, vocab_size)
+    def __init__(
+        self,
+        own: HopperModel,
+        group: ProcessGroup,
+        vocab_size: int,
+        memory: PeerMemory | None = None,
+    ) -> None:
+        super().__init__(own, group, vocab_size, memory)
         group.on("step ahead", self._follow_ahead)
 
     @property
@@ -115,7 +149,7 @@ class ParallelAheadModel(ParallelModel):
     def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
         with self._group.leading("step ahead", self._encoder.encode(steps)):
             self._group.job.phase("decode")
-            self._group.broadcast(token_ids)
+            token_ids = self._broadcast_tokens(token_ids)
             return self._whole(self._own.forward_ahead(steps, token_ids))
 
     @torch.inference_mode()
@@ -123,8 +157,8 @@ class ParallelAheadModel(ParallelModel):
         steps = self._decoder.decode(message)
         self._group.job.phase("decode")
         token_ids = torch.empty(len(steps), dtype=torch.int64, device=self._group.device)
-        self._group.broadcast(token_ids)
-        self._group.gather_columns(self._own.forward_ahead(steps, token_ids))
+        token_ids = self._broadcast_tokens(token_ids)
+        self._gather_columns(self._own.forward_ahead(steps, token_ids))
 
 
 def _phase(steps: list[SequenceStep]) -> str:

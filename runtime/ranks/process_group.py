@@ -52,7 +52,6 @@ class ProcessGroup:
         self._frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
         self._lock = threading.Lock()
         self._is_broken = False
-        self._shared: torch.Tensor | None = None
         # Every rank talks through the interface by which it reaches the leader, or is reached.
         # gloo takes its name from the environment alone, and only now is it known.
         addresses = job.gather(job.watch.leader_address)
@@ -83,27 +82,24 @@ class ProcessGroup:
         )
         sys.excepthook = hook  # torch's holds back what is printed until it returns; ours does not
 
-    def share_memory(self, max_bytes: int) -> None:
-        """Collective, on two GPUs that map each other's memory: from then on sums of at most
-        `max_bytes` are read straight from there. With more ranks each would add in another order.
-        Not the default: it was not run yet."""
-        assert self.size == 2, "two ranks add alike"
-        from torch.distributed import _symmetric_memory
-
-        shared = _symmetric_memory.empty(max_bytes // 4, dtype=torch.float32, device=self.device)
-        _symmetric_memory.rendezvous(shared, dist.distributed_c10d._get_default_group())
-        self._shared = shared
-
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, maybe in place. x: float32."""
+        """The sum over ranks, maybe in place. x: float32.
+
+        CPUs add in the order of ranks, so that a row's bits do not depend on the rows beside it:
+        gloo adds each part of a tensor in another order.
+        """
         assert x.dtype == torch.float32, "sums are rounded once, after the reduction"
-        if self._shared is not None and x.numel() <= len(self._shared):
-            place = self._shared[: x.numel()].view_as(x)
-            name = dist.distributed_c10d._get_default_group().group_name
-            return torch.ops.symm_mem.one_shot_all_reduce_copy(place, x, "sum", name)
+        if x.device.type == "cuda" or self.size == 2:
+            with _with_peers():
+                dist.all_reduce(x)
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
         with _with_peers():
-            dist.all_reduce(x)
-        return x
+            dist.all_gather(parts, x)
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
 
     def gather_columns(self, x: torch.Tensor) -> torch.Tensor | None:
         """The ranks' x [n, columns] side by side, on the leader; None on the others."""

@@ -11,6 +11,7 @@ from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.config import NVLMConfig
 from nvlm.planning import hopper, memory_plan
 from nvlm.planning.limits import EngineLimits, derive_limits
+from nvlm.planning.peer_memory import peer_memory_bytes
 from nvlm.program.errors import UserError
 from tools.make_random_checkpoint import PRESETS
 from tools.model_dir import config_json
@@ -166,7 +167,11 @@ def test_kernels_take_less_than_plain_torch_and_a_rank_less_than_the_whole(
         for quant_algo in ("FP8", None)
         for tp_size in (1, 4)
     }
-    assert sizes["FP8", 4] < sizes["FP8", 1] < sizes[None, 1] / 2
+    four = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8", 4)
+    shared = peer_memory_bytes(four, limits)
+    assert sizes["FP8", 4] - shared < sizes["FP8", 1] < sizes[None, 1] / 2
+    parts_and_norms = (2 * 4 + 2) * limits.max_num_tokens * config.decoder.hidden_size
+    assert shared >= parts_and_norms + 4 * limits.max_batch_size * config.decoder.vocab_size
     hidden = 2 * limits.max_num_tokens * config.decoder.hidden_size
     assert sizes["FP8", 4] > 4 * hidden, "what is not split"
 

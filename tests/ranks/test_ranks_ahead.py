@@ -39,7 +39,7 @@ def test_random_batches_get_the_tokens_of_not_running_ahead(
     found = json.loads((tmp_path / "found.json").read_text())
     waiting, ahead = found["waiting"], found["ahead"]
     assert ahead["answers"] == waiting["answers"]
-    assert sum(map(len, waiting["answers"])) > 6 * num_requests
+    assert sum(map(len, waiting["answers"])) > 4 * num_requests
     assert waiting["num_steps_ahead"] == 0
     assert ahead["num_steps_ahead"] > ahead["num_steps"] // 6
     assert num_ranks > 2 or ahead["num_preemptions"] > 3
@@ -58,6 +58,8 @@ def test_a_question_captures_graphs_deletes_them_and_ends_without_a_warning(
     result = finished(words, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
-    told = result.stderr.splitlines()
+    told = result.stderr  # of two processes, whose lines may run into each other
     assert [told.count(f"graphs are {what}") for what in ("captured", "deleted")] == [2, 2]
-    assert [line for line in told if "arning" in line or "[W" in line or "[Gloo]" in line] == []
+    assert [
+        line for line in told.splitlines() if "arning" in line or "[W" in line or "[Gloo]" in line
+    ] == []
