@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy.testing  # noqa: F401  starts lscpu once, which the guard would lay to some test
 import pytest
 import torch
 
