@@ -21,6 +21,10 @@ PUBLISHED_FILES = (TOKENIZER_FILE, CONFIG_FILE, "vocab.json", "merges.txt")
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 _REQUIRED = (IM_START, IM_END)
 
+# Without added tokens every string is plain text. transformers saves how it last truncated and
+# padded, which would cut or fill our prompts.
+_PLAIN = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+
 
 def tokenizer_files(tokenizer_dir: Path) -> list[Path]:
     """What of a model directory belongs to its tokenizer."""
@@ -52,9 +56,7 @@ class Tokenizer:
         for name in _REQUIRED:
             if name not in self._special_ids:
                 raise UserError(f"{path} has no token {name}, expected the tokenizer of NVLM-D")
-        # Without added tokens every string is plain text.
-        plain = json.dumps({**values, "added_tokens": [], "post_processor": None})
-        self._encoder = TokenizersTokenizer.from_str(plain)
+        self._encoder = TokenizersTokenizer.from_str(json.dumps({**values, **_PLAIN}))
         self._token_bytes = {
             token_id: bytes(_BYTE_OF_CHARACTER[character] for character in token)
             for token, token_id in values["model"]["vocab"].items()

@@ -1,0 +1,64 @@
+"""tokenizer.json as other software leaves it: with the truncation and padding it last used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as TokenizersTokenizer
+
+from build.conversion.calibration.calibration_set import load_calibration_set
+from build.sources.hugging_face import HuggingFaceSource
+from nvlm.inputs.tokenizer import TOKENIZER_FILE, Tokenizer
+
+TEXT = "How many shapes are there? " * 20
+CUT, FILLED = 8, 4096
+TRUNCATION = {"max_length": CUT, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+PADDING = {
+    "strategy": {"Fixed": FILLED},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "!",
+}
+WRITTEN = {
+    "truncation": {"truncation": TRUNCATION},
+    "padding": {"padding": PADDING},
+    "both": {"truncation": TRUNCATION, "padding": PADDING},
+}
+
+
+@pytest.fixture(params=WRITTEN)
+def written_dir(model_dir: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """The model's tokenizer, saved after it was used with these settings."""
+    shutil.copy(model_dir / "tokenizer_config.json", tmp_path)
+    values = json.loads((model_dir / TOKENIZER_FILE).read_text())
+    (tmp_path / TOKENIZER_FILE).write_text(json.dumps({**values, **WRITTEN[request.param]}))
+    return tmp_path
+
+
+def test_truncation_and_padding_of_the_file_touch_no_prompt(
+    model_dir: Path, written_dir: Path
+) -> None:
+    in_the_file = TokenizersTokenizer.from_file(str(written_dir / TOKENIZER_FILE))
+    assert len(in_the_file.encode(TEXT).ids) in (CUT, FILLED), "the settings do something"
+    expected = Tokenizer(model_dir).encode(TEXT)
+    assert CUT < len(expected) < FILLED
+    assert Tokenizer(written_dir).encode(TEXT) == expected
+
+
+def test_truncation_and_padding_of_the_file_touch_no_calibration(
+    model_dir: Path, written_dir: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "prompts.txt"
+    data.write_text(f"{TEXT}\nHow many?\n")
+    config = HuggingFaceSource(model_dir).config
+    found = [
+        load_calibration_set(data, 2, config, Tokenizer(folder))
+        for folder in (model_dir, written_dir)
+    ]
+    assert found[0].lengths == found[1].lengths
+    assert found[0].sha256 == found[1].sha256
