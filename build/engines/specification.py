@@ -16,6 +16,7 @@ from build.engines.target import (
     choose_decoder,
     choose_precision,
     choose_vision,
+    require_precision,
     require_used,
 )
 from nvlm.formats import layout, manifest
@@ -106,6 +107,9 @@ def specify(
     if options.keep_onnx:
         require_used("--keep_onnx", decoder, vision)
     precision = choose_precision(vision_checkpoint, options.vision_precision, vision)
+    packages = _packages(decoder, vision, device, options.compute_capability)
+    if vision in PACKAGES:
+        require_precision(vision, precision, packages["compute_capability"])
     limits = derive_limits(
         config.decoder,
         vision_checkpoint.tiling,
@@ -146,7 +150,7 @@ def specify(
         limits=limits,
         plan=plan,
         max_num_tiles=max_num_tiles,
-        packages=_packages(decoder, vision, device, options.compute_capability),
+        packages=packages,
     )
 
 

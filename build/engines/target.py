@@ -22,6 +22,9 @@ AUTO: Auto = "auto"
 
 ONNX_PRECISIONS = ("float32", "float16")
 
+_LEAST_CAPABILITY = {VISION_FORMAT.name: (8, 9), "bfloat16": (8, 0)}
+"""The first compute capability whose tensor cores multiply in this precision: Ada, and Ampere."""
+
 _FLAG_TARGETS = {
     "--compute_capability": ("--vision tensorrt_rtx",),
     "--keep_onnx": ("--vision tensorrt", "--vision tensorrt_rtx"),
@@ -118,3 +121,17 @@ def choose_precision(checkpoint: VisionCheckpoint, asked: str | None, vision: Vi
             f"needs; convert with --quant_algo {asked}"
         )
     return asked or ("float32" if vision == "onnxruntime" else checkpoint.dtype)
+
+
+def require_precision(vision: Vision, precision: str, capability: str) -> None:
+    """Raises `UserError` where a GPU of this compute capability, as "8.9", lacks `precision`."""
+    found = tuple(map(int, capability.split(".")))
+    least = _LEAST_CAPABILITY.get(precision, (0, 0))
+    if found >= least:
+        return
+    held = [name for name, needed in _LEAST_CAPABILITY.items() if found >= needed]
+    raise UserError(
+        f"--vision {vision} in {precision} needs compute capability {least[0]}.{least[1]} or more, "
+        f"and the engine is for {capability}; use --vision_precision "
+        f"{' or '.join([*held, 'float16'])}"
+    )

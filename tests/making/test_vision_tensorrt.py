@@ -303,6 +303,57 @@ class TestBuilds:
         one_line_error(result, "--compute_capability 9.0", "8.9", "12.0")
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize(
+        ("capability", "precision", "least", "fixes"),
+        [
+            ("8.6", "FP8", "8.9", "bfloat16 or float16"),
+            ("8.0", "FP8", "8.9", "bfloat16 or float16"),
+            ("7.5", "FP8", "8.9", "float16"),
+            ("7.5", "bfloat16", "8.0", "float16"),
+            ("7.5", None, "8.0", "float16"),  # the checkpoint's own dtype
+        ],
+    )
+    @pytest.mark.parametrize("dry_run", [(), ("--dry_run",)], ids=["build", "dry_run"])
+    def test_a_gpu_without_the_type_is_refused_before_the_export(
+        self,
+        tmp_path: Path,
+        checkpoint_dir: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        dry_run: tuple[str, ...],
+        capability: str,
+        precision: str | None,
+        least: str,
+        fixes: str,
+    ) -> None:
+        monkeypatch.setattr(
+            "build.engines.build.build_vision", lambda *_: pytest.fail("it was exported")
+        )
+        where = ("--checkpoint_dir", checkpoint_dir, "--engine_dir", tmp_path / "engine")
+        rtx = ("--vision", "tensorrt_rtx", "--compute_capability", capability, "--device", "cpu")
+        asked = ("--vision_precision", precision) if precision else ()
+        told = (
+            f"in {precision or 'bfloat16'} needs compute capability {least} or more",
+            f"for {capability};",
+            f"use --vision_precision {fixes}",
+        )
+        line = refused(tmp_path, BUILD, *where, *rtx, *asked, *dry_run, fragments=told)
+        assert line.endswith(f"--vision_precision {fixes}")
+
+    @pytest.mark.parametrize(
+        ("capability", "precision"),
+        [("8.9", "FP8"), ("12.0", "FP8"), ("8.0", "bfloat16"), ("7.5", "float16")],
+    )
+    def test_a_gpu_with_the_type_is_planned_for(
+        self, tmp_path: Path, checkpoint_dir: Path, capability: str, precision: str
+    ) -> None:
+        result = run_command(
+            BUILD,
+            *("--checkpoint_dir", checkpoint_dir, "--engine_dir", tmp_path / "engine"),
+            *("--device", "cpu", "--vision", "tensorrt_rtx", "--vision_precision", precision),
+            *("--compute_capability", capability, "--dry_run"),
+        )
+        assert result.exit_code == 0, result.stderr
+
 
 def test_without_a_gpu_or_a_target_the_engine_is_refused(
     tmp_path: Path, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
