@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from build.sources.model_dir import check_model_dir
 from build.sources.provenance import file_entries, tokenizer_digests
 from nvlm.formats import layout
 from nvlm.formats.manifest import sha256_of
@@ -38,8 +39,7 @@ class HuggingFaceSource:
         tokenizer_dir: Path | None = None,
         projector_norm_eps: float | None = None,
     ) -> None:
-        if not model_dir.is_dir():
-            raise UserError(f"--model_dir {model_dir} is not a directory; give NVLM-D's folder")
+        check_model_dir(model_dir)
         self.config = model_config(model_dir)
         if projector_norm_eps is not None:
             self.config = self.config.with_projector_norm_eps(projector_norm_eps)
@@ -124,8 +124,7 @@ def model_config(model_dir: Path) -> NVLMConfig:
 def read_index(model_dir: Path) -> NVLMConfig:
     """The configuration of a model whose weights need not be there: config.json, and the index,
     which must name every tensor."""
-    if not model_dir.is_dir():
-        raise UserError(f"--model_dir {model_dir} is not a directory; give NVLM-D's folder")
+    check_model_dir(model_dir)
     config = model_config(model_dir)
     index = model_dir / layout.WEIGHTS_INDEX
     if index.is_file():

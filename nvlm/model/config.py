@@ -128,7 +128,10 @@ class NVLMConfig:
                 f"{path}: model_type is {values.get('model_type')!r}, expected 'NVLM_D': "
                 "this is not an NVLM-D checkpoint"
             )
-        top.one_of("architectures", (["NVLM_D"],))
+        # The published file's name, and the class that transformers saves.
+        top.one_of("architectures", (["NVLM_D"], ["NVLM_D_Model"]))
+        if values.get("quantization_config"):
+            raise top.unsupported("quantization_config", "none: give the unquantised checkpoint")
         top.one_of("min_dynamic_patch", (1,))
         top.one_of("use_backbone_lora", (0,), 0)
         top.one_of("use_llm_lora", (0,), 0)
@@ -149,14 +152,18 @@ class NVLMConfig:
 
 
 def _decoder_from_hf(llm: StrictReader) -> DecoderConfig:
-    # llm_config.model_type is a stale "llama" in the published file; the architecture decides.
-    llm.one_of("architectures", (["Qwen2ForCausalLM"],))
+    # llm_config.model_type is a stale "llama" in the published file; the architecture decides,
+    # which a configuration that transformers made by itself leaves out.
+    if llm.values.get("architectures") is None:
+        llm.one_of("model_type", ("qwen2",))
+    else:
+        llm.one_of("architectures", (["Qwen2ForCausalLM"],))
     llm.one_of("hidden_act", ("silu",))
     llm.one_of("tie_word_embeddings", (False,), False)
     llm.one_of("use_sliding_window", (False,), False)
-    # The published value, which is dropped: decision 2 (docs/decisions/model.md). Another would
-    # mean another model.
-    llm.one_of("rope_scaling", (None, {"type": "dynamic", "factor": 3.0}), None)
+    kinds = llm.values.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise llm.unsupported("layer_types", "'full_attention' for every layer")
     config = DecoderConfig(
         hidden_size=llm.positive_int("hidden_size"),
         intermediate_size=llm.positive_int("intermediate_size"),
@@ -165,13 +172,41 @@ def _decoder_from_hf(llm: StrictReader) -> DecoderConfig:
         num_key_value_heads=llm.positive_int("num_key_value_heads"),
         vocab_size=llm.positive_int("vocab_size"),
         max_position_embeddings=llm.positive_int("max_position_embeddings"),
-        rope_theta=llm.positive_float("rope_theta"),
+        rope_theta=_rope_theta_from_hf(llm),
         rms_norm_eps=llm.positive_float("rms_norm_eps"),
     )
     # RoPE rotates pairs of channels, so a head has an even number of them.
     llm.require_multiple("hidden_size", 2, "num_attention_heads")
     llm.require_multiple("num_attention_heads", 1, "num_key_value_heads")
     return config
+
+
+_PUBLISHED_SCALING = {"type": "dynamic", "factor": 3.0}
+"""It is dropped: decision 2 (docs/decisions/model.md). Another would mean another model."""
+
+
+def _rope_theta_from_hf(llm: StrictReader) -> float:
+    """RoPE's base. transformers 5 saves base and scaling together, as `rope_parameters`; later
+    releases of 4 spell the scaling's `type` as `rope_type`, or both ways."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if llm.values.get(key) is None:
+            continue
+        scaling = dict(llm.section(key).values)
+        if key == "rope_parameters":
+            scaling.pop("rope_theta", None)
+        kind = scaling.pop("rope_type", scaling.get("type", "default"))
+        if scaling.setdefault("type", kind) != kind or scaling not in (
+            {"type": "default"},
+            _PUBLISHED_SCALING,
+        ):
+            raise llm.unsupported(key, f"no scaling, or the published {_PUBLISHED_SCALING}")
+    together = llm.values.get("rope_parameters") or {}
+    if "rope_theta" not in together:
+        return llm.positive_float("rope_theta")
+    theta = llm.section("rope_parameters").positive_float("rope_theta")
+    if llm.values.get("rope_theta", theta) != theta:
+        raise llm.unsupported("rope_theta", f"{theta}, as in rope_parameters")
+    return theta
 
 
 def _vision_from_hf(vision: StrictReader, decoder: DecoderConfig) -> VisionConfig:

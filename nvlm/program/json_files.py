@@ -109,9 +109,12 @@ class StrictReader:
         """The value of `key`, which must be one of `supported`."""
         value = self.values.get(key, default) if default is not ... else self._get(key)
         if not any(value == choice and type(value) is type(choice) for choice in supported):
-            expected = " or ".join(repr(choice) for choice in supported)
-            raise UserError(f"{self._where(key)} is {value!r}, expected {expected}")
+            raise self.unsupported(key, " or ".join(repr(choice) for choice in supported))
         return value
+
+    def unsupported(self, key: str, expected: str) -> UserError:
+        """The complaint about the value of `key`."""
+        return UserError(f"{self._where(key)} is {self.values.get(key)!r}, expected {expected}")
 
     def refuse_unlike(self, expected: dict[str, Any]) -> None:
         """Refuses an object that says more, less or other than `expected`: one of our own format

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen2Config
 
 from nvlm.model.config import NVLMConfig
 from nvlm.program.errors import UserError
@@ -54,7 +57,17 @@ def test_a_stale_llama_model_type_is_accepted_because_the_architecture_says_qwen
         (None, "architectures", ["InternVLChatModel"]),
         (None, "min_dynamic_patch", 3),
         (None, "use_llm_lora", 16),
+        (None, "quantization_config", {"quant_method": "gptq", "bits": 4}),
         ("llm_config", "rope_scaling", {"type": "yarn", "factor": 4.0}),
+        ("llm_config", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("llm_config", "rope_scaling", {"type": "dynamic", "rope_type": "linear", "factor": 3.0}),
+        ("llm_config", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
+        ("llm_config", "rope_scaling", "dynamic"),
+        ("llm_config", "rope_parameters", {"rope_type": "linear", "factor": 3.0}),
+        ("llm_config", "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
+        ("llm_config", "rope_parameters", {"rope_type": "default", "rope_theta": "1e6"}),
+        ("llm_config", "rope_parameters", ["default"]),
+        ("llm_config", "layer_types", ["full_attention", "sliding_attention"]),
         ("llm_config", "hidden_act", "gelu"),
         ("llm_config", "tie_word_embeddings", True),
         ("llm_config", "use_sliding_window", True),
@@ -77,10 +90,68 @@ def test_a_value_that_would_alter_the_computation_is_refused_by_name(
         NVLMConfig.from_hf(values, PATH)
 
 
+def saved_by_transformers(llm: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's part as this release of transformers writes it."""
+    return json.loads(Qwen2Config(**llm).to_json_string(use_diff=False))
+
+
+def without(llm: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in llm.items() if key not in keys}
+
+
+ROPE = ("rope_theta", "rope_scaling")
+# How others write what the published file says.
+OTHERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "rope_type": lambda llm: {**llm, "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
+    "both_types": lambda llm: {
+        **llm,
+        "rope_scaling": {"type": "dynamic", "rope_type": "dynamic", "factor": 3.0},
+    },
+    "default": lambda llm: {**llm, "rope_scaling": {"rope_type": "default"}},
+    "no_scaling": lambda llm: without(llm, "rope_scaling"),
+    "rope_parameters": lambda llm: {
+        **without(llm, *ROPE),
+        "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e6},
+    },
+    "rope_parameters_and_rope_theta": lambda llm: {
+        **without(llm, "rope_scaling"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "rope_parameters_alone_beside_rope_theta": lambda llm: {
+        **without(llm, "rope_scaling"),
+        "rope_parameters": {"rope_type": "default"},
+    },
+    "dtype": lambda llm: {**without(llm, "torch_dtype"), "dtype": "bfloat16"},
+    "transformers": saved_by_transformers,
+    "transformers_without_architectures": lambda llm: {
+        **without(saved_by_transformers(llm), "architectures"),
+        "model_type": "qwen2",
+    },
+}
+
+
+@pytest.mark.parametrize("write", OTHERS.values(), ids=OTHERS)
+def test_a_config_as_others_write_it_means_the_published_one(
+    values: dict[str, Any], write: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    expected = NVLMConfig.from_hf(values, PATH)
+    values = {**without(values, "torch_dtype"), "dtype": "bfloat16"}
+    values["architectures"] = ["NVLM_D_Model"]
+    values["llm_config"] = write(values["llm_config"])
+    assert NVLMConfig.from_hf(values, PATH) == expected
+
+
+def test_a_decoder_that_names_no_architecture_must_be_of_type_qwen2(values: dict[str, Any]) -> None:
+    values["llm_config"]["architectures"] = None
+    with pytest.raises(UserError, match=r"llm_config\.model_type is 'llama', expected 'qwen2'"):
+        NVLMConfig.from_hf(values, PATH)
+
+
 @pytest.mark.parametrize(
     ("section", "key"),
     [
         ("llm_config", "hidden_size"),
+        ("llm_config", "rope_theta"),
         ("llm_config", "vocab_size"),
         ("llm_config", "rms_norm_eps"),
         ("vision_config", "patch_size"),
