@@ -23,7 +23,12 @@ _REQUIRED = (IM_START, IM_END)
 
 # Without added tokens every string is plain text. transformers saves how it last truncated and
 # padded, which would cut or fill our prompts.
-_PLAIN = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+_PLAIN: dict[str, object] = {
+    "added_tokens": [],
+    "post_processor": None,
+    "truncation": None,
+    "padding": None,
+}
 
 
 def tokenizer_files(tokenizer_dir: Path) -> list[Path]:
