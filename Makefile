@@ -59,7 +59,7 @@ $(VENV)/.triton: requirements/triton.txt $(VENV)/.cpu
 	@touch $@
 
 $(VENV)/.test: requirements/test.txt requirements/triton.txt requirements/mpi.txt \
-		requirements/evaluation.txt $(VENV)/.cpu
+		requirements/evaluation.txt requirements/pictures.txt $(VENV)/.cpu
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	@touch $@
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from evaluation.asking.results_file import ResultsFile
 from evaluation.datasets.sample import Sample
 from evaluation.tasks import Task, answer_line
+from nvlm.inputs.images import AS_REFERENCE
 from nvlm.inputs.prompt import prompt_text
 from nvlm.program.errors import UserError
 from runtime.requests.types import GenerationRequest
@@ -46,10 +47,10 @@ def task_prompt(sample: Sample, defaults: GenerationRequest) -> str:
 
 
 def sample_request(task: Task, sample: Sample, defaults: GenerationRequest) -> GenerationRequest:
-    """EXIF is left alone, as the reference leaves it."""
+    """Pictures are read as the reference reads them: neither turned nor laid on white."""
     return replace(
         defaults,
         content=sample.content,
-        apply_exif=False,
+        pictures=AS_REFERENCE,
         max_num_tiles=task.max_num_tiles or defaults.max_num_tiles,
     )

@@ -16,7 +16,7 @@ from evaluation.datasets.sample import Location, Sample, SampleId
 from evaluation.reporting.compare import Comparison
 from evaluation.reporting.results import Results
 from evaluation.scoring.score import SampleScore, TaskScore
-from nvlm.inputs.images import load_image
+from nvlm.inputs.images import AS_REFERENCE, load_image
 from nvlm.inputs.tiling import TiledImage, tile_image
 from nvlm.program.errors import UserError
 from runtime.requests.show_tiles import draw_tiles
@@ -120,7 +120,7 @@ def _tiling(results: Results) -> tuple[int, int]:
 
 def _load(source: ImageSource) -> Image.Image:
     assert not isinstance(source, TiledImage), "data sets hold pictures"
-    return load_image(source() if callable(source) else source, apply_exif=False)
+    return load_image(source() if callable(source) else source, rules=AS_REFERENCE)
 
 
 def _side_by_side(images: list[Image.Image]) -> Image.Image:

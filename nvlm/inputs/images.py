@@ -1,80 +1,150 @@
-"""Image files to 8-bit RGB, with one-line errors for what is not an image.
+"""Picture files to 8-bit RGB, with one-line errors for what is no picture.
 
-Semantics: EXIF orientation applied on request; 16-bit grey scaled by 1/257 (Pillow would clip it);
-alpha dropped as the reference's `convert("RGB")` does; of an animation the first frame counts.
+What a person gives is read as a person sees it (`PictureRules()`); benchmarks are read as the
+reference reads them (`AS_REFERENCE`). Where a picture comes from is the caller's.
 """
 
 from __future__ import annotations
 
 import errno
-import io
+import logging
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nvlm.inputs.pdf_pages import PdfPages
+from nvlm.inputs.pillow_pages import PillowPages, check_num_pixels, too_large
+from nvlm.inputs.signatures import HEAD_BYTES, is_pdf, remedy
 from nvlm.program.errors import UserError
 from nvlm.program.file_kinds import is_pipe_or_device
 
-MAX_IMAGE_PIXELS = 178_956_970
-"""Where Pillow itself calls a picture a decompression bomb: 2 x 1/4 GiB of RGB, about 13,377^2."""
+EncodedImage = Path | bytes | NDArray[np.uint8]
+"""A file, its bytes, or RGB pixels [height, width, 3]."""
 
-_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+Page = int | Literal["all"]
 
-_ORIENTATION_TAG = 0x0112
-# EXIF 2.32, tag Orientation: what turns the stored picture upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PictureRules:
+    """How a picture file becomes pixels."""
+
+    apply_exif: bool = True
+    """Turn it upright as its metadata says."""
+
+    on_white: bool = True
+    """Lay transparency on white; else drop it and show the colours below."""
+
+    page: Page | None = None
+    """Which page or frame, from 1, or all. None: the first, with a warning where there are more."""
+
+
+AS_REFERENCE = PictureRules(apply_exif=False, on_white=False)
+"""The published code's `Image.open(file).convert("RGB")`, which made the published scores."""
 
 
 def load_image(
-    source: Path | bytes | NDArray[np.uint8], name: str = "the image", *, apply_exif: bool = True
+    source: EncodedImage, name: str = "the image", rules: PictureRules | None = None
 ) -> Image.Image:
-    """An RGB image from a file, its bytes, or pixels [height, width, 3].
+    """An RGB image: the first page, or the page that `rules` name.
 
     `name` is what messages call the image when `source` is no file. Raises `UserError` for what
-    is missing, no image, truncated, empty, or larger than `MAX_IMAGE_PIXELS` (known from the
-    header, before any pixel is decoded). Any number of threads may load at once; Pillow's remarks
-    on odd metadata and palettes are warnings, which a program switches off once
-    (nvlm/program/process.py).
+    is missing, no image, truncated, empty, or larger than Pillow's limit (known from the header,
+    before any pixel is decoded). Any number of threads may load at once; Pillow's remarks on odd
+    metadata and palettes are warnings, which a program switches off once (nvlm/program/process.py).
     """
+    return next(load_pages(source, name, rules))
+
+
+def load_pages(
+    source: EncodedImage, name: str = "the image", rules: PictureRules | None = None, most: int = 1
+) -> Iterator[Image.Image]:
+    """As `load_image`, one after the other all pages that `rules` name.
+
+    Raises `UserError` for more than `most` pages too, before it reads one.
+    """
+    rules = rules or PictureRules()
     if isinstance(source, np.ndarray):
-        return _from_pixels(source, name)
+        yield _from_pixels(source, name)
+        return
     where = f"image {source}" if isinstance(source, Path) else name
-    if isinstance(source, Path) and is_pipe_or_device(source):
-        raise UserError(f"{where} is not a regular file; give a picture file")
+    head = _head(source, where)
     try:
-        if isinstance(source, Path) and source.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        size = source.stat().st_size if isinstance(source, Path) else len(source)
-    except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{where} cannot be read: {reason}; give a picture file") from None
-    if size == 0:
-        raise UserError(f"{where} is empty (0 bytes); give a whole picture file")
-    try:
-        return _decode(source, apply_exif)
-    except Image.DecompressionBombError:
-        raise _too_large(where) from None
+        yield from _read(source, head, where, rules, most)
+    except UserError:
+        raise
+    except Image.DecompressionBombError:  # a picture within the file
+        raise too_large(where) from None
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
         what = (str(error).splitlines() or [""])[0].split("<_io.")[0].strip()
         raise UserError(
             f"{where} is not a whole image that Pillow can read "
-            f"({what or type(error).__name__}); expected a JPEG, PNG or other picture file"
+            f"({what or type(error).__name__}); {remedy(head)}"
         ) from None
 
 
-def _too_large(where: str) -> UserError:
-    return UserError(f"{where} has more than {MAX_IMAGE_PIXELS:,} pixels; give a smaller one")
+def _read(
+    source: Path | bytes, head: bytes, where: str, rules: PictureRules, most: int
+) -> Iterator[Image.Image]:
+    pages: PdfPages | PillowPages
+    if is_pdf(head):
+        pages = PdfPages(source, where)
+    else:
+        pages = PillowPages(
+            source, head, where, apply_exif=rules.apply_exif, on_white=rules.on_white
+        )
+    with pages:
+        if rules.page is None:
+            image = pages.read(None)
+            if pages.number > 1:
+                log.warning(
+                    "%s has %d pages or frames, and the first is read; run.py --page N reads "
+                    "another, --page all reads all",
+                    where,
+                    pages.number,
+                )
+            yield image
+            return
+        number = pages.number
+        if rules.page == "all":
+            if number > most:
+                raise UserError(
+                    f"{where} has {number} pages or frames, and the request has room for {most}; "
+                    "choose one with --page N or build the engine with a larger --max_num_images"
+                )
+            yield from map(pages.read, range(number))
+            return
+        if not 1 <= rules.page <= number:
+            told = "1 page" if number == 1 else f"{number} pages or frames"
+            raise UserError(f"{where} has {told}, expected a page {rules.page}; choose another")
+        yield pages.read(rules.page - 1)
+
+
+def _head(source: Path | bytes, where: str) -> bytes:
+    """The first bytes. Raises `UserError` for what is no file with any."""
+    if isinstance(source, bytes):
+        head = source[:HEAD_BYTES]
+    else:
+        if is_pipe_or_device(source):
+            raise UserError(f"{where} is not a regular file; give a picture file")
+        try:
+            if source.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with open(source, "rb") as file:
+                head = file.read(HEAD_BYTES)
+        except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{where} cannot be read: {reason}; give a picture file") from None
+    if not head:
+        raise UserError(f"{where} is empty (0 bytes); give a whole picture file")
+    return head
 
 
 def _from_pixels(pixels: NDArray[np.uint8], name: str) -> Image.Image:
@@ -83,35 +153,5 @@ def _from_pixels(pixels: NDArray[np.uint8], name: str) -> Image.Image:
             f"{name} is {pixels.dtype} {list(pixels.shape)}, expected uint8 RGB pixels "
             "[height, width, 3]"
         )
-    if pixels.shape[0] * pixels.shape[1] > MAX_IMAGE_PIXELS:
-        raise _too_large(name)
+    check_num_pixels(pixels.shape[1], pixels.shape[0], name)
     return Image.fromarray(np.ascontiguousarray(pixels))
-
-
-def _decode(source: Path | bytes, apply_exif: bool) -> Image.Image:
-    with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-        if image.format == "EPS":  # Pillow would start Ghostscript on it
-            raise ValueError("EPS is a program")
-        width, height = image.size
-        if width * height > MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError
-        image.load()
-        orientation = _orientation(image) if apply_exif else 1
-        upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-        return to_rgb(upright)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # damaged metadata does not spoil the picture
-        return 1
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any Pillow image."""
-    if image.mode in _SIXTEEN_BIT_MODES:
-        values = np.clip(np.asarray(image).astype(np.int32), 0, 65535)
-        # Round half up; 257 is odd, so value / 257 never lies exactly halfway.
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import MutableMapping
 from typing import NoReturn
 
+from PIL import Image
+
 _CUBLAS = {"CUBLASLT_WORKSPACE_SIZE": "0"}
 _NCCL = {
     "NCCL_NVLS_ENABLE": "0",
@@ -62,6 +64,12 @@ def ignore_pillows_warnings() -> None:
     by one thread under the feet of another.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def set_most_pixels(number: int) -> None:
+    """Lets pictures have this many pixels. Pillow holds the limit, for the whole process, and ours
+    is the same (nvlm/inputs/pillow_pages.py)."""
+    Image.MAX_IMAGE_PIXELS = -(-number // 2)  # Pillow warns there and refuses from twice as many
 
 
 def set_up_stdout() -> None:

@@ -16,6 +16,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Union
 
+from nvlm.inputs.images import PictureRules
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object, write_json_beside
 from runtime.engine.engine_dir import EngineDir
@@ -177,6 +178,7 @@ def settings_of(request: GenerationRequest) -> dict[str, Any]:
             default = each.default_factory()
         if each.name in _ALWAYS or value != default:
             value = sorted(value) if isinstance(value, frozenset) else value
+            value = asdict(value) if isinstance(value, PictureRules) else value
             told[each.name] = list(value) if isinstance(value, tuple) else value
     return {**told, **non_neutral(request.sampling)}
 
@@ -194,6 +196,8 @@ def _digest(line: RequestLine) -> str:
 
 def _told(part: Any, folder: Path) -> Any:
     """Text as it is, an image as an object."""
+    if isinstance(part, bytes):
+        return {"image_sha256": hashlib.sha256(part).hexdigest()}
     if not isinstance(part, Path):
         return part
     return {"image": str(part.relative_to(folder) if part.is_relative_to(folder) else part)}

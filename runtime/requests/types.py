@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from nvlm.inputs.images import EncodedImage, PictureRules
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.inputs.tiling import Grid, TiledImage
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
@@ -18,7 +15,6 @@ from runtime.requests.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 
-EncodedImage = Path | bytes | NDArray[np.uint8]
 ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage]
 
 
@@ -29,7 +25,7 @@ class GenerationRequest:
     `content` is what the user says, in order: text and images (a file's path, its bytes, RGB
     pixels [height, width, 3], tiles, or a function that gets one of the first three when the
     request is prepared). Without `max_num_tiles` the engine's own number applies.
-    `apply_exif` turns a picture upright as its metadata says.
+    `pictures` says how picture files become pixels, and which of their pages.
     `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
     beside <|im_end|>.
     """
@@ -38,7 +34,7 @@ class GenerationRequest:
     system: str = DEFAULT_SYSTEM
     prompt_format: PromptFormat = "hf"
     max_num_tiles: int | None = None
-    apply_exif: bool = True
+    pictures: PictureRules = field(default_factory=PictureRules)
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
     end_ids: frozenset[int] = frozenset()

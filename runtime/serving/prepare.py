@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from nvlm.inputs.images import load_image
+from nvlm.inputs.images import load_pages
 from nvlm.inputs.prompt import ImageSlot, build_prompt
 from nvlm.inputs.tiling import TiledImage, tile_image
 from nvlm.inputs.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def _tile(request: GenerationRequest, engine: EngineDir) -> list[str | TiledImag
     if not 1 <= max_num_tiles <= tiling.max_num_tiles:
         raise UserError(f"max_num_tiles is {max_num_tiles}, expected 1 to {tiling.max_num_tiles}")
     content: list[str | TiledImage] = []
-    number = 0
+    number, num_pages = 0, num_images
     for part in request.content:
         number += not isinstance(part, str)
         if isinstance(part, TiledImage):
@@ -84,8 +84,15 @@ def _tile(request: GenerationRequest, engine: EngineDir) -> list[str | TiledImag
         elif not isinstance(part, str):
             source = part() if callable(part) else part
             name = "the image" if num_images == 1 else f"image {number} of {num_images}"
-            image = load_image(source, name, apply_exif=request.apply_exif)
-            part = tile_image(image, tiling.image_size, max_num_tiles)
+            room = limits.max_num_images - num_pages + 1
+            pages = [
+                tile_image(page, tiling.image_size, max_num_tiles)
+                for page in load_pages(source, name, request.pictures, room)
+            ]
+            num_pages += len(pages) - 1
+            # Further pages stand as further images of `images_first` would.
+            content += [piece for page in pages[:-1] for piece in (page, "\n")]
+            part = pages[-1]
         content.append(part)
     return content
 

@@ -105,12 +105,21 @@ def answered_about(engine_dir: Path, folder: Path, data: bytes) -> dict[str, Any
 BAD_IMAGES: list[tuple[str, Callable[[], bytes], tuple[str, ...]]] = [
     ("zero_bytes", lambda: b"", ("0 bytes",)),
     ("text", lambda: b"I am no picture.", ("not a whole image",)),
-    ("html", lambda: b"<html>404</html>", ("not a whole image",)),
+    ("html", lambda: b"<html>404</html>", ("not a whole image", "it is a web page; download")),
     ("zeros", lambda: bytes(5000), ("not a whole image",)),
-    ("video", lambda: b"\0\0\0\x18ftypmp42" + bytes(100), ("not a whole image",)),
+    ("video", lambda: b"\0\0\0\x18ftypmp42" + bytes(100), ("not a whole image", "it is a video")),
     ("avif_damaged", lambda: damaged_avif(), ("not a whole image",)),
-    ("svg", lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', ("not a whole image",)),
-    ("pdf", lambda: encoded(picture(), "PDF"), ("not a whole image",)),
+    (
+        "svg",
+        lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        ("not a whole image", "SVG or other XML; export it as PNG"),
+    ),
+    ("pdf_damaged", lambda: b"%PDF-1.7\n" + bytes(100), ("is a PDF",)),
+    ("heic_damaged", lambda: b"\0\0\0\x18ftypheic" + bytes(100), ("image",)),
+    ("jpeg_xl", lambda: b"\xff\x0a" + bytes(100), ("not a whole image", "JPEG XL; save it as")),
+    ("office", lambda: b"PK\3\4" + bytes(100), ("not a whole image", "export its pages")),
+    ("matroska", lambda: b"\x1aE\xdf\xa3" + bytes(99), ("not a whole image", "it is a video")),
+    ("camera_raw", lambda: raw_preview(), ("begins with a preview", "export the picture as JPEG")),
     ("dds", lambda: dds_of_no_format(), ("not a whole image",)),
     ("png_0x0", lambda: one_bit_png(0, 0, b""), ("not a whole image",)),
     ("png_0x5", lambda: one_bit_png(0, 5, bytes(5)), ("not a whole image",)),
@@ -137,6 +146,11 @@ def damaged_avif() -> bytes:
     """The place of the pixels is wrong; where Pillow knows no AVIF it is no picture either way."""
     data = encoded(picture(), "AVIF") if features.check("avif") else b"\0\0\0\x18ftypavif"
     return data.replace(b"iloc", b"ilox")
+
+
+def raw_preview() -> bytes:
+    """What DNG and NEF begin with: a small picture that says that it is one of another."""
+    return encoded(picture(), "TIFF", tiffinfo={254: 1})
 
 
 def dds_of_no_format() -> bytes:

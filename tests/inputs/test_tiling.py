@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nvlm.inputs.images import load_image
+from nvlm.inputs.images import PictureRules, load_image
 from nvlm.inputs.tiling import candidate_grids, choose_grid, normalize, tile_image
 from tests.reference import tiling as reference
 
@@ -59,7 +59,8 @@ def test_a_sweep_of_sizes_takes_the_grids_of_the_published_algorithm() -> None:
     ids=lambda golden: f"{golden['file']}-max{golden['max_num_tiles']}-exif{golden['exif']:d}",
 )
 def test_pixels_of_every_kind_of_image_equal_the_golden(golden: dict[str, Any]) -> None:
-    image = load_image(DATA / "images" / golden["file"], apply_exif=golden["exif"])
+    rules = PictureRules(apply_exif=golden["exif"], on_white=False)
+    image = load_image(DATA / "images" / golden["file"], rules=rules)
     assert list(image.size) == golden["size"]
     tiled = tile_image(image, 448, golden["max_num_tiles"])
     assert list(tiled.grid) == golden["grid"]
