@@ -16,16 +16,19 @@ from typing import Any, NoReturn
 import torch
 
 from nvlm.formats.scale_dtype import what_differs
+from nvlm.inputs.images import Page, PictureRules
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
-from nvlm.program.command_line import ArgumentParser, run
+from nvlm.program.command_line import ArgumentParser, positive_int, run
 from nvlm.program.errors import UserError
 from nvlm.program.launcher import end, rank_from
+from nvlm.program.process import set_most_pixels
 from runtime.answers.answer_file import answer_json
 from runtime.answers.batch import run_batch
 from runtime.answers.compare import check, differences, record, report_json
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.flags import add_request_flags, request_of
+from runtime.requests.picture_source import picture_source
 from runtime.requests.request_file import RequestLine, read_requests
 from runtime.requests.sampling import check_target, non_neutral
 from runtime.requests.show_tiles import write_tiles
@@ -52,7 +55,13 @@ def parser() -> ArgumentParser:
     add = parser.add_argument
     add_engine_flags(parser)
     add("--prompt", help="the question")
-    add("--image", type=Path, nargs="+", default=[], help="image files, in order")
+    add("--image", nargs="+", default=[], help="image files or data: URLs, in order")
+    add("--page", type=_page, help="page or frame of the images, from 1, or all (default: first)")
+    add(
+        "--max_image_pixels",
+        type=positive_int,
+        help="largest picture that is read (default: 178,956,970, where Pillow stops)",
+    )
     add("--input_file", type=Path, help="JSONL of requests, instead of --prompt")
     add("--output_file", type=Path, help="JSONL of answers; a rerun resumes after its last line")
     add_request_flags(parser, prompt_format="hf", max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
@@ -71,8 +80,18 @@ def parser() -> ArgumentParser:
 
 def default_request(arguments: argparse.Namespace) -> GenerationRequest:
     """The flags as a request; its content is the single question."""
-    question = GenerationRequest.images_first(arguments.prompt or "", tuple(arguments.image))
-    return replace(request_of(arguments), content=question.content)
+    images = tuple(map(picture_source, arguments.image))
+    question = GenerationRequest.images_first(arguments.prompt or "", images)
+    pictures = PictureRules(page=arguments.page)
+    return replace(request_of(arguments), content=question.content, pictures=pictures)
+
+
+def _page(text: str) -> Page:
+    if text == "all":
+        return "all"
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a page's number from 1 nor all")
+    return int(text)
 
 
 def stream(runner: Runner, request: GenerationRequest) -> None:
@@ -95,6 +114,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.input_file and (arguments.image or (arguments.json and not arguments.compare)):
         flag = "--image" if arguments.image else "--json"
         raise UserError(f"{flag} goes with --prompt; a batch has its images in the request lines")
+    if arguments.page is not None and not (arguments.image or arguments.input_file):
+        raise UserError("--page chooses a page of --image; give one")
     if arguments.show_tiles and not arguments.image:
         raise UserError("--show_tiles draws the images of --image; give one")
 
@@ -170,6 +191,8 @@ def lead(
 def _parse() -> Program:
     arguments = parser().parse_args()
     _check_flags(arguments)
+    if arguments.max_image_pixels is not None:
+        set_most_pixels(arguments.max_image_pixels)
     options = DecoderOptions(
         arguments.kv_cache_free_gpu_memory_fraction,
         gather_logits=arguments.compare is not None,

@@ -6,15 +6,13 @@ named it.
 
 from __future__ import annotations
 
-import base64
-import binascii
-
 import numpy as np
 
 from frontends.triton.tensors import Tensors, strings
 from nvlm.inputs.tiling import TiledImage, denormalize
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
+from runtime.requests.picture_source import decode_base64
 from runtime.requests.types import ImageSource
 from runtime.serving.prepare import check_num_images
 
@@ -67,7 +65,7 @@ def _tiles(tensors: Tensors) -> tuple[ImageSource, ...]:
 
 
 def _base64(tensors: Tensors) -> tuple[ImageSource, ...]:
-    return tuple(_decode_base64(data, "image_base64") for data in strings(tensors, "image_base64"))
+    return tuple(decode_base64(data, "image_base64") for data in strings(tensors, "image_base64"))
 
 
 def _urls(tensors: Tensors) -> tuple[ImageSource, ...]:
@@ -78,7 +76,7 @@ def _urls(tensors: Tensors) -> tuple[ImageSource, ...]:
                 "send the picture itself in image_bytes"
             )
     urls = strings(tensors, "image_url_input")
-    return tuple(_decode_base64(url, "image_url_input") for url in urls)
+    return tuple(decode_base64(url, "image_url_input") for url in urls)
 
 
 def _files(tensors: Tensors) -> tuple[ImageSource, ...]:
@@ -92,15 +90,3 @@ _IMAGE_READERS = {
     "image_input": _tiles,
     "image_url_input": _urls,
 }
-
-
-def _decode_base64(data: bytes, name: str) -> bytes:
-    """Base64, alone or as a data: URL (RFC 2397); line breaks are allowed."""
-    if data.startswith(b"data:"):
-        header, _, data = data.partition(b",")
-        if not header.endswith(b";base64"):
-            raise UserError(f"{name} holds a data: URL that is not base64")
-    try:
-        return base64.b64decode(b"".join(data.split()), validate=True)
-    except binascii.Error as error:
-        raise UserError(f"{name} is not base64: {error}") from None

@@ -6,18 +6,22 @@ Unknown fields and wrong types are refused by name; paths are relative to the fi
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nvlm.inputs.images import Page
 from nvlm.program.errors import UserError
 from nvlm.program.jsonl import read_jsonl_lines
+from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
 from runtime.requests.types import GenerationRequest, ImageSource
 
+_SHOWN_CHARACTERS = 200
 _OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
 _TYPES = {**_OPTION_TYPES, **{setting.name: setting.type for setting in SETTINGS}}
-_FIELDS = {"id", "prompt", "images", "stop", *_TYPES}
+_FIELDS = {"id", "prompt", "images", "page", "stop", *_TYPES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,10 @@ def request_from_json(
     options: dict[str, Any] = {name: given[name] for name in _OPTION_TYPES if name in given}
     if "stop" in given:
         options["stop"] = tuple(_strings(given["stop"], "stop"))
-    images = [folder / name for name in _strings(given.get("images", []), "images")]
+    if "page" in given:
+        options["pictures"] = replace(defaults.pictures, page=_page(given["page"]))
+    names = _strings(given.get("images", []), "images")
+    images = [picture_source(name, folder) for name in names]
     return replace(
         defaults,
         content=_content(given.get("prompt"), images, folder),
@@ -92,7 +99,15 @@ def _strings(value: Any, name: str) -> list[str]:
     return value
 
 
-def _content(prompt: Any, images: list[Path], folder: Path) -> tuple[str | ImageSource, ...]:
+def _page(value: Any) -> Page:
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    raise UserError(f'page is {value!r}, expected a number from 1 or "all"')
+
+
+def _content(
+    prompt: Any, images: Sequence[ImageSource], folder: Path
+) -> tuple[str | ImageSource, ...]:
     """A string has its images first; a list of parts has them in line."""
     if isinstance(prompt, str):
         return GenerationRequest.images_first(prompt, tuple(images)).content
@@ -106,10 +121,13 @@ def _content(prompt: Any, images: list[Path], folder: Path) -> tuple[str | Image
             case {"type": "text", "text": str(text)}:
                 content.append(text)
             case {"type": "image", "image": str(name)}:
-                content.append(folder / name)
+                content.append(picture_source(name, folder))
+            case {"type": "image_url", "image_url": {"url": str(name)}}:
+                content.append(picture_source(name, folder))
             case _:
                 raise UserError(
-                    f'prompt part {part!r} is neither {{"type": "text", "text": ...}} nor '
-                    '{"type": "image", "image": path}'
+                    f"prompt part {repr(part)[:_SHOWN_CHARACTERS]} is neither "
+                    '{"type": "text", "text": ...} nor {"type": "image", "image": path or data: '
+                    'URL}, or "image_url" as chat messages have it'
                 )
     return tuple(content)

@@ -35,10 +35,10 @@ def expect(runner: Runner) -> Expect:
     import run as program
 
     def answer(prompt: str, *paths: Path, **flags: Any) -> GenerationResult:
-        names = ("temperature", "top_k", "top_p", "seed", "max_num_tiles")
+        names = ("temperature", "top_k", "top_p", "seed", "max_num_tiles", "page")
         given = {
             "prompt": prompt,
-            "image": list(paths),
+            "image": list(map(str, paths)),
             "system": flags.pop("system", DEFAULT_SYSTEM),
             "prompt_format": "hf",
             "max_new_tokens": flags.pop("max_tokens"),
@@ -120,6 +120,14 @@ def test_every_way_to_send_a_picture_gives_the_same_answer(
         text_input="What is it?", max_tokens=12, image_base64=[encoded.decode()]
     )
     assert answer["text_output"] == expected.text
+
+
+def test_a_transparent_picture_is_laid_on_white_as_run_py_does(
+    triton_server: Served, expect: Expect, images: Images
+) -> None:
+    path = images("rgba.png")
+    found = ask(triton_server, tensors("What is it?", 12, image_bytes=[path.read_bytes()]))
+    check(found, expect("What is it?", path, max_tokens=12))
 
 
 def test_padded_pixels_are_cut_to_the_sizes_beside_them(

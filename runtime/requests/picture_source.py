@@ -1,0 +1,69 @@
+"""What names a picture on the command line or in a request line: a path or a URL.
+
+Nothing is fetched: a picture comes from this machine or stands in the URL itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from pathlib import Path
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from nvlm.program.errors import UserError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_SHOWN_CHARACTERS = 200
+
+
+def picture_source(name: str, folder: Path = Path()) -> Path | bytes:
+    """A file's path, relative to `folder`, or the bytes in a data: URL.
+
+    Raises `UserError` for a URL that would have to be fetched.
+    """
+    if name[:5].lower() == "data:":
+        return decode_base64(name.encode(), "an image")
+    if name[:6].lower() == "file:/":
+        return _local_path(name)
+    if scheme := _SCHEME.match(name):
+        raise UserError(
+            f"image {name[:_SHOWN_CHARACTERS]} is an address, and nothing is fetched from "
+            f"{scheme[1]}: here; download it (curl -LO URL) and give the file"
+        )
+    return folder / name
+
+
+def decode_base64(data: bytes, name: str) -> bytes:
+    """Base64, alone or as a data: URL (RFC 2397); line breaks are allowed.
+
+    `name` is what messages call it, which never repeat the data.
+    """
+    if data[:5].lower() == b"data:":
+        header, _, data = data.partition(b",")
+        if not header.lower().endswith(b";base64"):
+            raise UserError(
+                f"{name} holds a data: URL that is not base64, expected "
+                "data:image/png;base64,... or the like"
+            )
+    try:
+        return base64.b64decode(b"".join(data.split()), validate=True)
+    except binascii.Error as error:
+        raise UserError(f"{name} is not base64: {error}") from None
+
+
+def _local_path(url: str) -> Path:
+    """The path of a file: URL (RFC 8089) of this machine."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise UserError(
+            f"image {url[:_SHOWN_CHARACTERS]} is on another machine, expected file:///path; copy "
+            "it here"
+        )
+    if parts.query or parts.fragment:
+        raise UserError(
+            f"image {url[:_SHOWN_CHARACTERS]} has a ? or #, expected file:///path with them "
+            "written as %3F and %23"
+        )
+    path = unquote_to_bytes(parts.path)
+    return Path(path.decode("utf-8", errors="surrogateescape"))
