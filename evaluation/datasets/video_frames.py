@@ -110,7 +110,7 @@ def _jump(path: Path, packets: Packets, wanted: list[int]) -> dict[int, Pixels] 
                     return None
                 expected += 1
                 if expected > index:
-                    pixels[index] = np.asarray(frame.to_ndarray(format="rgb24"))
+                    pixels[index] = _upright(frame)
                     break
             if index not in pixels:
                 return None
@@ -123,10 +123,17 @@ def _pick(path: Path, wanted: list[int]) -> tuple[dict[int, Pixels], int]:
     for index, frame in enumerate(_decode(path)):
         num_decoded += 1
         if index in wanted:
-            pixels[index] = np.asarray(frame.to_ndarray(format="rgb24"))
+            pixels[index] = _upright(frame)
     if not num_decoded:
         raise ValueError("it has no frames")
     return pixels, num_decoded
+
+
+def _upright(frame: Any) -> Pixels:
+    """Turned as the video's display matrix says: players do it, and ffmpeg for its pictures."""
+    pixels = frame.to_ndarray(format="rgb24")
+    quarters = round(frame.rotation / 90)  # counterclockwise, as numpy turns
+    return np.ascontiguousarray(np.rot90(pixels, quarters))
 
 
 def _decode(path: Path) -> Iterator[Any]:

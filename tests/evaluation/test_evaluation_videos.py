@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,34 @@ def test_an_error_behind_a_jump_falls_back(tmp_path: Path) -> None:
     with patch.object(video_frames, "_jump", side_effect=OSError("cannot seek")):
         found = frames(path, 3)
     assert all(map(np.array_equal, found, expected))
+
+
+IDENTITY = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+
+
+def quarter_turns(number: int) -> bytes:
+    """A display matrix (ISO/IEC 14496-12, 8.3.2) that turns clockwise: (x, y) to (-y, x)."""
+    a, b, c, d = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)][number]
+    return struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+
+
+@pytest.mark.parametrize("is_whole", [False, True], ids=["jumps", "decoded_whole"])
+def test_a_video_taken_sideways_is_turned_upright(tmp_path: Path, is_whole: bool) -> None:
+    """As a telephone writes it: pixels lie, and the track's matrix turns them."""
+    path = tmp_path / "v.mp4"
+    write_video(path, "mpeg4", {})
+    data = path.read_bytes()
+    matrix = data.index(IDENTITY, data.index(b"tkhd"))
+    found = {}
+    for turns in (0, 1, 2, 3):
+        path.write_bytes(data[:matrix] + quarter_turns(turns) + data[matrix + len(IDENTITY) :])
+        with patch.object(video_frames, "_seek", wraps=video_frames._seek) as seek:
+            if is_whole:
+                seek.return_value = None
+                seek.side_effect = None
+            found[turns] = frames(path, 5)
+    for turns, pixels in found.items():
+        for ours, upright in zip(pixels, found[0], strict=True):
+            # numpy turns counterclockwise.
+            assert np.array_equal(ours, np.rot90(upright, -turns)), f"{turns} quarter turns"
+    assert found[1][0].shape == (96, 64, 3)
