@@ -94,6 +94,11 @@ def convert(
     config = options.config(source.config)
     calibration = _load_calibration(source, options)
     made_from = _made_from(source, options, calibration)  # before the first byte is read
+    if options.is_quantised and calibration.is_text_only:
+        log.warning(
+            "no calibration sample holds a picture, so vision gets no FP8 scales and "
+            "build_engine.py no --vision_precision FP8; give --calib_data that holds some"
+        )
     journal_of = partial(Journal.open, made_from=_fingerprint(made_from, device))
     place = OutputPlace(output_dir, "--output_dir", "checkpoint", overwrite)
     needed_bytes = checkpoint_bytes(config, source.config.vision) + calibration_bytes(

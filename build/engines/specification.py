@@ -106,7 +106,9 @@ def specify(
         require_used("--compute_capability", decoder, vision)
     if options.keep_onnx:
         require_used("--keep_onnx", decoder, vision)
-    precision = choose_precision(vision_checkpoint, options.vision_precision, vision)
+    precision = choose_precision(
+        vision_checkpoint, options.vision_precision, vision, config.quant_algo
+    )
     packages = _packages(decoder, vision, device, options.compute_capability)
     if vision in PACKAGES:
         require_precision(vision, precision, packages["compute_capability"])

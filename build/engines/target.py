@@ -109,16 +109,24 @@ def require_used(flag: str, decoder: Decoder, vision: Vision) -> None:
         )
 
 
-def choose_precision(checkpoint: VisionCheckpoint, asked: str | None, vision: Vision) -> str:
+def choose_precision(
+    checkpoint: VisionCheckpoint, asked: str | None, vision: Vision, quant_algo: str | None
+) -> str:
+    """quant_algo: the decoder's. Raises `UserError` for a precision that the checkpoint lacks."""
     if vision == "onnxruntime" and asked not in (None, *ONNX_PRECISIONS):
         raise UserError(
             f"--vision_precision {asked} is not for --vision onnxruntime, expected "
             f"{' or '.join(ONNX_PRECISIONS)}; use --vision torch"
         )
     if asked == VISION_FORMAT.name and not checkpoint.has_scales:
+        remedy = f"convert with --quant_algo {asked}"
+        if quant_algo == asked:
+            remedy = (
+                "its calibration samples held no picture; convert with --calib_data that holds some"
+            )
         raise UserError(
             f"{checkpoint.directory} has no {layout.SCALES}, which --vision_precision {asked} "
-            f"needs; convert with --quant_algo {asked}"
+            f"needs: {remedy}"
         )
     return asked or ("float32" if vision == "onnxruntime" else checkpoint.dtype)
 

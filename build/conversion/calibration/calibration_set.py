@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from build.conversion.report.quantization_report import QuantizationReport
+from nvlm.formats.tensor_names import VISION_LAYER
 from nvlm.inputs.images import load_image
 from nvlm.inputs.prompt import Prompt, build_prompt, images_first
 from nvlm.inputs.tiling import TiledImage, tile_image
@@ -72,6 +73,14 @@ class Calibration:
     @property
     def num_tiles(self) -> int:
         return sum(sample.num_tiles for sample in self.samples)
+
+    @property
+    def is_text_only(self) -> bool:
+        """Whether it tells nothing of vision."""
+        if self.cache is not None:
+            vision = VISION_LAYER.partition("{")[0]
+            return not any(row.linear.startswith(vision) for row in self.cache.linears)
+        return self.num_tiles == 0
 
     @property
     def lengths(self) -> list[int]:
