@@ -19,18 +19,24 @@ class Intake:
 
     `num_preparing` threads decode and tile pictures, each one request (and one picture of up to
     MAX_IMAGE_PIXELS) at a time; another prepares requests without pictures, which so wait for
-    none; one encodes. With 0 there are no threads, and `put` does the work.
+    none; one encodes. With 0 there are no threads, and `put` does the work. `encode` replaces the
+    stages' own.
     """
 
     def __init__(
-        self, stages: Stages, num_preparing: int, deliver: Callable[[Ticket], None]
+        self,
+        stages: Stages,
+        num_preparing: int,
+        deliver: Callable[[Ticket], None],
+        encode: Callable[[Ticket], None] | None = None,
     ) -> None:
         self._stages, self._deliver = stages, deliver
+        self._encode = encode or stages.encode
         self._num_preparing = num_preparing
         self._pictures: _Queue = SimpleQueue()
         self._texts: _Queue = SimpleQueue()
         self._to_encode: _Queue = SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []  # that which encodes last
         if num_preparing:
             self._threads = [
                 *(
@@ -47,17 +53,25 @@ class Intake:
         if self._threads:
             (self._pictures if ticket.request.num_images else self._texts).put(ticket)
             return
-        _attempt(self._stages.prepare, ticket)
-        _attempt(self._stages.encode, ticket)
-        self._deliver(ticket)
+        try:
+            _attempt(self._stages.prepare, ticket)
+            _attempt(self._encode, ticket)
+        except BaseException:  # an interrupted caller: the loop must not wait for its ticket
+            ticket.is_cancelled = True
+            raise
+        finally:
+            self._deliver(ticket)
 
     def close(self) -> None:
-        """Waits for the threads. Tickets that are not cancelled are worked off first."""
+        """Waits for the threads. Tickets that are not cancelled are worked off first, and all are
+        delivered."""
         for _ in range(self._num_preparing):
             self._pictures.put(None)
         self._texts.put(None)
-        self._to_encode.put(None)
-        for thread in self._threads:
+        for thread in self._threads[:-1]:
+            thread.join()
+        self._to_encode.put(None)  # only now: nobody prepares for it any more
+        for thread in self._threads[-1:]:
             thread.join()
 
     def _prepare_loop(self, queue: _Queue) -> None:
@@ -66,12 +80,12 @@ class Intake:
             if ticket.images:
                 self._to_encode.put(ticket)
             else:
-                _attempt(self._stages.encode, ticket)
+                _attempt(self._encode, ticket)
                 self._deliver(ticket)
 
     def _encode_loop(self) -> None:
         while (ticket := self._to_encode.get()) is not None:
-            _attempt(self._stages.encode, ticket)
+            _attempt(self._encode, ticket)
             self._deliver(ticket)
 
 

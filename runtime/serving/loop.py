@@ -2,7 +2,7 @@
 
 Requests come from any thread, are prepared and encoded (intake.py), share the decoder's steps, and
 hear their answers piece by piece. Whoever calls `turn` is the decoder's thread: the one that asks
-(runner.py) or one of its own (server.py).
+or one that works for all who ask (shared_loop.py), or a server's own (server.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Literal
 
@@ -31,7 +32,8 @@ class BusyError(UserError):
 
 
 class Loop:
-    """`submit`, `cancel` and `stop` may be called by any thread, `turn` by one only.
+    """`submit`, `accept`, `deliver`, `cancel` and `stop` may be called by any thread, `turn` by one
+    at a time.
 
     At most `max_open` requests are open: accepted and not yet answered. `num_preparing`: threads
     that decode pictures beside the decoder; 0 prepares and encodes within `submit`. Raises
@@ -41,14 +43,15 @@ class Loop:
     def __init__(self, stages: Stages, *, max_open: int, num_preparing: int = 0) -> None:
         if not stages.in_loop.acquire(blocking=False):
             raise UserError(
-                "this runner is answering already: a question, stream, batch or server of it is "
-                "open; take its answers to the end, or close it, first"
+                "this runner is answering already: a server of it is open, or a question, stream "
+                "or batch is; ask that server, or close what is open first"
             )
         self.metrics = ServingMetrics()
-        self._stages = stages
+        self.stages = stages
         self._max_open = max_open
-        self._lock = threading.Lock()  # of the next three
+        self._lock = threading.Lock()  # of the next four
         self._open: set[Ticket] = set()
+        self._for_a_place: deque[tuple[Ticket, threading.Lock]] = deque()  # locked until it has one
         self._is_stopping = False
         self._is_closed = False
         self._failure: Exception | None = None  # of the decoder's thread, which it ended
@@ -56,7 +59,7 @@ class Loop:
         self._encoded: SimpleQueue[Ticket | None] = SimpleQueue()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}  # by the decoder's id
-        self._intake = Intake(stages, num_preparing, self._encoded.put)
+        self._intake = Intake(stages, num_preparing, self.deliver)
 
     @property
     def num_open(self) -> int:
@@ -73,22 +76,41 @@ class Loop:
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
         """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or
         stopping, and `RuntimeError` once the decoder has failed."""
+        ticket = self.accept(request, listener)
+        self._intake.put(ticket)
+        return ticket
+
+    def accept(
+        self, request: GenerationRequest, listener: Listener, *, waits: bool = False
+    ) -> Ticket:
+        """As `submit`, for a caller that prepares the ticket and gives it to `deliver` itself.
+        With `waits` it waits for a place, first come first served, while others take the turns."""
         ticket = Ticket(request, listener)
         error: BusyError | None = None
+        place: threading.Lock | None = None
         with self._lock:
             self.require_decoder()
             if self._is_stopping:
                 error = _stopping()
-            elif self.is_full:
+            elif not self.is_full:
+                self._open.add(ticket)
+            elif waits:
+                place = threading.Lock()
+                place.acquire()
+                self._for_a_place.append((ticket, place))
+            else:
                 busy = f"the server is busy with {self._max_open} requests; try again later"
                 error = BusyError(busy)
-            else:
-                self._open.add(ticket)
         if error is not None:
             self.metrics.add("nvlm_requests_total", label="busy")
             raise error
-        self._intake.put(ticket)
+        if place is not None:
+            self._wait_for_place(ticket, place)
         return ticket
+
+    def deliver(self, ticket: Ticket) -> None:
+        """Takes a ticket back that is encoded, has its `error`, or is cancelled."""
+        self._encoded.put(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
         """Frees the request's place before the next step. Its listener hears nothing more but what
@@ -112,6 +134,10 @@ class Loop:
             self._is_stopping = True
             self._failure = self._failure or failure
             tickets = list(self._open)
+            while self._for_a_place:
+                waiting, place = self._for_a_place.popleft()
+                waiting.error = failure or _stopping()
+                place.release()
         for ticket in tickets:
             self._fail(ticket, failure or _stopping())
             ticket.is_cancelled = True
@@ -121,12 +147,12 @@ class Loop:
         """For the decoder's thread, or once it has ended. The stages stay open."""
         self.stop()
         for request_id in self._running:
-            self._stages.decoder.cancel(request_id)
+            self.stages.decoder.cancel(request_id)
         self._running.clear()
         self._intake.close()
         if not self._is_closed:
             self._is_closed = True
-            self._stages.in_loop.release()
+            self.stages.in_loop.release()
 
     def __enter__(self) -> Loop:
         return self
@@ -145,6 +171,18 @@ class Loop:
         self.metrics.set("nvlm_requests_waiting", max(0, self.num_open - num_running))
         return self.metrics.samples()
 
+    def _wait_for_place(self, ticket: Ticket, place: threading.Lock) -> None:
+        """Raises why the loop stops, if it does so meanwhile."""
+        try:
+            place.acquire()
+        except BaseException:  # an interrupted wait
+            with self._lock, suppress(ValueError):
+                self._for_a_place.remove((ticket, place))
+            self._end(ticket, "cancelled")
+            raise
+        if ticket.error is not None:
+            raise ticket.error
+
     def _take_in(self) -> None:
         is_idle = not self._running and not self._waiting
         while is_idle or not self._encoded.empty():
@@ -160,21 +198,22 @@ class Loop:
     def _drop_cancelled(self) -> None:
         for request_id, ticket in list(self._running.items()):
             if self._is_dropped(ticket):
-                self._stages.decoder.cancel(request_id)
+                self.stages.decoder.cancel(request_id)
                 del self._running[request_id]
         self._waiting = deque(t for t in self._waiting if not self._is_dropped(t))
 
     def _is_dropped(self, ticket: Ticket) -> bool:
         """Whether the ticket was cancelled; then its place is free."""
-        if ticket.is_cancelled:
+        is_cancelled = ticket.is_cancelled  # read once: any thread may cancel meanwhile
+        if is_cancelled:
             self._end(ticket, "cancelled")
-        return ticket.is_cancelled
+        return is_cancelled
 
     def _start_waiting(self) -> None:
-        while self._waiting and len(self._running) < self._stages.engine.limits.max_batch_size:
+        while self._waiting and len(self._running) < self.stages.engine.limits.max_batch_size:
             ticket = self._waiting.popleft()
             try:
-                self._running[self._stages.start(ticket)] = ticket
+                self._running[self.stages.start(ticket)] = ticket
             except Exception as error:
                 self._fail(ticket, error)
                 continue
@@ -184,10 +223,10 @@ class Loop:
     def _step(self) -> None:
         """What breaks in a step is told to all in it."""
         try:
-            outputs = self._stages.decoder.step()
+            outputs = self.stages.decoder.step()
         except Exception as error:
             for request_id, ticket in self._running.items():
-                self._stages.decoder.cancel(request_id)
+                self.stages.decoder.cancel(request_id)
                 self._fail(ticket, error)
             self._running.clear()
             return
@@ -205,7 +244,7 @@ class Loop:
             answer = Answer(error=error)
         self._count_token(ticket, before)
         if answer.is_last:
-            self._stages.decoder.cancel(output.request_id)  # a stop string ends it unknown to it
+            self.stages.decoder.cancel(output.request_id)  # a stop string ends it unknown to it
             del self._running[output.request_id]
         if answer.error is not None:
             self._fail(ticket, answer.error)
@@ -239,6 +278,10 @@ class Loop:
         with self._lock:
             was_open = ticket in self._open
             self._open.discard(ticket)
+            while self._for_a_place and not self.is_full:
+                next_ticket, place = self._for_a_place.popleft()
+                self._open.add(next_ticket)
+                place.release()
         if was_open:
             self.metrics.add("nvlm_requests_total", label=outcome)
         return was_open

@@ -1,29 +1,26 @@
 """An opened engine that answers: one question, or many that share the decoder's steps.
 
-The thread that asks takes the steps: no token is handed from thread to thread.
+Any number of threads may ask at once, through one loop (shared_loop.py).
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator, MutableMapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from nvlm.program.errors import UserError
-from runtime.decoder.executor import DecoderOptions
+from runtime.decoder.executor import DecoderExecutor, DecoderOptions
+from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
 from runtime.engine.open_engine import open_engine
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.engine_parts import open_parts
-from runtime.serving.loop import Loop
+from runtime.serving.shared_loop import SharedLoop
 from runtime.serving.stages import Stages
-
-T = TypeVar("T")
+from runtime.vision.executor import VisionExecutor
 
 MAX_PREPARING_THREADS = 8
 NUM_AHEAD = 8
@@ -34,9 +31,13 @@ size."""
 class Runner(Stages):
     """What `Stages` are made of, opened together; a context that closes it.
 
-    It answers one question, stream or batch at a time, and raises `UserError` for another one
-    meanwhile. Questions from several threads go through `Server`.
+    Any thread may call `generate`, `stream` and `generate_batch`, at any time: all share the
+    decoder's steps. A server of this runner has the decoder for itself.
     """
+
+    def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
+        super().__init__(engine, vision, decoder)
+        self._loop = SharedLoop()
 
     @classmethod
     def open(
@@ -58,18 +59,19 @@ class Runner(Stages):
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         """Answers one request; raises what ends it."""
-        *_, last = self.stream(request)
+        (last,) = self._ask(request, in_pieces=False)
         assert last.result is not None, "the last piece has the result"
         return last.result
 
     def stream(self, request: GenerationRequest) -> Iterator[Answer]:
         """Answers one request piece by piece; raises what ends it."""
-        pieces: deque[Answer] = deque()
-        with Loop(self, max_open=1) as loop:
-            loop.submit(request, pieces.append)
-            while loop.num_open:
-                loop.turn()
-                for piece in _drained(pieces):
+        return self._ask(request, in_pieces=True)
+
+    def _ask(self, request: GenerationRequest, *, in_pieces: bool) -> Iterator[Answer]:
+        with self._loop.ask(self, max_open=self._max_open(_num_preparing())) as asker:
+            asker.submit(request, in_pieces=in_pieces)
+            while asker.num_open:
+                for _, piece in asker.hear():
                     if piece.error is not None:
                         raise piece.error
                     yield piece
@@ -83,29 +85,28 @@ class Runner(Stages):
         `in_order` encodes between the decoder's steps instead, so that it gets the requests in
         their order.
         """
-        is_beside = not in_order and len(requests) > 1 and any(r.num_images for r in requests)
-        max_open, num_preparing = self.engine.limits.max_batch_size, 0
-        if is_beside:
-            num_preparing = min(MAX_PREPARING_THREADS, len(os.sched_getaffinity(0)))
-            max_open += min(NUM_AHEAD, max_open) + num_preparing
-        ended: deque[tuple[int, Answer]] = deque()
-
-        def listen(index: int, answer: Answer) -> None:
-            if answer.is_last:
-                ended.append((index, answer))
-
-        with Loop(self, max_open=max_open, num_preparing=num_preparing) as loop:
+        num_preparing = _num_preparing()
+        max_open = most = self._max_open(num_preparing)
+        if in_order or len(requests) == 1 or not any(r.num_images for r in requests):
+            num_preparing, most = 0, self.engine.limits.max_batch_size
+        with self._loop.ask(self, max_open=max_open, num_preparing=num_preparing) as asker:
             for index, request in enumerate(requests):
-                while loop.is_full:
-                    loop.turn()
-                    yield from map(_outcome, _drained(ended))
-                loop.submit(request, partial(listen, index))
-            while loop.num_open:
-                loop.turn()
-                yield from map(_outcome, _drained(ended))
+                while asker.num_open >= most:
+                    yield from map(_outcome, asker.hear())
+                asker.submit(request, index, in_pieces=False)
+            while asker.num_open:
+                yield from map(_outcome, asker.hear())
+
+    def _max_open(self, num_preparing: int) -> int:
+        """Requests that are open at once: in the batch, with their images encoded, in
+        preparation."""
+        max_batch_size = self.engine.limits.max_batch_size
+        return max_batch_size + min(NUM_AHEAD, max_batch_size) + num_preparing
 
     def close(self) -> None:
-        """Frees the executors; other ranks end with the leader's."""
+        """Ends what is open with a `UserError` and frees the executors; other ranks end with the
+        leader's."""
+        self._loop.close()
         self.vision.close()
         self.decoder.close()
 
@@ -116,9 +117,8 @@ class Runner(Stages):
         self.close()
 
 
-def _drained(pieces: deque[T]) -> Iterator[T]:
-    while pieces:
-        yield pieces.popleft()
+def _num_preparing() -> int:
+    return min(MAX_PREPARING_THREADS, len(os.sched_getaffinity(0)))
 
 
 def _outcome(item: tuple[int, Answer]) -> tuple[int, GenerationResult | UserError]:

@@ -30,6 +30,7 @@ class Stages:
         self.vision = vision
         self.decoder = decoder
         self.in_loop = threading.Lock()  # held by the one loop that is open
+        self._encoding = threading.Lock()  # held by the one thread that encodes images
 
     def prepare(self, ticket: Ticket) -> None:
         """Tiles the images and tokenises the prompt. Any number of threads may do so at once.
@@ -39,15 +40,20 @@ class Stages:
         prepare(self.engine, self.tokenizer, ticket)
 
     def encode(self, ticket: Ticket) -> None:
-        """Makes the decoder's request; runs the vision encoder if there are images. Only one thread
-        at a time may encode images; it need not be the decoder's."""
-        begun = time.perf_counter()
+        """Makes the decoder's request; runs the vision encoder if there are images, for one thread
+        at a time. It need not be the decoder's."""
         images, request = ticket.images, ticket.request
         tokens_per_tile = self.engine.vision_config.tokens_per_tile
+        table: torch.Tensor | None = None
+        if images:
+            with self._encoding:
+                begun = time.perf_counter()
+                table = self._prompt_table(images)
+                ticket.vision_s = time.perf_counter() - begun
         ticket.decoder_request = DecoderRequest(
             token_ids=ticket.prompt_ids,
             max_new_tokens=request.max_new_tokens,
-            prompt_table=self._prompt_table(images),
+            prompt_table=table,
             cache_keys=tuple(image.cache_key for image in images),
             rows_per_image=tuple(image.num_tiles * tokens_per_tile for image in images),
             stop_ids=request.end_ids | {self.tokenizer.special_id(IM_END)},
@@ -56,7 +62,6 @@ class Stages:
         ticket.grids = [image.grid for image in images]
         ticket.num_tiles = sum(image.num_tiles for image in images)
         ticket.images = []  # nobody needs the pixels any more
-        ticket.vision_s = time.perf_counter() - begun
 
     def start(self, ticket: Ticket) -> int:
         """Queues a request in the decoder and returns its id there."""
@@ -65,10 +70,8 @@ class Stages:
         ticket.submitted = time.perf_counter()
         return request_id
 
-    def _prompt_table(self, images: list[TiledImage]) -> torch.Tensor | None:
+    def _prompt_table(self, images: list[TiledImage]) -> torch.Tensor:
         """[num_virtual_tokens, hidden_size]: all tiles' embeddings in order."""
-        if not images:
-            return None
         tiles = torch.cat([torch.from_numpy(image.tiles) for image in images])
         table = self.vision.encode(tiles).flatten(0, 1)
         if table.is_cuda:  # what is launched is not yet done, and its time is vision's

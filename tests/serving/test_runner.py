@@ -15,6 +15,8 @@ from runtime.requests.sampling import SamplingParams
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.loop import Loop
 from runtime.serving.runner import Runner
+from runtime.serving.server import Server
+from runtime.serving.shared_loop import SharedLoop
 
 Images = Callable[[str], Path]
 
@@ -73,27 +75,47 @@ def test_a_request_joins_while_another_decodes(
         assert same(pieces[-1].result, alone)
 
 
-def test_a_second_batch_or_question_meanwhile_is_refused_and_the_first_goes_on(
+def test_a_second_batch_or_question_meanwhile_shares_the_steps_of_the_first(
+    runner: Runner, questions: list[GenerationRequest]
+) -> None:
+    """From one thread, which another test of the file finds as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_loop", SharedLoop())
+        expected = [runner.generate(question) for question in questions]
+        first, second = runner.generate_batch(questions), runner.generate_batch(questions)
+        found = [dict([next(first)]), dict([next(second)])]
+        pieces = runner.stream(questions[0])
+        text = next(pieces).text
+        assert same(runner.generate(questions[1]), expected[1])
+        text += "".join(piece.text for piece in pieces)
+        assert text == expected[0].text
+        abandoned = runner.generate_batch(questions)
+        next(abandoned)
+        abandoned.close()
+        for each, batch in zip(found, (first, second), strict=True):
+            each |= dict(batch)
+            for index, alone in enumerate(expected):
+                result = each[index]
+                assert isinstance(result, GenerationResult)
+                assert same(result, alone)
+        assert runner.decoder.step() == []
+        runner._loop.close()
+
+
+def test_a_server_is_refused_while_a_question_is_open_and_a_question_while_a_server_is(
     runner: Runner, questions: list[GenerationRequest]
 ) -> None:
     """Two loops over one decoder would each miss the other's tokens."""
-    expected = [runner.generate(question) for question in questions]
-    batch = runner.generate_batch(questions)
-    found = dict([next(batch)])
-    for other in (runner.generate_batch(questions), runner.stream(questions[0])):
-        with pytest.raises(UserError, match="answering already"):
-            next(other)
+    pieces = runner.stream(questions[1])
+    next(pieces)
     with pytest.raises(UserError, match="answering already"):
-        runner.generate(questions[0])
-    found |= dict(batch)
-    for index, alone in enumerate(expected):
-        result = found[index]
-        assert isinstance(result, GenerationResult)
-        assert same(result, alone)
-    abandoned = runner.generate_batch(questions)
-    next(abandoned)
-    abandoned.close()
-    assert same(runner.generate(questions[0]), expected[0])
+        Server(runner)
+    pieces.close()
+    server = Server(runner)
+    with pytest.raises(UserError, match="ask that server"):
+        runner.generate(questions[1])
+    server.close()
+    assert runner.generate(questions[1]).num_tokens == 20
 
 
 def test_streamed_text_adds_up_to_the_answer(
