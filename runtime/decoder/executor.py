@@ -6,6 +6,7 @@ No string and no image crosses this interface. Implementations share one contrac
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -149,6 +150,6 @@ def check_prompt_length(num_tokens: int, limits: EngineLimits) -> None:
         )
 
 
-def check_max_new_tokens(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+def check_max_new_tokens(max_new_tokens: object) -> None:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens!r}, expected 1 or more")

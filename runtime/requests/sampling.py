@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from nvlm.program.errors import UserError
@@ -36,8 +37,11 @@ class Setting:
     def type(self) -> type[int] | type[float]:
         return type(self.neutral)
 
-    def check(self, value: int | float) -> None:
-        """Raises `UserError` for a value out of range, NaN included."""
+    def check(self, value: Any) -> None:
+        """Raises `UserError` for a value out of range, NaN included, or no number of its type."""
+        numbers = Integral if self.type is int else Real
+        if isinstance(value, bool) or not isinstance(value, numbers):
+            raise UserError(f"{self.name} is {value!r}, expected a number, {self.expected}")
         is_above = value > self.minimum or (value == self.minimum and not self.excludes_minimum)
         if not (is_above and value <= self.maximum):
             raise UserError(f"{self.name} is {value}, expected {self.expected}")

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from nvlm.inputs.images import EncodedImage, PictureRules
+from nvlm.inputs.pillow_image import pixels_of
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.inputs.tiling import Grid, TiledImage
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
+from nvlm.program.errors import UserError
+from nvlm.program.nearest import nearest
 from runtime.requests.boxes import Box
-from runtime.requests.sampling import SamplingParams
+from runtime.requests.sampling import SETTINGS, SamplingParams, given_settings, with_sampling
 
 FinishReason = Literal["stop", "length"]
 
 ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage]
+GivenImage = ImageSource | str | Image.Image
+"""What a caller may give for an image: a `str` is a path."""
+
+_EXPECTED_IMAGE = "a file's path, its bytes, a Pillow image or uint8 RGB pixels [height, width, 3]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +40,9 @@ class GenerationRequest:
     `pictures` says how picture files become pixels, and which of their pages.
     `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
     beside <|im_end|>.
+
+    A Pillow image becomes pixels at once; a text alone stands for a tuple of one. Raises
+    `UserError` for content that is neither text nor an image.
     """
 
     content: tuple[str | ImageSource, ...]
@@ -40,17 +55,94 @@ class GenerationRequest:
     end_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "content", tuple(map(_part, _items(self.content))))
+        object.__setattr__(self, "stop", _items(self.stop))
+
     @classmethod
     def images_first(
-        cls, prompt: str, images: tuple[ImageSource, ...] = (), **options: object
+        cls, prompt: str, images: GivenImage | Iterable[GivenImage] = (), **settings: Any
     ) -> GenerationRequest:
-        """The usual order: each image and a newline, then the question."""
-        before = [part for image in images for part in (image, "\n")]
-        return cls(content=(*before, prompt), **options)  # type: ignore[arg-type]
+        """The usual order: each image and a newline, then the question.
+
+        settings: the other fields of a request, and those of `SamplingParams` by their names (a
+        filter without a temperature means temperature 1). Raises `UserError` for another name.
+        """
+        sampling_names = {setting.name for setting in SETTINGS}
+        names = {each.name for each in fields(cls)} - {"content"} | sampling_names
+        for name in settings:
+            if name not in names:
+                raise UserError(
+                    f"a question has no setting {name!r}, expected one of "
+                    f"{', '.join(sorted(names))}{nearest(name, names, _OTHER_WORDS)}"
+                )
+        given = {name: settings.pop(name) for name in list(settings) if name in sampling_names}
+        if given:
+            defaults = settings.get("sampling", SamplingParams())
+            settings["sampling"] = with_sampling(defaults, given_settings(given))
+        content: list[Any] = []
+        for image in _items(images):
+            content += [picture_source(image) if isinstance(image, str) else image, "\n"]
+        return cls(content=(*content, prompt), **settings)
+
+    @classmethod
+    def of(
+        cls,
+        request: GenerationRequest | str,
+        images: GivenImage | Iterable[GivenImage] = (),
+        **settings: Any,
+    ) -> GenerationRequest:
+        """A question and its images, as `images_first`; a whole request as it is."""
+        if isinstance(request, str):
+            return cls.images_first(request, images, **settings)
+        if not isinstance(request, GenerationRequest):
+            raise UserError(
+                f"the question is of type {type(request).__name__}, expected a str or a "
+                "GenerationRequest, which takes text and images in any order"
+            )
+        if settings or not isinstance(images, tuple) or images:
+            what = next(iter(settings), "images")
+            raise UserError(
+                f"{what} is given beside a whole GenerationRequest; make it a part of that, with "
+                "dataclasses.replace"
+            )
+        return request
 
     @property
     def num_images(self) -> int:
         return sum(not isinstance(part, str) for part in self.content)
+
+
+_OTHER_WORDS = {
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "stop_words": "stop",
+    "stop_strings": "stop",
+    "system_prompt": "system",
+    "random_seed": "seed",
+}
+"""What other libraries call a setting."""
+
+
+_ONE = (str, Path, bytes, np.ndarray, Image.Image, TiledImage)
+
+
+def _items(given: Any) -> tuple[Any, ...]:
+    """A text or an image alone is one thing, and not the sequence that Python takes it for."""
+    if given is None:
+        return ()
+    is_several = isinstance(given, Iterable) and not isinstance(given, (*_ONE, Mapping))
+    return tuple(given) if is_several else (given,)
+
+
+def _part(part: Any) -> str | ImageSource:
+    if isinstance(part, Image.Image):
+        return pixels_of(part)
+    if isinstance(part, _ONE) or callable(part):
+        return part
+    raise UserError(
+        f"a question holds a {type(part).__name__}, expected text or an image: {_EXPECTED_IMAGE}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

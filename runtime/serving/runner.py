@@ -6,17 +6,19 @@ Any number of threads may ask at once, through one loop (shared_loop.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from nvlm.program.command_line import resolve_device
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderExecutor, DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
 from runtime.engine.open_engine import open_engine
-from runtime.requests.types import Answer, GenerationRequest, GenerationResult
+from runtime.requests.types import Answer, GenerationRequest, GenerationResult, GivenImage
 from runtime.serving.engine_parts import open_parts
 from runtime.serving.shared_loop import SharedLoop
 from runtime.serving.stages import Stages
@@ -42,30 +44,43 @@ class Runner(Stages):
     @classmethod
     def open(
         cls,
-        engine_dir: Path,
-        device: torch.device,
+        engine_dir: Path | str,
+        device: torch.device | str = "auto",
         options: DecoderOptions | None = None,
         environment: MutableMapping[str, str] | None = None,
     ) -> Runner:
         """Loads an engine directory onto a device, on one rank; launch.py does on several.
 
-        environment: os.environ of a program, in which it sets what cuBLAS reads before its first
-        product on a GPU; None leaves it as it is.
+        device: auto is a GPU where there is one. environment: os.environ of a program, in which it
+        sets what cuBLAS reads before its first product on a GPU; None leaves it as it is.
         """
-        engine = open_engine(engine_dir, device)
+        device = _device(device)
+        engine = open_engine(Path(engine_dir), device)
         if environment is not None:
             set_up_libraries(engine, device, environment)
         return cls(engine, *open_parts(engine, device, options))
 
-    def generate(self, request: GenerationRequest) -> GenerationResult:
-        """Answers one request; raises what ends it."""
-        (last,) = self._ask(request, in_pieces=False)
+    def generate(
+        self,
+        request: GenerationRequest | str,
+        images: GivenImage | Iterable[GivenImage] = (),
+        **settings: Any,
+    ) -> GenerationResult:
+        """Answers one request, or a question with images and settings as
+        `GenerationRequest.images_first` takes them; raises what ends it."""
+        (last,) = self._ask(GenerationRequest.of(request, images, **settings), in_pieces=False)
         assert last.result is not None, "the last piece has the result"
         return last.result
 
-    def stream(self, request: GenerationRequest) -> Iterator[Answer]:
-        """Answers one request piece by piece; raises what ends it."""
-        return self._ask(request, in_pieces=True)
+    def stream(
+        self,
+        request: GenerationRequest | str,
+        images: GivenImage | Iterable[GivenImage] = (),
+        **settings: Any,
+    ) -> Iterator[Answer]:
+        """As `generate`, piece by piece; the last piece has the result. Closing it cancels the
+        rest."""
+        return self._ask(GenerationRequest.of(request, images, **settings), in_pieces=True)
 
     def _ask(self, request: GenerationRequest, *, in_pieces: bool) -> Iterator[Answer]:
         with self._loop.ask(self, max_open=self._max_open(_num_preparing())) as asker:
@@ -77,7 +92,7 @@ class Runner(Stages):
                     yield piece
 
     def generate_batch(
-        self, requests: Sequence[GenerationRequest], *, in_order: bool = False
+        self, requests: Sequence[GenerationRequest | str], *, in_order: bool = False
     ) -> Iterator[tuple[int, GenerationResult | UserError]]:
         """Answers requests as they finish: (index, result or what was wrong with the request).
 
@@ -85,12 +100,15 @@ class Runner(Stages):
         `in_order` encodes between the decoder's steps instead, so that it gets the requests in
         their order.
         """
+        if isinstance(requests, str):
+            raise UserError("a batch is a list of questions, found one; give [question]")
+        asked = [GenerationRequest.of(request) for request in requests]
         num_preparing = _num_preparing()
         max_open = most = self._max_open(num_preparing)
-        if in_order or len(requests) == 1 or not any(r.num_images for r in requests):
+        if in_order or len(asked) == 1 or not any(request.num_images for request in asked):
             num_preparing, most = 0, self.engine.limits.max_batch_size
         with self._loop.ask(self, max_open=max_open, num_preparing=num_preparing) as asker:
-            for index, request in enumerate(requests):
+            for index, request in enumerate(asked):
                 while asker.num_open >= most:
                     yield from map(_outcome, asker.hear())
                 asker.submit(request, index, in_pieces=False)
@@ -115,6 +133,17 @@ class Runner(Stages):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _device(device: torch.device | str) -> torch.device:
+    if isinstance(device, torch.device):
+        return device
+    if device in ("auto", "cuda"):
+        return resolve_device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'") from None
 
 
 def _num_preparing() -> int:
