@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from build.engines.build import BuildRun, build_engine, is_up_to_date
-from build.engines.decoder_tensorrt_llm import OptimizeFor
+from build.engines.decoder_tensorrt_llm import DEFAULT_OPTIMIZE_FOR, OptimizeFor
 from build.engines.specification import BuildOptions, require_fit, specify
 from build.engines.target import AUTO, require_used
 from nvlm.model.vision import VISION_FORMAT
@@ -24,6 +24,8 @@ from nvlm.program.command_line import (
 )
 
 log = logging.getLogger("nvlm.build_engine")
+
+DEFAULT_WORKERS = 8
 
 
 def parser() -> ArgumentParser:
@@ -46,11 +48,21 @@ def parser() -> ArgumentParser:
     add(
         "--optimize_for",
         choices=get_args(OptimizeFor),
-        default="throughput",
-        help="plugins of --decoder tensorrt_llm: for small or for large batches",
+        help="plugins of --decoder tensorrt_llm: for small or for large batches (default: "
+        f"{DEFAULT_OPTIMIZE_FOR})",
     )
-    add("--workers", type=positive_int, default=8, help="ranks built at a time, one a GPU")
-    add("--timing_cache", type=Path, help="directory for TensorRT's timings between builds")
+    add(
+        "--workers",
+        type=positive_int,
+        help="ranks of --decoder tensorrt_llm built at a time, one a GPU (default: "
+        f"{DEFAULT_WORKERS})",
+    )
+    add(
+        "--timing_cache",
+        type=Path,
+        help="directory for the timings of --vision tensorrt and --decoder tensorrt_llm between "
+        "builds",
+    )
     add(
         "--compute_capability",
         metavar="X.Y",
@@ -68,6 +80,9 @@ def parser() -> ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
+    optional = ("timing_cache", "workers", "optimize_for")
+    given = [f"--{name}" for name in optional if vars(arguments)[name] is not None]
+    arguments.optimize_for = arguments.optimize_for or DEFAULT_OPTIMIZE_FOR
     options = BuildOptions(
         **{field.name: getattr(arguments, field.name) for field in fields(BuildOptions)}
     )
@@ -76,8 +91,8 @@ def main() -> None:
     if arguments.memory_gb is not None:
         memory_bytes = int(arguments.memory_gb * 1e9)
     spec = specify(arguments.checkpoint_dir, options, device, memory_bytes, verify=arguments.verify)
-    if arguments.timing_cache is not None:
-        require_used("--timing_cache", spec.decoder, spec.vision)
+    for flag in given:
+        require_used(flag, spec.decoder, spec.vision)
     if arguments.if_stale and is_up_to_date(spec, arguments.engine_dir, options):
         log.info("%s is up to date", arguments.engine_dir)
         return
@@ -87,7 +102,8 @@ def main() -> None:
     else:
         require_fit(spec, memory_bytes)
         overwrite = arguments.overwrite or arguments.if_stale
-        build = BuildRun(overwrite, arguments.workers, arguments.timing_cache)
+        workers = arguments.workers or DEFAULT_WORKERS
+        build = BuildRun(overwrite, workers, arguments.timing_cache)
         build_engine(spec, arguments.engine_dir, options, build)
         log.info("engine written to %s", arguments.engine_dir)
     for line in spec.plan.lines():

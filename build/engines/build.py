@@ -17,7 +17,7 @@ from nvlm import __version__
 from nvlm.formats import layout, manifest
 from nvlm.formats.checkpoint_tensors import decoder_tensors, open_checked
 from nvlm.formats.scale_dtype import SCALE_DTYPE
-from nvlm.planning.tensorrt_package import PACKAGES, load_tensorrt
+from nvlm.planning.tensorrt_package import load_tensorrt
 from nvlm.program.json_files import write_json_atomically
 
 # Another disk, a file system without links, too many of them, or not ours to link.
@@ -172,7 +172,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _vision_cache(spec: EngineSpec, run: BuildRun) -> Path | None:
-    if run.timing_cache is None or spec.vision not in PACKAGES:
+    if run.timing_cache is None or spec.vision != "tensorrt":
         return None
     return run.timing_cache / layout.VISION_TIMINGS
 

@@ -21,6 +21,7 @@ from nvlm.planning.tensorrt_llm_package import INSTALL, load_tensorrt_llm, stdou
 from nvlm.program.errors import UserError
 
 OptimizeFor = Literal["latency", "throughput"]
+DEFAULT_OPTIMIZE_FOR: OptimizeFor = "throughput"
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from build.engines.decoder_tensorrt_llm import OptimizeFor, plugin_config
+from build.engines.decoder_tensorrt_llm import DEFAULT_OPTIMIZE_FOR, OptimizeFor, plugin_config
 from build.engines.target import (
     AUTO,
     Auto,
@@ -50,7 +50,7 @@ class BuildOptions:
     max_input_len: int | None = None
     max_seq_len: int | None = None
     max_num_tokens: int | None = None
-    optimize_for: OptimizeFor = "throughput"
+    optimize_for: OptimizeFor = DEFAULT_OPTIMIZE_FOR
     compute_capability: str | None = None
     keep_onnx: bool = False
 

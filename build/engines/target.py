@@ -28,7 +28,9 @@ _LEAST_CAPABILITY = {VISION_FORMAT.name: (8, 9), "bfloat16": (8, 0)}
 _FLAG_TARGETS = {
     "--compute_capability": ("--vision tensorrt_rtx",),
     "--keep_onnx": ("--vision tensorrt", "--vision tensorrt_rtx"),
-    "--timing_cache": ("--vision tensorrt", "--vision tensorrt_rtx", "--decoder tensorrt_llm"),
+    "--timing_cache": ("--vision tensorrt", "--decoder tensorrt_llm"),  # RTX times nothing ahead
+    "--optimize_for": ("--decoder tensorrt_llm",),
+    "--workers": ("--decoder tensorrt_llm",),
 }
 """Flags of build_engine.py that do something for these targets alone."""
 

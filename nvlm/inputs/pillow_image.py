@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from nvlm.inputs.images import MAX_IMAGE_PIXELS, to_rgb
+from nvlm.inputs.pillow_pages import check_num_pixels
+from nvlm.inputs.rgb import to_rgb
 from nvlm.program.errors import UserError
 
 # Pillow reads a file when its pixels are first asked for, and not from two threads at once.
@@ -16,20 +17,24 @@ _READING = threading.Lock()
 
 
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
-    """RGB pixels [height, width, 3] as they are now, turned upright as the metadata says.
+    """RGB pixels [height, width, 3] as they are now, turned upright as the metadata says, with
+    transparency on white.
 
-    Raises `UserError` for an empty one, one of too many pixels, or a file that is damaged.
+    Raises `UserError` for an empty one, one of too many pixels, of values of no known range, or a
+    file that is damaged.
     """
+    where = "a Pillow image"
     width, height = image.size
-    if not 0 < width * height <= MAX_IMAGE_PIXELS:
-        raise UserError(
-            f"a Pillow image has {width} x {height} pixels, expected 1 to {MAX_IMAGE_PIXELS:,}; "
-            "resize it"
-        )
+    if width * height == 0:
+        raise UserError(f"{where} has {width} x {height} pixels, expected 1 or more")
+    check_num_pixels(width, height, where)
     try:
         with _READING:
-            return np.array(to_rgb(ImageOps.exif_transpose(image)))
+            upright = ImageOps.exif_transpose(image)
+            return np.array(to_rgb(upright, where, on_white=True))
+    except UserError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
         raise UserError(
-            f"a Pillow image cannot be read ({error}); open its file again, or give its path"
+            f"{where} cannot be read ({error}); open its file again, or give its path"
         ) from None

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -35,8 +35,36 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class _Store(argparse.Action):
+    """What a flag that is given twice does: several values collect, and two texts or paths are
+    refused, since the first would be lost without a word. Of a number or a choice the last one
+    counts, so that a script's setting can be overridden behind it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, ArgumentParser)
+        first = parser.given.get(self.dest)
+        if isinstance(values, list):
+            values = [*(first or []), *values]
+        elif (
+            first not in (None, values) and self.choices is None and isinstance(first, (str, Path))
+        ):
+            raise UserError(
+                f"{option_string} is given twice, with {str(first)!r} and {str(values)!r}; give it "
+                "once"
+            )
+        parser.given[self.dest] = values
+        setattr(namespace, self.dest, values)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """Complains in one line, without the usage text; flags may not be abbreviated."""
+    """Complains in one line, without the usage text; flags may not be abbreviated, and no value of
+    a flag that is given twice is lost."""
 
     def __init__(self, description: str, prog: str | None = None) -> None:
         super().__init__(
@@ -45,6 +73,13 @@ class ArgumentParser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=_HelpFormatter,
         )
+        self.given: dict[str, Any] = {}  # the flags' values in this parse, by `dest`
+        for name in (None, "store"):
+            self.register("action", name, _Store)
+
+    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
+        self.given.clear()
+        return super().parse_known_args(*arguments, **keywords)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

@@ -12,7 +12,6 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from nvlm.planning.limits import EngineLimits
-from nvlm.planning.memory_plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
 from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.sampling import SamplingParams
@@ -58,10 +57,10 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class DecoderOptions:
-    """How an engine is loaded. kv_cache_free_gpu_memory_fraction: of what is free after loading,
-    for `tensorrt_llm`. gather_logits: requests will ask for logits."""
+    """How an engine is loaded. kv_cache_free_gpu_memory_fraction: of a GPU's memory that is free
+    after loading; None is the decoder's own choice. gather_logits: requests will ask for logits."""
 
-    kv_cache_free_gpu_memory_fraction: float = KV_CACHE_FREE_GPU_MEMORY_FRACTION
+    kv_cache_free_gpu_memory_fraction: float | None = None
     gather_logits: bool = False
 
 
@@ -113,7 +112,7 @@ def create_decoder_executor(
     if engine.decoder_target == "torch":
         from runtime.decoder.torch_executor import TorchDecoderExecutor
 
-        return TorchDecoderExecutor.load(engine, device)
+        return TorchDecoderExecutor.load(engine, device, options)
     raise UserError(
         f"{engine.directory} was built for decoder {engine.decoder_target!r}, which this version "
         "does not run; build it again with --decoder torch or tensorrt_llm"

@@ -14,6 +14,7 @@ import torch
 
 from nvlm.formats import layout
 from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.planning.memory_plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
 from nvlm.planning.tensorrt_llm_package import load_tensorrt_llm, stdout_to_stderr
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import (
@@ -174,7 +175,8 @@ def executor_config(trtllm: Any, engine: EngineDir, options: DecoderOptions) -> 
         max_beam_width=1,
         kv_cache_config=trtllm.KvCacheConfig(
             enable_block_reuse=has_paged_context,
-            free_gpu_memory_fraction=options.kv_cache_free_gpu_memory_fraction,
+            free_gpu_memory_fraction=options.kv_cache_free_gpu_memory_fraction
+            or KV_CACHE_FREE_GPU_MEMORY_FRACTION,
         ),
         enable_chunked_context=has_paged_context,
         batching_type=trtllm.BatchingType.INFLIGHT,

@@ -11,7 +11,7 @@ import torch
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.planning.limits import EngineLimits
 from runtime.decoder.block_allocator import num_blocks_for
-from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
+from runtime.decoder.executor import DecoderOptions, DecoderRequest, StepOutput, check_request
 from runtime.decoder.image_ids import image_keys
 from runtime.decoder.in_flight import InFlightStep
 from runtime.decoder.models.open_model import OpenedModel, open_model
@@ -42,8 +42,11 @@ class TorchDecoderExecutor:
         self._next_id = 0
 
     @classmethod
-    def load(cls, engine: EngineDir, device: torch.device) -> TorchDecoderExecutor:
-        return cls.over(engine, open_model(engine, device))
+    def load(
+        cls, engine: EngineDir, device: torch.device, options: DecoderOptions | None = None
+    ) -> TorchDecoderExecutor:
+        cache_fraction = options.kv_cache_free_gpu_memory_fraction if options else None
+        return cls.over(engine, open_model(engine, device, cache_fraction=cache_fraction))
 
     @classmethod
     def over(cls, engine: EngineDir, opened: OpenedModel) -> TorchDecoderExecutor:

@@ -52,7 +52,7 @@ def open_parts_on_ranks(
 ) -> tuple[VisionExecutor, DecoderExecutor]:
     """Collective, on the leader: its part, which leads the workers'."""
     if engine.decoder_target == "torch":
-        return open_parts_of_group(engine, device, ProcessGroup(job, device))
+        return open_parts_of_group(engine, device, ProcessGroup(job, device), options)
     vision = job.agree(lambda: create_vision_executor(engine, device))
     return vision, job.agree(lambda: create_decoder_executor(engine, device, options))
 
@@ -63,7 +63,7 @@ def work(engine: EngineDir, device: torch.device, job: Job, options: DecoderOpti
     assert job.world.rank > 0
     if engine.decoder_target == "torch":
         group = ProcessGroup(job, device)
-        open_parts_of_group(engine, device, group)
+        open_parts_of_group(engine, device, group, options)
         job.phase("waiting for work")
         group.follow()
         return
@@ -74,10 +74,14 @@ def work(engine: EngineDir, device: torch.device, job: Job, options: DecoderOpti
 
 
 def open_parts_of_group(
-    engine: EngineDir, device: torch.device, group: ProcessGroup
+    engine: EngineDir,
+    device: torch.device,
+    group: ProcessGroup,
+    options: DecoderOptions | None = None,
 ) -> tuple[VisionExecutor, TorchDecoderExecutor]:
     """Collective. On a worker they are what `group.follow` runs."""
     own = group.job.agree(lambda: create_vision_executor(engine, device))
     vision = ParallelVisionExecutor(own, group, engine.tiling.image_size)
-    model = open_parallel_model(engine, device, group)
+    cache_fraction = options.kv_cache_free_gpu_memory_fraction if options else None
+    model = open_parallel_model(engine, device, group, cache_fraction=cache_fraction)
     return vision, TorchDecoderExecutor.over(engine, model)

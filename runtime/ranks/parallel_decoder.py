@@ -27,12 +27,19 @@ def open_parallel_model(
     *,
     use_graphs: bool = True,
     use_peer_memory: bool = True,
+    cache_fraction: float | None = None,
 ) -> OpenedModel:
     """Collective. As `open_model`, on ranks; the leader's model leads the others' from then on."""
     job = group.job
     # One scheduler's numbers must hold on every rank.
     num_blocks = min(
-        job.gather(job.agree(lambda: count_blocks(engine, device, job.world.local_size)))
+        job.gather(
+            job.agree(
+                lambda: count_blocks(
+                    engine, device, job.world.local_size, cache_fraction=cache_fraction
+                )
+            )
+        )
     )
     memory = PeerMemory.open(engine, device, group) if use_peer_memory else None
     all_reduce_norm = None

@@ -40,7 +40,8 @@ class Setting:
     def check(self, value: Any) -> None:
         """Raises `UserError` for a value out of range, NaN included, or no number of its type."""
         numbers = Integral if self.type is int else Real
-        if isinstance(value, bool) or not isinstance(value, numbers):
+        is_number = isinstance(value, numbers) and not isinstance(value, bool)
+        if not is_number:
             raise UserError(f"{self.name} is {value!r}, expected a number, {self.expected}")
         is_above = value > self.minimum or (value == self.minimum and not self.excludes_minimum)
         if not (is_above and value <= self.maximum):

@@ -42,8 +42,9 @@ def add_engine_flags(parser: ArgumentParser) -> None:
     add(
         "--kv_cache_free_gpu_memory_fraction",
         type=fraction,
-        default=KV_CACHE_FREE_GPU_MEMORY_FRACTION,
-        help="of what is free after loading, for decoder tensorrt_llm",
+        help="of a GPU's memory that is free after loading (default: "
+        f"{KV_CACHE_FREE_GPU_MEMORY_FRACTION} for decoder tensorrt_llm; what the limits can use "
+        "for decoder torch)",
     )
 
 

@@ -187,6 +187,8 @@ def test_build_flags_that_contradict_the_model_are_refused(
         (("--compute_capability", "foo"), ("--compute_capability needs --vision tensorrt_rtx",)),
         (("--keep_onnx",), ("--keep_onnx needs --vision tensorrt or --vision tensorrt_rtx",)),
         (("--timing_cache", "t"), ("--timing_cache needs", "or --decoder tensorrt_llm")),
+        (("--optimize_for", "throughput"), ("--optimize_for needs --decoder tensorrt_llm",)),
+        (("--workers", "8"), ("--workers needs --decoder tensorrt_llm",)),
     ],
     ids=lambda value: value[0],
 )

@@ -796,6 +796,27 @@ class TestStrictness:
 class TestCommands:
     """The programs as users start them."""
 
+    @pytest.mark.parametrize(
+        ("cache", "fragment"),
+        [
+            ("file", "Not a directory"),
+            ("file/deeper/timings", "Not a directory"),
+            ("/proc/nvlm/timings", "No such file or directory"),
+            ("/proc", "No such file or directory"),
+            ("new/" + "x" * 300, "File name too long"),
+        ],
+    )
+    def test_a_folder_of_timings_that_cannot_be_written_is_refused_before_anything_is_compiled(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path, cache: str, fragment: str
+    ) -> None:
+        (tmp_path / "file").write_text("dear")
+        num_builds = len(doubles.builds)
+        where = ("--checkpoint_dir", checkpoint(workshop, 1), "--engine_dir", tmp_path / "engine")
+        flags = ("--vision_precision", "float16", "--timing_cache", tmp_path / cache)
+        fragments = (f"--timing_cache {tmp_path / cache} cannot be written", fragment)
+        refused(tmp_path, BUILD, *where, *flags, fragments=fragments)
+        assert len(doubles.builds) == num_builds
+
     @pytest.mark.parametrize("taken", ["vision.cache", "llm.cache"])
     def test_a_timing_cache_that_cannot_be_written_is_refused_before_anything_is_compiled(
         self, workshop: Workshop, doubles: Doubles, tmp_path: Path, taken: str

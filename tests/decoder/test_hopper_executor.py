@@ -11,10 +11,12 @@ import torch
 
 from nvlm.planning import hopper
 from nvlm.program.errors import UserError
-from runtime.decoder.executor import DecoderExecutor, DecoderRequest
+from runtime.decoder.executor import DecoderExecutor, DecoderOptions, DecoderRequest
 from runtime.decoder.models.hopper_model import HopperModel
+from runtime.decoder.models.kv_blocks import count_blocks
 from runtime.decoder.models.open_model import open_model
 from runtime.decoder.sampler import sample_rows
+from runtime.decoder.scheduler import max_num_blocks
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.loading import loading_on
@@ -173,6 +175,43 @@ def test_an_engine_that_does_not_fit_is_refused_with_what_would_fit(
     )
     with pytest.raises(UserError, match=r"needs .* GB of cuda, where 0.0 GB are free: weights"):
         open_model(EngineDir.read(engine_dir), CUDA)
+
+
+def test_the_fraction_of_free_memory_is_what_the_kv_cache_takes(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is free after loading; without one, all that the limits can use."""
+    engine = EngineDir.read(engine_dir)
+    monkeypatch.setattr(hopper, "has_kernels", lambda device: True)
+    monkeypatch.setattr(
+        "runtime.decoder.models.kv_blocks.total_memory_bytes", lambda device: 80 << 30
+    )
+
+    def blocks(free_bytes: int, fraction: float | None = None) -> int:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 80 << 30))
+        return count_blocks(engine, CUDA, cache_fraction=fraction)
+
+    most = max_num_blocks(engine.limits)
+    assert blocks(70 << 30) == most
+    assert blocks(70 << 30, 0.9) == most, "a fraction is no more than what is needed"
+    none, all_of_it = 0, 70 << 30
+    while none + 1 < all_of_it:  # the least that is enough for all
+        middle = (none + all_of_it) // 2
+        try:
+            is_enough = blocks(middle) == most
+        except UserError:
+            is_enough = False
+        none, all_of_it = (none, middle) if is_enough else (middle, all_of_it)
+    half, third = blocks(all_of_it, 0.5), blocks(all_of_it, 0.3)
+    assert (half, third) == (most // 2, int(0.3 * most))
+    with pytest.raises(UserError, match=r"fraction 0.001 leaves 0.0 GB .*; raise it"):
+        blocks(all_of_it, 0.001)
+
+
+def test_the_fraction_on_a_cpu_is_refused(engine_dir: Path) -> None:
+    options = DecoderOptions(kv_cache_free_gpu_memory_fraction=0.5)
+    with pytest.raises(UserError, match=r"fraction 0.5 is of a GPU's memory, .* runs on a CPU"):
+        TorchDecoderExecutor.load(EngineDir.read(engine_dir), CPU, options)
 
 
 def test_a_machine_without_a_compiler_is_told_what_to_install(

@@ -12,12 +12,27 @@ from runtime.decoder.scheduler import max_num_blocks
 from runtime.engine.engine_dir import EngineDir
 
 
-def count_blocks(engine: EngineDir, device: torch.device, num_sharing: int = 1) -> int:
-    """num_sharing: the ranks that share a machine's memory. Raises `UserError` where the device has
-    too little."""
-    if device.type == "cpu":
-        return _count_cpu_blocks(engine, device, num_sharing)
-    return _count_gpu_blocks(engine, device)
+def count_blocks(
+    engine: EngineDir,
+    device: torch.device,
+    num_sharing: int = 1,
+    *,
+    cache_fraction: float | None = None,
+) -> int:
+    """num_sharing: the ranks that share a machine's memory. cache_fraction: of a GPU's memory that
+    is free after loading, at most so much; None is all that the limits can use.
+
+    Raises `UserError` where the device has too little, and for a fraction on a CPU.
+    """
+    if device.type != "cpu":
+        return _count_gpu_blocks(engine, device, cache_fraction)
+    if cache_fraction is not None:
+        raise UserError(
+            f"--kv_cache_free_gpu_memory_fraction {cache_fraction} is of a GPU's memory, and "
+            f"{engine.directory} runs on a CPU, where the cache has what the engine's limits can "
+            "use; leave it out, or build with a smaller --max_batch_size or --max_seq_len"
+        )
+    return _count_cpu_blocks(engine, device, num_sharing)
 
 
 def _count_cpu_blocks(engine: EngineDir, device: torch.device, num_sharing: int) -> int:
@@ -35,9 +50,9 @@ def _count_cpu_blocks(engine: EngineDir, device: torch.device, num_sharing: int)
     return max_num_blocks(engine.limits)
 
 
-def _count_gpu_blocks(engine: EngineDir, device: torch.device) -> int:
-    """As many as the GPU has room for, at most all that the limits can use, at least those of one
-    longest request."""
+def _count_gpu_blocks(engine: EngineDir, device: torch.device, cache_fraction: float | None) -> int:
+    """As many as the GPU, or the fraction of it, has room for, at most all that the limits can use,
+    at least those of one longest request."""
     limits, memory_bytes = engine.limits, total_memory_bytes(device)
     plan = _plan(engine, device, memory_bytes)
     workspace_bytes = plan.prompt_table_bytes + decoder_workspace_bytes(
@@ -48,8 +63,17 @@ def _count_gpu_blocks(engine: EngineDir, device: torch.device) -> int:
     block_bytes = TOKENS_PER_BLOCK * plan.kv_cache_bytes // num_tokens
     torch.cuda.empty_cache()  # what reading vision's weights left; its graphs are there
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    num_blocks = min(max_num_blocks(limits), (free_bytes - other_bytes) // block_bytes)
+    free_after = max(0, free_bytes - other_bytes)
+    cache_bytes = free_after if cache_fraction is None else int(cache_fraction * free_after)
+    num_blocks = min(max_num_blocks(limits), cache_bytes // block_bytes)
     longest = num_blocks_for(limits.max_seq_len)
+    if num_blocks < longest <= free_after // block_bytes:
+        raise UserError(
+            f"--kv_cache_free_gpu_memory_fraction {cache_fraction} leaves "
+            f"{cache_bytes / 1e9:.1f} GB for the KV cache of {engine.directory}, expected "
+            f"{longest * block_bytes / 1e9:.1f} or more, for one request of "
+            f"{longest * TOKENS_PER_BLOCK} tokens; raise it"
+        )
     if num_blocks < longest:
         raise UserError(
             f"{engine.directory} needs {(other_bytes + longest * block_bytes) / 1e9:.1f} GB of "

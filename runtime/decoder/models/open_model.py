@@ -37,10 +37,12 @@ def open_model(
     source: TensorSource | None = None,
     *,
     use_graphs: bool = True,
+    cache_fraction: float | None = None,
 ) -> OpenedModel:
     """The model of an engine of one rank (of several: runtime/ranks). source: of the weights, by
-    default the engine's file. use_graphs: on the fast path, of its decode steps."""
-    num_blocks = count_blocks(engine, device)
+    default the engine's file. use_graphs: on the fast path, of its decode steps. cache_fraction:
+    as in `count_blocks`."""
+    num_blocks = count_blocks(engine, device, cache_fraction=cache_fraction)
     model = load_model(engine, device, num_blocks, source)
     with loading_on(device, engine):
         model.warm_up(engine.limits.max_num_tokens, use_graphs=use_graphs)

@@ -1,0 +1,69 @@
+"""A flag given twice: several values collect, and of single ones none is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import build_engine
+import convert_checkpoint
+import evaluate
+import run
+from frontends.triton import serve
+from nvlm.program.command_line import ArgumentParser
+from nvlm.program.errors import UserError
+
+RUN = ["--engine_dir", "E", "--prompt", "q"]
+GENERATE = ["generate", "--engine_dir", "E", "--task", "ChartQA"]
+
+
+def test_flags_of_several_values_collect_in_order() -> None:
+    words = ["--image", "a", "b", "--stop", "x", "--image", "c", "--stop", "y", "z"]
+    given = run.parser().parse_args([*RUN, *words])
+    assert list(map(str, given.image)) == ["a", "b", "c"]
+    assert given.stop == ["x", "y", "z"]
+    given = evaluate.parser().parse_args([*GENERATE, "--gt_path", "a", "--gt_path", "b", "c"])
+    assert given.gt_path == [Path("a"), Path("b"), Path("c")]
+    tasks = ["score", "--input_path", "p", "--task", "ChartQA", "--task", "DocVQA"]
+    assert evaluate.parser().parse_args(tasks).task == ["ChartQA", "DocVQA"]
+
+
+def test_a_second_parse_begins_anew() -> None:
+    parser = run.parser()
+    for name in ("a", "b"):
+        given = parser.parse_args(["--engine_dir", "E", "--prompt", name, "--image", name])
+        assert (given.prompt, list(map(str, given.image))) == (name, [name])
+
+
+@pytest.mark.parametrize(
+    ("parser", "words", "told"),
+    [
+        (run.parser, [*RUN, "--prompt", "r"], "--prompt is given twice, with 'q' and 'r'"),
+        (run.parser, ["--input_file", "a", "--input_file=b"], "--input_file is given twice"),
+        (
+            evaluate.parser,
+            [*GENERATE, "--task", "MMMU"],
+            "--task is given twice, with 'ChartQA' and 'MMMU'; give it once",
+        ),
+        (serve.parser, ["--engine_dir", "a", "--engine_dir", "b"], "with 'a' and 'b'"),
+        (build_engine.parser, ["--timing_cache", "a", "--timing_cache", "b"], "given twice"),
+        (convert_checkpoint.parser, ["--calib_data", "a", "--calib_data", "b"], "given twice"),
+    ],
+    ids=["prompt", "file", "evaluate", "serve", "build", "convert"],
+)
+def test_a_second_text_or_path_is_refused(
+    parser: type[ArgumentParser], words: list[str], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        parser().parse_args(words)
+
+
+def test_the_same_value_twice_loses_nothing() -> None:
+    assert run.parser().parse_args([*RUN, "--prompt", "q", "--json", "--json"]).prompt == "q"
+
+
+def test_a_setting_can_be_overridden_behind_a_script_that_sets_it() -> None:
+    words = ["--seed", "1", "--device", "cpu", "--seed", "2", "--device", "cuda"]
+    given = run.parser().parse_args([*RUN, *words])
+    assert (given.seed, given.device) == (2, "cuda")
