@@ -23,7 +23,7 @@ from nvlm.program.errors import UserError
 from nvlm.program.launcher import end, rank_from
 from nvlm.program.process import set_most_pixels
 from runtime.answers.answer_file import answer_json
-from runtime.answers.batch import run_batch
+from runtime.answers.batch import run_batch, summary
 from runtime.answers.compare import check, differences, record, report_json
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
@@ -172,8 +172,7 @@ def lead(
     with open_runner() as runner:
         if arguments.input_file:
             num_errors = run_batch(runner, lines, arguments.output_file)
-            requests = "1 request" if len(lines) == 1 else f"{len(lines)} requests"
-            print(f"{requests}, {num_errors} failed", file=sys.stderr)
+            print(summary(len(lines), arguments.output_file), file=sys.stderr)
             return EXIT_SOME_FAILED if num_errors else 0
         if arguments.show_tiles:
             shown = Ticket(request)

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
+_DATA = re.compile(r"[A-Za-z0-9+/=_\-]{512,}")  # base64: no word or name is so long
+_SHOWN_CHARACTERS = 32
+
+
+def shortened(message: str) -> str:
+    """A message without the pictures that someone put where a name belongs, as base64."""
+    return _DATA.sub(
+        lambda data: f"{data[0][:_SHOWN_CHARACTERS]}... ({len(data[0])} characters)", message
+    )
+
 
 class UserError(Exception):
     """A mistake in what the user gave us, told in one sentence.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from nvlm.program.errors import UserError
 from runtime.answers.line_file import LineFile, encode_line
 from runtime.requests.types import GenerationResult
+
+_SAVE_S = 30.0  # of answers that replace others, a killed run loses at most so much
 
 
 def answer_json(result: GenerationResult) -> dict[str, Any]:
@@ -19,8 +22,15 @@ def answer_json(result: GenerationResult) -> dict[str, Any]:
     return {**values, "timings": timings}
 
 
+def failed_ids(path: Path) -> list[Any]:
+    """The ids of a finished file's errors, in its order."""
+    answers = map(json.loads, path.read_bytes().splitlines())
+    return [answer["id"] for answer in answers if "error" in answer]
+
+
 class AnswerFile:
-    """Answers to requests with `ids`, appended behind those the file already holds.
+    """Answers to requests with `ids`, appended after those the file already holds. `failed` are the
+    indices of those that are errors: they may be replaced by answers.
 
     Raises `UserError` for a file that holds anything but answers to these ids: nobody's lines are
     ever lost. Only the beginning of the next answer, which a killed run leaves, is cut off.
@@ -40,7 +50,9 @@ class AnswerFile:
         lines, tail = self._file.read()
         answers = [self._parse(number, text) for number, text in enumerate(lines, 1)]
         self.num_finished = len(answers)
-        self.num_errors = sum("error" in answer for answer in answers)
+        self.failed = [index for index, answer in enumerate(answers) if "error" in answer]
+        self._replaced: dict[int, bytes] = {}  # not in the file yet
+        self._saved = time.monotonic()
         if tail and not self._begins_next_answer(tail):
             raise self._foreign(self.num_finished + 1)
         self._file.cut_tail(tail)
@@ -48,14 +60,32 @@ class AnswerFile:
     def append(self, answer: dict[str, Any]) -> None:
         """Writes the next answer, whole or (on an error) not at all."""
         self._file.append(encode_line(answer))
+        if "error" in answer:
+            self.failed.append(self.num_finished)
         self.num_finished += 1
-        self.num_errors += "error" in answer
+
+    def replace(self, index: int, answer: dict[str, Any]) -> None:
+        """Puts an answer in the place of a failed one: in the file soon, and once it is closed."""
+        self._replaced[index] = encode_line(answer)
+        if "error" not in answer:
+            self.failed.remove(index)
+        if time.monotonic() - self._saved > _SAVE_S:
+            self._save()
+
+    def _save(self) -> None:
+        if self._replaced:
+            self._file.replace(self._replaced)
+            self._replaced = {}
+        self._saved = time.monotonic()
 
     def __enter__(self) -> AnswerFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        try:
+            self._save()
+        finally:
+            self._file.close()
 
     def _parse(self, number: int, text: bytes) -> dict[str, Any]:
         try:

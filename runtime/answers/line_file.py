@@ -9,6 +9,8 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,28 @@ class LineFile:
         if is_pipe_or_device(path):
             # Reading back what a pipe or device was given waits for ever.
             raise UserError(f"{self.name} is not a regular file; give the name of one")
+        self._file = self._locked(path)
+        if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
+            self._file.close()  # another process has put a file in its place meanwhile
+            raise self._is_taken()
+
+    def _locked(self, path: Path) -> FileIO:
         try:
             # Unbuffered: what fails to be written must not be written again by `close`.
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+            file = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(
                 f"{self.name} cannot be written: {error.strerror}; choose another"
             ) from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.close()
-            raise UserError(
-                f"another process is writing {self.name}; wait for it or choose another"
-            ) from None
+            file.close()
+            raise self._is_taken() from None
+        return file
+
+    def _is_taken(self) -> UserError:
+        return UserError(f"another process is writing {self.name}; wait for it or choose another")
 
     def read(self) -> tuple[list[bytes], bytes]:
         """The whole lines, and what stands behind the last newline."""
@@ -57,20 +67,49 @@ class LineFile:
     def append(self, line: bytes) -> None:
         """Writes a line, whole or (on an error) not at all."""
         end = self._file.tell()
-        rest = memoryview(line + b"\n")
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            _write(self._file, line + b"\n")
         except OSError as error:
             self._file.truncate(end)
-            reason = "its disk is full" if error.errno == errno.ENOSPC else error.strerror
-            raise UserError(
-                f"{self.name} cannot be written: {reason}; mend that and run the same command "
-                "again, it goes on where it stopped"
-            ) from None
+            raise self._cannot_go_on(error) from None
+
+    def replace(self, lines: Mapping[int, bytes]) -> None:
+        """Puts other lines in the place of some, by their index, all or (on an error) none. The
+        file is written anew beside itself and takes its own place, locked all the time."""
+        found, tail = self.read()
+        assert not tail, "a line is being written"
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        try:
+            temporary.unlink(missing_ok=True)
+            file = self._locked(temporary)
+            try:
+                _write(file, b"".join(lines.get(i, line) + b"\n" for i, line in enumerate(found)))
+                os.fsync(file.fileno())
+                os.replace(temporary, self._path)
+            except BaseException:
+                file.close()
+                temporary.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise self._cannot_go_on(error) from None
+        self._file.close()
+        self._file = file
+
+    def _cannot_go_on(self, error: OSError) -> UserError:
+        reason = "its disk is full" if error.errno == errno.ENOSPC else error.strerror
+        return UserError(
+            f"{self.name} cannot be written: {reason}; fix that and run the same command again, it "
+            "resumes where it stopped"
+        )
 
     def close(self) -> None:
         self._file.close()
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def encode_line(values: dict[str, Any]) -> bytes:

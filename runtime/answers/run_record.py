@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Union
@@ -131,8 +131,15 @@ def record_path(answers: Path) -> Path:
     return answers.with_name(answers.name + ".run.json")
 
 
-def resume(output: Path, engine: EngineDir, lines: list[RequestLine], num_finished: int) -> None:
-    """Refuses to resume after `num_finished` answers of another engine or to other requests.
+def resume(
+    output: Path,
+    engine: EngineDir,
+    lines: list[RequestLine],
+    num_finished: int,
+    again: Collection[int] = (),
+) -> None:
+    """Refuses to resume after `num_finished` answers of another engine or to other requests. Those
+    that failed are asked `again`, as they are now.
 
     Then records what the answers of this run are made of. Answers without a record, which an
     earlier version left, are resumed unverified.
@@ -153,13 +160,14 @@ def resume(output: Path, engine: EngineDir, lines: list[RequestLine], num_finish
                 len(known),
             )
     for position, then in enumerate(known):
-        if then not in (None, digests[position]):
+        if position not in again and then not in (None, digests[position]):
             raise UserError(
                 f"line {lines[position].number} of --input_file or a setting of it changed after "
                 f"--output_file {output} had its answer; choose another --output_file, or cut "
                 f"that one off from its line {position + 1} on to have those answered again"
             )
-    digests[:num_finished] = [*known, *[None] * (num_finished - len(known))]
+    kept = [*known, *[None] * (num_finished - len(known))]
+    digests[:num_finished] = [digests[i] if i in again else kept[i] for i in range(num_finished)]
     record.write(path, "--output_file")
 
 

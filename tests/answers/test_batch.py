@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from nvlm.program.errors import UserError
 from runtime.answers.answer_file import AnswerFile, answer_json
-from runtime.answers.batch import run_batch
+from runtime.answers.batch import run_batch, summary
 from runtime.answers.run_record import BATCH, EngineId, RunRecord, record_path, settings_of
 from runtime.requests.request_file import RequestLine, read_requests
 from runtime.requests.sampling import SamplingParams
@@ -56,6 +57,25 @@ class EchoRunner:
             if text == "stop":
                 raise KeyboardInterrupt
             yield index, UserError("refused") if text == "fail" else result(text)
+
+
+class FailingRunner(EchoRunner):
+    """Refuses "q" and each of some numbers; and, as the loop does, a picture that is missing."""
+
+    def __init__(self, *failing: int) -> None:
+        super().__init__()
+        self._failing = {f"q{index}" for index in failing}
+
+    def generate_batch(
+        self, requests: Sequence[GenerationRequest]
+    ) -> Iterator[tuple[int, GenerationResult | UserError]]:
+        for index, (position, found) in enumerate(super().generate_batch(requests)):
+            paths = [part for part in requests[position].content if isinstance(part, Path)]
+            if paths:
+                yield position, UserError(f"image {paths[0]} cannot be read")
+            else:
+                failed = self.asked[index] in self._failing
+                yield position, UserError("refused") if failed else found
 
 
 def result(text: str) -> GenerationResult:
@@ -276,10 +296,37 @@ class TestWriting:
     def test_an_empty_file_gives_an_empty_file(self, tmp_path: Path) -> None:
         assert answer(tmp_path, EchoRunner()) == []
 
-    def test_requests_may_share_an_id(self, tmp_path: Path) -> None:
-        lines = [{"id": "x", "prompt": prompt} for prompt in "abc"]
-        answers = answer(tmp_path, EchoRunner(), *lines)
-        assert [(item["id"], item["text"]) for item in answers] == [("x", p) for p in "abc"]
+    @pytest.mark.parametrize("ids", [["x", "x"], [2, None], [{"a": 1, "b": 2}, {"b": 2, "a": 1}]])
+    def test_requests_that_share_an_id_are_refused_before_anything_is_asked(
+        self, tmp_path: Path, ids: list[Any]
+    ) -> None:
+        """Their answers could not be told apart. A line without an id has its number."""
+        lines = [{"id": each, "prompt": "q"} if each else {"prompt": "q"} for each in ids]
+        runner = EchoRunner()
+        with pytest.raises(UserError, match=r"^lines 1 and 2 of --input_file have the same id "):
+            answer(tmp_path, runner, *lines)
+        assert runner.asked == []
+        assert not (tmp_path / "out.jsonl").exists()
+
+    def test_ids_that_look_alike_are_two(self, tmp_path: Path) -> None:
+        lines = [{"id": each, "prompt": "q"} for each in (1, "1", True, 1.0, [1])]
+        assert len(answer(tmp_path, EchoRunner(), *lines)) == 5
+
+    def test_an_error_does_not_repeat_a_picture(self, tmp_path: Path) -> None:
+        """As base64, wherever it was put."""
+        data = "iVBORw0KGgo" * 2000
+        lines: list[Any] = [
+            {"prompt": "q", "images": [f"data:image/png,{data}"]},
+            {"prompt": "q", "image": data, data: 1},
+            {"prompt": [{"type": "picture", "data": data}]},
+            {"prompt": {"image": data}},
+            {"prompt": "q", "images": data},
+            {"prompt": "q", "seed": data},
+        ]
+        text = json.dumps(answer(tmp_path, FailingRunner(), *lines))
+        assert text.count('"error"') == len(lines)
+        assert len(text) < 500 * len(lines)
+        assert "iVBORw0KGgo" * 10 not in text
 
     @pytest.mark.parametrize("text", ["猫 🦊", "a\u2028b\u0085c", 'quote " \\ \n\t\x00'])
     def test_any_text_survives(self, tmp_path: Path, text: str) -> None:
@@ -499,6 +546,95 @@ class TestResuming:
         with pytest.raises(UserError, match="--output_file"):
             run_batch(EchoRunner(), requests, path)  # type: ignore[arg-type]
         assert path.read_text() == content
+
+
+class TestFailedLines:
+    LINES = tuple({"id": f"id{i}", "prompt": f"q{i}"} for i in range(6))
+
+    def failing(self, tmp_path: Path, *indices: int) -> list[dict[str, Any]]:
+        return answer(tmp_path, FailingRunner(*indices), *self.LINES)
+
+    def test_a_rerun_asks_them_again_and_the_answers_stand_in_their_place(
+        self, tmp_path: Path
+    ) -> None:
+        expected = answer(tmp_path, EchoRunner(), *self.LINES, name="whole.jsonl")
+        failed = self.failing(tmp_path, 1, 4)
+        assert [("error" in item) for item in failed] == [i in (1, 4) for i in range(6)]
+        runner = EchoRunner()
+        assert answer(tmp_path, runner, *self.LINES) == expected
+        assert sorted(runner.asked) == ["q1", "q4"]
+        assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        assert not list(tmp_path.glob("*.tmp"))
+
+    def test_those_that_fail_again_stay_and_lines_to_come_are_answered(
+        self, tmp_path: Path
+    ) -> None:
+        answer(tmp_path, FailingRunner(0, 1), *self.LINES[:3])
+        answers = answer(tmp_path, FailingRunner(1), *self.LINES)
+        assert [item.get("text") for item in answers] == ["q0", None, "q2", "q3", "q4", "q5"]
+
+    def test_a_line_that_was_fixed_is_answered(self, tmp_path: Path) -> None:
+        """Its request is another one now; the others must be as they were."""
+        lines: list[dict[str, Any]] = [{"prompt": "a"}, {"promt": "b"}, {"prompt": "c"}]
+        assert "unknown field 'promt'" in answer(tmp_path, EchoRunner(), *lines)[1]["error"]
+        lines[1] = {"prompt": "b"}
+        assert [item["text"] for item in answer(tmp_path, EchoRunner(), *lines)] == ["a", "b", "c"]
+        with pytest.raises(UserError, match=r"^line 2 of --input_file"):
+            answer(tmp_path, EchoRunner(), lines[0], {"prompt": "B"}, lines[2])
+
+    def test_an_interrupted_rerun_keeps_what_it_had(self, tmp_path: Path) -> None:
+        self.failing(tmp_path, 1, 3)
+        lines = [*self.LINES]
+        requests = read_requests(write_lines(tmp_path / "in.jsonl", *lines), DEFAULTS)
+
+        class Interrupted(EchoRunner):
+            def generate_batch(self, requests: Sequence[GenerationRequest]) -> Iterator[Any]:
+                yield from list(super().generate_batch(requests))[:1]
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_batch(Interrupted(), requests, tmp_path / "out.jsonl")  # type: ignore[arg-type]
+        found = read_lines(tmp_path / "out.jsonl")
+        assert [("error" in item) for item in found] == [i == 1 for i in range(6)]
+        assert [item["id"] for item in found] == [line["id"] for line in lines]
+
+    def test_a_full_disk_leaves_the_file_as_it_was(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.failing(tmp_path, 1)
+        before = (tmp_path / "out.jsonl").read_bytes()
+
+        def full(file: FileIO, data: bytes) -> None:
+            file.write(data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("runtime.answers.line_file._write", full)
+        with pytest.raises(UserError, match="its disk is full"):
+            answer(tmp_path, EchoRunner(), *self.LINES)
+        assert (tmp_path / "out.jsonl").read_bytes() == before
+        assert not list(tmp_path.glob("out.jsonl.tmp"))
+
+    def test_the_file_stays_locked_while_it_is_replaced(self, tmp_path: Path) -> None:
+        self.failing(tmp_path, 1)
+        ids = [line["id"] for line in self.LINES]
+        with AnswerFile(tmp_path / "out.jsonl", ids) as file:
+            file.replace(1, {"id": "id1", "text": "x"})
+            file._save()
+            with pytest.raises(UserError, match="another process is writing"):
+                AnswerFile(tmp_path / "out.jsonl", ids)
+
+    def test_the_summary_names_them_and_the_file(self, tmp_path: Path) -> None:
+        output = tmp_path / "out.jsonl"
+        self.failing(tmp_path, 1, 4)
+        told = f'6 requests, 2 failed: ids "id1", "id4" in {output}; run the same command to ask'
+        assert summary(6, output) == f"{told} again"
+        self.failing(tmp_path)
+        assert summary(6, output) == "6 requests, 0 failed"
+        lines = [{"prompt": f"q{i}"} for i in range(30)]
+        answer(tmp_path, FailingRunner(*range(25)), *lines, name="many.jsonl")
+        text = summary(30, tmp_path / "many.jsonl")
+        assert "30 requests, 25 failed: ids 1, 2, 3, " in text
+        assert "20 and 5 more in " in text
 
 
 class TestWithTheEngine:
