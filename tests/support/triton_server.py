@@ -185,11 +185,21 @@ class Stream:
         self.client.stop_stream(cancel_requests=bool(self._open))
         self.client.close()
 
-    def send(self, name: str, inputs: list[grpcclient.InferInput], model: str = "nvlm") -> None:
+    def send(
+        self,
+        name: str,
+        inputs: list[grpcclient.InferInput],
+        model: str = "nvlm",
+        parameters: dict[str, Any] | None = None,
+    ) -> None:
         self.answers[name] = Streamed()
         self._open.add(name)
         self.client.async_stream_infer(
-            model, inputs, request_id=name, enable_empty_final_response=True
+            model,
+            inputs,
+            request_id=name,
+            enable_empty_final_response=True,
+            parameters=parameters,
         )
 
     def take(self) -> str:

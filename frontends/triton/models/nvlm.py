@@ -13,6 +13,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from frontends.triton.models.delivery import Client, Delivery, error_response, send_last
+from frontends.triton.parameters import refuse_unknown
 from frontends.triton.request import read_request, wants_stream
 from frontends.triton.signature import NVLM_INPUTS
 from nvlm.program.command_line import resolve_device
@@ -53,6 +54,7 @@ class TritonPythonModel:
     def _accept(self, request: Any) -> None:
         sender = request.get_response_sender()
         try:
+            refuse_unknown(request.parameters())
             tensors = _tensors(request)
             client = Client(
                 sender, wants_stream(tensors), frozenset(request.requested_output_names())
