@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from nvlm.inputs.images import EncodedImage, PictureRules
@@ -19,6 +18,7 @@ from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.errors import UserError
 from nvlm.program.nearest import nearest
 from runtime.requests.boxes import Box
+from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, SamplingParams, given_settings, with_sampling
 
 FinishReason = Literal["stop", "length"]
