@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm.inputs.images import Page
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shortened
 from nvlm.program.jsonl import read_jsonl_lines
 from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
@@ -126,7 +126,7 @@ def _content(
                 content.append(picture_source(name, folder))
             case _:
                 raise UserError(
-                    f"prompt part {repr(part)[:_SHOWN_CHARACTERS]} is neither "
+                    f"prompt part {shortened(repr(part))[:_SHOWN_CHARACTERS]} is neither "
                     '{"type": "text", "text": ...} nor {"type": "image", "image": path or data: '
                     'URL}, or "image_url" as chat messages have it'
                 )
