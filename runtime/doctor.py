@@ -31,6 +31,7 @@ from nvlm.planning.targets import (
     vision_lacks,
 )
 from nvlm.program.command_line import ArgumentParser, run
+from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
 
 _DISTRIBUTIONS = (
@@ -69,14 +70,18 @@ class Directory:
     def read(cls, path: Path) -> Directory:
         """Raises `UserError` for a directory that is neither, unfinished or damaged."""
         kind: Kind = "checkpoint" if is_ours(path, "checkpoint") else "engine"
+        if not (path / layout.MANIFEST).is_file():
+            raise UserError(
+                f"{path} has no {layout.MANIFEST}, expected a finished checkpoint or engine; "
+                "convert or build it to the end"
+            )
         if kind == "checkpoint":
-            made_from = read_manifest(path, kind).arguments
-            config = CheckpointConfig.read(path / layout.CONFIG)
+            read_manifest(path, kind)  # refuses what is unfinished or damaged
+            rank_files, config = path, CheckpointConfig.read(path / layout.CONFIG)
         else:
-            engine = EngineDir.read(path)
-            made_from, config = engine.manifest.source, engine.checkpoint_config
+            rank_files, config = path / layout.LLM, EngineDir.read(path).checkpoint_config
         return cls(
-            str(path), kind, scale_dtype(made_from, config), what_differs(path, made_from, config)
+            str(path), kind, scale_dtype(rank_files, config), what_differs(path, rank_files, config)
         )
 
     def line(self) -> str:

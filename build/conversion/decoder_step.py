@@ -156,7 +156,7 @@ class DecoderStep:
             linears, attention = self._calibrate(layer, prefix, before, after)
         elif cache is not None:
             cached, attention = cache.rows_of(prefix)
-            linears = scaled_anew(prefix, cached, self.report_format, self.dtype)
+            linears = scaled_anew(prefix, DECODER_LINEARS, cached, self.report_format, self.dtype)
         by_name = {row.linear.removeprefix(prefix): row for row in linears}
         weight_format = self.config.weight_format
         scales: dict[str, torch.Tensor] = {}

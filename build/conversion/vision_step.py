@@ -145,7 +145,8 @@ class VisionStep:
         if before is None or after is None:
             cache = self.calibration.cache
             rows = cache.linears_of(prefix) if cache else []
-            return as_record(scaled_anew(prefix, rows, VISION_FORMAT, self.dtype))
+            names = VISION_LINEARS if rows else ()  # text alone: vision has none
+            return as_record(scaled_anew(prefix, names, rows, VISION_FORMAT, self.dtype))
         # What the runtime computes in must hold what is seen here in float32.
         num_rows = before.num_rows * self.config.num_positions
         observer = AmaxObserver(prefix, torch.finfo(self.dtype).max, num_rows)

@@ -16,7 +16,6 @@ from build.output.output_dir import OutputPlace, staged_directory
 from nvlm import __version__
 from nvlm.formats import layout, manifest
 from nvlm.formats.checkpoint_tensors import decoder_tensors, open_checked
-from nvlm.formats.scale_dtype import SCALE_DTYPE
 from nvlm.planning.tensorrt_package import load_tensorrt
 from nvlm.program.json_files import write_json_atomically
 
@@ -73,7 +72,6 @@ def _provenance(spec: EngineSpec) -> dict[str, object]:
     return {
         "checkpoint_digest": spec.checkpoint.digest,
         "checkpoint_versions": spec.checkpoint.versions,
-        SCALE_DTYPE: spec.checkpoint.arguments.get(SCALE_DTYPE),
         "decoder": spec.decoder,
         "vision": spec.vision,
         "packages": spec.packages,

@@ -86,7 +86,13 @@ def plugin_config(config: CheckpointConfig, optimize_for: OptimizeFor) -> Any:
                 f"tensorrt_llm {package.__version__} has no plugin setting {', '.join(unknown)}; "
                 f"{INSTALL}"
             )
-        plugins = PluginConfig(**settings)
+        try:
+            plugins = PluginConfig(**settings)
+        except ValueError as error:  # Pydantic's, which names the field
+            told = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"tensorrt_llm {package.__version__} refuses our plugin settings ({told}); {INSTALL}"
+            ) from None
     for name, value in settings.items():
         found, expected = getattr(plugins, name), config.dtype if value == "auto" else value
         if found != expected:

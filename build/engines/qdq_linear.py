@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from nvlm.model.number_formats import LinearScales, fp8
+from nvlm.model.number_formats.number_format import round_up
 
 
 class QdqLinear(nn.Module):
     """For export only. x: [..., in_features] in `dtype` -> [..., out_features] in `dtype`.
 
-    ONNX wants scales in the type of x, and a checkpoint's are numbers of its dtype. The cast
-    changes only the float32 scales of an older checkpoint; the weight is quantised after it, so
-    that both sides of the product agree.
+    ONNX wants scales in the type of x, and a checkpoint's are numbers of its dtype. Only the
+    float32 scales of an older checkpoint are rounded here, upwards; the weight is quantised after
+    it, so that both sides of the product agree.
     """
 
     weight_scale: torch.Tensor
@@ -32,12 +33,13 @@ class QdqLinear(nn.Module):
     ) -> None:
         """weight: [out_features, in_features] in `dtype`, not yet quantised."""
         super().__init__()
-        weight_scale = torch.tensor(scales.weight, dtype=weight.dtype)
+        dtype = weight.dtype
+        weight_scale = torch.tensor(round_up(scales.weight, dtype), dtype=dtype)
         self.weight = nn.Parameter(fp8.quantize(weight, weight_scale), requires_grad=False)
         self.bias = bias
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer(
-            "activation_scale", torch.tensor(scales.activation, dtype=weight.dtype)
+            "activation_scale", torch.tensor(round_up(scales.activation, dtype), dtype=dtype)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

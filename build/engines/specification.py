@@ -99,9 +99,10 @@ def specify(
         precision=options.vision_precision,
         compute_capability=options.compute_capability,
     )
-    told = what_differs(checkpoint_dir, made.arguments, config)
-    if told is not None and decoder == "tensorrt_llm":
-        log.warning(told)
+    if decoder == "tensorrt_llm":
+        older = what_differs(checkpoint_dir, checkpoint_dir, config)
+        if older is not None:
+            log.warning(older)
     if options.compute_capability is not None:
         require_used("--compute_capability", decoder, vision)
     if options.keep_onnx:
@@ -124,7 +125,7 @@ def specify(
     )
     if options.max_num_tokens is not None and limits.max_num_tokens < options.max_num_tokens:
         log.info(
-            "--max_num_tokens %d is clipped to %d: all that %d requests of %d tokens hold",
+            "--max_num_tokens %d is clipped to %d: --max_batch_size %d times --max_seq_len %d",
             *(options.max_num_tokens, limits.max_num_tokens),
             *(limits.max_batch_size, limits.max_seq_len),
         )

@@ -1,36 +1,46 @@
 """What type the scales of a directory's linears are numbers of, and what follows where it is older.
 
-A manifest says it: a checkpoint's in its arguments, an engine's in its source. Versions that stored
-float32 scales said nothing.
+The stored scales say it: a manifest may be of a version that did not round them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.checkpoint_tensors import decoder_tensors, open_checked
+from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.model.number_formats import ACTIVATION_SCALE, WEIGHT_SCALE
 
 SCALE_DTYPE = "scale_dtype"
 
 
-def scale_dtype(made_from: Mapping[str, Any], config: CheckpointConfig) -> str | None:
-    """The type's name, or None where the decoder's linears have no scales."""
+def scale_dtype(rank_files: Path, config: CheckpointConfig) -> str | None:
+    """The checkpoint's dtype where all scales of rank 0's linears are numbers of it, else
+    "float32"; None where the linears have no scales. rank_files: the folder of the ranks' weights.
+
+    Raises `UserError` for a file that is missing or of another shape.
+    """
     if not config.weight_format.scale_shapes:
         return None
-    return str(made_from.get(SCALE_DTYPE) or "float32")
+    dtype, tensors = TORCH_DTYPES[config.dtype], decoder_tensors(config, 0)
+    source = open_checked(rank_files / layout.rank_file(0), tensors)
+    for name in tensors:
+        if name.endswith((WEIGHT_SCALE, ACTIVATION_SCALE)):
+            scale = source.read(name)
+            if (scale.to(dtype).to(scale.dtype) != scale).any():
+                return "float32"
+    return config.dtype
 
 
-def what_differs(
-    directory: Path, made_from: Mapping[str, Any], config: CheckpointConfig
-) -> str | None:
+def what_differs(directory: Path, rank_files: Path, config: CheckpointConfig) -> str | None:
     """What TensorRT-LLM makes of scales that are not numbers of the checkpoint's dtype, in a
-    sentence; None where all are."""
-    if scale_dtype(made_from, config) in (None, config.dtype):
+    sentence; None where all are. directory: a checkpoint or an engine, for the message."""
+    if scale_dtype(rank_files, config) in (None, config.dtype):
         return None
     return (
         f"{directory} has float32 scales, of an older version: TensorRT-LLM casts them to "
-        f"{config.dtype}, so its logits differ by 1 to 3 % from decoder 'torch'; convert again "
-        "with convert_checkpoint.py --overwrite, then build again"
+        f"{config.dtype}, so its logits differ from those of decoder 'torch'; convert again with "
+        "convert_checkpoint.py --overwrite, then build again"
     )

@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from build.conversion.convert import convert
 from build.conversion.decoder_step import DecoderStep
 from build.conversion.quantization.scales import scaled_anew
 from build.conversion.report.quantization_report import QuantizationReport
 from build.engines.specification import BuildOptions, specify
+from build.sources.hugging_face import HuggingFaceSource
+from nvlm.model.decoder import DECODER_LINEARS
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.number_formats import ACTIVATION_SCALE, WEIGHT_SCALE, LinearScales
 from nvlm.model.number_formats import FP8 as FP8_FORMAT
@@ -112,7 +115,10 @@ def test_a_cache_is_rounded_up_to_the_dtype_asked_for(checkpoint_dir: Path, dtyp
     report = QuantizationReport.read(checkpoint_dir / "quantization_report.json")
     prefix = "transformer.layers.0."
     rows, _ = report.rows_of(prefix)
-    found = {row.linear: row for row in scaled_anew(prefix, rows, FP8_FORMAT, TORCH_DTYPES[dtype])}
+    found = {
+        row.linear: row
+        for row in scaled_anew(prefix, DECODER_LINEARS, rows, FP8_FORMAT, TORCH_DTYPES[dtype])
+    }
     assert found[f"{prefix}mlp.fc"].scales == found[f"{prefix}mlp.gate"].scales
     for row in rows:
         if "mlp.fc" not in row.linear and "mlp.gate" not in row.linear:
@@ -128,7 +134,7 @@ def test_a_cache_whose_inputs_exceed_the_dtype_is_refused(checkpoint_dir: Path) 
     rows, _ = report.rows_of("transformer.layers.0.")
     rows[0] = replace(rows[0], input_amax=1e5)
     with pytest.raises(UserError, match=f"{rows[0].linear} .100000.0.; use --dtype bfloat16"):
-        scaled_anew("transformer.layers.0.", rows, FP8_FORMAT, torch.float16)
+        scaled_anew("transformer.layers.0.", DECODER_LINEARS, rows, FP8_FORMAT, torch.float16)
 
 
 def test_an_interrupted_conversion_of_an_older_version_starts_over(
@@ -214,6 +220,72 @@ def test_the_doctor_says_what_a_directory_is(
     assert fourth.strip() == f"engine {engine_dir}: scales in bfloat16"
     assert fifth.strip() == f"checkpoint {plain}: linears without scales"
     assert sixth.strip() == f"checkpoint {wide}: scales in float32"
+
+
+def test_the_scales_decide_and_not_the_version_that_wrote_the_manifest(
+    older: Path, checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    """0a14daf builds engines of new checkpoints, and writes new scales from a new report."""
+    new = tmp_path / "new"
+    shutil.copytree(checkpoint_dir, new)
+    edit_json(new / "manifest.json", "arguments.scale_dtype", ...)
+    old = tmp_path / "old"
+    shutil.copytree(older, old)
+    edit_json(old / "manifest.json", "arguments.scale_dtype", "bfloat16")
+    *_, first, second = lines(examine([new, old]))
+    assert first.strip() == f"checkpoint {new}: scales in bfloat16"
+    assert second.strip().startswith(f"{old} {OLDER}")
+
+
+def test_the_doctor_says_what_is_missing_of_an_unfinished_checkpoint(
+    checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    unfinished = tmp_path / "checkpoint.partial"
+    shutil.copytree(checkpoint_dir, unfinished)
+    (unfinished / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"has no manifest.json, expected a finished checkpoint"):
+        examine([unfinished])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("linears.0.input_amax", float("nan"), "input_amax of .* is nan"),
+        ("linears.0.weight_amax", float("inf"), "weight_amax of .* is inf"),
+        ("linears.0.weight_amax", -1, "weight_amax of .* is -1"),
+        ("linears.0.input_amax", True, "input_amax of .* is True"),
+        ("linears.0.input_amax", "7", "input_amax of .* is '7'"),
+        ("attention.0.k_amax", float("nan"), "k_amax of .* is nan"),
+        ("scale_dtype", "bananas", "scale_dtype is 'bananas'"),
+    ],
+)
+def test_a_cache_that_holds_no_magnitude_is_refused(
+    path: str, value: object, expected: str, checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    values = json.loads((checkpoint_dir / "quantization_report.json").read_text())
+    *keys, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    place = values
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    damaged = tmp_path / "report.json"
+    damaged.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=expected):
+        QuantizationReport.read(damaged)
+
+
+@pytest.mark.parametrize("linear", ["transformer.layers.1.mlp.proj", "vision_model"])
+def test_a_cache_without_a_row_is_refused(
+    linear: str, model_dir: Path, checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    values = json.loads((checkpoint_dir / "quantization_report.json").read_text())
+    first = next(row for row in values["linears"] if row["linear"].startswith(linear))
+    values["linears"].remove(first)
+    damaged = tmp_path / "report.json"
+    damaged.write_text(json.dumps(values))
+    options = replace(FP8, calib_cache=damaged)
+    with pytest.raises(UserError, match=f"--calib_cache has no row {first['linear']}"):
+        convert(HuggingFaceSource(model_dir), tmp_path / "out", options, CPU)
 
 
 def test_older_float32_and_unquantised_checkpoints_are_as_good_as_new(

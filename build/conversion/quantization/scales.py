@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -43,14 +43,25 @@ def report_linears(
 
 
 def scaled_anew(
-    prefix: str, cached: list[LinearReport], number_format: NumberFormat, dtype: torch.dtype
+    prefix: str,
+    names: Sequence[str],
+    cached: list[LinearReport],
+    number_format: NumberFormat,
+    dtype: torch.dtype,
 ) -> list[LinearReport]:
     """A layer's rows of --calib_cache with the scales that a calibration would give now.
 
+    names: of the layer's linears, without `prefix`.
+
     Their amax are kept. An older version stored float32 scales, and --dtype may be another one.
-    Raises `UserError` for an input that `dtype` does not hold.
+    Raises `UserError` for an input that `dtype` does not hold, or where a row is missing.
     """
     rows = {row.linear.removeprefix(prefix): row for row in cached}
+    if missing := sorted(set(names) - rows.keys()):
+        raise UserError(
+            f"--calib_cache has no row {prefix}{missing[0]}, expected one for each linear of the "
+            "model; give the report of a finished conversion"
+        )
     for row in cached:
         if row.input_amax > torch.finfo(dtype).max:
             raise UserError(

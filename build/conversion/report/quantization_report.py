@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nvlm.formats import layout
 from nvlm.formats.scale_dtype import SCALE_DTYPE
+from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.number_formats import ACTIVATION_SCALE, FP8, WEIGHT_SCALE, LinearScales
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object, write_json_atomically
@@ -44,6 +47,7 @@ class LinearReport:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> LinearReport:
         rest = dict(row)
+        _check_amax(rest["linear"], rest, ("weight_amax", "input_amax"))
         scales = LinearScales(rest.pop(WEIGHT_SCALE), rest.pop(ACTIVATION_SCALE))
         return cls(scales=scales, **rest)
 
@@ -116,17 +120,30 @@ class QuantizationReport:
             attentions = [dict(row) for row in values["attention"]]
             for row in attentions:
                 del row["kv_cache_scaling_factor"]
+                _check_amax(row["layer"], row, ("q_amax", "k_amax", "v_amax"))
+            scale_dtype = values.get(SCALE_DTYPE, "float32")  # older versions did not say it
+            if scale_dtype not in TORCH_DTYPES:
+                raise ValueError(f"{SCALE_DTYPE} is {scale_dtype!r}")
             return cls(
                 values["num_calibration_samples"],
                 values["num_skipped"],
                 tuple(LinearReport.from_json(row) for row in values["linears"]),
                 tuple(AttentionReport(**row) for row in attentions),
-                values.get(SCALE_DTYPE, "float32"),  # older versions did not say it
+                scale_dtype,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is no quantization report of this version ({error!r}); {advice}"
             ) from None
+
+
+def _check_amax(name: str, row: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raises `ValueError` for what is no largest magnitude."""
+    for key in keys:
+        value = row[key]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and value >= 0):
+            raise ValueError(f"{key} of {name} is {value!r}")
 
 
 def as_record(
