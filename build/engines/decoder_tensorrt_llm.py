@@ -91,7 +91,8 @@ def plugin_config(config: CheckpointConfig, optimize_for: OptimizeFor) -> Any:
         except ValueError as error:  # Pydantic's, which names the field
             told = " ".join(str(error).split())[:200]
             raise UserError(
-                f"tensorrt_llm {package.__version__} refuses our plugin settings ({told}); {INSTALL}"
+                f"tensorrt_llm {package.__version__} refuses our plugin settings ({told}); "
+                f"{INSTALL}"
             ) from None
     for name, value in settings.items():
         found, expected = getattr(plugins, name), config.dtype if value == "auto" else value
