@@ -49,6 +49,7 @@ def parser() -> ArgumentParser:
     add(
         "--calib_data",
         type=Path,
+        action="once",
         help="JSONL of prompts and images, folder of images, or .txt of prompts "
         "(default: built in)",
     )

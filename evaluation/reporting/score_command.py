@@ -37,6 +37,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add(
         "--gt_path",
         type=Path,
+        action="once",
         metavar="FILE",
         help="answers of MMMU, captions of captioning; all questions of VQAv2's submission",
     )

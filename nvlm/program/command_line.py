@@ -36,9 +36,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Store(argparse.Action):
-    """What a flag that is given twice does: several values collect, and two texts or paths are
-    refused, since the first would be lost without a word. Of a number or a choice the last one
-    counts, so that a script's setting can be overridden behind it."""
+    """A flag of several values collects where it is given twice. Of one value the last counts, so
+    that a script's setting can be overridden after it."""
 
     def __call__(
         self,
@@ -48,23 +47,35 @@ class _Store(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         assert isinstance(parser, ArgumentParser)
-        first = parser.given.get(self.dest)
         if isinstance(values, list):
-            values = [*(first or []), *values]
-        elif (
-            first not in (None, values) and self.choices is None and isinstance(first, (str, Path))
-        ):
-            raise UserError(
-                f"{option_string} is given twice, with {str(first)!r} and {str(values)!r}; give it "
-                "once"
-            )
+            values = [*parser.given.get(self.dest, []), *values]
         parser.given[self.dest] = values
         setattr(namespace, self.dest, values)
 
 
+class _StoreOnce(_Store):
+    """`action="once"`, for what is asked: the first of two questions would be lost without a
+    word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, ArgumentParser)
+        if parser.given.get(self.dest, values) != values:
+            raise UserError(
+                f"{option_string} is given twice, with {str(parser.given[self.dest])!r} and "
+                f"{str(values)!r}; give it once"
+            )
+        super().__call__(parser, namespace, values, option_string)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """Complains in one line, without the usage text; flags may not be abbreviated, and no value of
-    a flag that is given twice is lost."""
+    """Complains in one line, without the usage text; flags may not be abbreviated. What a flag does
+    that is given twice: `_Store` and `_StoreOnce`."""
 
     def __init__(self, description: str, prog: str | None = None) -> None:
         super().__init__(
@@ -76,6 +87,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.given: dict[str, Any] = {}  # the flags' values in this parse, by `dest`
         for name in (None, "store"):
             self.register("action", name, _Store)
+        self.register("action", "once", _StoreOnce)
 
     def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
         self.given.clear()

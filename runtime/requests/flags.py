@@ -15,7 +15,7 @@ def add_request_flags(
 ) -> None:
     """The last two are the program's own defaults."""
     add = parser.add_argument
-    add("--system", default=DEFAULT_SYSTEM, help="system message")
+    add("--system", action="once", default=DEFAULT_SYSTEM, help="system message")
     add("--prompt_format", choices=("hf", "megatron"), default=prompt_format, help="template")
     add("--max_new_tokens", type=positive_int, default=max_new_tokens, help="length of an answer")
     add("--max_num_tiles", type=positive_int, help="tiles of an image's grid, at most")

@@ -1,4 +1,4 @@
-"""A flag given twice: several values collect, and of single ones none is lost."""
+"""A flag given twice: several values collect, and no question is lost."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import build_engine
 import convert_checkpoint
 import evaluate
 import run
-from frontends.triton import serve
 from nvlm.program.command_line import ArgumentParser
 from nvlm.program.errors import UserError
 
@@ -41,18 +39,17 @@ def test_a_second_parse_begins_anew() -> None:
     [
         (run.parser, [*RUN, "--prompt", "r"], "--prompt is given twice, with 'q' and 'r'"),
         (run.parser, ["--input_file", "a", "--input_file=b"], "--input_file is given twice"),
+        (run.parser, [*RUN, "--system", "a", "--system", "b"], "--system is given twice"),
         (
             evaluate.parser,
-            [*GENERATE, "--task", "MMMU"],
-            "--task is given twice, with 'ChartQA' and 'MMMU'; give it once",
+            ["score", "--input_path", "p", "--gt_path", "a", "--gt_path", "b"],
+            "--gt_path is given twice, with 'a' and 'b'; give it once",
         ),
-        (serve.parser, ["--engine_dir", "a", "--engine_dir", "b"], "with 'a' and 'b'"),
-        (build_engine.parser, ["--timing_cache", "a", "--timing_cache", "b"], "given twice"),
         (convert_checkpoint.parser, ["--calib_data", "a", "--calib_data", "b"], "given twice"),
     ],
-    ids=["prompt", "file", "evaluate", "serve", "build", "convert"],
+    ids=["prompt", "file", "system", "score", "convert"],
 )
-def test_a_second_text_or_path_is_refused(
+def test_a_second_question_is_refused(
     parser: type[ArgumentParser], words: list[str], told: str
 ) -> None:
     with pytest.raises(UserError, match=told):
@@ -63,7 +60,7 @@ def test_the_same_value_twice_loses_nothing() -> None:
     assert run.parser().parse_args([*RUN, "--prompt", "q", "--json", "--json"]).prompt == "q"
 
 
-def test_a_setting_can_be_overridden_behind_a_script_that_sets_it() -> None:
+def test_a_setting_can_be_overridden_after_a_script_that_sets_it() -> None:
     words = ["--seed", "1", "--device", "cpu", "--seed", "2", "--device", "cuda"]
-    given = run.parser().parse_args([*RUN, *words])
-    assert (given.seed, given.device) == (2, "cuda")
+    given = run.parser().parse_args([*RUN, *words, "--engine_dir", "F"])
+    assert (given.seed, given.device, given.engine_dir) == (2, "cuda", Path("F"))
