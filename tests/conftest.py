@@ -47,6 +47,7 @@ MARKS: dict[str, str] = {
     "commands/test_fidelity_float32.py": "long",
     "commands/test_fidelity_fp8.py": "long",
     "commands/test_kill.py": "process",
+    "commands/test_offline.py": "process",
     "commands/test_production.py": "process",
     "commands/test_resume.py": "process",
     "decoder/test_hopper_kernels_model.py": "kernels",

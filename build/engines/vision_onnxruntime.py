@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 
 from build.engines.vision_onnx import INPUT, OUTPUT, export_graph, graph_module
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model.vision import VisionModel
+from nvlm.program.onnxruntime_package import onnxruntime
 
 _MAX_RELATIVE_ERROR = {"float32": 1e-4, "float16": 2e-2}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnxruntime
 import torch
 
 from nvlm.inputs.tiling import normalize
 from nvlm.program.errors import UserError
+from nvlm.program.onnxruntime_package import onnxruntime
 from runtime.vision.executor import check_tiles
 
 _NUMPY_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 
+from nvlm.program.onnxruntime_package import onnxruntime
 from tests.doubles.cuda import STREAM, CudaDouble
 
 VERSION = "10.14.1.48"

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -33,6 +32,7 @@ from nvlm.model.linear import QuantizableLinear
 from nvlm.model.number_formats import fp8
 from nvlm.model.vision import VisionModel, linear_of
 from nvlm.program.errors import UserError
+from nvlm.program.onnxruntime_package import onnxruntime
 from runtime.engine.engine_dir import EngineDir
 from tests.conftest import CPU, FP8, TINY, Workshop
 from tests.support.cases import PHOTO

@@ -67,7 +67,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     if made.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA GPU")
     if made.vision == "onnxruntime":
-        pytest.importorskip("onnxruntime")
+        pytest.importorskip("nvlm.program.onnxruntime_package")
     yield made
 
 
