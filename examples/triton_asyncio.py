@@ -1,6 +1,6 @@
 """Asks a Triton server several questions at once with asyncio; answers are printed as they end.
 
-    python examples/triton_asyncio.py --prompt "What is 1 + 1?" "What is 2 + 2?"
+    python examples/triton_asyncio.py --prompt "What is 1 plus 1?" "What is 2 plus 3?"
 
 Needs only tritonclient[grpc] and numpy.
 """

@@ -3,8 +3,8 @@
 #   examples/triton_curl.sh [URL] [IMAGE] [PROMPT]
 set -euo pipefail
 url=${1:-http://localhost:8000}
-image=${2:-"$(dirname "$0")/coffee.jpg"}
-prompt=${3:-What is in the cup?}
+image=${2:-"$(dirname "$0")/scan_1642.png"}
+prompt=${3:-Read the number.}
 
 # A question in JSON; the picture travels as base64. (python3 quotes the text.)
 question() {
@@ -17,7 +17,8 @@ print(json.dumps({**fields, "stream": stream == "stream"}))
 PYTHON
 }
 
-question whole | curl --silent --show-error --fail-with-body --data @- "$url/v2/models/nvlm/generate"
+# Without the header curl says that it sends a form. --data-binary keeps the JSON as it is.
+ask=(curl --silent --show-error --fail-with-body --header "Content-Type: application/json" --data-binary @-)
+question whole | "${ask[@]}" "$url/v2/models/nvlm/generate"
 echo
-question stream | curl --silent --show-error --fail-with-body --no-buffer --data @- \
-    "$url/v2/models/nvlm/generate_stream"
+question stream | "${ask[@]}" --no-buffer "$url/v2/models/nvlm/generate_stream"

@@ -1,6 +1,6 @@
 """Asks a Triton server about a picture over gRPC and prints the answer as it comes.
 
-    python examples/triton_grpc_stream.py --image examples/coffee.jpg --prompt "What is it?"
+    python examples/triton_grpc_stream.py --image examples/scan_1642.png --prompt "Read the number."
 
 Needs only tritonclient[grpc] and numpy.
 """

@@ -9,6 +9,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from frontends.triton.ascii_paths import in_ascii
 from nvlm.program.errors import UserError
 
 CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
@@ -39,9 +40,15 @@ def find_program(scratch: Path) -> Program:
         ("--backend-directory", str(_link_backend(root, scratch))),
         {
             "LD_LIBRARY_PATH": _prepended(_libpython_dir(), "LD_LIBRARY_PATH"),
-            "PATH": _prepended(str(Path(sys.executable).parent), "PATH"),
+            "PATH": _prepended(_python_dir(scratch), "PATH"),
         },
     )
+
+
+def _python_dir(scratch: Path) -> str:
+    """Where the backend finds this interpreter, and by it this environment's packages."""
+    directory = Path(sys.executable).parent
+    return str(in_ascii(directory.parent, scratch / "environment") / directory.name)
 
 
 def _prepended(directory: str, variable: str) -> str:

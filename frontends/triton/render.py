@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
+from frontends.triton.ascii_paths import in_ascii
 from frontends.triton.signature import (
     ENSEMBLE_INPUTS,
     ENSEMBLE_OUTPUTS,
@@ -61,22 +62,25 @@ def form_of(engine: EngineDir) -> Form:
 
 def render(engine: EngineDir, repository: Path, options: ServeOptions) -> None:
     """Writes the repository's folders into the directory `repository`, which exists."""
-    values = _values(engine, options)
-    for model, module in _MODELS[options.form].items():
-        version = repository / model / "1"
+    versions = {model: repository / model / "1" for model in _MODELS[options.form]}
+    for version in versions.values():
         version.mkdir(parents=True)  # Triton wants it even where it holds nothing
-        template = Template((_TEMPLATES / model / "config.pbtxt").read_text())
-        (repository / model / "config.pbtxt").write_text(template.substitute(values))
+    values = _values(engine, options, versions["nvlm"])
+    for model, module in _MODELS[options.form].items():
+        template = Template((_TEMPLATES / model / "config.pbtxt").read_text(encoding="utf-8"))
+        config = repository / model / "config.pbtxt"
+        config.write_text(template.substitute(values), encoding="utf-8")
         if module:
-            code = Template((_TEMPLATES / "model.py.txt").read_text())
-            (version / "model.py").write_text(
-                code.substitute(project_dir=repr(str(PROJECT_DIR)), module=module)
+            code = Template((_TEMPLATES / "model.py.txt").read_text(encoding="utf-8"))
+            project_dir = repr(str(in_ascii(PROJECT_DIR, versions[model] / "project")))
+            (versions[model] / "model.py").write_text(
+                code.substitute(project_dir=project_dir, module=module), encoding="utf-8"
             )
 
 
-def _values(engine: EngineDir, options: ServeOptions) -> dict[str, object]:
+def _values(engine: EngineDir, options: ServeOptions, version: Path) -> dict[str, object]:
     config = engine.checkpoint_config
-    directory = engine.directory.resolve()
+    directory = in_ascii(engine.directory.resolve(), version / "engine")
     return {
         "engine_dir": _quoted(directory),
         "llm_dir": _quoted(directory / layout.LLM),
@@ -84,6 +88,8 @@ def _values(engine: EngineDir, options: ServeOptions) -> dict[str, object]:
         "device": options.device,
         "num_threads": options.num_threads,
         "max_queue_size": options.max_queue_size,
+        # Beside the requests that `nvlm` has taken: as many, so that no burst is refused too early.
+        "triton_queue_size": engine.limits.max_batch_size + options.max_queue_size,
         "grpc_url": options.grpc_url,
         "decoupled": str(options.decoupled).lower(),
         "max_batch_size": engine.limits.max_batch_size,

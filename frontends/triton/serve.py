@@ -5,9 +5,11 @@ python -m frontends.triton.serve --engine_dir D [--http_port N --grpc_port N --m
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 from frontends.triton.render import ServeOptions, form_of, render
 from frontends.triton.server import Ports, TritonServer
@@ -29,12 +31,14 @@ def parser() -> ArgumentParser:
     add("--max_queue_size", type=positive_int, default=64, help="requests beside the batch's")
     add("--num_threads", type=positive_int, help="of each model's torch (default: its own choice)")
     add("--unary", action="store_true", help="one response a request: no streaming")
+    add("--log_file", type=Path, help="the server's log, appended (default: a temporary file)")
     add("--startup_timeout_s", type=positive_float, default=900.0)
     return parser
 
 
 def main() -> int:
     arguments = parser().parse_args()
+    signal.signal(signal.SIGTERM, _stop)
     engine = EngineDir.read(arguments.engine_dir)
     form = form_of(engine) if arguments.form == "auto" else arguments.form
     ports = Ports(
@@ -56,10 +60,16 @@ def main() -> int:
         )
     with tempfile.TemporaryDirectory(prefix="nvlm_triton_") as folder:
         scratch = Path(folder)
+        if not folder.isascii():
+            raise UserError(
+                f"temporary files go to {folder}, expected ASCII, which alone Triton's Python "
+                "backend reads; set TMPDIR to another folder"
+            )
         repository = scratch / "models"
         repository.mkdir()
         render(engine, repository, options)
-        with TritonServer(repository, scratch, ports, world_size=world_size) as server:
+        log = arguments.log_file
+        with TritonServer(repository, scratch, ports, world_size=world_size, log=log) as server:
             try:
                 server.wait_until_ready(arguments.startup_timeout_s)
                 print(
@@ -71,7 +81,13 @@ def main() -> int:
                 code = server.process.wait()
                 raise UserError(f"tritonserver ended by itself with {code}: {server.last_error()}")
             except UserError as error:
-                raise UserError(f"{error}; its log is kept in {_kept(server.log)}") from None
+                kept = log or _kept(server.log)
+                raise UserError(f"{error}; its log is kept in {kept}") from None
+
+
+def _stop(*_: object) -> NoReturn:
+    """What a service manager sends to stop a server is no failure."""
+    sys.exit(0)
 
 
 def _kept(log: Path) -> Path:

@@ -15,6 +15,7 @@ import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from frontends.triton.program import Program, find_program
 from nvlm.program.errors import UserError
@@ -101,27 +102,44 @@ def _mpirun(world_size: int) -> str:
     )
 
 
+def _open_log(path: Path) -> BinaryIO:
+    """For appending; what it holds is kept."""
+    try:
+        return open(path, "ab")
+    except OSError as error:
+        raise UserError(
+            f"--log_file {path} cannot be written: {error.strerror}; choose another"
+        ) from None
+
+
 class TritonServer:
     """A server process; `stop` (or leaving the `with`) ends it and removes what it left."""
 
     def __init__(
-        self, repository: Path, scratch: Path, ports: Ports, *, world_size: int = 1
+        self,
+        repository: Path,
+        scratch: Path,
+        ports: Ports,
+        *,
+        world_size: int = 1,
+        log: Path | None = None,
     ) -> None:
         ports.require_free()
         program = find_program(scratch)
         self.ports = ports
-        self.log = scratch / "tritonserver.log"
+        self.log = log or scratch / "tritonserver.log"
         self._prefix = f"nvlm_{os.getpid()}_{id(self):x}_"
         command = server_command(program, repository, ports, self._prefix, world_size)
         if world_size > 1:
             command[0] = _mpirun(world_size)
         if setpriv := shutil.which("setpriv"):  # ends with us even if we are killed
             command = [setpriv, "--pdeathsig", "TERM", *command]
-        with open(self.log, "wb") as log:
+        with _open_log(self.log) as file:
+            self._log_start = file.tell()
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **program.environment},
                 start_new_session=True,
@@ -162,21 +180,27 @@ class TritonServer:
         for region in Path("/dev/shm").glob(f"{self._prefix}*"):
             region.unlink(missing_ok=True)  # what a backend that died has left
 
+    def _urlopen(self, request: str | urllib.request.Request, timeout_s: float) -> Any:
+        """Asks this machine's server itself, also where http_proxy is set."""
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        return opener.open(request, timeout=timeout_s)
+
     def _url(self, path: str) -> str:
         return f"http://{self.ports.host}:{self.ports.http}/v2/{path}"
 
     def _is_healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(self._url("health/ready"), timeout=5) as response:
+            with self._urlopen(self._url("health/ready"), 5) as response:
                 return bool(response.status == 200)
         except OSError:
             return False
 
     def _ask(self, timeout_s: float) -> None:
         question = json.dumps({"text_input": "Ready?", "max_tokens": 1}).encode()
-        request = urllib.request.Request(self._url("models/nvlm/generate"), data=question)
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self._url("models/nvlm/generate"), question, headers)
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            with self._urlopen(request, timeout_s) as response:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
             told = error.read().decode(errors="replace")
@@ -188,7 +212,8 @@ class TritonServer:
 
     def last_error(self) -> str:
         """What the log says last of an error, without Triton's own prefix and trace."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        text = self.log.read_bytes()[self._log_start :].decode(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
         lines = lines or ["it wrote no log"]
         told = [line for line in lines if re.match(r"E\d{4} ", line) and "failed to load" in line]
         errors = told or [line for line in lines if line.startswith("error:")] or lines

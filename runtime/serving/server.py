@@ -50,6 +50,11 @@ class Server:
     def num_open(self) -> int:
         return self._loop.num_open
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the next `submit` is refused."""
+        return self._loop.is_full
+
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
         """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or
         stopping, and `RuntimeError` once the decoder has failed."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
@@ -59,6 +60,15 @@ def test_asyncio(triton_server: Served, runner: Runner) -> None:
     for prompt in prompts:
         result = runner.generate(GenerationRequest((prompt,), max_new_tokens=12))
         assert f"{prompt} -> {result.text} ({result.num_tokens} tokens)\n" in found
+
+
+def test_a_large_picture_by_curl_is_answered(triton_server: Served, tmp_path: Path) -> None:
+    """15 MB of JSON, with the header that the manual shows."""
+    noise = torch.randint(0, 256, (1600, 2400, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).save(tmp_path / "noise.png", compress_level=0)
+    url = f"http://127.0.0.1:{triton_server.http}"
+    found = stdout_of("examples/triton_curl.sh", url, tmp_path / "noise.png", "What is it?")
+    assert json.loads(found.partition("\n")[0])["num_tiles"] == 7
 
 
 def test_curl(triton_server: Served, runner: Runner) -> None:

@@ -191,20 +191,23 @@ def test_two_ways_of_asking_keep_the_place_to_the_end(triton_server: Served, way
     assert (found["length"], found["cancelled"]) == (1, 0)
 
 
-def test_a_full_server_says_busy_and_recovers(triton_server: Served) -> None:
-    """72 places: 8 in the batch and 64 in the queue."""
+def test_a_full_server_answers_503_and_recovers(triton_server: Served) -> None:
+    """72 places are sure: 8 in the batch and 64 that wait. Triton's own queue is as long."""
     before = settled(triton_server)
-    with ThreadPoolExecutor(110) as pool:
+    with ThreadPoolExecutor(200) as pool:
         answers = list(
-            pool.map(lambda _: triton_server.generate(text_input="x", max_tokens=60), range(110))
+            pool.map(lambda _: triton_server.generate(text_input="x", max_tokens=60), range(200))
         )
     refused = [answer for answer in answers if "error" in answer]
-    assert 1 <= len(refused) <= 110 - 72
-    assert all("the server is busy with 72 requests" in answer["error"] for answer in refused)
+    assert 1 <= len(refused) <= 200 - 72
+    assert {answer["status"] for answer in refused} == {503}
+    assert all("Exceeds maximum queue size" in answer["error"] for answer in refused)
     texts = {answer["text_output"] for answer in answers if "error" not in answer}
     assert texts == {ask(triton_server, tensors("x", 60)).text}
-    busy = 'nvlm_requests_total{outcome="busy"}'
-    assert settled(triton_server)[busy] - before.get(busy, 0.0) == len(refused)
+    assert outcomes(before, settled(triton_server)) == {
+        **dict.fromkeys(("stop", "refused", "failed", "cancelled", "busy"), 0.0),
+        "length": 201.0 - len(refused),
+    }
 
 
 def test_metrics_stand_beside_tritons(triton_server: Served, images: Images) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import sysconfig
 import threading
 import time
+import venv
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,7 +23,7 @@ from build.conversion.convert import ConvertOptions
 from frontends.triton.server import Ports, TritonServer
 from nvlm.program.errors import UserError
 from tests.conftest import FP32, Workshop
-from tests.support.command import Result, one_line_error, run_command
+from tests.support.command import ROOT, Result, one_line_error, run_command
 from tests.support.ranks import engine_of
 from tests.support.triton_server import free_ports, start
 
@@ -99,11 +102,15 @@ def test_a_server_that_dies_is_told_and_its_log_kept(engine_dir: Path, tmp_path:
     assert "Started GRPCInferenceService" in kept_log(told[0])
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 130)])
 def test_a_server_that_is_stopped_leaves_nothing(
-    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_number: int
+    engine_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    signal_number: int,
+    code: int,
 ) -> None:
-    """By a scheduler, or by an ssh session that ends."""
+    """By a service manager, which takes 0 for success, or by an ssh session that ends."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
@@ -113,8 +120,61 @@ def test_a_server_that_is_stopped_leaves_nothing(
         assert time.monotonic() < end, (tmp_path / "log").read_text()
         time.sleep(0.05)
     process.send_signal(signal_number)
-    assert process.wait(150) == 130, (tmp_path / "log").read_text()
+    assert process.wait(150) == code, (tmp_path / "log").read_text()
     assert list(scratch.glob("nvlm_triton_*")) == []
+
+
+def test_a_log_file_is_kept_and_appended_to(engine_dir: Path, tmp_path: Path) -> None:
+    """SIGTERM ends a server that serves with 0 too."""
+    log = tmp_path / "triton.log"
+    log.write_text("from before\n")
+    process, _ = start(engine_dir, tmp_path / "told", "--log_file", log)
+    end = time.monotonic() + 150
+    while f"log {log};" not in (tmp_path / "told").read_text():
+        assert time.monotonic() < end, (tmp_path / "told").read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    text = log.read_text()
+    assert text.startswith("from before\n")
+    assert re.search(r"nvlm: request #1: length after 1 tokens, \d+ of prompt, 0 tiles", text)
+
+
+def test_a_log_file_that_cannot_be_written_is_told(engine_dir: Path, tmp_path: Path) -> None:
+    result = ended(engine_dir, "--log_file", tmp_path / "missing" / "log")
+    one_line_error(result, "--log_file", "No such file")
+
+
+def test_a_folder_for_the_repository_that_is_not_ascii_is_told(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "Prüfstand"))
+    (tmp_path / "Prüfstand").mkdir()
+    one_line_error(ended(engine_dir), "Prüfstand", "expected ASCII", "TMPDIR")
+
+
+def test_project_environment_and_engine_in_folders_that_are_not_ascii_serve(
+    engine_dir: Path, tmp_path: Path
+) -> None:
+    """The backend's Python takes file names for ASCII."""
+    project = tmp_path / "Prüfstand 模型"
+    for room in ("nvlm", "build", "runtime", "frontends"):
+        shutil.copytree(ROOT / room, project / room)
+    engine = shutil.copytree(engine_dir, project / "engine é")
+    environment = project / ".venv"
+    venv.create(environment, symlinks=True)
+    (packages,) = (environment / "lib").glob("python3*/site-packages")
+    packages.rmdir()
+    packages.symlink_to(sysconfig.get_path("purelib"))
+    log = tmp_path / "log"
+    process, _ = start(engine, log, python=environment / "bin" / "python", cwd=project)
+    end = time.monotonic() + 150
+    while "ready:" not in log.read_text():  # it has answered
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
 
 
 def running_in_group(group: int) -> list[str]:
@@ -214,6 +274,14 @@ class TestReadiness:
     )
     def test_an_error_and_nonsense_are_told(self, status: int, body: bytes, told: str) -> None:
         with answering(status, body) as server, pytest.raises(UserError, match=told):
+            server.wait_until_ready(5)
+
+    def test_no_proxy_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody listens at that port."""
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{free_ports(1)[0]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with answering(200, b'{"num_tokens": 1}') as server:
             server.wait_until_ready(5)
 
     def test_silence_is_told_when_the_deadline_is_over(self) -> None:

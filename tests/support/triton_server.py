@@ -90,16 +90,22 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(engine_dir: Path, log: Path, *flags: object) -> tuple[subprocess.Popen[str], list[int]]:
+def start(
+    engine_dir: Path,
+    log: Path,
+    *flags: object,
+    python: Path = Path(sys.executable),
+    cwd: Path = ROOT,
+) -> tuple[subprocess.Popen[str], list[int]]:
     """`python -m frontends.triton.serve` under way, its stderr in `log`."""
     ports = free_ports(3)
     names = ("--http_port", "--grpc_port", "--metrics_port")
     port_flags = [str(x) for pair in zip(names, ports, strict=True) for x in pair]
-    command = [sys.executable, "-m", "frontends.triton.serve", "--engine_dir", str(engine_dir)]
+    command = [str(python), "-m", "frontends.triton.serve", "--engine_dir", str(engine_dir)]
     with open(log, "w") as stderr:
         process = subprocess.Popen(
             [*command, "--device", "cpu", "--num_threads", "1", *port_flags, *map(str, flags)],
-            cwd=ROOT,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stderr=stderr,
             text=True,

@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 
-_UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+# The server is this machine's, whatever http_proxy says.
+_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+]
 _DATATYPES = {
     torch.uint8: "UINT8",
     torch.float32: "FP32",
@@ -32,7 +37,7 @@ class Channel:
     """A connection that any number of threads may use."""
 
     def __init__(self, url: str) -> None:
-        self._channel = grpc.insecure_channel(url, _UNLIMITED)
+        self._channel = grpc.insecure_channel(url, _OPTIONS)
         self.stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def close(self) -> None:

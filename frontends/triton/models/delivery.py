@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
-
 from frontends.triton.models.metrics import MetricsExporter
-from frontends.triton.response import output_arrays
-from nvlm.program.errors import UserError
+from frontends.triton.models.replies import (
+    CancelledError,
+    error_response,
+    log_end,
+    response_of,
+    send_last,
+)
 from runtime.requests.types import Answer
-from runtime.serving.loop import BusyError
 from runtime.serving.server import Server
 from runtime.serving.ticket import Ticket
 
@@ -29,8 +31,10 @@ _CLOSE_TIMEOUT_S = 1.0
 
 @dataclass(eq=False, slots=True)
 class Client:
-    """Where the answers of one request go; `outputs` are the tensors it asked for."""
+    """Where the answers of one request go; `outputs` are the tensors it asked for. `name` is its id
+    in the log: the client's own in quotes, or a number."""
 
+    name: str
     sender: Any
     streams: bool
     outputs: frozenset[str]
@@ -92,8 +96,9 @@ class Delivery:
         if isinstance(item, Ticket):
             self._tickets[client] = item
             return
-        response = response_of(item, client)
+        response = response_of(item, client.outputs, whole=not client.streams)
         if item.is_last:
+            log_end(client.name, item.error or item.result)
             self._finish(client, response)
         else:
             client.sender.send(response)
@@ -102,38 +107,10 @@ class Delivery:
         for client, ticket in list(self._tickets.items()):
             if client.sender.is_cancelled():
                 self._server.cancel(ticket)
-                self._finish(client, _error("cancelled by the client", "CANCELLED"))
+                log_end(client.name, CancelledError())
+                self._finish(client, error_response(CancelledError()))
 
     def _finish(self, client: Client, response: Any) -> None:
         client.is_done = True
         self._tickets.pop(client, None)
         send_last(client.sender, response)
-
-
-# Triton adds to its module only after a model is imported: nothing of it is read before that.
-def send_last(sender: Any, response: Any) -> None:
-    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
-def _error(message: str, code: str) -> Any:
-    error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
-    return pb_utils.InferenceResponse(error=error)
-
-
-def response_of(answer: Answer, client: Client) -> Any:
-    """A piece of an answer as Triton's response, with the tensors the client asked for."""
-    if answer.error is not None:
-        return error_response(answer.error)
-    arrays = output_arrays(answer, whole=not client.streams)
-    tensors = [pb_utils.Tensor(name, arrays[name]) for name in arrays if name in client.outputs]
-    return pb_utils.InferenceResponse(output_tensors=tensors)
-
-
-def error_response(error: Exception) -> Any:
-    """A code and a sentence; a traceback of ours goes to the log."""
-    if isinstance(error, BusyError):
-        return _error(str(error), "UNAVAILABLE")
-    if isinstance(error, UserError):
-        return _error(str(error), "INVALID_ARG")
-    logger.error("a request failed", exc_info=error)
-    return _error(f"{type(error).__name__}: {error}", "INTERNAL")

@@ -6,13 +6,15 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton_python_backend_utils as pb_utils
 
-from frontends.triton.models.delivery import Client, Delivery, error_response, send_last
+from frontends.triton.models.delivery import Client, Delivery
+from frontends.triton.models.replies import CancelledError, error_response, log_end, send_last
 from frontends.triton.parameters import refuse_unknown
 from frontends.triton.request import read_request, wants_stream
 from frontends.triton.signature import NVLM_INPUTS
@@ -24,12 +26,15 @@ from runtime.serving.loop import BusyError
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 
+_POLL_S = 0.02  # how soon a place that came free is seen
+
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
-        logging.basicConfig(stream=sys.stderr, format="nvlm: %(message)s")
+        logging.basicConfig(stream=sys.stderr, format="%(asctime)s nvlm: %(message)s")
+        logging.getLogger("frontends").setLevel(logging.INFO)
         ignore_pillows_warnings()
         if num_threads := int(parameters["num_threads"]):
             torch.set_num_threads(num_threads)
@@ -40,9 +45,11 @@ class TritonPythonModel:
         self._is_decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self._server = Server(runner, max_queue_size=int(parameters["max_queue_size"]))
         self._delivery = Delivery(self._server)
+        self._num_requests = 0
 
     def execute(self, requests: list[Any]) -> None:
-        """Returns at once; answers go out as they come, in both transaction policies."""
+        """Answers go out as they come, in both transaction policies. Returns at once unless the
+        server is full: then requests wait in Triton's own queue, which refuses with 503."""
         for request in requests:
             self._accept(request)
 
@@ -53,26 +60,35 @@ class TritonPythonModel:
 
     def _accept(self, request: Any) -> None:
         sender = request.get_response_sender()
+        self._num_requests += 1
+        name = repr(request.request_id()) if request.request_id() else f"#{self._num_requests}"
         try:
             refuse_unknown(request.parameters())
             tensors = _tensors(request)
             client = Client(
-                sender, wants_stream(tensors), frozenset(request.requested_output_names())
+                name, sender, wants_stream(tensors), frozenset(request.requested_output_names())
             )
             if client.streams and not self._is_decoupled:
                 raise UserError(
                     "stream is true, but this server was started with --unary; leave it out"
                 )
-            ticket = self._server.submit(
-                read_request(tensors, self._server.runner.engine.limits),
-                lambda answer: self._delivery.put(client, answer),
-            )
+            asked = read_request(tensors, self._server.runner.engine.limits)
+            self._wait_for_place(sender)
+            ticket = self._server.submit(asked, lambda answer: self._delivery.put(client, answer))
         except Exception as error:
             if isinstance(error, UserError) and not isinstance(error, BusyError):
                 self._server.metrics.add("nvlm_requests_total", label="refused")
+            log_end(name, error)
             send_last(sender, error_response(error))
             return
         self._delivery.watch(client, ticket)
+
+    def _wait_for_place(self, sender: Any) -> None:
+        while self._server.is_full:
+            if sender.is_cancelled():
+                self._server.metrics.add("nvlm_requests_total", label="cancelled")
+                raise CancelledError
+            time.sleep(_POLL_S)
 
 
 def _open(parameters: dict[str, str]) -> Runner:
