@@ -9,7 +9,6 @@ apart. Hidden files in it are scaffolding and go before it gets its name.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from nvlm.formats import layout, manifest
 from nvlm.program.errors import UserError
+from nvlm.program.locks import lock
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _locked(place: OutputPlace) -> Iterator[None]:
     staging.mkdir(exist_ok=True)
     fd = os.open(staging, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(fd, str(staging))
         if not staging.exists() or os.fstat(fd).st_ino != staging.stat().st_ino:
             raise BlockingIOError  # another run finished and renamed it in between
         yield

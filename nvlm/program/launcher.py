@@ -6,6 +6,7 @@ runtime/ranks.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,10 @@ _VARIABLES = (
     ),
     ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
 )
+# `srun --mpi=pmix` alone gives its tasks PMIX_RANK too. The third is a list: "2(x3),1".
+_SLURM = ("SLURM_STEP_NUM_TASKS", "PMIX_RANK", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID")
+_SLURM_COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+_TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +51,35 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> World:
-        for size, rank, local_size, local_rank in _VARIABLES:
-            if size in environment:
-                values = environment[size], environment.get(rank, "0")
-                local = [environment.get(name) for name in (local_size, local_rank)]
-                if not all(value is None or value.isdecimal() for value in (*values, *local)):
-                    raise UserError(
-                        f"{size}={values[0]} and {rank}={values[1]} in the environment, expected "
-                        "numbers; start with mpirun, or unset them"
-                    )
-                world = cls(
-                    *(int(value) for value in values),
-                    *(None if value is None else int(value) for value in local),
-                )
-                if world.rank >= world.size:
-                    raise UserError(
-                        f"{size}={world.size} and {rank}={world.rank} in the environment, expected "
-                        "a rank below the size; start with mpirun, or unset them"
-                    )
-                return world
+        """Raises `UserError` for variables that make no sense, and for launchers without MPI."""
+        for names in _VARIABLES:
+            if names[0] in environment:
+                return cls._read(environment, names)
+        if "PMIX_RANK" in environment:
+            return cls._read(_of_slurm(environment), _SLURM)
+        _refuse_torchrun(environment)
         return cls()
+
+    @classmethod
+    def _read(cls, environment: Mapping[str, str], names: tuple[str, str, str, str]) -> World:
+        size, rank, *local_names = names
+        values = environment[size], environment.get(rank, "0")
+        local = [environment.get(name) for name in local_names]
+        if not all(value is None or value.isdecimal() for value in (*values, *local)):
+            raise UserError(
+                f"{size}={values[0]} and {rank}={values[1]} in the environment, expected numbers; "
+                "start with mpirun, or unset them"
+            )
+        world = cls(
+            *(int(value) for value in values),
+            *(None if value is None else int(value) for value in local),
+        )
+        if world.rank >= world.size:
+            raise UserError(
+                f"{size}={world.size} and {rank}={world.rank} in the environment, expected a rank "
+                "below the size; start with mpirun, or unset them"
+            )
+        return world
 
     def share_of(self, num_threads: int) -> int:
         """How many of a machine's threads each of its ranks takes."""
@@ -87,12 +101,45 @@ class World:
         return self.local_rank
 
 
+def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` with the number of this machine's tasks in place of Slurm's list of all."""
+    size, rank, local_size, _ = _SLURM
+    if size not in environment:
+        raise UserError(
+            f"{rank}={environment[rank]} in the environment and no {size}: a launcher that does "
+            "not say how many ranks it started; start with mpirun or srun --mpi=pmix, or unset it"
+        )
+    found = dict(environment)
+    counts: list[str] = []
+    for part in environment.get(local_size, "").split(","):
+        count = _SLURM_COUNT.fullmatch(part)
+        counts += [count[1]] * int(count[2] or 1) if count else []
+    node = environment.get("SLURM_NODEID", "")
+    if node.isdecimal() and int(node) < len(counts):
+        found[local_size] = counts[int(node)]
+    else:
+        found.pop(local_size, None)
+    return found
+
+
+def _refuse_torchrun(environment: Mapping[str, str]) -> None:
+    """Its processes could not find each other, and each would answer everything."""
+    size = environment.get("WORLD_SIZE", "1")
+    if size != "1" and all(name in environment for name in _TORCHRUN):
+        raise UserError(
+            f"torchrun (or another launcher of torch.distributed) started {size} processes, and "
+            f"ranks meet by MPI here; start with mpirun -n {size} python ..., or one process"
+        )
+
+
 def rank_from(environment: Mapping[str, str]) -> int:
-    """For the log, which must not fail: 0 where the environment says nothing sensible."""
+    """For the log, which must not fail: where the environment makes no sense, what torchrun says,
+    or 0."""
     try:
         return World.from_environment(environment).rank
     except UserError:
-        return 0
+        rank = environment.get("RANK", "")
+        return int(rank) if rank.isdecimal() else 0
 
 
 def end(code: int) -> NoReturn:

@@ -6,7 +6,6 @@ What the lines mean is the caller's; a killed run may leave the beginning of one
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from nvlm.program.errors import UserError
 from nvlm.program.file_kinds import is_pipe_or_device
+from nvlm.program.locks import lock
 
 
 class LineFile:
@@ -41,10 +41,15 @@ class LineFile:
                 f"{self.name} cannot be written: {error.strerror}; choose another"
             ) from None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), self.name)
         except BlockingIOError:
             file.close()
             raise self._is_taken() from None
+        except OSError as error:
+            file.close()
+            raise UserError(
+                f"{self.name} cannot be locked: {error.strerror}; choose another"
+            ) from None
         return file
 
     def _is_taken(self) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -194,6 +195,26 @@ def test_an_output_directory_that_another_process_writes_is_refused(
         make_refused(tmp_path, make(tmp_path / "new"), fragments=("another process",))
     finally:
         os.close(other)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF])
+def test_a_file_system_without_locks_is_told_and_written(
+    make: Make,
+    tmp_path: Path,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Lustre and FUSE without flock, NFS without its lock service, a directory on NFS."""
+
+    def no_flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    done = run_make(make(tmp_path / "new"))
+    assert done.exit_code == 0, done.stderr
+    assert "new.partial lies on a file system without locks" in caplog.text
+    assert (tmp_path / "new" / "manifest.json").is_file()
 
 
 def test_a_file_called_partial_is_no_reason_for_a_traceback(make: Make, tmp_path: Path) -> None:

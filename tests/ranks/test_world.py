@@ -25,7 +25,20 @@ def open_mpi(size: int, rank: int, local_size: int, local_rank: int) -> dict[str
     return {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in values}
 
 
-@pytest.mark.parametrize("launcher", [mpich, open_mpi])
+def slurm(size: int, rank: int, local_size: int, local_rank: int) -> dict[str, str]:
+    """Variables of a task of `srun --mpi=pmix`, as Slurm's manual lists them."""
+    return {
+        "SLURM_NTASKS": "99",  # the allocation's, not this step's
+        "SLURM_STEP_NUM_TASKS": str(size),
+        "SLURM_STEP_TASKS_PER_NODE": f"{local_size}(x{size // local_size})",
+        "SLURM_NODEID": str(rank // local_size),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(local_rank),
+        "PMIX_RANK": str(rank),
+    }
+
+
+@pytest.mark.parametrize("launcher", [mpich, open_mpi, slurm])
 def test_the_second_rank_of_the_second_machine_takes_its_second_gpu(
     launcher: object,
 ) -> None:
@@ -72,6 +85,38 @@ def test_variables_that_are_no_numbers_are_refused_and_the_log_does_without() ->
 def test_a_rank_outside_the_world_is_refused(size: str, rank: str) -> None:
     with pytest.raises(UserError, match=f"PMI_SIZE={size} and PMI_RANK={rank}.*below the size"):
         World.from_environment({"PMI_SIZE": size, "PMI_RANK": rank})
+
+
+def test_slurms_uneven_machines_are_counted() -> None:
+    uneven = {**slurm(5, 4, 2, 0), "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
+    world = World.from_environment(uneven)
+    assert (world.size, world.rank, world.local_size, world.local_rank) == (5, 4, 1, 0)
+
+
+def test_a_shell_of_slurm_and_a_task_without_mpi_are_one_rank() -> None:
+    """A batch script has Slurm's variables too; shares of a benchmark are tasks of their own."""
+    task = slurm(4, 3, 2, 1)
+    del task["PMIX_RANK"]
+    assert World.from_environment(task).size == 1
+
+
+def test_a_launcher_that_does_not_say_its_size_is_refused() -> None:
+    with pytest.raises(UserError, match=r"PMIX_RANK=1 .*no SLURM_STEP_NUM_TASKS.*mpirun or srun"):
+        World.from_environment({"PMIX_RANK": "1"})
+
+
+def torchrun(size: int, rank: int) -> dict[str, str]:
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return dict(zip(names, map(str, (size, rank, rank, size)), strict=True))
+
+
+def test_torchrun_is_refused_by_name_unless_it_started_one() -> None:
+    with pytest.raises(UserError, match=r"torchrun .*started 4 processes.*mpirun -n 4"):
+        World.from_environment(torchrun(4, 2))
+    assert rank_from(torchrun(4, 2)) == 2
+    assert World.from_environment(torchrun(1, 0)).size == 1
+    assert World.from_environment({**torchrun(4, 2), **mpich(4, 2, 4, 2)}).rank == 2
+    assert World.from_environment({"WORLD_SIZE": "4"}).size == 1, "left by something else"
 
 
 def test_a_rank_that_cannot_reach_the_first_one_says_where_it_looked() -> None:
