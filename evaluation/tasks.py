@@ -9,17 +9,25 @@ from typing import Literal
 
 from evaluation.asking.answer_lines import ANSWER_LINE, LineForm, SampleLine, VideoLine
 from evaluation.datasets.captioning import read_captions
+from evaluation.datasets.custom import read_custom
 from evaluation.datasets.mathvista import DEFAULT_SPLIT as MATHVISTA_SPLIT
 from evaluation.datasets.mathvista import read_mathvista
 from evaluation.datasets.mmmu import DEFAULT_SPLIT as MMMU_SPLIT
 from evaluation.datasets.mmmu import read_mmmu
-from evaluation.datasets.multiple_choice import read_ai2d, read_realworld_qa
+from evaluation.datasets.multiple_choice import (
+    AI2D,
+    REALWORLD_QA,
+    read_ai2d,
+    read_realworld_qa,
+)
+from evaluation.datasets.ocrbench import PACKING as OCR_BENCH
 from evaluation.datasets.ocrbench import read_ocrbench
 from evaluation.datasets.question_answering import (
     CHART_QA,
     INFO_VQA,
     SP_DOC_VQA,
     TEXT_VQA,
+    VQA_V2,
     read_questions,
     read_vqa_v2,
 )
@@ -43,8 +51,10 @@ from evaluation.scoring.score import Line, Scorer
 from evaluation.scoring.short_answers import (
     anls,
     anls_official,
+    equal_to_one,
     exact_match,
     exact_match_official,
+    holds_one,
     relaxed_accuracy,
     relaxed_accuracy_official,
     score_by,
@@ -60,8 +70,9 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`name` is Megatron-LM's spelling; `form`: of its answer lines. Parquet data sets bring their
-    own ground truth, and have a `default_split`. `max_num_tiles`: None for the engine's own number.
+    """`name` is Megatron-LM's spelling; `form`: of its answer lines. `gt_file` "packed": there is a
+    --gt_path, or a copy from the hub that holds the truth. Such data sets have a `default_split`.
+    `max_num_tiles`: None for the engine's own number.
     `submission`: what the benchmark's server takes. `scored_with_gt_path`: the lines lack the
     truth, or may, or the server wants questions that were not asked."""
 
@@ -69,7 +80,7 @@ class Task:
     read: Callable[[Location], DataSet]
     score: Scorer
     form: LineForm = ANSWER_LINE
-    gt_file: Literal["needed", "possible", "none"] = "needed"
+    gt_file: Literal["needed", "packed", "none"] = "needed"
     max_num_tiles: int | None = None
     unit: str = "%"
     default_split: str | None = None
@@ -95,6 +106,8 @@ TASKS = {
             "TextVQA",
             partial(read_questions, keys=TEXT_VQA),
             score_by(vqa_accuracy, leaving_one_person_out=vqa_accuracy_official),
+            gt_file="packed",
+            default_split=TEXT_VQA.split,
             merged_form=answers_alone,
             submission=submitted("question_id"),
         ),
@@ -102,6 +115,8 @@ TASKS = {
             "VQAv2",
             read_vqa_v2,
             score_by(vqa_accuracy, leaving_one_person_out=vqa_accuracy_official),
+            gt_file="packed",
+            default_split=VQA_V2.split,
             merged_form=with_question_id,
             submission=submitted("question_id"),
             scored_with_gt_path=True,
@@ -110,6 +125,8 @@ TASKS = {
             "ChartQA",
             partial(read_questions, keys=CHART_QA),
             score_by(relaxed_accuracy, by_the_rules_of_ChartQA=relaxed_accuracy_official),
+            gt_file="packed",
+            default_split=CHART_QA.split,
             merged_form=with_question_id,
             has_one_truth=True,
         ),
@@ -117,6 +134,8 @@ TASKS = {
             "SPDocVQA",
             partial(read_questions, keys=SP_DOC_VQA),
             score_by(anls, as_it_is_written=anls_official),
+            gt_file="packed",
+            default_split=SP_DOC_VQA.split,
             merged_form=answers_alone,
             submission=submitted("questionId"),
         ),
@@ -124,6 +143,8 @@ TASKS = {
             "InfoVQA",
             partial(read_questions, keys=INFO_VQA),
             score_by(anls, as_it_is_written=anls_official),
+            gt_file="packed",
+            default_split=INFO_VQA.split,
             merged_form=answers_alone,
             submission=submitted("questionId"),
         ),
@@ -147,11 +168,20 @@ TASKS = {
             submission=responses,
             has_one_truth=True,
         ),
-        Task("OCRBench", read_ocrbench, score_ocrbench, unit="points"),
+        Task(
+            "OCRBench",
+            read_ocrbench,
+            score_ocrbench,
+            gt_file="packed",
+            unit="points",
+            default_split=OCR_BENCH.split,
+        ),
         Task(
             "AI2D",
             read_ai2d,
             score_by(exact_match, as_it_is_written=exact_match_official),
+            gt_file="packed",
+            default_split=AI2D.split,
             merged_form=answers_alone,
             has_one_truth=True,
         ),
@@ -159,11 +189,13 @@ TASKS = {
             "RealworldQA",
             read_realworld_qa,
             score_by(exact_match, as_it_is_written=exact_match_official),
-            gt_file="possible",
+            gt_file="packed",
+            default_split=REALWORLD_QA.split,
             merged_form=with_question_id,
             has_one_truth=True,
         ),
         Task("VideoMME", read_video_mme, score_video_mme, VideoLine(), max_num_tiles=1),
+        Task("custom", read_custom, score_by(equal_to_one, holds_one=holds_one)),
     )
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from evaluation.asking.task_run import DEFAULT_NUM_FRAMES, TaskRun
+from evaluation.datasets.packed import is_packed
 from evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, TASKS, find_task
 from nvlm.program.command_line import ArgumentParser, natural_int, positive_int
 from nvlm.program.errors import UserError
@@ -18,7 +19,6 @@ from runtime.serving.launch import add_engine_flags
 from runtime.serving.runner import Runner
 
 EXIT_SOME_FAILED = 1
-_NEEDED = ("input_image_path", "output_path")
 _ONLY_OF_TASKS = {"split": ("MMMU", "MathVista"), "num_frames": ("VideoMME",)}
 
 
@@ -32,7 +32,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--num_partitions", type=natural_int, help="share the records among this many processes")
     add("--partition_id", type=natural_int, help="which share this is, from 0")
     add("--num_samples_per_partition", type=positive_int, help="take so many instead of a share")
-    add("--split", help="of MMMU (default validation) and MathVista (default testmini)")
+    add("--split", help="of MMMU, MathVista and copies from the hub (defaults: docs/evaluation.md)")
     add(
         "--num_frames",
         type=positive_int,
@@ -43,12 +43,20 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def check_flags(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
-    for name in _NEEDED:
-        if given[name] is None:
-            raise UserError(f"--task needs --{name}")
     task = find_task(arguments.task)
-    if task.gt_file == "needed" and not arguments.gt_path:
-        raise UserError(f"--task {task.name} needs --gt_path, the benchmark's questions")
+    has_own_folder = bool(arguments.gt_path) and (
+        task.name == "custom" or all(map(is_packed, arguments.gt_path))
+    )
+    if arguments.input_image_path is None and not has_own_folder:
+        raise UserError("--task needs --input_image_path")
+    if arguments.output_path is None:
+        raise UserError("--task needs --output_path")
+    is_copy = not arguments.gt_path and (
+        task.gt_file == "packed" and _holds_parquet(arguments.input_image_path)
+    )
+    if task.gt_file != "none" and not arguments.gt_path and not is_copy:
+        copy = ", or a copy from the hub as --input_image_path" if task.gt_file == "packed" else ""
+        raise UserError(f"--task {task.name} needs --gt_path, the benchmark's questions{copy}")
     if task.gt_file == "none" and arguments.gt_path:
         raise UserError(
             f"--gt_path does not go with --task {task.name}: the parquet files of "
@@ -62,10 +70,17 @@ def check_flags(arguments: argparse.Namespace) -> None:
             f"{task.max_num_tiles} tile each; leave it out"
         )
     for name, tasks in _ONLY_OF_TASKS.items():
+        if name == "split" and is_copy:
+            continue
         if given[name] is not None and task.name not in tasks:
             raise UserError(
                 f"--{name} goes with --task {' or '.join(tasks)}; {task.name} has no use for it"
             )
+
+
+def _holds_parquet(folder: Path) -> bool:
+    """In itself, `data` or a folder of one of its parts (DocVQA)."""
+    return any(True for pattern in ("*.parquet", "*/*.parquet") for _ in folder.glob(pattern))
 
 
 def lead(

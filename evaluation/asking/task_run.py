@@ -46,7 +46,7 @@ class TaskRun:
         """Reads the data set; `request` has the flags that every request shares."""
         task = find_task(arguments.task)
         location = Location(
-            arguments.input_image_path,
+            arguments.input_image_path or arguments.gt_path[0].parent,
             tuple(arguments.gt_path),
             arguments.split,
             arguments.num_frames or DEFAULT_NUM_FRAMES,

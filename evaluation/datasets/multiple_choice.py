@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
-from evaluation.datasets.parquet import ParquetFile, missing_files, parquet_files
+from evaluation.datasets.packed import TSV, Packing, packed_records
 from evaluation.datasets.prompts import LETTERS, short_answer, with_options
 from evaluation.datasets.records import (
     Record,
@@ -20,13 +19,19 @@ from evaluation.datasets.records import (
     string_list,
 )
 from evaluation.datasets.sample import DataSet, Location, Sample
-from nvlm.program.errors import UserError
 
-_REALWORLD_QA_SPLIT = "test"
+_OPTIONS = ("A", "B", "C", "D", "E", "F")
+AI2D = Packing("lmms-lab/ai2d", "image", {"question_id": ("index",)}, numbers=("question_id",))
+REALWORLD_QA = Packing(
+    "xai-org/RealworldQA", "image", {"question_id": ("index",)}, numbers=("question_id",)
+)
 
 
 def read_ai2d(location: Location) -> DataSet:
-    """JSONL of image, question_id, question (with its options) and answer (a letter)."""
+    """JSONL of image, question_id, question (with its options) and answer (a letter); or packed,
+    with the options apart."""
+    if (packed := packed_records(location, AI2D, "AI2D")) is not None:
+        return collect(packed[0], _multiple_choice, packed[1])
 
     def read(_: int, record: Record) -> Sample:
         # NVLM-1.0 joins the whole name, main its last part.
@@ -41,11 +46,35 @@ def read_ai2d(location: Location) -> DataSet:
     return collect([record for path in location.gt_paths for record in json_lines(path)], read)
 
 
+def _multiple_choice(position: int, record: Record) -> Sample:
+    """A packed row: the hub's has `options` and the index of the answer, VLMEvalKit's a column a
+    letter and the letter of the answer. Rows without an id are numbered."""
+    truth = answer(record, "answer").strip()
+    options = _options(record)
+    if options and truth.isdecimal():
+        if int(truth) >= len(options):
+            raise RecordError(f"has answer {truth!r} and {len(options)} options")
+        truth = LETTERS[int(truth)]
+    question: str = field(record, "question", str)
+    asked = with_options(question, options) if options else short_answer(question)
+    content = (field(record, "image", object), "\n" + asked)
+    return Sample(record.get("question_id", position), content, {"gt_answer": [truth]})
+
+
+def _options(record: Record) -> list[str]:
+    if "options" in record:
+        return string_list(record, "options")
+    return [record[letter] for letter in _OPTIONS if letter in record]
+
+
 def read_realworld_qa(location: Location) -> DataSet:
     """xAI's list of records (JSON or JSONL), Megatron-LM's conversion of it, which has the options
-    apart, or without --gt_path the parquet files of xai-org/RealworldQA."""
-    if not location.gt_paths:
-        return _realworld_qa_parquet(location.image_dir)
+    apart, VLMEvalKit's TSV, or the parquet files of xai-org/RealworldQA."""
+    packed = packed_records(location, REALWORLD_QA, "RealworldQA")
+    if packed is not None and location.gt_paths and location.gt_paths[0].suffix.lower() == TSV:
+        return collect(packed[0], _multiple_choice, packed[1])
+    if packed is not None:
+        return collect(packed[0], _realworld_row, packed[1])
 
     def read(_: int, record: Record) -> Sample:
         """The id is the number in the image's name (0.webp)."""
@@ -84,20 +113,8 @@ def _list_or_lines(path: Path) -> list[tuple[str, Record]]:
     return json_lines(path) if is_lines else json_list(path)
 
 
-def _realworld_qa_parquet(folder: Path) -> DataSet:
-    """The rows have no ids: they are numbered."""
-    paths = parquet_files(folder, _REALWORLD_QA_SPLIT)
-    if not paths:
-        raise UserError(
-            f"--input_image_path {folder} has no {_REALWORLD_QA_SPLIT}-*.parquet; give a copy of "
-            "the data set xai-org/RealworldQA, or xAI's images and its annotations as --gt_path"
-        )
-
-    def read(position: int, record: Record) -> Sample:
-        question, truth = _realworld_question(record)
-        picture = field(record, "image", object)
-        return Sample(position, (picture, "\n" + question), {"gt_answer": [truth]})
-
-    files = [ParquetFile(path, re.compile("image"), "RealworldQA") for path in paths]
-    records = [record for file in files for record in file.records()]
-    return collect(records, read, missing_files(paths))
+def _realworld_row(position: int, record: Record) -> Sample:
+    """The hub's rows have no ids: they are numbered."""
+    question, truth = _realworld_question(record)
+    picture = field(record, "image", object)
+    return Sample(position, (picture, "\n" + question), {"gt_answer": [truth]})

@@ -22,9 +22,10 @@ _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-
 NO_PICTURES = re.compile("(?!)")
 
 
-def parquet_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split in a folder or its `data` (validation-00000-of-00001.parquet)."""
-    for place in (folder, folder / "data"):
+def parquet_files(folder: Path, split: str, beside: str = "") -> list[Path]:
+    """The files of a split (validation-00000-of-00001.parquet) in a folder, its `data`, or its
+    folder `beside`."""
+    for place in (folder, folder / "data", folder / beside):
         if found := sorted(place.glob(f"{split}-*.parquet")):
             return found
     return []

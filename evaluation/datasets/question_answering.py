@@ -1,7 +1,8 @@
 """TextVQA, VQAv2, ChartQA, SPDocVQA and InfoVQA: a list of questions, an image each.
 
 The keys are the benchmarks' own. VQAv2 is read as published (a questions file, with the annotations
-as the second --gt_path where they are public) or in Megatron-LM's merged form.
+as the second --gt_path where they are public) or in Megatron-LM's merged form. All of them are read
+from the hub's parquet files and VLMEvalKit's TSV too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation.datasets.packed import Packing, packed_records
 from evaluation.datasets.prompts import short_answer
 from evaluation.datasets.records import (
     Record,
@@ -26,6 +28,7 @@ from evaluation.datasets.records import (
 )
 from evaluation.datasets.sample import DataSet, Location, Sample
 from nvlm.program.errors import UserError
+from runtime.requests.types import ImageSource
 
 HIDDEN = [""]
 """The answers of a test split, as Megatron-LM writes them."""
@@ -34,29 +37,66 @@ HIDDEN = [""]
 @dataclass(frozen=True, slots=True)
 class Keys:
     """`id` None: the sample's position in the file (or files). `has_one_answer`: always, as a
-    benchmark does whose test split is public."""
+    benchmark does whose test split is public. `repositories`, `split` and `folder`: of a copy from
+    the hub (`Packing`)."""
 
+    task: str
     image: str
     question: str
     answers: str
+    repositories: str
+    split: str
     id: str | None = None
     has_one_answer: bool = False
+    folder: str = ""
+
+    @property
+    def packing(self) -> Packing:
+        """The hub's columns, and VLMEvalKit's: index, question and answer."""
+        columns = {
+            self.question: (self.question, "question"),
+            self.answers: (self.answers, "answers", "answer"),
+        }
+        if self.id is not None:
+            columns[self.id] = (self.id, "index")
+        numbers = () if self.id is None else (self.id,)
+        return Packing(self.repositories, self.image, columns, self.split, self.folder, numbers)
 
 
-TEXT_VQA = Keys("image_id", "question", "answers", "question_id")
-VQA_V2 = Keys("image", "question", "answer", "question_id")
-CHART_QA = Keys("imgname", "query", "label", has_one_answer=True)
-SP_DOC_VQA = Keys("image", "question", "answers", "questionId")
-INFO_VQA = Keys("image_local_name", "question", "answers", "questionId")
+TEXT_VQA = Keys(
+    *("TextVQA", "image_id", "question", "answers", "lmms-lab/textvqa", "validation"),
+    id="question_id",
+)
+VQA_V2 = Keys(
+    *("VQAv2", "image", "question", "answer", "lmms-lab/VQAv2", "validation"), id="question_id"
+)
+CHART_QA = Keys(
+    *("ChartQA", "imgname", "query", "label", "lmms-lab/ChartQA or HuggingFaceM4/ChartQA", "test"),
+    has_one_answer=True,
+)
+SP_DOC_VQA = Keys(
+    *("SPDocVQA", "image", "question", "answers", "lmms-lab/DocVQA", "validation"),
+    id="questionId",
+    folder="DocVQA",
+)
+INFO_VQA = Keys(
+    *("InfoVQA", "image_local_name", "question", "answers", "lmms-lab/DocVQA", "validation"),
+    id="questionId",
+    folder="InfographicVQA",
+)
 
 
 def read_questions(location: Location, keys: Keys) -> DataSet:
     """Several files are one data set, one behind the other (ChartQA: human and augmented)."""
+    if (packed := packed_records(location, keys.packing, keys.task)) is not None:
+        return _samples(packed[0], location.image_dir, keys, packed[1])
     records = [record for path in location.gt_paths for record in json_list(path, "data")]
     return _samples(records, location.image_dir, keys)
 
 
 def read_vqa_v2(location: Location) -> DataSet:
+    if (packed := packed_records(location, VQA_V2.packing, VQA_V2.task)) is not None:
+        return _samples(packed[0], location.image_dir, VQA_V2, packed[1])
     questions = read_json(location.gt_paths[0])
     if isinstance(questions, dict) and "annotations" in questions and "questions" not in questions:
         raise UserError(
@@ -107,7 +147,9 @@ def _coco_name(image_id: int | str, subtype: str) -> str:
     return f"COCO_{split}_{image_id:0>12}"
 
 
-def _samples(records: list[tuple[str, Any]], image_dir: Path, keys: Keys) -> DataSet:
+def _samples(
+    records: list[tuple[str, Any]], image_dir: Path, keys: Keys, incomplete: Iterable[str] = ()
+) -> DataSet:
     def read(position: int, record: Record) -> Sample:
         image = find_image(image_dir, record, keys.image)
         question = short_answer(field(record, keys.question, str))
@@ -119,7 +161,7 @@ def _samples(records: list[tuple[str, Any]], image_dir: Path, keys: Keys) -> Dat
             )
         return Sample(sample_id, (image, "\n" + question), {"gt_answer": answers})
 
-    return _of_one_split(collect(records, read), keys)
+    return _of_one_split(collect(records, read, incomplete), keys)
 
 
 def _of_one_split(data: DataSet, keys: Keys) -> DataSet:
@@ -144,15 +186,20 @@ def _is_hidden(sample: Sample) -> bool:
 
 
 def _answers(record: Record, key: str) -> list[str]:
-    """A test split has none, or an empty list; a single string counts as a list."""
+    """A test split has none, or an empty list, or empty strings; a single string counts as a
+    list."""
     if record.get(key) in (None, []):
         return HIDDEN
-    return [record[key]] if isinstance(record[key], str) else string_list(record, key)
+    answers = [record[key]] if isinstance(record[key], str) else string_list(record, key)
+    return answers if any(answers) else HIDDEN
 
 
-def find_image(image_dir: Path, record: Record, key: str) -> Path:
-    """The file of that name, or with .jpg, or with .png; else of the last part of the name, where
-    the pictures lie in one folder. Raises `RecordError` for a name that no file can have."""
+def find_image(image_dir: Path, record: Record, key: str) -> ImageSource:
+    """The picture in the record, or the file of that name, or with .jpg, or with .png; else of the
+    last part of the name, where the pictures lie in one folder. Raises `RecordError` for a name
+    that no file can have."""
+    if isinstance(record, dict) and callable(picture := record.get(key)):
+        return picture  # of a packed row
     name = str(field(record, key, (str, int)))
     names = [f"{name}{suffix}" for suffix in ("", ".jpg", ".png")]
     paths = [named_file(image_dir, {key: name}, key) for name in names]

@@ -1,4 +1,4 @@
-"""VideoMME: videos with their questions, and <YouTube id>.mp4 files.
+"""VideoMME: videos with their questions, and files called <YouTube id>.mp4, .mkv, .webm, ...
 
 Read are lmms-lab/Video-MME's parquet file (a row for each question), Video-MME's JSON list of
 videos, and that list with the names of its first version, which Megatron-LM expects and answer
@@ -42,6 +42,7 @@ _PUBLISHED = {
 }
 """What an answer line calls a value of the video -> what the published files call it now."""
 _QUESTION_KEYS = ("question_id", "task_type", "question", "options", "answer")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 _YOUTUBE = re.compile(r"https://(?:www|m)\.youtube\.com/watch\?v=")
 
 
@@ -49,6 +50,7 @@ def read_video_mme(location: Location) -> DataSet:
     require_package("av", "av (PyAV)", "VideoMME")
     records = [record for path in location.gt_paths for record in _records(path)]
     n = location.num_frames
+    videos = _videos(location.image_dir)
     decoding: dict[Path, threading.Lock] = {}
 
     def read(_: int, record: Record) -> Iterator[Sample | RecordError]:
@@ -58,7 +60,8 @@ def read_video_mme(location: Location) -> DataSet:
             for key, published in _PUBLISHED.items()
         }
         name = record.get("videoID") or _YOUTUBE.sub("", str(video["url"]))
-        path = named_file(location.image_dir, {"video": f"{name}.mp4"}, "video")
+        expected = named_file(location.image_dir, {"video": f"{name}.mp4"}, "video")
+        path = videos.get(expected.stem, expected)
         lock = decoding.setdefault(path, threading.Lock())
         images = tuple(partial(_frame, path, n, index, lock) for index in range(n))
         for question in _questions(record):
@@ -70,6 +73,15 @@ def read_video_mme(location: Location) -> DataSet:
             yield Sample(sample_id, (*images, "\n" + text), {**video, "questions": [asked]}, path)
 
     return collect(records, read, missing_files(location.gt_paths))
+
+
+def _videos(folder: Path) -> dict[str, Path]:
+    """The videos of a folder by their names without suffix; of several the first suffix counts."""
+    found: dict[str, Path] = {}
+    files = [path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES]
+    for path in sorted(files, key=lambda path: VIDEO_SUFFIXES.index(path.suffix.lower())):
+        found.setdefault(path.stem, path)
+    return found
 
 
 def _records(path: Path) -> list[tuple[str, Any]]:

@@ -23,7 +23,8 @@ _GROUP_OF_TYPE = {
 }
 TYPES = tuple(_GROUP_OF_TYPE)
 _OFFICIAL = "at most one a sample"
-_FORMULAS = "HME100k"
+FORMULAS, FORMULAS_TYPE = "HME100k", "Handwritten Mathematical Expression Recognition"
+"""The data set of the formulas, and the type that holds them alone."""
 
 
 def points(answer: str, truths: list[str], dataset_name: str) -> int:
@@ -31,7 +32,7 @@ def points(answer: str, truths: list[str], dataset_name: str) -> int:
 
     def comparable(text: str) -> str:
         text = text.strip().replace("\n", " ")
-        return text.replace(" ", "") if dataset_name == _FORMULAS else text.lower()
+        return text.replace(" ", "") if dataset_name == FORMULAS else text.lower()
 
     return sum(comparable(truth) in comparable(answer) for truth in truths)
 

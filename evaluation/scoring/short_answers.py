@@ -1,4 +1,5 @@
-"""TextVQA, VQAv2, ChartQA, AI2D, RealworldQA, SPDocVQA and InfoVQA (evaluate_vqav2.py)."""
+"""TextVQA, VQAv2, ChartQA, AI2D, RealworldQA, SPDocVQA and InfoVQA (evaluate_vqav2.py), and
+questions of one's own."""
 
 from __future__ import annotations
 
@@ -58,6 +59,21 @@ def exact_match_official(prediction: str, truths: list[str]) -> float:
     """Compares what is written, in either case: "A" is a letter here, and no article."""
     (truth,) = truths
     return float(prediction.strip().lower() == truth.strip().lower())
+
+
+def equal_to_one(prediction: str, truths: list[str]) -> float:
+    """One of the answers, in either case and with any white space; nothing else is normalised."""
+    return float(_in_one_case(prediction) in map(_in_one_case, truths))
+
+
+def holds_one(prediction: str, truths: list[str]) -> float:
+    """One of the answers stands in it, in either case."""
+    answer = _in_one_case(prediction)
+    return float(any(_in_one_case(truth) in answer for truth in truths))
+
+
+def _in_one_case(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def anls(prediction: str, truths: list[str]) -> float:

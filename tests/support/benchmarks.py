@@ -632,6 +632,33 @@ def write_video(path: Path, texts: list[str]) -> None:
         container.mux(stream.encode())
 
 
+def custom(folder: Path) -> Benchmark:
+    """Questions of one's own: asked as they are, several answers, a text without a picture."""
+    write_picture(folder / "photos" / "51.png", "51")
+    gt = folder / "mine.jsonl"
+    records = [
+        {"id": 7, "question": READ_NUMBER, "image": "51.png", "answers": ["fifty-one", " 51"]},
+        {"question": "What is 1 plus 1?", "answer": "3"},
+    ]
+    gt.write_text("".join(json.dumps(record) + "\n" for record in records))
+    without_picture = prompt("What is 1 plus 1?").replace("<Image><image></Image>\n", "")
+    lines = {
+        7: {
+            "sample_id": 7,
+            "prompt": prompt(READ_NUMBER),
+            "answer": "51",
+            "gt_answer": ["fifty-one", " 51"],
+        },
+        2: {
+            "sample_id": 2,
+            "prompt": without_picture,
+            "answer": "2",
+            "gt_answer": ["3"],
+        },
+    }
+    return Benchmark("custom", folder / "photos", (gt,), lines, 50.0)
+
+
 MAKERS: dict[str, Callable[[Path], Benchmark]] = {
     "captioning": captioning,
     "TextVQA": text_vqa,
@@ -645,6 +672,7 @@ MAKERS: dict[str, Callable[[Path], Benchmark]] = {
     "AI2D": ai2d,
     "RealworldQA": realworld_qa,
     "VideoMME": video_mme,
+    "custom": custom,
 }
 
 
