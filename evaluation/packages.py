@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import shutil
 from types import ModuleType
 
 from nvlm.program.errors import UserError
@@ -19,3 +21,12 @@ def require_package(module: str, package: str, purpose: str) -> ModuleType:
             f"{purpose} needs the package {package}, which is not installed; pip install -r "
             "requirements/evaluation.txt"
         ) from None
+
+
+def missing(needs: tuple[str, ...]) -> list[str]:
+    """Those of packages, and of `java`, that are not here."""
+    return [
+        need
+        for need in needs
+        if (shutil.which(need) if need == "java" else importlib.util.find_spec(need)) is None
+    ]

@@ -74,7 +74,8 @@ class Task:
     --gt_path, or a copy from the hub that holds the truth. Such data sets have a `default_split`.
     `max_num_tiles`: None for the engine's own number.
     `submission`: what the benchmark's server takes. `scored_with_gt_path`: the lines lack the
-    truth, or may, or the server wants questions that were not asked."""
+    truth, or may, or the server wants questions that were not asked. `scored_with`: packages, and
+    `java`, that the scorer needs."""
 
     name: str
     read: Callable[[Location], DataSet]
@@ -88,6 +89,7 @@ class Task:
     submission: MergedForm | None = None
     has_one_truth: bool = False
     scored_with_gt_path: bool = False
+    scored_with: tuple[str, ...] = ()
 
 
 TASKS = {
@@ -101,6 +103,7 @@ TASKS = {
             unit="CIDEr",
             merged_form=captions,
             scored_with_gt_path=True,
+            scored_with=("pycocoevalcap", "java"),
         ),
         Task(
             "TextVQA",
@@ -138,6 +141,7 @@ TASKS = {
             default_split=SP_DOC_VQA.split,
             merged_form=answers_alone,
             submission=submitted("questionId"),
+            scored_with=("rapidfuzz",),
         ),
         Task(
             "InfoVQA",
@@ -147,6 +151,7 @@ TASKS = {
             default_split=INFO_VQA.split,
             merged_form=answers_alone,
             submission=submitted("questionId"),
+            scored_with=("rapidfuzz",),
         ),
         Task(
             "MMMU",

@@ -12,6 +12,10 @@ from typing import Any
 from evaluation.datasets.records import RecordError, field
 from evaluation.datasets.sample import Sample, SampleId
 from evaluation.scoring.score import Line
+from runtime.requests.types import FinishReason
+
+FINISH_REASON = "finish_reason"
+"""Beside the reference's fields: why the answer ended."""
 
 _USERS_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -22,6 +26,9 @@ class LineForm(ABC):
 
     @abstractmethod
     def line(self, sample: Sample, prompt: str, answer: str) -> Line: ...
+
+    def with_reason(self, line: Line, reason: FinishReason) -> Line:
+        return {**line, FINISH_REASON: reason}
 
     @abstractmethod
     def id(self, line: Any) -> SampleId: ...
@@ -35,8 +42,8 @@ class LineForm(ABC):
 
     def digest(self, line: Line) -> bytes:
         """Hashes all that a line says beside the answer."""
-        asked = json.dumps(self.without_answer(line), sort_keys=True)
-        return hashlib.sha256(asked.encode()).digest()
+        asked = {k: v for k, v in self.without_answer(line).items() if k != FINISH_REASON}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ def generate(
                 failures.append(f"{task.name} sample {sample.id}: {result}")
             else:
                 prompt = task_prompt(sample, defaults)
-                file.append(answer_line(task, sample, prompt, result.text))
+                line = answer_line(task, sample, prompt, result.text)
+                file.append(task.form.with_reason(line, result.finish_reason))
             progress.update()
     return failures
 

@@ -62,6 +62,8 @@ _TYPES: Types = {
         "num_records": int,
         "num_bad_records": int,
         "num_missing_parts": int,
+        "checkpoint": str,
+        "date": str,
     },
 }
 _OPTIONAL = frozenset(
@@ -72,6 +74,8 @@ _OPTIONAL = frozenset(
         "num_records",
         "num_bad_records",
         "num_missing_parts",
+        "checkpoint",
+        "date",
     }
 )
 """A setting that may be neutral, and what the first records lacked."""
@@ -125,6 +129,10 @@ class TaskRecord:
     num_bad_records: int = 0
     # Parts that this copy of the data set lacks, whose records nobody can count.
     num_missing_parts: int = 0
+    # The digest of the checkpoint that the engine was built from.
+    checkpoint: str = ""
+    # Of the last run that wrote into the file, as 2026-11-30.
+    date: str = ""
 
     @classmethod
     def read(cls, path: Path) -> TaskRecord:

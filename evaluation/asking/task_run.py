@@ -15,6 +15,7 @@ from evaluation.asking.partition import partition_bounds
 from evaluation.asking.results_file import ResultsFile
 from evaluation.asking.task_record import TaskRecord, task_settings
 from evaluation.datasets.sample import DataSet, Location
+from evaluation.packages import missing
 from evaluation.tasks import Task, answer_line, find_task
 from nvlm.program.errors import UserError
 from runtime.answers.run_record import EngineId
@@ -109,6 +110,12 @@ class TaskRun:
             with ResultsFile(path, self.task, self.data.samples) as file:
                 self._require_same(file, path, record)
         _tell(self.data.problems)
+        if lacking := missing(self.task.scored_with):
+            print(
+                f"answers of {self.task.name} cannot be scored here without {' and '.join(lacking)}"
+                " (requirements/evaluation.txt, docs/evaluation.md)",
+                file=sys.stderr,
+            )
 
     def run(self, runner: Runner) -> int:
         """Answers what is not answered yet, tells what failed on stderr and returns how many, with
@@ -178,6 +185,8 @@ class TaskRun:
             self.num_records,
             len(self.data.problems) - len(self.data.incomplete),
             len(self.data.incomplete),
+            str(engine.manifest.source.get("checkpoint_digest", "")),
+            time.strftime("%Y-%m-%d"),
         )
 
     def _require_same(self, file: ResultsFile, path: Path, record: TaskRecord) -> None:

@@ -26,6 +26,11 @@ _PICTURE_WIDTH, _SHEET_WIDTH = 420, 960
 _SHEETS_IN_A_ROW = 4
 _DEFAULT_TILING = (448, 6)
 
+HOW_CHOSEN = (
+    "Chosen by a rule, of each task: answers that differ from the other run's first; the rest half "
+    "wrong and half right, evenly spread over the data set. Their shares say nothing of the score."
+)
+
 Verdict = Literal["right", "partly", "wrong"]
 
 

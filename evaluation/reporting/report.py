@@ -10,6 +10,7 @@ from typing import Any
 from evaluation.reporting.card import Table, card_table, markdown_table, scope
 from evaluation.reporting.compare import Comparison
 from evaluation.reporting.gallery import GalleryItem
+from evaluation.reporting.provenance import made_by
 from evaluation.reporting.results import Results
 from evaluation.scoring.score import TaskScore
 from evaluation.scoring.scored import Scored
@@ -107,7 +108,8 @@ def markdown(report: Report) -> str:
 
 def _task_markdown(task: TaskReport, report: Report) -> str:
     results = task.results
-    lines = [f"## {task.name}\n", headline(task) + "\n"]
+    facts = "; ".join(f"{name} {value}" for name, value in made_by(results))
+    lines = [f"## {task.name}\n", headline(task) + "\n", f"Made by: {facts}.\n"]
     if bullets := [f"- {told}\n" for told in (*task.problems, *task.notes)]:
         lines.append("".join(bullets))
     if task.score and task.score.details:
@@ -204,6 +206,7 @@ def _task_json(task: TaskReport) -> dict[str, Any]:
         "data": scope(task.results),
         "problems": task.problems,
         "notes": task.notes,
+        "made_by": dict(made_by(task.results)),
         "details": task.score.details if task.score else {},
         "submission": str(task.scored.submission) if task.scored.submission else None,
     }

@@ -6,7 +6,8 @@ from html import escape
 from pathlib import Path
 
 from evaluation.reporting.compare import Comparison
-from evaluation.reporting.gallery import GalleryItem
+from evaluation.reporting.gallery import HOW_CHOSEN, GalleryItem
+from evaluation.reporting.provenance import made_by
 from evaluation.reporting.report import (
     MAX_CHANGES,
     UNITS,
@@ -66,6 +67,8 @@ def _table(report: Report) -> str:
 
 def _task(task: TaskReport, report: Report) -> str:
     parts = [f"<article><h2>{escape(task.name)}</h2>", f"<p>{escape(headline(task))}</p>"]
+    facts = "; ".join(f"{name} {value}" for name, value in made_by(task.results))
+    parts.append(f'<p class="note">{escape(facts)}</p>')
     if task.comparison:
         parts.append(_difference(task.comparison, task.results.task.unit))
     parts += [f'<p class="note">{escape(note)}</p>' for note in task.notes]
@@ -123,7 +126,8 @@ def _changes(task: TaskReport, comparison: Comparison, report: Report) -> str:
 def _gallery(items: list[GalleryItem]) -> str:
     tasks = sorted({item.task for item in items})
     return (
-        '<section id="gallery"><h2>Samples</h2><nav aria-label="Filter">'
+        f'<section id="gallery"><h2>Samples</h2><p class="note">{escape(HOW_CHOSEN)}</p>'
+        '<nav aria-label="Filter">'
         + _buttons("task", ["all", *tasks])
         + _buttons("verdict", ["all", "right", "partly", "wrong", "changed"])
         + f'<output>{len(items)} samples</output></nav><div class="cards">'

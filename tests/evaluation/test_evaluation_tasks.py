@@ -85,6 +85,7 @@ def test_a_task_writes_the_lines_and_gets_the_score_by_hand(
         for line in found
     }
     assert len(found) == len(lines)
+    assert {line.pop("finish_reason") for line in lines.values()} <= {"stop", "length"}
     for sample_id, expected in made.lines.items():
         wanted = with_unknown_answers(expected, lines[sample_id])
         assert lines[sample_id] == wanted
