@@ -130,7 +130,14 @@ def main() -> None:
         return
     device = resolve_device(arguments.device)
     overwrite = arguments.overwrite or arguments.if_stale
-    convert(source, arguments.output_dir, options, device, overwrite=overwrite)
+    convert(
+        source,
+        arguments.output_dir,
+        options,
+        device,
+        overwrite=overwrite,
+        model_name=arguments.model_dir.resolve().name,
+    )
     log.info("checkpoint written to %s", arguments.output_dir)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -23,7 +24,7 @@ from build.conversion.dummy_heads import converted_vision_config
 from build.conversion.journal import Journal
 from build.conversion.pipeline import DEFAULT_BUFFERS, Buffers
 from build.conversion.report.quantization_report import QuantizationReport, from_records
-from build.conversion.report.report_page import write_page
+from build.conversion.report.report_page import Origin, write_page
 from build.conversion.run_units import run_units
 from build.conversion.unit import Unit
 from build.conversion.vision_step import VISION_FILE, VisionStep, write_scales
@@ -88,9 +89,10 @@ def convert(
     *,
     overwrite: bool = False,
     buffers: Buffers = DEFAULT_BUFFERS,
+    model_name: str = "NVLM-D",
 ) -> None:
     """Converts and, to quantise, calibrates. `output_dir` appears whole or not at all; what an
-    interrupted run has done stays beside it and is gone on with."""
+    interrupted run has done stays beside it and is gone on with. `model_name` heads the report."""
     config = options.config(source.config)
     calibration = _load_calibration(source, options)
     made_from = _made_from(source, options, calibration)  # before the first byte is read
@@ -122,7 +124,7 @@ def convert(
         if options.is_quantised:
             report = from_records(journal.records, *calibration.counts, options.dtype)
             report.write(staging / layout.REPORT)
-            write_page(staging, report)
+            write_page(staging, report, _origin(model_name, config, options))
             write_scales(staging, vision, report)
         write_manifest(staging, "checkpoint", limits={}, known=entries, **made_from)
 
@@ -131,6 +133,18 @@ def is_up_to_date(source: WeightSource, output_dir: Path, options: ConvertOption
     """Whether `convert` would only repeat what `output_dir` already holds."""
     made_from = _made_from(source, options, _load_calibration(source, options))
     return is_current(output_dir, "checkpoint", **made_from)
+
+
+def _origin(model_name: str, config: CheckpointConfig, options: ConvertOptions) -> Origin:
+    decoder = config.decoder
+    shape = f"{decoder.num_hidden_layers} layers of {decoder.hidden_size:,}"
+    if options.calib_cache is not None:
+        samples = f"nothing: the amax are those of {options.calib_cache}"
+    elif options.calib_data == BUILT_IN:
+        samples = "the built-in samples"
+    else:
+        samples = options.calib_data.name
+    return Origin(f"{model_name} ({shape})", time.strftime("%Y-%m-%d"), samples)
 
 
 def _made_from(

@@ -19,7 +19,14 @@ from tqdm import tqdm
 
 from nvlm import __version__
 from nvlm.formats.code_digest import code_digest
-from nvlm.formats.layout import CONFIG, MANIFEST, MEGATRON_TRACKER, SHARDS, WEIGHTS_INDEX
+from nvlm.formats.layout import (
+    CONFIG,
+    MANIFEST,
+    MEGATRON_TRACKER,
+    REPORT_PAGE,
+    SHARDS,
+    WEIGHTS_INDEX,
+)
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object, write_json_atomically
 
@@ -63,8 +70,13 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all file entries: changes when any file changes."""
-        lines = [f"{name} {entry.sha256}" for name, entry in sorted(self.files.items())]
+        """SHA-256 over all file entries but the report's page, which names the day: changes when
+        any other file changes."""
+        lines = [
+            f"{name} {entry.sha256}"
+            for name, entry in sorted(self.files.items())
+            if name != REPORT_PAGE
+        ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -301,13 +301,14 @@ def test_fp8_conversion_with_the_same_epsilon_equals_that_from_hugging_face(
     tmp_path: Path, workshop: Workshop, hf_dir: Path, tp_size: int, pp_size: int
 ) -> None:
     flags = ("--device", "cpu", "--calib_size", "2", "--projector_norm_eps")
-    write_megatron(hf_dir, tmp_path / "megatron", Layout(tp_size, pp_size))
+    megatron_dir = tmp_path / hf_dir.name  # the report names it
+    write_megatron(hf_dir, megatron_dir, Layout(tp_size, pp_size))
     from_hf, from_megatron, with_1e5 = (
         converted(model, hf_dir, tmp_path / name, *flags, eps)
         for model, name, eps in (
             (hf_dir, "a", "1e-6"),
-            (tmp_path / "megatron", "b", "1e-6"),
-            (tmp_path / "megatron", "c", "1e-5"),
+            (megatron_dir, "b", "1e-6"),
+            (megatron_dir, "c", "1e-5"),
         )
     )
     assert from_hf == from_megatron

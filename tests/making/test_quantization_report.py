@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from build.conversion.report.quantization_report import (
     LinearReport,
     QuantizationReport,
 )
-from build.conversion.report.report_page import page
+from build.conversion.report.report_page import Origin, page
 from build.sources.hugging_face import HuggingFaceSource
+from nvlm.formats.manifest import read_manifest
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.model.linear import QuantizableLinear
 from nvlm.model.number_formats import LinearScales, fp8
@@ -172,12 +175,45 @@ def test_the_page_stands_alone_and_shows_every_linear(
     assert places == sorted(places)
 
 
+ORIGIN = Origin("NVLM-D-72B (80 layers of 8,192)", "2026-11-30", "photos & scans")
+
+
+def test_the_page_names_model_day_and_samples_and_its_axes(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("What is this?\n")
+    flags = ("--calib_data", tmp_path / "prompts.txt", "--output_dir", tmp_path / "out")
+    assert run_command(CONVERT, "--model_dir", model_dir, *flags).exit_code == 0
+    text = (tmp_path / "out" / "quantization_report.html").read_text()
+    head = text[: text.index("<svg")]
+    layers, size = TINY.num_hidden_layers, TINY.hidden_size
+    assert f"{model_dir.name} ({layers} layers of {size:,})" in head
+    assert f"{time.strftime('%Y-%m-%d')}, calibrated on prompts.txt" in head
+    for label in ("layer", "relative error (share)", "amax of the input, log scale", "amax"):
+        assert f">{label}<" in text or f">{label}, log scale<" in text
+    assert text.count('class="axes"') == text.count("<svg")
+
+
+def test_the_page_escapes_what_it_is_told() -> None:
+    text = page(QuantizationReport(1, 0, (), ()), ORIGIN)
+    assert "photos &amp; scans" in text
+    assert "<title>Quantization report: NVLM-D-72B" in text
+
+
+def test_the_day_of_the_report_is_no_part_of_the_checkpoints_digest(checkpoint_dir: Path) -> None:
+    """The same conversion on another day is the same checkpoint: its engines stay up to date."""
+    manifest = read_manifest(checkpoint_dir, "checkpoint")
+    page_entry = manifest.files["quantization_report.html"]
+    other = {**manifest.files, "quantization_report.html": replace(page_entry, sha256="0" * 64)}
+    assert replace(manifest, files=other).digest == manifest.digest
+    other = {**manifest.files, "config.json": replace(page_entry, sha256="0" * 64)}
+    assert replace(manifest, files=other).digest != manifest.digest
+
+
 def test_the_page_draws_what_is_extreme_or_missing() -> None:
     scales = LinearScales(1.0, 1e27)
     row = LinearReport("transformer.layers.0.mlp.fc", 0.0, 1e30, scales, 0, 0, 0, 0, 1)
     attention = AttentionReport("transformer.layers.0.attention", 0.0, 1e-30, 5.0)
     for linears, attentions in (((row,), (attention,)), ((), ())):
-        text = page(QuantizationReport(1, 0, linears, attentions, "bfloat16"))
+        text = page(QuantizationReport(1, 0, linears, attentions, "bfloat16"), ORIGIN)
         assert "nan" not in text
         assert text.endswith("</body></html>\n")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 720, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 78, 12, 12, 34
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5588f", "#b08900")
 _TEXT = 'font-size="11" fill="currentColor"'
@@ -47,8 +47,11 @@ class _Axis:
         return [width * number for number in numbers]
 
 
-def line_plot(series: Mapping[str, Points], y_label: str, *, is_log: bool = False) -> str:
-    """Up to five lines of (layer, value) points, each with a tooltip, and a legend below.
+def line_plot(
+    series: Mapping[str, Points], title: str, y_label: str, *, is_log: bool = False
+) -> str:
+    """Up to five lines of (layer, value) points, each with a tooltip, both axes with their names,
+    and a legend below.
 
     Attributes rather than classes, so that mail and PDF programs show it as browsers do.
     """
@@ -64,7 +67,7 @@ def line_plot(series: Mapping[str, Points], y_label: str, *, is_log: bool = Fals
         low, high = (low / 10, high * 10) if is_log else (0.0, 1.0)
     x_axis = _Axis(min(layers), max(layers), _LEFT, WIDTH - _RIGHT)
     y_axis = _Axis(low, high, HEIGHT - _BOTTOM, _TOP, is_log)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for tick in y_axis.ticks():
         y = y_axis.pixel(tick)
         parts.append(
@@ -79,6 +82,11 @@ def line_plot(series: Mapping[str, Points], y_label: str, *, is_log: bool = Fals
             parts.append(f"<text {place} {_TEXT}>{tick:.0f}</text>")
     place = f'x="{WIDTH / 2}" y="{HEIGHT - 2}" text-anchor="middle"'
     parts.append(f"<text {place} {_TEXT}>layer</text>")
+    scale = ", log scale" if is_log else ""
+    place = f'transform="translate(12 {(HEIGHT - _BOTTOM) / 2}) rotate(-90)" text-anchor="middle"'
+    parts.append(f"<text {place} {_TEXT}>{escape(y_label)}{scale}</text>")
+    corner = f"{_LEFT},{_TOP} {_LEFT},{HEIGHT - _BOTTOM} {WIDTH - _RIGHT},{HEIGHT - _BOTTOM}"
+    parts.append(f'<polyline class="axes" points="{corner}" fill="none" stroke="currentColor"/>')
     for colour, (name, points) in zip(_COLOURS, series.items(), strict=False):
         where = [(x_axis.pixel(x), y_axis.pixel(y)) for x, y in points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -61,18 +62,35 @@ _PLOTS = (
      "share of the values that are not zero but become zero: below 2<sup>-10</sup> scales"),
 )  # fmt: skip
 
+_AXES = {
+    "output_error": "relative error (share)",
+    "input_amax": "amax of the input",
+    "weight_amax": "amax of the weight",
+    "underflow_share": "share of the values",
+}
+
 _GROUPS = (
     ("Decoder", r"transformer\.layers\.(\d+)\.", DECODER_LINEARS),
     ("Vision", r"vision_model\.encoder\.layers\.(\d+)\.", VISION_LINEARS),
 )
 
 
-def write_page(directory: Path, report: QuantizationReport) -> None:
-    (directory / layout.REPORT_PAGE).write_text(page(report), encoding="utf-8")
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the report is of: the model by its folder and shape, the day, and where the samples of
+    the calibration came from."""
+
+    model: str
+    date: str
+    samples: str
 
 
-def page(report: QuantizationReport) -> str:
-    parts = [_summary(report)]
+def write_page(directory: Path, report: QuantizationReport, origin: Origin) -> None:
+    (directory / layout.REPORT_PAGE).write_text(page(report, origin), encoding="utf-8")
+
+
+def page(report: QuantizationReport, origin: Origin) -> str:
+    parts = [_summary(report, origin)]
     for title, pattern, kinds in _GROUPS:
         series = {kind: _by_layer(report.linears, pattern, kind) for kind in kinds}
         if not any(series.values()):
@@ -84,14 +102,14 @@ def page(report: QuantizationReport) -> str:
                 for kind, rows in series.items()
             }
             parts.append(f"<h2>{heading}</h2><p>{what}</p>")
-            parts.append(line_plot(points, heading, is_log=is_log))
+            parts.append(line_plot(points, heading, _AXES[column], is_log=is_log))
         if title == "Decoder":
             parts.append(_attention(report))
     parts.append(_table(report))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Quantization report</title><style>{_STYLE}</style>"
+        f"<title>Quantization report: {escape(origin.model)}</title><style>{_STYLE}</style>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
 
@@ -103,7 +121,7 @@ def _by_layer(
     return sorted(((int(match[1]), row) for match, row in found if match), key=lambda pair: pair[0])
 
 
-def _summary(report: QuantizationReport) -> str:
+def _summary(report: QuantizationReport, origin: Origin) -> str:
     errors = sorted(row.output_error for row in report.linears)
     tiles = [("samples", str(report.num_samples)), ("skipped samples", str(report.num_skipped))]
     if errors:
@@ -115,10 +133,12 @@ def _summary(report: QuantizationReport) -> str:
         ]
     boxes = "".join(f"<div>{name}<b>{value}</b></div>" for name, value in tiles)
     return (
-        "<h1>Quantization report</h1><p>FP8 E4M3, one static scale per tensor: amax / 448, of "
-        f"linears rounded up to {report.scale_dtype}. With its three bits of mantissa, 2.6 % of "
-        "error on a weight and 3.7 % on an output are what "
-        "the format costs; what stands out from its neighbours deserves a look.</p>"
+        f"<h1>Quantization report: {escape(origin.model)}</h1>"
+        f"<p>{escape(origin.date)}, calibrated on {escape(origin.samples)}</p>"
+        "<p>FP8 E4M3, one static scale per tensor: amax / 448, of linears rounded up to "
+        f"{report.scale_dtype}. With its three bits of mantissa, 2.6 % of error on a weight and "
+        "3.7 % on an output are what the format costs; what stands out from its neighbours "
+        "deserves a look.</p>"
         f'<div class="tiles">{boxes}</div>'
     )
 
@@ -128,9 +148,10 @@ def _attention(report: QuantizationReport) -> str:
         name: [(i, getattr(row, f"{name}_amax")) for i, row in enumerate(report.attentions)]
         for name in "qkv"
     }
+    plot = line_plot(series, "q, k, v amax", "amax", is_log=True)
     return (
-        "<h2>Queries, keys and values</h2><p>amax behind bias and RoPE; the KV cache's scale "
-        f"covers the largest of the three</p>{line_plot(series, 'q, k, v amax', is_log=True)}"
+        "<h2>Queries, keys and values</h2><p>amax after bias and RoPE; the KV cache's scale "
+        f"covers the largest of the three</p>{plot}"
     )
 
 
