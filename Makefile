@@ -4,6 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# cpu or cuda: which wheels `make setup` installs.
+DEVICE ?= cpu
+ifeq ($(filter $(DEVICE),cpu cuda),)
+$(error DEVICE is $(DEVICE), expected cpu or cuda)
+endif
+
 MODEL_DIR ?=
 CHECKPOINT_DIR ?= work/checkpoint
 ENGINE_DIR ?= work/engine
@@ -32,7 +38,8 @@ help:
 	@echo "            DECODER=... VISION=... BUILD_FLAGS=...]"
 	@echo "make triton ENGINE_DIR=... [HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002 TRITON_FLAGS=...]"
 	@echo "make doctor      what can be built and run here, and what is missing for the rest"
-	@echo "make setup | test-all | durations | lint | benchmark | clean"
+	@echo "make setup [DEVICE=cuda]   the environment: for any CPU, or for a GPU without NVIDIA's container"
+	@echo "make test-all | durations | lint | benchmark | clean"
 
 # A stamp per requirements file: installing again is a no-op until the file changes.
 # SYSTEM_PYTHON=1 takes $(PYTHON) as it is, in a container that has everything (docker/Dockerfile).
@@ -41,20 +48,22 @@ RUN := $(PYTHON)
 setup:
 else
 RUN := $(BIN)/python
-setup: $(VENV)/.cpu
+setup: $(VENV)/.$(DEVICE)
 endif
 setup-test: $(VENV)/.test $(VENV)/.tensorrt-rtx
 setup-triton: $(VENV)/.triton
 
-$(VENV)/.cpu: requirements/cpu.txt
+# One environment holds the wheels of one of the two.
+$(VENV)/.cpu $(VENV)/.cuda: $(VENV)/.%: requirements/%.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
 		echo "error: $(PYTHON) is not Python 3.11 or 3.12; use make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "installing into $(VENV), which takes a minute or two"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@rm -f $(VENV)/.cpu $(VENV)/.cuda
 	@touch $@
 
-$(VENV)/.triton: requirements/triton.txt $(VENV)/.cpu
+$(VENV)/.triton: requirements/triton.txt $(VENV)/.$(DEVICE)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/triton.txt
 	@touch $@
 

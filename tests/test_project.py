@@ -144,3 +144,39 @@ def test_every_file_and_folder_that_the_map_names_exists() -> None:
     tracked = "\n".join(f"/{path.relative_to(ROOT)}" for path in tracked_files())
     assert len(named) > 40
     assert sorted(name for name in named if f"/{name}" not in tracked) == []
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and line[0] not in "#-")
+
+
+def test_the_wheels_for_a_gpu_are_those_for_the_cpu_but_torch_and_triton() -> None:
+    """Torch for CUDA 13.0 pins its Triton: the pair that the measurements were made with."""
+    cpu, cuda = pins("cpu.txt"), pins("cuda.txt")
+    assert (cuda.pop("torch"), cuda.pop("triton")) == ("2.11.0", "3.6.0")
+    del cpu["torch"]
+    assert cuda == cpu
+    assert pins("triton.txt")["numpy"] == cpu["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        ("cpu", "requirements/cpu.txt"),
+        ("cuda", "requirements/cuda.txt"),
+        ("tpu", "expected cpu or"),
+    ],
+)
+def test_make_setup_takes_the_device(device: str, told: str, tmp_path: Path) -> None:
+    make = shutil.which("make")
+    assert make is not None
+    done = subprocess.run(
+        [make, "-n", "setup", f"DEVICE={device}", f"VENV={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told in (done.stdout + done.stderr), done.stderr
+    assert done.returncode == (0 if device != "tpu" else 2)
