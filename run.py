@@ -55,8 +55,7 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "")
     add = parser.add_argument
     add_engine_flags(parser)
-<<<<<<< HEAD
-    add("--prompt", help="the question")
+    add("--prompt", action="once", help="the question")
     add("--image", nargs="+", default=[], help="image files or data: URLs, in order")
     add("--page", type=_page, help="page or frame of the images, from 1, or all (default: first)")
     add(
@@ -64,12 +63,7 @@ def parser() -> ArgumentParser:
         type=positive_int,
         help="largest picture that is read (default: 178,956,970, where Pillow stops)",
     )
-    add("--input_file", type=Path, help="JSONL of requests, instead of --prompt")
-=======
-    add("--prompt", action="once", help="the question")
-    add("--image", type=Path, nargs="+", default=[], help="image files, in order")
     add("--input_file", type=Path, action="once", help="JSONL of requests, instead of --prompt")
->>>>>>> 278f7bf (flags: only what is asked may not be given twice)
     add("--output_file", type=Path, help="JSONL of answers; a rerun resumes after its last line")
     add_request_flags(parser, prompt_format="hf", max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
     add(
