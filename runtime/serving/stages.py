@@ -42,26 +42,11 @@ class Stages:
     def encode(self, ticket: Ticket) -> None:
         """Makes the decoder's request; runs the vision encoder if there are images, for one thread
         at a time. It need not be the decoder's."""
-        images, request = ticket.images, ticket.request
-        tokens_per_tile = self.engine.vision_config.tokens_per_tile
-        table: torch.Tensor | None = None
-        if images:
-            with self._encoding:
-                begun = time.perf_counter()
-                table = self._prompt_table(images)
-                ticket.vision_s = time.perf_counter() - begun
-        ticket.decoder_request = DecoderRequest(
-            token_ids=ticket.prompt_ids,
-            max_new_tokens=request.max_new_tokens,
-            prompt_table=table,
-            cache_keys=tuple(image.cache_key for image in images),
-            rows_per_image=tuple(image.num_tiles * tokens_per_tile for image in images),
-            stop_ids=request.end_ids | {self.tokenizer.special_id(IM_END)},
-            sampling=request.sampling,
-        )
-        ticket.grids = [image.grid for image in images]
-        ticket.num_tiles = sum(image.num_tiles for image in images)
-        ticket.images = []  # nobody needs the pixels any more
+        if not ticket.images:
+            self._encode(ticket)
+            return
+        with self._encoding:  # waiting for it is no time of vision's
+            self._encode(ticket)
 
     def start(self, ticket: Ticket) -> int:
         """Queues a request in the decoder and returns its id there."""
@@ -70,8 +55,28 @@ class Stages:
         ticket.submitted = time.perf_counter()
         return request_id
 
-    def _prompt_table(self, images: list[TiledImage]) -> torch.Tensor:
+    def _encode(self, ticket: Ticket) -> None:
+        begun = time.perf_counter()
+        images, request = ticket.images, ticket.request
+        tokens_per_tile = self.engine.vision_config.tokens_per_tile
+        ticket.decoder_request = DecoderRequest(
+            token_ids=ticket.prompt_ids,
+            max_new_tokens=request.max_new_tokens,
+            prompt_table=self._prompt_table(images),
+            cache_keys=tuple(image.cache_key for image in images),
+            rows_per_image=tuple(image.num_tiles * tokens_per_tile for image in images),
+            stop_ids=request.end_ids | {self.tokenizer.special_id(IM_END)},
+            sampling=request.sampling,
+        )
+        ticket.grids = [image.grid for image in images]
+        ticket.num_tiles = sum(image.num_tiles for image in images)
+        ticket.images = []  # nobody needs the pixels any more
+        ticket.vision_s = time.perf_counter() - begun
+
+    def _prompt_table(self, images: list[TiledImage]) -> torch.Tensor | None:
         """[num_virtual_tokens, hidden_size]: all tiles' embeddings in order."""
+        if not images:
+            return None
         tiles = torch.cat([torch.from_numpy(image.tiles) for image in images])
         table = self.vision.encode(tiles).flatten(0, 1)
         if table.is_cuda:  # what is launched is not yet done, and its time is vision's
