@@ -19,7 +19,7 @@ import torch
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.manifest import Kind, is_ours, read_manifest
-from nvlm.formats.scale_dtype import scale_dtype, what_differs
+from nvlm.formats.scale_dtype import SCALE_DTYPE, scale_dtype, what_differs
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.targets import (
     Decoder,
@@ -75,13 +75,19 @@ class Directory:
                 f"{path} has no {layout.MANIFEST}, expected a finished checkpoint or engine; "
                 "convert or build it to the end"
             )
+        recorded: object = None
         if kind == "checkpoint":
             read_manifest(path, kind)  # refuses what is unfinished or damaged
             rank_files, config = path, CheckpointConfig.read(path / layout.CONFIG)
         else:
-            rank_files, config = path / layout.LLM, EngineDir.read(path).checkpoint_config
+            engine = EngineDir.read(path)
+            rank_files, config = path / layout.LLM, engine.checkpoint_config
+            recorded = engine.manifest.source.get(SCALE_DTYPE)
         return cls(
-            str(path), kind, scale_dtype(rank_files, config), what_differs(path, rank_files, config)
+            str(path),
+            kind,
+            scale_dtype(rank_files, config, recorded),
+            what_differs(path, rank_files, config, recorded),
         )
 
     def line(self) -> str:

@@ -16,6 +16,7 @@ from build.output.output_dir import OutputPlace, staged_directory
 from nvlm import __version__
 from nvlm.formats import layout, manifest
 from nvlm.formats.checkpoint_tensors import decoder_tensors, open_checked
+from nvlm.formats.scale_dtype import SCALE_DTYPE, scale_dtype
 from nvlm.planning.tensorrt_package import load_tensorrt
 from nvlm.program.json_files import write_json_atomically
 
@@ -72,6 +73,7 @@ def _provenance(spec: EngineSpec) -> dict[str, object]:
     return {
         "checkpoint_digest": spec.checkpoint.digest,
         "checkpoint_versions": spec.checkpoint.versions,
+        SCALE_DTYPE: scale_dtype(spec.checkpoint_dir, spec.config),
         "decoder": spec.decoder,
         "vision": spec.vision,
         "packages": spec.packages,

@@ -16,14 +16,17 @@ from nvlm.model.number_formats import ACTIVATION_SCALE, WEIGHT_SCALE
 SCALE_DTYPE = "scale_dtype"
 
 
-def scale_dtype(rank_files: Path, config: CheckpointConfig) -> str | None:
+def scale_dtype(rank_files: Path, config: CheckpointConfig, recorded: object = None) -> str | None:
     """The checkpoint's dtype where all scales of rank 0's linears are numbers of it, else
-    "float32"; None where the linears have no scales. rank_files: the folder of the ranks' weights.
+    "float32"; None where the linears have no scales.
 
-    Raises `UserError` for a file that is missing or of another shape.
+    rank_files: the folder of the ranks' weights. recorded: what a manifest says, for an engine of
+    TensorRT-LLM, whose own files hold the weights. Raises `UserError` for a file of another shape.
     """
     if not config.weight_format.scale_shapes:
         return None
+    if not (rank_files / layout.rank_file(0)).exists():
+        return str(recorded or "float32")  # older versions recorded nothing
     dtype, tensors = TORCH_DTYPES[config.dtype], decoder_tensors(config, 0)
     source = open_checked(rank_files / layout.rank_file(0), tensors)
     for name in tensors:
@@ -34,10 +37,12 @@ def scale_dtype(rank_files: Path, config: CheckpointConfig) -> str | None:
     return config.dtype
 
 
-def what_differs(directory: Path, rank_files: Path, config: CheckpointConfig) -> str | None:
+def what_differs(
+    directory: Path, rank_files: Path, config: CheckpointConfig, recorded: object = None
+) -> str | None:
     """What TensorRT-LLM makes of scales that are not numbers of the checkpoint's dtype, in a
     sentence; None where all are. directory: a checkpoint or an engine, for the message."""
-    if scale_dtype(rank_files, config) in (None, config.dtype):
+    if scale_dtype(rank_files, config, recorded) in (None, config.dtype):
         return None
     return (
         f"{directory} has float32 scales, of an older version: TensorRT-LLM casts them to "

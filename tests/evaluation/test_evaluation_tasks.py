@@ -310,7 +310,7 @@ def test_a_video_is_decoded_once_for_all_its_frames_and_questions(
     def decode(path: Path) -> Iterator[Any]:
         decoded.append(path)
         time.sleep(0.02)
-        yield SimpleNamespace(to_ndarray=lambda **_: np.zeros((2, 2, 3), np.uint8))
+        yield SimpleNamespace(rotation=0, to_ndarray=lambda **_: np.zeros((2, 2, 3), np.uint8))
 
     monkeypatch.setattr(video_frames, "_decode", decode)
     monkeypatch.setattr(video_frames, "_packets", lambda _: Packets(1))
@@ -352,7 +352,9 @@ def test_a_wrong_count_of_packets_costs_time_and_no_frame(
         nonlocal num_decoded
         num_decoded += 1
         for number in range(9):
-            yield SimpleNamespace(to_ndarray=lambda n=number, **_: np.full((1, 1, 3), n, np.uint8))
+            yield SimpleNamespace(
+                rotation=0, to_ndarray=lambda n=number, **_: np.full((1, 1, 3), n, np.uint8)
+            )
 
     monkeypatch.setattr(video_frames, "_decode", decode)
     monkeypatch.setattr(video_frames, "_packets", lambda _: Packets(num_packets))

@@ -193,7 +193,7 @@ def test_the_page_names_model_day_and_samples_and_its_axes(model_dir: Path, tmp_
 
 
 def test_the_page_escapes_what_it_is_told() -> None:
-    text = page(QuantizationReport(1, 0, (), ()), ORIGIN)
+    text = page(QuantizationReport(1, 0, (), (), "bfloat16"), ORIGIN)
     assert "photos &amp; scans" in text
     assert "<title>Quantization report: NVLM-D-72B" in text
 
