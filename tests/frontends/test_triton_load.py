@@ -178,10 +178,10 @@ def test_two_ways_of_asking_keep_the_place_to_the_end(triton_server: Served, way
     before, question = settled(triton_server), "Tell me everything."
     if way == "ensemble":
         with Stream(triton_server) as stream:
-            stream.send("gone", tensors(question, 400, stream=True), "ensemble")
+            stream.send("gone", tensors(question, 900, stream=True), "ensemble")
             triton_server.wait_for_sample(RUNNING, 1)
     else:
-        body = f'{{"text_input": "{question}", "max_tokens": 400}}'
+        body = f'{{"text_input": "{question}", "max_tokens": 900}}'
         head = f"POST /v2/models/nvlm/generate HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", triton_server.http)) as connection:
             connection.sendall((head + body).encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -238,10 +239,14 @@ def test_unary_calls_fail_with_a_grpc_status_code(server: Served) -> None:
 
 
 def test_a_full_server_is_unavailable_by_its_grpc_status_code(server: Served) -> None:
+    together = threading.Barrier(32, timeout=ANSWER_TIMEOUT_S)
+
     def call(_: int) -> str:
         with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+            client.is_server_live()  # the connection stands
+            together.wait()
             try:
-                client.infer("nvlm_unary", tensors("How?", 40), client_timeout=ANSWER_TIMEOUT_S)
+                client.infer("nvlm_unary", tensors("How?", 400), client_timeout=ANSWER_TIMEOUT_S)
             except InferenceServerException as error:
                 return str(error.status())
             return "OK"
