@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from nvlm.formats import layout
-from nvlm.formats.scale_dtype import SCALE_DTYPE, what_differs
+from nvlm.formats.scale_dtype import SCALE_DTYPE, scale_dtype, what_differs
 from nvlm.inputs.images import Page, PictureRules
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.command_line import ArgumentParser, positive_int, run
@@ -143,8 +143,9 @@ def compare(
     for engine_dir in (arguments.engine_dir, arguments.compare):
         check(engine_dir, requests)
         engine = EngineDir.read(engine_dir)
-        recorded = engine.manifest.source.get(SCALE_DTYPE)
-        told = what_differs(engine_dir, engine_dir / layout.LLM, engine.checkpoint_config, recorded)
+        config, recorded = engine.checkpoint_config, engine.manifest.source.get(SCALE_DTYPE)
+        found = scale_dtype(engine_dir / layout.LLM, config, recorded)
+        told = what_differs(engine_dir, found, config)
         if told is not None:
             log.warning(told)
     asked = list(requests.values())

@@ -83,12 +83,8 @@ class Directory:
             engine = EngineDir.read(path)
             rank_files, config = path / layout.LLM, engine.checkpoint_config
             recorded = engine.manifest.source.get(SCALE_DTYPE)
-        return cls(
-            str(path),
-            kind,
-            scale_dtype(rank_files, config, recorded),
-            what_differs(path, rank_files, config, recorded),
-        )
+        found = scale_dtype(rank_files, config, recorded)
+        return cls(str(path), kind, found, what_differs(path, found, config))
 
     def line(self) -> str:
         scales = f"scales in {self.scale_dtype}" if self.scale_dtype else "linears without scales"

@@ -21,7 +21,7 @@ from build.engines.target import (
 )
 from nvlm.formats import layout, manifest
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.formats.scale_dtype import what_differs
+from nvlm.formats.scale_dtype import scale_dtype, what_differs
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.planning import targets, tensorrt_package
@@ -100,7 +100,7 @@ def specify(
         compute_capability=options.compute_capability,
     )
     if decoder == "tensorrt_llm":
-        older = what_differs(checkpoint_dir, checkpoint_dir, config)
+        older = what_differs(checkpoint_dir, scale_dtype(checkpoint_dir, config), config)
         if older is not None:
             log.warning(older)
     if options.compute_capability is not None:

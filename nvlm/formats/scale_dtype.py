@@ -37,12 +37,11 @@ def scale_dtype(rank_files: Path, config: CheckpointConfig, recorded: object = N
     return config.dtype
 
 
-def what_differs(
-    directory: Path, rank_files: Path, config: CheckpointConfig, recorded: object = None
-) -> str | None:
+def what_differs(directory: Path, found: str | None, config: CheckpointConfig) -> str | None:
     """What TensorRT-LLM makes of scales that are not numbers of the checkpoint's dtype, in a
-    sentence; None where all are. directory: a checkpoint or an engine, for the message."""
-    if scale_dtype(rank_files, config, recorded) in (None, config.dtype):
+    sentence; None where all are. found: the `scale_dtype` of a checkpoint's or engine's
+    directory."""
+    if found in (None, config.dtype):
         return None
     return (
         f"{directory} has float32 scales, of an older version: TensorRT-LLM casts them to "

@@ -6,9 +6,9 @@ import threading
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from nvlm.inputs.pillow_pages import check_num_pixels
+from nvlm.inputs.pillow_pages import check_num_pixels, upright
 from nvlm.inputs.rgb import to_rgb
 from nvlm.program.errors import UserError
 
@@ -30,8 +30,7 @@ def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     check_num_pixels(width, height, where)
     try:
         with _READING:
-            upright = ImageOps.exif_transpose(image)
-            return np.array(to_rgb(upright, where, on_white=True))
+            return np.array(to_rgb(upright(image), where, on_white=True))
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise

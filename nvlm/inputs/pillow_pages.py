@@ -48,6 +48,15 @@ def check_num_pixels(width: int, height: int, where: str) -> None:
         raise too_large(where)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its metadata says."""
+    try:
+        orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged metadata does not spoil the picture
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
 class PillowPages:
     """An opened picture file; a context that closes it. Pixels are decoded by `read`."""
 
@@ -77,17 +86,8 @@ class PillowPages:
             self._image.seek(index)
         check_num_pixels(*self._image.size, self._where)
         self._image.load()
-        orientation = self._orientation() if self._apply_exif else 1
-        upright = (
-            self._image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else self._image
-        )
-        return to_rgb(upright, self._where, on_white=self._on_white)
-
-    def _orientation(self) -> int:
-        try:
-            return int(self._image.getexif().get(_ORIENTATION_TAG, 1))
-        except Exception:  # damaged metadata does not spoil the picture
-            return 1
+        image = upright(self._image) if self._apply_exif else self._image
+        return to_rgb(image, self._where, on_white=self._on_white)
 
     def _refuse_raw(self) -> None:
         """A camera's raw file is a TIFF that begins with a preview."""

@@ -11,6 +11,9 @@ from nvlm.model.number_formats import FP8
 
 _CAPABILITY = (9, 0)
 
+MAX_GRAPH_ROWS = 256
+"""Of the largest decode step that is a CUDA graph; larger batches run without."""
+
 
 def has_kernels(device: torch.device) -> bool:
     """A Hopper GPU or later, with Triton, which comes with torch for CUDA."""

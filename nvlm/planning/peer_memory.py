@@ -9,15 +9,13 @@ import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.planning.hopper import MAX_GRAPH_ROWS
 from nvlm.planning.limits import EngineLimits
 
 MAX_RANKS = 8
 MAX_PROGRAMS = 128
 """Of a kernel that waits for other ranks. Fewer than a Hopper GPU's multiprocessors: programs that
 wait are all there at once."""
-
-MAX_TOKENS = 256
-"""Drawn tokens of a step that ranks hand on: rows of the largest decode graph."""
 
 _ALIGNMENT = 256
 
@@ -42,9 +40,10 @@ def rows_of_a_rank(num_rows: int, num_ranks: int) -> int:
 
 def places(config: CheckpointConfig, limits: EngineLimits) -> dict[str, Place]:
     """parts: two places in turns for a linear's sums; norms: a step's rows in the model's dtype;
-    logits: of all ranks, on the leader; tokens; flags: by which kernels wait."""
+    logits: of all ranks, on the leader; tokens: drawn ones, a row each; flags: by which kernels
+    wait."""
     num_ranks, decoder = config.tp_size, config.decoder
-    num_rows = max(limits.max_num_tokens, MAX_TOKENS)
+    num_rows = max(limits.max_num_tokens, MAX_GRAPH_ROWS)
     values = num_ranks * rows_of_a_rank(num_rows, num_ranks) * decoder.hidden_size
     vocab_size = config.mapping().padded_vocab_size(decoder.vocab_size)
     found, offset = {}, 0
@@ -52,7 +51,7 @@ def places(config: CheckpointConfig, limits: EngineLimits) -> dict[str, Place]:
         ("parts", torch.float32, (2, values)),
         ("norms", TORCH_DTYPES[config.dtype], (values,)),
         ("logits", torch.float32, (limits.max_batch_size * vocab_size,)),
-        ("tokens", torch.int64, (MAX_TOKENS,)),
+        ("tokens", torch.int64, (MAX_GRAPH_ROWS,)),
         ("flags", torch.int32, (MAX_PROGRAMS * num_ranks,)),
     ):
         found[name] = Place(dtype, shape, offset)

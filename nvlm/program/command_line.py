@@ -39,6 +39,8 @@ class _Store(argparse.Action):
     """A flag of several values collects where it is given twice. Of one value the last counts, so
     that a script's setting can be overridden after it."""
 
+    is_once = False
+
     def __call__(
         self,
         parser: argparse.ArgumentParser,
@@ -47,6 +49,12 @@ class _Store(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         assert isinstance(parser, ArgumentParser)
+        before = parser.given.get(self.dest, values)
+        if self.is_once and before != values:
+            raise UserError(
+                f"{option_string} is given twice, with {str(before)!r} and {str(values)!r}; "
+                "give it once"
+            )
         if isinstance(values, list):
             values = [*parser.given.get(self.dest, []), *values]
         parser.given[self.dest] = values
@@ -57,20 +65,7 @@ class _StoreOnce(_Store):
     """`action="once"`, for what is asked: the first of two questions would be lost without a
     word."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        assert isinstance(parser, ArgumentParser)
-        if parser.given.get(self.dest, values) != values:
-            raise UserError(
-                f"{option_string} is given twice, with {str(parser.given[self.dest])!r} and "
-                f"{str(values)!r}; give it once"
-            )
-        super().__call__(parser, namespace, values, option_string)
+    is_once = True
 
 
 class ArgumentParser(argparse.ArgumentParser):

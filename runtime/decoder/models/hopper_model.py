@@ -13,6 +13,7 @@ import torch
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.decoder import embed, rope_tables
 from nvlm.model.dtypes import TORCH_DTYPES
+from nvlm.planning.hopper import MAX_GRAPH_ROWS
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.kernels.operands import KVPages
 from runtime.decoder.kernels.plain_forms import PlainForms
@@ -28,7 +29,7 @@ from runtime.decoder.models.hopper_weights import HopperWeights
 from runtime.decoder.models.kv_cache import PagedKVCache
 from runtime.decoder.models.step import SequenceStep
 
-_BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
+_BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, MAX_GRAPH_ROWS + 1, 32))
 _ROWS_WITHOUT_CONTEXT = 2  # whose attention reads so little that the memory has time
 _SHORT_PROMPTS = (2, 16)  # Triton compiles anew for a number of rows that 16 divides
 
