@@ -12,8 +12,8 @@ from frontends.triton.tensors import Tensors, strings
 from nvlm.inputs.tiling import TiledImage, denormalize
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
+from runtime.requests.messages import ImageSource
 from runtime.requests.picture_source import decode_base64
-from runtime.requests.types import ImageSource
 from runtime.serving.prepare import check_num_images
 
 
