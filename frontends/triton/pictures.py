@@ -28,6 +28,16 @@ def read_images(tensors: Tensors, limits: EngineLimits) -> tuple[ImageSource, ..
     return _IMAGE_READERS[given[0]](tensors)
 
 
+def picture_in_url(url: bytes, name: str) -> bytes:
+    """The picture's file. `name` is where the URL stands."""
+    if not url.startswith(b"data:"):
+        raise UserError(
+            f"{name} may only hold data: URLs, because this server fetches nothing; send the "
+            "picture itself in image_bytes"
+        )
+    return decode_base64(url, name)
+
+
 def _pixels(tensors: Tensors) -> tuple[ImageSource, ...]:
     """[1, n, H, W, 3] uint8; image_sizes_input [1, n, 2] tells (height, width) before padding."""
     images = tensors["image_bytes_input"][0]
@@ -69,14 +79,8 @@ def _base64(tensors: Tensors) -> tuple[ImageSource, ...]:
 
 
 def _urls(tensors: Tensors) -> tuple[ImageSource, ...]:
-    for url in strings(tensors, "image_url_input"):
-        if not url.startswith(b"data:"):
-            raise UserError(
-                "image_url_input may only hold data: URLs, because this server fetches nothing; "
-                "send the picture itself in image_bytes"
-            )
     urls = strings(tensors, "image_url_input")
-    return tuple(decode_base64(url, "image_url_input") for url in urls)
+    return tuple(picture_in_url(url, "image_url_input") for url in urls)
 
 
 def _files(tensors: Tensors) -> tuple[ImageSource, ...]:

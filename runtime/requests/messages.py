@@ -18,7 +18,7 @@ from nvlm.inputs.images import EncodedImage
 from nvlm.inputs.pillow_image import pixels_of
 from nvlm.inputs.prompt import IMAGE_MARK, Role
 from nvlm.inputs.tiling import TiledImage
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shortened
 from runtime.requests.picture_source import picture_source
 
 ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage]
@@ -27,6 +27,9 @@ GivenImage = ImageSource | str | Image.Image
 
 Content = tuple[str | ImageSource, ...]
 """Text and images in their order. `<image>` in such a text is text."""
+
+PictureReader = Callable[[str], ImageSource]
+"""Gets the image that a string names, or says why it does not."""
 
 _ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 _ONE = (str, Path, bytes, np.ndarray, Image.Image, TiledImage)
@@ -98,13 +101,16 @@ def question(prompt: str, images: Iterable[GivenImage] = ()) -> Content:
 def conversation(
     messages: Any,
     images: Iterable[GivenImage] = (),
-    source: Callable[[str], ImageSource] = picture_source,
+    source: PictureReader = picture_source,
+    *,
+    has_system: bool = False,
 ) -> Conversation:
     """Reads messages: each a `Message`, or an object of `role` and `content`, which is a string or
     a list of parts. `source` gets an image that a part names.
 
     `images` stand where the user's strings have an `<image>`; those of a single question may do
-    without. Raises `UserError` for what is no conversation that ends with the user's message.
+    without. has_system: a system message is given beside them. Raises `UserError` for what is no
+    conversation that ends with the user's message.
     """
     if not _is_list(messages):
         raise UserError(f"messages is {_told(messages)}, expected a list of messages")
@@ -126,12 +132,16 @@ def conversation(
             else:
                 content = _in_place(content, left)
         read.append(Message(role, content))
-    system = read.pop(0).text if read[0].role == "system" else None
+    system = read.pop(0) if read[0].role == "system" else None
     found = Conversation(content=read[-1].content, history=tuple(read[:-1]))
-    return found if system is None else {**found, "system": system}
+    if system is None:
+        return found
+    if has_system:
+        raise UserError("system stands beside messages with a system message; give one of them")
+    return {**found, "system": system.text}
 
 
-def parts(given: Any, name: str, source: Callable[[str], ImageSource] = picture_source) -> Content:
+def parts(given: Any, name: str, source: PictureReader = picture_source) -> Content:
     """A list of parts, as JSON has them. `name` is what errors call it; `source` gets an image that
     a part names."""
     if not _is_list(given):
@@ -156,9 +166,7 @@ def parts(given: Any, name: str, source: Callable[[str], ImageSource] = picture_
     return tuple(read)
 
 
-def _read(
-    message: Any, name: str, source: Callable[[str], ImageSource]
-) -> tuple[Role, str | Content]:
+def _read(message: Any, name: str, source: PictureReader) -> tuple[Role, str | Content]:
     """Its role and content; a string's marks are not looked at yet."""
     if isinstance(message, Message):
         return message.role, message.content
@@ -188,8 +196,8 @@ def _check_order(roles: Sequence[Role]) -> None:
 def _check_marks(num_marks: int, num_images: int) -> None:
     if num_marks != num_images:
         raise UserError(
-            f"the text has <image> {num_marks} times for {num_images} images; write it once for "
-            'each, or give the text as a part, {"type": "text", ...}, in which it is text'
+            f"the number of <image> in the text is {num_marks} and that of images {num_images}, "
+            'expected the same; where <image> is meant as text, give {"type": "text", ...}'
         )
 
 
@@ -223,4 +231,4 @@ def _is_list(given: Any) -> bool:
 
 
 def _told(value: Any) -> str:
-    return repr(value)[:_SHOWN_CHARACTERS]
+    return shortened(repr(value))[:_SHOWN_CHARACTERS]

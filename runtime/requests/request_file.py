@@ -6,6 +6,7 @@ Unknown fields and wrong types are refused by name; paths are relative to the fi
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,15 @@ from typing import Any
 
 from nvlm.inputs.images import Page
 from nvlm.program.errors import UserError
+from nvlm.program.file_kinds import is_device
 from nvlm.program.jsonl import read_jsonl_lines
-from runtime.requests.messages import Conversation, ImageSource, conversation, parts, question
+from runtime.requests.messages import (
+    Conversation,
+    ImageSource,
+    conversation,
+    parts,
+    question,
+)
 from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
 from runtime.requests.types import GenerationRequest
@@ -83,6 +91,24 @@ def request_from_json(
     )
 
 
+def read_messages(path: Path, images: Iterable[ImageSource], *, has_system: bool) -> Conversation:
+    """A file of messages, a JSON list; paths are relative to it. `images` as `conversation` has
+    them."""
+    if is_device(path):
+        raise UserError(f"--messages {path} is a device, whose end may never come; give a file")
+    try:
+        messages = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"--messages {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--messages {path} is not JSON: {error}") from None
+    source = partial(picture_source, folder=path.parent)
+    try:
+        return conversation(messages, images, source, has_system=has_system)
+    except UserError as error:
+        raise UserError(f"--messages {path}: {error}") from None
+
+
 def _check_type(name: str, value: Any, expected: type) -> None:
     """JSON has one kind of number: a whole one is a float too. true and false are none."""
     accepted = (int, float) if expected is float else expected
@@ -113,10 +139,7 @@ def _asked(given: dict[str, Any], folder: Path) -> Conversation:
     if "messages" in given:
         if prompt is not None:
             raise UserError("prompt stands beside messages; make it the last message")
-        asked = conversation(given["messages"], images, source)
-        if "system" in asked and "system" in given:
-            raise UserError("system stands beside messages with a system message; give one of them")
-        return asked
+        return conversation(given["messages"], images, source, has_system="system" in given)
     if isinstance(prompt, str):
         return {"content": question(prompt, images)}
     if isinstance(prompt, list) and images:

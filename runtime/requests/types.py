@@ -18,12 +18,14 @@ from runtime.requests.messages import (
     Conversation,
     GivenImage,
     Message,
+    PictureReader,
     content_of,
     conversation,
     items,
     num_images,
     question,
 )
+from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, SamplingParams, given_settings, with_sampling
 
 FinishReason = Literal["stop", "length"]
@@ -82,17 +84,16 @@ class GenerationRequest:
         cls,
         messages: Sequence[Any],
         images: GivenImage | Iterable[GivenImage] = (),
+        source: PictureReader = picture_source,
         **settings: Any,
     ) -> GenerationRequest:
         """A conversation that ends with the user's message: each message a `Message`, or a dict of
         `role` (system, user, assistant) and `content`, a string or a list of parts as JSON has
-        them. An image in a part may be whatever `images_first` takes.
+        them. An image in a part may be whatever `images_first` takes; `source` gets a `str`.
 
         `images` stand where the user's strings have `<image>`. settings: as `images_first`.
         """
-        asked = conversation(messages, items(images))
-        if "system" in asked and "system" in settings:
-            raise UserError("system stands beside messages with a system message; give one of them")
+        asked = conversation(messages, items(images), source, has_system="system" in settings)
         return cls._from_settings(asked, settings)
 
     @classmethod

@@ -6,7 +6,7 @@ Any number of threads may ask at once, through one loop (shared_loop.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,13 @@ class Runner(Stages):
         *,
         messages: Sequence[Any] | None = None,
         **settings: Any,
-    ) -> Iterator[Answer]:
+    ) -> Generator[Answer, None, None]:
         """As `generate`, piece by piece; the last piece has the result. Closing it cancels the
         rest."""
         asked = GenerationRequest.of(request, images, messages, **settings)
         return self._ask(asked, in_pieces=True)
 
-    def _ask(self, request: GenerationRequest, *, in_pieces: bool) -> Iterator[Answer]:
+    def _ask(self, request: GenerationRequest, *, in_pieces: bool) -> Generator[Answer, None, None]:
         with self._loop.ask(self, max_open=self._max_open(_num_preparing())) as asker:
             asker.submit(request, in_pieces=in_pieces)
             while asker.num_open:
