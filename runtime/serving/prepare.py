@@ -49,6 +49,7 @@ def prepare(engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket) -> None:
     ticket.images = [
         part for _, content in turns for part in content if isinstance(part, TiledImage)
     ]
+    ticket.cache_keys = tuple(image.cache_key for image in ticket.images)
     ticket.tiling_s = time.perf_counter() - begun
 
 

@@ -15,6 +15,7 @@ from nvlm.program.errors import UserError
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.requests.messages import Message
 from runtime.requests.types import GenerationRequest, GenerationResult
+from runtime.serving.encoded_pictures import EncodedPictures
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Ticket
 from tests.reference import prompts
@@ -180,3 +181,48 @@ def test_images_of_all_turns_count(runner: Runner, images: Images) -> None:
     user: dict[str, Any] = {"role": "user", "content": [picture, picture]}
     with pytest.raises(UserError, match="4 images, the engine takes 3"):
         runner.generate(messages=[user, {"role": "assistant", "content": "x"}, user])
+
+
+def test_a_picture_is_encoded_once(
+    runner: Runner, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many turns show it, and also twice in one; the tables are the same."""
+    encode, num_tiles = runner.vision.encode, []
+
+    def count(tiles: torch.Tensor) -> torch.Tensor:
+        num_tiles.append(len(tiles))
+        return encode(tiles)
+
+    monkeypatch.setattr(runner.vision, "encode", count)
+
+    def table(*names: str) -> torch.Tensor:
+        ticket = Ticket(GenerationRequest.images_first("x", tuple(map(images, names))))
+        runner.prepare(ticket)
+        runner.encode(ticket)
+        assert ticket.decoder_request.prompt_table is not None
+        return ticket.decoder_request.prompt_table
+
+    first = table(PICTURES[0])
+    assert torch.equal(table(PICTURES[0]), first)
+    assert num_tiles == [3]
+    three = table(PICTURES[1], PICTURES[0], PICTURES[1])
+    assert num_tiles == [3, 1]
+    rows = runner.engine.vision_config.tokens_per_tile
+    assert torch.equal(three[rows : 4 * rows], first)
+    assert torch.equal(three[:rows], three[4 * rows :])
+
+
+def test_the_picture_asked_for_longest_ago_is_forgotten_first() -> None:
+    encoded = EncodedPictures(max_bytes=2 * 32)
+    rows = {key: torch.full((2, 4), float(key[0])) for key in (b"a", b"b", b"c")}
+    for key in (b"a", b"b", b"a", b"c"):
+        if encoded.get(key) is None:
+            encoded.put(key, rows[key])
+    assert encoded.get(b"b") is None
+    for key in (b"a", b"c"):
+        found = encoded.get(key)
+        assert found is not None
+        assert torch.equal(found, rows[key])
+    encoded.put(b"d", torch.zeros(9, 4))  # more than all
+    assert encoded.get(b"d") is None
+    assert encoded.get(b"a") is not None
