@@ -5,13 +5,15 @@ What a client sends and we cannot do is refused by name and in one sentence.
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
-from frontends.triton.pictures import read_images
+from frontends.triton.pictures import picture_in_url, read_images
 from frontends.triton.tensors import Tensors, decode, scalar, strings, text
-from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
+from runtime.requests.messages import ImageSource
 from runtime.requests.sampling import SETTINGS, SamplingParams, with_sampling
 from runtime.requests.types import GenerationRequest
 
@@ -41,21 +43,41 @@ MAX_STOP_WORDS = 64
 def read_request(tensors: Tensors, limits: EngineLimits) -> GenerationRequest:
     """Raises `UserError` for what the engine cannot answer, before anything large is copied."""
     _refuse_unsupported(tensors)
-    prompt = text(tensors, "text_input", "")
-    images = read_images(tensors, limits)
-    if not prompt and not images:
-        raise UserError("text_input is empty and there is no image; give a question")
     end_id = scalar(tensors, "end_id", -1)
-    return GenerationRequest.images_first(
-        prompt,
-        images,
-        system=text(tensors, "system", DEFAULT_SYSTEM),
+    return replace(
+        _asked(tensors, read_images(tensors, limits)),
         max_num_tiles=scalar(tensors, "max_num_tiles", None),
         max_new_tokens=_max_tokens(tensors),
         stop=_stop_words(tensors),
         end_ids=frozenset({end_id} if end_id >= 0 else ()),
         sampling=_sampling(tensors),
     )
+
+
+def _asked(tensors: Tensors, images: tuple[ImageSource, ...]) -> GenerationRequest:
+    """What is asked, by `text_input` or by `messages`, without its settings."""
+    prompt = text(tensors, "text_input", "")
+    system = {"system": text(tensors, "system", "")} if "system" in tensors else {}
+    if messages := text(tensors, "messages", ""):
+        if prompt:
+            raise UserError("text_input stands beside messages; leave it empty")
+        return GenerationRequest.from_messages(
+            _json(messages), images, source=_picture_in_part, **system
+        )
+    if not prompt and not images:
+        raise UserError("text_input is empty and there is no image; give a question")
+    return GenerationRequest.images_first(prompt, images, **system)
+
+
+def _json(messages: str) -> Any:
+    try:
+        return json.loads(messages)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"messages is not JSON: {error}") from None
+
+
+def _picture_in_part(url: str) -> bytes:
+    return picture_in_url(url.encode(errors="surrogatepass"), "a part of messages")
 
 
 def wants_stream(tensors: Tensors) -> bool:

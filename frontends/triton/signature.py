@@ -50,7 +50,7 @@ ENSEMBLE_INPUTS = (
 NVLM_INPUTS = (
     *ENSEMBLE_INPUTS,
     *_specs("TYPE_STRING", (-1,), "image_bytes image_base64"),
-    *_specs("TYPE_STRING", (1,), "system"),
+    *_specs("TYPE_STRING", (1,), "system messages"),
     *_specs("TYPE_INT32", (1,), "max_num_tiles"),
     *(
         TensorSpec(setting.name, setting.triton_type, (1,))

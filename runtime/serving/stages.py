@@ -16,6 +16,7 @@ from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.text_stream import TextStream
+from runtime.serving.encoded_pictures import EncodedPictures
 from runtime.serving.prepare import prepare
 from runtime.serving.ticket import Ticket
 from runtime.vision.executor import VisionExecutor
@@ -31,6 +32,8 @@ class Stages:
         self.decoder = decoder
         self.in_loop = threading.Lock()  # held by the one loop that is open
         self._encoding = threading.Lock()  # held by the one thread that encodes images
+        self._encoded = EncodedPictures()
+        self._table_device = torch.device("cpu")  # vision's, once it has encoded
 
     def prepare(self, ticket: Ticket) -> None:
         """Tiles the images and tokenises the prompt. Any number of threads may do so at once.
@@ -42,11 +45,26 @@ class Stages:
     def encode(self, ticket: Ticket) -> None:
         """Makes the decoder's request; runs the vision encoder if there are images, for one thread
         at a time. It need not be the decoder's."""
-        if not ticket.images:
-            self._encode(ticket)
-            return
-        with self._encoding:  # waiting for it is no time of vision's
-            self._encode(ticket)
+        images, request = ticket.images, ticket.request
+        tokens_per_tile = self.engine.vision_config.tokens_per_tile
+        table: torch.Tensor | None = None
+        if images:
+            with self._encoding:
+                begun = time.perf_counter()
+                table = self._prompt_table(images, ticket.cache_keys)
+                ticket.vision_s = time.perf_counter() - begun
+        ticket.decoder_request = DecoderRequest(
+            token_ids=ticket.prompt_ids,
+            max_new_tokens=request.max_new_tokens,
+            prompt_table=table,
+            cache_keys=ticket.cache_keys,
+            rows_per_image=tuple(image.num_tiles * tokens_per_tile for image in images),
+            stop_ids=request.end_ids | {self.tokenizer.special_id(IM_END)},
+            sampling=request.sampling,
+        )
+        ticket.grids = [image.grid for image in images]
+        ticket.num_tiles = sum(image.num_tiles for image in images)
+        ticket.images = []  # nobody needs the pixels any more
 
     def start(self, ticket: Ticket) -> int:
         """Queues a request in the decoder and returns its id there."""
@@ -55,30 +73,22 @@ class Stages:
         ticket.submitted = time.perf_counter()
         return request_id
 
-    def _encode(self, ticket: Ticket) -> None:
-        begun = time.perf_counter()
-        images, request = ticket.images, ticket.request
-        tokens_per_tile = self.engine.vision_config.tokens_per_tile
-        ticket.decoder_request = DecoderRequest(
-            token_ids=ticket.prompt_ids,
-            max_new_tokens=request.max_new_tokens,
-            prompt_table=self._prompt_table(images),
-            cache_keys=tuple(image.cache_key for image in images),
-            rows_per_image=tuple(image.num_tiles * tokens_per_tile for image in images),
-            stop_ids=request.end_ids | {self.tokenizer.special_id(IM_END)},
-            sampling=request.sampling,
-        )
-        ticket.grids = [image.grid for image in images]
-        ticket.num_tiles = sum(image.num_tiles for image in images)
-        ticket.images = []  # nobody needs the pixels any more
-        ticket.vision_s = time.perf_counter() - begun
-
-    def _prompt_table(self, images: list[TiledImage]) -> torch.Tensor | None:
-        """[num_virtual_tokens, hidden_size]: all tiles' embeddings in order."""
-        if not images:
-            return None
-        tiles = torch.cat([torch.from_numpy(image.tiles) for image in images])
-        table = self.vision.encode(tiles).flatten(0, 1)
+    def _prompt_table(self, images: list[TiledImage], keys: tuple[bytes, ...]) -> torch.Tensor:
+        """[num_virtual_tokens, hidden_size]: all tiles' embeddings in order. Pictures that were
+        encoded before are not encoded again."""
+        known = {key: rows for key in keys if (rows := self._encoded.get(key)) is not None}
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
+        if new:
+            tiles = torch.cat([torch.from_numpy(image.tiles) for image in new.values()])
+            table = self.vision.encode(tiles).flatten(0, 1)
+            self._table_device = table.device
+            tokens_per_tile = self.engine.vision_config.tokens_per_tile
+            counts = [image.num_tiles * tokens_per_tile for image in new.values()]
+            for key, rows in zip(new, table.split(counts), strict=True):
+                known[key] = rows
+                self._encoded.put(key, rows)
+        if len(new) < len(images):
+            table = torch.cat([known[key].to(self._table_device) for key in keys])
         if table.is_cuda:  # what is launched is not yet done, and its time is vision's
             torch.cuda.current_stream(table.device).synchronize()
         return table

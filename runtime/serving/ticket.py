@@ -43,6 +43,7 @@ class Ticket:
     # Prepared:
     prompt_ids: list[int] = field(init=False)  # an id from vocab_size on is a row of the table
     images: list[TiledImage] = field(default_factory=list)  # until they are encoded
+    cache_keys: tuple[bytes, ...] = ()  # of the images
     tiling_s: float = 0.0
 
     # Encoded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,33 @@ def test_every_way_to_send_a_picture_gives_the_same_answer(
     answer = triton_server.generate(
         text_input="What is it?", max_tokens=12, image_base64=[encoded.decode()]
     )
+    assert answer["text_output"] == expected.text
+
+
+def test_messages_are_a_conversation_whose_pictures_come_in_it_or_beside_it(
+    triton_server: Served, runner: Runner, images: Images
+) -> None:
+    wide, pixel = images(THREE[0]), images(THREE[2])
+    said = [("user", "<image>\nWhat?"), ("assistant", "A cup."), ("user", "Is <image> too?")]
+    messages: list[dict[str, Any]] = [{"role": role, "content": words} for role, words in said]
+    files = [wide.read_bytes(), pixel.read_bytes()]
+    expected = runner.generate(messages=messages, images=files, max_new_tokens=12)
+    beside = tensors("", 12, messages=json.dumps(messages), image_bytes=files)
+    check(ask(triton_server, beside), expected)
+    url = "data:image/png;base64," + base64.b64encode(files[1]).decode()
+    messages[2]["content"] = [
+        {"type": "text", "text": "Is "},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": " too?"},
+    ]
+    within = tensors("", 12, messages=json.dumps(messages), image_bytes=files[:1])
+    check(ask(triton_server, within), expected)
+    fields = {
+        "text_input": "",
+        "max_tokens": 12,
+        "image_base64": base64.b64encode(files[0]).decode(),
+    }
+    answer = triton_server.generate(messages=json.dumps(messages), **fields)
     assert answer["text_output"] == expected.text
 
 

@@ -67,6 +67,24 @@ BAD: list[tuple[str, Make, str]] = [
     ("file_url", lambda: tensors("x", 4, image_url_input=[b"file:///x.png"]), "fetches nothing"),
     ("path", lambda: tensors("x", 4, image_url_input=[b"/x.png"]), "fetches nothing"),
     ("data_url", lambda: tensors("x", 4, image_url_input=[b"data:,abc"]), "not base64"),
+    ("marks", lambda: tensors("<image>", 4), "in the text is 1 and that of images 0"),
+    ("messages_no_json", lambda: tensors("", 4, messages="[{"), "messages is not JSON"),
+    ("messages_empty", lambda: tensors("", 4, messages="[]"), "messages is empty"),
+    ("messages_and_text", lambda: tensors("x", 4, messages="[]"), "leave it empty"),
+    (
+        "messages_role",
+        lambda: tensors("", 4, messages='[{"role": "tool", "content": "x"}]'),
+        "message 1 has role 'tool'",
+    ),
+    (
+        "messages_path",
+        lambda: tensors(
+            "",
+            4,
+            messages='[{"role": "user", "content": [{"type": "image", "image": "/etc/hosts"}]}]',
+        ),
+        "a part of messages may only hold data: URLs",
+    ),
     (
         "two_kinds",
         lambda: tensors("x", 4, image_bytes=[GOOD], image_base64=[base64.b64encode(GOOD)]),
