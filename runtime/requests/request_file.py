@@ -15,13 +15,24 @@ from nvlm.inputs.images import Page
 from nvlm.program.errors import UserError
 from nvlm.program.jsonl import read_jsonl_lines
 from runtime.requests.picture_source import picture_source
-from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
+from runtime.requests.sampling import (
+    SETTINGS,
+    given_settings,
+    require_consistent,
+    with_sampling,
+)
+from runtime.requests.setting import Number
 from runtime.requests.types import GenerationRequest, ImageSource
 
 _SHOWN_CHARACTERS = 200
 _OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
-_TYPES = {**_OPTION_TYPES, **{setting.name: setting.type for setting in SETTINGS}}
-_FIELDS = {"id", "prompt", "images", "page", "stop", *_TYPES}
+_TYPES = {
+    **_OPTION_TYPES,
+    **{setting.name: setting.type for setting in SETTINGS if isinstance(setting, Number)},
+}
+_FIELDS = {"id", "prompt", "images", "page", "stop", *_OPTION_TYPES} | {
+    setting.name for setting in SETTINGS
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +89,14 @@ def request_from_json(
         options["pictures"] = replace(defaults.pictures, page=_page(given["page"]))
     names = _strings(given.get("images", []), "images")
     images = [picture_source(name, folder) for name in names]
-    return replace(
+    request = replace(
         defaults,
         content=_content(given.get("prompt"), images, folder),
         sampling=with_sampling(defaults.sampling, given_settings(given)),
         **options,
     )
+    require_consistent(request.sampling, request.max_new_tokens)
+    return request
 
 
 def _check_type(name: str, value: Any, expected: type) -> None:

@@ -105,7 +105,7 @@ def test_every_mixture_of_prompts_and_tokens_gives_the_oracles_logits(
 ) -> None:
     for steps in SCENES[name]:
         expected, found = (model.forward(steps) for model in models)
-        assert found.shape == expected.shape == (sum(s.wants_logits for s in steps), 512)
+        assert found.shape == expected.shape == (sum(s.num_logits for s in steps), 512)
         assert len(found) == 0 or relative_error(found, expected) < KERNEL_LOGITS
 
 

@@ -37,7 +37,7 @@ class SendingModel:
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         self._send(steps)
         return torch.randn(
-            sum(step.wants_logits for step in steps), VOCAB_SIZE, generator=self._generator
+            sum(step.num_logits for step in steps), VOCAB_SIZE, generator=self._generator
         )
 
     def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
