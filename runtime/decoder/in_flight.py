@@ -58,7 +58,9 @@ class InFlightStep:
         found: list[TokenLogprobs | None] = [None] * len(self.sequences)
         if self.logprobs is not None:
             wanted = [self.sequences[row].request.sampling for row in self.logprob_rows]
-            told = (self._host_logprobs or self.logprobs).tolist([each.top_logprobs for each in wanted])
+            told = (self._host_logprobs or self.logprobs).tolist(
+                [each.top_logprobs for each in wanted]
+            )
             for row, logprobs in zip(self.logprob_rows, told, strict=True):
                 found[row] = logprobs
         return found

@@ -27,9 +27,7 @@ _NO_TOKEN = -1
 def changes_logits(request: DecoderRequest) -> bool:
     """Whether any setting of the request is one for this file."""
     params = request.sampling
-    return bool(
-        params.has_penalty or params.logit_bias or params.min_tokens or request.bad_words
-    )
+    return bool(params.has_penalty or params.logit_bias or params.min_tokens or request.bad_words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +37,8 @@ class _Rows:
     sequences: list[Sequence]
     rows: torch.Tensor  # [m] int64, in the batch
     slots: torch.Tensor  # [m] int64, in the counts and tails
-    repetition: torch.Tensor | None  # [m, 1] float32, as the next two; None: no row has a penalty
-    presence: torch.Tensor | None
-    frequency: torch.Tensor | None
+    # [repetition, presence, frequency] x [m, 1] float32; None where no row has a penalty.
+    penalties: torch.Tensor | None
     bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # row, token id, value: each [b]
     # Row, last token [w] and the tokens before it [w, longest], filled from the left with -1.
     bad_words: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
@@ -72,14 +69,14 @@ class LogitsProcessors:
         if rows.bias is not None:
             row, token_ids, values = rows.bias
             chosen[row, token_ids] += values
-        if rows.repetition is not None:
-            assert self._counts is not None
-            assert rows.presence is not None and rows.frequency is not None
+        if rows.penalties is not None:
+            assert self._counts is not None, "a penalty makes them"
+            repetition, presence, frequency = rows.penalties
             counts = self._counts[rows.slots]
-            divided = torch.where(chosen < 0, chosen * rows.repetition, chosen / rows.repetition)
+            divided = torch.where(chosen < 0, chosen * repetition, chosen / repetition)
             chosen = torch.where(counts > 0, divided, chosen)
-            drawn = counts // _DRAWN
-            chosen -= drawn * rows.frequency + (drawn > 0) * rows.presence
+            num_drawn = counts // _DRAWN
+            chosen -= num_drawn * frequency + (num_drawn > 0) * presence
         if rows.bad_words is not None:
             row, last, before = rows.bad_words
             is_next = torch.ones_like(row, dtype=torch.bool)
@@ -134,19 +131,19 @@ class LogitsProcessors:
         chosen = [sequences[row] for row in rows]
         params = [sequence.request.sampling for sequence in chosen]
         slots = self._slots_of(chosen)
-        penalties: list[torch.Tensor | None] = [None, None, None]
+        penalties: torch.Tensor | None = None
         if any(each.has_penalty for each in params):
             table = [
                 (each.repetition_penalty, each.presence_penalty, each.frequency_penalty)
                 for each in params
             ]
             values = self._to_device(torch.tensor(table, dtype=torch.float32))
-            penalties = list(values.T[:, :, None])
+            penalties = values.T[:, :, None]
         return _Rows(
             chosen,
             self._to_device(torch.tensor(rows)),
             self._to_device(torch.tensor(slots)),
-            *penalties,
+            penalties,
             self._bias_of(chosen),
             self._bad_words_of(chosen),
         )

@@ -36,7 +36,9 @@ class LogprobRows:
         """As many of the likeliest for each row as it wants."""
         chosen, values, ids = (tensor.tolist() for tensor in self.tensors)
         return [
-            TokenLogprobs(chosen[row], tuple(zip(ids[row][:count], values[row][:count], strict=True)))
+            TokenLogprobs(
+                chosen[row], tuple(zip(ids[row][:count], values[row][:count], strict=True))
+            )
             for row, count in enumerate(num_top)
         ]
 

@@ -173,9 +173,7 @@ class Scheduler:
                 budget -= count
         while self._waiting and budget > 0 and self._join(self._waiting[0]):
             sequence = self._waiting.popleft()
-            sequence.num_scheduled = min(
-                sequence.num_uncached, sequence.max_num_scheduled, budget
-            )
+            sequence.num_scheduled = min(sequence.num_uncached, sequence.max_num_scheduled, budget)
             self._running.append(sequence)
             budget -= sequence.num_scheduled
         return [sequence for sequence in self._running if sequence.num_scheduled > 0]

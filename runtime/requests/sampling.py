@@ -132,7 +132,7 @@ class SamplingParams:
         (),
         Biases,
         expected="an object of token ids and numbers from -100 to 100",
-        help='added to the logits of these tokens: \'{"151644": -100}\'',
+        help="added to the logits of these tokens: '{\"151644\": -100}'",
         triton_type="TYPE_STRING",
         is_trtllm_elsewhere=True,  # Request's embedding_bias
     )

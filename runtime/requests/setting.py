@@ -61,7 +61,9 @@ class Setting:
         return value
 
     def refuse(self, value: Any) -> UserError:
-        return UserError(f"{self.name} is {repr(value)[:_SHOWN_CHARACTERS]}, expected {self.expected}")
+        return UserError(
+            f"{self.name} is {repr(value)[:_SHOWN_CHARACTERS]}, expected {self.expected}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,7 +123,7 @@ def test_decoded_is_sent_over_random_batches(
 
 
 def step(blocks: list[int], position: int, token_id: int = 7) -> SequenceStep:
-    return SequenceStep([token_id], position, blocks, None, True)
+    return SequenceStep([token_id], position, blocks, None, 1)
 
 
 def test_a_step_taken_once_more_and_a_sequence_left_out_travel_as_rows() -> None:

@@ -52,7 +52,7 @@ class TritonPythonModel:
         self._server.runner.close()
 
     def _accept(self, request: Any) -> None:
-        sender = request.get_response_sender()
+        sender, runner = request.get_response_sender(), self._server.runner
         try:
             refuse_unknown(request.parameters())
             tensors = _tensors(request)
@@ -64,7 +64,7 @@ class TritonPythonModel:
                     "stream is true, but this server was started with --unary; leave it out"
                 )
             ticket = self._server.submit(
-                read_request(tensors, self._server.runner.engine.limits),
+                read_request(tensors, runner.engine.limits, runner.tokenizer.encode),
                 lambda answer: self._delivery.put(client, answer),
             )
         except Exception as error:
