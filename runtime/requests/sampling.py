@@ -250,10 +250,12 @@ def with_sampling(defaults: SamplingParams, given: dict[str, Any]) -> SamplingPa
 
 def non_neutral(params: SamplingParams) -> dict[str, Any]:
     """The settings that ask for something, by name, in the order of the table; as JSON has them."""
-    values = {row.name: (row, getattr(params, row.name)) for row in SETTINGS}
-    return {
-        name: row.to_json(value) for name, (row, value) in values.items() if value != row.neutral
+    asked = {each.name: getattr(params, each.name) for each in fields(params)}
+    asked = {
+        each.name: asked[each.name] for each in fields(params) if asked[each.name] != each.default
     }
+    rows = {row.name: row for row in SETTINGS}
+    return {name: rows[name].to_json(v) if name in rows else v for name, v in asked.items()}
 
 
 def require_consistent(params: SamplingParams, max_new_tokens: int) -> None:

@@ -120,6 +120,11 @@ _OTHER_WORDS = {
     "stop_strings": "stop",
     "system_prompt": "system",
     "random_seed": "seed",
+    "num_return_sequences": "n",
+    "min_new_tokens": "min_tokens",
+    "bad_words_ids": "bad_words",
+    "sequence_bias": "logit_bias",
+    "return_log_probs": "logprobs",
 }
 """What other libraries call a setting."""
 

@@ -1,6 +1,6 @@
 """Settings that change logits, beside Hugging Face's processors and formulas written in numpy.
 
-The logits are the executor's own; the oracles see those and the tokens so far, nothing else of ours.
+The logits are the executor's own. The oracles see those and the tokens so far, and nothing else.
 """
 
 from __future__ import annotations
@@ -278,7 +278,8 @@ def test_logprobs_are_the_models_whatever_the_settings(make: Models) -> None:
     outputs = outputs_of(open_table_executor(make(3)), request)
     assert len(outputs) == 40
     for output in outputs:
-        assert output.logits is not None and output.logprobs is not None
+        assert output.logits is not None
+        assert output.logprobs is not None
         expected = output.logits.double().log_softmax(-1)
         top = expected.topk(7)
         assert output.logprobs.logprob == pytest.approx(float(expected[output.token_id]), abs=1e-4)
