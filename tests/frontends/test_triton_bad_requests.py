@@ -118,7 +118,7 @@ BAD: list[tuple[str, Make, str]] = [
     ("bias", lambda: tensors("x", 4, logit_bias=b"[1"), "logit_bias is not JSON"),
     (
         "bias_words",
-        lambda: tensors("x", 4, embedding_bias_words=[b"a", b"b"], embedding_bias_weights=[1.0]),
+        lambda: tensors("x", 4, embedding_bias_words=[b"a", b"b"], embedding_bias_weights=1.0),
         "2 embedding_bias_words and 1 embedding_bias_weights",
     ),
     ("top_p", lambda: tensors("x", 4, top_p=1.5), "top_p is 1.5"),

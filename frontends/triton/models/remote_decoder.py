@@ -99,9 +99,9 @@ class RemoteDecoderExecutor:
         num_left = min(request.max_new_tokens, room)
         dtype = TORCH_DTYPES[self._config.dtype]
         tensors = request_tensors(request, num_left, self._config.decoder.vocab_size, dtype)
-        outputs = ["output_ids", "sequence_length"]
+        outputs: tuple[str, ...] = ("output_ids", "sequence_length")
         if request.sampling.logprobs:
-            outputs.append("output_log_probs")
+            outputs += ("output_log_probs",)
         asked = to_request("tensorrt_llm", tensors, outputs, str(request_id))
         call = self._channel.stub.ModelStreamInfer(iter([asked]))
         with self._lock:
