@@ -34,7 +34,7 @@ from runtime.requests.flags import add_request_flags, request_of
 from runtime.requests.messages import Conversation, question
 from runtime.requests.picture_source import picture_source
 from runtime.requests.request_file import RequestLine, read_messages, read_requests
-from runtime.requests.sampling import check_target, non_neutral
+from runtime.requests.sampling import check_target, non_neutral, require_consistent
 from runtime.requests.show_tiles import write_tiles
 from runtime.requests.types import GenerationRequest
 from runtime.serving.launch import Program, add_engine_flags, launch
@@ -135,6 +135,13 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.input_file and (arguments.image or (arguments.json and not arguments.compare)):
         flag = "--image" if arguments.image else "--json"
         raise UserError(f"{flag} goes with --prompt; a batch has its images in the request lines")
+    if arguments.n is not None and arguments.n > 1 and (arguments.streaming or arguments.compare):
+        flag = "--streaming" if arguments.streaming else "--compare"
+        raise UserError(f"{flag} takes one answer and --n is {arguments.n}; leave one of them out")
+    for name in ("logprobs", "prompt_logprobs"):
+        is_given = vars(arguments)[name] not in (None, False)
+        if is_given and not (arguments.json or arguments.input_file):
+            raise UserError(f"--{name} is a part of the JSON answer; give --json too")
     if arguments.page is not None and not (arguments.image or arguments.input_file):
         raise UserError("--page chooses a page of --image; give one")
     if arguments.show_tiles and not arguments.image:
@@ -145,12 +152,16 @@ def _asked(
     arguments: argparse.Namespace, request: GenerationRequest, lines: list[RequestLine]
 ) -> dict[str, GenerationRequest]:
     """What --compare asks, by where it stands. Raises what is wrong with a line."""
-    asked = {}
+    asked: dict[str, GenerationRequest] = {}
     for line in lines:
         if isinstance(line.request, UserError):
             raise line.request
+        if line.request.sampling.n > 1:
+            raise UserError(f"--compare takes one answer a request, and line {line.number} has n")
         asked[f"{arguments.input_file} line {line.number}"] = line.request
-    return asked or {"the request": request}
+    asked = asked or {"the request": request}
+    # Both engines draw with one seed.
+    return {name: replace(each, sampling=each.sampling.seeded()) for name, each in asked.items()}
 
 
 def compare(
@@ -185,6 +196,8 @@ def lead(
 ) -> int:
     """What rank 0 does, or the only one."""
     request = default_request(arguments)
+    if arguments.prompt is not None:
+        require_consistent(request.sampling, request.max_new_tokens)
     if non_neutral(request.sampling):
         check_target(request.sampling, EngineDir.read(arguments.engine_dir).decoder_target)
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
@@ -207,8 +220,10 @@ def lead(
             stream(runner, request)
             return 0
         result = runner.generate(request)
-    answer = json.dumps(answer_json(result), ensure_ascii=False)
-    print(answer if arguments.json else result.text)
+    if arguments.json:
+        print(json.dumps(answer_json(result), ensure_ascii=False))
+    else:
+        print(*(choice.text for choice in result.choices), sep="\n")
     return 0
 
 

@@ -6,8 +6,11 @@ What a client sends and we cannot do is refused by name and in one sentence.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from frontends.triton.pictures import picture_in_url, read_images
 from frontends.triton.tensors import Tensors, decode, scalar, strings, text
@@ -15,22 +18,16 @@ from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from runtime.requests.messages import ImageSource
 from runtime.requests.sampling import SETTINGS, SamplingParams, with_sampling
+from runtime.requests.setting import Biases, Setting, Words
 from runtime.requests.types import GenerationRequest
 
-# What TensorRT-LLM can do and we cannot, unless the table of sampling settings has it, and the
-# values that ask for nothing.
+Encode = Callable[[str], list[int]]
+
+# What TensorRT-LLM can do and we cannot, and the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "decoder_text_input": (b"",),
     "video_bytes_input": (),
-    "bad_words": (b"",),
-    "embedding_bias_words": (b"",),
-    "embedding_bias_weights": (0.0,),
-    "min_tokens": (0, 1),
     "beam_width": (0, 1),
-    "repetition_penalty": (1.0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "return_log_probs": (False,),
     "return_context_logits": (False,),
     "return_generation_logits": (False,),
 }
@@ -40,8 +37,13 @@ MAX_STOP_WORDS = 64
 """Every token is searched for each of them while all other requests wait."""
 
 
-def read_request(tensors: Tensors, limits: EngineLimits) -> GenerationRequest:
-    """Raises `UserError` for what the engine cannot answer, before anything large is copied."""
+def read_request(
+    tensors: Tensors, limits: EngineLimits, encode: Encode | None = None
+) -> GenerationRequest:
+    """encode: the engine's tokenizer, which biases of words need.
+
+    Raises `UserError` for what the engine cannot answer, before anything large is copied.
+    """
     _refuse_unsupported(tensors)
     end_id = scalar(tensors, "end_id", -1)
     return replace(
@@ -50,7 +52,7 @@ def read_request(tensors: Tensors, limits: EngineLimits) -> GenerationRequest:
         max_new_tokens=_max_tokens(tensors),
         stop=_stop_words(tensors),
         end_ids=frozenset({end_id} if end_id >= 0 else ()),
-        sampling=_sampling(tensors),
+        sampling=_sampling(tensors, encode),
     )
 
 
@@ -98,22 +100,56 @@ def _max_tokens(tensors: Tensors) -> int:
     return value
 
 
-def _sampling(tensors: Tensors) -> SamplingParams:
+def _sampling(tensors: Tensors, encode: Encode | None) -> SamplingParams:
     """run.py's meaning, and TensorRT-LLM's of zero: top_p 0 is off, both filters 0 is greedy."""
-    names = [setting.name for setting in SETTINGS if setting.name in tensors]
-    given = {name: scalar(tensors, name, None) for name in names}
+    given = {
+        setting.name: _value(tensors, setting)
+        for setting in SETTINGS
+        if setting.input_name in tensors
+    }
     if given.get("top_k") == 0 and given.get("top_p") == 0.0:
-        return SamplingParams()
+        given["temperature"] = 0.0
     if given.get("top_p") == 0.0:
         given["top_p"] = 1.0
+    if any(strings(tensors, "embedding_bias_words")):
+        given["logit_bias"] = _bias_of_words(tensors, encode, dict(given.get("logit_bias", ())))
     return with_sampling(SamplingParams(), given)
 
 
+def _value(tensors: Tensors, setting: Setting) -> Any:
+    name = setting.input_name
+    if isinstance(setting, Words):
+        return setting.read([decode(word, name) for word in strings(tensors, name) if word])
+    if isinstance(setting, Biases):
+        text = decode(scalar(tensors, name, b""), name)
+        try:
+            return setting.read(json.loads(text or "{}"))
+        except ValueError as error:
+            raise UserError(f"{name} is not JSON: {error}") from None
+    return scalar(tensors, name, None)
+
+
+def _bias_of_words(
+    tensors: Tensors, encode: Encode | None, biases: dict[int, float]
+) -> dict[int, float]:
+    """TensorRT-LLM's: a weight is added to every token of its word."""
+    if encode is None:
+        raise UserError("embedding_bias_words needs the tokenizer; give logit_bias by token ids")
+    words = strings(tensors, "embedding_bias_words")
+    weights = tensors.get("embedding_bias_weights", np.empty(0)).reshape(-1).tolist()
+    if len(words) != len(weights):
+        raise UserError(
+            f"there are {len(words)} embedding_bias_words and {len(weights)} "
+            "embedding_bias_weights, expected as many"
+        )
+    for word, weight in zip(words, weights, strict=True):
+        for token_id in encode(decode(word, "embedding_bias_words")):
+            biases[token_id] = biases.get(token_id, 0.0) + weight
+    return biases
+
+
 def _refuse_unsupported(tensors: Tensors) -> None:
-    supported = {setting.name for setting in SETTINGS}
     for name, neutral in _NEUTRAL.items():
-        if name in supported:
-            continue
         values = tensors[name].reshape(-1) if name in tensors else ()
         # A large one is not looked through: a list of its values would be many times its size.
         if len(values) > (_MOST_VALUES if neutral else 0) or any(v not in neutral for v in values):

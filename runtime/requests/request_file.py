@@ -24,12 +24,23 @@ from runtime.requests.messages import (
     question,
 )
 from runtime.requests.picture_source import picture_source
-from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
+from runtime.requests.sampling import (
+    SETTINGS,
+    given_settings,
+    require_consistent,
+    with_sampling,
+)
+from runtime.requests.setting import Number
 from runtime.requests.types import GenerationRequest
 
 _OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
-_TYPES = {**_OPTION_TYPES, **{setting.name: setting.type for setting in SETTINGS}}
-_FIELDS = {"id", "prompt", "messages", "images", "page", "stop", *_TYPES}
+_TYPES = {
+    **_OPTION_TYPES,
+    **{setting.name: setting.type for setting in SETTINGS if isinstance(setting, Number)},
+}
+_FIELDS = {"id", "prompt", "messages", "images", "page", "stop", *_OPTION_TYPES} | {
+    setting.name for setting in SETTINGS
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +95,13 @@ def request_from_json(
         options["stop"] = tuple(_strings(given["stop"], "stop"))
     if "page" in given:
         options["pictures"] = replace(defaults.pictures, page=_page(given["page"]))
-    return replace(
+    request = replace(
         defaults,
         sampling=with_sampling(defaults.sampling, given_settings(given)),
         **{**options, **_asked(given, folder)},
     )
+    require_consistent(request.sampling, request.max_new_tokens)
+    return request
 
 
 def read_messages(path: Path, images: Iterable[ImageSource], *, has_system: bool) -> Conversation:

@@ -159,6 +159,11 @@ _OTHER_WORDS = {
     "stop_strings": "stop",
     "system_prompt": "system",
     "random_seed": "seed",
+    "num_return_sequences": "n",
+    "min_new_tokens": "min_tokens",
+    "bad_words_ids": "bad_words",
+    "sequence_bias": "logit_bias",
+    "return_log_probs": "logprobs",
 }
 """What other libraries call a setting."""
 
@@ -177,8 +182,43 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class LikelyToken:
+    """`token` is its text, with U+FFFD for a part of a character; logprob: natural logarithm of
+    the probability that the model gave it, before any setting changed that."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob(LikelyToken):
+    """top_logprobs: the likeliest tokens of its place, likeliest first."""
+
+    top_logprobs: list[LikelyToken]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the `n` answers to a request. token_ids leaves out the end token; logprobs: one for
+    each of them, if asked for. seed: repeats the answer; None where nothing was drawn."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    boxes: list[Box]
+    seed: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """num_prompt_tokens counts virtual tokens; token_ids leaves out the end token."""
+    """num_prompt_tokens counts virtual tokens, num_tokens those of all `choices`. The answer is
+    the first choice's: text, token_ids, finish_reason, boxes, seed and logprobs.
+
+    prompt_logprobs: one for each token of the prompt, if asked for; None for the first, which
+    nothing foretells, and for pictures' rows.
+    """
 
     text: str
     token_ids: list[int]
@@ -189,15 +229,26 @@ class GenerationResult:
     grids: list[Grid]
     boxes: list[Box]
     timings: Timings
+    seed: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One piece of an answer: new text, and with the last piece `result` or `error`."""
+    """One piece of an answer: new text, and with the last piece `result` or `error`.
+
+    index: which of the `n` answers the text belongs to. finish_reason: with its last piece.
+    logprobs: of the tokens that the piece adds, if asked for.
+    """
 
     text: str = ""
     result: GenerationResult | None = None
     error: Exception | None = None
+    index: int = 0
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def is_last(self) -> bool:

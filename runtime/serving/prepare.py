@@ -17,7 +17,12 @@ from nvlm.program.errors import UserError
 from runtime.decoder.executor import check_max_new_tokens, check_prompt_length
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.messages import ImageSource
-from runtime.requests.sampling import check_target
+from runtime.requests.sampling import (
+    check_target,
+    require_consistent,
+    require_places,
+    require_vocabulary,
+)
 from runtime.requests.types import GenerationRequest
 from runtime.serving.ticket import Ticket
 
@@ -32,6 +37,9 @@ def prepare(engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket) -> None:
     begun = time.perf_counter()
     request = ticket.request
     check_max_new_tokens(request.max_new_tokens)
+    require_consistent(request.sampling, request.max_new_tokens)
+    require_places(request.sampling, engine.limits.max_batch_size)
+    require_vocabulary(request.sampling, engine.checkpoint_config.decoder.vocab_size)
     check_target(request.sampling, engine.decoder_target)
     _check_text_size(request, engine, tokenizer)
     *history, (_, content) = turns = _tile(request, engine)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import torch
 
@@ -18,7 +19,7 @@ from runtime.engine.engine_dir import EngineDir
 from runtime.requests.text_stream import TextStream
 from runtime.serving.encoded_pictures import EncodedPictures
 from runtime.serving.prepare import prepare
-from runtime.serving.ticket import Ticket
+from runtime.serving.ticket import Draft, Ticket
 from runtime.vision.executor import VisionExecutor
 
 
@@ -45,7 +46,8 @@ class Stages:
     def encode(self, ticket: Ticket) -> None:
         """Makes the decoder's request; runs the vision encoder if there are images, for one thread
         at a time. It need not be the decoder's."""
-        images, request = ticket.images, ticket.request
+        images, request, sampling = ticket.images, ticket.request, ticket.sampling
+        end = self.tokenizer.special_id(IM_END)
         tokens_per_tile = self.engine.vision_config.tokens_per_tile
         table: torch.Tensor | None = None
         if images:
@@ -59,19 +61,40 @@ class Stages:
             prompt_table=table,
             cache_keys=ticket.cache_keys,
             rows_per_image=tuple(image.num_tiles * tokens_per_tile for image in images),
-            stop_ids=request.end_ids | {self.tokenizer.special_id(IM_END)},
-            sampling=request.sampling,
+            stop_ids=request.end_ids if sampling.ignore_eos else request.end_ids | {end},
+            sampling=sampling,
+            bad_words=bad_word_ids(self.tokenizer, sampling.bad_words),
         )
         ticket.grids = [image.grid for image in images]
         ticket.num_tiles = sum(image.num_tiles for image in images)
         ticket.images = []  # nobody needs the pixels any more
 
-    def start(self, ticket: Ticket) -> int:
-        """Queues a request in the decoder and returns its id there."""
-        ticket.stream = TextStream(self.tokenizer, ticket.request.stop)
-        request_id = self.decoder.submit(ticket.decoder_request)
+    def start(self, ticket: Ticket) -> dict[int, Draft]:
+        """Queues a request in the decoder: its drafts, one for each of the n answers, by their ids
+        there. All but the first share the blocks of its prompt."""
+        request, sampling = ticket.request, ticket.sampling
+        started: dict[int, Draft] = {}
+        first: int | None = None
+        try:
+            for index in range(sampling.n):
+                own = sampling.with_seed_of(index)
+                if index > 0:
+                    own = replace(own, prompt_logprobs=None)  # the first draft's
+                asked = replace(ticket.decoder_request, sampling=own, same_prompt_as=first)
+                request_id = self.decoder.submit(asked)
+                first = request_id if first is None else first
+                stream = TextStream(
+                    self.tokenizer, request.stop, keeps_stop=sampling.include_stop_str_in_output
+                )
+                seed = None if own.is_greedy else own.seed
+                started[request_id] = Draft(ticket, index, seed, self.tokenizer, stream)
+        except BaseException:
+            for request_id in started:
+                self.decoder.cancel(request_id)
+            raise
+        ticket.drafts = list(started.values())
         ticket.submitted = time.perf_counter()
-        return request_id
+        return started
 
     def _prompt_table(self, images: list[TiledImage], keys: tuple[bytes, ...]) -> torch.Tensor:
         """[num_virtual_tokens, hidden_size]: all tiles' embeddings in order. Pictures that were
@@ -92,3 +115,9 @@ class Stages:
         if table.is_cuda:  # what is launched is not yet done, and its time is vision's
             torch.cuda.current_stream(table.device).synchronize()
         return table
+
+
+def bad_word_ids(tokenizer: Tokenizer, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word, at the beginning of a text and after a space."""
+    forms = [form for word in words for form in (word, f" {word.lstrip(' ')}")]
+    return tuple(dict.fromkeys(tuple(tokenizer.encode(form)) for form in forms))
