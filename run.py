@@ -18,6 +18,7 @@ import torch
 from nvlm.formats import layout
 from nvlm.formats.scale_dtype import SCALE_DTYPE, scale_dtype, what_differs
 from nvlm.inputs.images import Page, PictureRules
+from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.command_line import ArgumentParser, positive_int, run
 from nvlm.program.errors import UserError
@@ -25,13 +26,15 @@ from nvlm.program.launcher import end, rank_from
 from nvlm.program.process import set_most_pixels
 from runtime.answers.answer_file import answer_json
 from runtime.answers.batch import run_batch, summary
+from runtime.answers.chat import chat
 from runtime.answers.compare import check, differences, record, report_json
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.flags import add_request_flags, request_of
+from runtime.requests.messages import Conversation, question
 from runtime.requests.picture_source import picture_source
-from runtime.requests.request_file import RequestLine, read_requests
-from runtime.requests.sampling import check_target, non_neutral
+from runtime.requests.request_file import RequestLine, read_messages, read_requests
+from runtime.requests.sampling import check_target, non_neutral, require_consistent
 from runtime.requests.show_tiles import write_tiles
 from runtime.requests.types import GenerationRequest
 from runtime.serving.launch import Program, add_engine_flags, launch
@@ -55,7 +58,15 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "")
     add = parser.add_argument
     add_engine_flags(parser)
-    add("--prompt", action="once", help="the question")
+    add("--prompt", action="once", help="the question; the next image stands where it has <image>")
+    add(
+        "--messages",
+        type=Path,
+        action="once",
+        metavar="JSON",
+        help="a conversation, instead of --prompt",
+    )
+    add("--chat", action="store_true", help="talk: questions from stdin, one a line")
     add("--image", nargs="+", default=[], help="image files or data: URLs, in order")
     add("--page", type=_page, help="page or frame of the images, from 1, or all (default: first)")
     add(
@@ -80,11 +91,16 @@ def parser() -> ArgumentParser:
 
 
 def default_request(arguments: argparse.Namespace) -> GenerationRequest:
-    """The flags as a request; its content is the single question."""
+    """The flags as a request; it asks what --prompt or --messages says."""
     images = tuple(map(picture_source, arguments.image))
-    question = GenerationRequest.images_first(arguments.prompt or "", images)
+    asked = Conversation()
+    if arguments.prompt is not None:
+        asked = Conversation(content=question(arguments.prompt, images))
+    elif arguments.messages is not None:
+        has_system = arguments.system != DEFAULT_SYSTEM
+        asked = read_messages(arguments.messages, images, has_system=has_system)
     pictures = PictureRules(page=arguments.page)
-    return replace(request_of(arguments), content=question.content, pictures=pictures)
+    return replace(request_of(arguments), pictures=pictures, **asked)
 
 
 def _page(text: str) -> Page:
@@ -103,8 +119,12 @@ def stream(runner: Runner, request: GenerationRequest) -> None:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
-    if (arguments.prompt is None) == (arguments.input_file is None):
-        raise UserError("give either --prompt or --input_file")
+    ways = ("prompt", "messages", "input_file", "chat")
+    if sum(vars(arguments)[name] not in (None, False) for name in ways) != 1:
+        raise UserError("give either --prompt or --input_file, --messages or --chat")
+    for name in ("output_file", "compare", "show_tiles", "json"):
+        if arguments.chat and vars(arguments)[name]:
+            raise UserError(f"--chat prints each answer as it comes; it takes no --{name}")
     for name in ("output_file", "streaming", "show_tiles"):
         if arguments.compare and vars(arguments)[name]:
             raise UserError(f"--compare prints a report; it takes no --{name}, leave that out")
@@ -115,6 +135,13 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.input_file and (arguments.image or (arguments.json and not arguments.compare)):
         flag = "--image" if arguments.image else "--json"
         raise UserError(f"{flag} goes with --prompt; a batch has its images in the request lines")
+    if arguments.n is not None and arguments.n > 1 and (arguments.streaming or arguments.compare):
+        flag = "--streaming" if arguments.streaming else "--compare"
+        raise UserError(f"{flag} takes one answer and --n is {arguments.n}; leave one of them out")
+    for name in ("logprobs", "prompt_logprobs"):
+        is_given = vars(arguments)[name] not in (None, False)
+        if is_given and not (arguments.json or arguments.input_file):
+            raise UserError(f"--{name} is a part of the JSON answer; give --json too")
     if arguments.page is not None and not (arguments.image or arguments.input_file):
         raise UserError("--page chooses a page of --image; give one")
     if arguments.show_tiles and not arguments.image:
@@ -125,12 +152,16 @@ def _asked(
     arguments: argparse.Namespace, request: GenerationRequest, lines: list[RequestLine]
 ) -> dict[str, GenerationRequest]:
     """What --compare asks, by where it stands. Raises what is wrong with a line."""
-    asked = {}
+    asked: dict[str, GenerationRequest] = {}
     for line in lines:
         if isinstance(line.request, UserError):
             raise line.request
+        if line.request.sampling.n > 1:
+            raise UserError(f"--compare takes one answer a request, and line {line.number} has n")
         asked[f"{arguments.input_file} line {line.number}"] = line.request
-    return asked or {"the request": request}
+    asked = asked or {"the request": request}
+    # Both engines draw with one seed.
+    return {name: replace(each, sampling=each.sampling.seeded()) for name, each in asked.items()}
 
 
 def compare(
@@ -166,6 +197,8 @@ def lead(
 ) -> int:
     """What rank 0 does, or the only one."""
     request = default_request(arguments)
+    if arguments.prompt is not None:
+        require_consistent(request.sampling, request.max_new_tokens)
     if non_neutral(request.sampling):
         check_target(request.sampling, EngineDir.read(arguments.engine_dir).decoder_target)
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
@@ -177,6 +210,9 @@ def lead(
             num_errors = run_batch(runner, lines, arguments.output_file)
             print(summary(len(lines), arguments.output_file), file=sys.stderr)
             return EXIT_SOME_FAILED if num_errors else 0
+        if arguments.chat:
+            num_refused = chat(runner, request, map(picture_source, arguments.image))
+            return EXIT_SOME_FAILED if num_refused and not sys.stdin.isatty() else 0
         if arguments.show_tiles:
             shown = Ticket(request)
             runner.prepare(shown)
@@ -185,8 +221,10 @@ def lead(
             stream(runner, request)
             return 0
         result = runner.generate(request)
-    answer = json.dumps(answer_json(result), ensure_ascii=False)
-    print(answer if arguments.json else result.text)
+    if arguments.json:
+        print(json.dumps(answer_json(result), ensure_ascii=False))
+    else:
+        print(*(choice.text for choice in result.choices), sep="\n")
     return 0
 
 

@@ -19,7 +19,7 @@ from nvlm.program.process import (
     ignore_pillows_warnings,
     set_up_log,
     set_up_signals,
-    set_up_stdout,
+    set_up_streams,
 )
 
 EXIT_USER_ERROR = 2
@@ -131,7 +131,7 @@ def run(
     """
     set_up_log(rank)
     ignore_pillows_warnings()
-    set_up_stdout()
+    set_up_streams()
     set_up_signals()
     try:
         code = main() or 0

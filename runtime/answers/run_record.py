@@ -178,7 +178,7 @@ def settings_of(request: GenerationRequest) -> dict[str, Any]:
     """
     told = {}
     for each in fields(request):
-        if each.name in ("content", "sampling"):
+        if each.name in ("content", "history", "sampling"):
             continue
         value = getattr(request, each.name)
         default = each.default
@@ -196,8 +196,13 @@ def _digest(line: RequestLine) -> str:
     and every setting. Neither the folder nor the order of the fields counts."""
     told: dict[str, Any] = {}
     if isinstance(line.request, GenerationRequest):
-        content = [_told(part, line.folder) for part in line.request.content]
-        told = {"content": content, **settings_of(line.request)}
+        *history, question = (
+            (turn.role, [_told(part, line.folder) for part in turn.content])
+            for turn in line.request.turns
+        )
+        told = {"content": question[1], **settings_of(line.request)}
+        if history:  # left out otherwise, as in records older than conversations
+            told["history"] = history
     text = json.dumps(told, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]
 

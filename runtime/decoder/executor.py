@@ -27,6 +27,11 @@ class DecoderRequest:
     per image, equal exactly for equal pixels; rows_per_image: the rows of each in the table. A
     token in `stop_ids` ends the answer and is not part of it. max_new_tokens is cut to what
     max_seq_len leaves.
+
+    bad_words: token ids that never follow one another; the strings of `sampling` mean nothing here,
+    nor does its n. A seed that is missing is 0. same_prompt_as: the id of a request with the same
+    prompt, which waits in front or runs: this one shares its blocks and joins once they are
+    computed.
     """
 
     token_ids: list[int]
@@ -36,7 +41,18 @@ class DecoderRequest:
     rows_per_image: tuple[int, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    same_prompt_as: int | None = None
     return_logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's log probability, and the (token id, log probability) of the likeliest in its
+    place."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +60,18 @@ class StepOutput:
     """What one step did for one request.
 
     token_id is None when a stop token came; finish_reason is None while the request goes on.
-    logits: [vocab_size] float32 the token was drawn from, if asked for. error: why the executor
-    gave up this request, and no other.
+    logits: [vocab_size] float32 of the model, if asked for; settings change copies of them.
+    logprobs: of the token, if asked for. prompt_logprobs: with the first token, one for each of the
+    prompt's, None for the first and for rows of the prompt table. error: why the executor gave up
+    this request, and no other.
     """
 
     request_id: int
     token_id: int | None
     finish_reason: FinishReason | None
     logits: torch.Tensor | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: Exception | None = None
 
 

@@ -21,7 +21,7 @@ _OF_A_DRAW = ("temperature", "top_k", "top_p", "seed")  # without effect on gree
 _NUMPY_TYPES = {"TYPE_FP32": np.float32, "TYPE_INT32": np.int32, "TYPE_UINT64": np.uint64}
 
 
-def sampling_keywords(params: SamplingParams) -> dict[str, int | float]:
+def sampling_keywords(params: SamplingParams) -> dict[str, Any]:
     """The arguments of SamplingConfig. The generator is TensorRT-LLM's: a seed replays its own
     draws, not the torch executor's.
 
@@ -44,7 +44,7 @@ def sampling_tensors(params: SamplingParams) -> dict[str, NDArray[Any]]:
     tensors: dict[str, NDArray[Any]] = {}
     values = _values(params)
     for setting in SETTINGS:
-        if setting.name not in values:
+        if setting.name not in values or setting.is_trtllm_elsewhere:
             continue
         if setting.trtllm_tensor is None:
             raise UserError(
@@ -57,13 +57,24 @@ def sampling_tensors(params: SamplingParams) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def _values(params: SamplingParams) -> dict[str, int | float]:
+def _values(params: SamplingParams) -> dict[str, Any]:
     """By our names. Greedy is top_k 1. A draw has all its settings, because the backend takes top_k
     0 without a top_p for greedy; any other setting is left out where it asks for nothing."""
     others = {name: value for name, value in non_neutral(params).items() if name not in _OF_A_DRAW}
     if params.is_greedy:
         return {"top_k": 1, **others}
-    return {name: getattr(params, name) for name in _OF_A_DRAW} | others
+    draw = {name: getattr(params, name) for name in _OF_A_DRAW}
+    return draw | {"seed": params.seed or 0} | others
+
+
+def embedding_bias(params: SamplingParams, vocab_size: int) -> torch.Tensor | None:
+    """logit_bias as TensorRT-LLM has it: [vocab_size] float32, the type of the engine's logits."""
+    if not params.logit_bias:
+        return None
+    token_ids, values = zip(*params.logit_bias, strict=True)
+    bias = torch.zeros(vocab_size)
+    bias[list(token_ids)] = torch.tensor(values, dtype=torch.float32)
+    return bias
 
 
 def end_and_stop_ids(request: DecoderRequest) -> tuple[int | None, list[int]]:
@@ -74,6 +85,11 @@ def end_and_stop_ids(request: DecoderRequest) -> tuple[int | None, list[int]]:
     (docs/decisions/engines.md).
     """
     ids = sorted(request.stop_ids)
+    if request.sampling.min_tokens and (request.return_logits or len(ids) > 1):
+        raise UserError(
+            f"min_tokens is {request.sampling.min_tokens}, and decoder 'tensorrt_llm' holds back "
+            "<|im_end|> alone; leave it out beside end ids and --compare"
+        )
     if request.return_logits:
         return None, ids
     return (ids[0], ids[1:]) if ids else (None, [])

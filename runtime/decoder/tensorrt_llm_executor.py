@@ -21,9 +21,11 @@ from runtime.decoder.executor import (
     DecoderOptions,
     DecoderRequest,
     StepOutput,
+    TokenLogprobs,
     check_request,
 )
 from runtime.decoder.tensorrt_llm_dialect import (
+    embedding_bias,
     end_and_stop_ids,
     extra_ids,
     prompt_table,
@@ -108,6 +110,7 @@ class TensorrtLlmDecoderExecutor:
                 input_token_extra_ids=extra_ids(request, self._config.decoder.vocab_size),
             )
         end_id, stop_ids = end_and_stop_ids(request)
+        bias = embedding_bias(request.sampling, self._config.decoder.vocab_size)
         room = self.limits.max_seq_len - len(request.token_ids)
         return trtllm.Request(
             input_token_ids=list(request.token_ids),
@@ -119,8 +122,11 @@ class TensorrtLlmDecoderExecutor:
             output_config=trtllm.OutputConfig(
                 exclude_input_from_output=True,
                 return_generation_logits=request.return_logits,
+                return_log_probs=request.sampling.logprobs,
             ),
             end_id=end_id,
+            bad_words=[list(word) for word in request.bad_words] or None,
+            embedding_bias=bias,
             stop_words=[[token_id] for token_id in stop_ids] or None,
             prompt_tuning_config=prompt_tuning,
         )
@@ -150,10 +156,16 @@ class TensorrtLlmDecoderExecutor:
             logits = result.generation_logits.flatten(0, -2).to(torch.float32)
             rows = [*logits[:, : self._config.decoder.vocab_size], *rows]
         outputs: list[StepOutput] = []
-        for token_id, row in zip(result.output_token_ids[0], rows, strict=False):
+        token_ids = result.output_token_ids[0]
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        if request.sampling.logprobs and token_ids:
+            # All that it has so far, of which the last are these tokens'.
+            told = result.log_probs[0][-len(token_ids) :]
+            logprobs = [TokenLogprobs(float(logprob)) for logprob in told]
+        for token_id, row, logprob in zip(token_ids, rows, logprobs, strict=False):
             if token_id in request.stop_ids:
                 return [*outputs, StepOutput(request_id, None, "stop", row)]
-            outputs.append(StepOutput(request_id, int(token_id), None, row))
+            outputs.append(StepOutput(request_id, int(token_id), None, row, logprob))
         if not result.is_final:
             return outputs
         if not outputs:

@@ -11,14 +11,23 @@ import torch
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.planning.limits import EngineLimits
 from runtime.decoder.block_allocator import num_blocks_for
-from runtime.decoder.executor import DecoderOptions, DecoderRequest, StepOutput, check_request
+from runtime.decoder.executor import (
+    DecoderOptions,
+    DecoderRequest,
+    StepOutput,
+    TokenLogprobs,
+    check_request,
+)
 from runtime.decoder.image_ids import image_keys
 from runtime.decoder.in_flight import InFlightStep
+from runtime.decoder.logits_processors import LogitsProcessors, changes_logits
+from runtime.decoder.logprobs import LogprobRows, take_prompt_logprobs
 from runtime.decoder.models.open_model import OpenedModel, open_model
 from runtime.decoder.models.step import AheadModel, DecoderModel, SequenceStep
 from runtime.decoder.sampler import sample_rows
 from runtime.decoder.scheduler import UNKNOWN_TOKEN, Scheduler, Sequence
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.types import FinishReason
 
 
 class TorchDecoderExecutor:
@@ -38,6 +47,7 @@ class TorchDecoderExecutor:
         self._model = model
         self._ahead = model if isinstance(model, AheadModel) else None
         self._scheduler = Scheduler(limits, num_blocks)
+        self._processors: LogitsProcessors | None = None  # from the first request that needs them
         self._in_flight: InFlightStep | None = None
         self._next_id = 0
 
@@ -65,9 +75,11 @@ class TorchDecoderExecutor:
         max_num_tokens = len(request.token_ids) + min(request.max_new_tokens, room)
         keys = [] if request.prompt_table is None else image_keys(request, decoder.vocab_size)
         self._next_id += 1
-        self._scheduler.add(
-            Sequence(self._next_id, request, max_num_tokens, list(request.token_ids), keys)
-        )
+        sequence = Sequence(self._next_id, request, max_num_tokens, list(request.token_ids), keys)
+        sequence.changes_logits = changes_logits(request)
+        if request.same_prompt_as is not None:
+            sequence.same_prompt = self._scheduler.find(request.same_prompt_as)
+        self._scheduler.add(sequence)
         return self._next_id
 
     def cancel(self, request_id: int) -> None:
@@ -99,6 +111,8 @@ class TorchDecoderExecutor:
         while sequences := self._scheduler.schedule():
             drawing = [sequence for sequence in sequences if sequence.is_last_chunk]
             logits = self._model.forward([SequenceStep.of(sequence) for sequence in sequences])
+            if any(sequence.wants_prompt_logprobs for sequence in sequences):
+                logits = take_prompt_logprobs(sequences, logits, self._config.decoder.vocab_size)
             in_flight = self._draw(drawing, logits) if drawing else None
             self._scheduler.advance(sequences)
             if in_flight is not None:
@@ -126,30 +140,65 @@ class TorchDecoderExecutor:
             logits[i].clone() if sequence.request.return_logits else None
             for i, sequence in enumerate(sequences)
         ]
-        in_flight = InFlightStep(sequences, kept_logits, sample_rows(logits, params, steps))
+        changed = logits
+        if any(sequence.changes_logits for sequence in sequences):
+            changed = self._processors_on(logits.device).apply(sequences, logits)
+        token_ids = sample_rows(changed, params, steps)
+        if changed is not logits:
+            self._processors_on(logits.device).count(sequences, token_ids)
+        in_flight = InFlightStep(sequences, kept_logits, token_ids)
+        if rows := [row for row, each in enumerate(params) if each.logprobs]:
+            in_flight.logprob_rows = rows
+            num_top = max(params[row].top_logprobs for row in rows)
+            wanted = torch.tensor(rows).to(logits.device, non_blocking=True)
+            in_flight.logprobs = LogprobRows.of(logits[wanted], token_ids[wanted], num_top)
         for sequence in sequences:
             sequence.token_ids.append(UNKNOWN_TOKEN)
         return in_flight
 
+    def _processors_on(self, device: torch.device) -> LogitsProcessors:
+        if self._processors is None:
+            vocab_size = self._config.decoder.vocab_size
+            self._processors = LogitsProcessors(self.limits.max_batch_size, vocab_size, device)
+        return self._processors
+
     def _land(self, in_flight: InFlightStep) -> list[StepOutput]:
         """Waits for the tokens, and hands them to those who have not left meanwhile."""
+        token_ids = in_flight.tolist()
+        told = zip(
+            in_flight.sequences,
+            token_ids,
+            in_flight.logits,
+            in_flight.logprobs_of_rows(),
+            strict=True,
+        )
         return [
-            self._take(sequence, token_id, logits)
-            for sequence, token_id, logits in zip(
-                in_flight.sequences, in_flight.tolist(), in_flight.logits, strict=True
-            )
+            self._take(sequence, token_id, logits, logprobs)
+            for sequence, token_id, logits, logprobs in told
             if not sequence.has_left
         ]
 
-    def _take(self, sequence: Sequence, token_id: int, logits: torch.Tensor | None) -> StepOutput:
+    def _take(
+        self,
+        sequence: Sequence,
+        token_id: int,
+        logits: torch.Tensor | None,
+        logprobs: TokenLogprobs | None,
+    ) -> StepOutput:
         """Gives a sequence its token and ends it where it must end."""
         place = sequence.num_known
+        reason: FinishReason | None = None
+        given: int | None = token_id
         if token_id in sequence.request.stop_ids:
             del sequence.token_ids[place:]
+            given, reason, logprobs = None, "stop", None
+        else:
+            sequence.token_ids[place] = token_id
+            reason = "length" if place + 1 == sequence.max_num_tokens else None
+        if reason is not None:
             self._scheduler.finish(sequence)
-            return StepOutput(sequence.request_id, None, "stop", logits)
-        sequence.token_ids[place] = token_id
-        is_full = place + 1 == sequence.max_num_tokens
-        if is_full:
-            self._scheduler.finish(sequence)
-        return StepOutput(sequence.request_id, token_id, "length" if is_full else None, logits)
+        is_first = place == sequence.num_prompt_tokens
+        prompt_logprobs = sequence.prompt_logprobs if is_first else None
+        return StepOutput(
+            sequence.request_id, given, reason, logits, logprobs, prompt_logprobs or None
+        )

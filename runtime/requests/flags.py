@@ -20,7 +20,7 @@ def add_request_flags(
     add("--max_new_tokens", type=positive_int, default=max_new_tokens, help="length of an answer")
     add("--max_num_tiles", type=positive_int, help="tiles of an image's grid, at most")
     for setting in SETTINGS:
-        add(f"--{setting.name}", type=setting.type, help=setting.help)
+        add(f"--{setting.name}", **setting.flag)
     add("--stop", nargs="+", default=[], help="strings that end the answer")
 
 

@@ -6,7 +6,7 @@ Any number of threads may ask at once, through one loop (shared_loop.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from runtime.decoder.executor import DecoderExecutor, DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
 from runtime.engine.open_engine import open_engine
-from runtime.requests.types import Answer, GenerationRequest, GenerationResult, GivenImage
+from runtime.requests.messages import GivenImage
+from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.engine_parts import open_parts
 from runtime.serving.shared_loop import SharedLoop
 from runtime.serving.stages import Stages
@@ -62,27 +63,34 @@ class Runner(Stages):
 
     def generate(
         self,
-        request: GenerationRequest | str,
+        request: GenerationRequest | str | None = None,
         images: GivenImage | Iterable[GivenImage] = (),
+        *,
+        messages: Sequence[Any] | None = None,
         **settings: Any,
     ) -> GenerationResult:
-        """Answers one request, or a question with images and settings as
-        `GenerationRequest.images_first` takes them; raises what ends it."""
-        (last,) = self._ask(GenerationRequest.of(request, images, **settings), in_pieces=False)
+        """Answers one request; or a question with images and settings, as
+        `GenerationRequest.images_first` takes them; or a conversation, as `from_messages` does.
+        Raises what ends it."""
+        asked = GenerationRequest.of(request, images, messages, **settings)
+        (last,) = self._ask(asked, in_pieces=False)
         assert last.result is not None, "the last piece has the result"
         return last.result
 
     def stream(
         self,
-        request: GenerationRequest | str,
+        request: GenerationRequest | str | None = None,
         images: GivenImage | Iterable[GivenImage] = (),
+        *,
+        messages: Sequence[Any] | None = None,
         **settings: Any,
-    ) -> Iterator[Answer]:
+    ) -> Generator[Answer, None, None]:
         """As `generate`, piece by piece; the last piece has the result. Closing it cancels the
         rest."""
-        return self._ask(GenerationRequest.of(request, images, **settings), in_pieces=True)
+        asked = GenerationRequest.of(request, images, messages, **settings)
+        return self._ask(asked, in_pieces=True)
 
-    def _ask(self, request: GenerationRequest, *, in_pieces: bool) -> Iterator[Answer]:
+    def _ask(self, request: GenerationRequest, *, in_pieces: bool) -> Generator[Answer, None, None]:
         with self._loop.ask(self, max_open=self._max_open(_num_preparing())) as asker:
             asker.submit(request, in_pieces=in_pieces)
             while asker.num_open:

@@ -196,7 +196,7 @@ class TestReading:
             ({"prompt": [{"type": "image", "image": 3}]}, "prompt part"),
             ({"prompt": [{"type": "video", "video": "x"}]}, "prompt part"),
             ({"prompt": [], "images": ["a.png"]}, "images stands beside"),
-            ({"prompt": "a", "image": "a.png"}, "unknown field 'image', expected id, images"),
+            ({"prompt": "a", "image": "a.png"}, "unknown field 'image', expected bad_words, "),
             ({"prompt": "a", "images": "a.png"}, "images is 'a.png', expected a list of strings"),
             ({"prompt": "a", "images": [1]}, "images is [1]"),
             ({"prompt": "a", "stop": "x"}, "stop is 'x'"),

@@ -588,3 +588,40 @@ def test_no_block_leaks_over_random_submits_cancels_and_steps(
     assert len(cancelled) >= 5
     assert len(finished) >= 20
     assert run(executor, MIXED[5]) == one_by_one(implementation, [MIXED[5]])
+
+
+SETTINGS = [
+    SamplingParams(presence_penalty=1.5, frequency_penalty=-0.5, repetition_penalty=1.5),
+    SamplingParams(temperature=1.0, seed=3, min_p=0.125, logit_bias={7: 4.0, 9: -100.0}),
+    SamplingParams(temperature=1.0, seed=4, min_tokens=5, presence_penalty=2.0),
+]
+
+
+@pytest.mark.parametrize("params", SETTINGS, ids=["penalties", "biases", "min_tokens"])
+def test_settings_change_the_tokens_and_repeat(
+    executor: DecoderExecutor, params: SamplingParams
+) -> None:
+    plain = replace(text(20, max_new_tokens=12), sampling=SamplingParams(seed=params.seed))
+    ends = generate(executor, [plain])[0][0]
+    asked = replace(plain, sampling=params, bad_words=((ends[0],), (ends[1], ends[2])))
+    if params.min_tokens:
+        asked = replace(asked, stop_ids=frozenset({ends[0]}))
+    first, other, second = generate(executor, [asked, text(9, seed=1), asked])
+    assert first == second
+    assert other == generate(executor, [text(9, seed=1)])[0]
+    assert ends[0] not in first[0]
+    assert len(first[0]) >= params.min_tokens
+
+
+def test_logprobs_come_with_each_token(executor: DecoderExecutor) -> None:
+    request = replace(text(20), sampling=SamplingParams(logprobs=True), return_logits=True)
+    executor.submit(request)
+    found = []
+    while outputs := executor.step():
+        found += outputs
+    assert found
+    for output in found:
+        assert output.logits is not None
+        assert output.logprobs is not None
+        expected = output.logits.log_softmax(-1)[output.token_id]
+        assert output.logprobs.logprob == pytest.approx(float(expected), abs=1e-4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -78,6 +79,7 @@ class _Executor:
         self.blocks: dict[tuple[tuple[int, int], ...], bytes] = {}
         self.num_reused_tokens = 0
         self._responses: list[Any] = []
+        self._log_probs: dict[int, list[float]] = {}
         self._check_config(config)
         if self.can_enqueue_requests():
             checkpoint_dir = Path(named["checkpoint_dir"])
@@ -172,10 +174,12 @@ class _Executor:
         """A stop word is one of the tokens, the end id is not; logits have a row for each token."""
         number, reasons = self._ids[output.request_id], self.module.FinishReason
         request = self.requests[number]
-        assert output.token_id is not None, "the torch executor knows of no stop ids"
-        tokens, is_final = [output.token_id], output.finish_reason is not None
+        # The torch executor knows the end id only where min_tokens holds it back.
+        token_id = request.end_id if output.token_id is None else output.token_id
+        assert token_id is not None
+        tokens, is_final = [token_id], output.finish_reason is not None
         reason = reasons.LENGTH if is_final else reasons.NOT_FINISHED
-        if output.token_id == request.end_id:
+        if token_id == request.end_id:
             reason = reasons.END_ID
             tokens = tokens if self.module.includes_end_token else []
         elif tokens in (request.stop_words or []):
@@ -184,7 +188,13 @@ class _Executor:
             self._torch.cancel(output.request_id)
             is_final = True
         logits = None if output.logits is None else output.logits[None, None][: len(tokens)]
-        return _response(number, tokens, [reason], is_final, logits)
+        response = _response(number, tokens, [reason], is_final, logits)
+        if request.output_config.return_log_probs:
+            told = self._log_probs.setdefault(number, [])
+            if output.logprobs is not None:
+                told.append(output.logprobs.logprob)
+            response.result.log_probs = [list(told)]
+        return response
 
     def _read(self, request: Any) -> DecoderRequest:
         """The request as far as the engine can see it."""
@@ -205,13 +215,28 @@ class _Executor:
         assert request.streaming, "tokens would come at the end only"
         if output.return_generation_logits:
             assert self.config.gather_generation_logits, "the runtime gathers none"
+        sampling = _sampling(request.sampling_config)
         return DecoderRequest(
             token_ids=ids,
             max_new_tokens=request.max_tokens,
             prompt_table=table,
-            sampling=_sampling(request.sampling_config),
+            stop_ids=frozenset({request.end_id} if sampling.min_tokens else ()),
+            sampling=replace(
+                sampling,
+                logit_bias=self._read_bias(request.embedding_bias),
+                logprobs=bool(output.return_log_probs),
+            ),
+            bad_words=tuple(map(tuple, request.bad_words or ())),
             return_logits=bool(output.return_generation_logits),
         )
+
+    def _read_bias(self, bias: Any) -> dict[int, float]:
+        if bias is None:
+            return {}
+        assert bias.shape == (self._torch._config.decoder.vocab_size,)
+        if bias.dtype != torch.float32:
+            raise RuntimeError("Embedding bias data type must be same as model logits type.")
+        return {int(token_id): float(bias[token_id]) for token_id in bias.nonzero().flatten()}
 
     def _read_table(self, table: Any) -> torch.Tensor:
         assert isinstance(table, CudaTensor), "the table has to be on the GPU"
@@ -253,11 +278,17 @@ def _response(
 
 
 def _sampling(config: Any) -> SamplingParams:
+    """Penalties as ours, whose order differs: the real ones come after the temperature, and count
+    the prompt (cpp/tensorrt_llm/kernels/penaltyKernels.cu)."""
     assert config.beam_width == 1
+    names = ("min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_p")
+    given = {name: vars(config)[name] for name in names if vars(config)[name] is not None}
+    assert given.get("min_tokens", 0) >= 0, "cpp/tensorrt_llm/executor/samplingConfig.cpp"
+    assert given.get("repetition_penalty", 1.0) > 0.0
     if config.top_k == 1:
-        return SamplingParams()
+        return SamplingParams(**given)
     top_k = min(config.top_k, _TOP_K_MAX)
-    return SamplingParams(config.temperature, top_k, config.top_p, config.seed)
+    return SamplingParams(config.temperature, top_k, config.top_p, config.seed, **given)
 
 
 def _load(checkpoint_dir: Path, limits: EngineLimits) -> TorchDecoderExecutor:

@@ -64,7 +64,7 @@ def test_sampling_settings_are_given_by_their_names() -> None:
     [
         ({"max_tokens": 5}, "no setting 'max_tokens', .*; did you mean 'max_new_tokens'?"),
         ({"temprature": 1.0}, "did you mean 'temperature'?"),
-        ({"beams": 4}, "no setting 'beams', expected one of end_ids, "),
+        ({"beams": 4}, "no setting 'beams', expected one of bad_words, "),
         ({"temperature": "hot"}, "temperature is 'hot', expected a number, 0 "),
         ({"temperature": -1.0}, "temperature is -1.0, expected 0 "),
         ({"top_k": 1.5}, "top_k is 1.5, expected a number, 0 "),

@@ -28,6 +28,8 @@ CANCELLATION_CHECK_PERIOD_S = 0.05
 REFUSED_TEMPERATURE = 99.0  # an error on demand
 REQUIRED = {"input_ids", "input_lengths", "request_output_len", "end_id", "pad_id", "streaming"}
 SAMPLING = {"runtime_top_k", "runtime_top_p", "temperature", "seed"}
+PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"}
+WORDS = {"bad_words_list", "embedding_bias", "return_log_probs"}
 TABLE = {"prompt_embedding_table", "prompt_vocab_size", "prompt_table_extra_ids"}
 
 
@@ -71,20 +73,28 @@ class TritonPythonModel:
         assert sampling.get("temperature") != REFUSED_TEMPERATURE, "the temperature"
         greedy = sampling["runtime_top_k"] == 1
         end_id = arrays["end_id"].item()
+        others = {k: arrays[k].item() for k in PENALTIES & arrays.keys()}
+        if "embedding_bias" in arrays:
+            bias = arrays["embedding_bias"][0]
+            assert len(bias) == self._decoder_config.vocab_size
+            others["logit_bias"] = {int(i): float(bias[i]) for i in bias.nonzero()[0]}
+        others["logprobs"] = "return_log_probs" in arrays
         request_id = self._executor.submit(
             DecoderRequest(
                 arrays["input_ids"][0].tolist(),
                 arrays["request_output_len"].item(),
                 arrays.get("prompt_embedding_table"),
                 stop_ids=frozenset({end_id} if end_id >= 0 else ()),
-                sampling=SamplingParams()
+                sampling=SamplingParams(**others)
                 if greedy
                 else SamplingParams(
                     sampling["temperature"],
                     sampling["runtime_top_k"],
                     sampling["runtime_top_p"],
                     sampling["seed"],
+                    **others,
                 ),
+                bad_words=_words(arrays),
             )
         )
         self._senders[request_id] = sender
@@ -92,7 +102,8 @@ class TritonPythonModel:
     def _checked(self, tensors):
         names = set(tensors)
         assert names >= REQUIRED, f"{REQUIRED - names} is missing"
-        assert names <= REQUIRED | SAMPLING | TABLE, f"{names - REQUIRED - SAMPLING - TABLE}"
+        known = REQUIRED | SAMPLING | PENALTIES | WORDS | TABLE
+        assert names <= known, f"{names - known}"
         assert not names & TABLE or names >= TABLE, "half a prompt table"
         arrays = {}
         for name, tensor in tensors.items():
@@ -103,7 +114,7 @@ class TritonPythonModel:
                 continue
             array = tensor.as_numpy()
             assert array.dtype == NUMPY[self._types[name]], f"{name} is {array.dtype}"
-            assert array.ndim == 2, f"{name} is {array.shape}"
+            assert array.ndim == 2 + (name == "bad_words_list"), f"{name} is {array.shape}"
             assert len(array) == 1, f"{name} is {array.shape}"
             arrays[name] = array
         ids = arrays["input_ids"][0]
@@ -132,14 +143,14 @@ class TritonPythonModel:
                     sender = self._senders[output.request_id]
                     if output.token_id is not None:
                         ids = np.array([[[output.token_id]]], np.int32)
-                        sender.send(
-                            pb_utils.InferenceResponse(
-                                [
-                                    pb_utils.Tensor("output_ids", ids),
-                                    pb_utils.Tensor("sequence_length", np.ones((1, 1), np.int32)),
-                                ]
-                            )
-                        )
+                        tensors = [
+                            pb_utils.Tensor("output_ids", ids),
+                            pb_utils.Tensor("sequence_length", np.ones((1, 1), np.int32)),
+                        ]
+                        if output.logprobs is not None:
+                            told = np.array([[[output.logprobs.logprob]]], np.float32)
+                            tensors.append(pb_utils.Tensor("output_log_probs", told))
+                        sender.send(pb_utils.InferenceResponse(tensors))
                     if output.finish_reason is not None:
                         del self._senders[output.request_id]
                         self._send(sender)
@@ -161,3 +172,13 @@ class TritonPythonModel:
             sender.send(flags=final)
         else:
             sender.send(pb_utils.InferenceResponse(error=error), flags=final)
+
+
+def _words(arrays):
+    """[1, 2, n]: ids one after the other, and where each word ends."""
+    if "bad_words_list" not in arrays:
+        return ()
+    ids, ends = arrays["bad_words_list"][0].tolist()
+    ends = [end for end in ends if end >= 0]
+    assert ends[-1] == len(ids), "the last word ends with the ids"
+    return tuple(tuple(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False))
