@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from runtime.decoder.scheduler import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class UndrawnStep:
+    """A forward pass that is launched before the tokens are known that its guides have to see.
+
+    sequences: one each of `logits` [n, vocab_size] float32.
+    """
+
+    sequences: list[Sequence]
+    logits: torch.Tensor
 
 
 class InFlightStep:

@@ -14,6 +14,7 @@ from typing import Any
 from nvlm.inputs.images import Page
 from nvlm.program.errors import UserError
 from nvlm.program.jsonl import read_jsonl_lines
+from runtime.requests.guide import GUIDE_KINDS, given_guide
 from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
 from runtime.requests.types import GenerationRequest, ImageSource
@@ -21,7 +22,7 @@ from runtime.requests.types import GenerationRequest, ImageSource
 _SHOWN_CHARACTERS = 200
 _OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
 _TYPES = {**_OPTION_TYPES, **{setting.name: setting.type for setting in SETTINGS}}
-_FIELDS = {"id", "prompt", "images", "page", "stop", *_TYPES}
+_FIELDS = {"id", "prompt", "images", "page", "stop", *_TYPES, *GUIDE_KINDS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ def request_from_json(
     options: dict[str, Any] = {name: given[name] for name in _OPTION_TYPES if name in given}
     if "stop" in given:
         options["stop"] = tuple(_strings(given["stop"], "stop"))
+    if guide := given_guide(given):
+        options["guide"] = guide
     if "page" in given:
         options["pictures"] = replace(defaults.pictures, page=_page(given["page"]))
     names = _strings(given.get("images", []), "images")

@@ -18,6 +18,7 @@ from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.errors import UserError
 from nvlm.program.nearest import nearest
 from runtime.requests.boxes import Box
+from runtime.requests.guide import GUIDE_KINDS, Guide, given_guide
 from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, SamplingParams, given_settings, with_sampling
 
@@ -40,6 +41,7 @@ class GenerationRequest:
     `pictures` says how picture files become pixels, and which of their pages.
     `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
     beside <|im_end|>.
+    `guide` is what the answer must match; a stop string would cut it, so it goes with none.
 
     A Pillow image becomes pixels at once; a text alone stands for a tuple of one. Raises
     `UserError` for content that is neither text nor an image.
@@ -54,10 +56,15 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     end_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "content", tuple(map(_part, _items(self.content))))
         object.__setattr__(self, "stop", _items(self.stop))
+        if self.guide is not None and any(self.stop):
+            raise UserError(
+                f"stop is given beside {self.guide.name}, whose answer it would cut; leave one out"
+            )
 
     @classmethod
     def images_first(
@@ -65,11 +72,13 @@ class GenerationRequest:
     ) -> GenerationRequest:
         """The usual order: each image and a newline, then the question.
 
-        settings: the other fields of a request, and those of `SamplingParams` by their names (a
-        filter without a temperature means temperature 1). Raises `UserError` for another name.
+        settings: the other fields of a request, those of `SamplingParams` by their names (a filter
+        without a temperature means temperature 1), and a guide by its name, such as json_schema.
+        Raises `UserError` for another name.
         """
         sampling_names = {setting.name for setting in SETTINGS}
         names = {each.name for each in fields(cls)} - {"content"} | sampling_names
+        names |= GUIDE_KINDS.keys()
         for name in settings:
             if name not in names:
                 raise UserError(
@@ -80,6 +89,11 @@ class GenerationRequest:
         if given:
             defaults = settings.get("sampling", SamplingParams())
             settings["sampling"] = with_sampling(defaults, given_settings(given))
+        guides: dict[str, Any] = {
+            name: settings.pop(name) for name in GUIDE_KINDS if name in settings
+        }
+        if guides:
+            settings["guide"] = given_guide(guides)
         content: list[Any] = []
         for image in _items(images):
             content += [picture_source(image) if isinstance(image, str) else image, "\n"]
@@ -120,6 +134,11 @@ _OTHER_WORDS = {
     "stop_strings": "stop",
     "system_prompt": "system",
     "random_seed": "seed",
+    "json": "json_schema",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
 }
 """What other libraries call a setting."""
 

@@ -14,10 +14,22 @@ from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import check_max_new_tokens, check_prompt_length
+from runtime.decoder.guidance import Guidance
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.guide import check_guide
 from runtime.requests.sampling import check_target
 from runtime.requests.types import GenerationRequest
 from runtime.serving.ticket import Ticket
+
+
+def compile_guide(engine: EngineDir, guidance: Guidance, ticket: Ticket) -> None:
+    """Raises `UserError` for a guide that the engine's decoder cannot follow."""
+    guide = ticket.request.guide
+    if guide is None:
+        return
+    check_guide(guide, engine.decoder_target)
+    if engine.decoder_target == "torch":  # TensorRT-LLM compiles guides itself
+        ticket.compiled_guide = guidance.compile(guide)
 
 
 def prepare(engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket) -> None:

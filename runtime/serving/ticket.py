@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from nvlm.inputs.tiling import Grid, TiledImage
 from runtime.decoder.executor import DecoderRequest, StepOutput
+from runtime.decoder.guidance import CompiledGuide
 from runtime.requests.boxes import parse_boxes
 from runtime.requests.text_stream import TextStream
 from runtime.requests.types import (
@@ -43,6 +44,7 @@ class Ticket:
     # Prepared:
     prompt_ids: list[int] = field(init=False)  # an id from vocab_size on is a row of the table
     images: list[TiledImage] = field(default_factory=list)  # until they are encoded
+    compiled_guide: CompiledGuide | None = None
     tiling_s: float = 0.0
 
     # Encoded:
