@@ -38,7 +38,6 @@ _JSON_OPTIONS = {
     # nothing to say would write them until max_new_tokens.
     "whitespace_pattern": r"\n[ \t]{0,40}|[ \t]{1,4}",
 }
-_ANY_OBJECT = '{"type": "object"}'
 
 
 class Guidance:
@@ -199,18 +198,14 @@ def _vocabulary(llguidance: Any, tokenizer: Tokenizer, vocab_size: int) -> Any:
 def _grammar(matcher: Any, guide: Guide) -> str:
     """Raises `ValueError` for a schema that is no JSON object."""
     match guide.name:
-        case "json_schema":
-            schema = json.loads(guide.text)
+        case "json_schema" | "json_object":
+            schema = json.loads(guide.schema)
             if not isinstance(schema, dict):
                 raise ValueError(f"it is {_shown(guide)}, expected an object")
             if "x-guidance" in schema:
                 raise ValueError("it has the keyword 'x-guidance', which would loosen it")
-            grammar = matcher.grammar_from_json_schema(guide.text, overrides=_JSON_OPTIONS)
-        case "json_object":
-            grammar = matcher.grammar_from_json_schema(_ANY_OBJECT, overrides=_JSON_OPTIONS)
-        case "regex":
-            grammar = matcher.grammar_from_regex(guide.text)
-        case "choice":
+            grammar = matcher.grammar_from_json_schema(guide.schema, overrides=_JSON_OPTIONS)
+        case "regex" | "choice":
             grammar = matcher.grammar_from_regex(guide.pattern)
         case "grammar":
             grammar = matcher.grammar_from_lark(guide.text)

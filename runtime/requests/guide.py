@@ -47,7 +47,7 @@ GUIDES = (
         "true or false",
         "the answer must be a JSON object",
         triton_type="json",
-        trtllm_type="JSON",
+        trtllm_type="JSON_SCHEMA",  # its JSON is any value
     ),
     GuideKind(
         "regex",
@@ -109,9 +109,15 @@ class Guide:
         return cls(name, text)
 
     @property
+    def schema(self) -> str:
+        """The JSON schema of json_schema and json_object, as text."""
+        return self.text or '{"type": "object"}'
+
+    @property
     def pattern(self) -> str:
-        """The choices as a regular expression."""
-        assert self.name == "choice", "the others are no choices"
+        """The regular expression of regex and choice."""
+        if self.name == "regex":
+            return self.text
         return "|".join(map(_escaped, json.loads(self.text)))
 
 
