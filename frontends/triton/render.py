@@ -7,7 +7,7 @@ One set of templates, two forms: `torch` runs vision and decoder in the process 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
 from typing import Literal
@@ -21,6 +21,7 @@ from frontends.triton.signature import (
     to_pbtxt,
 )
 from nvlm.formats import layout
+from runtime.decoder.tensorrt_llm_dialect import XgrammarTokenizer
 from runtime.engine.engine_dir import EngineDir
 
 Form = Literal["torch", "tensorrt_llm"]
@@ -61,7 +62,7 @@ def form_of(engine: EngineDir) -> Form:
 
 def render(engine: EngineDir, repository: Path, options: ServeOptions) -> None:
     """Writes the repository's folders into the directory `repository`, which exists."""
-    values = _values(engine, options)
+    values = _values(engine, repository, options)
     for model, module in _MODELS[options.form].items():
         version = repository / model / "1"
         version.mkdir(parents=True)  # Triton wants it even where it holds nothing
@@ -72,14 +73,23 @@ def render(engine: EngineDir, repository: Path, options: ServeOptions) -> None:
             (version / "model.py").write_text(
                 code.substitute(project_dir=repr(str(PROJECT_DIR)), module=module)
             )
+    if options.form == "tensorrt_llm":
+        tokenizer = XgrammarTokenizer.read(engine.directory / layout.TOKENIZER)
+        _tokenizer_info(repository).write_text(json.dumps(asdict(tokenizer)), "utf-8")
 
 
-def _values(engine: EngineDir, options: ServeOptions) -> dict[str, object]:
+def _tokenizer_info(repository: Path) -> Path:
+    """What TensorRT-LLM's backend reads for guides."""
+    return repository.resolve() / "tensorrt_llm" / "1" / "xgrammar_tokenizer_info.json"
+
+
+def _values(engine: EngineDir, repository: Path, options: ServeOptions) -> dict[str, object]:
     config = engine.checkpoint_config
     directory = engine.directory.resolve()
     return {
         "engine_dir": _quoted(directory),
         "llm_dir": _quoted(directory / layout.LLM),
+        "tokenizer_info": _quoted(_tokenizer_info(repository)),
         "form": options.form,
         "device": options.device,
         "num_threads": options.num_threads,

@@ -13,6 +13,7 @@ from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.tensorrt_llm_dialect import (
     end_and_stop_ids,
     extra_ids,
+    guide_tensors,
     prompt_table,
     sampling_tensors,
 )
@@ -34,6 +35,7 @@ def request_tensors(
         "pad_id": np.array([[end_id or 0]], np.int32),
         "streaming": np.array([[True]]),
         **sampling_tensors(request.sampling),
+        **guide_tensors(request.guide),
     }
     table = prompt_table(request, dtype)
     if table is not None:

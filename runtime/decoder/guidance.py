@@ -20,6 +20,7 @@ import torch
 
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from nvlm.program.errors import UserError
+from runtime.decoder.schema_bounds import faulty_bound
 from runtime.requests.guide import Guide
 
 _Result = TypeVar("_Result")
@@ -196,7 +197,8 @@ def _vocabulary(llguidance: Any, tokenizer: Tokenizer, vocab_size: int) -> Any:
 
 
 def _grammar(matcher: Any, guide: Guide) -> str:
-    """Raises `ValueError` for a schema that is no JSON object."""
+    """Raises `ValueError` for a schema that is no JSON object, and `UserError` for bounds that
+    would not be held."""
     match guide.name:
         case "json_schema" | "json_object":
             schema = json.loads(guide.schema)
@@ -204,6 +206,9 @@ def _grammar(matcher: Any, guide: Guide) -> str:
                 raise ValueError(f"it is {_shown(guide)}, expected an object")
             if "x-guidance" in schema:
                 raise ValueError("it has the keyword 'x-guidance', which would loosen it")
+            if fault := faulty_bound(schema):
+                name, what = fault
+                raise UserError(_unheld(guide, f"the keyword '{name}' ({what})"))
             grammar = matcher.grammar_from_json_schema(guide.schema, overrides=_JSON_OPTIONS)
         case "regex" | "choice":
             grammar = matcher.grammar_from_regex(guide.pattern)
@@ -241,16 +246,20 @@ def _refusal(guide: Guide, reason: str) -> str:
             names = reason.partition(beginning)[2].partition("\n")[0].strip("[]").replace('"', "'")
             names = " and ".join(names.split(", "))
             what = "the format" if "format" in beginning else "the keyword"
-            return (
-                f"{guide.name} has {what} {names}, which no answer can be held to here; leave it "
-                "out, and check the answer for it"
-            )
+            return _unheld(guide, f"{what} {names}")
     if "oneOf constraints" in reason:
         return (
             f"{guide.name} has the keyword 'oneOf' over schemas that one value may match together, "
             "which no answer can be held to here; use 'anyOf'"
         )
     return f"{guide.name} cannot be followed: {_reason(reason)}"
+
+
+def _unheld(guide: Guide, what: str) -> str:
+    return (
+        f"{guide.name} has {what}, which no answer can be held to here; leave it out, and check "
+        "the answer for it"
+    )
 
 
 def _shown(guide: Guide) -> str:

@@ -22,7 +22,7 @@ from runtime.requests.types import GenerationRequest, ImageSource
 _SHOWN_CHARACTERS = 200
 _OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
 _TYPES = {**_OPTION_TYPES, **{setting.name: setting.type for setting in SETTINGS}}
-_FIELDS = {"id", "prompt", "images", "page", "stop", *_TYPES, *GUIDE_KINDS}
+_FIELDS = (*sorted({"id", "prompt", "images", "page", "stop", *_TYPES}), *GUIDE_KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ def request_from_json(
     values: dict[str, Any], folder: Path, defaults: GenerationRequest
 ) -> GenerationRequest:
     """A request object; paths are relative to `folder`. Unknown fields are refused by name."""
-    if unknown := sorted(values.keys() - _FIELDS):
-        raise UserError(f"unknown field {unknown[0]!r}, expected {', '.join(sorted(_FIELDS))}")
+    if unknown := sorted(values.keys() - set(_FIELDS)):
+        raise UserError(f"unknown field {unknown[0]!r}, expected {', '.join(_FIELDS)}")
     given = {name: value for name, value in values.items() if value is not None}
     for name, expected in _TYPES.items():
         if name in given:
