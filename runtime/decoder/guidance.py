@@ -59,7 +59,7 @@ class Guidance:
     def _compile(self, guide: Guide) -> CompiledGuide:
         llguidance = _llguidance()
         try:
-            grammar = _grammar(llguidance.LLMatcher, guide)
+            grammar = _grammar(llguidance, guide)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{guide.name} is no schema: {_one_line(error)}") from None
         with self._lock:
@@ -196,9 +196,10 @@ def _vocabulary(llguidance: Any, tokenizer: Tokenizer, vocab_size: int) -> Any:
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(own), eos_token=[own.eos_token_id])
 
 
-def _grammar(matcher: Any, guide: Guide) -> str:
+def _grammar(llguidance: Any, guide: Guide) -> str:
     """Raises `ValueError` for a schema that is no JSON object, and `UserError` for bounds that
     would not be held."""
+    matcher = llguidance.LLMatcher
     match guide.name:
         case "json_schema" | "json_object":
             schema = json.loads(guide.schema)
@@ -211,7 +212,9 @@ def _grammar(matcher: Any, guide: Guide) -> str:
                 raise UserError(_unheld(guide, f"the keyword '{name}' ({what})"))
             grammar = matcher.grammar_from_json_schema(guide.schema, overrides=_JSON_OPTIONS)
         case "regex" | "choice":
-            grammar = matcher.grammar_from_regex(guide.pattern)
+            # \d and \w are ASCII's, as in ECMAScript, by which schemas and TensorRT-LLM go.
+            pattern = llguidance.regex_to_lark(guide.pattern, "dw")
+            grammar = matcher.grammar_from_lark(f"start: /{pattern}/")
         case "grammar":
             grammar = matcher.grammar_from_lark(guide.text)
     return str(grammar)
