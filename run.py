@@ -26,9 +26,9 @@ from runtime.answers.answer_file import answer_json
 from runtime.answers.batch import run_batch, summary
 from runtime.answers.compare import check, differences, record, report_json
 from runtime.decoder.executor import DecoderOptions
+from runtime.decoder.xgrammar_schema import check_guide
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.flags import add_guide_flags, add_request_flags, request_of
-from runtime.requests.guide import check_guide
 from runtime.requests.picture_source import picture_source
 from runtime.requests.request_file import RequestLine, read_requests
 from runtime.requests.sampling import check_target, non_neutral

@@ -19,7 +19,7 @@ _MOST_DIGITS = 15
 
 def faulty_bound(schema: dict[str, Any]) -> tuple[str, str] | None:
     """The keyword of a bound that would not be held, and what of it; None where all are."""
-    own = [(each, _bounds(each)) for each in _schemas(schema)]
+    own = [(each, _bounds(each)) for each in schemas(schema)]
     for _, bounds in own:
         for name, value in bounds:
             if abs(value) >= 2**53 or float(f"{value:.{_MOST_DIGITS}g}") != value:
@@ -56,17 +56,17 @@ def _may_be_number(schema: dict[str, Any]) -> bool:
     return "number" in (types if isinstance(types, list) else [types])
 
 
-def _schemas(value: Any) -> Iterator[dict[str, Any]]:
+def schemas(value: Any) -> Iterator[dict[str, Any]]:
     """A schema and every one below it."""
     if isinstance(value, list):
         for item in value:
-            yield from _schemas(item)
+            yield from schemas(item)
     if not isinstance(value, dict):
         return
     yield value
     for name, child in value.items():
         if name in _OF_NAMES and isinstance(child, dict):
             for schema in child.values():
-                yield from _schemas(schema)
+                yield from schemas(schema)
         elif name not in _OF_DATA:
-            yield from _schemas(child)
+            yield from schemas(child)

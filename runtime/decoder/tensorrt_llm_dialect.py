@@ -19,7 +19,8 @@ from nvlm.inputs.tokenizer import IM_END, TOKENIZER_FILE, Tokenizer
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.image_ids import image_keys
-from runtime.requests.guide import GUIDE_KINDS, Guide, check_guide
+from runtime.decoder.xgrammar_schema import check_guide
+from runtime.requests.guide import GUIDE_KINDS, Guide
 from runtime.requests.sampling import SETTINGS, SamplingParams, check_target, non_neutral
 
 _OF_A_DRAW = ("temperature", "top_k", "top_p", "seed")  # without effect on greedy decoding

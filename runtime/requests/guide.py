@@ -136,15 +136,6 @@ def given_guide(values: Mapping[str, Any]) -> Guide | None:
     return guides[0] if guides else None
 
 
-def check_guide(guide: Guide, decoder_target: str) -> None:
-    """Raises `UserError` for a guide that the engine's decoder cannot follow."""
-    if decoder_target == "tensorrt_llm" and GUIDE_KINDS[guide.name].trtllm_type is None:
-        raise UserError(
-            f"{guide.name} is given, and decoder 'tensorrt_llm' has no such guide; use "
-            "json_schema, regex or choice, or build the engine with --decoder torch"
-        )
-
-
 _SHOWN_CHARACTERS = 200
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$\x00-\x1f\x7f]")
 

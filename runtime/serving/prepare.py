@@ -15,8 +15,8 @@ from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import check_max_new_tokens, check_prompt_length
 from runtime.decoder.guidance import Guidance
+from runtime.decoder.xgrammar_schema import check_guide
 from runtime.engine.engine_dir import EngineDir
-from runtime.requests.guide import check_guide
 from runtime.requests.sampling import check_target
 from runtime.requests.types import GenerationRequest
 from runtime.serving.ticket import Ticket

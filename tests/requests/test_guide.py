@@ -13,7 +13,7 @@ import run
 from nvlm.program.errors import UserError
 from runtime.answers.run_record import settings_of
 from runtime.requests.flags import request_of
-from runtime.requests.guide import GUIDES, MAX_GUIDE_BYTES, Guide, check_guide
+from runtime.requests.guide import GUIDES, MAX_GUIDE_BYTES, Guide
 from runtime.requests.request_file import request_from_json
 from runtime.requests.types import GenerationRequest
 
@@ -131,15 +131,3 @@ def test_a_run_record_tells_guides_apart() -> None:
     assert all(name in settings for name, settings in told.items())
     assert told["json_object"]["json_object"] is True
     assert not settings_of(GenerationRequest.images_first("q")).keys() & GIVEN.keys()
-
-
-def test_tensorrt_llm_refuses_what_it_has_no_guide_for() -> None:
-    for name, value in GIVEN.items():
-        guide = Guide.of(name, value)  # type: ignore[arg-type]
-        assert guide is not None
-        check_guide(guide, "torch")
-        if name == "grammar":
-            with pytest.raises(UserError, match="grammar is given, and decoder 'tensorrt_llm' has"):
-                check_guide(guide, "tensorrt_llm")
-        else:
-            check_guide(guide, "tensorrt_llm")
