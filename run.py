@@ -28,15 +28,17 @@ from runtime.answers.answer_file import answer_json
 from runtime.answers.batch import run_batch, summary
 from runtime.answers.chat import chat
 from runtime.answers.compare import check, differences, record, report_json
+from runtime.answers.cut_answer import warn_if_cut
 from runtime.decoder.executor import DecoderOptions
+from runtime.decoder.xgrammar_schema import check_guide
 from runtime.engine.engine_dir import EngineDir
-from runtime.requests.flags import add_request_flags, request_of
+from runtime.requests.flags import add_guide_flags, add_request_flags, request_of
 from runtime.requests.messages import Conversation, question
 from runtime.requests.picture_source import picture_source
 from runtime.requests.request_file import RequestLine, read_messages, read_requests
 from runtime.requests.sampling import check_target, non_neutral, require_consistent
 from runtime.requests.show_tiles import write_tiles
-from runtime.requests.types import GenerationRequest
+from runtime.requests.types import GenerationRequest, GenerationResult
 from runtime.serving.launch import Program, add_engine_flags, launch
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Ticket
@@ -77,6 +79,7 @@ def parser() -> ArgumentParser:
     add("--input_file", type=Path, action="once", help="JSONL of requests, instead of --prompt")
     add("--output_file", type=Path, help="JSONL of answers; a rerun resumes after its last line")
     add_request_flags(parser, prompt_format="hf", max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
+    add_guide_flags(parser)
     add(
         "--compare",
         type=Path,
@@ -111,11 +114,15 @@ def _page(text: str) -> Page:
     return int(text)
 
 
-def stream(runner: Runner, request: GenerationRequest) -> None:
+def stream(runner: Runner, request: GenerationRequest) -> GenerationResult:
     """Prints text as it comes."""
+    result: GenerationResult | None = None
     for piece in runner.stream(request):
         print(piece.text, end="", flush=True)
+        result = piece.result
     print(flush=True)
+    assert result is not None, "the last piece has the result"
+    return result
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
@@ -199,8 +206,11 @@ def lead(
     request = default_request(arguments)
     if arguments.prompt is not None:
         require_consistent(request.sampling, request.max_new_tokens)
-    if non_neutral(request.sampling):
-        check_target(request.sampling, EngineDir.read(arguments.engine_dir).decoder_target)
+    if non_neutral(request.sampling) or request.guide is not None:
+        decoder_target = EngineDir.read(arguments.engine_dir).decoder_target
+        check_target(request.sampling, decoder_target)
+        if request.guide is not None:
+            check_guide(request.guide, decoder_target)
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
     if arguments.compare:
         compare(arguments, _asked(arguments, request, lines), device, open_runner)
@@ -217,15 +227,12 @@ def lead(
             shown = Ticket(request)
             runner.prepare(shown)
             write_tiles(shown.images, arguments.show_tiles)
-        if arguments.streaming:
-            stream(runner, request)
-            return 0
-        result = runner.generate(request)
+        result = stream(runner, request) if arguments.streaming else runner.generate(request)
     if arguments.json:
         print(json.dumps(answer_json(result), ensure_ascii=False))
-    else:
+    elif not arguments.streaming:
         print(*(choice.text for choice in result.choices), sep="\n")
-    return 0
+    return EXIT_SOME_FAILED if warn_if_cut(request, result) else 0
 
 
 def _parse() -> Program:

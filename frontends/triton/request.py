@@ -16,6 +16,7 @@ from frontends.triton.pictures import picture_in_url, read_images
 from frontends.triton.tensors import Tensors, decode, scalar, strings, text
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
+from runtime.requests.guide import GUIDES, Guide
 from runtime.requests.messages import ImageSource
 from runtime.requests.sampling import SETTINGS, SamplingParams, with_sampling
 from runtime.requests.setting import Biases, Setting, Words
@@ -53,6 +54,7 @@ def read_request(
         stop=_stop_words(tensors),
         end_ids=frozenset({end_id} if end_id >= 0 else ()),
         sampling=_sampling(tensors, encode),
+        guide=_guide(tensors),
     )
 
 
@@ -98,6 +100,34 @@ def _max_tokens(tensors: Tensors) -> int:
     if value < 1:
         raise UserError(f"max_tokens is {value}, expected 1 or more")
     return value
+
+
+def _guide(tensors: Tensors) -> Guide | None:
+    """TensorRT-LLM's two tensors; a choice's texts are a JSON list."""
+    guide_type = text(tensors, "guided_decoding_guide_type", "")
+    given = text(tensors, "guided_decoding_guide", "")
+    if not guide_type:
+        if given:
+            raise UserError("guided_decoding_guide is given without guided_decoding_guide_type")
+        return None
+    for kind in GUIDES:
+        if kind.triton_type == guide_type:
+            return Guide.of(kind.name, _guide_value(kind.name, given))
+    raise UserError(
+        f"guided_decoding_guide_type is {guide_type!r}, expected one of "
+        f"{', '.join(kind.triton_type for kind in GUIDES)}"
+    )
+
+
+def _guide_value(name: str, given: str) -> Any:
+    if name == "json_object":
+        return True
+    if name != "choice":
+        return given
+    try:
+        return json.loads(given)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"guided_decoding_guide is no JSON list of texts: {error}") from None
 
 
 def _sampling(tensors: Tensors, encode: Encode | None) -> SamplingParams:

@@ -52,6 +52,8 @@ NVLM_INPUTS = (
     *_specs("TYPE_STRING", (-1,), "image_bytes image_base64"),
     *_specs("TYPE_STRING", (1,), "system messages"),
     *_specs("TYPE_INT32", (1,), "max_num_tiles"),
+    # As TensorRT-LLM's own model has them, which its `ensemble` does not pass on.
+    *_specs("TYPE_STRING", (1,), "guided_decoding_guide_type guided_decoding_guide"),
     *(
         TensorSpec(setting.input_name, setting.triton_type, setting.triton_dims)
         for setting in SETTINGS

@@ -14,6 +14,7 @@ from runtime.decoder.tensorrt_llm_dialect import (
     embedding_bias,
     end_and_stop_ids,
     extra_ids,
+    guide_tensors,
     prompt_table,
     sampling_tensors,
 )
@@ -35,6 +36,7 @@ def request_tensors(
         "pad_id": np.array([[end_id or 0]], np.int32),
         "streaming": np.array([[True]]),
         **sampling_tensors(request.sampling),
+        **guide_tensors(request.guide),
     }
     if request.bad_words:
         tensors["bad_words_list"] = _word_list(request.bad_words)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from nvlm.inputs.tiling import TiledImage
 from nvlm.program.errors import UserError, shortened
+from runtime.answers.cut_answer import warn_if_cut
 from runtime.requests.messages import ImageSource, Message, num_images, question
 from runtime.requests.picture_source import picture_source
 from runtime.requests.types import GenerationRequest
@@ -89,14 +90,17 @@ class Chat:
         """Prints the answer as it comes. Control-C stops it, and what was said stays said."""
         content = question(line, self._images)
         request = replace(self._defaults, content=content, history=self._history)
-        text = ""
+        text, result = "", None
         with _stoppable() as is_stopped, closing(self._runner.stream(request)) as pieces:
             for piece in pieces:
                 text += piece.text
                 print(piece.text, end="", flush=True)
+                result = piece.result
                 if is_stopped():
                     break
         print(flush=True)
+        if result is not None:
+            warn_if_cut(request, result)
         self._history = (*self._history, Message("user", content), Message("assistant", (text,)))
         self._images = []
 

@@ -178,7 +178,7 @@ def settings_of(request: GenerationRequest) -> dict[str, Any]:
     """
     told = {}
     for each in fields(request):
-        if each.name in ("content", "history", "sampling"):
+        if each.name in ("content", "history", "sampling", "guide"):
             continue
         value = getattr(request, each.name)
         default = each.default
@@ -188,6 +188,9 @@ def settings_of(request: GenerationRequest) -> dict[str, Any]:
             value = sorted(value) if isinstance(value, frozenset) else value
             value = asdict(value) if isinstance(value, PictureRules) else value
             told[each.name] = list(value) if isinstance(value, tuple) else value
+    guide = request.guide
+    if guide is not None:
+        told[guide.name] = guide.text or True
     return {**told, **non_neutral(request.sampling)}
 
 

@@ -13,7 +13,9 @@ import torch
 
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
+from runtime.decoder.guidance import CompiledGuide
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.guide import Guide
 from runtime.requests.sampling import SamplingParams
 from runtime.requests.types import FinishReason
 
@@ -26,7 +28,8 @@ class DecoderRequest:
     [num_virtual_tokens, hidden_size] (any float dtype; cast to the engine's). cache_keys: one key
     per image, equal exactly for equal pixels; rows_per_image: the rows of each in the table. A
     token in `stop_ids` ends the answer and is not part of it. max_new_tokens is cut to what
-    max_seq_len leaves.
+    max_seq_len leaves. guide: what the answer must match; an executor that does not compile guides
+    itself takes `compiled_guide`.
 
     bad_words: token ids that never follow one another; the strings of `sampling` mean nothing here,
     nor does its n. A seed that is missing is 0. same_prompt_as: the id of a request with the same
@@ -44,6 +47,8 @@ class DecoderRequest:
     bad_words: tuple[tuple[int, ...], ...] = ()
     same_prompt_as: int | None = None
     return_logits: bool = False
+    guide: Guide | None = None
+    compiled_guide: CompiledGuide | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,9 @@ class TokenLogprobs:
 class StepOutput:
     """What one step did for one request.
 
-    token_id is None when a stop token came; finish_reason is None while the request goes on.
-    logits: [vocab_size] float32 of the model, if asked for; settings change copies of them.
+    token_id is None when a stop token came; finish_reason is None while the request goes on. An
+    answer to which its guide lets nothing be added stops with its last token.
+    logits: [vocab_size] float32 of the model, if asked for; settings and guides change copies.
     logprobs: of the token, if asked for. prompt_logprobs: with the first token, one for each of the
     prompt's, None for the first and for rows of the prompt table. error: why the executor gave up
     this request, and no other.

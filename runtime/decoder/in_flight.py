@@ -11,6 +11,17 @@ from runtime.decoder.logprobs import LogprobRows
 from runtime.decoder.scheduler import Sequence
 
 
+@dataclass(frozen=True, slots=True)
+class UndrawnStep:
+    """A forward pass that is launched before the tokens are known that its guides have to see.
+
+    sequences: one each of `logits` [n, vocab_size] float32.
+    """
+
+    sequences: list[Sequence]
+    logits: torch.Tensor
+
+
 @dataclass(eq=False, slots=True)
 class InFlightStep:
     """sequences: those that draw, each one of `token_ids` [n] int64, which may be on a GPU.

@@ -24,6 +24,7 @@ from runtime.decoder.block_allocator import (
     num_blocks_for,
 )
 from runtime.decoder.executor import DecoderRequest, TokenLogprobs
+from runtime.decoder.guidance import Matcher
 
 UNKNOWN_TOKEN = -1
 """In the place of a token that is being computed."""
@@ -43,13 +44,14 @@ class Sequence:
     """A request on its way: `num_cached` of its tokens are in the cache, or will be after the steps
     that are under way, whose tokens are unknown; the next step computes `num_scheduled` more.
     image_keys: one a prompt token (image_ids.py), none for text alone. `keys` are those of its
-    blocks that are full and registered."""
+    blocks that are full and registered. matcher: of its guide, if it has one."""
 
     request_id: int
     request: DecoderRequest
     max_num_tokens: int
     token_ids: list[int]
     image_keys: list[bytes] = field(default_factory=list)
+    matcher: Matcher | None = None
     num_cached: int = 0
     num_scheduled: int = 0
     blocks: list[int] = field(default_factory=list)

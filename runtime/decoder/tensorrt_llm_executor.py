@@ -6,7 +6,7 @@ over MPI. Nothing but token ids, tables, extra ids and settings is passed to it.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
@@ -25,9 +25,11 @@ from runtime.decoder.executor import (
     check_request,
 )
 from runtime.decoder.tensorrt_llm_dialect import (
+    XgrammarTokenizer,
     embedding_bias,
     end_and_stop_ids,
     extra_ids,
+    guide_words,
     prompt_table,
     sampling_keywords,
 )
@@ -129,7 +131,15 @@ class TensorrtLlmDecoderExecutor:
             embedding_bias=bias,
             stop_words=[[token_id] for token_id in stop_ids] or None,
             prompt_tuning_config=prompt_tuning,
+            guided_decoding_params=self._guide(request),
         )
+
+    def _guide(self, request: DecoderRequest) -> Any:
+        if request.guide is None:
+            return None
+        params = self._trtllm.GuidedDecodingParams
+        guide_type, text = guide_words(request.guide)
+        return params(getattr(params.GuideType, guide_type), text)
 
     def _take(self, response: Any) -> list[StepOutput]:
         request_id = int(response.request_id)
@@ -182,6 +192,8 @@ def executor_config(trtllm: Any, engine: EngineDir, options: DecoderOptions) -> 
     """Chunked context and reuse of KV blocks stand on paged context attention, which TensorRT-LLM
     switches off for an FP8 cache without FP8 weights."""
     config, limits = engine.checkpoint_config, engine.limits
+    guided = trtllm.GuidedDecodingConfig
+    tokenizer = XgrammarTokenizer.read(engine.directory / layout.TOKENIZER)
     has_paged_context = config.kv_cache_quant_algo is None or config.quant_algo == "FP8"
     return trtllm.ExecutorConfig(
         max_beam_width=1,
@@ -198,5 +210,7 @@ def executor_config(trtllm: Any, engine: EngineDir, options: DecoderOptions) -> 
             communication_type=trtllm.CommunicationType.MPI,
             communication_mode=trtllm.CommunicationMode.LEADER,
         ),
+        # Of its two backends the C++ runtime has this one.
+        guided_decoding_config=guided(guided.GuidedDecodingBackend.XGRAMMAR, **asdict(tokenizer)),
         gather_generation_logits=options.gather_logits,
     )

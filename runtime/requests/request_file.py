@@ -16,6 +16,7 @@ from nvlm.inputs.images import Page
 from nvlm.program.errors import UserError
 from nvlm.program.file_kinds import is_device
 from nvlm.program.jsonl import read_jsonl_lines
+from runtime.requests.guide import GUIDE_KINDS, given_guide
 from runtime.requests.messages import (
     Conversation,
     ImageSource,
@@ -38,9 +39,13 @@ _TYPES = {
     **_OPTION_TYPES,
     **{setting.name: setting.type for setting in SETTINGS if isinstance(setting, Number)},
 }
-_FIELDS = {"id", "prompt", "messages", "images", "page", "stop", *_OPTION_TYPES} | {
-    setting.name for setting in SETTINGS
-}
+_FIELDS = (
+    *sorted(
+        {"id", "prompt", "messages", "images", "page", "stop", *_OPTION_TYPES}
+        | {setting.name for setting in SETTINGS}
+    ),
+    *GUIDE_KINDS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +87,8 @@ def request_from_json(
     values: dict[str, Any], folder: Path, defaults: GenerationRequest
 ) -> GenerationRequest:
     """A request object; paths are relative to `folder`. Unknown fields are refused by name."""
-    if unknown := sorted(values.keys() - _FIELDS):
-        raise UserError(f"unknown field {unknown[0]!r}, expected {', '.join(sorted(_FIELDS))}")
+    if unknown := sorted(values.keys() - set(_FIELDS)):
+        raise UserError(f"unknown field {unknown[0]!r}, expected {', '.join(_FIELDS)}")
     given = {name: value for name, value in values.items() if value is not None}
     for name, expected in _TYPES.items():
         if name in given:
@@ -93,6 +98,8 @@ def request_from_json(
     options: dict[str, Any] = {name: given[name] for name in _OPTION_TYPES if name in given}
     if "stop" in given:
         options["stop"] = tuple(_strings(given["stop"], "stop"))
+    if guide := given_guide(given):
+        options["guide"] = guide
     if "page" in given:
         options["pictures"] = replace(defaults.pictures, page=_page(given["page"]))
     request = replace(

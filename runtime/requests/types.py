@@ -13,6 +13,7 @@ from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.errors import UserError
 from nvlm.program.nearest import nearest
 from runtime.requests.boxes import Box
+from runtime.requests.guide import GUIDE_KINDS, Guide, given_guide
 from runtime.requests.messages import (
     Content,
     Conversation,
@@ -42,6 +43,7 @@ class GenerationRequest:
     `pictures` says how picture files become pixels, and which of their pages.
     `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
     beside <|im_end|>.
+    `guide` is what the answer must match; a stop string would cut it, so it goes with none.
 
     A Pillow image becomes pixels at once; a text alone stands for a tuple of one. Raises
     `UserError` for content that is neither text nor an image.
@@ -57,6 +59,7 @@ class GenerationRequest:
     end_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     history: tuple[Message, ...] = ()
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "content", content_of(self.content))
@@ -65,6 +68,15 @@ class GenerationRequest:
         for turn in self.history:
             if not isinstance(turn, Message) or turn.role == "system":
                 raise UserError("history holds Messages of the user and the assistant alone")
+        if self.guide is not None and any(self.stop):
+            raise UserError(
+                f"stop is given beside {self.guide.name}, whose answer it would cut; leave one out"
+            )
+        if self.guide is not None and self.sampling.ignore_eos:
+            raise UserError(
+                f"ignore_eos is given beside {self.guide.name}, whose answer ends where it matches; "
+                "leave one out"
+            )
 
     @classmethod
     def images_first(
@@ -73,8 +85,9 @@ class GenerationRequest:
         """The usual order: each image and a newline, then the question. Where `prompt` has
         `<image>`, the next image stands there instead.
 
-        settings: the other fields of a request, and those of `SamplingParams` by their names (a
-        filter without a temperature means temperature 1). Raises `UserError` for another name.
+        settings: the other fields of a request, those of `SamplingParams` by their names (a filter
+        without a temperature means temperature 1), and a guide by its name, such as json_schema.
+        Raises `UserError` for another name.
         """
         asked = Conversation(content=question(prompt, items(images)))
         return cls._from_settings(asked, settings)
@@ -129,6 +142,7 @@ class GenerationRequest:
     def _from_settings(cls, asked: Conversation, settings: dict[str, Any]) -> GenerationRequest:
         sampling_names = {setting.name for setting in SETTINGS}
         names = {each.name for each in fields(cls)} - {"content"} | sampling_names
+        names |= GUIDE_KINDS.keys()
         for name in settings:
             if name not in names:
                 raise UserError(
@@ -139,6 +153,11 @@ class GenerationRequest:
         if given:
             defaults = settings.get("sampling", SamplingParams())
             settings["sampling"] = with_sampling(defaults, given_settings(given))
+        guides: dict[str, Any] = {
+            name: settings.pop(name) for name in GUIDE_KINDS if name in settings
+        }
+        if guides:
+            settings["guide"] = given_guide(guides)
         return cls(**{**asked, **settings})
 
     @property
@@ -164,6 +183,11 @@ _OTHER_WORDS = {
     "bad_words_ids": "bad_words",
     "sequence_bias": "logit_bias",
     "return_log_probs": "logprobs",
+    "json": "json_schema",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
 }
 """What other libraries call a setting."""
 

@@ -15,6 +15,8 @@ from nvlm.model.config import TilingConfig
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import check_max_new_tokens, check_prompt_length
+from runtime.decoder.guidance import Guidance
+from runtime.decoder.xgrammar_schema import check_guide
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.messages import ImageSource
 from runtime.requests.sampling import (
@@ -27,6 +29,16 @@ from runtime.requests.types import GenerationRequest
 from runtime.serving.ticket import Ticket
 
 _Turn = tuple[Role, list[str | TiledImage]]
+
+
+def compile_guide(engine: EngineDir, guidance: Guidance, ticket: Ticket) -> None:
+    """Raises `UserError` for a guide that the engine's decoder cannot follow."""
+    guide = ticket.request.guide
+    if guide is None:
+        return
+    check_guide(guide, engine.decoder_target)
+    if engine.decoder_target == "torch":  # TensorRT-LLM compiles guides itself
+        ticket.compiled_guide = guidance.compile(guide)
 
 
 def prepare(engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket) -> None:

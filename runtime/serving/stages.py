@@ -15,10 +15,11 @@ from nvlm.formats import layout
 from nvlm.inputs.tiling import TiledImage
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest
+from runtime.decoder.guidance import Guidance
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.text_stream import TextStream
 from runtime.serving.encoded_pictures import EncodedPictures
-from runtime.serving.prepare import prepare
+from runtime.serving.prepare import compile_guide, prepare
 from runtime.serving.ticket import Draft, Ticket
 from runtime.vision.executor import VisionExecutor
 
@@ -29,6 +30,7 @@ class Stages:
     def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
         self.engine = engine
         self.tokenizer = Tokenizer(engine.directory / layout.TOKENIZER)
+        self.guidance = Guidance(self.tokenizer, engine.checkpoint_config.decoder.vocab_size)
         self.vision = vision
         self.decoder = decoder
         self.in_loop = threading.Lock()  # held by the one loop that is open
@@ -37,10 +39,12 @@ class Stages:
         self._table_device = torch.device("cpu")  # vision's, once it has encoded
 
     def prepare(self, ticket: Ticket) -> None:
-        """Tiles the images and tokenises the prompt. Any number of threads may do so at once.
+        """Compiles the guide, tiles the images and tokenises the prompt. Any number of threads may
+        do so at once.
 
         Raises `UserError` for a request this engine cannot answer.
         """
+        compile_guide(self.engine, self.guidance, ticket)
         prepare(self.engine, self.tokenizer, ticket)
 
     def encode(self, ticket: Ticket) -> None:
@@ -64,6 +68,8 @@ class Stages:
             stop_ids=request.end_ids if sampling.ignore_eos else request.end_ids | {end},
             sampling=sampling,
             bad_words=bad_word_ids(self.tokenizer, sampling.bad_words),
+            guide=request.guide,
+            compiled_guide=ticket.compiled_guide,
         )
         ticket.grids = [image.grid for image in images]
         ticket.num_tiles = sum(image.num_tiles for image in images)

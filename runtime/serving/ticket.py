@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from nvlm.inputs.tiling import Grid, TiledImage
 from nvlm.inputs.tokenizer import Tokenizer
 from runtime.decoder.executor import DecoderRequest, StepOutput, TokenLogprobs
+from runtime.decoder.guidance import CompiledGuide
 from runtime.requests.boxes import parse_boxes
 from runtime.requests.sampling import SamplingParams
 from runtime.requests.text_stream import TextStream
@@ -50,6 +51,7 @@ class Ticket:
     prompt_ids: list[int] = field(init=False)  # an id from vocab_size on is a row of the table
     images: list[TiledImage] = field(default_factory=list)  # until they are encoded
     cache_keys: tuple[bytes, ...] = ()  # of the images
+    compiled_guide: CompiledGuide | None = None
     tiling_s: float = 0.0
 
     # Encoded:

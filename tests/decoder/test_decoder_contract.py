@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from build.conversion.convert import ConvertOptions
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
+from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import (
     DecoderExecutor,
@@ -23,7 +26,9 @@ from runtime.decoder.executor import (
     StepOutput,
     create_decoder_executor,
 )
+from runtime.decoder.guidance import Guidance
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.guide import Guide, GuideName
 from runtime.requests.sampling import SamplingParams
 from runtime.requests.types import FinishReason
 from tests.conftest import Workshop
@@ -323,6 +328,46 @@ class TestEnd:
         stop = frozenset(answers[1][0][:1])
         again = run(executor, requests[0], replace(requests[1], stop_ids=stop), requests[2])
         assert again == [answers[0], ([], "stop"), answers[2]]
+
+
+class TestGuides:
+    def test_an_answer_matches_its_guide_beside_others_that_have_none(
+        self, executor: DecoderExecutor, implementation: Implementation
+    ) -> None:
+        tokenizer = Tokenizer(implementation.engine.directory / "tokenizer")
+        free, other = text(9, seed=1), text(20, seed=2)
+        guided = [guided_by(tokenizer, "choice", ["yes", "no"]), *regexes(tokenizer)]
+        alone = [run(executor, request)[0] for request in (free, *guided, other)]
+        assert run(executor, free, *guided, other) == alone
+        (choice, reason), *matching = alone[1:-1]
+        assert tokenizer.decode(choice) in ("yes", "no")
+        assert reason == "stop"
+        for ids, reason in matching:
+            assert re.fullmatch("[a-c]{3}", tokenizer.decode(ids))
+            assert reason == "stop"
+
+    def test_an_answer_may_be_cut_before_it_matches(
+        self, executor: DecoderExecutor, implementation: Implementation
+    ) -> None:
+        tokenizer = Tokenizer(implementation.engine.directory / "tokenizer")
+        request = guided_by(tokenizer, "regex", "[ab]{9}")
+        ((ids, reason),) = run(executor, replace(request, max_new_tokens=4))
+        assert (len(ids), reason) == (4, "length")
+        assert re.fullmatch("[ab]{4}", tokenizer.decode(ids))
+
+
+def guided_by(tokenizer: Tokenizer, name: GuideName, value: Any) -> DecoderRequest:
+    guide = Guide.of(name, value)
+    assert guide is not None
+    compiled = Guidance(tokenizer, VOCAB_SIZE).compile(guide)
+    stop_ids = frozenset({tokenizer.special_id(IM_END)})
+    request = replace(text(9), guide=guide, compiled_guide=compiled, stop_ids=stop_ids)
+    return replace(request, max_new_tokens=12)
+
+
+def regexes(tokenizer: Tokenizer) -> list[DecoderRequest]:
+    request = guided_by(tokenizer, "regex", "[a-c]{3}")
+    return [request, replace(request, sampling=SamplingParams(temperature=1.0, seed=5))]
 
 
 class TestCancel:

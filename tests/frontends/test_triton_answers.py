@@ -62,6 +62,27 @@ def check(found: Any, expected: GenerationResult) -> None:
         assert outputs[name] == getattr(expected, name), name
 
 
+@pytest.mark.parametrize(
+    ("guide_type", "guide", "flag"),
+    [
+        ("json", "", {"json_object": True}),
+        ("json_schema", '{"type": "integer", "maximum": 9, "minimum": 0}', "json_schema"),
+        ("regex", "[a-c]{4}", "regex"),
+        ("choice", '["yes", "no"]', {"choice": ["yes", "no"]}),
+        ("grammar", 'start: "a" ("b" | "c")', "grammar"),
+    ],
+)
+def test_guides_hold_an_answer_as_run_py_holds_it(
+    triton_server: Served, expect: Expect, guide_type: str, guide: str, flag: Any
+) -> None:
+    flags = flag if isinstance(flag, dict) else {flag: guide}
+    guided = {"guided_decoding_guide_type": guide_type}
+    if guide:
+        guided["guided_decoding_guide"] = guide
+    found = ask(triton_server, tensors("What?", 30, **guided))
+    check(found, expect("What?", max_tokens=30, **flags))
+
+
 THREE = ("landscape_800x450.png", "portrait_400x1000.png", "pixel_1x1.png")
 SAMPLING: list[dict[str, Any]] = [
     {},

@@ -144,6 +144,28 @@ BAD: list[tuple[str, Make, str]] = [
     ("top_k", lambda: tensors("x", 4, top_k=-1), "top_k is -1"),
     ("max_num_tiles", lambda: tensors("x", 4, max_num_tiles=99), "max_num_tiles is 99"),
     ("two_questions", lambda: two_questions(), "batch-size must be <= 1"),
+    (
+        "unknown guide",
+        lambda: tensors("x", 4, guided_decoding_guide_type="ebnf_grammar"),
+        "guided_decoding_guide_type is 'ebnf_grammar', expected one of json_schema, json, regex",
+    ),
+    (
+        "guide without a type",
+        lambda: tensors("x", 4, guided_decoding_guide="a"),
+        "given without guided_decoding_guide_type",
+    ),
+    (
+        "guide that no answer is held to",
+        lambda: tensors(
+            "x", 4, guided_decoding_guide_type="json_schema", guided_decoding_guide='{"not": {}}'
+        ),
+        "json_schema has the keyword 'not'",
+    ),
+    (
+        "choice that is no list",
+        lambda: tensors("x", 4, guided_decoding_guide_type="choice", guided_decoding_guide="a"),
+        "guided_decoding_guide is no JSON list of texts",
+    ),
 ]
 
 

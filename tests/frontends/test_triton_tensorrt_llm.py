@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -171,6 +172,31 @@ def test_what_the_backend_lacks_is_refused_by_name(
     assert found.error is not None
     assert f"{name} is" in found.error
     assert "has no such setting" in found.error
+
+
+@pytest.mark.parametrize(
+    ("guide_type", "guide", "pattern"),
+    [
+        ("choice", '["yes", "no"]', "yes|no"),
+        ("regex", "[a-c]{4}", "[a-c]{4}"),
+        ("json_schema", '{"type": "boolean"}', "true|false"),
+    ],
+)
+def test_answers_match_their_guides(
+    server: Served, guide_type: str, guide: str, pattern: str
+) -> None:
+    guided = {"guided_decoding_guide_type": guide_type, "guided_decoding_guide": guide}
+    found = ask(server, tensors("How?", 16, stream=True, **guided))
+    assert found.error is None
+    assert re.fullmatch(pattern, found.text)
+    assert found.outputs["finish_reason"] == b"stop"
+
+
+def test_a_grammar_is_refused_by_name(server: Served) -> None:
+    guided = {"guided_decoding_guide_type": "grammar", "guided_decoding_guide": 'start: "a"'}
+    found = ask(server, tensors("How?", 16, stream=True, **guided))
+    assert found.error is not None
+    assert "grammar is given, and decoder 'tensorrt_llm' has no such guide" in found.error
 
 
 def test_an_answer_ends_at_its_end_token(server: Served, runner: Runner) -> None:

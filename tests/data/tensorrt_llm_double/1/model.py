@@ -13,9 +13,12 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
+from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.model.dtypes import TORCH_DTYPES
 from runtime.decoder.executor import DecoderRequest, create_decoder_executor
+from runtime.decoder.guidance import Guidance
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.guide import Guide
 from runtime.requests.sampling import SamplingParams
 
 NUMPY = {
@@ -23,6 +26,7 @@ NUMPY = {
     "TYPE_FP32": np.float32,
     "TYPE_UINT64": np.uint64,
     "TYPE_BOOL": np.bool_,
+    "TYPE_STRING": np.object_,
 }
 CANCELLATION_CHECK_PERIOD_S = 0.05
 REFUSED_TEMPERATURE = 99.0  # an error on demand
@@ -30,6 +34,7 @@ REQUIRED = {"input_ids", "input_lengths", "request_output_len", "end_id", "pad_i
 SAMPLING = {"runtime_top_k", "runtime_top_p", "temperature", "seed"}
 PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"}
 WORDS = {"bad_words_list", "embedding_bias", "return_log_probs"}
+GUIDE = {"guided_decoding_guide_type", "guided_decoding_guide"}
 TABLE = {"prompt_embedding_table", "prompt_vocab_size", "prompt_table_extra_ids"}
 
 
@@ -42,6 +47,7 @@ class TritonPythonModel:
         engine = EngineDir.read(llm_dir.parent)
         self._decoder_config = engine.checkpoint_config.decoder
         self._dtype = TORCH_DTYPES[engine.checkpoint_config.dtype]
+        self._guidance = self._read_tokenizer_info(config["parameters"], engine)
         self._executor = create_decoder_executor(engine, torch.device("cpu"))
         self._senders = {}  # by the executor's request id
         self._next_check = 0.0
@@ -49,6 +55,17 @@ class TritonPythonModel:
         self._is_closing = False
         self._thread = threading.Thread(target=self._loop)
         self._thread.start()
+
+    def _read_tokenizer_info(self, parameters, engine):
+        """The double of xgrammar reads the engine's own tokenizer, once the file agrees with it."""
+        assert parameters["guided_decoding_backend"]["string_value"] == "xgrammar"
+        path = parameters["xgrammar_tokenizer_info_path"]["string_value"]
+        info = json.loads(Path(path).read_text("utf-8"))
+        assert info.keys() == {"encoded_vocab", "tokenizer_str", "stop_token_ids"}
+        tokenizer = Tokenizer(engine.directory / "tokenizer")
+        assert len(info["encoded_vocab"]) == tokenizer.num_tokens
+        assert [info["encoded_vocab"][i] for i in info["stop_token_ids"]] == ["<|im_end|>"]
+        return Guidance(tokenizer, self._decoder_config.vocab_size)
 
     def finalize(self):
         with self._condition:
@@ -73,6 +90,7 @@ class TritonPythonModel:
         assert sampling.get("temperature") != REFUSED_TEMPERATURE, "the temperature"
         greedy = sampling["runtime_top_k"] == 1
         end_id = arrays["end_id"].item()
+        guide = self._guide(arrays)
         others = {k: arrays[k].item() for k in PENALTIES & arrays.keys()}
         if "embedding_bias" in arrays:
             bias = arrays["embedding_bias"][0]
@@ -95,14 +113,24 @@ class TritonPythonModel:
                     **others,
                 ),
                 bad_words=_words(arrays),
+                guide=guide,
+                compiled_guide=guide and self._guidance.compile(guide),
             )
         )
         self._senders[request_id] = sender
 
+    def _guide(self, arrays):
+        """By the names that the backend knows: it takes JSON lists and Lark for none of them."""
+        if "guided_decoding_guide_type" not in arrays:
+            return None
+        kind, text = (arrays[name].item().decode() for name in sorted(GUIDE, reverse=True))
+        assert kind in ("json_schema", "regex"), f"the guide type {kind}"
+        return Guide(kind, text)
+
     def _checked(self, tensors):
         names = set(tensors)
         assert names >= REQUIRED, f"{REQUIRED - names} is missing"
-        known = REQUIRED | SAMPLING | PENALTIES | WORDS | TABLE
+        known = REQUIRED | SAMPLING | PENALTIES | WORDS | GUIDE | TABLE
         assert names <= known, f"{names - known}"
         assert not names & TABLE or names >= TABLE, "half a prompt table"
         arrays = {}
