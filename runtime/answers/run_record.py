@@ -279,7 +279,7 @@ def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
         digest = settings.pop("engine", None)
         sampling = settings.pop("sampling", None)
         flat = {**settings, **(sampling if isinstance(sampling, dict) else {})}
-        neutral = {"stop": [], **asdict(SamplingParams())}
+        neutral = {"stop": [], **asdict(SamplingParams()), "seed": 0}  # its seed that was not given
         record["settings"] = {
             name: value
             for name, value in flat.items()

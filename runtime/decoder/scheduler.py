@@ -242,6 +242,7 @@ class Scheduler:
         first = sequence.same_prompt
         if first is not None and not (first.has_left or first.is_prompt_computed):
             return False
+        sequence.same_prompt = None
         if not sequence.wants_prompt_logprobs:
             self._share_prefix(sequence)
         needed = num_blocks_for(sequence.num_tokens) - len(sequence.blocks)
