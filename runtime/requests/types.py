@@ -43,7 +43,7 @@ class GenerationRequest:
     `pictures` says how picture files become pixels, and which of their pages.
     `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
     beside <|im_end|>.
-    `guide` is what the answer must match; a stop string would cut it, so it goes with none.
+    `guide` is what the answer must match; it goes with no stop string, which would cut it.
 
     A Pillow image becomes pixels at once; a text alone stands for a tuple of one. Raises
     `UserError` for content that is neither text nor an image.
@@ -74,8 +74,8 @@ class GenerationRequest:
             )
         if self.guide is not None and self.sampling.ignore_eos:
             raise UserError(
-                f"ignore_eos is given beside {self.guide.name}, whose answer ends where it matches; "
-                "leave one out"
+                f"ignore_eos is given beside {self.guide.name}, whose answer ends where it "
+                "matches; leave one out"
             )
 
     @classmethod

@@ -37,5 +37,5 @@ class EncodedPictures:
         while self._num_bytes > self._max_bytes:
             _, oldest = self._rows.popitem(last=False)
             self._num_bytes -= oldest.nbytes
-        copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda and torch.cuda.is_available())
+        copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
         self._rows[key] = copy.copy_(rows, non_blocking=True)

@@ -49,6 +49,9 @@ def test_more_images_than_built_for_are_refused_with_both_numbers(
     run_refused(engine_dir, tmp_path, "--image", *four, "--prompt", "hi", fragments=fragments)
 
 
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}
+LARGE_SCHEMA = {"enum": [f"{number:08}" for number in range(100_000)]}  # over 1 MB
+
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "hi", "images": ["bad.png"]}, "bad.png"),
     ({"prompt": "hi", "images": ["absent.png"]}, "absent.png"),
@@ -79,6 +82,26 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "hi", "seed": 2**64}, "seed is"),
     ({"prompt": "hi", "stop": "end"}, "list of strings"),
     ({"prompt": "hi", "prompt_format": "llama"}, "'llama'"),
+    ({"messages": []}, "messages is empty"),
+    ({"messages": [USER, ASSISTANT]}, "the last message is the assistant's"),
+    ({"messages": [USER], "prompt": "hi"}, "prompt"),
+    ({"messages": [{"role": "tool", "content": "hi"}]}, "tool"),
+    ({"prompt": "hi", "n": 2}, "n is 2 and the sampling is greedy"),
+    ({"prompt": "hi", "n": 1000, "temperature": 1.0}, "max_batch_size"),
+    ({"prompt": "hi", "min_tokens": 9}, "min_tokens is 9 and max_new_tokens 2"),
+    ({"prompt": "hi", "top_logprobs": 2}, "top_logprobs is 2 without logprobs"),
+    ({"prompt": "hi", "logit_bias": {"hi": 1.0}}, "logit_bias"),
+    ({"prompt": "hi", "logit_bias": {"99999999": 1.0}}, "logit_bias has token id 99999999"),
+    ({"prompt": "hi", "bad_words": [""]}, "bad_words"),
+    ({"prompt": "hi", "repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+    ({"prompt": "hi", "regex": r"[^\s\S]"}, "matches no text"),
+    ({"prompt": "hi", "regex": "(a"}, "unclosed group"),
+    ({"prompt": "hi", "regex": "a+", "choice": ["a"]}, "regex and choice are both given"),
+    ({"prompt": "hi", "regex": "a+", "stop": ["a"]}, "stop is given beside regex"),
+    ({"prompt": "hi", "regex": "a+", "ignore_eos": True}, "ignore_eos is given beside regex"),
+    ({"prompt": "hi", "json_schema": {"not": {}}}, "the keyword 'not'"),
+    ({"prompt": "hi", "json_schema": LARGE_SCHEMA}, "expected 131,072 at most"),
+    ({"prompt": "hi", "json_schema": [1]}, "json_schema is [1], expected a JSON schema"),
 ]
 
 

@@ -70,6 +70,20 @@ def test_lines_are_turns_of_one_conversation(
     assert found.stdout == expected
 
 
+def test_answers_have_the_form_that_is_asked_for(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = talk(engine_dir, monkeypatch, "Is it?", "Sure?", flags=("--choice", "yes", "no"))
+    assert whole.exit_code == 0
+    assert set(whole.stdout.split()) <= {"yes", "no"}
+    assert "was cut" not in caplog.text
+    cut = talk(
+        engine_dir, monkeypatch, "Is it?", flags=("--regex", "[ab]{9}", "--max_new_tokens", 4)
+    )
+    assert len(cut.stdout.strip()) == 4
+    assert "was cut after 4 tokens and does not match regex" in caplog.text
+
+
 def test_clear_forgets_and_quit_ends(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = talk(engine_dir, monkeypatch, "Hello").stdout
     second = talk(engine_dir, monkeypatch, "Hello", "Hello").stdout

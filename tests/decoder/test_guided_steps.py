@@ -105,6 +105,88 @@ def test_running_ahead_and_few_blocks_change_no_guided_answer(
     assert {reason for _, reason in alone} == {"stop", "length"}
 
 
+def guided(
+    engine: EngineDir, tokenizer: Tokenizer, pattern: str, **settings: Any
+) -> Callable[..., DecoderRequest]:
+    guidance = Guidance(tokenizer, engine.checkpoint_config.decoder.vocab_size)
+    guide = Guide("regex", pattern)
+
+    def request(bad_words: tuple[tuple[int, ...], ...] = (), **sampling: Any) -> DecoderRequest:
+        return DecoderRequest(
+            tokenizer.encode("q q q What?"),
+            80,
+            stop_ids=frozenset({tokenizer.special_id(IM_END)}),
+            sampling=SamplingParams(**{**settings, **sampling}),
+            bad_words=bad_words,
+            guide=guide,
+            compiled_guide=guidance.compile(guide),
+        )
+
+    return request
+
+
+@pytest.mark.parametrize("runs_ahead", [True, False])
+def test_no_setting_lets_through_what_a_guide_rules_out(
+    open_executor: Callable[..., TorchDecoderExecutor],
+    engine: EngineDir,
+    tokenizer: Tokenizer,
+    runs_ahead: bool,
+) -> None:
+    """And beside that each does what it does without one."""
+    (a,), (b,), (q,) = map(tokenizer.encode, "abq")
+    end = tokenizer.special_id(IM_END)
+    twelve = guided(engine, tokenizer, "[ab]{12}")
+    any_number = guided(engine, tokenizer, "[ab]{1,60}")
+    asked = [
+        twelve(logit_bias={q: 100.0, end: 100.0}),
+        twelve(repetition_penalty=0.05, presence_penalty=-2.0, frequency_penalty=-2.0),
+        twelve(temperature=2.0, seed=3, min_p=0.2, logit_bias={q: 50.0}),
+        twelve(logit_bias={a: 100.0}),
+        twelve(logit_bias={b: 100.0, q: 100.0}),
+        twelve(bad_words=((a,),)),
+        any_number(logit_bias={end: 100.0}),
+        any_number(logit_bias={end: 100.0}, min_tokens=20),
+        guided(engine, tokenizer, "(yes|no)")(min_tokens=40),
+        guided(engine, tokenizer, "a")(bad_words=((a,),), logit_bias={q: 100.0}),
+    ]
+    answers = generate(open_executor(runs_ahead=runs_ahead), asked)
+    texts = [tokenizer.decode(ids) for ids, _ in answers]
+    assert [reason for _, reason in answers] == ["stop"] * len(asked)
+    for request, text in zip(asked, texts, strict=True):
+        assert request.guide is not None
+        assert re.fullmatch(request.guide.pattern, text)
+    assert texts[3:5] == ["a" * 12, "b" * 12]
+    assert a not in answers[5][0]
+    assert [len(ids) for ids, _ in answers[6:8]] == [1, 20]
+    for request, answer in zip(asked, answers, strict=True):
+        assert generate(open_executor(runs_ahead=runs_ahead), [request]) == [answer]
+
+
+@pytest.mark.parametrize("runs_ahead", [True, False])
+def test_log_probabilities_of_a_guided_answer_are_the_models(
+    open_executor: Callable[..., TorchDecoderExecutor],
+    engine: EngineDir,
+    tokenizer: Tokenizer,
+    runs_ahead: bool,
+) -> None:
+    ask = guided(engine, tokenizer, "[ab]{9}")
+    request = replace(ask(logprobs=True, top_logprobs=3, presence_penalty=1.0), return_logits=True)
+    executor = open_executor(runs_ahead=runs_ahead)
+    executor.submit(request)
+    outputs = [output for step in iter(executor.step, []) for output in step]
+    assert tokenizer.decode([output.token_id or 0 for output in outputs]).strip("ab") == ""
+    for output in outputs:
+        assert output.logits is not None
+        assert output.logprobs is not None
+        expected = output.logits.double().log_softmax(-1)
+        assert output.logprobs.logprob == pytest.approx(float(expected[output.token_id]), abs=1e-4)
+        top = expected.topk(3)
+        assert [value for _, value in output.logprobs.top] == pytest.approx(
+            top.values.tolist(), abs=1e-4
+        )
+        assert not torch.isinf(expected).any(), "the mask is not the model's"
+
+
 def test_guided_answers_match(
     open_executor: Callable[..., TorchDecoderExecutor],
     requests: list[DecoderRequest],

@@ -1,4 +1,7 @@
-"""Random JSON schemas of the kinds that a guide accepts, and of answers short enough to end."""
+"""Random JSON schemas, expressions and choices of the kinds that a guide accepts.
+
+Their answers are short enough to end.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,38 @@ _PATTERNS = ("^[a-c]{1,5}$", "^x\\d{2,4}$", "ab?c", "^(red|green|blue)$", "^[^\\
 _FORMATS = ("date", "ipv4", "uuid")
 _WORDS = ("a", "b", "name", "x y", "größe", 'quo"te', "back\\slash", "12")
 _DEEPEST = 3
+_ATOMS = ("a", "[a-f]", "[^\\s]", "\\d", "\\.", "é", "[0-9A-F]", "yes", "\\(", " ")
+_REPEATS = ("", "", "?", "{2}", "{1,4}", "{0,3}")
+_SIGNS = "abc 019.*+?()[]{}|^$\\/\"'-äß日\t"
 
 
 def random_schema(seed: int) -> Schema:
     """The same schema for the same seed; an object, an array or a scalar."""
     return _Maker(random.Random(seed)).schema(0)
+
+
+def random_regex(seed: int) -> str:
+    """What Python's `re` and a guide read alike."""
+    rng = random.Random(seed)
+
+    def atom(depth: int) -> str:
+        if depth < 2 and rng.random() < 0.4:
+            return f"({'|'.join(sequence(depth + 1) for _ in range(rng.randrange(1, 4)))})"
+        return rng.choice(_ATOMS)
+
+    def sequence(depth: int) -> str:
+        pieces = (atom(depth) + rng.choice(_REPEATS) for _ in range(rng.randrange(1, 4)))
+        return "".join(pieces)
+
+    return sequence(0)
+
+
+def random_choice(seed: int) -> list[str]:
+    rng = random.Random(seed)
+    texts = {
+        "".join(rng.choices(_SIGNS, k=rng.randrange(1, 9))) for _ in range(rng.randrange(1, 7))
+    }
+    return sorted(texts)
 
 
 class _Maker:
