@@ -24,6 +24,8 @@ UNKNOWN: list[tuple[str, Any, str]] = [
     ("min_length", 8, "did you mean 'min_tokens'?"),
     ("logprobs", True, "did you mean 'return_log_probs'?"),
     ("random_seed", 3, "did you mean 'seed'?"),
+    ("regex", "a+", "did you mean 'guided_decoding_guide'?"),
+    ("json_object", True, "did you mean 'guided_decoding_guide_type'?"),
     ("num_return_sequences", 2, "did you mean 'n'?"),
     ("max_num_tile", 1, "did you mean 'max_num_tiles'?"),
     ("runtime_top_k", 5, "did you mean 'top_k'?"),
