@@ -14,7 +14,7 @@ _PATTERNS = ("^[a-c]{1,5}$", "^x\\d{2,4}$", "ab?c", "^(red|green|blue)$", "^[^\\
 _FORMATS = ("date", "ipv4", "uuid")
 _WORDS = ("a", "b", "name", "x y", "größe", 'quo"te', "back\\slash", "12")
 _DEEPEST = 3
-_ATOMS = ("a", "[a-f]", "[^\\s]", "\\d", "\\.", "é", "[0-9A-F]", "yes", "\\(", " ")
+_ATOMS = ("a", "[a-f]", "[^\\s]", "\\d", "\\.", "é", "[0-9A-F]", "yes", "\\(", "x y")
 _REPEATS = ("", "", "?", "{2}", "{1,4}", "{0,3}")
 _SIGNS = "abc 019.*+?()[]{}|^$\\/\"'-äß日\t"
 
