@@ -51,7 +51,7 @@ pytest="$python -m pytest -q -p no:cacheprovider --tb=short"
 $python -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' >>"$out/summary.log" 2>&1
 
 part tests 150 $pytest -n 8 --maxfail=40 \
-  tests/decoder/test_kernels.py tests/decoder/test_hopper_model.py tests/decoder/test_hopper_kernels_model.py \
+  tests/decoder/test_kernels.py tests/decoder/test_change_logits.py tests/decoder/test_hopper_model.py tests/decoder/test_hopper_kernels_model.py \
   tests/decoder/test_hopper_executor.py tests/vision/test_hopper_vision.py tests/decoder/test_decoder_contract.py \
   -k "not alone_ and not TensorRT and not float32"
 part decode 150 bash -c "$python -m bench.hopper decode prefill --layers 8,16 --prompts 1948,2048 \

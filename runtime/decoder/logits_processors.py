@@ -17,10 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from runtime.decoder.executor import DecoderRequest
+from runtime.decoder.kernels.logit_changes import (
+    DRAWN,
+    IN_PROMPT,
+    LogitChanges,
+    change_logits_for,
+)
 from runtime.decoder.scheduler import Sequence
 
-_IN_PROMPT, _DRAWN = 1, 2
-"""A count is 1 where the prompt holds the token, and 2 more for each time that it was drawn."""
 _NO_TOKEN = -1
 
 
@@ -35,13 +39,12 @@ class _Rows:
     """The settings of the m rows of a batch that have any, on the device."""
 
     sequences: list[Sequence]
-    rows: torch.Tensor  # [m] int64, in the batch
-    slots: torch.Tensor  # [m] int64, in the counts and tails
-    # [repetition, presence, frequency] x [m, 1] float32; None where no row has a penalty.
-    penalties: torch.Tensor | None
-    bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # row, token id, value: each [b]
-    # Row, last token [w] and the tokens before it [w, longest], filled from the left with -1.
-    bad_words: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    changes: LogitChanges
+    # Of p pairs of a row and a token: which one each of w bad words ends in [w] int64, and the
+    # tokens before it [w, longest], filled from the left with -1; None without bad words.
+    bad_words: tuple[torch.Tensor, torch.Tensor] | None
+    # The pairs of tokens that end an answer with min_tokens [e] int64, and their rows.
+    ends: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class LogitsProcessors:
@@ -54,68 +57,54 @@ class LogitsProcessors:
 
     def __init__(self, max_batch_size: int, vocab_size: int, device: torch.device) -> None:
         self._max_batch_size, self._vocab_size, self._device = max_batch_size, vocab_size, device
+        self._change = change_logits_for(device)
         self._slots: dict[Sequence, int] = {}
         self._counts: torch.Tensor | None = None
         self._tails: torch.Tensor | None = None
         self._batch: list[Sequence] = []  # of the last call, with its rows
         self._rows: _Rows | None = None
+        self._held: tuple[list[bool], torch.Tensor] | None = None  # rows that must not end yet
 
     def apply(self, sequences: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
         """logits: [n, vocab_size] float32, a row a sequence. Returns them, or changed copies."""
         rows = self._rows_of(sequences)
         if rows is None:
             return logits
-        chosen = logits[rows.rows]
-        if rows.bias is not None:
-            row, token_ids, values = rows.bias
-            chosen[row, token_ids] += values
-        if rows.penalties is not None:
-            assert self._counts is not None, "a penalty makes them"
-            repetition, presence, frequency = rows.penalties
-            counts = self._counts[rows.slots]
-            divided = torch.where(chosen < 0, chosen * repetition, chosen / repetition)
-            chosen = torch.where(counts > 0, divided, chosen)
-            num_drawn = counts // _DRAWN
-            chosen -= num_drawn * frequency + (num_drawn > 0) * presence
+        bans = torch.zeros_like(rows.changes.biases)
         if rows.bad_words is not None:
-            row, last, before = rows.bad_words
-            is_next = torch.ones_like(row, dtype=torch.bool)
+            pairs, before = rows.bad_words
+            is_next = torch.ones_like(pairs, dtype=torch.bool)
             if before.shape[1]:
                 assert self._tails is not None
-                tails = self._tails[rows.slots[row], -before.shape[1] :]
+                slots = rows.changes.slots[rows.changes.pair_rows[pairs]]
+                tails = self._tails[slots, -before.shape[1] :]
                 is_next = ((before == _NO_TOKEN) | (before == tails)).all(dim=1)
             # Adding, as several words of a row may end in one token.
-            ban = torch.where(is_next, -math.inf, 0.0)
-            chosen.index_put_((row, last), ban, accumulate=True)
-        self._ban_ends(rows.sequences, chosen)
-        changed = logits.clone()
-        changed[rows.rows] = chosen
-        return changed
+            bans.index_put_((pairs,), torch.where(is_next, -math.inf, 0.0), accumulate=True)
+        if rows.ends is not None:
+            pairs, of_rows = rows.ends
+            bans[pairs] += self._held_back(rows.sequences)[of_rows]
+        return self._change(logits, rows.changes, self._counts, bans)
+
+    def _held_back(self, sequences: list[Sequence]) -> torch.Tensor:
+        """[m] float32: -inf for a row that has not min_tokens yet, else 0."""
+        held = [each.num_generated < each.request.sampling.min_tokens for each in sequences]
+        if self._held is None or self._held[0] != held:
+            values = torch.tensor([-math.inf if each else 0.0 for each in held])
+            self._held = held, self._to_device(values)
+        return self._held[1]
 
     def count(self, sequences: list[Sequence], token_ids: torch.Tensor) -> None:
         """Takes the tokens [n] that were drawn from what `apply` returned last."""
         rows = self._rows_of(sequences)
         if rows is None:
             return
-        token_ids = token_ids[rows.rows]
+        slots, token_ids = rows.changes.slots, token_ids[rows.changes.rows]
         if self._counts is not None:
-            self._counts[rows.slots, token_ids] += _DRAWN
+            self._counts[slots, token_ids] += DRAWN
         if self._tails is not None:
-            moved = torch.cat([self._tails[rows.slots, 1:], token_ids[:, None]], dim=1)
-            self._tails[rows.slots] = moved
-
-    def _ban_ends(self, sequences: list[Sequence], chosen: torch.Tensor) -> None:
-        """min_tokens: which tokens end an answer, as long as it must go on."""
-        pairs = [
-            (row, token_id)
-            for row, sequence in enumerate(sequences)
-            if sequence.num_generated < sequence.request.sampling.min_tokens
-            for token_id in sequence.request.stop_ids
-            if token_id < self._vocab_size
-        ]
-        if pairs:
-            row, token_ids = self._to_device(torch.tensor(pairs)).T
-            chosen[row, token_ids] = -math.inf
+            moved = torch.cat([self._tails[slots, 1:], token_ids[:, None]], dim=1)
+            self._tails[slots] = moved
 
     def _rows_of(self, sequences: list[Sequence]) -> _Rows | None:
         """Made once for steps of the same sequences."""
@@ -129,58 +118,62 @@ class LogitsProcessors:
     def _make_rows(self, sequences: list[Sequence]) -> _Rows:
         rows = [row for row, sequence in enumerate(sequences) if sequence.changes_logits]
         chosen = [sequences[row] for row in rows]
-        params = [sequence.request.sampling for sequence in chosen]
         slots = self._slots_of(chosen)
-        penalties: torch.Tensor | None = None
-        if any(each.has_penalty for each in params):
-            table = [
+        words = [(row, each) for row, s in enumerate(chosen) for each in s.request.bad_words]
+        ends = [
+            (row, token_id)
+            for row, sequence in enumerate(chosen)
+            if sequence.num_generated < sequence.request.sampling.min_tokens
+            for token_id in sequence.request.stop_ids
+            if token_id < self._vocab_size
+        ]
+        biases = {
+            (row, token_id): bias
+            for row, sequence in enumerate(chosen)
+            for token_id, bias in sequence.request.sampling.logit_bias
+        }
+        pairs = sorted({*biases, *ends, *((row, word[-1]) for row, word in words)})
+        place_of = {pair: place for place, pair in enumerate(pairs)}
+        changes = LogitChanges.of(
+            len(sequences),
+            rows,
+            slots,
+            [
                 (each.repetition_penalty, each.presence_penalty, each.frequency_penalty)
-                for each in params
-            ]
-            values = self._to_device(torch.tensor(table, dtype=torch.float32))
-            penalties = values.T[:, :, None]
+                for each in (sequence.request.sampling for sequence in chosen)
+            ],
+            [(row, token_id, biases.get((row, token_id), 0.0)) for row, token_id in pairs],
+            self._vocab_size,
+            self._device,
+        )
         return _Rows(
             chosen,
-            self._to_device(torch.tensor(rows)),
-            self._to_device(torch.tensor(slots)),
-            penalties,
-            self._bias_of(chosen),
-            self._bad_words_of(chosen),
+            changes,
+            self._bad_words_of(words, place_of),
+            self._ends_of(ends, place_of),
         )
-
-    def _bias_of(
-        self, sequences: list[Sequence]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        found = [
-            (row, token_id, bias)
-            for row, sequence in enumerate(sequences)
-            for token_id, bias in sequence.request.sampling.logit_bias
-        ]
-        if not found:
-            return None
-        rows, token_ids, values = zip(*found, strict=True)
-        indices = self._to_device(torch.tensor([rows, token_ids]))
-        return *indices, self._to_device(torch.tensor(values, dtype=torch.float32))
 
     def _bad_words_of(
-        self, sequences: list[Sequence]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        found = [
-            (row, word)
-            for row, sequence in enumerate(sequences)
-            for word in sequence.request.bad_words
-        ]
-        if not found:
+        self, words: list[tuple[int, tuple[int, ...]]], place_of: dict[tuple[int, int], int]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not words:
             return None
-        longest = max(len(word) for _, word in found) - 1
-        table = torch.tensor(
-            [
-                (row, word[-1], *[_NO_TOKEN] * (longest - len(word) + 1), *word[:-1])
-                for row, word in found
-            ]
-        )
+        longest = max(len(word) for _, word in words) - 1
+        table = [
+            (place_of[row, word[-1]], *[_NO_TOKEN] * (longest - len(word) + 1), *word[:-1])
+            for row, word in words
+        ]
+        on_device = self._to_device(torch.tensor(table))
+        return on_device[:, 0], on_device[:, 1:]
+
+    def _ends_of(
+        self, ends: list[tuple[int, int]], place_of: dict[tuple[int, int], int]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not ends:
+            return None
+        table = torch.tensor([(place_of[pair], pair[0]) for pair in ends])
         on_device = self._to_device(table)
-        return on_device[:, 0], on_device[:, 1], on_device[:, 2:]
+        return on_device[:, 0], on_device[:, 1]
 
     def _slots_of(self, sequences: list[Sequence]) -> list[int]:
         """A slot for each, which it keeps until it leaves."""
@@ -201,7 +194,7 @@ class LogitsProcessors:
                 self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
             words = sorted({i for i in request.token_ids if i < self._vocab_size})
             self._counts[slot] = 0
-            self._counts[slot, self._to_device(torch.tensor(words, dtype=torch.int64))] = _IN_PROMPT
+            self._counts[slot, self._to_device(torch.tensor(words, dtype=torch.int64))] = IN_PROMPT
         if longest := max((len(word) for word in request.bad_words), default=1) - 1:
             self._lengthen_tails(longest)
             assert self._tails is not None
