@@ -77,8 +77,8 @@ def measure_settings(
                     _request(prompt, row, variant, end, guide, compiled)
                     for row, prompt in enumerate(prompts)
                 ]
-                seconds = _step_times(executor, requests, steps_a_round)
-                times.setdefault((num_layers, variant), []).extend(seconds)
+                found = _step_times(executor, requests, steps_a_round)
+                times.setdefault((num_layers, variant), []).extend(found)
     for num_layers, (_, config) in executors.items():
         medians = {each: statistics.median(times[num_layers, each]) for each in VARIANTS}
         for variant, seconds in medians.items():
