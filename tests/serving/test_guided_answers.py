@@ -173,7 +173,7 @@ def check_random_expressions_and_choices(runner: Runner, seeds: range) -> None:
             num_ended += 1
             if guide.name == "choice":
                 assert found.text in json.loads(guide.text)
-            # Python's own \\s has four control characters that Unicode's and ECMAScript's have not.
+            # Python's own \s has four control characters that ECMAScript's has not.
             assert re.fullmatch(guide.pattern, found.text, re.ASCII), (guide, found.text)
     assert num_ended > 0.9 * len(seeds)
 
