@@ -67,8 +67,9 @@ def _grammar(value: str) -> str:
 def _read_guide(name: GuideName, path: str) -> str:
     try:
         with open(path, "rb") as file:
-            # One byte more than fits is enough to refuse what does not.
-            return file.read(MAX_GUIDE_BYTES + 1).decode()
+            # One byte more than fits is enough to refuse what does not, also within a character.
+            found = file.read(MAX_GUIDE_BYTES + 1)
+            return found.decode(errors="strict" if len(found) <= MAX_GUIDE_BYTES else "replace")
     except (OSError, ValueError) as error:
         raise UserError(
             f"--{name} {path} cannot be read ({error}); give {GUIDE_KINDS[name].expected}, in "

@@ -116,6 +116,16 @@ def test_flags_read_schema_and_grammar_from_files(tmp_path: Path) -> None:
         of_flags({"json_schema": str(tmp_path / "large")})
 
 
+def test_a_file_that_is_too_large_is_refused_for_that(tmp_path: Path) -> None:
+    """Wherever the reading ends, also within a character."""
+    path = tmp_path / "large.json"
+    for beginning in (" ", "  "):
+        path.write_text(beginning + "é" * 600_000, "utf-8")
+        with pytest.raises(UserError, match="expected 131,072 at most") as raised:
+            of_flags({"json_schema": str(path)})
+        assert "\n" not in str(raised.value)
+
+
 def test_a_choice_is_an_expression_that_matches_its_texts_alone() -> None:
     texts = ["a.b", "(x)|[y]", "{1}^$", "1+1*?", "back\\slash", "tab\tand\nline", "é 日本/\"'"]
     guide = Guide.of("choice", texts)
