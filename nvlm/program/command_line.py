@@ -91,35 +91,56 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """argparse's own way from a word to a value, but a number is told what it should be."""
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError:
+            if action.type not in _NUMBERS:
+                raise
+            expected, example = _NUMBERS[action.type]
+            flag = "/".join(action.option_strings) or action.dest
+            raise UserError(
+                f"{flag} is {text!r}, expected {expected}; give one, as in {flag} {example}"
+            ) from None
+
 
 def positive_int(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    value = natural_int(text)
+    if value == 0:
+        raise ValueError
     return value
 
 
 def natural_int(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+        raise ValueError
     return int(text)
 
 
 def positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = float(text)
     if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+        raise ValueError
     return value
 
 
 def fraction(text: str) -> float:
     value = positive_float(text)
     if value >= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+        raise ValueError
     return value
+
+
+_NUMBERS: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "1"),
+    float: ("a number", "0.5"),
+    positive_int: ("a positive integer", "8"),
+    natural_int: ("a whole number from 0", "0"),
+    positive_float: ("a positive number", "0.5"),
+    fraction: ("a number between 0 and 1", "0.5"),
+}
+"""What a flag of each type expects, and an example."""
 
 
 def run(

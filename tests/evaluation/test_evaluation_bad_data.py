@@ -136,7 +136,7 @@ def test_a_ground_truth_file_that_is_none_is_refused(
             ),
             "starts at sample 20 and the data set has 3",
         ),
-        (("--partition_id", "-1"), "'-1' is not a whole number from 0"),
+        (("--partition_id", "-1"), "--partition_id is '-1', expected a whole number from 0"),
         (("--prompt", "?"), "unrecognized arguments: --prompt ?"),
         (("--split", "test"), "--split goes with --task MMMU or MathVista; OCRBench has no use"),
         (("--num_frames", "4"), "--num_frames goes with --task VideoMME; OCRBench has no use"),
