@@ -57,7 +57,12 @@ def parser() -> ArgumentParser:
     add_engine_flags(parser)
     add("--prompt", action="once", help="the question")
     add("--image", nargs="+", default=[], help="image files or data: URLs, in order")
-    add("--page", type=_page, help="page or frame of the images, from 1, or all (default: first)")
+    add(
+        "--page",
+        type=_page,
+        action="once",
+        help="page or frame of the images, from 1, or all (default: first)",
+    )
     add(
         "--max_image_pixels",
         type=positive_int,
@@ -69,6 +74,7 @@ def parser() -> ArgumentParser:
     add(
         "--compare",
         type=Path,
+        action="once",
         metavar="ENGINE_DIR",
         help="run the requests through this engine too (one for torch) and report what differs",
     )
