@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nvlm.inputs.images import Page
 from nvlm.program.errors import UserError, shortened
 from nvlm.program.jsonl import read_jsonl_lines
 from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
-from runtime.requests.types import GenerationRequest, ImageSource
+from runtime.requests.types import GenerationRequest, ImageSource, require_page
 
 _SHOWN_CHARACTERS = 200
 _OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
@@ -75,7 +74,7 @@ def request_from_json(
     if "stop" in given:
         options["stop"] = tuple(_strings(given["stop"], "stop"))
     if "page" in given:
-        options["pictures"] = replace(defaults.pictures, page=_page(given["page"]))
+        options["pictures"] = replace(defaults.pictures, page=require_page(given["page"]))
     names = _strings(given.get("images", []), "images")
     images = [picture_source(name, folder) for name in names]
     return replace(
@@ -97,12 +96,6 @@ def _strings(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise UserError(f"{name} is {value!r}, expected a list of strings")
     return value
-
-
-def _page(value: Any) -> Page:
-    if value == "all" or (type(value) is int and value >= 1):
-        return value
-    raise UserError(f'page is {value!r}, expected a number from 1 or "all"')
 
 
 def _content(

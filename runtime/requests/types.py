@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
-from nvlm.inputs.images import EncodedImage, PictureRules
+from nvlm.inputs.images import EncodedImage, Page, PictureRules
 from nvlm.inputs.pillow_image import pixels_of
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.inputs.tiling import Grid, TiledImage
@@ -42,7 +43,8 @@ class GenerationRequest:
     beside <|im_end|>.
 
     A Pillow image becomes pixels at once; a text alone stands for a tuple of one. Raises
-    `UserError` for content that is neither text nor an image.
+    `UserError` for content that is neither text nor an image, and for a field of another type:
+    found later, it would end the questions that share the decoder's steps.
     """
 
     content: tuple[str | ImageSource, ...]
@@ -58,6 +60,10 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "content", tuple(map(_part, _items(self.content))))
         object.__setattr__(self, "stop", _items(self.stop))
+        object.__setattr__(self, "end_ids", frozenset(_items(self.end_ids)))
+        for name, (is_right, expected) in _EXPECTED_FIELDS.items():
+            if not is_right(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
     @classmethod
     def images_first(
@@ -65,11 +71,12 @@ class GenerationRequest:
     ) -> GenerationRequest:
         """The usual order: each image and a newline, then the question.
 
-        settings: the other fields of a request, and those of `SamplingParams` by their names (a
-        filter without a temperature means temperature 1). Raises `UserError` for another name.
+        settings: the other fields of a request, those of `SamplingParams` by their names (a filter
+        without a temperature means temperature 1), and `page`, a number from 1 or "all". Raises
+        `UserError` for another name.
         """
         sampling_names = {setting.name for setting in SETTINGS}
-        names = {each.name for each in fields(cls)} - {"content"} | sampling_names
+        names = {each.name for each in fields(cls)} - {"content"} | sampling_names | {"page"}
         for name in settings:
             if name not in names:
                 raise UserError(
@@ -80,6 +87,9 @@ class GenerationRequest:
         if given:
             defaults = settings.get("sampling", SamplingParams())
             settings["sampling"] = with_sampling(defaults, given_settings(given))
+        if (page := settings.pop("page", None)) is not None:
+            rules = settings.get("pictures", PictureRules())
+            settings["pictures"] = replace(rules, page=require_page(page))
         content: list[Any] = []
         for image in _items(images):
             content += [picture_source(image) if isinstance(image, str) else image, "\n"]
@@ -114,6 +124,7 @@ class GenerationRequest:
 
 
 _OTHER_WORDS = {
+    "image": "images",
     "max_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",
     "stop_words": "stop",
@@ -125,19 +136,47 @@ _OTHER_WORDS = {
 
 
 _ONE = (str, Path, bytes, np.ndarray, Image.Image, TiledImage)
+_BYTES = (bytearray, memoryview)
+
+
+def require_page(value: Any) -> Page:
+    """Raises `UserError` for what names no page."""
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    raise UserError(f'page is {value!r}, expected a number from 1 or "all"')
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+_EXPECTED_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "system": (lambda value: isinstance(value, str), "a str"),
+    "prompt_format": (lambda value: value in get_args(PromptFormat), "'hf' or 'megatron'"),
+    "max_num_tiles": (lambda value: value is None or _is_whole(value), "a whole number"),
+    "pictures": (lambda value: isinstance(value, PictureRules), "PictureRules"),
+    "stop": (lambda value: all(isinstance(each, str) for each in value), "a str or several"),
+    "end_ids": (lambda value: all(map(_is_whole, value)), "token ids, whole numbers"),
+    "sampling": (lambda value: isinstance(value, SamplingParams), "SamplingParams"),
+}
+"""What is right for a field, and how a message says it."""
 
 
 def _items(given: Any) -> tuple[Any, ...]:
     """A text or an image alone is one thing, and not the sequence that Python takes it for."""
     if given is None:
         return ()
-    is_several = isinstance(given, Iterable) and not isinstance(given, (*_ONE, Mapping))
+    # An open file gives its lines one by one.
+    is_one = isinstance(given, (*_ONE, *_BYTES, Mapping)) or hasattr(given, "read")
+    is_several = isinstance(given, Iterable) and not is_one
     return tuple(given) if is_several else (given,)
 
 
 def _part(part: Any) -> str | ImageSource:
     if isinstance(part, Image.Image):
         return pixels_of(part)
+    if isinstance(part, _BYTES):
+        return bytes(part)
     if isinstance(part, _ONE) or callable(part):
         return part
     raise UserError(
