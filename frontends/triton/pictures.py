@@ -70,7 +70,7 @@ def _base64(tensors: Tensors) -> tuple[ImageSource, ...]:
 
 def _urls(tensors: Tensors) -> tuple[ImageSource, ...]:
     for url in strings(tensors, "image_url_input"):
-        if not url.startswith(b"data:"):
+        if url[:5].lower() != b"data:":
             raise UserError(
                 "image_url_input may only hold data: URLs, because this server fetches nothing; "
                 "send the picture itself in image_bytes"

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nvlm.program.errors import UserError, shortened
+from nvlm.program.errors import UserError
 from nvlm.program.process import (
     ignore_pillows_warnings,
     set_up_log,
@@ -161,7 +161,7 @@ def run(
         end(code)
     except UserError as error:
         who = "error" if rank == 0 else f"rank {rank}: error"
-        print(f"{who}: {shortened(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
         end(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         if rank == 0:

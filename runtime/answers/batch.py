@@ -84,14 +84,14 @@ def _answers(runner: Runner, lines: list[RequestLine]) -> Iterator[tuple[int, di
     requests: list[GenerationRequest] = []
     for index, line in enumerate(lines):
         if isinstance(line.request, UserError):
-            yield index, {"id": line.id, "error": shortened(str(line.request))}
+            yield index, {"id": line.id, "error": str(line.request)}
         else:
             indices.append(index)
             requests.append(line.request)
     for position, result in runner.generate_batch(requests):
         index = indices[position]
         if isinstance(result, UserError):
-            answer: dict[str, Any] = {"error": shortened(str(result))}
+            answer: dict[str, Any] = {"error": str(result)}
         else:
             answer = answer_json(result)
         yield index, {"id": lines[index].id, **answer}
