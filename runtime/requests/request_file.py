@@ -13,6 +13,7 @@ from typing import Any
 
 from nvlm.program.errors import UserError, shortened
 from nvlm.program.jsonl import read_jsonl_lines
+from nvlm.program.nearest import nearest
 from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
 from runtime.requests.types import GenerationRequest, ImageSource, require_page
@@ -21,6 +22,14 @@ _SHOWN_CHARACTERS = 200
 _OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
 _TYPES = {**_OPTION_TYPES, **{setting.name: setting.type for setting in SETTINGS}}
 _FIELDS = {"id", "prompt", "images", "page", "stop", *_TYPES}
+_OTHER_WORDS = {
+    "custom_id": "id",
+    "max_tokens": "max_new_tokens",
+    "question": "prompt",
+    "query": "prompt",
+    "text": "prompt",
+}
+"""What other software calls a field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,7 @@ def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) 
     line_id: Any = number
     request: GenerationRequest | UserError
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_with_each_key_once)
         if not isinstance(values, dict):
             raise UserError(f"expected a JSON object, found {type(values).__name__}")
         line_id = values.get("id", number)
@@ -58,12 +67,25 @@ def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) 
     return RequestLine(line_id, request, number, path.parent)
 
 
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values Python would keep the last alone."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{twice!r} is given twice, expected each field once; leave one out")
+    return values
+
+
 def request_from_json(
     values: dict[str, Any], folder: Path, defaults: GenerationRequest
 ) -> GenerationRequest:
     """A request object; paths are relative to `folder`. Unknown fields are refused by name."""
     if unknown := sorted(values.keys() - _FIELDS):
-        raise UserError(f"unknown field {unknown[0]!r}, expected {', '.join(sorted(_FIELDS))}")
+        raise UserError(
+            f"unknown field {unknown[0]!r}, expected {', '.join(sorted(_FIELDS))}"
+            f"{nearest(unknown[0], _FIELDS, _OTHER_WORDS)}"
+        )
     given = {name: value for name, value in values.items() if value is not None}
     for name, expected in _TYPES.items():
         if name in given:

@@ -297,7 +297,9 @@ class TestWriting:
     def test_an_empty_file_gives_an_empty_file(self, tmp_path: Path) -> None:
         assert answer(tmp_path, EchoRunner()) == []
 
-    @pytest.mark.parametrize("ids", [["x", "x"], [2, None], [{"a": 1, "b": 2}, {"b": 2, "a": 1}]])
+    @pytest.mark.parametrize(
+        "ids", [["x", "x"], [2, None], [1, 1.0], [{"a": 1, "b": 2}, {"b": 2, "a": 1}]]
+    )
     def test_requests_that_share_an_id_are_refused_before_anything_is_asked(
         self, tmp_path: Path, ids: list[Any]
     ) -> None:
@@ -310,7 +312,7 @@ class TestWriting:
         assert not (tmp_path / "out.jsonl").exists()
 
     def test_ids_that_look_alike_are_two(self, tmp_path: Path) -> None:
-        lines = [{"id": each, "prompt": "q"} for each in (1, "1", True, 1.0, [1])]
+        lines = [{"id": each, "prompt": "q"} for each in (1, "1", True, 1.5, [1])]
         assert len(answer(tmp_path, EchoRunner(), *lines)) == 5
 
     def test_an_error_does_not_repeat_a_picture(self, tmp_path: Path) -> None:
