@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from nvlm.program.errors import UserError
+from nvlm.program.nearest import nearest
 from nvlm.program.process import (
     ignore_pillows_warnings,
     set_up_log,
@@ -24,6 +25,14 @@ from nvlm.program.process import (
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+
+_OTHER_WORDS = {
+    "--max_tokens": "--max_new_tokens",
+    "--question": "--prompt",
+    "--text": "--prompt",
+}
+"""What other programs call a flag."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -87,6 +96,25 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
         self.given.clear()
         return super().parse_known_args(*arguments, **keywords)
+
+    def parse_args(self, *arguments: Any, **keywords: Any) -> Any:
+        """Names the flag that an unknown one may have meant."""
+        found, unknown = self.parse_known_args(*arguments, **keywords)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            self.error(
+                f"unrecognized arguments: {' '.join(unknown)}"
+                f"{nearest(name, self._flags(), _OTHER_WORDS)}"
+            )
+        return found
+
+    def _flags(self) -> set[str]:
+        """Those of its subcommands too."""
+        names = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                names.update(*(parser._flags() for parser in action.choices.values()))
+        return names
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

@@ -1,4 +1,4 @@
-"""Flags that take numbers: what is none is told, with what was expected and an example."""
+"""Flags that are mistyped, and numbers that are none: told with what helps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from nvlm.program.errors import UserError
         (run.parser, "--top_p", "", "a number"),
         (run.parser, "--top_k", "1.5", "a whole number; give one, as in --top_k 1"),
         (run.parser, "--seed", "1e3", "a whole number"),
-        (run.parser, "--seed", "9" * 5000, "a whole number"),
         (run.parser, "--max_new_tokens", "0", "a positive integer; give one, as in --max_new_"),
         (run.parser, "--max_num_tiles", "six", "a positive integer"),
         (run.parser, "--max_image_pixels", "2e8", "a positive integer"),
@@ -45,3 +44,25 @@ def test_so_is_one_of_a_subcommand(word: str) -> None:
     words = ["generate", "--engine_dir", "E", "--task", "ChartQA", f"--partition_id={word}"]
     with pytest.raises(UserError, match=f"--partition_id is '{word}', expected a whole number fr"):
         evaluate.parser().parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--images", "a.png"], "--image"),
+        (["--max-new-tokens", "5"], "--max_new_tokens"),
+        (["--max_tokens=5"], "--max_new_tokens"),
+        (["--Temperature", "1"], "--temperature"),
+    ],
+)
+def test_an_unknown_flag_is_told_the_one_that_may_be_meant(words: list[str], meant: str) -> None:
+    with pytest.raises(UserError, match=rf"^unrecognized arguments: .*; did you mean '{meant}'\?"):
+        run.parser().parse_args(["--engine_dir", "E", "--prompt", "q", *words])
+
+
+def test_so_is_an_unknown_flag_of_a_subcommand() -> None:
+    words = ["generate", "--engine_dir", "E", "--task", "ChartQA", "--gt-path", "a"]
+    with pytest.raises(UserError, match="did you mean '--gt_path'"):
+        evaluate.parser().parse_args(words)
+    with pytest.raises(UserError, match=r"^unrecognized arguments: x; see --help$"):
+        evaluate.parser().parse_args([*words[:5], "x"])
