@@ -70,7 +70,12 @@ def parser() -> ArgumentParser:
     )
     add("--chat", action="store_true", help="talk: questions from stdin, one a line")
     add("--image", nargs="+", default=[], help="image files or data: URLs, in order")
-    add("--page", type=_page, help="page or frame of the images, from 1, or all (default: first)")
+    add(
+        "--page",
+        type=_page,
+        action="once",
+        help="page or frame of the images, from 1, or all (default: first)",
+    )
     add(
         "--max_image_pixels",
         type=positive_int,
@@ -83,6 +88,7 @@ def parser() -> ArgumentParser:
     add(
         "--compare",
         type=Path,
+        action="once",
         metavar="ENGINE_DIR",
         help="run the requests through this engine too (one for torch) and report what differs",
     )

@@ -30,7 +30,7 @@ def read_images(tensors: Tensors, limits: EngineLimits) -> tuple[ImageSource, ..
 
 def picture_in_url(url: bytes, name: str) -> bytes:
     """The picture's file. `name` is where the URL stands."""
-    if not url.startswith(b"data:"):
+    if url[:5].lower() != b"data:":
         raise UserError(
             f"{name} may only hold data: URLs, because this server fetches nothing; send the "
             "picture itself in image_bytes"

@@ -176,5 +176,6 @@ def check_prompt_length(num_tokens: int, limits: EngineLimits) -> None:
 
 
 def check_max_new_tokens(max_new_tokens: object) -> None:
-    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+    is_flag = isinstance(max_new_tokens, bool)
+    if is_flag or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens!r}, expected 1 or more")

@@ -33,6 +33,7 @@ PictureReader = Callable[[str], ImageSource]
 
 _ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 _ONE = (str, Path, bytes, np.ndarray, Image.Image, TiledImage)
+_BYTES = (bytearray, memoryview)
 _EXPECTED_IMAGE = "a file's path, its bytes, a Pillow image or uint8 RGB pixels [height, width, 3]"
 _SHOWN_CHARACTERS = 200
 
@@ -72,7 +73,9 @@ def items(given: Any) -> tuple[Any, ...]:
     """A text or an image alone is one thing, and not the sequence that Python takes it for."""
     if given is None:
         return ()
-    is_several = isinstance(given, Iterable) and not isinstance(given, (*_ONE, Mapping))
+    # An open file gives its lines one by one.
+    is_one = isinstance(given, (*_ONE, *_BYTES, Mapping)) or hasattr(given, "read")
+    is_several = isinstance(given, Iterable) and not is_one
     return tuple(given) if is_several else (given,)
 
 
@@ -155,7 +158,7 @@ def parts(given: Any, name: str, source: PictureReader = picture_source) -> Cont
                 read.append(source(path))
             case {"type": "image_url", "image_url": {"url": str(url)}}:
                 read.append(source(url))
-            case {"type": "image", "image": image} if isinstance(image, _ONE) or callable(image):
+            case {"type": "image", "image": image} if _is_image(image):
                 read.append(_part(image))
             case _:
                 raise UserError(
@@ -219,6 +222,8 @@ def _shown_image(image: GivenImage) -> ImageSource:
 def _part(part: Any) -> Any:
     if isinstance(part, Image.Image):
         return pixels_of(part)
+    if isinstance(part, _BYTES):
+        return bytes(part)
     if isinstance(part, _ONE) or callable(part):
         return part
     raise UserError(
@@ -226,8 +231,12 @@ def _part(part: Any) -> Any:
     )
 
 
+def _is_image(given: Any) -> bool:
+    return isinstance(given, (*_ONE, *_BYTES)) or callable(given)
+
+
 def _is_list(given: Any) -> bool:
-    return isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+    return isinstance(given, Sequence) and not isinstance(given, (str, bytes, *_BYTES))
 
 
 def _told(value: Any) -> str:

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvlm.inputs.images import Page
 from nvlm.program.errors import UserError
 from nvlm.program.file_kinds import is_device
 from nvlm.program.jsonl import read_jsonl_lines
+from nvlm.program.nearest import nearest
 from runtime.requests.guide import GUIDE_KINDS, given_guide
 from runtime.requests.messages import (
     Conversation,
@@ -32,20 +32,24 @@ from runtime.requests.sampling import (
     with_sampling,
 )
 from runtime.requests.setting import Number
-from runtime.requests.types import GenerationRequest
+from runtime.requests.types import GenerationRequest, require_page
 
 _OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
 _TYPES = {
     **_OPTION_TYPES,
     **{setting.name: setting.type for setting in SETTINGS if isinstance(setting, Number)},
 }
-_FIELDS = (
-    *sorted(
-        {"id", "prompt", "messages", "images", "page", "stop", *_OPTION_TYPES}
-        | {setting.name for setting in SETTINGS}
-    ),
-    *GUIDE_KINDS,
-)
+_FIELDS = {"id", "prompt", "messages", "images", "page", "stop", *_OPTION_TYPES, *GUIDE_KINDS} | {
+    setting.name for setting in SETTINGS
+}
+_OTHER_WORDS = {
+    "custom_id": "id",
+    "max_tokens": "max_new_tokens",
+    "question": "prompt",
+    "query": "prompt",
+    "text": "prompt",
+}
+"""What other software calls a field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) 
     line_id: Any = number
     request: GenerationRequest | UserError
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_with_each_key_once)
         if not isinstance(values, dict):
             raise UserError(f"expected a JSON object, found {type(values).__name__}")
         line_id = values.get("id", number)
@@ -83,12 +87,25 @@ def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) 
     return RequestLine(line_id, request, number, path.parent)
 
 
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values Python would keep the last alone."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{twice!r} is given twice, expected each field once; leave one out")
+    return values
+
+
 def request_from_json(
     values: dict[str, Any], folder: Path, defaults: GenerationRequest
 ) -> GenerationRequest:
     """A request object; paths are relative to `folder`. Unknown fields are refused by name."""
-    if unknown := sorted(values.keys() - set(_FIELDS)):
-        raise UserError(f"unknown field {unknown[0]!r}, expected {', '.join(_FIELDS)}")
+    if unknown := sorted(values.keys() - _FIELDS):
+        raise UserError(
+            f"unknown field {unknown[0]!r}, expected {', '.join(sorted(_FIELDS))}"
+            f"{nearest(unknown[0], _FIELDS, _OTHER_WORDS)}"
+        )
     given = {name: value for name, value in values.items() if value is not None}
     for name, expected in _TYPES.items():
         if name in given:
@@ -101,7 +118,7 @@ def request_from_json(
     if guide := given_guide(given):
         options["guide"] = guide
     if "page" in given:
-        options["pictures"] = replace(defaults.pictures, page=_page(given["page"]))
+        options["pictures"] = replace(defaults.pictures, page=require_page(given["page"]))
     request = replace(
         defaults,
         sampling=with_sampling(defaults.sampling, given_settings(given)),
@@ -140,12 +157,6 @@ def _strings(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise UserError(f"{name} is {value!r}, expected a list of strings")
     return value
-
-
-def _page(value: Any) -> Page:
-    if value == "all" or (type(value) is int and value >= 1):
-        return value
-    raise UserError(f'page is {value!r}, expected a number from 1 or "all"')
 
 
 def _asked(given: dict[str, Any], folder: Path) -> Conversation:

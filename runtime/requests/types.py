@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
+from typing import Any, Literal, get_args
 
-from nvlm.inputs.images import PictureRules
+from nvlm.inputs.images import Page, PictureRules
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.inputs.tiling import Grid
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
@@ -46,7 +47,8 @@ class GenerationRequest:
     `guide` is what the answer must match; it goes with no stop string, which would cut it.
 
     A Pillow image becomes pixels at once; a text alone stands for a tuple of one. Raises
-    `UserError` for content that is neither text nor an image.
+    `UserError` for content that is neither text nor an image, and for a field of another type:
+    found later, it would end the questions that share the decoder's steps.
     """
 
     content: Content
@@ -64,10 +66,14 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "content", content_of(self.content))
         object.__setattr__(self, "stop", items(self.stop))
+        object.__setattr__(self, "end_ids", frozenset(items(self.end_ids)))
         object.__setattr__(self, "history", tuple(self.history))
         for turn in self.history:
             if not isinstance(turn, Message) or turn.role == "system":
                 raise UserError("history holds Messages of the user and the assistant alone")
+        for name, (is_right, expected) in _EXPECTED_FIELDS.items():
+            if not is_right(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)!r}, expected {expected}")
         if self.guide is not None and any(self.stop):
             raise UserError(
                 f"stop is given beside {self.guide.name}, whose answer it would cut; leave one out"
@@ -86,8 +92,8 @@ class GenerationRequest:
         `<image>`, the next image stands there instead.
 
         settings: the other fields of a request, those of `SamplingParams` by their names (a filter
-        without a temperature means temperature 1), and a guide by its name, such as json_schema.
-        Raises `UserError` for another name.
+        without a temperature means temperature 1), a guide by its name, such as json_schema, and
+        `page`, a number from 1 or "all". Raises `UserError` for another name.
         """
         asked = Conversation(content=question(prompt, items(images)))
         return cls._from_settings(asked, settings)
@@ -141,7 +147,7 @@ class GenerationRequest:
     @classmethod
     def _from_settings(cls, asked: Conversation, settings: dict[str, Any]) -> GenerationRequest:
         sampling_names = {setting.name for setting in SETTINGS}
-        names = {each.name for each in fields(cls)} - {"content"} | sampling_names
+        names = {each.name for each in fields(cls)} - {"content"} | sampling_names | {"page"}
         names |= GUIDE_KINDS.keys()
         for name in settings:
             if name not in names:
@@ -153,6 +159,9 @@ class GenerationRequest:
         if given:
             defaults = settings.get("sampling", SamplingParams())
             settings["sampling"] = with_sampling(defaults, given_settings(given))
+        if (page := settings.pop("page", None)) is not None:
+            rules = settings.get("pictures", PictureRules())
+            settings["pictures"] = replace(rules, page=require_page(page))
         guides: dict[str, Any] = {
             name: settings.pop(name) for name in GUIDE_KINDS if name in settings
         }
@@ -172,6 +181,7 @@ class GenerationRequest:
 
 
 _OTHER_WORDS = {
+    "image": "images",
     "max_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",
     "stop_words": "stop",
@@ -190,6 +200,30 @@ _OTHER_WORDS = {
     "guided_grammar": "grammar",
 }
 """What other libraries call a setting."""
+
+
+def require_page(value: Any) -> Page:
+    """Raises `UserError` for what names no page."""
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    raise UserError(f'page is {value!r}, expected a number from 1 or "all"')
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+_EXPECTED_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "system": (lambda value: isinstance(value, str), "a str"),
+    "prompt_format": (lambda value: value in get_args(PromptFormat), "'hf' or 'megatron'"),
+    "max_num_tiles": (lambda value: value is None or _is_whole(value), "a whole number"),
+    "pictures": (lambda value: isinstance(value, PictureRules), "PictureRules"),
+    "stop": (lambda value: all(isinstance(each, str) for each in value), "a str or several"),
+    "end_ids": (lambda value: all(map(_is_whole, value)), "token ids, whole numbers"),
+    "sampling": (lambda value: isinstance(value, SamplingParams), "SamplingParams"),
+    "guide": (lambda value: value is None or isinstance(value, Guide), "a Guide"),
+}
+"""What is right for a field, and how a message says it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ class Runner(Stages):
     def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
         super().__init__(engine, vision, decoder)
         self._loop = SharedLoop()
+        self._is_closed = False
 
     @classmethod
     def open(
@@ -108,7 +109,7 @@ class Runner(Stages):
         `in_order` encodes between the decoder's steps instead, so that it gets the requests in
         their order.
         """
-        if isinstance(requests, str):
+        if isinstance(requests, (str, GenerationRequest)):
             raise UserError("a batch is a list of questions, found one; give [question]")
         asked = [GenerationRequest.of(request) for request in requests]
         num_preparing = _num_preparing()
@@ -131,7 +132,10 @@ class Runner(Stages):
 
     def close(self) -> None:
         """Ends what is open with a `UserError` and frees the executors; other ranks end with the
-        leader's."""
+        leader's. Again, it does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._loop.close()
         self.vision.close()
         self.decoder.close()
@@ -144,14 +148,17 @@ class Runner(Stages):
 
 
 def _device(device: torch.device | str) -> torch.device:
-    if isinstance(device, torch.device):
-        return device
     if device in ("auto", "cuda"):
-        return resolve_device(device)
+        return resolve_device(str(device))
     try:
-        return torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'") from None
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UserError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
+    if found.type == "cuda":
+        resolve_device("cuda")
+    return found
 
 
 def _num_preparing() -> int:

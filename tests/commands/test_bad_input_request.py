@@ -67,6 +67,10 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [{"type": "text"}]}, "text"),
     ({}, "prompt"),
     ({"prompt": "hi", "unknown": 1}, "unknown"),
+    ({"prompt": "hi", "image": "good.png"}, "top_p; did you mean 'images'?"),
+    ({"prompt": "hi", "max_tokens": 3}, "did you mean 'max_new_tokens'?"),
+    ({"question": "hi"}, "did you mean 'prompt'?"),
+    ({"custom_id": "hi", "prompt": "hi"}, "did you mean 'id'?"),
     ({"prompt": "hi", "max_num_tiles": 0}, "max_num_tiles is 0"),
     ({"prompt": "hi", "max_num_tiles": 99}, "max_num_tiles is 99"),
     ({"prompt": "hi", "max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -119,7 +123,13 @@ def test_a_bad_request_of_a_batch_is_answered_by_an_error_and_the_others_go_on(
     assert first["text"] == last["text"]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", "[" * 100_000, '{"id": 1, "prompt": "hi"} {}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", "[]", "3", "[" * 100_000, '{"id": 1, "prompt": "hi"} {}'),
+        '{"prompt": "first", "prompt": "second"}',
+    ],
+)
 def test_a_batch_line_that_is_no_json_object_is_answered_by_an_error(
     engine_dir: Path, tmp_path: Path, line: str
 ) -> None:
