@@ -16,6 +16,7 @@ from nvlm.program.errors import UserError
 from nvlm.program.file_kinds import is_device
 from nvlm.program.jsonl import read_jsonl_lines
 from nvlm.program.nearest import nearest
+from runtime.requests.fields import OTHER_WORDS, require_page
 from runtime.requests.guide import GUIDE_KINDS, given_guide
 from runtime.requests.messages import (
     Conversation,
@@ -32,7 +33,7 @@ from runtime.requests.sampling import (
     with_sampling,
 )
 from runtime.requests.setting import Number
-from runtime.requests.types import GenerationRequest, require_page
+from runtime.requests.types import GenerationRequest
 
 _OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
 _TYPES = {
@@ -42,14 +43,12 @@ _TYPES = {
 _FIELDS = {"id", "prompt", "messages", "images", "page", "stop", *_OPTION_TYPES, *GUIDE_KINDS} | {
     setting.name for setting in SETTINGS
 }
-_OTHER_WORDS = {
+_OTHER_WORDS = OTHER_WORDS | {
     "custom_id": "id",
-    "max_tokens": "max_new_tokens",
     "question": "prompt",
     "query": "prompt",
     "text": "prompt",
 }
-"""What other software calls a field."""
 
 
 @dataclass(frozen=True, slots=True)

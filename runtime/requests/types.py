@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from nvlm.inputs.images import Page, PictureRules
+from nvlm.inputs.images import PictureRules
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.inputs.tiling import Grid
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.errors import UserError
 from nvlm.program.nearest import nearest
 from runtime.requests.boxes import Box
+from runtime.requests.fields import OTHER_WORDS, check_fields, require_page
 from runtime.requests.guide import GUIDE_KINDS, Guide, given_guide
 from runtime.requests.messages import (
     Content,
@@ -68,12 +68,10 @@ class GenerationRequest:
         object.__setattr__(self, "stop", items(self.stop))
         object.__setattr__(self, "end_ids", frozenset(items(self.end_ids)))
         object.__setattr__(self, "history", tuple(self.history))
+        check_fields(self)
         for turn in self.history:
             if not isinstance(turn, Message) or turn.role == "system":
                 raise UserError("history holds Messages of the user and the assistant alone")
-        for name, (is_right, expected) in _EXPECTED_FIELDS.items():
-            if not is_right(getattr(self, name)):
-                raise UserError(f"{name} is {getattr(self, name)!r}, expected {expected}")
         if self.guide is not None and any(self.stop):
             raise UserError(
                 f"stop is given beside {self.guide.name}, whose answer it would cut; leave one out"
@@ -92,8 +90,8 @@ class GenerationRequest:
         `<image>`, the next image stands there instead.
 
         settings: the other fields of a request, those of `SamplingParams` by their names (a filter
-        without a temperature means temperature 1), a guide by its name, such as json_schema, and
-        `page`, a number from 1 or "all". Raises `UserError` for another name.
+        without a temperature means temperature 1), `page`, a number from 1 or "all", and a guide by
+        its name, such as json_schema. Raises `UserError` for another name.
         """
         asked = Conversation(content=question(prompt, items(images)))
         return cls._from_settings(asked, settings)
@@ -147,13 +145,13 @@ class GenerationRequest:
     @classmethod
     def _from_settings(cls, asked: Conversation, settings: dict[str, Any]) -> GenerationRequest:
         sampling_names = {setting.name for setting in SETTINGS}
-        names = {each.name for each in fields(cls)} - {"content"} | sampling_names | {"page"}
-        names |= GUIDE_KINDS.keys()
+        names = {each.name for each in fields(cls)} - {"content"} | sampling_names
+        names |= GUIDE_KINDS.keys() | {"page"}
         for name in settings:
             if name not in names:
                 raise UserError(
                     f"a question has no setting {name!r}, expected one of "
-                    f"{', '.join(sorted(names))}{nearest(name, names, _OTHER_WORDS)}"
+                    f"{', '.join(sorted(names))}{nearest(name, names, OTHER_WORDS)}"
                 )
         given = {name: settings.pop(name) for name in list(settings) if name in sampling_names}
         if given:
@@ -178,52 +176,6 @@ class GenerationRequest:
     def num_images(self) -> int:
         """Of all turns."""
         return sum(num_images(turn.content) for turn in self.turns)
-
-
-_OTHER_WORDS = {
-    "image": "images",
-    "max_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "stop_words": "stop",
-    "stop_strings": "stop",
-    "system_prompt": "system",
-    "random_seed": "seed",
-    "num_return_sequences": "n",
-    "min_new_tokens": "min_tokens",
-    "bad_words_ids": "bad_words",
-    "sequence_bias": "logit_bias",
-    "return_log_probs": "logprobs",
-    "json": "json_schema",
-    "guided_json": "json_schema",
-    "guided_regex": "regex",
-    "guided_choice": "choice",
-    "guided_grammar": "grammar",
-}
-"""What other libraries call a setting."""
-
-
-def require_page(value: Any) -> Page:
-    """Raises `UserError` for what names no page."""
-    if value == "all" or (type(value) is int and value >= 1):
-        return value
-    raise UserError(f'page is {value!r}, expected a number from 1 or "all"')
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-_EXPECTED_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "system": (lambda value: isinstance(value, str), "a str"),
-    "prompt_format": (lambda value: value in get_args(PromptFormat), "'hf' or 'megatron'"),
-    "max_num_tiles": (lambda value: value is None or _is_whole(value), "a whole number"),
-    "pictures": (lambda value: isinstance(value, PictureRules), "PictureRules"),
-    "stop": (lambda value: all(isinstance(each, str) for each in value), "a str or several"),
-    "end_ids": (lambda value: all(map(_is_whole, value)), "token ids, whole numbers"),
-    "sampling": (lambda value: isinstance(value, SamplingParams), "SamplingParams"),
-    "guide": (lambda value: value is None or isinstance(value, Guide), "a Guide"),
-}
-"""What is right for a field, and how a message says it."""
 
 
 @dataclass(frozen=True, slots=True)
