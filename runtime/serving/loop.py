@@ -73,6 +73,10 @@ class Loop:
     def is_stopping(self) -> bool:
         return self._is_stopping
 
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
+
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
         """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or
         stopping, and `RuntimeError` once the decoder has failed."""

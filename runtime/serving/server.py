@@ -55,6 +55,11 @@ class Server:
         """Whether the next `submit` is refused."""
         return self._loop.is_full
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the decoder's thread has ended by an error: every `submit` will be refused."""
+        return self._loop.has_failed
+
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
         """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or
         stopping, and `RuntimeError` once the decoder has failed."""

@@ -1,0 +1,119 @@
+"""POST /v1/completions: text that the model continues, without a template and without pictures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from frontends.openai.asking import Asked
+from frontends.openai.call import Call, Events
+from frontends.openai.errors import FieldError
+from frontends.openai.events import Chunks, StreamOptions, record_result, usage
+from frontends.openai.requests.fields import Body, settings_of, shown, text_field
+from runtime.requests.messages import Message
+from runtime.requests.types import Answer, GenerationRequest
+
+_NAME = "cmpl"
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+async def completions(call: Call) -> dict[str, Any] | Events:
+    door, body = call.door, call.body
+    model = door.require_model(text_field(body, "model"))
+    options = StreamOptions.of(body)
+    prompts = _prompts(body, door.server.runner.engine.limits.max_batch_size)
+    settings = {"max_new_tokens": _DEFAULT_MAX_TOKENS, **settings_of(body, "completions")}
+    asked = []
+    for prompt in prompts:
+        message = Message("user", (prompt,))  # text alone: no mark in it stands for a picture
+        request = GenerationRequest.from_messages([message], prompt_format="raw", **settings)
+        asked.append(door.ask(request, call.stack, in_pieces=options.is_streamed))
+    if options.is_streamed:
+        return _events(call, asked, Chunks.of(call, _NAME, "text_completion", model, options))
+    return await _whole(call, asked, model)
+
+
+def _prompts(body: Body, most: int) -> list[str]:
+    given = body.get("prompt")
+    prompts = given if isinstance(given, list) else [given]
+    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise FieldError(
+            "prompt", f"prompt is {shown(given)}, expected a text or a list of texts, none empty"
+        )
+    if len(prompts) > most:
+        raise FieldError("prompt", f"there are {len(prompts)} prompts, expected {most} at most")
+    return [str(prompt) for prompt in prompts]
+
+
+async def _whole(call: Call, asked: list[Asked], model: str) -> dict[str, Any]:
+    choices, num_prompt_tokens, num_tokens = [], 0, 0
+    for index, each in enumerate(asked):
+        result = (await each.hear())[-1].result
+        assert result is not None, "nothing else is heard of an answer that is not streamed"
+        record_result(call.record, result)
+        num_prompt_tokens += result.num_prompt_tokens
+        num_tokens += result.num_tokens
+        choices.append(
+            {
+                "index": index,
+                "text": result.text,
+                "logprobs": None,
+                "finish_reason": result.finish_reason,
+            }
+        )
+    return {
+        "id": call.name(_NAME),
+        "object": "text_completion",
+        "created": call.created,
+        "model": model,
+        "choices": choices,
+        "usage": usage(num_prompt_tokens, num_tokens),
+    }
+
+
+async def _events(call: Call, asked: list[Asked], chunks: Chunks) -> Events:
+    async for index, pieces in _heard(asked):
+        result = pieces[-1].result
+        choice = {
+            "index": index,
+            "text": "".join(piece.text for piece in pieces),
+            "logprobs": None,
+            "finish_reason": None if result is None else result.finish_reason,
+        }
+        if result is not None:
+            record_result(call.record, result)
+        yield chunks.chunk(choice, *_used(asked))
+    yield chunks.last(*_used(asked))
+
+
+def _used(asked: list[Asked]) -> tuple[int, int]:
+    """Tokens of the prompts and of the answers so far."""
+    tickets = [each.ticket for each in asked if each.has_begun]
+    return (
+        sum(len(ticket.prompt_ids) for ticket in tickets),
+        sum(len(ticket.token_ids) for ticket in tickets),
+    )
+
+
+async def _heard(asked: list[Asked]) -> AsyncGenerator[tuple[int, list[Answer]], None]:
+    """The pieces of several answers as they come: (whose, pieces)."""
+    if len(asked) == 1:
+        while True:
+            pieces = await asked[0].hear()
+            yield 0, pieces
+            if pieces[-1].is_last:
+                return
+    hearing = {asyncio.ensure_future(each.hear()): i for i, each in enumerate(asked)}
+    try:
+        while hearing:
+            done, _ = await asyncio.wait(hearing, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = hearing.pop(task)
+                pieces = task.result()
+                yield index, pieces
+                if not pieces[-1].is_last:
+                    hearing[asyncio.ensure_future(asked[index].hear())] = index
+    finally:
+        for task in hearing:
+            task.cancel()

@@ -1,0 +1,96 @@
+"""Server-sent events of an answer, and what it used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from frontends.openai.call import Call, Record
+from frontends.openai.errors import FieldError
+from frontends.openai.requests.fields import Body, flag, object_field, shown
+from runtime.requests.types import GenerationResult
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(chunk: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+
+
+def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
+    }
+
+
+def record_result(record: Record, result: GenerationResult) -> None:
+    """Adds an answer to the line of the access log."""
+    record.num_prompt_tokens = (record.num_prompt_tokens or 0) + result.num_prompt_tokens
+    record.num_tokens += result.num_tokens
+    record.num_tiles = (record.num_tiles or 0) + result.num_tiles
+    record.finish_reason = result.finish_reason
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """How an answer is sent. includes_usage: as a last chunk without choices; continuously: with
+    every chunk."""
+
+    is_streamed: bool
+    includes_usage: bool
+    continuously: bool
+
+    @classmethod
+    def of(cls, body: Body) -> StreamOptions:
+        is_streamed, options = flag(body, "stream"), object_field(body, "stream_options")
+        if options and not is_streamed:
+            raise FieldError("stream_options", "stream_options goes with stream true")
+        for name in ("include_usage", "continuous_usage_stats"):
+            if not isinstance(options.get(name, False), bool | None):
+                raise FieldError(
+                    f"stream_options.{name}",
+                    f"{name} is {shown(options[name])}, expected true or false",
+                )
+        includes_usage = bool(options.get("include_usage"))
+        continuously = bool(options.get("continuous_usage_stats"))
+        return cls(is_streamed, includes_usage or continuously, continuously)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The chunks of one stream, which differ in their choices alone."""
+
+    object: str
+    id: str
+    model: str
+    options: StreamOptions
+    created: int
+
+    @classmethod
+    def of(cls, call: Call, name: str, kind: str, model: str, options: StreamOptions) -> Chunks:
+        return cls(kind, call.name(name), model, options, call.created)
+
+    def chunk(self, choice: dict[str, Any], num_prompt_tokens: int, num_tokens: int) -> bytes:
+        body = self._body([choice])
+        if self.options.continuously:
+            body["usage"] = usage(num_prompt_tokens, num_tokens)
+        return event(body)
+
+    def last(self, num_prompt_tokens: int, num_tokens: int) -> bytes:
+        """The end of a stream, with the chunk of its usage if asked for."""
+        if not self.options.includes_usage:
+            return DONE
+        return event({**self._body([]), "usage": usage(num_prompt_tokens, num_tokens)}) + DONE
+
+    def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": self.object,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
