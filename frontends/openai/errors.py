@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from nvlm.program.errors import UserError, shortened
@@ -13,15 +12,21 @@ MOST_CHARACTERS = 1000
 """Of a message: it may quote what a client sent."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class ApiError(Exception):
     """What a client is told instead of an answer. `param` names the field that is wrong."""
 
-    status: int
-    message: str
-    param: str | None = None
-    code: str | None = None
-    headers: dict[str, str] = field(default_factory=dict)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
 
     @property
     def body(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def settings_of(body: Body, endpoint: str) -> Settings:
         if any(value == each and type(value) is type(each) for each in row.neutral):
             continue
         given = _read(row, value)
-        _check_settings(row.name, given)
+        _check_settings(row.name, value, given)
         for name, each in given.items():
             if found.get(name, each) != each:
                 raise FieldError(
@@ -113,12 +113,12 @@ def _read(row: Field, value: Any) -> Settings:
         raise FieldError(row.name, str(error)) from None
 
 
-def _check_settings(param: str, given: Settings) -> None:
+def _check_settings(param: str, value: Any, given: Settings) -> None:
     """Each as the runtime checks it, so that the field is named."""
     for name in given:
         if name not in _RUNTIME_NAMES:
             raise FieldError(
-                param, f"{param} asks for {name}, which this server cannot do; leave it out"
+                param, f"{param} is {shown(value)}, and this server has no {name}; leave it out"
             )
     try:
         GenerationRequest.images_first("", **given)
