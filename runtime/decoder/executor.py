@@ -127,6 +127,23 @@ def warm_up(executor: DecoderExecutor) -> None:
         executor.warm_up()
 
 
+@dataclass(frozen=True, slots=True)
+class CacheCounts:
+    """usage: share of the KV blocks that requests hold, 0 to 1. Tokens are those of prompts."""
+
+    usage: float
+    num_preemptions: int
+    num_queried_tokens: int
+    num_reused_tokens: int
+
+
+@runtime_checkable
+class CountsCache(Protocol):
+    """An executor that says how its KV cache is used. Any thread may ask."""
+
+    def cache_counts(self) -> CacheCounts: ...
+
+
 def create_decoder_executor(
     engine: EngineDir, device: torch.device, options: DecoderOptions | None = None
 ) -> DecoderExecutor:

@@ -23,7 +23,7 @@ from runtime.decoder.block_allocator import (
     block_key,
     num_blocks_for,
 )
-from runtime.decoder.executor import DecoderRequest, TokenLogprobs
+from runtime.decoder.executor import CacheCounts, DecoderRequest, TokenLogprobs
 from runtime.decoder.guidance import Matcher
 
 UNKNOWN_TOKEN = -1
@@ -136,6 +136,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
+        self.num_queried_tokens = 0
         self.num_reused_tokens = 0
 
     def find(self, request_id: int) -> Sequence | None:
@@ -148,6 +149,15 @@ class Scheduler:
     @property
     def num_free_blocks(self) -> int:
         return self._allocator.num_free
+
+    @property
+    def counts(self) -> CacheCounts:
+        return CacheCounts(
+            usage=1.0 - self._allocator.num_free / self._allocator.num_blocks,
+            num_preemptions=self.num_preemptions,
+            num_queried_tokens=self.num_queried_tokens,
+            num_reused_tokens=self.num_reused_tokens,
+        )
 
     @property
     def num_running(self) -> int:
@@ -250,6 +260,7 @@ class Scheduler:
             self._release(sequence)
             return False
         sequence.blocks += self._allocator.allocate(needed)
+        self.num_queried_tokens += sequence.num_tokens
         self.num_reused_tokens += sequence.num_cached
         return True
 

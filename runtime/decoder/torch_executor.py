@@ -13,6 +13,7 @@ from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.executor import (
+    CacheCounts,
     DecoderOptions,
     DecoderRequest,
     StepOutput,
@@ -70,6 +71,9 @@ class TorchDecoderExecutor:
     def scheduler(self) -> Scheduler:
         """For metrics and tests."""
         return self._scheduler
+
+    def cache_counts(self) -> CacheCounts:
+        return self._scheduler.counts
 
     def submit(self, request: DecoderRequest) -> int:
         decoder = self._config.decoder
