@@ -21,13 +21,17 @@ HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 TRITON_FLAGS ?=
+# More flags of serve.py, as SERVE_FLAGS="--host 0.0.0.0 --api_key_file keys".
+SERVE_FLAGS ?=
 # More flags of build_engine.py, as BUILD_FLAGS="--max_batch_size 16 --optimize_for latency".
 BUILD_FLAGS ?=
 
 DEMO := work/demo
+# `make serve` without ENGINE_DIR serves the small trained model.
+SERVES_DEMO := $(filter file,$(origin ENGINE_DIR))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-triton demo engine doctor triton check test test-all durations \
+.PHONY: help setup setup-test setup-serving setup-triton demo engine doctor serve triton check test test-all durations \
 	lint benchmark clean
 
 help:
@@ -36,6 +40,7 @@ help:
 	@echo "make test        set up and run the tests that need no GPU"
 	@echo "make engine MODEL_DIR=... [CHECKPOINT_DIR=... ENGINE_DIR=... TP=1 QUANT=FP8|none"
 	@echo "            DECODER=... VISION=... BUILD_FLAGS=...]"
+	@echo "make serve [ENGINE_DIR=... HTTP_PORT=8000 SERVE_FLAGS=...]   OpenAI's API; the small model by default"
 	@echo "make triton ENGINE_DIR=... [HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002 TRITON_FLAGS=...]"
 	@echo "make doctor      what can be built and run here, and what is missing for the rest"
 	@echo "make setup [DEVICE=cuda]   the environment: for any CPU, or for a GPU without NVIDIA's container"
@@ -51,6 +56,7 @@ RUN := $(BIN)/python
 setup: $(VENV)/.$(DEVICE)
 endif
 setup-test: $(VENV)/.test $(VENV)/.tensorrt-rtx
+setup-serving: $(VENV)/.serving
 setup-triton: $(VENV)/.triton
 
 # One environment holds the wheels of one of the two.
@@ -67,7 +73,11 @@ $(VENV)/.triton: requirements/triton.txt $(VENV)/.$(DEVICE)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/triton.txt
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt requirements/triton.txt requirements/mpi.txt \
+$(VENV)/.serving: requirements/serving.txt $(VENV)/.$(DEVICE)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/serving.txt
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt requirements/serving.txt requirements/triton.txt requirements/mpi.txt \
 		requirements/evaluation.txt requirements/pictures.txt $(VENV)/.cpu
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	@touch $@
@@ -93,6 +103,12 @@ engine: setup
 
 doctor: setup
 	@$(RUN) -m runtime.doctor
+
+# OpenAI's API over HTTP until Control-C.
+serve: $(if $(SYSTEM_PYTHON),,setup-serving)
+	@$(if $(SERVES_DEMO),$(RUN) -m tools.demo --engine_only)
+	@$(RUN) serve.py --engine_dir "$(if $(SERVES_DEMO),$(DEMO)/engine,$(ENGINE_DIR))" \
+		--port $(HTTP_PORT) $(SERVE_FLAGS)
 
 # Serves an engine until Control-C. In NVIDIA's container use its python: PYTHON and VENV as it has.
 triton: $(if $(SYSTEM_PYTHON),,setup-triton)

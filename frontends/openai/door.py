@@ -39,6 +39,7 @@ class DoorOptions:
     media: MediaRules = field(default_factory=MediaRules)
     max_body_bytes: int = 64 << 20
     body_timeout_s: float = 60.0
+    logs_text: bool = False  # prompts and answers in the access log
 
 
 class Door:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from frontends.openai.call import Call, Record
+from frontends.openai.call import Call
 from frontends.openai.errors import FieldError
 from frontends.openai.requests.fields import Body, flag, object_field, shown
 from runtime.requests.types import GenerationResult
@@ -27,8 +27,11 @@ def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, Any]:
     }
 
 
-def record_result(record: Record, result: GenerationResult) -> None:
+def record_result(call: Call, result: GenerationResult) -> None:
     """Adds an answer to the line of the access log."""
+    record = call.record
+    if call.door.options.logs_text:
+        record.text.setdefault("answers", []).append(result.text)
     record.num_prompt_tokens = (record.num_prompt_tokens or 0) + result.num_prompt_tokens
     record.num_tokens += result.num_tokens
     record.num_tiles = (record.num_tiles or 0) + result.num_tiles

@@ -69,6 +69,7 @@ def parser() -> ArgumentParser:
     add("--num_threads", type=positive_int, help="of torch (default: its own choice)")
     add("--drain_s", type=positive_float, default=30.0, help="for open requests at SIGTERM")
     add("--access_log", default="-", help="file of JSON lines, - for stderr, none for no log")
+    add("--log_text", action="store_true", help="prompts and answers in the access log")
     return parser
 
 
@@ -166,7 +167,10 @@ def _rules(arguments: argparse.Namespace) -> tuple[DoorOptions, Guard]:
         arguments.media_timeout_s,
     )
     options = DoorOptions(
-        tuple(arguments.model_name), media, max_body_bytes=arguments.max_body_bytes
+        tuple(arguments.model_name),
+        media,
+        max_body_bytes=arguments.max_body_bytes,
+        logs_text=arguments.log_text,
     )
     return options, Guard(keys, hosts or None, frozenset(arguments.allowed_origin))
 

@@ -9,7 +9,7 @@ from frontends.openai.call import Call, Events
 from frontends.openai.errors import FieldError
 from frontends.openai.events import Chunks, StreamOptions, record_result, usage
 from frontends.openai.requests.fields import settings_of, text_field
-from frontends.openai.requests.messages import read_messages
+from frontends.openai.requests.messages import read_messages, texts_of
 
 _NAME = "chatcmpl"
 
@@ -21,6 +21,8 @@ async def chat_completions(call: Call) -> dict[str, Any] | Events:
     if "messages" not in body:
         raise FieldError("messages", "messages is missing, expected a list of messages")
     turns = read_messages(body["messages"])
+    if door.options.logs_text:
+        call.record.text["messages"] = texts_of(turns)
     settings = {"max_new_tokens": door.max_model_len, **settings_of(body, "chat")}
     request = await door.request_of(turns, settings)
     asked = door.ask(request, call.stack, in_pieces=options.is_streamed)
@@ -33,7 +35,7 @@ async def chat_completions(call: Call) -> dict[str, Any] | Events:
 async def _whole(call: Call, asked: Asked, model: str) -> dict[str, Any]:
     result = (await asked.hear())[-1].result
     assert result is not None, "nothing else is heard of an answer that is not streamed"
-    record_result(call.record, result)
+    record_result(call, result)
     return {
         "id": call.name(_NAME),
         "object": "chat.completion",
@@ -64,7 +66,7 @@ async def _events(call: Call, asked: Asked, chunks: Chunks) -> Events:
             yield chunks.chunk({**choice, "finish_reason": None}, num_prompt_tokens, num_tokens)
             delta = {}
             continue
-        record_result(call.record, result)
+        record_result(call, result)
         choice["finish_reason"] = result.finish_reason
         yield chunks.chunk(choice, num_prompt_tokens, num_tokens)
         yield chunks.last(num_prompt_tokens, num_tokens)

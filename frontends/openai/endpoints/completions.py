@@ -23,6 +23,8 @@ async def completions(call: Call) -> dict[str, Any] | Events:
     model = door.require_model(text_field(body, "model"))
     options = StreamOptions.of(body)
     prompts = _prompts(body, door.server.runner.engine.limits.max_batch_size)
+    if door.options.logs_text:
+        call.record.text["prompts"] = prompts
     settings = {"max_new_tokens": _DEFAULT_MAX_TOKENS, **settings_of(body, "completions")}
     asked = []
     for prompt in prompts:
@@ -51,7 +53,7 @@ async def _whole(call: Call, asked: list[Asked], model: str) -> dict[str, Any]:
     for index, each in enumerate(asked):
         result = (await each.hear())[-1].result
         assert result is not None, "nothing else is heard of an answer that is not streamed"
-        record_result(call.record, result)
+        record_result(call, result)
         num_prompt_tokens += result.num_prompt_tokens
         num_tokens += result.num_tokens
         choices.append(
@@ -82,7 +84,7 @@ async def _events(call: Call, asked: list[Asked], chunks: Chunks) -> Events:
             "finish_reason": None if result is None else result.finish_reason,
         }
         if result is not None:
-            record_result(call.record, result)
+            record_result(call, result)
         yield chunks.chunk(choice, *_used(asked))
     yield chunks.last(*_used(asked))
 

@@ -11,25 +11,30 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from nvlm.program.errors import UserError
 
 _REDIRECTS = {301, 302, 303, 307, 308}
-_CHUNK_BYTES = 1 << 16
 _PORTS = {"http": 80, "https": 443}
 _SHOWN_CHARACTERS = 200
+
+
+_HOLDING_IPV4 = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")))
+"""NAT64 and 6to4: an IPv4 address stands in an IPv6 one, and may be anybody's."""
 
 
 def is_public(address: str) -> bool:
     """Whether an address belongs to nobody's own network, and to no machine's own services."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(ip, "ipv4_mapped", None)
-    ip = mapped or ip
-    return ip.is_global and not ip.is_multicast
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    is_holding_ipv4 = any(ip in network for network in _HOLDING_IPV4)
+    return ip.is_global and not ip.is_multicast and not is_holding_ipv4
 
 
 def domains_of(names: Iterable[str]) -> frozenset[str]:
@@ -60,7 +65,7 @@ class MediaRules:
             parts = self._split(url)
             try:
                 answer = self._get(parts, deadline)
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 raise UserError(
                     f"the picture cannot be fetched from {parts.netloc} ({type(error).__name__}); "
                     "send it as a data: URL"
@@ -101,24 +106,36 @@ class MediaRules:
         """The file, or where it is to be found."""
         host = parts.hostname
         assert host is not None
+        sock = self._connect(parts, host.rstrip("."), deadline)
         connection = http.client.HTTPConnection(host)
-        connection.sock = self._connect(parts, host.rstrip("."), deadline)
+        connection.sock = sock
+        # Each read has a timeout of its own; a host that sends byte by byte has this one.
+        end = threading.Timer(_left(deadline), _shut, [sock])
+        end.start()
         try:
-            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            headers = {"Host": parts.netloc, "User-Agent": "nvlm-engine", "Accept": "image/*,*/*"}
-            connection.request("GET", target, headers={**headers, "Accept-Encoding": "identity"})
-            response = connection.getresponse()
-            if response.status in _REDIRECTS and (place := response.getheader("Location")):
-                return place
-            if response.status != 200:
-                raise UserError(
-                    f"{parts.netloc} answers {response.status} for the picture; check its address"
-                )
-            if response.getheader("Content-Encoding", "identity").lower() != "identity":
-                raise UserError(f"{parts.netloc} sends the picture compressed; send a data: URL")
-            return self._read(response, connection.sock, deadline)
+            if isinstance(sock, ssl.SSLSocket):
+                sock.do_handshake()
+            answer = self._ask(connection, parts)
         finally:
+            end.cancel()
             connection.close()
+        _left(deadline)  # what ended by the timer is not whole
+        return answer
+
+    def _ask(self, connection: http.client.HTTPConnection, parts: SplitResult) -> bytes | str:
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {"Host": parts.netloc, "User-Agent": "nvlm-engine", "Accept": "image/*,*/*"}
+        connection.request("GET", target, headers={**headers, "Accept-Encoding": "identity"})
+        response = connection.getresponse()
+        if response.status in _REDIRECTS and (place := response.getheader("Location")):
+            return place
+        if response.status != 200:
+            raise UserError(
+                f"{parts.netloc} answers {response.status} for the picture; check its address"
+            )
+        if response.getheader("Content-Encoding", "identity").lower() != "identity":
+            raise UserError(f"{parts.netloc} sends the picture compressed; send a data: URL")
+        return self._read(response)
 
     def _connect(self, parts: SplitResult, host: str, deadline: float) -> socket.socket:
         port = parts.port or _PORTS[parts.scheme]
@@ -129,30 +146,29 @@ class MediaRules:
         plain = socket.create_connection((addresses[0], port), timeout=_left(deadline))
         if parts.scheme == "http":
             return plain
+        context = ssl.create_default_context()
         try:
-            return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+            return context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
         except BaseException:
             plain.close()
             raise
 
-    def _read(
-        self, response: http.client.HTTPResponse, connection: socket.socket, deadline: float
-    ) -> bytes:
-        data = bytearray()
-        while True:
-            connection.settimeout(_left(deadline))
-            chunk = response.read1(_CHUNK_BYTES)
-            if not chunk:
-                break
-            data += chunk
-            if len(data) > self.max_bytes:
-                raise UserError(
-                    f"the picture at that address has more than "
-                    f"{self.max_bytes:,} bytes, which is this server's limit"
-                )
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        data = response.read(self.max_bytes + 1)
+        if len(data) > self.max_bytes:
+            raise UserError(
+                f"the picture at that address has more than {self.max_bytes:,} bytes, which is "
+                "this server's limit"
+            )
         if response.length:  # what was announced and did not come
             raise UserError("the picture came only in part; try again, or send a data: URL")
-        return bytes(data)
+        return data
+
+
+def _shut(sock: socket.socket) -> None:
+    """Ends a read that waits in another thread, of TLS too."""
+    with suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _left(deadline: float) -> float:

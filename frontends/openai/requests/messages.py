@@ -56,6 +56,11 @@ def pictures_of(turns: tuple[Turn, ...]) -> list[Picture]:
     return [part for turn in turns for part in turn.parts if isinstance(part, Picture)]
 
 
+def texts_of(turns: tuple[Turn, ...]) -> list[str]:
+    """What is said in each, without its pictures."""
+    return ["\n".join(p for p in turn.parts if isinstance(p, str)) for turn in turns]
+
+
 def messages_of(turns: tuple[Turn, ...], source: Callable[[Picture], ImageSource]) -> list[Message]:
     """The runtime's messages. `source` gets a picture."""
     return [Message(turn.role, _content(turn.parts, source)) for turn in turns]
