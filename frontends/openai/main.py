@@ -67,6 +67,9 @@ def parser() -> ArgumentParser:
     add("--max_queue_size", type=positive_int, default=64, help="requests beside the batch's")
     add("--num_preparing", type=positive_int, default=2, help="threads that decode pictures")
     add("--num_threads", type=positive_int, help="of torch (default: its own choice)")
+    add("--header_timeout_s", type=positive_float, default=15.0, help="for a request's headers")
+    add("--body_timeout_s", type=positive_float, default=60.0, help="for a request's body")
+    add("--write_timeout_s", type=positive_float, default=60.0, help="while a client reads nothing")
     add("--drain_s", type=positive_float, default=30.0, help="for open requests at SIGTERM")
     add("--access_log", default="-", help="file of JSON lines, - for stderr, none for no log")
     add("--log_text", action="store_true", help="prompts and answers in the access log")
@@ -89,7 +92,8 @@ def lead(
     open_log(arguments.access_log)
     door = Door(options)
     address = (arguments.host, arguments.port)
-    http = HttpServer(application(door, guard), address, Timeouts())
+    timeouts = Timeouts(arguments.header_timeout_s, arguments.write_timeout_s)
+    http = HttpServer(application(door, guard), address, timeouts)
     with http, open_runner() as runner:
         stop = _Stop()
         server = Server(
@@ -170,6 +174,7 @@ def _rules(arguments: argparse.Namespace) -> tuple[DoorOptions, Guard]:
         tuple(arguments.model_name),
         media,
         max_body_bytes=arguments.max_body_bytes,
+        body_timeout_s=arguments.body_timeout_s,
         logs_text=arguments.log_text,
     )
     return options, Guard(keys, hosts or None, frozenset(arguments.allowed_origin))
