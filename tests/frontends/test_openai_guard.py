@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nvlm.program.errors import UserError
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 from tests.support.asgi import Client, Reply
+from tests.support.command import one_line_error, run_command
 
 pytest.importorskip("starlette", reason="requirements/serving.txt is not installed")
 pytest.importorskip("prometheus_client", reason="requirements/serving.txt is not installed")
@@ -145,3 +147,13 @@ def test_the_log_has_neither_text_nor_pictures(
     assert lines[1]["error"] == "temperature"
     assert "secret" not in caplog.text
     assert "c2Vj" not in caplog.text
+
+
+def test_a_server_that_cannot_start_says_why(float32_engine_dir: Path, tmp_path: Path) -> None:
+    flags = ("--engine_dir", float32_engine_dir, "--device", "cpu")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        one_line_error(run_command("serve", *flags, "--port", port), f"port {port}", "--port")
+    none = tmp_path / "none"
+    one_line_error(run_command("serve", *flags, "--api_key_file", none), "cannot be read")
+    one_line_error(run_command("serve", "--engine_dir", none, "--port", 0), str(none))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import FP32, Workshop
-from tests.support.command import ROOT, one_line_error, run_process
+from tests.support.command import ROOT
 from tests.support.http_server import Served, serving, wait_until_ready
 from tests.support.ranks import command, engine_of, needs_mpi, processes_of, started
 
@@ -177,16 +177,6 @@ def test_sigterm_waits_no_longer_than_it_is_told(float32_engine_dir: Path, tmp_p
         assert served.process.wait(20) == 0
         connection.close()
     assert "1 requests were not answered within 0.2 s" in served.log.read_text()
-
-
-def test_a_server_that_cannot_start_says_why(float32_engine_dir: Path, tmp_path: Path) -> None:
-    flags = ("--engine_dir", float32_engine_dir, "--device", "cpu")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        one_line_error(run_process("serve", *flags, "--port", port), f"port {port}", "--port")
-    none = tmp_path / "none"
-    one_line_error(run_process("serve", *flags, "--api_key_file", none), "cannot be read")
-    one_line_error(run_process("serve", "--engine_dir", none, "--port", 0), str(none))
 
 
 def rank_pid(mark: Path, rank: int) -> int:
