@@ -1,7 +1,7 @@
 """OpenAI's messages as the runtime's.
 
 The parts of a message keep the client's order, and a newline stands between neighbours: a picture
-and a question are the published prompt (decision 125, docs/decisions/http.md).
+and a question are the published prompt (decision 125, docs/decisions/openai.md).
 """
 
 from __future__ import annotations
