@@ -29,6 +29,7 @@ from frontends.openai.protocol import Timeouts
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.command_line import ArgumentParser, positive_float, positive_int, run
 from runtime.decoder.executor import DecoderRequest, StepOutput
+from runtime.requests.types import FinishReason
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 
@@ -58,7 +59,7 @@ class InstantDecoder:
             is_last = self._left[request_id] == 0
             if is_last:
                 del self._left[request_id]
-            reason = "length" if is_last else None
+            reason: FinishReason | None = "length" if is_last else None
             outputs.append(StepOutput(request_id, self._token_id, reason))
         return outputs
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from frontends.openai.call import Call
 from frontends.openai.errors import FieldError
-from frontends.openai.requests.fields import Body, settings_of, shown
+from frontends.openai.requests.fields import Body, settings_of, shown, text_field
 from frontends.openai.requests.messages import read_messages
 from runtime.requests.messages import Message
 from runtime.requests.types import GenerationRequest
@@ -18,7 +18,7 @@ from runtime.serving.ticket import Ticket
 
 async def tokenize(call: Call) -> dict[str, Any]:
     door, body = call.door, call.body
-    door.require_model(body.get("model"))
+    door.require_model(text_field(body, "model"))
     server = door.server
     if ("prompt" in body) == ("messages" in body):
         raise FieldError("prompt", "give either prompt or messages")
@@ -41,7 +41,7 @@ async def tokenize(call: Call) -> dict[str, Any]:
 
 
 async def detokenize(call: Call) -> dict[str, Any]:
-    call.door.require_model(call.body.get("model"))
+    call.door.require_model(text_field(call.body, "model"))
     server = call.door.server
     tokens = _token_ids(call.body, server.runner.engine.limits.max_seq_len)
     return {"prompt": server.runner.tokenizer.decode(tokens)}

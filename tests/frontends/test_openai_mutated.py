@@ -1,0 +1,118 @@
+"""Mutated bodies: whatever a client sends, it is answered or refused, and never by a 500."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.serving.runner import Runner
+from runtime.serving.server import Server
+from tests.support.asgi import Client
+
+pytest.importorskip("starlette", reason="requirements/serving.txt is not installed")
+pytest.importorskip("prometheus_client", reason="requirements/serving.txt is not installed")
+
+from frontends.openai.app import application
+from frontends.openai.door import Door, DoorOptions
+from frontends.openai.requests.fields import FIELDS
+
+RECORDED = json.loads((Path(__file__).parents[1] / "data" / "openai_bodies.json").read_text())
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 1.0, 0.5, -0.0, 1e308, 10**400, 2**63, 2**64, "", "x", "1"),
+    *("user", "text", "data:,", "data:image/png;base64,AAAA", "\ud800", "\x00", "𐍈" * 50),
+    *([], {}, [[]], [None], ["x"], [0], {"x": 1}, {"type": "json_object"}, {"url": "data:,"}),
+    *({"type": []}, {"type": {}}, [[[[[[]]]]]], {"": ""}, ["a"] * 200),
+)
+PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+STATUSES = {200, 400, 404}
+
+
+@pytest.fixture(scope="module")
+def client(float32_engine_dir: Path) -> Iterator[Client]:
+    with Runner.open(float32_engine_dir, torch.device("cpu")) as runner:
+        server = Server(runner)
+        door = Door(DoorOptions())
+        door.open(server)
+        with Client(application(door)) as client:
+            yield client
+        assert server.num_open == 0
+        server.close()
+        door.close()
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of everything within."""
+    found: list[tuple[Any, Any]] = []
+    keys = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, each in keys:
+        found.append((value, key))
+        if isinstance(each, (dict, list)):
+            found += places(each)
+    return found
+
+
+def mutated(body: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    body = copy.deepcopy(body)
+    for _ in range(draw.randint(1, 3)):
+        container, key = draw.choice(places(body) or [(body, "x")])
+        match draw.randrange(5):
+            case 0 if isinstance(container, dict):
+                container.pop(key, None)
+            case 1 if isinstance(container, dict):
+                container[draw.choice(FIELDS).name] = draw.choice(VALUES)
+            case 2 if isinstance(container, list):
+                container.insert(0, draw.choice(VALUES))
+            case 3:
+                body[draw.choice(FIELDS).name] = draw.choice(VALUES)
+            case _:
+                container[key] = draw.choice(VALUES)
+    return body
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """A byte changed, cut or doubled."""
+    place = draw.randrange(len(data))
+    return draw.choice(
+        (
+            data[:place],
+            data[:place] + bytes([draw.randrange(256)]) + data[place + 1 :],
+            data[:place] + data[place : place + 20] + data[place:],
+        )
+    )
+
+
+def check(client: Client, number: int) -> None:
+    draw = random.Random(number)
+    recorded = draw.choice(list(RECORDED.values()))
+    body = mutated({**recorded["body"], "tokens": [1, 2]}, draw)
+    if not isinstance(body.get("max_tokens"), int) and "max_completion_tokens" not in body:
+        body["max_tokens"] = 2  # the likeliest answers to nonsense are long
+    path = recorded["path"] if draw.random() < 0.7 else draw.choice(PATHS)
+    data = json.dumps(body).encode()
+    if draw.random() < 0.2:
+        data = damaged(data, draw)
+    reply = client.post(path, data)
+    told = f"mutation {number}: {path} {data[:500]!r} gave {reply.status} {reply.body[:300]!r}"
+    assert reply.status in STATUSES, told
+    if reply.status != 200:
+        assert reply.error["message"], told
+    elif reply.headers["content-type"].startswith("text/event-stream"):
+        assert b'"error":' not in reply.body, told
+
+
+def test_mutated_bodies_are_answered_or_refused(client: Client) -> None:
+    for number in range(600):
+        check(client, number)
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_bodies_are_answered_or_refused(client: Client) -> None:
+    for number in range(600, 10_600):
+        check(client, number)
