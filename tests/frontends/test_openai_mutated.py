@@ -62,17 +62,18 @@ def mutated(body: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     body = copy.deepcopy(body)
     for _ in range(draw.randint(1, 3)):
         container, key = draw.choice(places(body) or [(body, "x")])
+        value = copy.deepcopy(draw.choice(VALUES))
         match draw.randrange(5):
             case 0 if isinstance(container, dict):
                 container.pop(key, None)
             case 1 if isinstance(container, dict):
-                container[draw.choice(FIELDS).name] = draw.choice(VALUES)
+                container[draw.choice(FIELDS).name] = value
             case 2 if isinstance(container, list):
-                container.insert(0, draw.choice(VALUES))
+                container.insert(0, value)
             case 3:
-                body[draw.choice(FIELDS).name] = draw.choice(VALUES)
+                body[draw.choice(FIELDS).name] = value
             case _:
-                container[key] = draw.choice(VALUES)
+                container[key] = value
     return body
 
 

@@ -6,6 +6,7 @@ nothing. A field without a row is ignored, as peers do, and reported (`unknown`)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -26,6 +27,7 @@ Read = Callable[[Any], Settings]
 MAX_STOPS = 64
 """Every token is searched for each stop string while all other requests wait."""
 _SHOWN_CHARACTERS = 100
+_MOST = 2**1000  # a whole number that is still a float
 
 _RUNTIME_NAMES = {each.name for each in fields(GenerationRequest)} | {
     each.name for each in SETTINGS
@@ -50,7 +52,7 @@ class Field:
         """The value, a whole number as an int. Raises `FieldError` for one of another kind."""
         found = _kind(value)
         if found == "integer" and "integer" not in self.kinds and "number" in self.kinds:
-            found, value = "number", float(value)
+            found, value = "number", float(value) if abs(value) <= _MOST else math.inf
         elif found == "number" and "number" not in self.kinds and "integer" in self.kinds:
             found, value = ("integer", int(value)) if value.is_integer() else (found, value)
         if found not in self.kinds:
