@@ -22,6 +22,7 @@ from runtime.requests.messages import ImageSource
 from runtime.requests.types import GenerationRequest
 from runtime.serving.loop import BusyError
 from runtime.serving.prepare import check_num_images
+from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,16 @@ class Door:
         return self._server
 
     @property
+    def runner(self) -> Runner:
+        """Also while the server drains: what was accepted is answered. Raises `ApiError` before
+        the engine is open."""
+        if self._server is None:
+            raise not_ready("the engine is being loaded; try again later")
+        return self._server.runner
+
+    @property
     def max_model_len(self) -> int:
-        return self.server.runner.engine.limits.max_seq_len
+        return self.runner.engine.limits.max_seq_len
 
     def require_model(self, name: str | None) -> str:
         """The model that a body names, which may leave it out. Raises `ApiError` for another."""
@@ -116,7 +125,7 @@ class Door:
     async def request_of(self, turns: tuple[Turn, ...], settings: Settings) -> GenerationRequest:
         """A conversation, with its pictures fetched. Raises `FieldError`, and `BusyError` where
         fetching would be in vain."""
-        engine = self.server.runner.engine
+        engine = self.runner.engine
         pictures = pictures_of(turns)
         try:
             check_num_images(len(pictures), engine.limits)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from frontends.openai.call import Call
 from frontends.openai.errors import FieldError
 from frontends.openai.requests.fields import Body, flag, object_field, shown
-from runtime.requests.types import GenerationResult
+from runtime.requests.types import Answer, GenerationResult
 
 DONE = b"data: [DONE]\n\n"
 
@@ -31,11 +31,24 @@ def record_result(call: Call, result: GenerationResult) -> None:
     """Adds an answer to the line of the access log."""
     record = call.record
     if call.door.options.logs_text:
-        record.text.setdefault("answers", []).append(result.text)
+        record.text.setdefault("answers", []).extend(choice.text for choice in result.choices)
     record.num_prompt_tokens = (record.num_prompt_tokens or 0) + result.num_prompt_tokens
     record.num_tokens += result.num_tokens
     record.num_tiles = (record.num_tiles or 0) + result.num_tiles
     record.finish_reason = result.finish_reason
+
+
+def merged(pieces: Sequence[Answer]) -> list[Answer]:
+    """The pieces of each of the n answers as one, in the order in which they first came."""
+    found: dict[int, Answer] = {}
+    for piece in pieces:
+        before = found.get(piece.index)
+        if before is not None:
+            piece = replace(
+                piece, text=before.text + piece.text, logprobs=before.logprobs + piece.logprobs
+            )
+        found[piece.index] = piece
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +65,8 @@ class StreamOptions:
         is_streamed, options = flag(body, "stream"), object_field(body, "stream_options")
         if options and not is_streamed:
             raise FieldError("stream_options", "stream_options goes with stream true")
+        if is_streamed and body.get("prompt_logprobs") is not None:
+            raise FieldError("prompt_logprobs", "prompt_logprobs goes with stream false")
         for name in ("include_usage", "continuous_usage_stats"):
             if not isinstance(options.get(name, False), bool | None):
                 raise FieldError(

@@ -384,3 +384,78 @@ def test_metrics_have_the_stems_that_dashboards_know(client: Client) -> None:
     assert values['nvlm_request_success_total{finished_reason="length"}'] >= 1
     assert values["nvlm_time_to_first_token_seconds_count"] >= 1
     assert values['nvlm_e2e_request_latency_seconds_bucket{le="+Inf"}'] >= 1
+
+
+def test_several_answers_and_log_probabilities(client: Client) -> None:
+    fields = {"n": 2, "temperature": 5, "seed": 3, "logprobs": True, "top_logprobs": 2}
+    reply = client.post(CHAT, chat(user("Hello"), **fields))
+    assert reply.status == 200, reply.body
+    first, second = reply.json()["choices"]
+    assert (first["index"], second["index"]) == (0, 1)
+    assert first["message"]["content"] != second["message"]["content"]
+    assert reply.json()["usage"]["completion_tokens"] == 12
+    for choice in (first, second):
+        told = choice["logprobs"]["content"]
+        data = b"".join(bytes(each["bytes"]) for each in told)
+        assert data.decode(errors="replace") == choice["message"]["content"]
+        for each in told:
+            assert each["logprob"] <= 0
+            assert len(each["top_logprobs"]) == 2
+            assert each["top_logprobs"][0]["logprob"] >= each["top_logprobs"][1]["logprob"]
+    chunks = client.post(CHAT, chat(user("Hello"), stream=True, **fields)).events()
+    for choice in (first, second):
+        pieces = [
+            each
+            for chunk in chunks
+            for each in chunk["choices"]
+            if each["index"] == choice["index"]
+        ]
+        assert [piece["delta"].get("role") for piece in pieces][:2] == ["assistant", None]
+        said = "".join(piece["delta"]["content"] for piece in pieces)
+        assert said == choice["message"]["content"]
+        told = [each for piece in pieces for each in piece["logprobs"]["content"]]
+        assert told == choice["logprobs"]["content"]
+        reasons = [piece["finish_reason"] for piece in pieces]
+        assert reasons == [None] * (len(pieces) - 1) + ["length"]
+
+
+def test_completions_have_log_probabilities_of_their_own(client: Client) -> None:
+    body = {"prompt": ["Hello", "Bye"], "max_tokens": 4, "n": 2, "temperature": 5, "logprobs": 1}
+    choices = client.post("/v1/completions", {**body, "seed": 4}).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    chunks = client.post("/v1/completions", {**body, "seed": 4, "stream": True}).events()
+    for choice in choices:
+        told = choice["logprobs"]
+        assert len(told["tokens"]) == len(told["token_logprobs"]) == 4
+        assert told["text_offset"][0] == 0
+        pieces = [
+            each
+            for chunk in chunks
+            for each in chunk["choices"]
+            if each["index"] == choice["index"]
+        ]
+        assert "".join(piece["text"] for piece in pieces) == choice["text"]
+        for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+            found = [each for piece in pieces for each in piece["logprobs"][name]]
+            assert found == told[name]
+
+
+def test_log_probabilities_of_the_prompt_are_told_once(client: Client) -> None:
+    reply = client.post(CHAT, chat(user("Hello"), prompt_logprobs=1))
+    told = reply.json()["prompt_logprobs"]
+    assert told[0] is None
+    assert len(told) == reply.json()["usage"]["prompt_tokens"]
+    refused(client, chat(user("Hello"), prompt_logprobs=1, stream=True), "prompt_logprobs")
+
+
+def test_penalties_and_the_end_reach_the_runtime(client: Client) -> None:
+    whole = content(client.post(CHAT, chat(user("Hello"), max_tokens=12)))
+    penalised = {"repetition_penalty": 2.0, "presence_penalty": 2, "frequency_penalty": 2}
+    assert content(client.post(CHAT, chat(user("Hello"), max_tokens=12, **penalised))) != whole
+    ended = chat(user("Hello"), max_tokens=12, ignore_eos=True, min_tokens=12)
+    assert client.post(CHAT, ended).json()["usage"]["completion_tokens"] == 12
+    first = client.post("/tokenize", {"prompt": whole[:1]}).json()["tokens"][0]
+    biased = chat(user("Hello"), logit_bias={str(first): -100}, max_tokens=1)
+    assert content(client.post(CHAT, biased)) != whole[:1]
+    refused(client, chat(user("Hello"), repetition_penalty=0), "repetition_penalty", "above 0")
+    refused(client, chat(user("Hello"), logit_bias={"x": 1}), "logit_bias", "token id")

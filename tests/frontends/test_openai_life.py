@@ -117,7 +117,7 @@ def test_a_client_that_leaves_frees_its_place(
     call.wait()
     before = steps.num_steps
     steps.go()
-    assert eventually(lambda: server.num_open == len(others) or not others)
+    assert eventually(lambda: server.num_open <= len(others))
     assert [other.wait().status for other in others] == [200] * len(others)
     assert eventually(lambda: server.num_open == 0)
     assert server.samples()["nvlm_requests_total", (("outcome", "cancelled"),)] == 1

@@ -7,7 +7,8 @@ from typing import Any
 from frontends.openai.asking import Asked
 from frontends.openai.call import Call, Events
 from frontends.openai.errors import FieldError
-from frontends.openai.events import Chunks, StreamOptions, record_result, usage
+from frontends.openai.events import Chunks, StreamOptions, merged, record_result, usage
+from frontends.openai.logprobs import of_chat, of_prompt
 from frontends.openai.requests.fields import settings_of, text_field
 from frontends.openai.requests.messages import read_messages, texts_of
 
@@ -36,38 +37,50 @@ async def _whole(call: Call, asked: Asked, model: str) -> dict[str, Any]:
     result = (await asked.hear())[-1].result
     assert result is not None, "nothing else is heard of an answer that is not streamed"
     record_result(call, result)
-    return {
+    tokenizer = call.door.runner.tokenizer
+    answer = {
         "id": call.name(_NAME),
         "object": "chat.completion",
         "created": call.created,
         "model": model,
         "choices": [
             {
-                "index": 0,
-                "message": {"role": "assistant", "content": result.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": result.finish_reason,
+                "index": index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": of_chat(choice.logprobs, tokenizer),
+                "finish_reason": choice.finish_reason,
             }
+            for index, choice in enumerate(result.choices)
         ],
         "usage": usage(result.num_prompt_tokens, result.num_tokens),
     }
+    if result.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = of_prompt(result.prompt_logprobs)
+    return answer
 
 
 async def _events(call: Call, asked: Asked, chunks: Chunks) -> Events:
-    ticket = asked.ticket
-    delta: dict[str, Any] = {"role": "assistant"}
+    ticket, tokenizer = asked.ticket, call.door.runner.tokenizer
+    has_logprobs = ticket.request.sampling.logprobs
+    begun: set[int] = set()
     while True:
         pieces = await asked.hear()
-        result = pieces[-1].result
-        delta["content"] = "".join(piece.text for piece in pieces)
-        choice = {"index": 0, "delta": delta, "logprobs": None}
-        num_prompt_tokens, num_tokens = len(ticket.prompt_ids), len(ticket.token_ids)
-        if result is None:
-            yield chunks.chunk({**choice, "finish_reason": None}, num_prompt_tokens, num_tokens)
-            delta = {}
-            continue
-        record_result(call, result)
-        choice["finish_reason"] = result.finish_reason
-        yield chunks.chunk(choice, num_prompt_tokens, num_tokens)
-        yield chunks.last(num_prompt_tokens, num_tokens)
-        return
+        used = len(ticket.prompt_ids), ticket.num_tokens
+        events = b""
+        for piece in merged(pieces):
+            delta = {"content": piece.text}
+            if piece.index not in begun:
+                delta = {"role": "assistant", **delta}
+                begun.add(piece.index)
+            choice = {
+                "index": piece.index,
+                "delta": delta,
+                "logprobs": of_chat(piece.logprobs if has_logprobs else None, tokenizer),
+                "finish_reason": piece.finish_reason,
+            }
+            events += chunks.chunk(choice, *used)
+        yield events
+        if (result := pieces[-1].result) is not None:
+            record_result(call, result)
+            yield chunks.last(*used)
+            return

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from frontends.openai.asking import Asked
 from frontends.openai.call import Call, Events
 from frontends.openai.errors import FieldError
-from frontends.openai.events import Chunks, StreamOptions, record_result, usage
+from frontends.openai.events import Chunks, StreamOptions, merged, record_result, usage
+from frontends.openai.logprobs import of_completion, of_prompt
 from frontends.openai.requests.fields import Body, settings_of, shown, text_field
 from runtime.requests.messages import Message
 from runtime.requests.types import Answer, GenerationRequest
@@ -22,7 +24,7 @@ async def completions(call: Call) -> dict[str, Any] | Events:
     door, body = call.door, call.body
     model = door.require_model(text_field(body, "model"))
     options = StreamOptions.of(body)
-    prompts = _prompts(body, door.server.runner.engine.limits.max_batch_size)
+    prompts = _prompts(body, door.runner.engine.limits.max_batch_size)
     if door.options.logs_text:
         call.record.text["prompts"] = prompts
     settings = {"max_new_tokens": _DEFAULT_MAX_TOKENS, **settings_of(body, "completions")}
@@ -49,21 +51,25 @@ def _prompts(body: Body, most: int) -> list[str]:
 
 
 async def _whole(call: Call, asked: list[Asked], model: str) -> dict[str, Any]:
-    choices, num_prompt_tokens, num_tokens = [], 0, 0
-    for index, each in enumerate(asked):
+    choices: list[dict[str, Any]] = []
+    num_prompt_tokens = num_tokens = 0
+    for each in asked:
         result = (await each.hear())[-1].result
         assert result is not None, "nothing else is heard of an answer that is not streamed"
         record_result(call, result)
         num_prompt_tokens += result.num_prompt_tokens
         num_tokens += result.num_tokens
-        choices.append(
-            {
-                "index": index,
-                "text": result.text,
-                "logprobs": None,
-                "finish_reason": result.finish_reason,
-            }
-        )
+        for choice in result.choices:
+            choices.append(
+                {
+                    "index": len(choices),
+                    "text": choice.text,
+                    "logprobs": of_completion(choice.logprobs),
+                    "finish_reason": choice.finish_reason,
+                }
+            )
+            if result.prompt_logprobs is not None:
+                choices[-1]["prompt_logprobs"] = of_prompt(result.prompt_logprobs)
     return {
         "id": call.name(_NAME),
         "object": "text_completion",
@@ -75,27 +81,33 @@ async def _whole(call: Call, asked: list[Asked], model: str) -> dict[str, Any]:
 
 
 async def _events(call: Call, asked: list[Asked], chunks: Chunks) -> Events:
-    async for index, pieces in _heard(asked):
-        result = pieces[-1].result
-        choice = {
-            "index": index,
-            "text": "".join(piece.text for piece in pieces),
-            "logprobs": None,
-            "finish_reason": None if result is None else result.finish_reason,
-        }
-        if result is not None:
+    """The choices of a prompt stand one after the other, those of the next prompt after them."""
+    sampling = asked[0].ticket.request.sampling
+    offsets: dict[int, int] = defaultdict(int)
+    async for number, pieces in _heard(asked):
+        events = b""
+        for piece in merged(pieces):
+            index = number * sampling.n + piece.index
+            logprobs = piece.logprobs if sampling.logprobs else None
+            choice = {
+                "index": index,
+                "text": piece.text,
+                "logprobs": of_completion(logprobs, offsets[index]),
+                "finish_reason": piece.finish_reason,
+            }
+            offsets[index] += sum(len(each.token) for each in piece.logprobs)
+            events += chunks.chunk(choice, *_used(asked))
+        yield events
+        if (result := pieces[-1].result) is not None:
             record_result(call, result)
-        yield chunks.chunk(choice, *_used(asked))
     yield chunks.last(*_used(asked))
 
 
 def _used(asked: list[Asked]) -> tuple[int, int]:
     """Tokens of the prompts and of the answers so far."""
     tickets = [each.ticket for each in asked if each.has_begun]
-    return (
-        sum(len(ticket.prompt_ids) for ticket in tickets),
-        sum(len(ticket.token_ids) for ticket in tickets),
-    )
+    num_prompt_tokens = sum(len(ticket.prompt_ids) for ticket in tickets)
+    return num_prompt_tokens, sum(ticket.num_tokens for ticket in tickets)
 
 
 async def _heard(asked: list[Asked]) -> AsyncGenerator[tuple[int, list[Answer]], None]:

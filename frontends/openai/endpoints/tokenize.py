@@ -19,7 +19,7 @@ from runtime.serving.ticket import Ticket
 async def tokenize(call: Call) -> dict[str, Any]:
     door, body = call.door, call.body
     door.require_model(text_field(body, "model"))
-    server = door.server
+    runner = door.runner
     if ("prompt" in body) == ("messages" in body):
         raise FieldError("prompt", "give either prompt or messages")
     if "messages" in body:
@@ -31,20 +31,20 @@ async def tokenize(call: Call) -> dict[str, Any]:
         message = Message("user", (body["prompt"],))
         request = GenerationRequest.from_messages([message], prompt_format="raw")
     ticket = Ticket(request)
-    await door.in_thread(lambda: server.runner.prepare(ticket))
+    await door.in_thread(lambda: runner.prepare(ticket))
     token_ids = ticket.prompt_ids
     answer = {"count": len(token_ids), "max_model_len": door.max_model_len, "tokens": token_ids}
     if body.get("return_token_strs"):
-        tokenizer = server.runner.tokenizer
+        tokenizer = runner.tokenizer
         answer["token_strs"] = [tokenizer.decode([token_id]) for token_id in token_ids]
     return answer
 
 
 async def detokenize(call: Call) -> dict[str, Any]:
     call.door.require_model(text_field(call.body, "model"))
-    server = call.door.server
-    tokens = _token_ids(call.body, server.runner.engine.limits.max_seq_len)
-    return {"prompt": server.runner.tokenizer.decode(tokens)}
+    runner = call.door.runner
+    tokens = _token_ids(call.body, runner.engine.limits.max_seq_len)
+    return {"prompt": runner.tokenizer.decode(tokens)}
 
 
 _SETTINGS = ("mm_processor_kwargs",)
