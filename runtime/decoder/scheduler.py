@@ -53,6 +53,7 @@ class Sequence:
     image_keys: list[bytes] = field(default_factory=list)
     matcher: Matcher | None = None
     num_cached: int = 0
+    num_reused: int = 0  # tokens of its prompt that earlier requests had computed
     num_scheduled: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
@@ -260,6 +261,8 @@ class Scheduler:
             self._release(sequence)
             return False
         sequence.blocks += self._allocator.allocate(needed)
+        if sequence.num_generated == 0:
+            sequence.num_reused = sequence.num_cached
         self.num_queried_tokens += sequence.num_tokens
         self.num_reused_tokens += sequence.num_cached
         return True

@@ -253,9 +253,14 @@ class TorchDecoderExecutor:
         if reason is not None:
             self._scheduler.finish(sequence)
         is_first = place == sequence.num_prompt_tokens
-        prompt_logprobs = sequence.prompt_logprobs if is_first else None
         return StepOutput(
-            sequence.request_id, given, reason, logits, logprobs, prompt_logprobs or None
+            sequence.request_id,
+            given,
+            reason,
+            logits,
+            logprobs,
+            prompt_logprobs=(sequence.prompt_logprobs or None) if is_first else None,
+            num_reused_tokens=sequence.num_reused if is_first else None,
         )
 
     def _give_up(self, sequence: Sequence, why: str) -> StepOutput:

@@ -220,7 +220,8 @@ class Loop:
 
     def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self.stages.engine.limits.max_batch_size:
-            ticket = self._waiting.popleft()
+            ticket = min(self._waiting, key=lambda each: each.request.priority)  # the first such
+            self._waiting.remove(ticket)
             try:
                 self._running |= self.stages.start(ticket)
             except Exception as error:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from frontends.openai.errors import FieldError
 from nvlm.program.errors import UserError
 from nvlm.program.nearest import nearest
+from runtime.requests.guide import GUIDE_KINDS
 from runtime.requests.sampling import SETTINGS
 from runtime.requests.types import GenerationRequest
 
@@ -29,9 +30,11 @@ MAX_STOPS = 64
 _SHOWN_CHARACTERS = 100
 _MOST = 2**1000  # a whole number that is still a float
 
-_RUNTIME_NAMES = {each.name for each in fields(GenerationRequest)} | {
-    each.name for each in SETTINGS
-}
+_RUNTIME_NAMES = (
+    {each.name for each in fields(GenerationRequest)}
+    | {each.name for each in SETTINGS}
+    | GUIDE_KINDS.keys()
+)
 
 
 @dataclass(frozen=True, slots=True)
