@@ -22,7 +22,8 @@ from starlette.types import Receive, Scope, Send
 
 from frontends.openai.door import Door
 from frontends.openai.errors import ApiError, api_error
-from frontends.openai.requests.fields import Body, text_field, unknown
+from frontends.openai.requests.fields import Body, placed, text_field, unknown
+from nvlm.program.errors import UserError
 from runtime.serving.loop import BusyError
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
         door = self._door
+        body: Body = {}
         door.num_calls += 1
         try:
             with ExitStack() as stack:
@@ -88,6 +90,8 @@ class Endpoint:
         except ClientGoneError:
             record.finish_reason = "cancelled"
         except Exception as error:
+            if isinstance(error, UserError) and self._fields is not None:
+                error = placed(error, body, self._fields)
             await self._refuse(error, record, scope, receive, send)
         finally:
             door.num_calls -= 1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from frontends.openai.asking import Asked
 from frontends.openai.call import Call
 from frontends.openai.errors import FieldError
 from frontends.openai.requests.fields import Body, flag, object_field, shown
 from runtime.requests.types import Answer, GenerationResult
+from runtime.serving.ticket import Ticket
 
 DONE = b"data: [DONE]\n\n"
 
@@ -19,12 +21,36 @@ def event(chunk: Mapping[str, Any]) -> bytes:
     return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
 
 
-def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_tokens,
-        "total_tokens": num_prompt_tokens + num_tokens,
-    }
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """num_reused_tokens: of the prompt, found in the cache; None where the decoder does not say."""
+
+    num_prompt_tokens: int
+    num_tokens: int
+    num_reused_tokens: int | None
+
+    @classmethod
+    def of(cls, tickets: Iterable[Ticket]) -> Usage:
+        """Of requests that are prepared, so far."""
+        tickets = list(tickets)
+        reused = [each.num_reused_tokens for each in tickets]
+        known = [each for each in reused if each is not None]
+        return cls(
+            sum(len(each.prompt_ids) for each in tickets),
+            sum(each.num_tokens for each in tickets),
+            sum(known) if known else None,
+        )
+
+    @property
+    def body(self) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_tokens,
+        }
+        if self.num_reused_tokens is not None:
+            told["prompt_tokens_details"] = {"cached_tokens": self.num_reused_tokens}
+        return told
 
 
 def record_result(call: Call, result: GenerationResult) -> None:
@@ -92,17 +118,17 @@ class Chunks:
     def of(cls, call: Call, name: str, kind: str, model: str, options: StreamOptions) -> Chunks:
         return cls(kind, call.name(name), model, options, call.created)
 
-    def chunk(self, choice: dict[str, Any], num_prompt_tokens: int, num_tokens: int) -> bytes:
+    def chunk(self, choice: dict[str, Any], asked: Iterable[Asked]) -> bytes:
         body = self._body([choice])
         if self.options.continuously:
-            body["usage"] = usage(num_prompt_tokens, num_tokens)
+            body["usage"] = _usage(asked)
         return event(body)
 
-    def last(self, num_prompt_tokens: int, num_tokens: int) -> bytes:
+    def last(self, asked: Iterable[Asked]) -> bytes:
         """The end of a stream, with the chunk of its usage if asked for."""
         if not self.options.includes_usage:
             return DONE
-        return event({**self._body([]), "usage": usage(num_prompt_tokens, num_tokens)}) + DONE
+        return event({**self._body([]), "usage": _usage(asked)}) + DONE
 
     def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -112,3 +138,7 @@ class Chunks:
             "model": self.model,
             "choices": choices,
         }
+
+
+def _usage(asked: Iterable[Asked]) -> dict[str, Any]:
+    return Usage.of(each.ticket for each in asked if each.has_begun).body

@@ -33,9 +33,9 @@ class Intake:
     `error`, or cancelled.
 
     `num_preparing` threads decode and tile pictures, each one request (and one picture of up to
-    MAX_IMAGE_PIXELS) at a time, the smallest priority first; another prepares requests without pictures, which so wait for
-    none; one encodes. With 0 there are no threads, and `put` does the work. `encode` replaces the
-    stages' own.
+    MAX_IMAGE_PIXELS) at a time; another prepares requests without pictures, which so wait for
+    none; one encodes. Each takes the smallest priority first. With 0 there are no threads, and
+    `put` does the work. `encode` replaces the stages' own.
     """
 
     def __init__(

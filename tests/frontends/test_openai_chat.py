@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
@@ -72,9 +74,21 @@ def chat(*messages: Body, **fields: Any) -> Body:
     return {"model": "nvlm-d", "max_tokens": 6, "messages": list(messages), **fields}
 
 
+def schema_format(schema: Body) -> Body:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+JSON_OBJECT: Body = {"type": "json_object"}
+
+
 def content(reply: Reply) -> str:
     assert reply.status == 200, reply.body
     return str(reply.json()["choices"][0]["message"]["content"])
+
+
+def counts_of(answer: Body) -> Body:
+    """Its usage, without what depends on the requests before it."""
+    return {name: each for name, each in answer["usage"].items() if name.endswith("_tokens")}
 
 
 def refused(client: Client, body: Any, param: str | None, *fragments: str) -> None:
@@ -131,6 +145,9 @@ def test_an_answer_is_that_of_the_library(runner: Runner, images: Images) -> Non
                 "prompt_tokens": result.num_prompt_tokens,
                 "completion_tokens": result.num_tokens,
                 "total_tokens": result.num_prompt_tokens + result.num_tokens,
+                "prompt_tokens_details": {
+                    "cached_tokens": (result.num_prompt_tokens - 1) // 32 * 32
+                },
             }
     server.close()
 
@@ -143,7 +160,7 @@ def test_a_stream_is_the_answer_in_pieces(client: Client, images: Images) -> Non
     assert reply.headers["content-type"].startswith("text/event-stream")
     *chunks, last = reply.events()
     assert last["choices"] == []
-    assert last["usage"] == whole["usage"]
+    assert counts_of(last) == counts_of(whole)
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
     assert len({chunk["id"] for chunk in (*chunks, last)}) == 1
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
@@ -210,7 +227,22 @@ def test_the_fields_reach_the_runtime(client: Client) -> None:
         ({"stop_token_ids": [-1]}, "stop_token_ids", "token ids"),
         ({"stream": "yes"}, "stream", "expected boolean"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, None, "include_usage is 1"),
-        ({"priority": 3}, "priority", "this server has no priority"),
+        ({"priority": "high"}, "priority", "expected integer"),
+        ({"top_logprobs": 2}, "top_logprobs", "without logprobs"),
+        ({"n": 2}, "n", "the sampling is greedy"),
+        ({"n": 500, "temperature": 1}, "n", "max_batch_size"),
+        ({"min_tokens": 9}, "min_tokens", "max_new_tokens 6"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias", "token id 999999"),
+        ({"response_format": JSON_OBJECT, "stop": "x"}, "stop", "would cut"),
+        ({"response_format": JSON_OBJECT, "ignore_eos": True}, "ignore_eos", "ends where it"),
+        ({"response_format": JSON_OBJECT, "guided_regex": "x"}, None, "are both given"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "regex cannot be followed"),
+        (
+            {"response_format": schema_format({"type": "string", "format": "hostess"})},
+            "response_format",
+            "the format hostess",
+        ),
+        ({"messages": [{"role": "user", "content": "a b " * 9000}]}, "messages", "the prompt has"),
         ({"tools": [{"type": "function"}]}, "tools", "this server has no tools"),
         ({"cache_salt": "x"}, "cache_salt", "has no cache_salt"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
@@ -227,7 +259,7 @@ def test_the_fields_reach_the_runtime(client: Client) -> None:
 def test_a_wrong_value_is_refused_by_its_field(
     client: Client, fields: Body, param: str | None, fragment: str
 ) -> None:
-    reply = client.post(CHAT, chat(user("Hello"), **fields))
+    reply = client.post(CHAT, {**chat(user("Hello")), **fields})
     assert reply.status == 400, reply.body
     assert fragment in reply.error["message"], reply.error
     if param is not None:
@@ -344,7 +376,7 @@ def test_text_is_continued_without_a_template(client: Client, runner: Runner) ->
             if each["index"] == choice["index"]
         ]
         assert "".join(said) == choice["text"]
-    assert last["usage"] == reply.json()["usage"]
+    assert counts_of(last) == counts_of(reply.json())
     for wrong in ("", [], [""], None, [1, 2], {"text": "x"}):
         assert client.post("/v1/completions", {"prompt": wrong}).error["param"] == "prompt"
 
@@ -446,6 +478,68 @@ def test_log_probabilities_of_the_prompt_are_told_once(client: Client) -> None:
     assert told[0] is None
     assert len(told) == reply.json()["usage"]["prompt_tokens"]
     refused(client, chat(user("Hello"), prompt_logprobs=1, stream=True), "prompt_logprobs")
+
+
+COLOUR: Body = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "sure": {"type": "boolean"}},
+    "required": ["colour", "sure"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {**schema_format(COLOUR)}},
+        {"structured_outputs": {"json": COLOUR, "regex": None, "disable_any_whitespace": False}},
+        {"structured_outputs": {"json": json.dumps(COLOUR)}},
+        {"guided_json": COLOUR},
+    ],
+)
+def test_an_answer_matches_its_schema(client: Client, fields: Body, is_streamed: bool) -> None:
+    body = chat(user("Which?"), **fields, max_tokens=200, stream=is_streamed, temperature=1, seed=1)
+    reply = client.post(CHAT, body)
+    assert reply.status == 200, reply.body
+    if is_streamed:
+        text = "".join(event["choices"][0]["delta"]["content"] for event in reply.events())
+    else:
+        text = content(reply)
+    jsonschema.validate(json.loads(text), COLOUR)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize(
+    ("guide", "pattern"),
+    [
+        ({"choice": ["a.b", "yes"]}, r"a\.b|yes"),
+        ({"regex": "[0-9]{3}-x"}, "[0-9]{3}-x"),
+        ({"grammar": 'start: "one" | "two"'}, "one|two"),
+    ],
+)
+def test_an_answer_matches_its_guide(client: Client, path: str, guide: Body, pattern: str) -> None:
+    body = {**chat(user("Which?")), "prompt": "Which?", "max_tokens": 30}
+    (choice,) = client.post(path, {**body, "structured_outputs": guide}).json()["choices"]
+    assert re.fullmatch(pattern, choice.get("text") or choice["message"]["content"]), choice
+    assert choice["finish_reason"] == "stop"
+
+
+def test_cached_tokens_are_those_that_an_earlier_request_computed(client: Client) -> None:
+    words = "So what was it that you saw there? " * 12  # nobody else asks this
+    usages = []
+    for stream in (False, True, False):
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        reply = client.post(CHAT, chat(user(words), **options))
+        usages.append((reply.events()[-1] if stream else reply.json())["usage"])
+    told = [usage.pop("prompt_tokens_details")["cached_tokens"] for usage in usages]
+    assert usages[0] == usages[1] == usages[2]
+    whole = (usages[0]["prompt_tokens"] - 1) // 32 * 32
+    assert told[0] < 32 < whole == told[1] == told[2]
+    reply = client.post("/v1/completions", {"prompt": [words, words], "max_tokens": 2})
+    reply = client.post("/v1/completions", {"prompt": [words, words], "max_tokens": 2})
+    used = reply.json()["usage"]
+    assert used["prompt_tokens_details"]["cached_tokens"] > 0.7 * used["prompt_tokens"]
 
 
 def test_penalties_and_the_end_reach_the_runtime(client: Client) -> None:

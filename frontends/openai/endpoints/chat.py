@@ -7,7 +7,7 @@ from typing import Any
 from frontends.openai.asking import Asked
 from frontends.openai.call import Call, Events
 from frontends.openai.errors import FieldError
-from frontends.openai.events import Chunks, StreamOptions, merged, record_result, usage
+from frontends.openai.events import Chunks, StreamOptions, Usage, merged, record_result
 from frontends.openai.logprobs import of_chat, of_prompt
 from frontends.openai.requests.fields import settings_of, text_field
 from frontends.openai.requests.messages import read_messages, texts_of
@@ -52,7 +52,7 @@ async def _whole(call: Call, asked: Asked, model: str) -> dict[str, Any]:
             }
             for index, choice in enumerate(result.choices)
         ],
-        "usage": usage(result.num_prompt_tokens, result.num_tokens),
+        "usage": Usage.of([asked.ticket]).body,
     }
     if result.prompt_logprobs is not None:
         answer["prompt_logprobs"] = of_prompt(result.prompt_logprobs)
@@ -60,12 +60,11 @@ async def _whole(call: Call, asked: Asked, model: str) -> dict[str, Any]:
 
 
 async def _events(call: Call, asked: Asked, chunks: Chunks) -> Events:
-    ticket, tokenizer = asked.ticket, call.door.runner.tokenizer
-    has_logprobs = ticket.request.sampling.logprobs
+    tokenizer = call.door.runner.tokenizer
+    has_logprobs = asked.ticket.request.sampling.logprobs
     begun: set[int] = set()
     while True:
         pieces = await asked.hear()
-        used = len(ticket.prompt_ids), ticket.num_tokens
         events = b""
         for piece in merged(pieces):
             delta = {"content": piece.text}
@@ -78,9 +77,9 @@ async def _events(call: Call, asked: Asked, chunks: Chunks) -> Events:
                 "logprobs": of_chat(piece.logprobs if has_logprobs else None, tokenizer),
                 "finish_reason": piece.finish_reason,
             }
-            events += chunks.chunk(choice, *used)
+            events += chunks.chunk(choice, [asked])
         yield events
         if (result := pieces[-1].result) is not None:
             record_result(call, result)
-            yield chunks.last(*used)
+            yield chunks.last([asked])
             return

@@ -10,7 +10,7 @@ from typing import Any
 from frontends.openai.asking import Asked
 from frontends.openai.call import Call, Events
 from frontends.openai.errors import FieldError
-from frontends.openai.events import Chunks, StreamOptions, merged, record_result, usage
+from frontends.openai.events import Chunks, StreamOptions, Usage, merged, record_result
 from frontends.openai.logprobs import of_completion, of_prompt
 from frontends.openai.requests.fields import Body, settings_of, shown, text_field
 from runtime.requests.messages import Message
@@ -52,13 +52,10 @@ def _prompts(body: Body, most: int) -> list[str]:
 
 async def _whole(call: Call, asked: list[Asked], model: str) -> dict[str, Any]:
     choices: list[dict[str, Any]] = []
-    num_prompt_tokens = num_tokens = 0
     for each in asked:
         result = (await each.hear())[-1].result
         assert result is not None, "nothing else is heard of an answer that is not streamed"
         record_result(call, result)
-        num_prompt_tokens += result.num_prompt_tokens
-        num_tokens += result.num_tokens
         for choice in result.choices:
             choices.append(
                 {
@@ -76,7 +73,7 @@ async def _whole(call: Call, asked: list[Asked], model: str) -> dict[str, Any]:
         "created": call.created,
         "model": model,
         "choices": choices,
-        "usage": usage(num_prompt_tokens, num_tokens),
+        "usage": Usage.of(each.ticket for each in asked).body,
     }
 
 
@@ -96,18 +93,11 @@ async def _events(call: Call, asked: list[Asked], chunks: Chunks) -> Events:
                 "finish_reason": piece.finish_reason,
             }
             offsets[index] += sum(len(each.token) for each in piece.logprobs)
-            events += chunks.chunk(choice, *_used(asked))
+            events += chunks.chunk(choice, asked)
         yield events
         if (result := pieces[-1].result) is not None:
             record_result(call, result)
-    yield chunks.last(*_used(asked))
-
-
-def _used(asked: list[Asked]) -> tuple[int, int]:
-    """Tokens of the prompts and of the answers so far."""
-    tickets = [each.ticket for each in asked if each.has_begun]
-    num_prompt_tokens = sum(len(ticket.prompt_ids) for ticket in tickets)
-    return num_prompt_tokens, sum(ticket.num_tokens for ticket in tickets)
+    yield chunks.last(asked)
 
 
 async def _heard(asked: list[Asked]) -> AsyncGenerator[tuple[int, list[Answer]], None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -87,6 +88,24 @@ def settings_of(body: Body, endpoint: str) -> Settings:
                 )
         found |= given
     return found
+
+
+def placed(error: UserError, body: Body, endpoint: str) -> UserError:
+    """The runtime's refusal with the field that it is about: its sentence begins with a setting's
+    name, or says how long the prompt is."""
+    if type(error) is not UserError:
+        return error
+    setting = str(error).partition(" ")[0]
+    for row in FIELDS:
+        value = body.get(row.name)
+        if value is None or not row.is_setting or endpoint not in row.endpoints:
+            continue
+        with suppress(UserError):
+            if setting in _read(row, row.check(value)):
+                return FieldError(row.name, str(error))
+    if str(error).startswith("the prompt "):
+        return FieldError("messages" if endpoint == "chat" else "prompt", str(error))
+    return error
 
 
 def unknown(body: Body, endpoint: str) -> list[str]:
@@ -212,7 +231,7 @@ _GUIDES = {
 
 
 def _structured_outputs(value: Any) -> Settings:
-    given = {name: each for name, each in value.items() if each is not None}
+    given = {name: each for name, each in value.items() if each is not None and each is not False}
     for name in given:
         if name not in _GUIDES:
             raise FieldError(
@@ -305,8 +324,9 @@ FIELDS: tuple[Field, ...] = (
     Field("guided_grammar", ("string",), _guide("grammar")),
     # Pictures
     Field("mm_processor_kwargs", ("object",), _mm_processor_kwargs, help="max_num_tiles"),
+    # Who is next
+    Field("priority", ("integer",), help="of those that wait, the smallest is next"),
     # What this server does not do
-    _integer("priority", 0),
     Field("cache_salt", ("string",)),
     *_not_here("tools functions", [], kinds=("array",), **_CHAT),
     *_not_here("tool_choice function_call", "none", "auto", kinds=("string", "object"), **_CHAT),
