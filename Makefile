@@ -31,8 +31,8 @@ DEMO := work/demo
 SERVES_DEMO := $(filter file,$(origin ENGINE_DIR))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-serving setup-triton demo engine doctor serve triton check test test-all durations \
-	lint benchmark clean
+.PHONY: help setup setup-test setup-serving setup-triton setup-clients demo engine doctor serve triton check test test-all durations \
+	lint benchmark soak clean
 
 help:
 	@echo "make demo        set up, convert, build, and read pictures with the small trained model on the CPU"
@@ -44,7 +44,7 @@ help:
 	@echo "make triton ENGINE_DIR=... [HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002 TRITON_FLAGS=...]"
 	@echo "make doctor      what can be built and run here, and what is missing for the rest"
 	@echo "make setup [DEVICE=cuda]   the environment: for any CPU, or for a GPU without NVIDIA's container"
-	@echo "make test-all | durations | lint | benchmark | clean"
+	@echo "make test-all | durations | lint | benchmark | soak [MINUTES=10] | clean"
 
 # A stamp per requirements file: installing again is a no-op until the file changes.
 # SYSTEM_PYTHON=1 takes $(PYTHON) as it is, in a container that has everything (docker/Dockerfile).
@@ -58,6 +58,8 @@ endif
 setup-test: $(VENV)/.test $(VENV)/.tensorrt-rtx
 setup-serving: $(VENV)/.serving
 setup-triton: $(VENV)/.triton
+# Other people's clients, which slow tests of serve.py start: 5 GB.
+setup-clients: $(VENV)/clients/.aiperf $(VENV)/clients/.guidellm $(VENV)/clients/.lmms-eval
 
 # One environment holds the wheels of one of the two.
 $(VENV)/.cpu $(VENV)/.cuda: $(VENV)/.%: requirements/%.txt
@@ -80,6 +82,14 @@ $(VENV)/.serving: requirements/serving.txt $(VENV)/.$(DEVICE)
 $(VENV)/.test: requirements/test.txt requirements/serving.txt requirements/triton.txt requirements/mpi.txt \
 		requirements/evaluation.txt requirements/pictures.txt $(VENV)/.cpu
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	@touch $@
+
+# torchvision: only pictures of a trainer's need it, and PyPI's does not go with a torch for CPUs alone.
+$(VENV)/clients/.%: requirements/clients/%.txt
+	@mkdir -p $(VENV)/clients
+	$(PYTHON) -m venv $(VENV)/clients/$*
+	$(VENV)/clients/$*/bin/pip install --quiet --disable-pip-version-check -r $<
+	@$(VENV)/clients/$*/bin/pip uninstall --quiet --yes torchvision 2>/dev/null || true
 	@touch $@
 
 # An environment of its own, which only pytest looks into (pythonpath in pyproject.toml).
@@ -141,6 +151,12 @@ lint: setup-test
 
 benchmark: setup
 	@$(RUN) -m bench.cpu.path
+
+# Clients of all kinds ask the server of the small model for MINUTES; nothing may be lost.
+MINUTES ?= 10
+soak: setup-test
+	@$(RUN) -m tools.demo --engine_only
+	@$(RUN) -m bench.serving.soak --engine_dir $(DEMO)/engine --minutes $(MINUTES)
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
