@@ -9,19 +9,18 @@ token, and the milliseconds from a question to its first event.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
+from bench.serving.http_clients import Answered, Body, drive
 from frontends.openai.app import application
 from frontends.openai.door import Door, DoorOptions
 from frontends.openai.http_server import HttpServer
@@ -70,16 +69,6 @@ class InstantDecoder:
         pass
 
 
-@dataclass(slots=True)
-class Load:
-    """Counts of one kind of question. first_ms: to the first event of each."""
-
-    num_tokens: int = 0
-    num_events: int = 0
-    num_requests: int = 0
-    first_ms: list[float] = field(default_factory=list)
-
-
 def serve(engine_dir: Path, step_s: float, pipe: Connection) -> None:
     """The server's process, until the pipe says something."""
     runner = Runner.open(engine_dir, torch.device("cpu"))
@@ -96,55 +85,14 @@ def serve(engine_dir: Path, step_s: float, pipe: Connection) -> None:
     door.close()
 
 
-async def ask(port: int, body: dict[str, object], load: Load, until: float) -> None:
-    """One client: question after question on one connection."""
-    data = json.dumps(body).encode()
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    ).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    while time.perf_counter() < until:
-        begun = time.perf_counter()
-        writer.write(head + data)
-        headers = await reader.readuntil(b"\r\n\r\n")
-        assert headers.startswith(b"HTTP/1.1 200"), headers
-        if body.get("stream"):
-            load.first_ms.append(1e3 * (time.perf_counter() - begun))
-            num_tokens, num_events = await _read_events(reader)
-            load.num_tokens += num_tokens
-            load.num_events += num_events
-        else:
-            length = int(headers.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-            answer = json.loads(await reader.readexactly(length))
-            load.num_tokens += answer["usage"]["completion_tokens"]
-        load.num_requests += 1
-    writer.close()
+def until(deadline: float, body: Body) -> Iterator[Body]:
+    """The same question again and again."""
+    while time.perf_counter() < deadline:
+        yield body
 
 
-async def _read_events(reader: asyncio.StreamReader) -> tuple[int, int]:
-    """The characters of a stream, which are its tokens, one `x` each; and its events."""
-    num_tokens = num_events = 0
-    while (size := int(await reader.readline(), 16)) > 0:
-        chunk = (await reader.readexactly(size + 2))[:-2]
-        for event in chunk.split(b"\n\n"):
-            if event.startswith(b"data: {"):
-                choices = json.loads(event[6:])["choices"]
-                num_events += 1
-                num_tokens += sum(len(each["delta"]["content"]) for each in choices)
-    await reader.readline()
-    return num_tokens, num_events
-
-
-def drive(port: int, num_streams: int, seconds: float, body: dict[str, object]) -> Load:
-    load = Load()
-
-    async def all_of_them() -> None:
-        until = time.perf_counter() + seconds
-        await asyncio.gather(*(ask(port, body, load, until) for _ in range(num_streams)))
-
-    asyncio.run(all_of_them())
-    return load
+def drive_for(port: int, num_streams: int, seconds: float, body: Body) -> list[Answered]:
+    return drive(port, until(time.perf_counter() + seconds, body), num_streams)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -155,21 +103,24 @@ def cpu_seconds(pid: int) -> float:
 def measure(port: int, pid: int, num_streams: int, seconds: float) -> dict[str, float]:
     """The figures by name. pid: the server's."""
     messages = [{"role": "user", "content": "How much?"}]
-    streamed: dict[str, object] = {"messages": messages, "max_tokens": NUM_TOKENS, "stream": True}
-    drive(port, num_streams, min(1.0, seconds), streamed)  # warm
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = {"messages": messages, "max_tokens": NUM_TOKENS, **options}
+    drive_for(port, num_streams, min(1.0, seconds), streamed)  # warm
     begun, begun_cpu = time.perf_counter(), cpu_seconds(pid)
-    load = drive(port, num_streams, seconds, streamed)
+    answers = drive_for(port, num_streams, seconds, streamed)
     streamed_s, streamed_cpu = time.perf_counter() - begun, cpu_seconds(pid) - begun_cpu
-    assert load.num_tokens == NUM_TOKENS * load.num_requests, "a token is missing"
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    for answer in answers:  # a token is an x
+        assert answer.num_characters == answer.num_tokens == NUM_TOKENS, "a token is missing"
     begun = time.perf_counter()
-    single = drive(port, num_streams, seconds, {"messages": messages, "max_tokens": 1})
+    single = drive_for(port, num_streams, seconds, {"messages": messages, "max_tokens": 1})
     single_s = time.perf_counter() - begun
     return {
-        "streamed_tokens_per_s": load.num_tokens / streamed_s,
-        "events_per_s": load.num_events / streamed_s,
-        "server_cpu_us_per_token": 1e6 * streamed_cpu / load.num_tokens,
-        "requests_per_s": single.num_requests / single_s,
-        "median_first_event_ms": statistics.median(load.first_ms),
+        "streamed_tokens_per_s": num_tokens / streamed_s,
+        "events_per_s": sum(answer.num_events for answer in answers) / streamed_s,
+        "server_cpu_us_per_token": 1e6 * streamed_cpu / num_tokens,
+        "requests_per_s": len(single) / single_s,
+        "median_first_event_ms": statistics.median(answer.first_ms for answer in answers),
     }
 
 
