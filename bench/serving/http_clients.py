@@ -20,6 +20,7 @@ class Answered:
     """One answer. first_ms: until its first event, or the whole where it is not streamed."""
 
     first_ms: float
+    num_prompt_tokens: int
     num_tokens: int
     num_characters: int
     num_events: int
@@ -96,14 +97,13 @@ async def _client(port: int, bodies: Iterator[Body], answers: list[Answered]) ->
         assert headers.startswith(b"HTTP/1.1 200"), told
         answer, first_ms = json.loads(told), 1e3 * (time.perf_counter() - begun)
         text = answer["choices"][0]["message"]["content"]
-        num_tokens = answer["usage"]["completion_tokens"]
-        answers.append(Answered(first_ms, num_tokens, len(text), 1))
+        answers.append(Answered(first_ms, *_used(answer["usage"]), len(text), 1))
     writer.close()
 
 
 async def _read_events(reader: asyncio.StreamReader, begun: float) -> Answered:
     """A stream whose last event is its usage."""
-    first_ms, num_characters, num_events, num_tokens = 0.0, 0, 0, 0
+    first_ms, num_characters, num_events, used = 0.0, 0, 0, (0, 0)
     while (size := int(await reader.readline(), 16)) > 0:
         chunk = (await reader.readexactly(size + 2))[:-2]
         first_ms = first_ms or 1e3 * (time.perf_counter() - begun)
@@ -114,6 +114,10 @@ async def _read_events(reader: asyncio.StreamReader, begun: float) -> Answered:
             num_events += len(told["choices"])
             num_characters += sum(len(each["delta"]["content"]) for each in told["choices"])
             if (usage := told.get("usage")) is not None:
-                num_tokens = usage["completion_tokens"]
+                used = _used(usage)
     await reader.readline()
-    return Answered(first_ms, num_tokens, num_characters, num_events)
+    return Answered(first_ms, *used, num_characters, num_events)
+
+
+def _used(usage: Body) -> tuple[int, int]:
+    return usage["prompt_tokens"], usage["completion_tokens"]
