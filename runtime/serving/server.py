@@ -57,8 +57,9 @@ class Server:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the decoder's thread has ended by an error: every `submit` will be refused."""
-        return self._loop.has_failed
+        """Whether the decoder's thread has ended by an error, or a rank died: no request will be
+        answered."""
+        return self._loop.has_failed or self.runner.has_lost_rank()
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
         """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or

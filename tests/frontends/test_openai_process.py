@@ -209,3 +209,39 @@ def test_ranks_serve_together_and_end_together(
         else:
             os.kill(rank_pid(tmp_path, 1), signal.SIGKILL)
             assert process.wait(30) != 0
+
+
+def launchers_of(mark: Path) -> list[int]:
+    """Processes of the job that run no Python: mpirun, and its own helpers."""
+    pids = processes_of(mark)
+    return [pid for pid in pids if "python" not in os.readlink(f"/proc/{pid}/exe")]
+
+
+@needs_mpi
+@pytest.mark.mpi
+def test_a_rank_that_is_killed_is_unhealthy_before_the_end(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    """With a launcher that does not end the others, as one of a cluster may do: this one sleeps."""
+    engine, log = engine_of(workshop, 2, FP32), tmp_path / "serve.log"
+    flags = ("--engine_dir", engine, "--device", "cpu", "--port", "0")
+    log.write_text("")
+    shell = ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(log)]
+    with started([*shell, *command(2, ROOT / "serve.py", *flags)], tmp_path) as process:
+        served = wait_until_ready(process, log)
+        assert served.health() == 200
+        leader = rank_pid(tmp_path, 0)
+        asleep = launchers_of(tmp_path)
+        for pid in asleep:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(rank_pid(tmp_path, 1), signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while served.health() == 200:
+            assert time.monotonic() < deadline, "a rank is dead and nobody knows"
+        assert served.health() == 503
+        while Path(f"/proc/{leader}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline, "the leader goes on"
+            time.sleep(0.05)
+        for pid in asleep:
+            os.kill(pid, signal.SIGCONT)
+        assert process.wait(30) != 0

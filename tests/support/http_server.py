@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,15 @@ class Served:
         )
         with urllib.request.urlopen(request, timeout=60) as response:
             return dict(json.load(response))
+
+    def health(self) -> int | None:
+        """The status of /health; None where nobody listens."""
+        try:
+            return int(urllib.request.urlopen(f"{self.url}/health", timeout=10).status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return None
 
     def samples(self) -> dict[str, float]:
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode()
