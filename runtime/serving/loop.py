@@ -173,6 +173,8 @@ class Loop:
         num_running = len({draft.ticket for draft in self._running.values()})
         self.metrics.set("nvlm_requests_running", num_running)
         self.metrics.set("nvlm_requests_waiting", max(0, self.num_open - num_running))
+        self.metrics.set("nvlm_mm_cache_queries_total", self.stages.num_pictures)
+        self.metrics.set("nvlm_mm_cache_hits_total", self.stages.num_known_pictures)
         if isinstance(self.stages.decoder, CountsCache):
             counts = self.stages.decoder.cache_counts()
             self.metrics.set("nvlm_kv_cache_usage_perc", counts.usage)

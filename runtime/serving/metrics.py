@@ -64,6 +64,8 @@ METRICS: dict[str, Metric] = {
     "nvlm_num_preemptions_total": Metric("counter", "Requests that gave up their KV blocks"),
     "nvlm_prefix_cache_queries_total": Metric("counter", "Prompt tokens looked up in KV blocks"),
     "nvlm_prefix_cache_hits_total": Metric("counter", "Prompt tokens found there"),
+    "nvlm_mm_cache_queries_total": Metric("counter", "Pictures looked up among the encoded ones"),
+    "nvlm_mm_cache_hits_total": Metric("counter", "Pictures found there, which are not encoded"),
     "nvlm_decode_batch_size": Metric("counter", "Requests that shared a step", buckets=_COUNTS),
 }
 

@@ -405,8 +405,15 @@ def test_paths_and_methods_that_are_not_there_are_refused_alike(client: Client) 
     assert set(client.get("/openapi.json").json()["paths"]) >= {CHAT, "/v1/completions"}
 
 
-def test_metrics_have_the_stems_that_dashboards_know(client: Client) -> None:
-    client.post(CHAT, chat(user("Hello")))
+def test_metrics_have_the_stems_that_dashboards_know(client: Client, images: Images) -> None:
+    shown = chat(user(picture(images("pixel_1x1.png"))))
+    client.post(CHAT, shown)
+    before = client.get("/metrics").body.decode()
+    client.post(CHAT, shown)
+    for name in ("queries", "hits"):
+        series = f"nvlm_mm_cache_{name}_total "
+        number = float(before.partition(f"\n{series}")[2].partition("\n")[0])
+        assert f"\n{series}{number + 1}\n" in client.get("/metrics").body.decode()
     lines = client.get("/metrics").body.decode().splitlines()
     values = {
         name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if x[0] != "#")

@@ -24,8 +24,11 @@ from tests.support.ranks import command, engine_of, needs_mpi, processes_of, sta
 for package in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason="requirements/serving.txt is not installed")
 
+pydantic = pytest.importorskip("pydantic", reason="requirements/test.txt is not installed")
+
 if TYPE_CHECKING:
     import openai
+    import pydantic
 
 TRAINED = ROOT / "models" / "nvlm-d-tiny"
 SCAN = ROOT / "examples" / "scan_1642.png"
@@ -74,6 +77,42 @@ def test_the_openai_package_reads_a_picture(client: openai.OpenAI) -> None:
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == "1642"
     assert pieces[-1].choices[0].finish_reason == "stop"
     assert last.usage.total_tokens == answer.usage.total_tokens
+
+
+def test_the_openai_package_gets_several_answers_with_log_probabilities(
+    client: openai.OpenAI,
+) -> None:
+    answer = client.chat.completions.create(
+        model="nvlm-d",
+        messages=question(),
+        max_tokens=8,
+        n=3,
+        temperature=0.5,
+        seed=1,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert choice.message.content == "".join(each.token for each in choice.logprobs.content)
+        for each in choice.logprobs.content:
+            assert each.logprob <= 0
+            assert [likely.logprob for likely in each.top_logprobs] == sorted(
+                (likely.logprob for likely in each.top_logprobs), reverse=True
+            )
+
+
+class Reading(pydantic.BaseModel):
+    is_number: bool
+
+
+def test_the_openai_package_parses_an_answer_of_its_schema(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model="nvlm-d", messages=question(), max_tokens=200, response_format=Reading
+    )
+    assert isinstance(answer.choices[0].message.parsed, Reading), answer
 
 
 def test_the_openai_package_names_the_field_that_is_wrong(client: openai.OpenAI) -> None:
