@@ -80,7 +80,7 @@ class Endpoint:
         door.num_calls += 1
         try:
             with ExitStack() as stack:
-                body = await self._body(Request(scope, receive))
+                body = await self._body(Request(scope, receive), stack)
                 call = Call(door, body, record, stack)
                 client_id = text_field(body, "request_id") or _header(scope, b"x-request-id")
                 record.client_request_id = client_id and client_id[:_MOST_SHOWN]
@@ -107,7 +107,7 @@ class Endpoint:
         async with aclosing(answer) as events:
             await _stream(events, call.record, headers, send)
 
-    async def _body(self, request: Request) -> Body:
+    async def _body(self, request: Request, stack: ExitStack) -> Body:
         door = self._door
         if door.why_not_ready is None and door.num_calls > _MOST_CALLS_BESIDE:
             raise BusyError("the server reads as many requests as it can; try again later")
@@ -118,7 +118,7 @@ class Endpoint:
             raise ApiError(415, "the body is compressed; send it as it is")
         try:
             async with asyncio.timeout(door.options.body_timeout_s):
-                data = await _read(request, door.options.max_body_bytes)
+                data = await _read(request, door, stack)
         except TimeoutError:
             raise ApiError(408, "the body did not come in time; send it again") from None
         return _object(data)
@@ -186,7 +186,9 @@ async def _stream(events: Events, record: Record, headers: dict[str, str], send:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def _read(request: Request, door: Door, stack: ExitStack) -> bytes:
+    """The body. Its bytes count among those of all open calls until `stack` ends."""
+    most = door.options.max_body_bytes
     too_large = ApiError(
         413, f"the body has more than {most:,} bytes, which is this server's limit"
     )
@@ -198,9 +200,11 @@ async def _read(request: Request, most: int) -> bytes:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGoneError
-        data += message.get("body", b"")
+        part = message.get("body", b"")
+        data += part
         if len(data) > most:
             raise too_large
+        door.hold(len(part), stack)
         if not message.get("more_body", False):
             return bytes(data)
 

@@ -39,6 +39,7 @@ class DoorOptions:
     models: tuple[str, ...] = ("nvlm-d",)
     media: MediaRules = field(default_factory=MediaRules)
     max_body_bytes: int = 64 << 20
+    max_open_bytes: int = 1 << 30  # of the bodies of all open calls
     body_timeout_s: float = 60.0
     logs_text: bool = False  # prompts and answers in the access log
 
@@ -55,6 +56,7 @@ class Door:
         self._is_draining = False
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "nvlm-http")
         self._num_fetching = 0
+        self._num_open_bytes = 0
         self._reported: set[str] = set()
 
     def open(self, server: Server) -> None:
@@ -116,6 +118,17 @@ class Door:
                 code="model_not_found",
             )
         return name
+
+    def hold(self, num_bytes: int, stack: ExitStack) -> None:
+        """Counts bytes of a body until `stack` ends. Raises `BusyError` where all open calls have
+        more than may be in memory; the only one may always go on."""
+        self._num_open_bytes += num_bytes
+        stack.callback(self._let_go, num_bytes)
+        if self._num_open_bytes > self.options.max_open_bytes and self.num_calls > 1:
+            raise BusyError("the server holds as many bytes of requests as it can; try again later")
+
+    def _let_go(self, num_bytes: int) -> None:
+        self._num_open_bytes -= num_bytes
 
     def ask(self, request: GenerationRequest, stack: ExitStack, *, in_pieces: bool) -> Asked:
         """Submits a request, which is cancelled where `stack` ends before its answer does."""

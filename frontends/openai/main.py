@@ -64,6 +64,12 @@ def parser() -> ArgumentParser:
     add("--media_timeout_s", type=positive_float, default=10.0)
     add("--max_image_pixels", type=positive_int, help="largest picture (default: 178,956,970)")
     add("--max_body_bytes", type=positive_int, default=64 << 20, help="of a request")
+    add(
+        "--max_open_bytes",
+        type=positive_int,
+        default=1 << 30,
+        help="of all requests that are not answered yet",
+    )
     add("--max_queue_size", type=positive_int, default=64, help="requests beside the batch's")
     add("--num_preparing", type=positive_int, default=2, help="threads that decode pictures")
     add("--num_threads", type=positive_int, help="of torch (default: its own choice)")
@@ -174,6 +180,7 @@ def _rules(arguments: argparse.Namespace) -> tuple[DoorOptions, Guard]:
         tuple(arguments.model_name),
         media,
         max_body_bytes=arguments.max_body_bytes,
+        max_open_bytes=arguments.max_open_bytes,
         body_timeout_s=arguments.body_timeout_s,
         logs_text=arguments.log_text,
     )

@@ -139,6 +139,23 @@ def test_a_full_queue_asks_to_come_again(client: Client, server: Server, steps: 
     assert client.post(CHAT, chat()).status == 200
 
 
+def test_bodies_in_memory_are_bounded_over_all_open_calls(server: Server, steps: Steps) -> None:
+    door = Door(DoorOptions(max_open_bytes=3000))
+    door.open(server)
+    large = chat(user="x" * 4000)
+    with Client(application(door)) as client:
+        assert client.post(CHAT, large).status == 200, "nobody else asks"
+        steps.hold()
+        first = client.begin_post(CHAT, large)
+        assert eventually(lambda: server.num_open == 1)
+        reply = client.post(CHAT, chat())
+        assert (reply.status, reply.error["code"]) == (429, "queue_full")
+        steps.go()
+        assert first.wait().status == 200
+        assert client.post(CHAT, chat()).status == 200
+    door.close()
+
+
 def test_probes_say_when_requests_are_answered(server: Server) -> None:
     door = Door(DoorOptions())
     with Client(application(door)) as client:
