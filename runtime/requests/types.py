@@ -225,7 +225,7 @@ _EXPECTED_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "end_ids": (lambda value: all(map(_is_whole, value)), "token ids, whole numbers"),
     "sampling": (lambda value: isinstance(value, SamplingParams), "SamplingParams"),
     "guide": (lambda value: value is None or isinstance(value, Guide), "a Guide"),
-    "priority": (lambda value: _is_whole(value), "a whole number; the smallest is next"),
+    "priority": (_is_whole, "a whole number; the smallest is next"),
 }
 """What is right for a field, and how a message says it."""
 
