@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from itertools import count
+from queue import PriorityQueue
 
 from runtime.serving.stages import Stages
 from runtime.serving.ticket import Ticket
 
-_Queue = SimpleQueue[Ticket | None]
-"""None ends the thread that reads it."""
+
+class _Queue:
+    """Gives the ticket of the smallest priority, of equal ones the first that came. None comes
+    after all of them, and ends the thread that reads it."""
+
+    def __init__(self) -> None:
+        self._queue: PriorityQueue[tuple[float, int, Ticket | None]] = PriorityQueue()
+        self._number = count()
+
+    def put(self, ticket: Ticket | None) -> None:
+        priority = math.inf if ticket is None else ticket.request.priority
+        self._queue.put((priority, next(self._number), ticket))
+
+    def get(self) -> Ticket | None:
+        return self._queue.get()[2]
 
 
 class Intake:
@@ -19,8 +34,8 @@ class Intake:
 
     `num_preparing` threads decode and tile pictures, each one request (and one picture of up to
     MAX_IMAGE_PIXELS) at a time; another prepares requests without pictures, which so wait for
-    none; one encodes. With 0 there are no threads, and `put` does the work. `encode` replaces the
-    stages' own.
+    none; one encodes. Each takes the smallest priority first. With 0 there are no threads, and
+    `put` does the work. `encode` replaces the stages' own.
     """
 
     def __init__(
@@ -33,9 +48,7 @@ class Intake:
         self._stages, self._deliver = stages, deliver
         self._encode = encode or stages.encode
         self._num_preparing = num_preparing
-        self._pictures: _Queue = SimpleQueue()
-        self._texts: _Queue = SimpleQueue()
-        self._to_encode: _Queue = SimpleQueue()
+        self._pictures, self._texts, self._to_encode = _Queue(), _Queue(), _Queue()
         self._threads: list[threading.Thread] = []  # that which encodes last
         if num_preparing:
             self._threads = [

@@ -83,7 +83,8 @@ def _launch_rank(
 
         def open_runner() -> Runner:
             engine = read_engine()
-            return Runner(engine, *open_parts_on_ranks(engine, device, job, program.options))
+            vision, decoder = open_parts_on_ranks(engine, device, job, program.options)
+            return Runner(engine, vision, decoder, has_lost_rank=job.has_lost_rank)
 
         if world.rank == 0:
             return program.lead(device, open_runner)

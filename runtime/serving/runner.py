@@ -6,7 +6,7 @@ Any number of threads may ask at once, through one loop (shared_loop.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,16 @@ class Runner(Stages):
     decoder's steps. A server of this runner has the decoder for itself.
     """
 
-    def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
+    def __init__(
+        self,
+        engine: EngineDir,
+        vision: VisionExecutor,
+        decoder: DecoderExecutor,
+        *,
+        has_lost_rank: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__(engine, vision, decoder)
+        self.has_lost_rank = has_lost_rank  # of several: one died, so no step will end
         self._loop = SharedLoop()
         self._is_closed = False
 

@@ -55,6 +55,12 @@ class Server:
         """Whether the next `submit` is refused."""
         return self._loop.is_full
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the decoder's thread has ended by an error, or a rank died: no request will be
+        answered."""
+        return self._loop.has_failed or self.runner.has_lost_rank()
+
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
         """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or
         stopping, and `RuntimeError` once the decoder has failed."""
