@@ -132,6 +132,9 @@ def convert(
         if options.is_quantised:
             report = from_records(journal.records, *calibration.counts, options.dtype)
             report.write(staging / layout.REPORT)
+            warning = report.warning() if options.kv_cache_quant_algo is not None else None
+            if warning is not None:
+                log.warning("%s", warning)
             write_page(staging, report, _origin(model_name, config, options))
         folder.finish(staging, report)
         write_manifest(staging, kind, limits={}, known=entries, **made_from)

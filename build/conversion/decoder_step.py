@@ -16,13 +16,19 @@ import torch
 from build.conversion.calibration.amax_observer import AmaxObserver
 from build.conversion.calibration.calibrate_decoder import run_layer
 from build.conversion.calibration.calibration_set import Calibration
+from build.conversion.calibration.probe_decoder import Probe, probe_layer
 from build.conversion.calibration.row_file import NextStates, RowFile
 from build.conversion.output_files import OutputFiles
 from build.conversion.output_folder import LayerParts, OutputFolder, Rows
 from build.conversion.quantization.cast import amax, cast, row_blocks
 from build.conversion.quantization.layer_tensors import LayerTensors
 from build.conversion.quantization.scales import report_linears, scaled_anew
-from build.conversion.report.quantization_report import AttentionReport, LinearReport, as_record
+from build.conversion.report.quantization_report import (
+    AttentionReport,
+    LinearReport,
+    as_record,
+    with_residual_errors,
+)
 from build.conversion.unit import Unit
 from build.sources.source import Read
 from nvlm.formats.checkpoint_config import CheckpointConfig
@@ -170,11 +176,21 @@ class DecoderStep:
         decoder, lengths = self.config.decoder, self.calibration.lengths
         run_layer(layer, decoder, lengths, before, after, observer, self.device)
         seen = observer.maxima
+        observer.stop()
         weights = {name: layer.linear(name).weight for name in DECODER_LINEARS}
         linears = report_linears(
             prefix, weights, weight_amax, seen, observer.rows, self.report_format, self.dtype
         )
-        return linears, AttentionReport(prefix + "attention", seen["q"], seen["k"], seen["v"])
+        q_heads, k_heads, v_heads = (tuple(observer.head_maxima[x].tolist()) for x in "qkv")
+        attention = AttentionReport(
+            prefix + "attention", seen["q"], seen["k"], seen["v"], q_heads, k_heads, v_heads
+        )
+        scales = {row.linear.removeprefix(prefix): row.scales for row in linears}
+        probe = Probe.read(before, lengths, self.device)
+        errors, attention = probe_layer(
+            layer, decoder, probe, scales, self.report_format, attention
+        )
+        return with_residual_errors(linears, prefix, errors), attention
 
     def _rows(self, name: str, published: torch.Tensor, scales: LinearScales | None = None) -> Rows:
         """What is stored of `published`, quantised if given scales. name: for complaints."""

@@ -16,13 +16,18 @@ from torch import nn
 
 from build.conversion.calibration.amax_observer import AmaxObserver
 from build.conversion.calibration.calibration_set import Calibration
+from build.conversion.calibration.residual_error import QuantisedLinears, residual_errors
 from build.conversion.calibration.row_file import NextStates, RowFile
 from build.conversion.dummy_heads import without_dummy_heads
 from build.conversion.output_files import OutputFiles
 from build.conversion.output_folder import OutputFolder
 from build.conversion.quantization.cast import amax, cast
 from build.conversion.quantization.scales import report_linears, scaled_anew
-from build.conversion.report.quantization_report import LinearReport, as_record
+from build.conversion.report.quantization_report import (
+    LinearReport,
+    as_record,
+    with_residual_errors,
+)
 from build.conversion.unit import Unit
 from build.sources.source import Read
 from nvlm.formats.tensor_names import PROJECTOR_PREFIX, VISION_LAYER
@@ -169,11 +174,17 @@ class VisionStep:
         linears = {name: linear_of(layer, name) for name in VISION_LINEARS}
         observer.watch_inputs(linears)
         self._run_windows(layer, before, after)
+        observer.stop()
         weights = {name: linear.weight for name, linear in linears.items()}
         weight_amax = {name: amax(weight) for name, weight in weights.items()}
         rows = report_linears(
             prefix, weights, weight_amax, observer.maxima, observer.rows, VISION_FORMAT, self.dtype
         )
+        scales = {row.linear.removeprefix(prefix): row.scales for row in rows}
+        probe = before.read(range(1)).to(self.device)
+        parts = QuantisedLinears(linears, scales, VISION_FORMAT)
+        errors = residual_errors(lambda: layer(probe), parts, {})
+        rows = with_residual_errors(rows, prefix, errors)
         if waits:
             write = self._writer(out, rows)
             for key, tensor in layer.state_dict().items():

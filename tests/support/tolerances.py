@@ -68,6 +68,10 @@ EXPORT_LOGITS_RANDOM = FP8_LOGITS  # 0.21 measured: sharp attention multiplies i
 FP8_LINEAR = 0.05
 FP8_LINEAR_ELSEWHERE = 0.08
 
+# The error that a part in FP8 adds to a layer, in float32 and by other software: the same sums in
+# another order may turn an e4m3 number, of some thousands, to its neighbour.
+RESIDUAL_ERROR = 0.01
+
 # A kernel and its plain form differ in the order of float32 sums; a value near the middle of two
 # bfloat16 (e4m3) numbers then rounds to either.
 KERNEL_BF16 = 2e-3  # 2^-9 if every value were off by half a step
