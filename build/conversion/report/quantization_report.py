@@ -157,9 +157,9 @@ class QuantizationReport:
         )
 
     @classmethod
-    def read(cls, path: Path) -> QuantizationReport:
+    def read(cls, path: Path, flag: str = "--calib_cache") -> QuantizationReport:
         """Raises `UserError` for a file that no conversion of this version wrote."""
-        advice = f"give the {layout.REPORT} of an earlier conversion as --calib_cache"
+        advice = f"give the {layout.REPORT} of an earlier conversion as {flag}"
         try:
             values = read_json_object(path)
         except UserError as error:
