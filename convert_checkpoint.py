@@ -69,6 +69,13 @@ def parser() -> ArgumentParser:
     )
     add("--quant_algo", choices=ALGORITHMS, default="FP8", help="of the decoder's linears")
     add("--kv_cache_quant_algo", choices=ALGORITHMS, help="default: as --quant_algo")
+    add(
+        "--exclude_modules",
+        nargs="+",
+        metavar="NAME",
+        help="linears that stay in --dtype, as the report names them "
+        "(transformer.layers.0.mlp.proj), or patterns of them (*.mlp.proj)",
+    )
     add("--dtype", choices=TORCH_DTYPES, default="bfloat16", help="of what is not quantised")
     add("--tp_size", type=positive_int, default=1, help="ranks that share every layer")
     add("--pp_size", type=positive_int, default=1, help="stages that the layers are divided into")
@@ -168,11 +175,13 @@ def main() -> None:
         calib_cache=arguments.calib_cache,
         tp_size=arguments.tp_size,
         pp_size=arguments.pp_size,
+        exclude_modules=tuple(dict.fromkeys(arguments.exclude_modules or ())),
     )
     require_used(arguments, options)
     choice.check_conversion(options, arguments.projector_norm_eps)
     if arguments.dry_run:
         model = read_config(arguments.model_dir, tokenizer_dir=arguments.tokenizer_dir)
+        choice.check_model(options, model)
         planned: OutputFormat = choice.made(None) if choice.is_export else TENSORRT_LLM
         dry_run(model, options, planned, arguments)
         return
@@ -183,6 +192,7 @@ def main() -> None:
         tokenizer_dir=arguments.tokenizer_dir,
         projector_norm_eps=arguments.projector_norm_eps or exported_eps,
     )
+    choice.check_model(options, source.config)
     output_format: OutputFormat = TENSORRT_LLM
     if choice.is_export:
         is_published = isinstance(source, HuggingFaceSource)

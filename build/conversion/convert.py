@@ -20,6 +20,7 @@ from build.conversion.calibration.calibration_set import BUILT_IN, Calibration, 
 from build.conversion.calibration.row_file import RowFile
 from build.conversion.decoder_step import DecoderStep
 from build.conversion.dummy_heads import converted_vision_config
+from build.conversion.excluded_modules import check_excluded
 from build.conversion.journal import Journal
 from build.conversion.output_folder import OutputFolder, OutputFormat
 from build.conversion.pipeline import DEFAULT_BUFFERS, Buffers
@@ -61,25 +62,30 @@ class ConvertOptions:
     calib_cache: Path | None = None
     tp_size: int = 1
     pp_size: int = 1
+    exclude_modules: tuple[str, ...] = ()
 
     @property
     def is_quantised(self) -> bool:
         return self.quant_algo is not None or self.kv_cache_quant_algo is not None
 
     def config(self, model: NVLMConfig) -> CheckpointConfig:
-        """Raises `UserError` where the decoder does not divide into the ranks asked for."""
+        """Raises `UserError` where the decoder does not divide into the ranks asked for, or has no
+        linear of an excluded name."""
         try:
             check_divides(model.decoder, self.tp_size, self.pp_size)
         except UserError as error:
             raise UserError(f"--{error}") from None
-        return CheckpointConfig(
+        config = CheckpointConfig(
             model.decoder,
             self.dtype,
             self.quant_algo,
             self.kv_cache_quant_algo,
             self.tp_size,
             self.pp_size,
+            self.exclude_modules,
         )
+        check_excluded(config)
+        return config
 
 
 def convert(

@@ -152,8 +152,11 @@ class DecoderStep:
             cached, attention = cache.rows_of(prefix)
             linears = scaled_anew(prefix, DECODER_LINEARS, cached, self.report_format, self.dtype)
         by_name = {row.linear.removeprefix(prefix): row for row in linears}
-        is_quantised = self.config.weight_format is not UNQUANTIZED
-        scales = {name: row.scales for name, row in by_name.items()} if is_quantised else {}
+        scales = {
+            name: row.scales
+            for name, row in by_name.items()
+            if self.config.linear_format(i, name) is not UNQUANTIZED
+        }
 
         def rows(tensor: EngineTensor, source: str) -> Rows:
             name = tensor.name.removesuffix(".weight")

@@ -87,7 +87,7 @@ class TensorRTLLMFolder:
         if layer is None:
             names = [tensor.name for tensor in tensors]
         else:
-            names = list(decoder_layer_tensors(self.config))
+            names = list(decoder_layer_tensors(self.config, layer))
         for name in names:
             for mapping, written in RankFiles(self.config).names(name, layer):
                 yield layout.rank_file(mapping.rank), written
@@ -99,7 +99,7 @@ class TensorRTLLMFolder:
             scales |= self.config.weight_format.scale_tensors(linear, found)
         if parts.attention is not None:
             scales[KV_CACHE_SCALE] = torch.tensor([parts.attention.kv_cache_scaling_factor])
-        for name in decoder_layer_tensors(self.config):
+        for name in decoder_layer_tensors(self.config, parts.index):
             if name in scales:
                 files.append_scale(out, name, parts.index, scales[name])
                 continue

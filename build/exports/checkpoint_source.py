@@ -99,15 +99,15 @@ class CheckpointSource:
         return whole[: self.config.decoder.vocab_size] if layer is None else whole
 
     def scales(self, layer: int) -> dict[str, LinearScales]:
-        """Of the layer's linears, by their names in `DECODER_LINEARS`: what the weights were
-        quantised with."""
+        """Of the layer's quantised linears, by their names in `DECODER_LINEARS`: what their
+        weights were quantised with."""
         mapping, reader = self._holders(ENGINE_LAYER_TENSORS[0], layer)[0]
         found = {}
         for linear in DECODER_LINEARS:
             written = self._written(linear, layer, mapping)
-            scales = self.whole.weight_format.read_scales(reader.read, written)
-            assert scales is not None, "the decoder is quantised"
-            found[linear] = scales
+            scales = self.whole.linear_format(layer, linear).read_scales(reader.read, written)
+            if scales is not None:
+                found[linear] = scales
         return found
 
     def vision_scales(self, number_format: NumberFormat) -> dict[str, LinearScales]:

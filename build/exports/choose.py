@@ -10,7 +10,10 @@ from pathlib import Path
 from build.conversion.convert import ConvertOptions
 from build.exports.hugging_face_folder import HuggingFaceFormat
 from build.exports.schemes import SCHEMES
-from nvlm.model.config import PROJECTOR_NORM_EPS
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.tensor_names import ENGINE_LAYER
+from nvlm.model.config import PROJECTOR_NORM_EPS, NVLMConfig
+from nvlm.model.decoder import SHARED_SCALE_LINEARS
 from nvlm.model.number_formats import format_named
 from nvlm.program.errors import UserError
 
@@ -71,6 +74,12 @@ class Choice:
                 f"--output_format {' or '.join(holders)}"
             )
 
+    def check_model(self, options: ConvertOptions, model: NVLMConfig) -> None:
+        """Raises `UserError` where the model's linears cannot be stored as chosen."""
+        config = options.config(model)
+        if self.is_export:
+            _check_fused(config)
+
     def check_conversion(self, options: ConvertOptions, projector_norm_eps: float | None) -> None:
         """Raises `UserError` for choices of a conversion that an export cannot hold."""
         if not self.is_export:
@@ -101,6 +110,18 @@ class Choice:
             self.is_text_only,
             format_named(self.vision_quant_algo),
         )
+
+
+def _check_fused(config: CheckpointConfig) -> None:
+    """Raises `UserError` where one of gate and up is excluded, which readers of exports fuse."""
+    for i in range(config.decoder.num_hidden_layers):
+        formats = {config.linear_format(i, linear) for linear in SHARED_SCALE_LINEARS}
+        if len(formats) > 1:
+            both = " and ".join(ENGINE_LAYER.format(i=i) + name for name in SHARED_SCALE_LINEARS)
+            raise UserError(
+                f"--exclude_modules names one of {both}, which readers of an export fuse; name "
+                "both or neither"
+            )
 
 
 def check_checkpoint(choice: Choice, given: Collection[str], is_dry_run: bool) -> None:

@@ -142,7 +142,7 @@ class HuggingFaceFolder:
         for tensor in ENGINE_LAYER_TENSORS:
             for source in tensor.sources:
                 self._write_rows(out, prefix + source, parts.rows(tensor, source))
-                if is_quantised(tensor, config):
+                if is_quantised(tensor, parts.index, config):
                     scales = parts.scales[tensor.name.removesuffix(".weight")]
                     self._append_scales(out, prefix + source.removesuffix(".weight"), scales)
         if config.kv_cache_format is UNQUANTIZED:
@@ -161,7 +161,7 @@ class HuggingFaceFolder:
     def finish(self, staging: Path, report: QuantizationReport | None) -> None:
         is_text = not self.has_vision
         head = "lm_head" if is_text else f"{DECODER_PREFIX}lm_head"
-        ignored = [head]
+        ignored = [head, *self._tensors.excluded()]
         if not is_text:
             ignored.append(PROJECTOR_PREFIX)
             if self.vision_format is UNQUANTIZED:

@@ -79,10 +79,21 @@ class ExportTensors:
             for source in tensor.sources:
                 name = self.name(prefix + source)
                 yield name
-                if is_quantised(tensor, self.config):
+                if is_quantised(tensor, layer, self.config):
                     yield from self.scales(name.removesuffix(".weight"))
             if layer is not None and tensor.name == "attention.qkv.bias" and is_cache_quantised:
                 yield from self.cache_scales(layer)
+
+    def excluded(self) -> list[str]:
+        """Linears of the decoder's layers that stay in `dtype`, by the export's names."""
+        return [
+            self.name(DECODER_LAYER.format(i=i)) + source.removesuffix(".weight")
+            for i in range(self.config.decoder.num_hidden_layers)
+            for tensor in ENGINE_LAYER_TENSORS
+            for source in tensor.sources
+            if tensor.name.removesuffix(".weight") in DECODER_LINEARS
+            and not is_quantised(tensor, i, self.config)
+        ]
 
     def all(self) -> dict[str, TensorInfo]:
         """In the order of the model."""
@@ -124,8 +135,9 @@ class ExportTensors:
         return {layout.shard(i, len(shards)): shard for i, shard in enumerate(shards, start=1)}
 
 
-def is_quantised(tensor: EngineTensor, config: CheckpointConfig) -> bool:
+def is_quantised(tensor: EngineTensor, layer: int | None, config: CheckpointConfig) -> bool:
     """Whether an engine tensor is the weight of a linear that is stored quantised."""
     linear = tensor.name.removesuffix(".weight")
-    is_weight = linear != tensor.name and linear in DECODER_LINEARS
-    return is_weight and config.weight_format is not UNQUANTIZED
+    if layer is None or linear == tensor.name or linear not in DECODER_LINEARS:
+        return False
+    return config.linear_format(layer, linear) is not UNQUANTIZED
