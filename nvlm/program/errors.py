@@ -22,3 +22,11 @@ class UserError(Exception):
     scripts print it on one line and exit with code 2. A mistake of ours is an `assert` or any
     other exception and keeps its traceback.
     """
+
+
+class PartDiedError(Exception):
+    """A part of a server ended or hangs, told in one sentence.
+
+    Nobody's mistake, and nothing that the program can go on without: it answers what is in flight
+    with this, prints it on one line and exits with code 3. What broke has its traceback in the log.
+    """

@@ -17,6 +17,7 @@ from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderExecutor, DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
+from runtime.engine.mapped_files import EngineChangedError, MappedFiles
 from runtime.engine.open_engine import open_engine
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult, GivenImage
 from runtime.serving.engine_parts import open_parts
@@ -30,6 +31,9 @@ NUM_AHEAD = 8
 size."""
 
 
+_CPU = torch.device("cpu")
+
+
 class Runner(Stages):
     """What `Stages` are made of, opened together; a context that closes it.
 
@@ -37,8 +41,15 @@ class Runner(Stages):
     decoder's steps. A server of this runner has the decoder for itself.
     """
 
-    def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
-        super().__init__(engine, vision, decoder)
+    def __init__(
+        self,
+        engine: EngineDir,
+        vision: VisionExecutor,
+        decoder: DecoderExecutor,
+        device: torch.device = _CPU,
+        mapped: MappedFiles | None = None,
+    ) -> None:
+        super().__init__(engine, vision, decoder, device, mapped)
         self._loop = SharedLoop()
 
     @classmethod
@@ -58,7 +69,8 @@ class Runner(Stages):
         engine = open_engine(Path(engine_dir), device)
         if environment is not None:
             set_up_libraries(engine, device, environment)
-        return cls(engine, *open_parts(engine, device, options))
+        mapped = MappedFiles.of(engine, device)
+        return cls(engine, *open_parts(engine, device, options), device, mapped)
 
     def generate(
         self,
@@ -153,7 +165,7 @@ def _num_preparing() -> int:
 def _outcome(item: tuple[int, Answer]) -> tuple[int, GenerationResult | UserError]:
     """Raises what is not the request's mistake."""
     index, answer = item
-    if isinstance(answer.error, UserError):
+    if isinstance(answer.error, UserError) and not isinstance(answer.error, EngineChangedError):
         return index, answer.error
     if answer.error is not None:
         raise answer.error

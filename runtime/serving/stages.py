@@ -13,19 +13,37 @@ import torch
 from nvlm.formats import layout
 from nvlm.inputs.tiling import TiledImage
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
+from nvlm.planning.step_limit import decoder_step_limit, vision_limit
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest
 from runtime.engine.engine_dir import EngineDir
+from runtime.engine.mapped_files import MappedFiles
 from runtime.requests.text_stream import TextStream
 from runtime.serving.prepare import prepare
 from runtime.serving.ticket import Ticket
 from runtime.vision.executor import VisionExecutor
 
+_CPU = torch.device("cpu")
+
 
 class Stages:
-    """The stages of an opened engine. Each raises what ends the request it was given."""
+    """The stages of an opened engine. Each raises what ends the request it was given.
 
-    def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
+    device: where they run, for how long they may take. mapped: the engine's files that they have
+    mapped there, from before they were; None are not looked at.
+    """
+
+    def __init__(
+        self,
+        engine: EngineDir,
+        vision: VisionExecutor,
+        decoder: DecoderExecutor,
+        device: torch.device = _CPU,
+        mapped: MappedFiles | None = None,
+    ) -> None:
         self.engine = engine
+        self.mapped = mapped or MappedFiles(engine, ())
+        self.step_limit = decoder_step_limit(engine.checkpoint_config, device)
+        self._vision_limit = vision_limit(engine.vision_config, device)
         self.tokenizer = Tokenizer(engine.directory / layout.TOKENIZER)
         self.vision = vision
         self.decoder = decoder
@@ -47,6 +65,22 @@ class Stages:
             return
         with self._encoding:  # waiting for it is no time of vision's
             self._encode(ticket)
+
+    def encode_limit_s(self, ticket: Ticket) -> float:
+        """How long encoding a ticket's images never takes."""
+        num_tiles = sum(image.num_tiles for image in ticket.images)
+        return self._vision_limit.seconds(num_tiles * self.engine.vision_config.num_positions)
+
+    def probe(self) -> None:
+        """One step of the decoder for nobody, while it has nothing else to do. Raises what breaks
+        in it."""
+        request_id = self.decoder.submit(DecoderRequest([0], 1))
+        try:
+            for output in self.decoder.step():
+                if output.request_id == request_id and output.error is not None:
+                    raise output.error
+        finally:
+            self.decoder.cancel(request_id)
 
     def start(self, ticket: Ticket) -> int:
         """Queues a request in the decoder and returns its id there."""

@@ -237,7 +237,7 @@ def test_a_full_server_is_busy_and_takes_requests_again(runner: Runner) -> None:
 def test_a_bad_request_ends_alone(server: Server, images: Images) -> None:
     good, bad, late = Listener(), Listener(), Listener()
     server.submit(question("Long?", 60), good)
-    server.submit(GenerationRequest((b"no picture", "What?")), bad)
+    server.submit(GenerationRequest((b"\x89PNG\r\n\x1a\nno picture", "What?")), bad)
     server.submit(question("x " * 5000, 3), late)
     with pytest.raises(UserError, match="not a whole image"):
         bad.result()
