@@ -135,7 +135,9 @@ class Runner(Stages):
 
     def close(self) -> None:
         """Ends what is open with a `UserError` and frees the executors; other ranks end with the
-        leader's."""
+        leader's. Does nothing after a server's failure: the process is to end."""
+        if self.has_failed:
+            return
         self._loop.close()
         self.vision.close()
         self.decoder.close()

@@ -154,6 +154,7 @@ class Server:
 
     def _end(self, error: Exception) -> None:
         self.failure = error
+        self.runner.has_failed = True
         self._loop.stop(error)
         self._on_end(error)
 

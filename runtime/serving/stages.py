@@ -47,6 +47,7 @@ class Stages:
         self.tokenizer = Tokenizer(engine.directory / layout.TOKENIZER)
         self.vision = vision
         self.decoder = decoder
+        self.has_failed = False  # a part of its server: what may hang is left alone from then on
         self.in_loop = threading.Lock()  # held by the one loop that is open
         self._encoding = threading.Lock()  # held by the one thread that encodes images
 

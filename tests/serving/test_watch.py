@@ -19,7 +19,7 @@ from runtime.serving.server import Server
 from runtime.serving.watch import Watch
 
 WAIT_S = 60
-LOOK_S = 0.01
+LOOK_S, HANG_S = 0.01, 2.0
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_a_decoder_that_hangs_is_told_and_nobody_waits_for_it(
 
     monkeypatch.setattr(runner.decoder, "step", hang)
     told = Told()
-    server = serve(runner, told, hang_after_s=5 * LOOK_S)
+    server = serve(runner, told, hang_after_s=HANG_S)
     errors = Ends(server, "a", "b").errors()
     assert all(isinstance(error, PartDiedError) for error in errors)
     assert "the decoder's thread has made no progress" in str(told.wait())
@@ -195,7 +195,7 @@ def test_so_are_the_threads_that_prepare(
 
     monkeypatch.setattr(runner, stage, fail)
     told = Told()
-    server = serve(runner, told, hang_after_s=5 * LOOK_S)
+    server = serve(runner, told, hang_after_s=HANG_S)
     (error,) = Ends(server, "a").errors()
     assert isinstance(error, PartDiedError)
     assert "the thread that prepares texts has" in str(told.wait())

@@ -16,7 +16,9 @@ def _obey(order):
     order = pathlib.Path(order)
     while not order.exists():
         time.sleep(0.05)
-    exec(order.read_text(), globals())
+    source = order.read_text()
+    order.unlink()
+    exec(source, globals())
 
 
 import threading

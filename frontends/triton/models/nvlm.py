@@ -67,8 +67,7 @@ class TritonPythonModel:
         self._heartbeat.leave()
         self._server.close()
         self._delivery.close()
-        if self._server.failure is None:
-            self._server.runner.close()
+        self._server.runner.close()
 
     def _end(self, error: Exception) -> None:
         """Every client has heard `error`: now the program that started Triton does."""
