@@ -24,7 +24,7 @@ class UserError(Exception):
     """
 
 
-class PartDiedError(Exception):
+class PartDiedError(RuntimeError):
     """A part of a server ended or hangs, told in one sentence.
 
     Nobody's mistake, and nothing that the program can go on without: it answers what is in flight

@@ -15,7 +15,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Literal
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import PartDiedError, UserError
 from runtime.decoder.executor import StepOutput
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.intake import Intake
@@ -182,7 +182,7 @@ class Loop:
 
     def require_decoder(self) -> None:
         if self._failure is not None:
-            raise RuntimeError("the decoder has failed; start again") from self._failure
+            raise PartDiedError("the decoder has failed; start again") from self._failure
 
     def samples(self) -> dict[tuple[str, Labels], float]:
         """Every metric as it is now."""

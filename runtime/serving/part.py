@@ -25,6 +25,11 @@ class Part:
         self.num_beats += 1
         self.is_at_work = True
 
+    @property
+    def is_stuck(self) -> bool:
+        """Of a failed server: whether its thread may never end."""
+        return self.is_at_work and self.thread is not None and self.thread.is_alive()
+
     def rest(self) -> None:
         """Waits for work, as long as there is none."""
         self.is_at_work = False

@@ -20,7 +20,7 @@ from runtime.serving.part import Part
 from runtime.serving.picture_types import require_server_types
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Listener, Ticket
-from runtime.serving.watch import LOOK_S, Watch
+from runtime.serving.watch import LOOK_S, Watch, died
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +115,11 @@ class Server:
         self._parts.append(part)
 
     def close(self) -> None:
-        """Refuses what is open and waits for the threads; the runner stays open. After a failure it
-        waits for none: one of them hangs, or is gone with the decoder in the middle of a step."""
+        """Refuses what is open and waits for the threads, unless one hangs; the runner stays
+        open."""
         self._watch.close()
         self._loop.stop()
-        if self.failure is None:
+        if self.failure is None or not any(part.is_stuck for part in self._loop.parts):
             self._thread.join()
             self._loop.close()
 
@@ -137,7 +137,11 @@ class Server:
         except BaseException as error:
             logger.exception("the decoder's thread ended")
             self._loop.part.error = error
-            self._loop.stop(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            # Before it is ready, whoever opens the server gets what happened itself.
+            told = died(self._loop.part)
+            if isinstance(error, Exception) and not self._is_prepared.is_set():
+                told = error
+            self._loop.stop(told)
         finally:
             self._is_prepared.set()
 

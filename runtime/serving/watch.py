@@ -65,7 +65,7 @@ class Watch:
         """Why the server cannot go on, if it cannot."""
         for part in tuple(self._parts):
             if part.thread is not None and not part.thread.is_alive():
-                return _died(part)
+                return died(part)
             if self._hangs(part):
                 _log_place(part)
                 return PartDiedError(
@@ -95,11 +95,14 @@ class Watch:
             self._on_look()
 
 
-def _died(part: Part) -> Exception:
+def died(part: Part) -> Exception:
+    """What is told of a part whose thread has ended, or is about to."""
     if isinstance(part.error, UserError):
         return part.error
     why = "" if part.error is None else f": {type(part.error).__name__}: {part.error}"
-    return PartDiedError(f"{part.name} has ended{why}")
+    told = PartDiedError(f"{part.name} has ended{why}")
+    told.__cause__ = part.error
+    return told
 
 
 def _log_place(part: Part) -> None:

@@ -35,7 +35,7 @@ class Tally:
     done: Counter[str] = field(default_factory=Counter)  # by kind
     wrong: list[str] = field(default_factory=list)
     gone: list[tuple[float, float]] = field(default_factory=list)  # begun and ended, monotonic
-    in_flight: dict[int, float] = field(default_factory=dict)  # by client: when it was begun
+    in_flight: dict[int, tuple[float, str]] = field(default_factory=dict)  # by client: begun, kind
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -48,9 +48,9 @@ class Tally:
             if wrong is not None:
                 self.wrong.append(f"{kind}: {wrong}")
 
-    def since(self, moment: float) -> int:
-        """How many requests are without an answer that were in flight then."""
-        return sum(begun <= moment for begun in tuple(self.in_flight.values()))
+    def since(self, moment: float) -> list[str]:
+        """The kinds of requests without an answer that were in flight then."""
+        return [kind for begun, kind in tuple(self.in_flight.values()) if begun <= moment]
 
     def lose(self, begun: float) -> None:
         with self._lock:
@@ -96,12 +96,14 @@ class Load:
         kinds = list(self._door.deeds)
         while not self._stops.is_set():
             kind = choice.choice(kinds)
-            begun = self.tally.in_flight[number] = time.monotonic()
+            begun = time.monotonic()
+            self.tally.in_flight[number] = begun, kind
             try:
                 self.tally.count(kind, self._door.deeds[kind](choice))
             except GoneError:
                 if not self._may_go:
                     raise
                 self.tally.lose(begun)
-                del self.tally.in_flight[number]
                 self._stops.wait(0.2)
+            finally:
+                self.tally.in_flight.pop(number, None)

@@ -1,9 +1,9 @@
 """Minutes under load, and deaths: `make soak MINUTES=N`.
 
-First the load of load.py on a server that stays up: every valid answer as when alone, memory flat.
-Then the model's process, the decoder's thread, tritonserver and a rank die in turn under it: each
-is noticed, no request waits for long, and the server that starts again answers as before. Progress
-goes to stderr; the last line of stdout is what was found, as JSON. Exit code 1: not all of it held.
+A rank, the model's process, the decoder's thread and tritonserver die in turn under the load of
+load.py: each is noticed, no request waits for long, and the server that starts again answers as
+before. Then the load goes to a server that stays up: every valid answer as when alone, memory flat.
+Progress goes to stderr, what was found to stdout, as JSON. Exit code 1: not all of it held.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ def die_in_turn(engine_dir: Path, folder: Path, asked: tuple[list[Question], lis
             while load.tally.since(killed) and time.monotonic() < killed + 60:
                 time.sleep(0.02)
             answered_s = time.monotonic() - killed
+            left = load.tally.since(killed)
             server.wait_for("starting again: ", number)
             noticed_s = time.monotonic() - killed
             server.wait_for("ready: ", number + 1)
@@ -144,7 +145,8 @@ def die_in_turn(engine_dir: Path, folder: Path, asked: tuple[list[Question], lis
             say(f"{part}: all answered after {answered_s:.1f} s, ready after {again_s:.1f} s")
             # The line comes when the server has been stopped: it was noticed before.
             found.require(noticed_s < NOTICED_S + ANSWERED_S, f"{part}: ended in {noticed_s:.1f} s")
-            found.require(answered_s < ANSWERED_S, f"{part}: a request waited {answered_s:.1f} s")
+            waited = f"{part}: requests waited {answered_s:.1f} s, the last {left}"
+            found.require(answered_s < ANSWERED_S, waited)
             found.require(running_in_group(group) == [], f"{part}: processes are left")
         load.wait_for(REQUESTS_AFTER_RESTART)
         found.take("deaths", load.stop())
@@ -187,9 +189,9 @@ def main() -> int:
         questions = make_questions()
         asked = questions, answers_alone(engine_dir, questions)
         found = [
-            stay_up(engine_dir, folder / "load", asked, 60 * arguments.minutes),
-            die_in_turn(engine_dir, folder / "deaths", asked),
             lose_a_rank(folder / "ranks"),
+            die_in_turn(engine_dir, folder / "deaths", asked),
+            stay_up(engine_dir, folder / "load", asked, 60 * arguments.minutes),
         ]
     faults = [fault for part in found for fault in part.faults]
     values = {name: value for part in found for name, value in part.values.items()}

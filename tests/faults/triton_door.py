@@ -26,7 +26,8 @@ from tests.support.triton_server import Served, tensors
 ANSWER_S = 120
 _LONG = "Tell me everything."
 _DIED = ("has ended", "has made no progress", "the decoder has failed")
-_AWAY = ("UNAVAILABLE", "StatusCode.CANCELLED", "no longer in valid state", *_DIED)
+_STOPS = ("has no available versions", "the server is stopping", "Server is stopping")
+_AWAY = ("UNAVAILABLE", "StatusCode.CANCELLED", "no longer in valid state", *_DIED, *_STOPS)
 
 # What a request must not hold, and a word of the refusal.
 INVALID: list[tuple[dict[str, Any], str]] = [
@@ -94,7 +95,7 @@ class TritonDoor:
             for begin, end in zip([0, *cuts], [*cuts, len(body)], strict=True):
                 connection.send(body[begin:end])
                 time.sleep(choice.random() * 0.1)
-            answer = json.load(connection.getresponse())
+            answer = _refuse_end(json.load(connection.getresponse()))
         except (ConnectionError, http.client.BadStatusLine) as error:
             raise GoneError(str(error)) from None
         finally:
@@ -165,7 +166,7 @@ class TritonDoor:
             client.start_stream(lambda result, error: came.put((result, error)))
             client.async_stream_infer(model, inputs, enable_empty_final_response=True)
             while True:
-                result, error = came.get(timeout=ANSWER_S)
+                result, error = _next(came, client)
                 if error is not None:
                     raise error
                 response = result.get_response()
@@ -188,10 +189,7 @@ class TritonDoor:
             with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
-            answer = json.load(error)
-            if any(word in str(answer) for word in _DIED):
-                raise GoneError(str(answer)) from None
-            return error.code, answer
+            return error.code, _refuse_end(json.load(error))
         except TimeoutError:
             raise
         except OSError as error:
@@ -202,6 +200,27 @@ class TritonDoor:
             return socket.create_connection(("127.0.0.1", self._served.http), timeout=ANSWER_S)
         except OSError as error:
             raise GoneError(str(error)) from None
+
+
+def _refuse_end(answer: dict[str, Any]) -> dict[str, Any]:
+    """Raises `GoneError` for an error of a server that ends."""
+    if any(word in str(answer.get("error", "")) for word in (*_DIED, *_STOPS)):
+        raise GoneError(str(answer))
+    return answer
+
+
+def _next(came: queue.Queue[tuple[Any, Any]], client: Any) -> tuple[Any, Any]:
+    """What comes next. A stream that the server ends without an answer is an end too, of which
+    tritonclient tells nobody."""
+    end = time.monotonic() + ANSWER_S
+    while True:
+        is_open = client._stream._handler.is_alive()  # before the last look
+        try:
+            return came.get(timeout=0.5 if is_open else 0.0)
+        except queue.Empty:
+            assert time.monotonic() < end, f"no answer in {ANSWER_S} s"
+            if not is_open:
+                raise GoneError("the stream ended without an answer") from None
 
 
 def _differs(found: str, expected: str) -> str | None:
