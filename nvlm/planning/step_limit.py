@@ -1,7 +1,7 @@
 """How long one piece of work may take on the slowest machine that is worth running it on.
 
-Beyond that it hangs. The rates are a tenth of what slow machines were seen to do and less, so that
-a busy or swapping one is never taken for dead; what waits for the limit is a hang alone, since dead
+Beyond that it hangs. The rates are far below those of any machine that is worth it, so that a busy
+or swapping one is never taken for dead; what waits for the limit is a hang alone, since dead
 processes and threads are seen at once.
 """
 
@@ -20,8 +20,8 @@ from nvlm.planning.memory_plan import (
 )
 
 LEAST_S = 60.0  # for what no plan counts: a scheduler that gives others the CPU, a compiled kernel
-_CPU_FLOPS_PER_S = 1e9  # two busy cores gave 20e9 and more (bench/results/cpu_path.json)
-_GPU_FLOPS_PER_S = 20e12  # an H100 gave 400e12 in prompts (bench/results)
+_CPU_FLOPS_PER_S = 0.5e9  # a core that many programs share multiplies one row faster
+_GPU_FLOPS_PER_S = 20e12  # an H200 is 60 times as fast (bench/results/hopper_h200_rooms.json)
 _DISK_BYTES_PER_S = 100e6  # mapped weights that the system dropped are read again
 
 
