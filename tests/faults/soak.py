@@ -183,6 +183,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nvlm_soak_") as name:
         folder = Path(name)
+        os.environ["TMPDIR"] = name  # where servers that died leave their logs
         for part in ("engine", "load", "deaths", "ranks"):
             (folder / part).mkdir()
         engine_dir = make_engine(folder / "engine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from nvlm.program.command_line import EXIT_PART_DIED
+from nvlm.formats import layout
+from nvlm.program.command_line import EXIT_PART_DIED, EXIT_USER_ERROR
 from tests.frontends.test_triton_start import kept_log, running_in_group
 from tests.support.command import ROOT
 from tests.support.sabotage import END_DECODER, HANG_DECODER, Sabotaged
@@ -199,3 +201,19 @@ def test_a_server_that_rests_under_a_short_limit_does_not_hang(
         assert not threading.Event().wait(25)
         assert server.process.poll() is None, server.log.read_text()
         assert server.served.generate(text_input="Well?", max_tokens=2)["num_tokens"] == 2
+
+
+def test_an_engine_that_is_changed_ends_the_server_as_a_mistake(
+    float32_engine_dir: Path, tmp_path: Path
+) -> None:
+    """While nobody asks; and with --restart too, which would not heal it."""
+    engine = shutil.copytree(float32_engine_dir, tmp_path / "engine")
+    with serving(engine, tmp_path, "--restart") as server:
+        rank = engine / layout.LLM / layout.rank_file(0)
+        with open(rank, "r+b") as file:
+            file.seek(-50_000, os.SEEK_END)
+            file.write(bytes(50_000))
+        assert server.process.wait(WAIT_S) == EXIT_USER_ERROR
+        told = server.wait_for(r"error: .*its log is kept in .*")[0]
+        assert f"{rank} was changed or replaced while" in told
+        kept_log(told)
