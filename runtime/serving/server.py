@@ -82,6 +82,11 @@ class Server:
         self._watch.start()
 
     @property
+    def has_failed(self) -> bool:
+        """Whether no request will be answered any more."""
+        return self.failure is not None
+
+    @property
     def metrics(self) -> ServingMetrics:
         return self._loop.metrics
 

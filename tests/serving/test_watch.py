@@ -158,6 +158,7 @@ def test_with_the_decoders_thread_dead_all_are_answered_and_the_server_says_why(
     assert isinstance(error, PartDiedError)
     assert "the decoder's thread has ended" in str(error)
     assert server.failure is error
+    assert server.has_failed
     with pytest.raises(RuntimeError, match="the decoder has failed"):
         Ends(server, "later")
     server.close()
