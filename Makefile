@@ -26,6 +26,9 @@ SERVE_FLAGS ?=
 # More flags of build_engine.py, as BUILD_FLAGS="--max_batch_size 16 --optimize_for latency".
 BUILD_FLAGS ?=
 
+# Of `make soak`.
+MINUTES ?= 10
+
 DEMO := work/demo
 # `make serve` without ENGINE_DIR serves the small trained model.
 SERVES_DEMO := $(filter file,$(origin ENGINE_DIR))
@@ -44,7 +47,8 @@ help:
 	@echo "make triton ENGINE_DIR=... [HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002 TRITON_FLAGS=...]"
 	@echo "make doctor      what can be built and run here, and what is missing for the rest"
 	@echo "make setup [DEVICE=cuda]   the environment: for any CPU, or for a GPU without NVIDIA's container"
-	@echo "make test-all | durations | lint | benchmark | soak [MINUTES=10] | clean"
+	@echo "make soak [MINUTES=10]   load and deaths on real servers"
+	@echo "make test-all | durations | lint | benchmark | clean"
 
 # A stamp per requirements file: installing again is a no-op until the file changes.
 # SYSTEM_PYTHON=1 takes $(PYTHON) as it is, in a container that has everything (docker/Dockerfile).
@@ -143,6 +147,13 @@ durations: setup-test
 	$(PYTEST) -m "not slow" --junitxml work/tests.xml
 	$(BIN)/python -m tools.slowest_tests work/tests.xml --output tests/durations.md
 
+# Minutes of load and deaths on Triton, then as many of load on serve.py (docs/reliability.md);
+# `make test` runs seconds of it.
+soak: setup-test
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+	@$(RUN) -m tools.demo --engine_only
+	@$(RUN) -m bench.serving.soak --engine_dir $(DEMO)/engine --minutes $(MINUTES)
+
 lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -151,12 +162,6 @@ lint: setup-test
 
 benchmark: setup
 	@$(RUN) -m bench.cpu.path
-
-# Clients of all kinds ask the server of the small model for MINUTES; nothing may be lost.
-MINUTES ?= 10
-soak: setup-test
-	@$(RUN) -m tools.demo --engine_only
-	@$(RUN) -m bench.serving.soak --engine_dir $(DEMO)/engine --minutes $(MINUTES)
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from nvlm.program.command_line import ArgumentParser, natural_int, positive_float, positive_int
-from nvlm.program.errors import UserError
+from nvlm.program.errors import PartDiedError, UserError
 from nvlm.program.launcher import rank_from
-from nvlm.program.process import set_most_pixels
+from nvlm.program.process import set_most_pixels, set_picture_types
 from runtime.decoder.executor import DecoderOptions
 from runtime.serving.launch import Program, add_engine_flags, launch
+from runtime.serving.picture_types import SERVER_PICTURE_TYPES
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 
@@ -38,7 +39,6 @@ _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 _POLL_S = 0.1
 _SHOWN_FAILED_S = 5.0
 """A decoder that failed is told to probes for so long before the program ends."""
-EXIT_FAILED = 1
 
 
 def parser() -> ArgumentParser:
@@ -95,6 +95,7 @@ def lead(
     options, guard = _rules(arguments)
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)
+    set_picture_types(SERVER_PICTURE_TYPES)
     open_log(arguments.access_log)
     door = Door(options)
     address = (arguments.host, arguments.port)
@@ -119,9 +120,8 @@ def lead(
             while not (stop.is_asked or server.has_failed):
                 stop.wait(_POLL_S)
             if server.has_failed:
-                log.error("the decoder has failed; the server ends")
                 time.sleep(_SHOWN_FAILED_S)
-                return EXIT_FAILED
+                raise server.failure or PartDiedError("another rank died; the server ends")
             door.drain()
             _drain(door, server, arguments.drain_s)
         finally:

@@ -7,7 +7,8 @@ One set of templates, two forms: `torch` runs vision and decoder in the process 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from string import Template
 from typing import Literal
@@ -40,6 +41,7 @@ _MODELS: dict[Form, dict[str, str | None]] = {
         "tensorrt_llm": None,
     },
 }
+PYTHON_MODELS = ("nvlm", "vision")
 _TRITON_DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
 
 
@@ -47,7 +49,9 @@ _TRITON_DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "T
 class ServeOptions:
     """num_threads: of each model's torch, 0 is torch's own choice. grpc_url: where the server will
     listen, by which `nvlm` asks the other models. Without `decoupled` a model answers once and
-    cannot stream, as clients of TensorRT-LLM's `decoupled_mode: False` expect."""
+    cannot stream, as clients of TensorRT-LLM's `decoupled_mode: False` expect. hang_after_s: a
+    thread of `nvlm` without progress hangs, 0 is the plan's limit. pipes: what the models'
+    processes write into, by model."""
 
     form: Form
     device: str = "auto"
@@ -55,6 +59,13 @@ class ServeOptions:
     max_queue_size: int = 64
     decoupled: bool = True
     grpc_url: str = "127.0.0.1:8001"
+    hang_after_s: float = 0.0
+    pipes: Mapping[str, Path] = field(default_factory=dict)
+
+
+def processes_of(form: Form) -> list[str]:
+    """The models that have a process of their own."""
+    return [model for model, module in _MODELS[form].items() if module]
 
 
 def form_of(engine: EngineDir) -> Form:
@@ -103,6 +114,8 @@ def _values(
         # Beside the requests that `nvlm` has taken: as many, so that no burst is refused too early.
         "triton_queue_size": engine.limits.max_batch_size + options.max_queue_size,
         "grpc_url": options.grpc_url,
+        "hang_after_s": options.hang_after_s,
+        **{f"pipe_{model}": _quoted(options.pipes.get(model, Path())) for model in PYTHON_MODELS},
         "decoupled": str(options.decoupled).lower(),
         "max_batch_size": engine.limits.max_batch_size,
         "image_size": engine.tiling.image_size,

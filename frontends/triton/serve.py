@@ -5,17 +5,25 @@ python -m frontends.triton.serve --engine_dir D [--http_port N --grpc_port N --m
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import tempfile
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from frontends.triton.render import ServeOptions, form_of, render
+from frontends.triton.closed import CLOSED_APIS
+from frontends.triton.model_pipe import HANG_AFTER_S, End, ModelPipe
+from frontends.triton.render import ServeOptions, form_of, processes_of, render
+from frontends.triton.restarts import Restarts
 from frontends.triton.server import Ports, TritonServer
 from nvlm.program.command_line import ArgumentParser, positive_float, positive_int, run
-from nvlm.program.errors import UserError
+from nvlm.program.errors import PartDiedError, UserError
 from runtime.engine.engine_dir import EngineDir
+
+_ANSWERED_S = 5.0  # for answers on their way to clients
 
 
 def parser() -> ArgumentParser:
@@ -33,6 +41,19 @@ def parser() -> ArgumentParser:
     add("--unary", action="store_true", help="one response a request: no streaming")
     add("--log_file", type=Path, help="the server's log, appended (default: a temporary file)")
     add("--startup_timeout_s", type=positive_float, default=900.0)
+    add("--restart", action="store_true", help="start again where a part of the server died")
+    add(
+        "--hang_after_s",
+        type=positive_float,
+        help="without progress a part hangs (default: what its work never takes, by the plan)",
+    )
+    add(
+        "--open_api",
+        nargs="+",
+        choices=CLOSED_APIS,
+        default=[],
+        help="Triton's APIs that clients may call, beside asking",
+    )
     return parser
 
 
@@ -51,6 +72,7 @@ def main() -> int:
         arguments.max_queue_size,
         not arguments.unary,
         ports.grpc_url,
+        arguments.hang_after_s or 0.0,
     )
     world_size = engine.checkpoint_config.world_size
     if form == "torch" and world_size > 1:
@@ -58,7 +80,25 @@ def main() -> int:
             f"{arguments.engine_dir} was converted for {world_size} ranks, and Triton runs decoder "
             "'torch' on one; convert with --tp_size 1, or build with --decoder tensorrt_llm"
         )
-    with tempfile.TemporaryDirectory(prefix="nvlm_triton_") as folder:
+    restarts = Restarts()
+    while True:
+        end, log = _serve(engine, options, ports, arguments)
+        kept = f"its log is kept in {log}"
+        if end.is_mistake:
+            raise UserError(f"{end.told}; {kept}")
+        if not arguments.restart:
+            raise PartDiedError(f"{end.told}; {kept}")
+        if (refusal := restarts.count()) is not None:
+            raise PartDiedError(f"{end.told}; {refusal}; {kept}")
+        print(f"starting again: {end.told}; {kept}", file=sys.stderr, flush=True)
+
+
+def _serve(
+    engine: EngineDir, options: ServeOptions, ports: Ports, arguments: argparse.Namespace
+) -> tuple[End, Path]:
+    """Until the server cannot go on; then why, and its log."""
+    world_size, log = engine.checkpoint_config.world_size, arguments.log_file
+    with tempfile.TemporaryDirectory(prefix="nvlm_triton_") as folder, ExitStack() as pipes:
         scratch = Path(folder)
         if not folder.isascii():
             raise UserError(
@@ -67,22 +107,36 @@ def main() -> int:
             )
         repository = scratch / "models"
         repository.mkdir()
-        render(engine, repository, options)
-        log = arguments.log_file
-        with TritonServer(repository, scratch, ports, world_size=world_size, log=log) as server:
+        hang_after_s = arguments.hang_after_s or HANG_AFTER_S
+        opened = {
+            model: pipes.enter_context(closing(ModelPipe(scratch, model, hang_after_s)))
+            for model in processes_of(options.form)
+        }
+        pipe_paths = {model: pipe.path for model, pipe in opened.items()}
+        render(engine, repository, replace(options, pipes=pipe_paths))
+        with TritonServer(
+            repository,
+            scratch,
+            ports,
+            world_size=world_size,
+            log=log,
+            open_apis=arguments.open_api,
+            pipes=tuple(opened.values()),
+        ) as server:
             try:
                 server.wait_until_ready(arguments.startup_timeout_s)
-                print(
-                    f"ready: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics} on "
-                    f"{ports.address} ({form}); log {server.log}; Control-C stops it",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                code = server.process.wait()
-                raise UserError(f"tritonserver ended by itself with {code}: {server.last_error()}")
             except UserError as error:
-                kept = log or _kept(server.log)
-                raise UserError(f"{error}; its log is kept in {kept}") from None
+                raise UserError(f"{error}; its log is kept in {log or _kept(server.log)}") from None
+            print(
+                f"ready: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics} on "
+                f"{ports.address} ({options.form}); log {server.log}; Control-C stops it",
+                file=sys.stderr,
+                flush=True,
+            )
+            end = server.wait_for_end()
+            # What nobody can answer any more ends with its connection.
+            server.stop(_ANSWERED_S if end.is_answered else 0.0)
+            return end, log or _kept(server.log)
 
 
 def _stop(*_: object) -> NoReturn:

@@ -12,16 +12,24 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from frontends.triton.closed import closing_flags
+from frontends.triton.model_pipe import End, ModelPipe
 from frontends.triton.program import Program, find_program
 from nvlm.program.errors import UserError
+from nvlm.program.signal_names import how_it_ended
 
 EXIT_TIMEOUT_S = 20  # for requests under way
 STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 20.0
+LOOK_S = 0.5
+# Whether tritonserver itself is alive: asked so often, and given up after so many in a row.
+_ASK_S, _ASK_TIMEOUT_S, _MOST_UNHEARD = 10.0, 2.0, 6
+_FRAME = re.compile(r"\s*\d+# ")  # of the stack that a dying tritonserver prints
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +71,12 @@ class Ports:
 
 
 def server_command(
-    program: Program, repository: Path, ports: Ports, prefix: str, world_size: int
+    program: Program,
+    repository: Path,
+    ports: Ports,
+    prefix: str,
+    world_size: int,
+    open_apis: Collection[str] = (),
 ) -> list[str]:
     """One server, or under mpirun one per rank of which rank 0 alone answers.
 
@@ -71,6 +84,7 @@ def server_command(
     """
     common = [str(program.path), *program.flags, f"--model-repository={repository}"]
     common += ["--disable-auto-complete-config", f"--exit-timeout-secs={EXIT_TIMEOUT_S}"]
+    common += closing_flags(open_apis)
 
     def rank_flags(rank: int) -> list[str]:
         flags = [
@@ -123,13 +137,18 @@ class TritonServer:
         *,
         world_size: int = 1,
         log: Path | None = None,
+        open_apis: Collection[str] = (),
+        pipes: Sequence[ModelPipe] = (),
     ) -> None:
+        """pipes: of the repository's models that have a process; `look` reads them."""
         ports.require_free()
         program = find_program(scratch)
         self.ports = ports
         self.log = log or scratch / "tritonserver.log"
         self._prefix = f"nvlm_{os.getpid()}_{id(self):x}_"
-        command = server_command(program, repository, ports, self._prefix, world_size)
+        command = server_command(program, repository, ports, self._prefix, world_size, open_apis)
+        self._pipes, self._looked, self._asked = pipes, time.monotonic(), time.monotonic()
+        self._num_unheard = 0
         if world_size > 1:
             command[0] = _mpirun(world_size)
         if setpriv := shutil.which("setpriv"):  # ends with us even if we are killed
@@ -157,9 +176,10 @@ class TritonServer:
         Raises `UserError` when the server ends before, or `timeout_s` is over.
         """
         deadline = time.monotonic() + timeout_s
-        while not self._is_healthy():
-            if self.process.poll() is not None:
-                raise UserError(f"tritonserver ended while starting: {self.last_error()}")
+        while not self._answers("health/ready", 5):
+            if (code := self.process.poll()) is not None:
+                told = f", {how_it_ended(code)}" if code < 0 else ""
+                raise UserError(f"tritonserver ended while starting{told}: {self.last_error()}")
             if time.monotonic() > deadline:
                 raise UserError(
                     f"tritonserver is not ready after {timeout_s:g} s: {self.last_error()}; a "
@@ -168,12 +188,35 @@ class TritonServer:
             time.sleep(0.05)
         self._ask(max(1.0, deadline - time.monotonic()))
 
-    def stop(self) -> None:
+    def look(self) -> End | None:
+        """Why the server, or a process of a model of it, is of no more use, if one is."""
+        now = time.monotonic()
+        since_last_s, self._looked = min(now - self._looked, 2 * LOOK_S), now
+        for pipe in self._pipes:
+            if (end := pipe.look(since_last_s)) is not None:
+                return end
+        if (code := self.process.poll()) is not None:
+            told = "" if code < 0 else f": {self.last_error()}"
+            return End(f"tritonserver was ended {how_it_ended(code)}{told}")
+        if now - self._asked > _ASK_S:
+            self._asked = now
+            self._num_unheard = 0 if self._answers("health/live") else self._num_unheard + 1
+            if self._num_unheard > _MOST_UNHEARD:
+                return End(f"tritonserver has not answered {self._num_unheard} times in a row")
+        return None
+
+    def wait_for_end(self) -> End:
+        while (end := self.look()) is None:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(LOOK_S)
+        return end
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Ends requests under way, then the server; kills what takes too long or outlives it."""
         with suppress(subprocess.TimeoutExpired):
-            if self.process.poll() is None:
+            if self.process.poll() is None and timeout_s:
                 self.process.send_signal(signal.SIGTERM)
-            self.process.wait(STOP_TIMEOUT_S)
+            self.process.wait(timeout_s)
         with suppress(ProcessLookupError):  # a server that dies leaves its backends behind
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -188,9 +231,9 @@ class TritonServer:
     def _url(self, path: str) -> str:
         return f"http://{self.ports.host}:{self.ports.http}/v2/{path}"
 
-    def _is_healthy(self) -> bool:
+    def _answers(self, path: str, timeout_s: float = _ASK_TIMEOUT_S) -> bool:
         try:
-            with self._urlopen(self._url("health/ready"), 5) as response:
+            with self._urlopen(self._url(path), timeout_s) as response:
                 return bool(response.status == 200)
         except OSError:
             return False
@@ -213,7 +256,7 @@ class TritonServer:
     def last_error(self) -> str:
         """What the log says last of an error, without Triton's own prefix and trace."""
         text = self.log.read_bytes()[self._log_start :].decode(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.splitlines() if line.strip() and not _FRAME.match(line)]
         lines = lines or ["it wrote no log"]
         told = [line for line in lines if re.match(r"E\d{4} ", line) and "failed to load" in line]
         errors = told or [line for line in lines if line.startswith("error:")] or lines

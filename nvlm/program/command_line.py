@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import PartDiedError, UserError
 from nvlm.program.nearest import nearest
 from nvlm.program.process import (
     ignore_pillows_warnings,
@@ -24,6 +24,7 @@ from nvlm.program.process import (
 )
 
 EXIT_USER_ERROR = 2
+EXIT_PART_DIED = 3
 EXIT_INTERRUPTED = 130
 
 
@@ -187,10 +188,10 @@ def run(
         if sys.stdout is not None:  # None when the caller closed it
             sys.stdout.flush()
         end(code)
-    except UserError as error:
+    except (UserError, PartDiedError) as error:
         who = "error" if rank == 0 else f"rank {rank}: error"
         print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
-        end(EXIT_USER_ERROR)
+        end(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_PART_DIED)
     except KeyboardInterrupt:
         if rank == 0:
             with suppress(OSError):  # a terminal that hung up

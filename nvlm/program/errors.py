@@ -25,3 +25,11 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(message))
+
+
+class PartDiedError(RuntimeError):
+    """A part of a server ended or hangs, told in one sentence.
+
+    Nobody's mistake, and nothing that the program can go on without: it answers what is in flight
+    with this, prints it on one line and exits with code 3. What broke has its traceback in the log.
+    """

@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import NoReturn
 
 from PIL import Image
@@ -70,6 +70,13 @@ def set_most_pixels(number: int) -> None:
     """Lets pictures have this many pixels. Pillow holds the limit, for the whole process, and ours
     is the same (nvlm/inputs/pillow_pages.py)."""
     Image.MAX_IMAGE_PIXELS = -(-number // 2)  # Pillow warns there and refuses from twice as many
+
+
+def set_picture_types(names: Iterable[str]) -> None:
+    """Has Pillow read no other formats, in the whole process; a server's, which strangers send
+    pictures to."""
+    Image.init()
+    Image.ID[:] = [name.upper() for name in names]
 
 
 def set_up_streams() -> None:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from nvlm.program.command_line import EXIT_USER_ERROR
-from nvlm.program.errors import UserError
+from nvlm.program.errors import PartDiedError, UserError
 from nvlm.program.launcher import World, end
 from nvlm.program.process import die_of_sigterm
 from runtime.ranks.watch import Watch
@@ -86,7 +86,8 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
+        is_told = isinstance(error, UserError | PartDiedError | OSError)
+        if isinstance(error, Exception) and not is_told:
             return  # `_fail` tells where
         if error is not None:
             self._abort()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable
 from itertools import count
 from queue import PriorityQueue
 
+from runtime.serving.part import Part
 from runtime.serving.stages import Stages
 from runtime.serving.ticket import Ticket
+
+logger = logging.getLogger(__name__)
+
+_PREPARE_LIMIT_S = 600.0  # the largest picture that is read takes half a minute on a busy core
 
 
 class _Queue:
@@ -50,17 +56,12 @@ class Intake:
         self._num_preparing = num_preparing
         self._pictures, self._texts, self._to_encode = _Queue(), _Queue(), _Queue()
         self._threads: list[threading.Thread] = []  # that which encodes last
+        self.parts: list[Part] = []  # one a thread
         if num_preparing:
-            self._threads = [
-                *(
-                    threading.Thread(target=self._prepare_loop, args=(self._pictures,))
-                    for _ in range(num_preparing)
-                ),
-                threading.Thread(target=self._prepare_loop, args=(self._texts,)),
-                threading.Thread(target=self._encode_loop),
-            ]
-        for thread in self._threads:
-            thread.start()
+            for _ in range(num_preparing):
+                self._start("a thread that prepares pictures", self._prepare_loop, self._pictures)
+            self._start("the thread that prepares texts", self._prepare_loop, self._texts)
+            self._start("the thread that encodes pictures", self._encode_loop)
 
     def put(self, ticket: Ticket) -> None:
         if self._threads:
@@ -87,19 +88,38 @@ class Intake:
         for thread in self._threads[-1:]:
             thread.join()
 
-    def _prepare_loop(self, queue: _Queue) -> None:
+    def _start(self, name: str, work: Callable[..., None], *queues: _Queue) -> None:
+        part = Part(name)
+
+        def run() -> None:
+            try:
+                work(part, *queues)
+            except BaseException as error:  # a ticket is lost, and whoever watches is told
+                logger.exception("%s ended", name)
+                part.error = error
+
+        part.thread = threading.Thread(target=run, daemon=True)
+        self._threads.append(part.thread)
+        self.parts.append(part)
+        part.thread.start()
+
+    def _prepare_loop(self, part: Part, queue: _Queue) -> None:
         while (ticket := queue.get()) is not None:
+            part.begin(_PREPARE_LIMIT_S)
             _attempt(self._stages.prepare, ticket)
             if ticket.images:
                 self._to_encode.put(ticket)
             else:
                 _attempt(self._encode, ticket)
                 self._deliver(ticket)
+            part.rest()
 
-    def _encode_loop(self) -> None:
+    def _encode_loop(self, part: Part) -> None:
         while (ticket := self._to_encode.get()) is not None:
+            part.begin(self._stages.encode_limit_s(ticket))
             _attempt(self._encode, ticket)
             self._deliver(ticket)
+            part.rest()
 
 
 def _attempt(stage: Callable[[Ticket], None], ticket: Ticket) -> None:

@@ -17,6 +17,7 @@ from nvlm.program.launcher import World
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
+from runtime.engine.mapped_files import MappedFiles
 from runtime.serving.runner import Runner
 
 Lead = Callable[[torch.device, Callable[[], Runner]], int]
@@ -83,8 +84,9 @@ def _launch_rank(
 
         def open_runner() -> Runner:
             engine = read_engine()
+            mapped = MappedFiles.of(engine, device)
             vision, decoder = open_parts_on_ranks(engine, device, job, program.options)
-            return Runner(engine, vision, decoder, has_lost_rank=job.has_lost_rank)
+            return Runner(engine, vision, decoder, device, mapped, has_lost_rank=job.has_lost_rank)
 
         if world.rank == 0:
             return program.lead(device, open_runner)

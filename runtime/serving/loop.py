@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Literal
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import PartDiedError, UserError
 from runtime.decoder.executor import CountsCache, StepOutput
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.intake import Intake
 from runtime.serving.metrics import Labels, ServingMetrics
+from runtime.serving.part import Part
 from runtime.serving.stages import Stages
 from runtime.serving.ticket import Draft, Listener, Ticket
 
@@ -59,7 +61,15 @@ class Loop:
         self._encoded: SimpleQueue[Ticket | None] = SimpleQueue()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Draft] = {}  # by the decoder's id
+        self._when_idle: Callable[[], None] | None = None
+        self.part = Part("the decoder's thread")  # which thread that is, who takes the turns says
+        self.has_failed_step = False  # the last one; what broke was told to all in it
         self._intake = Intake(stages, num_preparing, self.deliver)
+
+    @property
+    def parts(self) -> list[Part]:
+        """What a server watches."""
+        return [self.part, *self._intake.parts]
 
     @property
     def num_open(self) -> int:
@@ -122,14 +132,24 @@ class Loop:
         ticket.is_cancelled = True
         self._encoded.put(None)
 
+    def when_idle(self, work: Callable[[], None]) -> None:
+        """Does `work` in a turn that has no step to take, or never. It takes no longer than a
+        step."""
+        self._when_idle = work
+        self._encoded.put(None)
+
     def turn(self) -> None:
         """One step for all requests that run, which others join before it; waits for a request
         where there is none."""
         self._take_in()
         self._drop_cancelled()
         self._start_waiting()
+        work, self._when_idle = self._when_idle, None
         if self._running:
+            self.part.begin(self.stages.step_limit.seconds(self._most_tokens()))
             self._step()
+        elif work is not None:
+            work()
 
     def stop(self, failure: Exception | None = None) -> None:
         """Refuses every request, of now and from now on: with the decoder's `failure`, if that is
@@ -166,7 +186,7 @@ class Loop:
 
     def require_decoder(self) -> None:
         if self._failure is not None:
-            raise RuntimeError("the decoder has failed; start again") from self._failure
+            raise PartDiedError("the decoder has failed; start again") from self._failure
 
     def samples(self) -> dict[tuple[str, Labels], float]:
         """Every metric as it is now."""
@@ -198,7 +218,10 @@ class Loop:
     def _take_in(self) -> None:
         is_idle = not self._running and not self._waiting
         while is_idle or not self._encoded.empty():
+            if is_idle:
+                self.part.rest()
             ticket = self._encoded.get()
+            self.part.begin(self.stages.step_limit.seconds(1))
             is_idle = False
             if ticket is None:
                 continue
@@ -232,11 +255,20 @@ class Loop:
             self.metrics.add("nvlm_prompt_tokens_total", len(ticket.prompt_ids))
             self.metrics.add("nvlm_tiles_total", ticket.num_tiles)
 
+    def _most_tokens(self) -> int:
+        """That a step computes: prompts are among them, and those that have to be computed again,
+        for want of blocks."""
+        return sum(
+            len(draft.ticket.prompt_ids) + len(draft.token_ids) for draft in self._running.values()
+        )
+
     def _step(self) -> None:
         """What breaks in a step is told to all in it."""
         try:
             outputs = self.stages.decoder.step()
+            self.has_failed_step = False
         except Exception as error:
+            self.has_failed_step = True
             for request_id, draft in list(self._running.items()):
                 self._leave(request_id)
                 self._fail(draft.ticket, error)
@@ -253,6 +285,8 @@ class Loop:
             answer = draft.take(output)
         except Exception as error:
             answer = Answer(error=error)
+        if answer.result is not None:
+            self.stages.mapped.require_unchanged()  # else it ends every answer
         self._count_token(draft, before)
         if answer.finish_reason is not None:
             self._leave(output.request_id)  # a stop string ends it unknown to the decoder

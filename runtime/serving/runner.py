@@ -17,6 +17,7 @@ from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderExecutor, DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
+from runtime.engine.mapped_files import EngineChangedError, MappedFiles
 from runtime.engine.open_engine import open_engine
 from runtime.requests.messages import GivenImage
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
@@ -31,6 +32,9 @@ NUM_AHEAD = 8
 size."""
 
 
+_CPU = torch.device("cpu")
+
+
 class Runner(Stages):
     """What `Stages` are made of, opened together; a context that closes it.
 
@@ -43,10 +47,12 @@ class Runner(Stages):
         engine: EngineDir,
         vision: VisionExecutor,
         decoder: DecoderExecutor,
+        device: torch.device = _CPU,
+        mapped: MappedFiles | None = None,
         *,
         has_lost_rank: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__(engine, vision, decoder)
+        super().__init__(engine, vision, decoder, device, mapped)
         self.has_lost_rank = has_lost_rank  # of several: one died, so no step will end
         self._loop = SharedLoop()
         self._is_closed = False
@@ -68,7 +74,8 @@ class Runner(Stages):
         engine = open_engine(Path(engine_dir), device)
         if environment is not None:
             set_up_libraries(engine, device, environment)
-        return cls(engine, *open_parts(engine, device, options))
+        mapped = MappedFiles.of(engine, device)
+        return cls(engine, *open_parts(engine, device, options), device, mapped)
 
     def generate(
         self,
@@ -140,8 +147,8 @@ class Runner(Stages):
 
     def close(self) -> None:
         """Ends what is open with a `UserError` and frees the executors; other ranks end with the
-        leader's. Again, it does nothing."""
-        if self._is_closed:
+        leader's. Does nothing again, nor after a server's failure: the process is to end."""
+        if self._is_closed or self.has_failed:
             return
         self._is_closed = True
         self._loop.close()
@@ -176,7 +183,7 @@ def _num_preparing() -> int:
 def _outcome(item: tuple[int, Answer]) -> tuple[int, GenerationResult | UserError]:
     """Raises what is not the request's mistake."""
     index, answer = item
-    if isinstance(answer.error, UserError):
+    if isinstance(answer.error, UserError) and not isinstance(answer.error, EngineChangedError):
         return index, answer.error
     if answer.error is not None:
         raise answer.error

@@ -1,22 +1,37 @@
 """The loop on a thread of its own, for clients that come at any time.
 
 A picture that is decoded or encoded stops nobody's tokens, and what is accepted and not yet
-answered is bounded.
+answered is bounded. A thread that dies or hangs ends the server: its requests are answered with
+the reason, and whoever opened it is told.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable
 
 from runtime.decoder.executor import warm_up
 from runtime.requests.types import GenerationRequest
 from runtime.serving.loop import Loop
 from runtime.serving.metrics import Labels, ServingMetrics
+from runtime.serving.part import Part
+from runtime.serving.picture_types import require_server_types
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Listener, Ticket
+from runtime.serving.watch import LOOK_S, Watch, died
 
 logger = logging.getLogger(__name__)
+
+_LOOKS_PER_CHECK = 5  # of the engine's files, while no request is open
+_LOOKS_PER_PROBE = 30
+_PROBES_AFTER_FAILURE = 3
+_REST_PER_PROBE = 100.0  # a probe takes a hundredth of the time, at most
+
+
+def _nobody(_: Exception) -> None:
+    """Whoever asks `failure` needs not be told."""
 
 
 class Server:
@@ -26,14 +41,36 @@ class Server:
 
     At most max_batch_size + `max_queue_size` requests are open; `num_preparing` threads decode
     images, each holding one picture (up to MAX_IMAGE_PIXELS) at a time.
+
+    on_end: hears once, from another thread, why the server cannot go on, when all that was open has
+    been answered with it: a `UserError`, as for an engine that was changed, else a `PartDiedError`.
+    hang_after_s: without progress a thread hangs; None is the plan's limit for its work.
     """
 
-    def __init__(self, runner: Runner, *, max_queue_size: int = 64, num_preparing: int = 2) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        max_queue_size: int = 64,
+        num_preparing: int = 2,
+        on_end: Callable[[Exception], None] = _nobody,
+        hang_after_s: float | None = None,
+        look_s: float = LOOK_S,
+    ) -> None:
         self.runner = runner
+        self.failure: Exception | None = None
+        """Why it answers no more: a door's health is bad from here on."""
+        self._on_end, self._look_s = on_end, look_s
+        self._num_idle_looks = 0
+        self._next_probe = _LOOKS_PER_PROBE
         max_open = runner.engine.limits.max_batch_size + max_queue_size
         self._loop = Loop(runner, max_open=max_open, num_preparing=num_preparing)
         self._is_prepared = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._parts = self._loop.parts
+        self._watch = Watch(
+            self._parts, self._end, self._look_after, hang_after_s=hang_after_s, look_s=look_s
+        )
+        self._thread = threading.Thread(target=self._run, name="nvlm-decoder", daemon=True)
         self._thread.start()
         self._is_prepared.wait()
         try:
@@ -41,6 +78,8 @@ class Server:
         except RuntimeError:
             self.close()
             raise
+        self._loop.part.thread = self._thread
+        self._watch.start()
 
     @property
     def metrics(self) -> ServingMetrics:
@@ -57,13 +96,16 @@ class Server:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the decoder's thread has ended by an error, or a rank died: no request will be
-        answered."""
-        return self._loop.has_failed or self.runner.has_lost_rank()
+        """Whether no request will be answered any more: a part of the server died or hangs, or
+        another rank died."""
+        is_lost = self._loop.has_failed or self.runner.has_lost_rank()
+        return is_lost or self.failure is not None
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
         """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or
-        stopping, and `RuntimeError` once the decoder has failed."""
+        stopping, `RuntimeError` once the decoder has failed, and `UserError` for a picture of a
+        type that no server reads."""
+        require_server_types(request)
         return self._loop.submit(request, listener)
 
     def cancel(self, ticket: Ticket) -> None:
@@ -75,21 +117,74 @@ class Server:
         """Every metric as it is now."""
         return self._loop.samples()
 
+    def watch(self, part: Part) -> None:
+        """Watches a thread of a door's own with the server's."""
+        self._parts.append(part)
+
     def close(self) -> None:
-        """Refuses what is open and waits for the threads; the runner stays open."""
+        """Refuses what is open and waits for the threads, unless one hangs; the runner stays
+        open."""
+        self._watch.close()
         self._loop.stop()
-        self._thread.join()
-        self._loop.close()
+        if self.failure is None or not any(part.is_stuck for part in self._loop.parts):
+            self._thread.join()
+            self._loop.close()
 
     def _run(self) -> None:
-        """Nobody waits for a decoder that has ended."""
+        """Nobody waits for a decoder that has ended. One that broke in a step is asked for another:
+        a GPU that is gone fails every step from then on."""
         try:
             warm_up(self.runner.decoder)
             self._is_prepared.set()
             while not self._loop.is_stopping:
                 self._loop.turn()
-        except Exception as error:
+                if self._loop.has_failed_step:
+                    self._loop.has_failed_step = False
+                    self._require_decoder()
+        except BaseException as error:
             logger.exception("the decoder's thread ended")
-            self._loop.stop(error)
+            self._loop.part.error = error
+            # Before it is ready, whoever opens the server gets what happened itself.
+            told = died(self._loop.part)
+            if isinstance(error, Exception) and not self._is_prepared.is_set():
+                told = error
+            self._loop.stop(told)
         finally:
             self._is_prepared.set()
+
+    def _require_decoder(self) -> None:
+        """Raises what the last of several probes raised: what broke a step may be over soon."""
+        for number in range(_PROBES_AFTER_FAILURE):
+            try:
+                self.runner.probe()
+                return
+            except Exception:
+                if number + 1 == _PROBES_AFTER_FAILURE:
+                    raise
+                time.sleep(self._look_s)
+
+    def _end(self, error: Exception) -> None:
+        self.failure = error
+        self.runner.has_failed = True
+        self._loop.stop(error)
+        self._on_end(error)
+
+    def _look_after(self) -> None:
+        """Now and then, while no request is open: are the engine's files as they were, and does
+        the decoder take a step?"""
+        if self._loop.num_open:
+            self._num_idle_looks, self._next_probe = 0, _LOOKS_PER_PROBE
+            return
+        self._num_idle_looks += 1
+        if self._num_idle_looks >= self._next_probe:
+            self._next_probe = self._num_idle_looks + _LOOKS_PER_PROBE
+            self._loop.when_idle(self._probe)
+        elif self._num_idle_looks % _LOOKS_PER_CHECK == 0:
+            self._loop.when_idle(self.runner.mapped.require_unchanged)
+
+    def _probe(self) -> None:
+        self.runner.mapped.require_unchanged()
+        begun = time.monotonic()
+        self.runner.probe()
+        rest = _REST_PER_PROBE * (time.monotonic() - begun)
+        self._next_probe = self._num_idle_looks + max(_LOOKS_PER_PROBE, int(rest / LOOK_S))

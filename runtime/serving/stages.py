@@ -14,25 +14,44 @@ import torch
 from nvlm.formats import layout
 from nvlm.inputs.tiling import TiledImage
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
+from nvlm.planning.step_limit import decoder_step_limit, vision_limit
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest
 from runtime.decoder.guidance import Guidance
 from runtime.engine.engine_dir import EngineDir
+from runtime.engine.mapped_files import MappedFiles
 from runtime.requests.text_stream import TextStream
 from runtime.serving.encoded_pictures import EncodedPictures
 from runtime.serving.prepare import compile_guide, prepare
 from runtime.serving.ticket import Draft, Ticket
 from runtime.vision.executor import VisionExecutor
 
+_CPU = torch.device("cpu")
+
 
 class Stages:
-    """The stages of an opened engine. Each raises what ends the request it was given."""
+    """The stages of an opened engine. Each raises what ends the request it was given.
 
-    def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
+    device: where they run, for how long they may take. mapped: the engine's files that they have
+    mapped there, from before they were; None are not looked at.
+    """
+
+    def __init__(
+        self,
+        engine: EngineDir,
+        vision: VisionExecutor,
+        decoder: DecoderExecutor,
+        device: torch.device = _CPU,
+        mapped: MappedFiles | None = None,
+    ) -> None:
         self.engine = engine
+        self.mapped = mapped or MappedFiles(engine, ())
+        self.step_limit = decoder_step_limit(engine.checkpoint_config, device)
+        self._vision_limit = vision_limit(engine.vision_config, device)
         self.tokenizer = Tokenizer(engine.directory / layout.TOKENIZER)
         self.guidance = Guidance(self.tokenizer, engine.checkpoint_config.decoder.vocab_size)
         self.vision = vision
         self.decoder = decoder
+        self.has_failed = False  # a part of its server: what may hang is left alone from then on
         self.in_loop = threading.Lock()  # held by the one loop that is open
         self._encoding = threading.Lock()  # held by the one thread that encodes images
         self._encoded = EncodedPictures()
@@ -75,6 +94,22 @@ class Stages:
         ticket.grids = [image.grid for image in images]
         ticket.num_tiles = sum(image.num_tiles for image in images)
         ticket.images = []  # nobody needs the pixels any more
+
+    def encode_limit_s(self, ticket: Ticket) -> float:
+        """How long encoding a ticket's images never takes."""
+        num_tiles = sum(image.num_tiles for image in ticket.images)
+        return self._vision_limit.seconds(num_tiles * self.engine.vision_config.num_positions)
+
+    def probe(self) -> None:
+        """One step of the decoder for nobody, while it has nothing else to do. Raises what breaks
+        in it."""
+        request_id = self.decoder.submit(DecoderRequest([0], 1))
+        try:
+            for output in self.decoder.step():
+                if output.request_id == request_id and output.error is not None:
+                    raise output.error
+        finally:
+            self.decoder.cancel(request_id)
 
     def start(self, ticket: Ticket) -> dict[int, Draft]:
         """Queues a request in the decoder: its drafts, one for each of the n answers, by their ids

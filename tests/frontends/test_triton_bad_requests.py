@@ -48,9 +48,14 @@ BAD: list[tuple[str, Make, str]] = [
         "stop_words is not UTF-8",
     ),
     ("corrupt_image", lambda: tensors("x", 4, image_bytes=[GOOD[:5000]]), "not a whole image"),
-    ("text_as_image", lambda: tensors("x", 4, image_bytes=[b"/etc/passwd"]), "not a whole image"),
+    (
+        "text_as_image",
+        lambda: tensors("x", 4, image_bytes=[b"/etc/passwd"]),
+        "is none of PNG, JPEG",
+    ),
     ("empty_image", lambda: tensors("x", 4, image_bytes=[b""]), "0 bytes"),
-    ("good_and_bad", lambda: tensors("x", 4, image_bytes=[GOOD, b"no"]), "not a whole image"),
+    ("good_and_bad", lambda: tensors("x", 4, image_bytes=[GOOD, GOOD[:40]]), "not a whole image"),
+    ("good_and_other", lambda: tensors("x", 4, image_bytes=[GOOD, b"no"]), "image 2 of 2 is none"),
     (
         "bomb",
         lambda: tensors("x", 4, image_bytes=[one_bit_png(30000, 30000, b"")]),
@@ -118,7 +123,7 @@ BAD: list[tuple[str, Make, str]] = [
         "not normalised",
     ),
     ("empty_pixels", lambda: tensors("x", 4, image_bytes_input=EMPTY_PIXELS), "RGB pixels"),
-    ("eps", lambda: tensors("x", 4, image_bytes=[EPS]), "EPS is a program"),
+    ("eps", lambda: tensors("x", 4, image_bytes=[EPS]), "is none of PNG, JPEG"),
     ("stop_words", lambda: tensors("x", 4, stop_words=[b"a"] * 65), "65 stop_words"),
     (
         "video",

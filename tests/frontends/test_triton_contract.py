@@ -16,7 +16,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from frontends.triton.models.channel import to_request
 from frontends.triton.program import Program
-from frontends.triton.render import Form, ServeOptions, form_of, render
+from frontends.triton.render import Form, ServeOptions, form_of, processes_of, render
 from frontends.triton.request import read_request
 from frontends.triton.server import Ports, server_command
 from frontends.triton.signature import NVLM_INPUTS
@@ -141,13 +141,25 @@ def test_options_reach_the_models(
     folder.mkdir()
     (link := folder / "engine").symlink_to(engine_dir)
     (models := folder / "models").mkdir()
-    configs = repository(link, models, form, max_queue_size=5, decoupled=decoupled, num_threads=3)
+    pipes = {model: folder / f"pipe_{model}" for model in processes_of(form)}
+    configs = repository(
+        link,
+        models,
+        form,
+        max_queue_size=5,
+        decoupled=decoupled,
+        num_threads=3,
+        hang_after_s=7.5,
+        pipes=pipes,
+    )
     nvlm = configs["nvlm"]
     assert nvlm.model_transaction_policy.decoupled == decoupled
     parameters = {name: value.string_value for name, value in nvlm.parameters.items()}
     assert parameters == {
         "engine_dir": str(engine_dir.resolve()),
         "form": form,
+        "hang_after_s": "7.5",
+        "pipe": str(pipes["nvlm"]),
         "device": "auto",
         "num_threads": "3",
         "max_queue_size": "5",

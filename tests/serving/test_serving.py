@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nvlm.inputs.images import load_image
-from nvlm.program.errors import UserError
+from nvlm.program.errors import PartDiedError, UserError
 from runtime.decoder.executor import DecoderRequest, StepOutput
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
@@ -293,7 +293,7 @@ def test_a_full_server_is_busy_and_takes_requests_again(runner: Runner) -> None:
 def test_a_bad_request_ends_alone(server: Server, images: Images) -> None:
     good, bad, late = Listener(), Listener(), Listener()
     server.submit(question("Long?", 60), good)
-    server.submit(GenerationRequest((b"no picture", "What?")), bad)
+    server.submit(GenerationRequest((b"\x89PNG\r\n\x1a\nno picture", "What?")), bad)
     server.submit(question("x " * 5000, 3), late)
     with pytest.raises(UserError, match="not a whole image"):
         bad.result()
@@ -432,7 +432,9 @@ def test_a_decoder_that_ends_leaves_nobody_waiting(
     monkeypatch.setattr(server._loop, "_step", lambda: 1 / 0)
     request = GenerationRequest.images_first("Hello?", ())
     server.submit(request, listener)
-    assert isinstance(listener.first().error, ZeroDivisionError)
+    error = listener.first().error
+    assert isinstance(error, PartDiedError)
+    assert isinstance(error.__cause__, ZeroDivisionError)
     with pytest.raises(RuntimeError, match="the decoder has failed"):  # not busy: for ever
         server.submit(request, listener)
     server.close()

@@ -19,6 +19,7 @@ from frontends.triton.models.replies import (
     send_last,
 )
 from runtime.requests.types import Answer
+from runtime.serving.part import Part
 from runtime.serving.server import Server
 from runtime.serving.ticket import Ticket
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.05  # how soon a cancelled client is noticed
 _TICKS_PER_EXPORT = 5
 _CLOSE_TIMEOUT_S = 1.0
+_FLUSH_TIMEOUT_S = 2.0
+_SEND_LIMIT_S = 120.0  # a response is handed to Triton in shared memory, which waits for no client
 
 
 @dataclass(eq=False, slots=True)
@@ -47,11 +50,14 @@ class Delivery:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._exporter = MetricsExporter()
-        self._queue: SimpleQueue[tuple[Client, Answer | Ticket] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Client, Answer | Ticket] | threading.Event | None]
+        self._queue = SimpleQueue()
         self._tickets: dict[Client, Ticket] = {}
         self._next_tick, self._num_ticks = 0.0, 0
+        self.part = Part("the thread that sends the answers")
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
+        self.part.thread = self._thread
 
     def put(self, client: Client, answer: Answer) -> None:
         if client.streams or answer.is_last:
@@ -61,6 +67,12 @@ class Delivery:
         """From now on the request is cancelled when its client goes away."""
         self._queue.put((client, ticket))
 
+    def flush(self) -> None:
+        """Returns when what was handed over before has gone out, or nothing goes out any more."""
+        has_gone_out = threading.Event()
+        self._queue.put(has_gone_out)
+        has_gone_out.wait(_FLUSH_TIMEOUT_S)
+
     def close(self) -> None:
         """Ends the thread. Triton answers no metrics and no `is_cancelled` any more while a model
         is finalized, so one that waits for such an answer is left behind."""
@@ -69,12 +81,16 @@ class Delivery:
 
     def _loop(self) -> None:
         while True:
-            item: tuple[Client, Answer | Ticket] | None = None
+            item: tuple[Client, Answer | Ticket] | threading.Event | None = None
+            self.part.rest()
             with suppress(Empty):
                 if (item := self._queue.get(timeout=_TICK_S)) is None:
                     return
+            self.part.begin(_SEND_LIMIT_S)
             try:
-                if item is not None:
+                if isinstance(item, threading.Event):
+                    item.set()
+                elif item is not None:
                     self._handle(*item)
                 self._tick()
             except Exception:  # one client's trouble is not the others'

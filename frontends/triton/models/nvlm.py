@@ -14,15 +14,17 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from frontends.triton.models.delivery import Client, Delivery
+from frontends.triton.models.heartbeat import Heartbeat
 from frontends.triton.models.replies import CancelledError, error_response, log_end, send_last
 from frontends.triton.parameters import refuse_unknown
 from frontends.triton.request import read_request, wants_stream
 from frontends.triton.signature import NVLM_INPUTS
 from nvlm.program.command_line import resolve_device
 from nvlm.program.errors import UserError
-from nvlm.program.process import ignore_pillows_warnings
+from nvlm.program.process import ignore_pillows_warnings, set_picture_types
 from runtime.engine.engine_dir import EngineDir
 from runtime.serving.loop import BusyError
+from runtime.serving.picture_types import SERVER_PICTURE_TYPES
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 
@@ -36,6 +38,7 @@ class TritonPythonModel:
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s nvlm: %(message)s")
         logging.getLogger("frontends").setLevel(logging.INFO)
         ignore_pillows_warnings()
+        set_picture_types(SERVER_PICTURE_TYPES)
         if num_threads := int(parameters["num_threads"]):
             torch.set_num_threads(num_threads)
         try:
@@ -43,9 +46,16 @@ class TritonPythonModel:
         except UserError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self._is_decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._server = Server(runner, max_queue_size=int(parameters["max_queue_size"]))
+        self._server = Server(
+            runner,
+            max_queue_size=int(parameters["max_queue_size"]),
+            on_end=self._end,
+            hang_after_s=float(parameters["hang_after_s"]) or None,
+        )
         self._delivery = Delivery(self._server)
+        self._server.watch(self._delivery.part)
         self._num_requests = 0
+        self._heartbeat = Heartbeat(parameters["pipe"])
 
     def execute(self, requests: list[Any]) -> None:
         """Answers go out as they come, in both transaction policies. Returns at once unless the
@@ -54,9 +64,15 @@ class TritonPythonModel:
             self._accept(request)
 
     def finalize(self) -> None:
+        self._heartbeat.leave()
         self._server.close()
         self._delivery.close()
         self._server.runner.close()
+
+    def _end(self, error: Exception) -> None:
+        """Every client has heard `error`: now the program that started Triton does."""
+        self._delivery.flush()
+        self._heartbeat.end(error)
 
     def _accept(self, request: Any) -> None:
         sender, runner = request.get_response_sender(), self._server.runner

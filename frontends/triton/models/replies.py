@@ -8,7 +8,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from frontends.triton.response import output_arrays
-from nvlm.program.errors import UserError
+from nvlm.program.errors import PartDiedError, UserError
 from runtime.requests.types import Answer, GenerationResult
 from runtime.serving.loop import BusyError
 
@@ -50,6 +50,8 @@ def log_end(name: str, end: GenerationResult | Exception | None) -> None:
         )
     elif isinstance(end, CancelledError):
         logger.info("request %s: cancelled", name)
+    elif isinstance(end, PartDiedError):
+        logger.error("request %s: failed: %s", name, end)
     elif isinstance(end, UserError):
         logger.info("request %s: refused: %s", name, " ".join(str(end).split())[:_MOST_LOGGED])
     else:
@@ -60,7 +62,7 @@ def error_response(error: Exception) -> Any:
     """A code and a sentence."""
     if isinstance(error, CancelledError):
         return _error("cancelled by the client", "CANCELLED")
-    if isinstance(error, BusyError):
+    if isinstance(error, BusyError | PartDiedError):  # another server, or this one soon
         return _error(str(error), "UNAVAILABLE")
     if isinstance(error, UserError):
         return _error(str(error), "INVALID_ARG")

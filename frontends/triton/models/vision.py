@@ -11,6 +11,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
+from frontends.triton.models.heartbeat import Heartbeat
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.program.command_line import resolve_device
 from nvlm.program.errors import UserError
@@ -34,11 +35,13 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(str(error)) from None
         # The decoder takes its prompt table in its own dtype only.
         self._dtype = TORCH_DTYPES[engine.checkpoint_config.dtype]
+        self._heartbeat = Heartbeat(parameters["pipe"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._encode(request) for request in requests]
 
     def finalize(self) -> None:
+        self._heartbeat.leave()
         self._executor.close()
 
     def _encode(self, request: Any) -> Any:
