@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,16 +78,17 @@ def client(name: str, folder: Path, *words: object, is_offline: bool = True) -> 
     if not path.exists():
         pytest.skip(f"{environment} is not installed; make setup-clients")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if is_offline else {}
-    homes = {"HOME": str(folder), "HF_HOME": str(folder / "hf"), "TMPDIR": str(folder)}
-    done = subprocess.run(
-        [str(path), *map(str, words)],
-        cwd=folder,
-        env={**os.environ, **homes, **offline, "OPENAI_API_KEY": "none"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=CLIENT_TIMEOUT_S,
-    )
+    homes = {"HOME": str(folder), "HF_HOME": str(folder / "hf")}
+    with tempfile.TemporaryDirectory() as short:  # the path of a socket in it has 107 bytes at most
+        done = subprocess.run(
+            [str(path), *map(str, words)],
+            cwd=folder,
+            env={**os.environ, **homes, **offline, "OPENAI_API_KEY": "none", "TMPDIR": short},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CLIENT_TIMEOUT_S,
+        )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-5000:]
     return output
@@ -102,7 +104,7 @@ def test_aiperf_measures_streams_with_pictures(
     served: Served, engine: Path, tmp_path: Path
 ) -> None:
     before = answered(served)
-    client(
+    output = client(
         *("aiperf/aiperf", tmp_path, "profile", "--model", "nvlm-d", "--url", served.url),
         *("--endpoint-type", "chat", "--streaming", "--tokenizer", engine / "tokenizer"),
         *("--request-count", NUM_REQUESTS, "--concurrency", 2, "--isl", 32, "--osl", 8),
@@ -110,7 +112,9 @@ def test_aiperf_measures_streams_with_pictures(
         *("--ui", "none", "--no-gpu-telemetry", "--output-artifact-dir", tmp_path / "out"),
         is_offline=False,  # it refuses a local tokenizer then
     )
-    told = json.loads((tmp_path / "out" / "profile_export_aiperf.json").read_text())
+    found = tmp_path / "out" / "profile_export_aiperf.json"
+    assert found.exists(), output[-5000:]
+    told = json.loads(found.read_text())
     assert told["request_count"]["avg"] == NUM_REQUESTS
     assert not told["error_summary"]
     assert told["time_to_first_token"]["avg"] > 0
