@@ -32,6 +32,7 @@ class SharedLoop:
         self._changed = threading.Condition(threading.RLock())
         self._loop: Loop | None = None
         self._askers: set[Asker] = set()  # of `_loop`
+        self._is_joining = False  # an asker, which is not yet in `_askers`
         self._is_closed = False
         # The runner's own threads, one each, from the second asker on:
         self._stepping: ThreadPoolExecutor | None = None
@@ -48,10 +49,14 @@ class SharedLoop:
         with self._changed:
             if self._is_closed:
                 raise UserError("this runner is closed; open the engine again")
-            if self._loop is None:
-                self._loop = Loop(stages, max_open=max_open)
-            asker = Asker(self, self._loop, num_preparing)
-            self._askers.add(asker)
+            self._is_joining = True
+            try:
+                if self._loop is None:
+                    self._loop = Loop(stages, max_open=max_open)
+                asker = Asker(self, self._loop, num_preparing)
+                self._askers.add(asker)
+            finally:
+                self._is_joining = False
             if len(self._askers) > 1 and self._stepping is None:
                 self._stepping = ThreadPoolExecutor(1, "nvlm-decoder")
                 self._encoding = ThreadPoolExecutor(1, "nvlm-encoder")
@@ -141,7 +146,8 @@ class SharedLoop:
             raise
 
     def _close_if_left(self) -> None:
-        if self._loop is not None and not self._askers and not self._is_leading:
+        is_left = not (self._askers or self._is_joining or self._is_leading)
+        if self._loop is not None and is_left:
             self._close(self._loop)
 
     def _close(self, loop: Loop) -> None:
