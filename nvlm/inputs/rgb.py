@@ -22,6 +22,9 @@ _RANGES = (1, 255, 4095, 65535)
 _OVERSHOOT = 0.1
 """What resampling adds to floats beyond both ends of their range: a part of the highest."""
 
+_FILLED = 0.5
+"""A picture whose values end below this part of a range may be of another one."""
+
 log = logging.getLogger(__name__)
 
 
@@ -76,9 +79,11 @@ def _scaled(values: NDArray[np.generic], where: str) -> NDArray[np.uint8]:
             f"{where} holds values from {lowest:g} to {highest:g}, expected a range that starts at "
             f"0 and ends at {', '.join(map(str, _RANGES[:-1]))} or {_RANGES[-1]}; save it in 8 bits"
         )
-    if values.dtype.itemsize == 2 and most < 65535 and highest > 0:
+    usual = 65535 if values.dtype.itemsize == 2 else most
+    if 0 < highest < _FILLED * usual:
+        kind = "float" if is_float else f"{8 * values.dtype.itemsize}-bit"
         log.warning(
-            "%s holds 16-bit values of at most %d: they are read as 0 to %d", where, highest, most
+            "%s holds %s values of at most %g: they are read as 0 to %d", where, kind, highest, most
         )
     scaled = values.astype(np.float32) / np.float32(most / 255)
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)

@@ -58,6 +58,7 @@ class Tokenizer:
             raise UserError(f"{path} is not a byte-level BPE tokenizer, expected Qwen2's")
         added = values["added_tokens"]
         self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
+        self._special_names = {token_id: name for name, token_id in self._special_ids.items()}
         for name in _REQUIRED:
             if name not in self._special_ids:
                 raise UserError(f"{path} has no token {name}, expected the tokenizer of NVLM-D")
@@ -83,6 +84,12 @@ class Tokenizer:
     def decode(self, token_ids: list[int]) -> str:
         detokenizer = Detokenizer(self)
         return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
+
+    def text_of(self, token_id: int) -> str:
+        """The text of a token alone, with U+FFFD for a part of a character; of a special token its
+        name."""
+        name = self._special_names.get(token_id)
+        return self.bytes_of(token_id).decode(errors="replace") if name is None else name
 
     def bytes_of(self, token_id: int) -> bytes:
         """UTF-8 bytes the token stands for; special tokens and padding ids stand for none."""

@@ -41,7 +41,8 @@ SERVER_PICTURE_TYPES: dict[str, Callable[[bytes], bool]] = {
 
 def require_server_types(request: GenerationRequest) -> None:
     """Raises `UserError` for a picture file of another type; paths are the program's own."""
-    files = [part for part in request.content if isinstance(part, bytes)]
+    parts = (part for turn in request.turns for part in turn.content)
+    files = [part for part in parts if isinstance(part, bytes)]
     for number, data in enumerate(files, start=1):
         head = data[:HEAD_BYTES]
         is_read = any(matches(head) for matches in SERVER_PICTURE_TYPES.values())
