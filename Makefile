@@ -21,16 +21,17 @@ HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 TRITON_FLAGS ?=
+# More flags of serve.py, as SERVE_FLAGS="--host 0.0.0.0 --api_key_file keys".
+SERVE_FLAGS ?=
 # More flags of build_engine.py, as BUILD_FLAGS="--max_batch_size 16 --optimize_for latency".
 BUILD_FLAGS ?=
 
-# Of `make soak`.
-MINUTES ?= 10
-
 DEMO := work/demo
+# `make serve` without ENGINE_DIR serves the small trained model.
+SERVES_DEMO := $(filter file,$(origin ENGINE_DIR))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-triton demo engine doctor triton check test test-all durations \
+.PHONY: help setup setup-test setup-serving setup-triton setup-clients demo engine doctor serve triton check test test-all durations \
 	lint benchmark soak clean
 
 help:
@@ -39,11 +40,11 @@ help:
 	@echo "make test        set up and run the tests that need no GPU"
 	@echo "make engine MODEL_DIR=... [CHECKPOINT_DIR=... ENGINE_DIR=... TP=1 QUANT=FP8|none"
 	@echo "            DECODER=... VISION=... BUILD_FLAGS=...]"
+	@echo "make serve [ENGINE_DIR=... HTTP_PORT=8000 SERVE_FLAGS=...]   OpenAI's API; the small model by default"
 	@echo "make triton ENGINE_DIR=... [HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002 TRITON_FLAGS=...]"
 	@echo "make doctor      what can be built and run here, and what is missing for the rest"
 	@echo "make setup [DEVICE=cuda]   the environment: for any CPU, or for a GPU without NVIDIA's container"
-	@echo "make soak [MINUTES=10]   load and deaths on real servers"
-	@echo "make test-all | durations | lint | benchmark | clean"
+	@echo "make test-all | durations | lint | benchmark | soak [MINUTES=10] | clean"
 
 # A stamp per requirements file: installing again is a no-op until the file changes.
 # SYSTEM_PYTHON=1 takes $(PYTHON) as it is, in a container that has everything (docker/Dockerfile).
@@ -55,7 +56,10 @@ RUN := $(BIN)/python
 setup: $(VENV)/.$(DEVICE)
 endif
 setup-test: $(VENV)/.test $(VENV)/.tensorrt-rtx
+setup-serving: $(VENV)/.serving
 setup-triton: $(VENV)/.triton
+# Other people's clients, which slow tests of serve.py start: 5 GB.
+setup-clients: $(VENV)/clients/.aiperf $(VENV)/clients/.guidellm $(VENV)/clients/.lmms-eval
 
 # One environment holds the wheels of one of the two.
 $(VENV)/.cpu $(VENV)/.cuda: $(VENV)/.%: requirements/%.txt
@@ -71,9 +75,21 @@ $(VENV)/.triton: requirements/triton.txt $(VENV)/.$(DEVICE)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/triton.txt
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt requirements/triton.txt requirements/mpi.txt \
+$(VENV)/.serving: requirements/serving.txt $(VENV)/.$(DEVICE)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/serving.txt
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt requirements/serving.txt requirements/triton.txt requirements/mpi.txt \
 		requirements/evaluation.txt requirements/pictures.txt $(VENV)/.cpu
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	@touch $@
+
+# torchvision: only pictures of a trainer's need it, and PyPI's does not go with a torch for CPUs alone.
+$(VENV)/clients/.%: requirements/clients/%.txt
+	@mkdir -p $(VENV)/clients
+	$(PYTHON) -m venv $(VENV)/clients/$*
+	$(VENV)/clients/$*/bin/pip install --quiet --disable-pip-version-check -r $<
+	@$(VENV)/clients/$*/bin/pip uninstall --quiet --yes torchvision 2>/dev/null || true
 	@touch $@
 
 # An environment of its own, which only pytest looks into (pythonpath in pyproject.toml).
@@ -98,6 +114,12 @@ engine: setup
 doctor: setup
 	@$(RUN) -m runtime.doctor
 
+# OpenAI's API over HTTP until Control-C.
+serve: $(if $(SYSTEM_PYTHON),,setup-serving)
+	@$(if $(SERVES_DEMO),$(RUN) -m tools.demo --engine_only)
+	@$(RUN) serve.py --engine_dir "$(if $(SERVES_DEMO),$(DEMO)/engine,$(ENGINE_DIR))" \
+		--port $(HTTP_PORT) $(SERVE_FLAGS)
+
 # Serves an engine until Control-C. In NVIDIA's container use its python: PYTHON and VENV as it has.
 triton: $(if $(SYSTEM_PYTHON),,setup-triton)
 	@$(RUN) -m frontends.triton.serve --engine_dir "$(ENGINE_DIR)" --http_port $(HTTP_PORT) \
@@ -121,10 +143,6 @@ durations: setup-test
 	$(PYTEST) -m "not slow" --junitxml work/tests.xml
 	$(BIN)/python -m tools.slowest_tests work/tests.xml --output tests/durations.md
 
-# Minutes of load and deaths on real servers (docs/reliability.md); `make test` runs seconds of it.
-soak: setup-test
-	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
-
 lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -133,6 +151,14 @@ lint: setup-test
 
 benchmark: setup
 	@$(RUN) -m bench.cpu.path
+
+# Clients of all kinds ask both servers for MINUTES each, and parts of Triton die (docs/reliability.md);
+# nothing may be lost.
+MINUTES ?= 10
+soak: setup-test
+	@$(RUN) -m tools.demo --engine_only
+	@$(RUN) -m bench.serving.soak --engine_dir $(DEMO)/engine --minutes $(MINUTES)
+	@$(RUN) -m tests.faults.soak --minutes $(MINUTES)
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -74,11 +74,8 @@ def draw_grid(grid: Grid) -> str:
     return "".join(f"    {line}\n" for line in lines)
 
 
-def main() -> None:
-    parser = command_line.ArgumentParser((__doc__ or "").splitlines()[0])
-    parser.add_argument("--seed", type=int, help="draw the pictures of this seed again")
-    given = parser.parse_args().seed
-    seed = secrets.randbelow(10**6) if given is None else given
+def make_engine() -> tuple[str, ...]:
+    """Converts and builds what is not up to date; returns the flags that name the engine."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     checkpoint, engine = (str(FOLDER / name) for name in ("checkpoint", "engine"))
     convert = ("--model_dir", str(MODEL), "--output_dir", checkpoint, "--if_stale")
@@ -86,7 +83,19 @@ def main() -> None:
     place = ("--engine_dir", engine, "--device", "cpu")
     build = ("--checkpoint_dir", checkpoint, *place, "--if_stale")
     call(build_engine, "build_engine", *build)
+    return place
 
+
+def main() -> None:
+    parser = command_line.ArgumentParser((__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, help="draw the pictures of this seed again")
+    parser.add_argument("--engine_only", action="store_true", help="make the engine, ask nothing")
+    arguments = parser.parse_args()
+    place = make_engine()
+    if arguments.engine_only:
+        return
+    given = arguments.seed
+    seed = secrets.randbelow(10**6) if given is None else given
     asked = write_requests(seed)
     requests, answers = FOLDER / "requests.jsonl", FOLDER / "answers.jsonl"
     answers.unlink(missing_ok=True)

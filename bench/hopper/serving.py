@@ -20,7 +20,7 @@ from bench.synthetic_runner import text_request
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.torch_executor import TorchDecoderExecutor
-from runtime.requests.types import Answer
+from runtime.requests.types import Answer, GenerationRequest
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 
@@ -86,32 +86,40 @@ def measure_served(runner: Runner, load: Load, ceilings: Ceilings, first_seed: i
         text_request(runner, load.num_input, load.num_output, first_seed + number)
         for number in range(load.num_requests)
     ]
+    server = Server(runner, max_queue_size=load.num_requests)
+    try:
+        num_tokens, seconds = answer_all(server, requests, num_open)
+    finally:
+        server.close()
+    batch_size = min(load.num_requests, at_a_time)
+    config = runner.engine.checkpoint_config
+    return _row("served", config, load, batch_size, num_tokens, seconds, ceilings)
+
+
+def answer_all(
+    server: Server, requests: list[GenerationRequest], num_open: int
+) -> tuple[int, float]:
+    """Asks all requests, `num_open` at a time. The tokens of the answers, and the seconds from the
+    first submission to the last answer."""
     ended: SimpleQueue[Answer] = SimpleQueue()
 
     def listen(answer: Answer) -> None:
         if answer.is_last:
             ended.put(answer)
 
-    server = Server(runner, max_queue_size=load.num_requests)
-    try:
-        start = time.perf_counter()
-        for request in requests[:num_open]:
-            server.submit(request, listen)
-        num_tokens = 0
-        for number in range(load.num_requests):
-            answer = ended.get()
-            if answer.error is not None:
-                raise answer.error
-            assert answer.result is not None, "the last piece has a result or an error"
-            num_tokens += answer.result.num_tokens  # fewer where the model ended its turn
-            if num_open + number < load.num_requests:
-                server.submit(requests[num_open + number], listen)
-        seconds = time.perf_counter() - start
-    finally:
-        server.close()
-    batch_size = min(load.num_requests, at_a_time)
-    config = runner.engine.checkpoint_config
-    return _row("served", config, load, batch_size, num_tokens, seconds, ceilings)
+    start = time.perf_counter()
+    for request in requests[:num_open]:
+        server.submit(request, listen)
+    num_tokens = 0
+    for number in range(len(requests)):
+        answer = ended.get()
+        if answer.error is not None:
+            raise answer.error
+        assert answer.result is not None, "the last piece has a result or an error"
+        num_tokens += answer.result.num_tokens  # fewer where the model ended its turn
+        if num_open + number < len(requests):
+            server.submit(requests[num_open + number], listen)
+    return num_tokens, time.perf_counter() - start
 
 
 def _row(

@@ -1,4 +1,4 @@
-"""Step 1 on one page: model directory -> TensorRT-LLM checkpoint directory.
+"""Step 1 on one page: model directory -> TensorRT-LLM checkpoint directory, or another format.
 
 Work is a list of units: ViT embeddings, its layers, projector, decoder embedding, its layers, head.
 Each reads its tensors once and writes all ranks' parts; the journal knows which units are done.
@@ -7,7 +7,6 @@ Each reads its tensors once and writes all ranks' parts; the journal knows which
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,30 +20,33 @@ from build.conversion.calibration.calibration_set import BUILT_IN, Calibration, 
 from build.conversion.calibration.row_file import RowFile
 from build.conversion.decoder_step import DecoderStep
 from build.conversion.dummy_heads import converted_vision_config
+from build.conversion.excluded_modules import check_excluded
 from build.conversion.journal import Journal
+from build.conversion.output_folder import OutputFolder, OutputFormat
 from build.conversion.pipeline import DEFAULT_BUFFERS, Buffers
 from build.conversion.report.quantization_report import QuantizationReport, from_records
 from build.conversion.report.report_page import Origin, write_page
 from build.conversion.run_units import run_units
+from build.conversion.tensorrt_llm_folder import TensorRTLLMFormat
 from build.conversion.unit import Unit
-from build.conversion.vision_step import VISION_FILE, VisionStep, write_scales
+from build.conversion.vision_step import VisionStep
 from build.output.output_dir import OutputPlace, staged_directory
 from build.sources.source import WeightSource
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.formats.checkpoint_tensors import decoder_tensors, vision_tensors
 from nvlm.formats.code_digest import code_digest
 from nvlm.formats.manifest import is_current, sha256_of, write_manifest
 from nvlm.formats.mapping import check_divides
 from nvlm.formats.scale_dtype import SCALE_DTYPE
-from nvlm.inputs.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_files
+from nvlm.inputs.tokenizer import TOKENIZER_FILE, Tokenizer
 from nvlm.model.config import NVLMConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
-from nvlm.planning.memory_plan import calibration_bytes, checkpoint_bytes
+from nvlm.planning.memory_plan import calibration_bytes
 from nvlm.program.errors import UserError
-from nvlm.program.json_files import write_json_atomically
 
 log = logging.getLogger(__name__)
+
+TENSORRT_LLM = TensorRTLLMFormat()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +62,30 @@ class ConvertOptions:
     calib_cache: Path | None = None
     tp_size: int = 1
     pp_size: int = 1
+    exclude_modules: tuple[str, ...] = ()
 
     @property
     def is_quantised(self) -> bool:
         return self.quant_algo is not None or self.kv_cache_quant_algo is not None
 
     def config(self, model: NVLMConfig) -> CheckpointConfig:
-        """Raises `UserError` where the decoder does not divide into the ranks asked for."""
+        """Raises `UserError` where the decoder does not divide into the ranks asked for, or has no
+        linear of an excluded name."""
         try:
             check_divides(model.decoder, self.tp_size, self.pp_size)
         except UserError as error:
             raise UserError(f"--{error}") from None
-        return CheckpointConfig(
+        config = CheckpointConfig(
             model.decoder,
             self.dtype,
             self.quant_algo,
             self.kv_cache_quant_algo,
             self.tp_size,
             self.pp_size,
+            self.exclude_modules,
         )
+        check_excluded(config)
+        return config
 
 
 def convert(
@@ -87,6 +94,7 @@ def convert(
     options: ConvertOptions,
     device: torch.device,
     *,
+    output_format: OutputFormat = TENSORRT_LLM,
     overwrite: bool = False,
     buffers: Buffers = DEFAULT_BUFFERS,
     model_name: str = "NVLM-D",
@@ -95,44 +103,59 @@ def convert(
     interrupted run has done stays beside it and is gone on with. `model_name` heads the report."""
     config = options.config(source.config)
     calibration = _load_calibration(source, options)
-    made_from = _made_from(source, options, calibration)  # before the first byte is read
-    if options.is_quantised and calibration.is_text_only:
+    # Before the first byte is read.
+    made_from = _made_from(source, options, output_format, calibration)
+    is_text_only = options.is_quantised and calibration.is_text_only
+    if is_text_only and output_format.needs_vision_scales:
+        raise UserError(
+            "--vision_quant_algo FP8 needs calibration samples with pictures, found text alone; "
+            "give --calib_data that holds some, or leave --vision_quant_algo out"
+        )
+    if is_text_only and output_format.kind == "checkpoint":
         log.warning(
             "no calibration sample holds a picture, so vision gets no FP8 scales and "
             "build_engine.py no --vision_precision FP8; give --calib_data that holds some"
         )
     journal_of = partial(Journal.open, made_from=_fingerprint(made_from, device))
-    place = OutputPlace(output_dir, "--output_dir", "checkpoint", overwrite)
-    needed_bytes = checkpoint_bytes(config, source.config.vision) + calibration_bytes(
+    kind = output_format.kind
+    place = OutputPlace(output_dir, "--output_dir", kind, overwrite)
+    needed_bytes = output_format.needed_bytes(source.config, config) + calibration_bytes(
         config, source.config.vision, calibration.num_tiles, calibration.num_tokens
     )
 
     def is_worth_keeping(staging: Path) -> bool:
-        return is_current(staging, "checkpoint", **made_from) or journal_of(staging).num_done > 0
+        return is_current(staging, kind, **made_from) or journal_of(staging).num_done > 0
 
     with torch.inference_mode(), staged_directory(place, needed_bytes, is_worth_keeping) as staging:
-        if is_current(staging, "checkpoint", **made_from):
+        if is_current(staging, kind, **made_from):
             return  # killed before it got its name
         journal = journal_of(staging)
         vision = converted_vision_config(source)
-        units = _units(source.config.vision, vision, config, calibration, device, staging)
-        files = {VISION_FILE: vision_tensors(vision, TORCH_DTYPES[options.dtype])}
-        for rank in range(config.world_size):
-            files[layout.rank_file(rank)] = decoder_tensors(config, rank)
-        entries = run_units(source, units, files, journal, staging, buffers)
-        _write_configs(source, vision, config, staging)
+        folder = output_format.folder(source, vision, config)
+        units = _units(source.config.vision, vision, config, calibration, device, folder, staging)
+        entries = run_units(source, units, folder.files(), journal, staging, buffers)
+        report = None
         if options.is_quantised:
             report = from_records(journal.records, *calibration.counts, options.dtype)
             report.write(staging / layout.REPORT)
+            warning = report.warning() if options.kv_cache_quant_algo is not None else None
+            if warning is not None:
+                log.warning("%s", warning)
             write_page(staging, report, _origin(model_name, config, options))
-            write_scales(staging, vision, report)
-        write_manifest(staging, "checkpoint", limits={}, known=entries, **made_from)
+        folder.finish(staging, report)
+        write_manifest(staging, kind, limits={}, known=entries, **made_from)
 
 
-def is_up_to_date(source: WeightSource, output_dir: Path, options: ConvertOptions) -> bool:
+def is_up_to_date(
+    source: WeightSource,
+    output_dir: Path,
+    options: ConvertOptions,
+    output_format: OutputFormat = TENSORRT_LLM,
+) -> bool:
     """Whether `convert` would only repeat what `output_dir` already holds."""
-    made_from = _made_from(source, options, _load_calibration(source, options))
-    return is_current(output_dir, "checkpoint", **made_from)
+    calibration = _load_calibration(source, options)
+    made_from = _made_from(source, options, output_format, calibration)
+    return is_current(output_dir, output_format.kind, **made_from)
 
 
 def _origin(model_name: str, config: CheckpointConfig, options: ConvertOptions) -> Origin:
@@ -148,7 +171,10 @@ def _origin(model_name: str, config: CheckpointConfig, options: ConvertOptions) 
 
 
 def _made_from(
-    source: WeightSource, options: ConvertOptions, calibration: Calibration
+    source: WeightSource,
+    options: ConvertOptions,
+    output_format: OutputFormat,
+    calibration: Calibration,
 ) -> dict[str, dict[str, Any]]:
     """What the result depends on, for the manifest: the samples themselves, not their file."""
     arguments = asdict(options)
@@ -156,6 +182,7 @@ def _made_from(
         del arguments[name]
     arguments["calibration_sha256"] = calibration.sha256
     arguments[SCALE_DTYPE] = options.dtype  # older versions left scales in float32, and this out
+    arguments |= output_format.arguments(source)
     return {"arguments": arguments, "source": source.provenance()}
 
 
@@ -197,6 +224,7 @@ def _units(
     config: CheckpointConfig,
     calibration: Calibration,
     device: torch.device,
+    folder: OutputFolder,
     staging: Path,
 ) -> list[Unit]:
     numbers = count()
@@ -206,25 +234,11 @@ def _units(
         return RowFile(path, num_rows, row_shape, dtype)
 
     dtype = TORCH_DTYPES[config.dtype]
-    vision_units = VisionStep(published, vision, dtype, calibration, device).units(next_states)
-    image_embeddings = vision_units[-1].states
-    decoder = DecoderStep(config, calibration, device)
+    vision_units: list[Unit] = []
+    image_embeddings = None
+    if folder.has_vision or calibration.num_tiles:
+        step = VisionStep(published, vision, dtype, calibration, device, folder)
+        vision_units = step.units(next_states)
+        image_embeddings = vision_units[-1].states
+    decoder = DecoderStep(config, calibration, device, folder)
     return vision_units + decoder.units(image_embeddings, next_states)
-
-
-def _write_configs(
-    source: WeightSource, vision: VisionConfig, config: CheckpointConfig, staging: Path
-) -> None:
-    write_json_atomically(staging / layout.CONFIG, config.to_json())
-    write_json_atomically(
-        staging / layout.VISION / layout.CONFIG,
-        {
-            "dtype": config.dtype,
-            "vision": asdict(vision),
-            "tiling": asdict(source.config.tiling),
-        },
-    )
-    tokenizer_dir = staging / layout.TOKENIZER
-    tokenizer_dir.mkdir(exist_ok=True)
-    for path in tokenizer_files(source.tokenizer_dir):
-        shutil.copyfile(path, tokenizer_dir / path.name)

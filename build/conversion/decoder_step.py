@@ -16,18 +16,22 @@ import torch
 from build.conversion.calibration.amax_observer import AmaxObserver
 from build.conversion.calibration.calibrate_decoder import run_layer
 from build.conversion.calibration.calibration_set import Calibration
+from build.conversion.calibration.probe_decoder import Probe, probe_layer
 from build.conversion.calibration.row_file import NextStates, RowFile
 from build.conversion.output_files import OutputFiles
+from build.conversion.output_folder import LayerParts, OutputFolder, Rows
 from build.conversion.quantization.cast import amax, cast, row_blocks
 from build.conversion.quantization.layer_tensors import LayerTensors
 from build.conversion.quantization.scales import report_linears, scaled_anew
-from build.conversion.quantization.shard import RankFiles
-from build.conversion.report.quantization_report import AttentionReport, LinearReport, as_record
+from build.conversion.report.quantization_report import (
+    AttentionReport,
+    LinearReport,
+    as_record,
+    with_residual_errors,
+)
 from build.conversion.unit import Unit
 from build.sources.source import Read
-from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.formats.checkpoint_tensors import decoder_layer_tensors
 from nvlm.formats.tensor_names import (
     DECODER_LAYER,
     EMBED_TOKENS,
@@ -35,7 +39,6 @@ from nvlm.formats.tensor_names import (
     ENGINE_LAST_TENSORS,
     ENGINE_LAYER,
     ENGINE_LAYER_TENSORS,
-    KV_CACHE_SCALE,
     EngineTensor,
 )
 from nvlm.model.decoder import DECODER_LINEARS, DecoderLayer, embed
@@ -44,7 +47,6 @@ from nvlm.model.number_formats import FP8, UNQUANTIZED, LinearScales, NumberForm
 from nvlm.program.errors import UserError
 
 Run = Callable[[Read, OutputFiles], dict[str, Any]]
-_BY_NAME = {tensor.name: tensor for tensor in ENGINE_LAYER_TENSORS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class DecoderStep:
     config: CheckpointConfig
     calibration: Calibration
     device: torch.device
+    folder: OutputFolder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,16 +103,7 @@ class DecoderStep:
     ) -> Unit:
         prefix = "" if layer is None else DECODER_LAYER.format(i=layer)
         reads = tuple(prefix + source for tensor in tensors for source in tensor.sources)
-        files = RankFiles(self.config)
-        if layer is None:
-            names = [tensor.name for tensor in tensors]
-        else:
-            names = list(decoder_layer_tensors(self.config))
-        writes = tuple(
-            (layout.rank_file(mapping.rank), written)
-            for tensor_name in names
-            for mapping, written in files.names(tensor_name, layer)
-        )
+        writes = tuple(self.folder.writes(tensors, layer))
         return Unit(name, reads, writes, run, states)
 
     def _write_all(
@@ -117,7 +111,7 @@ class DecoderStep:
     ) -> dict[str, Any]:
         for tensor in tensors:
             (source,) = tensor.sources
-            self._append(out, tensor, None, source, read(source))
+            self.folder.write_top(out, tensor, self._rows(source, read(source)))
         return {}
 
     def _run_first(
@@ -130,7 +124,7 @@ class DecoderStep:
         """The embedding, and every sample's input of the first layer."""
         (tensor,) = ENGINE_FIRST_TENSORS
         embedding = read(EMBED_TOKENS)
-        self._append(out, tensor, None, EMBED_TOKENS, embedding)
+        self.folder.write_top(out, tensor, self._rows(EMBED_TOKENS, embedding))
         if states is None:
             return {}
         first_tile = 0
@@ -158,23 +152,20 @@ class DecoderStep:
             cached, attention = cache.rows_of(prefix)
             linears = scaled_anew(prefix, DECODER_LINEARS, cached, self.report_format, self.dtype)
         by_name = {row.linear.removeprefix(prefix): row for row in linears}
-        weight_format = self.config.weight_format
-        scales: dict[str, torch.Tensor] = {}
-        for name, row in by_name.items():
-            scales |= weight_format.scale_tensors(name, row.scales)
-        if attention is not None:
-            scales[KV_CACHE_SCALE] = torch.tensor([attention.kv_cache_scaling_factor])
-        files = RankFiles(self.config)
-        for name in decoder_layer_tensors(self.config):
-            if name in scales:
-                files.append_scale(out, name, i, scales[name])
-                continue
-            tensor, report = _BY_NAME[name], by_name.get(name.removesuffix(".weight"))
-            if cache is not None and report is not None:
+        scales = {
+            name: row.scales
+            for name, row in by_name.items()
+            if self.config.linear_format(i, name) is not UNQUANTIZED
+        }
+
+        def rows(tensor: EngineTensor, source: str) -> Rows:
+            name = tensor.name.removesuffix(".weight")
+            report = by_name.get(name)
+            if cache is not None and report is not None and source == tensor.sources[0]:
                 _check_cached(report, layer.amax(tensor))
-            used = None if report is None or weight_format is UNQUANTIZED else report.scales
-            for source in tensor.sources:
-                self._append(out, tensor, i, source, layer.pop(source), used, layer.prefix)
+            return self._rows(layer.prefix + source, layer.pop(source), scales.get(name))
+
+        self.folder.write_layer(out, LayerParts(i, rows, scales, attention))
         return as_record(linears, attention)
 
     def _calibrate(
@@ -188,33 +179,34 @@ class DecoderStep:
         decoder, lengths = self.config.decoder, self.calibration.lengths
         run_layer(layer, decoder, lengths, before, after, observer, self.device)
         seen = observer.maxima
+        observer.stop()
         weights = {name: layer.linear(name).weight for name in DECODER_LINEARS}
         linears = report_linears(
             prefix, weights, weight_amax, seen, observer.rows, self.report_format, self.dtype
         )
-        return linears, AttentionReport(prefix + "attention", seen["q"], seen["k"], seen["v"])
+        q_heads, k_heads, v_heads = (tuple(observer.head_maxima[x].tolist()) for x in "qkv")
+        attention = AttentionReport(
+            prefix + "attention", seen["q"], seen["k"], seen["v"], q_heads, k_heads, v_heads
+        )
+        scales = {row.linear.removeprefix(prefix): row.scales for row in linears}
+        probe = Probe.read(before, lengths, self.device)
+        errors, attention = probe_layer(
+            layer, decoder, probe, scales, self.report_format, attention
+        )
+        return with_residual_errors(linears, prefix, errors), attention
 
-    def _append(
-        self,
-        out: OutputFiles,
-        tensor: EngineTensor,
-        layer: int | None,
-        source: str,
-        published: torch.Tensor,
-        scales: LinearScales | None = None,
-        prefix: str = "",
-    ) -> None:
-        """Writes `published` as `tensor` (or its part), quantised if given scales."""
+    def _rows(self, name: str, published: torch.Tensor, scales: LinearScales | None = None) -> Rows:
+        """What is stored of `published`, quantised if given scales. name: for complaints."""
 
         def blocks() -> Iterator[torch.Tensor]:
             for block in row_blocks(published):
                 if scales is None:
-                    yield cast(prefix + source, block, self.dtype)
+                    yield cast(name, block, self.dtype)
                 else:
-                    rows = cast(prefix + source, block.to(self.device), self.dtype)
+                    rows = cast(name, block.to(self.device), self.dtype)
                     yield self.config.weight_format.quantize(rows, scales.weight)
 
-        RankFiles(self.config).append(out, tensor, layer, source, blocks(), len(published))
+        return Rows(blocks(), len(published))
 
 
 def _check_cached(report: LinearReport, amax: float) -> None:

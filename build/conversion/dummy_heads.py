@@ -49,6 +49,22 @@ def without_dummy_heads(name: str, tensor: torch.Tensor, vision: VisionConfig) -
     return tensor
 
 
+def with_dummy_heads(name: str, tensor: torch.Tensor, stored: VisionConfig) -> torch.Tensor:
+    """The other way: with zeros for the dummy heads of `stored`. Other tensors, and those that
+    have their dummy heads, are unchanged."""
+    num_missing = stored.attention_size - stored.hidden_size
+    if name.endswith("attn.qkv.weight"):
+        parts = tensor.view(3, -1, stored.hidden_size)
+        if parts.shape[1] == stored.attention_size:
+            return tensor
+        zeros = parts.new_zeros(3, num_missing, stored.hidden_size)
+        return torch.cat((parts, zeros), dim=1).flatten(0, 1)
+    if not name.endswith(_TENSORS) or tensor.shape[-1] == stored.attention_size:
+        return tensor
+    zeros = tensor.new_zeros(*tensor.shape[:-1], num_missing)
+    return torch.cat((tensor, zeros), dim=-1)
+
+
 def _dummy_part(kind: str, tensor: torch.Tensor, vision: VisionConfig) -> torch.Tensor:
     real = vision.hidden_size  # channels of the real heads, which come first
     if kind == "attn.qkv.weight":

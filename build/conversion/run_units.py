@@ -37,14 +37,16 @@ def run_units(
         log.info("going on behind %s, %d of %d steps", done[-1].name, len(done), len(units))
     states = done[-1].states if done else None
     _keep_only(staging, {staging / name for name in files}, states)
-    (staging / layout.VISION).mkdir(exist_ok=True)
+    for name in files:
+        (staging / name).parent.mkdir(exist_ok=True)
     finished = {pair for unit in done for pair in unit.writes} if done else None
     sizes = {t.name: TensorInfo(t.dtype, t.shape).num_bytes for t in model_tensors(source.config)}
     reads = [name for unit in todo for name in unit.reads]
+    total = sum(sizes[name] for unit in units for name in unit.reads)
     with (
         OutputFiles(staging, files, finished, buffers.write_behind_bytes) as out,
         ReadAhead(source, reads, buffers.read_ahead_bytes) as reader,
-        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True) as progress,
+        tqdm(total=total, unit="B", unit_scale=True) as progress,
     ):
         progress.update(sum(sizes[name] for unit in done for name in unit.reads))
 

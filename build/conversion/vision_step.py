@@ -6,10 +6,9 @@ hidden states; without, one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,26 +16,26 @@ from torch import nn
 
 from build.conversion.calibration.amax_observer import AmaxObserver
 from build.conversion.calibration.calibration_set import Calibration
+from build.conversion.calibration.residual_error import QuantisedLinears, residual_errors
 from build.conversion.calibration.row_file import NextStates, RowFile
 from build.conversion.dummy_heads import without_dummy_heads
 from build.conversion.output_files import OutputFiles
+from build.conversion.output_folder import OutputFolder
 from build.conversion.quantization.cast import amax, cast
 from build.conversion.quantization.scales import report_linears, scaled_anew
-from build.conversion.report.quantization_report import QuantizationReport, as_record
-from build.conversion.unit import Unit
-from build.output.safetensors_writer import SafetensorsWriter
-from build.sources.source import Read
-from nvlm.formats import layout
-from nvlm.formats.checkpoint_tensors import vision_linears, vision_scales
-from nvlm.formats.tensor_names import (
-    PROJECTOR_PREFIX,
-    VISION_LAYER,
+from build.conversion.report.quantization_report import (
+    LinearReport,
+    as_record,
+    with_residual_errors,
 )
+from build.conversion.unit import Unit
+from build.sources.source import Read
+from nvlm.formats.tensor_names import PROJECTOR_PREFIX, VISION_LAYER
 from nvlm.inputs.tiling import normalize
 from nvlm.model.config import VisionConfig
+from nvlm.model.number_formats import UNQUANTIZED
 from nvlm.model.vision import VISION_FORMAT, VISION_LINEARS, VisionLayer, VisionModel, linear_of
 
-VISION_FILE = f"{layout.VISION}/{layout.WEIGHTS}"
 _EMBEDDINGS_PREFIX = "vision_model.embeddings."
 _TILES_PER_WINDOW = 7
 """Tiles that a layer works on at a time: about 1.5 GB of activations at InternViT-6B's width."""
@@ -54,6 +53,7 @@ class VisionStep:
     dtype: torch.dtype
     calibration: Calibration
     device: torch.device
+    folder: OutputFolder
 
     def units(self, next_states: NextStates) -> list[Unit]:
         """Embeddings, layers, projector; the last one's states are the image embeddings,
@@ -100,9 +100,15 @@ class VisionStep:
         states: RowFile | None,
     ) -> Unit:
         names = tuple(prefix + key for key in module.state_dict())
-        return Unit(name, names, tuple((VISION_FILE, name) for name in names), run, states)
+        return Unit(name, names, tuple(self.folder.vision_writes(names)), run, states)
 
-    def _fill(self, module: nn.Module, prefix: str, read: Read, out: OutputFiles) -> None:
+    def _fill(
+        self,
+        module: nn.Module,
+        prefix: str,
+        read: Read,
+        write: Callable[[str, torch.Tensor], None],
+    ) -> None:
         """Casts and writes a meta module's tensors, and fills it with them, widened to float32, if
         it is going to run."""
         state = {}
@@ -111,16 +117,27 @@ class VisionStep:
             tensor = cast(name, read(name), self.dtype)
             if self.config.num_dummy_heads == 0 and self.published.num_dummy_heads:
                 tensor = without_dummy_heads(name, tensor, self.config)
-            out.append(VISION_FILE, name, tensor)
+            write(name, tensor)
             if self.calibration.num_tiles:
                 state[key] = tensor.to(self.device, torch.float32)
         if self.calibration.num_tiles:
             module.load_state_dict(state, assign=True)
 
+    def _writer(
+        self, out: OutputFiles, rows: Iterable[LinearReport] = ()
+    ) -> Callable[[str, torch.Tensor], None]:
+        """Writes a tensor; a linear of `rows` in the folder's format, by its scales."""
+        scales = {f"{row.linear}.weight": row.scales for row in rows}
+
+        def write(name: str, tensor: torch.Tensor) -> None:
+            self.folder.write_vision(out, name, tensor, scales.get(name))
+
+        return write
+
     def _run_embeddings(
         self, module: nn.Module, states: RowFile | None, read: Read, out: OutputFiles
     ) -> dict[str, Any]:
-        self._fill(module, _EMBEDDINGS_PREFIX, read, out)
+        self._fill(module, _EMBEDDINGS_PREFIX, read, self._writer(out))
         if states is not None:
             with states.writer() as writer:
                 for sample in self.calibration.samples:
@@ -141,23 +158,37 @@ class VisionStep:
     ) -> dict[str, Any]:
         with torch.device("meta"):
             layer = VisionLayer(self.config)
-        self._fill(layer, prefix, read, out)
         if before is None or after is None:
             cache = self.calibration.cache
             rows = cache.linears_of(prefix) if cache else []
             names = VISION_LINEARS if rows else ()  # text alone: vision has none
-            return as_record(scaled_anew(prefix, names, rows, VISION_FORMAT, self.dtype))
+            rows = scaled_anew(prefix, names, rows, VISION_FORMAT, self.dtype)
+            self._fill(layer, prefix, read, self._writer(out, rows))
+            return as_record(rows)
+        # Linears that are stored quantised are written when their scales are known.
+        waits = self.folder.vision_format is not UNQUANTIZED
+        self._fill(layer, prefix, read, _keep if waits else self._writer(out))
         # What the runtime computes in must hold what is seen here in float32.
         num_rows = before.num_rows * self.config.num_positions
         observer = AmaxObserver(prefix, torch.finfo(self.dtype).max, num_rows)
         linears = {name: linear_of(layer, name) for name in VISION_LINEARS}
         observer.watch_inputs(linears)
         self._run_windows(layer, before, after)
+        observer.stop()
         weights = {name: linear.weight for name, linear in linears.items()}
         weight_amax = {name: amax(weight) for name, weight in weights.items()}
         rows = report_linears(
             prefix, weights, weight_amax, observer.maxima, observer.rows, VISION_FORMAT, self.dtype
         )
+        scales = {row.linear.removeprefix(prefix): row.scales for row in rows}
+        probe = before.read(range(1)).to(self.device)
+        parts = QuantisedLinears(linears, scales, VISION_FORMAT)
+        errors = residual_errors(lambda: layer(probe), parts, {})
+        rows = with_residual_errors(rows, prefix, errors)
+        if waits:
+            write = self._writer(out, rows)
+            for key, tensor in layer.state_dict().items():
+                write(prefix + key, tensor.to(self.dtype))
         return as_record(rows)
 
     def _run_projector(
@@ -168,7 +199,7 @@ class VisionStep:
         read: Read,
         out: OutputFiles,
     ) -> dict[str, Any]:
-        self._fill(model.mlp1, PROJECTOR_PREFIX, read, out)
+        self._fill(model.mlp1, PROJECTOR_PREFIX, read, self._writer(out))
         if before is not None and after is not None:
             self._run_windows(model.project, before, after)
         model.mlp1.to("meta")
@@ -182,15 +213,5 @@ class VisionStep:
                 writer.append(run(before.read(window).to(self.device)))
 
 
-def write_scales(directory: Path, config: VisionConfig, report: QuantizationReport) -> None:
-    """`vision/scales.safetensors`; not after calibration with text only."""
-    path = directory / layout.VISION / layout.SCALES
-    path.unlink(missing_ok=True)  # of a run that was interrupted here
-    linears = set(vision_linears(config))
-    rows = [row for row in report.linears if row.linear in linears]
-    if not rows:
-        return
-    with SafetensorsWriter(path, vision_scales(config)) as writer:
-        for row in rows:
-            for name, scale in VISION_FORMAT.scale_tensors(row.linear, row.scales).items():
-                writer.write(name, scale)
+def _keep(name: str, tensor: torch.Tensor) -> None:
+    """Writes nothing: the module that is filled holds the tensor."""

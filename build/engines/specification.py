@@ -91,7 +91,7 @@ def specify(
     vision_checkpoint = VisionCheckpoint.read(checkpoint_dir / layout.VISION)
     Tokenizer(checkpoint_dir / layout.TOKENIZER)  # found damaged now, not when the engine runs
     machine = TargetMachine(device, memory_bytes)
-    decoder = choose_decoder(options.decoder, machine)
+    decoder = choose_decoder(options.decoder, machine, config.exclude_modules)
     vision = choose_vision(
         options.vision,
         vision_checkpoint,

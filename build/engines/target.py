@@ -47,7 +47,18 @@ class TargetMachine:
         return Machine.of(self.device)
 
 
-def choose_decoder(asked: Decoder | Auto, target: TargetMachine) -> Decoder:
+def choose_decoder(
+    asked: Decoder | Auto, target: TargetMachine, exclude_modules: tuple[str, ...] = ()
+) -> Decoder:
+    """exclude_modules: of the checkpoint; decoder torch alone mixes FP8 linears with others."""
+    if exclude_modules:
+        if asked == "tensorrt_llm":
+            raise UserError(
+                "--decoder tensorrt_llm takes a checkpoint whose linears are all FP8, found "
+                f"--exclude_modules {exclude_modules[0]}; use --decoder torch, or convert without"
+            )
+        log.info("decoder: torch (the checkpoint excludes linears from FP8)")
+        return "torch"
     if asked != AUTO:
         if lacks := decoder_lacks(asked, target.machine):
             raise UserError(

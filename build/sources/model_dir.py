@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from nvlm.formats import layout
+from nvlm.formats.manifest import is_ours
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object
 
@@ -22,6 +23,16 @@ def check_model_dir(model_dir: Path) -> None:
     """Raises `UserError` for a folder or name that holds no model as published."""
     if not model_dir.is_dir():
         raise _not_a_folder(model_dir)
+    if is_ours(model_dir, "export"):
+        raise UserError(
+            f"{model_dir} is an export for other engines, quantised already, expected the "
+            "published model; give what it was made from as --model_dir"
+        )
+    if quantised := _quantised_by(model_dir):
+        raise UserError(
+            f"{model_dir} is quantised already, by {quantised}, expected the published model; give "
+            "the unquantised checkpoint as --model_dir"
+        )
     if (model_dir / _ADAPTER).is_file():
         base = read_json_object(model_dir / _ADAPTER).get("base_model_name_or_path")
         of = f", for {base}" if base else ""
@@ -44,6 +55,18 @@ def check_model_dir(model_dir: Path) -> None:
             f"{pickle} holds pickled weights, expected {layout.SHARDS}; download those, or load "
             "the model with transformers and save it with save_pretrained"
         )
+
+
+def _quantised_by(model_dir: Path) -> str | None:
+    """The method that config.json names, for whichever model."""
+    path = model_dir / layout.CONFIG
+    if not path.is_file():
+        return None
+    quantization = read_json_object(path).get("quantization_config")
+    if not quantization:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) else "an unnamed method"
 
 
 def _not_a_folder(model_dir: Path) -> UserError:

@@ -124,8 +124,10 @@ def _tiling(results: Results) -> tuple[int, int]:
 
 
 def _load(source: ImageSource) -> Image.Image:
+    if callable(source):
+        source = source()
     assert not isinstance(source, TiledImage), "data sets hold pictures"
-    return load_image(source() if callable(source) else source, rules=AS_REFERENCE)
+    return load_image(source, rules=AS_REFERENCE)
 
 
 def _side_by_side(images: list[Image.Image]) -> Image.Image:

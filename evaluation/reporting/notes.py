@@ -8,18 +8,24 @@ from evaluation.scoring.scored import Scored
 from evaluation.scoring.vqa_text import normalize
 
 
-def notes_on(scored: Scored, other: Scored | None, not_compared: str | None) -> list[str]:
-    """`other`: what it is compared with; `not_compared`: why it could not be."""
+def notes_on(scored: Scored) -> list[str]:
     notes = list(scored.notes)
     if scored.score and (empty := _empty_answers(scored.score)):
         notes.append(f"{empty}.")
     if number := scored.results.num_duplicates:
         notes.append(f"Left out, answers to samples that had one already: {number:,}.")
-    if not_compared:
-        notes.append(f"Not compared: {not_compared}.")
-    elif other and (unlike := _what_differs(scored, other)):
-        notes.append(f"Not the engines alone differ: {'; '.join(unlike)}.")
     return notes
+
+
+def note_on_comparison(
+    scored: Scored, other: Scored | None, not_compared: str | None
+) -> str | None:
+    """`other`: what it is compared with; `not_compared`: why it could not be."""
+    if not_compared:
+        return f"Not compared: {not_compared}."
+    if other and (unlike := _what_differs(scored, other)):
+        return f"Not the engines alone differ: {'; '.join(unlike)}."
+    return None
 
 
 def _empty_answers(score: TaskScore) -> str | None:

@@ -20,16 +20,24 @@ UNITS = "Scores in percent, OCRBench in points of 1,000."
 
 
 @dataclass(frozen=True, slots=True)
+class OtherRun:
+    """One task of a run that --compare names; or why it is `not_compared`."""
+
+    prefix: Path
+    scored: Scored | None = None
+    comparison: Comparison | None = None
+    not_compared: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TaskReport:
-    """One task of a run and, with --compare, of the other; or why it is `not_compared`. `notes`:
-    what a reader of the score must know, beside the problems."""
+    """One task of a run and of the runs that it is compared with. `notes`: what a reader of the
+    score must know, beside the problems."""
 
     scored: Scored
-    other: Scored | None = None
-    comparison: Comparison | None = None
+    others: list[OtherRun] = field(default_factory=list)
     gallery: list[GalleryItem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    not_compared: str | None = None
 
     @property
     def results(self) -> Results:
@@ -45,38 +53,51 @@ class TaskReport:
 
     @property
     def problems(self) -> list[str]:
-        return self.results.problems + (self.other.results.problems if self.other else [])
+        found = list(self.results.problems)
+        for other in self.others:
+            found += other.scored.results.problems if other.scored else []
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`name` and `other_name` are what the rows of the table are called; `failures` says which
-    tasks could not be scored, and why."""
+    """`name` and `other_names` are what the rows of the table are called; `failures` says which
+    tasks could not be scored, and why. Others stand in the order of each task's `others`."""
 
     name: str
-    other_name: str | None
+    other_names: list[str]
     tasks: list[TaskReport]
     failures: list[str] = field(default_factory=list)
 
     @property
+    def _runs(self) -> list[tuple[str, list[Scored]]]:
+        runs = [(self.name, [task.scored for task in self.tasks])]
+        for number, name in enumerate(self.other_names):
+            found = [task.others[number].scored for task in self.tasks]
+            runs.append((name, [scored for scored in found if scored]))
+        return [(name, scored) for name, scored in runs if scored]
+
+    @property
     def table(self) -> Table:
-        runs = [(self.name, _values([task.scored for task in self.tasks]))]
-        if self.other_name is not None:
-            others = [task.other for task in self.tasks if task.other]
-            runs.append((self.other_name, _values(others)))
-        return card_table(runs)
+        return card_table([(name, _values(scored)) for name, scored in self._runs])
 
     @property
     def scopes(self) -> list[str]:
         """What the numbers of each of our rows are of."""
-        runs = [(self.name, [task.scored for task in self.tasks])]
-        if self.other_name is not None:
-            runs.append((self.other_name, [task.other for task in self.tasks if task.other]))
         return [
             f"{name}: "
             + "; ".join(f"{each.results.task.name} {scope(each.results)}" for each in scored)
-            for name, scored in runs
+            for name, scored in self._runs
         ]
+
+    def compared(self, task: TaskReport) -> list[tuple[str, Comparison]]:
+        """A task's comparisons, each with the other run's name."""
+        pairs = zip(self.other_names, task.others, strict=True)
+        return [(name, other.comparison) for name, other in pairs if other.comparison]
+
+    def against(self, name: str) -> str:
+        """Begins a comparison's sentence where there are several."""
+        return f"Against {name}: " if len(self.other_names) > 1 else ""
 
 
 def _values(scored: Sequence[Scored]) -> dict[str, float]:
@@ -118,11 +139,10 @@ def _task_markdown(task: TaskReport, report: Report) -> str:
                 ("part", "score"), [(n, f"{v:.2f}") for n, v in task.score.details.items()]
             )
         )
-    if task.comparison:
-        lines += [
-            told(task.comparison, results.task.unit) + "\n",
-            *([_changes(task, report)] if task.comparison.changes else []),
-        ]
+    for name, comparison in report.compared(task):
+        lines.append(report.against(name) + told(comparison, results.task.unit) + "\n")
+        if comparison.changes:
+            lines.append(_changes(task, comparison, report.name, name))
     return "\n".join(lines)
 
 
@@ -154,9 +174,8 @@ def told(comparison: Comparison, unit: str) -> str:
     )
 
 
-def change_rows(task: TaskReport) -> list[tuple[str, ...]]:
+def change_rows(task: TaskReport, comparison: Comparison) -> list[tuple[str, ...]]:
     """Rows of the first changes: sample, question, truth, both answers, gain."""
-    assert task.comparison, "only what was compared has changes"
     assert task.score, "only what was compared has changes"
     return [
         (
@@ -167,19 +186,18 @@ def change_rows(task: TaskReport) -> list[tuple[str, ...]]:
             c.other_answer,
             f"{c.gain:+.2f}",
         )
-        for c in task.comparison.changes[:MAX_CHANGES]
+        for c in comparison.changes[:MAX_CHANGES]
     ]
 
 
-def change_columns(report: Report) -> tuple[str, ...]:
-    return ("sample", "question", "truth", report.name, report.other_name or "", "gain")
+def change_columns(name: str, other_name: str) -> tuple[str, ...]:
+    return ("sample", "question", "truth", name, other_name, "gain")
 
 
-def _changes(task: TaskReport, report: Report) -> str:
-    assert task.comparison, "only what was compared has changes"
-    columns = change_columns(report)
-    rows = [tuple(map(_short, row)) for row in change_rows(task)]
-    more = len(task.comparison.changes) - len(rows)
+def _changes(task: TaskReport, comparison: Comparison, name: str, other_name: str) -> str:
+    columns = change_columns(name, other_name)
+    rows = [tuple(map(_short, row)) for row in change_rows(task, comparison)]
+    more = len(comparison.changes) - len(rows)
     return markdown_table(columns, rows) + (f"\nand {more} more\n" if more else "")
 
 
@@ -191,13 +209,13 @@ def _short(text: str) -> str:
 def report_json(report: Report) -> dict[str, Any]:
     return {
         "name": report.name,
-        "other_name": report.other_name,
-        "tasks": {task.name: _task_json(task) for task in report.tasks},
+        "other_names": report.other_names,
+        "tasks": {task.name: _task_json(task, report) for task in report.tasks},
         "failures": report.failures,
     }
 
 
-def _task_json(task: TaskReport) -> dict[str, Any]:
+def _task_json(task: TaskReport, report: Report) -> dict[str, Any]:
     values: dict[str, Any] = {
         "score": task.score.value if task.score else None,
         "unit": task.results.task.unit,
@@ -210,9 +228,9 @@ def _task_json(task: TaskReport) -> dict[str, Any]:
         "details": task.score.details if task.score else {},
         "submission": str(task.scored.submission) if task.scored.submission else None,
     }
-    if task.comparison:
-        comparison = task.comparison
-        values["comparison"] = {
+    values["comparisons"] = [
+        {
+            "other_name": name,
             "score": comparison.value,
             "other_score": comparison.other_value,
             "difference": comparison.difference,
@@ -223,4 +241,6 @@ def _task_json(task: TaskReport) -> dict[str, Any]:
             "num_worse": comparison.num_worse,
             "changed": [change.id for change in comparison.changes],
         }
+        for name, comparison in report.compared(task)
+    ]
     return values

@@ -28,7 +28,7 @@ def page(report: Report) -> str:
     parts = [
         "<header><h1>Evaluation</h1>",
         f"<p>{escape(report.name)}",
-        f" beside {escape(report.other_name)}" if report.other_name else "",
+        f" beside {escape(', '.join(report.other_names))}" if report.other_names else "",
         "</p></header>",
         _table(report),
         _problems(report.failures),
@@ -69,8 +69,9 @@ def _task(task: TaskReport, report: Report) -> str:
     parts = [f"<article><h2>{escape(task.name)}</h2>", f"<p>{escape(headline(task))}</p>"]
     facts = "; ".join(f"{name} {value}" for name, value in made_by(task.results))
     parts.append(f'<p class="note">{escape(facts)}</p>')
-    if task.comparison:
-        parts.append(_difference(task.comparison, task.results.task.unit))
+    for name, comparison in report.compared(task):
+        sentence = report.against(name) + told(comparison, task.results.task.unit)
+        parts.append(_difference(comparison, sentence))
     parts += [f'<p class="note">{escape(note)}</p>' for note in task.notes]
     parts.append(_problems(task.problems))
     if task.score and task.score.details:
@@ -80,8 +81,9 @@ def _task(task: TaskReport, report: Report) -> str:
             width = f"{min(value / most, 1.0):.1%}"
             parts.append(f'<dt>{escape(name)}</dt><dd style="--w:{width}"><b>{value:.1f}</b></dd>')
         parts.append("</dl>")
-    if task.comparison and task.comparison.changes:
-        parts.append(_changes(task, task.comparison, report))
+    for name, comparison in report.compared(task):
+        if comparison.changes:
+            parts.append(_changes(task, comparison, report, name))
     return "".join([*parts, "</article>"])
 
 
@@ -92,15 +94,15 @@ def _problems(problems: list[str]) -> str:
     return f'<ul class="problems">{items}</ul>'
 
 
-def _difference(comparison: Comparison, unit: str) -> str:
-    """The interval of the difference on a line through zero."""
+def _difference(comparison: Comparison, sentence: str) -> str:
+    """The sentence, and the interval of the difference on a line through zero."""
     reach = max(map(abs, comparison.interval))
     low, middle, high = (
         50 + 45 * value / reach
         for value in (comparison.interval[0], comparison.difference, comparison.interval[1])
     )
     return (
-        f"<p>{escape(told(comparison, unit))}</p>"
+        f"<p>{escape(sentence)}</p>"
         '<svg class="interval" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
         f'aria-label="difference {comparison.difference:+.2f}">'
         '<line class="zero" x1="50" x2="50" y1="0" y2="10"/>'
@@ -109,15 +111,17 @@ def _difference(comparison: Comparison, unit: str) -> str:
     )
 
 
-def _changes(task: TaskReport, comparison: Comparison, report: Report) -> str:
-    head = "".join(f"<th>{escape(title)}" for title in change_columns(report))
+def _changes(task: TaskReport, comparison: Comparison, report: Report, other_name: str) -> str:
+    columns = change_columns(report.name, other_name)
+    head = "".join(f"<th>{escape(title)}" for title in columns)
     rows = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-        for row in change_rows(task)
+        for row in change_rows(task, comparison)
     )
     more = len(comparison.changes) - MAX_CHANGES
     return (
-        f"<details><summary>answers that differ: {len(comparison.changes)}</summary>"
+        f"<details><summary>{escape(report.against(other_name))}answers that differ: "
+        f"{len(comparison.changes)}</summary>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
         f"</div>{f'<p>and {more} more</p>' if more > 0 else ''}</details>"
     )

@@ -10,11 +10,18 @@ from pathlib import Path
 from evaluation.asking.output_paths import task_in_name, tasks_of
 from evaluation.reporting.compare import compare
 from evaluation.reporting.gallery import gallery_location, make_gallery
-from evaluation.reporting.notes import notes_on
-from evaluation.reporting.report import Report, TaskReport, markdown, report_json, run_name
+from evaluation.reporting.notes import note_on_comparison, notes_on
+from evaluation.reporting.report import (
+    OtherRun,
+    Report,
+    TaskReport,
+    markdown,
+    report_json,
+    run_name,
+)
 from evaluation.reporting.report_page import page
 from evaluation.reporting.results import read_results
-from evaluation.scoring.scored import score_results
+from evaluation.scoring.scored import Scored, score_results
 from evaluation.tasks import TASKS, Task, find_task
 from nvlm.program.command_line import EXIT_USER_ERROR, ArgumentParser, natural_int
 from nvlm.program.errors import UserError
@@ -45,9 +52,11 @@ def add_flags(parser: ArgumentParser) -> None:
     add(
         "--compare",
         type=Path,
-        action="once",
+        action="extend",
+        nargs="+",
+        default=[],
         metavar="PREFIX",
-        help="another run: what changed, and is it chance",
+        help="other runs: what changed, and is it chance",
     )
     add("--report_dir", type=Path, metavar="DIR", help="write report.md and report.html there")
     add(
@@ -93,20 +102,14 @@ def chosen_tasks(names: list[str] | None, prefix: Path) -> list[Task]:
 def report_task(
     task: Task,
     prefix: Path,
-    other_prefix: Path | None,
+    other_prefixes: list[Path],
     gt_path: Path | None,
     image_dir: Path | None,
     gallery_size: int,
 ) -> TaskReport:
     scored = score_results(read_results(prefix, task), gt_path)
-    other = comparison = not_compared = None
-    if other_prefix is not None:
-        try:
-            other = score_results(read_results(other_prefix, task, "--compare"), gt_path)
-            if scored.score and other.score:
-                comparison = compare(scored.score, other.score, task.unit)
-        except UserError as error:
-            not_compared = str(error)
+    others = [_compared(scored, prefix, task, gt_path) for prefix in other_prefixes]
+    comparison = others[0].comparison if others else None
     gallery = []
     location = gallery_location(scored.results, image_dir)
     if gallery_size and scored.score and location:
@@ -114,8 +117,24 @@ def report_task(
             gallery = make_gallery(scored.results, scored.score, comparison, location, gallery_size)
         except UserError as error:
             print(f"{task.name}: no gallery: {error}", file=sys.stderr)
-    notes = notes_on(scored, other, not_compared)
-    return TaskReport(scored, other, comparison, gallery, notes, not_compared)
+    notes = notes_on(scored)
+    for other in others:
+        note = note_on_comparison(scored, other.scored, other.not_compared)
+        if note is not None:
+            notes.append(f"{other.prefix}: {note}" if len(others) > 1 else note)
+    return TaskReport(scored, others, gallery, notes)
+
+
+def _compared(scored: Scored, prefix: Path, task: Task, gt_path: Path | None) -> OtherRun:
+    other = None
+    try:
+        other = score_results(read_results(prefix, task, "--compare"), gt_path)
+        comparison = None
+        if scored.score and other.score:
+            comparison = compare(scored.score, other.score, task.unit)
+        return OtherRun(prefix, other, comparison)
+    except UserError as error:
+        return OtherRun(prefix, other, not_compared=str(error))
 
 
 def write_report(report: Report, directory: Path) -> None:
@@ -155,20 +174,30 @@ def report_tasks(
     return reports, failures
 
 
+def _other_name(reports: list[TaskReport], number: int, prefix: Path) -> str:
+    """As the engine that its first task names; the prefix alone where no task could be read."""
+    found = (task.others[number].scored for task in reports)
+    first = next((scored for scored in found if scored), None)
+    return prefix.name if first is None else run_name(first.results, prefix)
+
+
 def score(arguments: argparse.Namespace) -> int:
     """Prints the report and returns the exit code."""
     tasks = chosen_tasks(arguments.task, arguments.input_path)
     check_flags(arguments, tasks)
-    if arguments.compare and not arguments.compare.is_file() and not tasks_of(arguments.compare):
-        raise UserError(
-            f"--compare {arguments.compare} has no answers (looked for {arguments.compare}-<task>-"
-            "dprank=*-partition=*.jsonl); give the other run's --output_path"
-        )
+    for other in arguments.compare:
+        if not other.is_file() and not tasks_of(other):
+            raise UserError(
+                f"--compare {other} has no answers (looked for {other}-<task>-"
+                "dprank=*-partition=*.jsonl); give the other run's --output_path"
+            )
+    prefixes = [arguments.input_path, *arguments.compare]
+    if twice := [str(path) for path in arguments.compare if prefixes.count(path) > 1]:
+        raise UserError(f"--compare names {twice[0]} twice, or as --input_path does; give it once")
     reports, failures = report_tasks(tasks, arguments)
-    others = [task.other for task in reports if task.other]
     report = Report(
         run_name(reports[0].results, arguments.input_path),
-        run_name(others[0].results, arguments.compare) if others else None,
+        [_other_name(reports, number, path) for number, path in enumerate(arguments.compare)],
         reports,
         failures,
     )
@@ -178,7 +207,12 @@ def score(arguments: argparse.Namespace) -> int:
     problems = [problem for task in reports for problem in task.problems]
     for problem in problems:
         print(problem, file=sys.stderr)
-    missing = [f"{t.name} is not compared: {t.not_compared}" for t in reports if t.not_compared]
+    missing = [
+        f"{task.name} is not compared: {other.not_compared}"
+        for task in reports
+        for other in task.others
+        if other.not_compared
+    ]
     for failure in failures + missing:
         print(f"error: {failure}", file=sys.stderr)
     if failures or missing:

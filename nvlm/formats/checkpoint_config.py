@@ -8,12 +8,14 @@ modeling_utils.py, models/qwen/config.py). Its loader warns about keys it does n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from nvlm.formats.mapping import Mapping, check_divides
+from nvlm.formats.tensor_names import ENGINE_LAYER
 from nvlm.model.config import DecoderConfig
-from nvlm.model.number_formats import QUANTIZED, NumberFormat, format_named
+from nvlm.model.number_formats import QUANTIZED, UNQUANTIZED, NumberFormat, format_named
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import StrictReader, read_json_object
 
@@ -41,7 +43,11 @@ _FIXED: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
-    """The decoder as converted: its shape, number types and ranks."""
+    """The decoder as converted: its shape, number types and ranks.
+
+    exclude_modules: patterns (fnmatch) of linears that stay in `dtype`, by their names in the
+    model, such as `transformer.layers.3.mlp.proj`.
+    """
 
     decoder: DecoderConfig
     dtype: str
@@ -49,6 +55,7 @@ class CheckpointConfig:
     kv_cache_quant_algo: str | None
     tp_size: int = 1
     pp_size: int = 1
+    exclude_modules: tuple[str, ...] = ()
 
     def mapping(self, rank: int = 0) -> Mapping:
         return Mapping(self.tp_size, self.pp_size, rank)
@@ -57,6 +64,12 @@ class CheckpointConfig:
     def weight_format(self) -> NumberFormat:
         """What the linears of the layers are stored in."""
         return format_named(self.quant_algo)
+
+    def linear_format(self, layer: int, linear: str) -> NumberFormat:
+        """What a layer's linear, by its name in `DECODER_LINEARS`, is stored in."""
+        name = ENGINE_LAYER.format(i=layer) + linear
+        is_excluded = any(fnmatchcase(name, pattern) for pattern in self.exclude_modules)
+        return UNQUANTIZED if is_excluded else self.weight_format
 
     @property
     def kv_cache_format(self) -> NumberFormat:
@@ -68,6 +81,8 @@ class CheckpointConfig:
 
     def to_json(self) -> dict[str, Any]:
         decoder = self.decoder
+        # Left out where there are none, as older versions wrote it.
+        excluded = {"exclude_modules": list(self.exclude_modules)} if self.exclude_modules else {}
         return {
             **_FIXED,
             "dtype": self.dtype,
@@ -90,6 +105,7 @@ class CheckpointConfig:
             "quantization": {
                 "quant_algo": self.quant_algo,
                 "kv_cache_quant_algo": self.kv_cache_quant_algo,
+                **excluded,
             },
         }
 
@@ -117,6 +133,7 @@ class CheckpointConfig:
             kv_cache_quant_algo=quantization.one_of("kv_cache_quant_algo", (*QUANTIZED, None)),
             tp_size=mapping.positive_int("tp_size"),
             pp_size=mapping.positive_int("pp_size"),
+            exclude_modules=_patterns(quantization),
         )
         reader.refuse_unlike(config.to_json())
         try:
@@ -128,3 +145,10 @@ class CheckpointConfig:
     @classmethod
     def read(cls, path: Path) -> CheckpointConfig:
         return cls.from_json(read_json_object(path), path)
+
+
+def _patterns(quantization: StrictReader) -> tuple[str, ...]:
+    found = quantization.values.get("exclude_modules") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise quantization.unsupported("exclude_modules", "a list of names of linears")
+    return tuple(found)

@@ -25,11 +25,12 @@ from nvlm.model.vision import VISION_FORMAT, VISION_LINEARS, VisionModel
 from nvlm.program.errors import UserError
 
 
-def decoder_layer_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
-    """One layer's tensors on any rank, under names relative to `transformer.layers.{i}.`."""
+def decoder_layer_tensors(config: CheckpointConfig, layer: int = 0) -> dict[str, TensorInfo]:
+    """One layer's tensors on any rank, under names relative to `transformer.layers.{i}.`.
+
+    layer: in the model; layers differ only where linears are excluded from quantisation.
+    """
     decoder, dtype = config.decoder, TORCH_DTYPES[config.dtype]
-    weight_format = config.weight_format
-    stored_dtype = weight_format.stored_dtype(dtype)
     mapping = config.mapping()
     query_size = mapping.local_heads(decoder.num_attention_heads) * decoder.head_dim
     key_value_size = mapping.local_heads(decoder.num_key_value_heads) * decoder.head_dim
@@ -45,6 +46,8 @@ def decoder_layer_tensors(config: CheckpointConfig) -> dict[str, TensorInfo]:
     }
     tensors = {"input_layernorm.weight": TensorInfo(dtype, (hidden,))}
     for name in DECODER_LINEARS:
+        weight_format = config.linear_format(layer, name)
+        stored_dtype = weight_format.stored_dtype(dtype)
         tensors[f"{name}.weight"] = TensorInfo(stored_dtype, linear_shapes[name])
         if name == "attention.qkv":
             tensors["attention.qkv.bias"] = TensorInfo(dtype, (qkv_size,))
@@ -66,9 +69,8 @@ def decoder_tensors(config: CheckpointConfig, rank: int = 0) -> dict[str, Tensor
     tensors = {}
     if mapping.is_first_stage:
         tensors["transformer.vocab_embedding.weight"] = TensorInfo(dtype, (vocab_size, hidden))
-    layer = decoder_layer_tensors(config)
-    for i in range(len(mapping.layers(decoder.num_hidden_layers))):
-        prefix = ENGINE_LAYER.format(i=i)
+    for i, number in enumerate(mapping.layers(decoder.num_hidden_layers)):
+        prefix, layer = ENGINE_LAYER.format(i=i), decoder_layer_tensors(config, number)
         tensors |= {prefix + name: info for name, info in layer.items()}
     if mapping.is_last_stage:
         tensors["transformer.ln_f.weight"] = TensorInfo(dtype, (hidden,))

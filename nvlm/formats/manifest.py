@@ -31,7 +31,7 @@ from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object, write_json_atomically
 
 FORMAT_VERSION = 1
-Kind = Literal["checkpoint", "engine"]
+Kind = Literal["checkpoint", "engine", "export"]
 
 _TAKES_A_MODEL = {
     "checkpoint": "convert_checkpoint.py --model_dir {}",
@@ -40,6 +40,7 @@ _TAKES_A_MODEL = {
 _MADE_BY = {
     "checkpoint": "convert_checkpoint.py --output_dir {}",
     "engine": "build_engine.py --engine_dir {}",
+    "export": "convert_checkpoint.py --output_format --output_dir {}",
 }
 _HUGGING_FACE = (WEIGHTS_INDEX, SHARDS)
 _MEGATRON = (MEGATRON_TRACKER, "mp_rank_*/", "*/mp_rank_*/")
@@ -49,7 +50,7 @@ _SMALL_FILE_BYTES = 16 << 20  # files up to this size are hashed at every load
 
 def told(kind: Kind) -> str:
     """With its article."""
-    return f"an {kind}" if kind == "engine" else f"a {kind}"
+    return f"a {kind}" if kind == "checkpoint" else f"an {kind}"
 
 
 @dataclass(frozen=True, slots=True)

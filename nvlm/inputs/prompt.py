@@ -2,7 +2,8 @@
 
 Two published forms: `hf` (modeling_nvlm_d.py, conversation.py) and `megatron` (Megatron-LM
 examples/multimodal, prompt format qwen2p0). They differ in the newline behind <|im_end|> and in
-whether a tile tag is tokenised together with the text before it.
+whether a tile tag is tokenised together with the text before it. `raw` is the content alone,
+without a template.
 
 An id >= vocab_size stands for row `id - vocab_size` of the request's prompt table (TensorRT-LLM's
 prompt tuning). Rows are numbered through all images in the order of the prompt.
@@ -10,14 +11,14 @@ prompt tuning). Rows are numbered through all images in the order of the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from nvlm.inputs.tokenizer import IM_END, IM_START, Tokenizer
 from nvlm.program.errors import UserError
 
-PromptFormat = Literal["hf", "megatron"]
+PromptFormat = Literal["hf", "megatron", "raw"]
 Role = Literal["system", "user", "assistant"]
 DEFAULT_SYSTEM = "Answer the questions."
 IMAGE_MARK = "<image>"
@@ -25,7 +26,11 @@ IMAGE_MARK = "<image>"
 THUMBNAIL_TAG = "<tile_global_thumbnail>"
 
 # (newline behind <|im_end|>, tags tokenised apart from the text before them)
-_FORMATS: dict[PromptFormat, tuple[str, bool]] = {"hf": ("", False), "megatron": ("\n", True)}
+_FORMATS: dict[PromptFormat, tuple[str, bool]] = {
+    "hf": ("", False),
+    "megatron": ("\n", True),
+    "raw": ("", False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,9 @@ class _Break:
     """Ends a run of text: what stands on either side is tokenised separately."""
 
 
+_Item = str | int | _Special | _Break
+
+
 def tile_tags(num_tiles: int) -> list[str]:
     """<tile_1> ... <tile_{n-1}> and the thumbnail's; a single tile has only the thumbnail's."""
     return [f"<tile_{k}>" for k in range(1, num_tiles)] + [THUMBNAIL_TAG]
@@ -80,26 +88,37 @@ def build_prompt(
     prompt_format: PromptFormat = "hf",
 ) -> Prompt:
     """Token ids of the user's turn `parts`, after those of `history`, with an open assistant turn
-    after it.
+    after it. With prompt_format `raw` those of `parts` alone, which the model continues.
 
     The text is split only at the special tokens placed here; each run between them is tokenised
     as one string with special-token parsing off. Raises `UserError` for text that is not Unicode.
     """
     turn_end, tags_apart = _FORMATS[prompt_format]
-    items: list[str | int | _Special | _Break] = []
+    items: list[_Item] = []
+    if prompt_format == "raw":
+        return _tokenize(_content(parts, tokens_per_tile, tags_apart), tokenizer, vocab_size)
     for role, content in (("system", [system]), *history, ("user", list(parts))):
         items += [_Special(IM_START), f"{role}\n"]
-        for part in content:
-            if isinstance(part, str):
-                items.append(part)
-                continue
-            items.append("<Image>")
-            for tag in tile_tags(part.num_tiles):
-                items += [*([_Break()] if tags_apart else []), tag, tokens_per_tile]
-            items.append("</Image>")
+        items += _content(content, tokens_per_tile, tags_apart)
         items += [_Special(IM_END), turn_end]
     items += [_Special(IM_START), "assistant\n"]
     return _tokenize(items, tokenizer, vocab_size)
+
+
+def _content(
+    parts: Iterable[PromptPart], tokens_per_tile: int, tags_apart: bool
+) -> Iterator[_Item]:
+    for part in parts:
+        if isinstance(part, str):
+            yield part
+            continue
+        yield "<Image>"
+        for tag in tile_tags(part.num_tiles):
+            if tags_apart:
+                yield _Break()
+            yield tag
+            yield tokens_per_tile
+        yield "</Image>"
 
 
 def prompt_text(content: Iterable[object], system: str, prompt_format: PromptFormat) -> str:
@@ -110,9 +129,7 @@ def prompt_text(content: Iterable[object], system: str, prompt_format: PromptFor
     return f"{IM_START}system\n{system}{turn_end}{IM_START}user\n{user}{turn_end}"
 
 
-def _tokenize(
-    items: Iterable[str | int | _Special | _Break], tokenizer: Tokenizer, vocab_size: int
-) -> Prompt:
+def _tokenize(items: Iterable[_Item], tokenizer: Tokenizer, vocab_size: int) -> Prompt:
     """Integers count virtual tokens; neighbouring strings form one run."""
     token_ids: list[int] = []
     run, num_virtual_tokens = "", 0

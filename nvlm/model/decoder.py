@@ -93,7 +93,8 @@ def causal_attention(
 class DecoderLayer(nn.Module):
     """Pre-norm attention and SwiGLU MLP; `tensors` maps the layer's TensorRT-LLM names.
 
-    The linears are stored in `number_format`, its scales beside them in `tensors`. On a rank of
+    The linears are stored in `number_format`, or each in its own of a mapping by name, with scales
+    beside them in `tensors`. On a rank of
     several the tensors are its shards, and `all_reduce` adds the row-parallel linears' float32
     outputs before they are rounded once (Megatron-LM, arXiv 1909.08053).
     """
@@ -104,9 +105,12 @@ class DecoderLayer(nn.Module):
         tensors: Mapping[str, torch.Tensor],
         all_reduce: AllReduce | None = None,
         *,
-        number_format: NumberFormat = UNQUANTIZED,
+        number_format: NumberFormat | Mapping[str, NumberFormat] = UNQUANTIZED,
     ) -> None:
         super().__init__()
+        formats = number_format
+        if isinstance(formats, NumberFormat):
+            formats = dict.fromkeys(DECODER_LINEARS, formats)
         self.all_reduce = all_reduce
         self.eps = config.rms_norm_eps
         self.head_dim = config.head_dim
@@ -117,8 +121,8 @@ class DecoderLayer(nn.Module):
                 name.replace(".", "_"): QuantizableLinear(
                     tensors[f"{name}.weight"],
                     tensors.get(f"{name}.bias"),
-                    number_format=number_format,
-                    scales=number_format.read_scales(tensors.__getitem__, name),
+                    number_format=formats[name],
+                    scales=formats[name].read_scales(tensors.__getitem__, name),
                     output_dtype=torch.float32 if all_reduce and name in _ROW_PARALLEL else None,
                 )
                 for name in DECODER_LINEARS

@@ -26,6 +26,9 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def takes_fast_path(config: CheckpointConfig, device: torch.device) -> bool:
-    """Whether the decoder runs by the kernels: an FP8 checkpoint with an FP8 cache."""
+    """Whether the decoder runs by the kernels: an FP8 checkpoint with an FP8 cache, of which no
+    linear is excluded."""
     is_fp8 = config.weight_format is FP8 and config.kv_cache_format is FP8
-    return is_fp8 and config.dtype != "float32" and has_kernels(device)
+    return (
+        is_fp8 and not config.exclude_modules and config.dtype != "float32" and has_kernels(device)
+    )

@@ -17,8 +17,9 @@ _SAVE_S = 30.0  # of answers that replace others, a killed run loses at most so 
 
 def answer_json(result: GenerationResult) -> dict[str, Any]:
     """A result as a JSON object, text first. What was not asked for is left out, and `choices` of
-    one answer, which they would repeat."""
+    one answer, which they would repeat; so is what depends on the requests before this one."""
     values = asdict(result)
+    del values["num_reused_tokens"]
     timings = {name: round(value, 3) for name, value in values.pop("timings").items()}
     choices = values.pop("choices")
     if len(choices) > 1:

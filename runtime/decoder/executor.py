@@ -68,8 +68,9 @@ class StepOutput:
     answer to which its guide lets nothing be added stops with its last token.
     logits: [vocab_size] float32 of the model, if asked for; settings and guides change copies.
     logprobs: of the token, if asked for. prompt_logprobs: with the first token, one for each of the
-    prompt's, None for the first and for rows of the prompt table. error: why the executor gave up
-    this request, and no other.
+    prompt's, None for the first and for rows of the prompt table. num_reused_tokens: with the first
+    token, those of the prompt that earlier requests had computed; None where the executor does not
+    know. error: why the executor gave up this request, and no other.
     """
 
     request_id: int
@@ -78,6 +79,7 @@ class StepOutput:
     logits: torch.Tensor | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_reused_tokens: int | None = None
     error: Exception | None = None
 
 
@@ -125,6 +127,23 @@ def warm_up(executor: DecoderExecutor) -> None:
     requests'."""
     if isinstance(executor, NeedsWarmUp):
         executor.warm_up()
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCounts:
+    """usage: share of the KV blocks that requests hold, 0 to 1. Tokens are those of prompts."""
+
+    usage: float
+    num_preemptions: int
+    num_queried_tokens: int
+    num_reused_tokens: int
+
+
+@runtime_checkable
+class CountsCache(Protocol):
+    """An executor that says how its KV cache is used. Any thread may ask."""
+
+    def cache_counts(self) -> CacheCounts: ...
 
 
 def create_decoder_executor(

@@ -23,7 +23,7 @@ from runtime.decoder.block_allocator import (
     block_key,
     num_blocks_for,
 )
-from runtime.decoder.executor import DecoderRequest, TokenLogprobs
+from runtime.decoder.executor import CacheCounts, DecoderRequest, TokenLogprobs
 from runtime.decoder.guidance import Matcher
 
 UNKNOWN_TOKEN = -1
@@ -53,6 +53,7 @@ class Sequence:
     image_keys: list[bytes] = field(default_factory=list)
     matcher: Matcher | None = None
     num_cached: int = 0
+    num_reused: int = 0  # tokens of its prompt that earlier requests had computed
     num_scheduled: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
@@ -136,6 +137,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
+        self.num_queried_tokens = 0
         self.num_reused_tokens = 0
 
     def find(self, request_id: int) -> Sequence | None:
@@ -148,6 +150,15 @@ class Scheduler:
     @property
     def num_free_blocks(self) -> int:
         return self._allocator.num_free
+
+    @property
+    def counts(self) -> CacheCounts:
+        return CacheCounts(
+            usage=1.0 - self._allocator.num_free / self._allocator.num_blocks,
+            num_preemptions=self.num_preemptions,
+            num_queried_tokens=self.num_queried_tokens,
+            num_reused_tokens=self.num_reused_tokens,
+        )
 
     @property
     def num_running(self) -> int:
@@ -250,6 +261,9 @@ class Scheduler:
             self._release(sequence)
             return False
         sequence.blocks += self._allocator.allocate(needed)
+        if sequence.num_generated == 0:
+            sequence.num_reused = sequence.num_cached
+        self.num_queried_tokens += sequence.num_tokens
         self.num_reused_tokens += sequence.num_cached
         return True
 

@@ -13,6 +13,7 @@ from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.executor import (
+    CacheCounts,
     DecoderOptions,
     DecoderRequest,
     StepOutput,
@@ -70,6 +71,9 @@ class TorchDecoderExecutor:
     def scheduler(self) -> Scheduler:
         """For metrics and tests."""
         return self._scheduler
+
+    def cache_counts(self) -> CacheCounts:
+        return self._scheduler.counts
 
     def submit(self, request: DecoderRequest) -> int:
         decoder = self._config.decoder
@@ -249,9 +253,14 @@ class TorchDecoderExecutor:
         if reason is not None:
             self._scheduler.finish(sequence)
         is_first = place == sequence.num_prompt_tokens
-        prompt_logprobs = sequence.prompt_logprobs if is_first else None
         return StepOutput(
-            sequence.request_id, given, reason, logits, logprobs, prompt_logprobs or None
+            sequence.request_id,
+            given,
+            reason,
+            logits,
+            logprobs,
+            prompt_logprobs=(sequence.prompt_logprobs or None) if is_first else None,
+            num_reused_tokens=sequence.num_reused if is_first else None,
         )
 
     def _give_up(self, sequence: Sequence, why: str) -> StepOutput:

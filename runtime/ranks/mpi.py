@@ -105,6 +105,10 @@ class Job:
         assert self._watch is not None
         return self._watch
 
+    def has_lost_rank(self) -> bool:
+        """Whether another rank died; this one ends soon."""
+        return self._watch is not None and self._watch.has_lost_rank
+
     def phase(self, name: str) -> None:
         """What this rank does from now on, for the message when it dies."""
         if name != self._phase:

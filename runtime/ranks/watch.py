@@ -24,6 +24,8 @@ _CONNECT_S = 5.0
 _GRACE_S = 2.0  # for the launcher
 _LEAVE, _ABORT = "leave", "abort"
 _READY = b"+"  # every rank is connected
+_LOST = b"?"  # a rank died
+_END = b"!"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Watch:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self.has_lost_rank = False  # one died, and this one is ended soon
         self.local_address: str = connection.getsockname()[0]
         self.leader_address: str = connection.getpeername()[0]
         threading.Thread(target=self._end_with_others, daemon=True).start()
@@ -97,11 +100,12 @@ class Watch:
 
     def _end_with_others(self) -> None:
         try:
-            told = self._connection.recv(1)
+            while told := self._connection.recv(1):
+                self.has_lost_rank = True
+                if told == _END:
+                    os._exit(1)
         except OSError:
             return
-        if told:
-            os._exit(1)
 
 
 def interface_addresses() -> dict[str, str]:
@@ -181,10 +185,16 @@ def _read(key: selectors.SelectorKey, ranks: dict[socket.socket, _Rank]) -> bool
 
 
 def _end(connections: list[socket.socket]) -> None:
+    """Those that the launcher leaves alive hear of it at once: a server answers no more."""
+    _tell(connections, _LOST)
     threading.Event().wait(_GRACE_S)
+    _tell(connections, _END)
+
+
+def _tell(connections: list[socket.socket], what: bytes) -> None:
     for connection in connections:
         with suppress(OSError):
-            connection.sendall(b"!")
+            connection.sendall(what)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from nvlm.inputs.images import Page, PictureRules
 from nvlm.inputs.prompt import PromptFormat
 from nvlm.program.errors import UserError
+from runtime.requests.guide import Guide
 from runtime.requests.sampling import SamplingParams
 
 
@@ -27,6 +28,8 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stop": (lambda value: all(isinstance(each, str) for each in value), "a str or several"),
     "end_ids": (lambda value: all(map(_is_whole, value)), "token ids, whole numbers"),
     "sampling": (lambda value: isinstance(value, SamplingParams), "SamplingParams"),
+    "guide": (lambda value: value is None or isinstance(value, Guide), "a Guide"),
+    "priority": (_is_whole, "a whole number; the smallest is next"),
 }
 """By field: what is right, and how a message says it."""
 

@@ -21,7 +21,7 @@ from nvlm.inputs.tiling import TiledImage
 from nvlm.program.errors import UserError, shortened
 from runtime.requests.picture_source import picture_source
 
-ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage]
+ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage | TiledImage]
 GivenImage = ImageSource | str | Image.Image
 """What a caller may give for an image: a `str` is a path."""
 

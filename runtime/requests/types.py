@@ -45,6 +45,8 @@ class GenerationRequest:
     `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
     beside <|im_end|>.
     `guide` is what the answer must match; it goes with no stop string, which would cut it.
+    Of those that wait, the one with the smallest `priority` is next, of equal ones the one that
+    came first; what runs goes on.
 
     A Pillow image becomes pixels at once; a text alone stands for a tuple of one. Raises
     `UserError` for content that is neither text nor an image, and for a field of another type:
@@ -62,6 +64,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     history: tuple[Message, ...] = ()
     guide: Guide | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "content", content_of(self.content))
@@ -227,7 +230,8 @@ class GenerationResult:
     the first choice's: text, token_ids, finish_reason, boxes, seed and logprobs.
 
     prompt_logprobs: one for each token of the prompt, if asked for; None for the first, which
-    nothing foretells, and for pictures' rows.
+    nothing foretells, and for pictures' rows. num_reused_tokens: those of the prompt that earlier
+    requests had computed; None where the decoder does not say.
     """
 
     text: str
@@ -242,6 +246,7 @@ class GenerationResult:
     seed: int | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_reused_tokens: int | None = field(default=None, compare=False)  # the answer is the same
     choices: tuple[Choice, ...] = ()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from itertools import count
+from queue import PriorityQueue
 
 from runtime.serving.part import Part
 from runtime.serving.stages import Stages
@@ -13,8 +15,22 @@ from runtime.serving.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
-_Queue = SimpleQueue[Ticket | None]
-"""None ends the thread that reads it."""
+
+class _Queue:
+    """Gives the ticket of the smallest priority, of equal ones the first that came. None comes
+    after all of them, and ends the thread that reads it."""
+
+    def __init__(self) -> None:
+        self._queue: PriorityQueue[tuple[float, int, Ticket | None]] = PriorityQueue()
+        self._number = count()
+
+    def put(self, ticket: Ticket | None) -> None:
+        priority = math.inf if ticket is None else ticket.request.priority
+        self._queue.put((priority, next(self._number), ticket))
+
+    def get(self) -> Ticket | None:
+        return self._queue.get()[2]
+
 
 _PREPARE_LIMIT_S = 600.0  # the largest picture that is read takes half a minute on a busy core
 
@@ -25,8 +41,8 @@ class Intake:
 
     `num_preparing` threads decode and tile pictures, each one request (and one picture of up to
     MAX_IMAGE_PIXELS) at a time; another prepares requests without pictures, which so wait for
-    none; one encodes. With 0 there are no threads, and `put` does the work. `encode` replaces the
-    stages' own.
+    none; one encodes. Each takes the smallest priority first. With 0 there are no threads, and
+    `put` does the work. `encode` replaces the stages' own.
     """
 
     def __init__(
@@ -39,9 +55,7 @@ class Intake:
         self._stages, self._deliver = stages, deliver
         self._encode = encode or stages.encode
         self._num_preparing = num_preparing
-        self._pictures: _Queue = SimpleQueue()
-        self._texts: _Queue = SimpleQueue()
-        self._to_encode: _Queue = SimpleQueue()
+        self._pictures, self._texts, self._to_encode = _Queue(), _Queue(), _Queue()
         self._threads: list[threading.Thread] = []  # that which encodes last
         self.parts: list[Part] = []  # one a thread
         if num_preparing:

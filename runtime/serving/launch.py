@@ -85,8 +85,8 @@ def _launch_rank(
         def open_runner() -> Runner:
             engine = read_engine()
             mapped = MappedFiles.of(engine, device)
-            parts = open_parts_on_ranks(engine, device, job, program.options)
-            return Runner(engine, *parts, device, mapped)
+            vision, decoder = open_parts_on_ranks(engine, device, job, program.options)
+            return Runner(engine, vision, decoder, device, mapped, has_lost_rank=job.has_lost_rank)
 
         if world.rank == 0:
             return program.lead(device, open_runner)

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Literal
 
 from nvlm.program.errors import PartDiedError, UserError
-from runtime.decoder.executor import StepOutput
+from runtime.decoder.executor import CountsCache, StepOutput
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.intake import Intake
 from runtime.serving.metrics import Labels, ServingMetrics
@@ -82,6 +82,10 @@ class Loop:
     @property
     def is_stopping(self) -> bool:
         return self._is_stopping
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
         """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or
@@ -189,6 +193,14 @@ class Loop:
         num_running = len({draft.ticket for draft in self._running.values()})
         self.metrics.set("nvlm_requests_running", num_running)
         self.metrics.set("nvlm_requests_waiting", max(0, self.num_open - num_running))
+        self.metrics.set("nvlm_mm_cache_queries_total", self.stages.num_pictures)
+        self.metrics.set("nvlm_mm_cache_hits_total", self.stages.num_known_pictures)
+        if isinstance(self.stages.decoder, CountsCache):
+            counts = self.stages.decoder.cache_counts()
+            self.metrics.set("nvlm_kv_cache_usage_perc", counts.usage)
+            self.metrics.set("nvlm_num_preemptions_total", counts.num_preemptions)
+            self.metrics.set("nvlm_prefix_cache_queries_total", counts.num_queried_tokens)
+            self.metrics.set("nvlm_prefix_cache_hits_total", counts.num_reused_tokens)
         return self.metrics.samples()
 
     def _wait_for_place(self, ticket: Ticket, place: threading.Lock) -> None:
@@ -233,7 +245,8 @@ class Loop:
 
     def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self.stages.engine.limits.max_batch_size:
-            ticket = self._waiting.popleft()
+            ticket = min(self._waiting, key=lambda each: each.request.priority)  # the first such
+            self._waiting.remove(ticket)
             try:
                 self._running |= self.stages.start(ticket)
             except Exception as error:
@@ -304,8 +317,22 @@ class Loop:
     def _finish(self, ticket: Ticket, answer: Answer, result: GenerationResult) -> None:
         if self._end(ticket, result.finish_reason):
             self.metrics.add("nvlm_generated_tokens_total", result.num_tokens)
-            self.metrics.observe("nvlm_queue_seconds", result.timings.queue_ms / 1e3)
+            self._observe_times(result)
             self._tell(ticket, answer)
+
+    def _observe_times(self, result: GenerationResult) -> None:
+        timings, num_further = result.timings, result.num_tokens - 1
+        times = {
+            "nvlm_queue_seconds": timings.queue_ms,
+            "nvlm_e2e_request_latency_seconds": timings.total_ms,
+            "nvlm_request_prefill_time_seconds": timings.prefill_ms,
+            "nvlm_request_decode_time_seconds": timings.decode_ms,
+            "nvlm_request_inference_time_seconds": timings.prefill_ms + timings.decode_ms,
+        }
+        if num_further > 0:
+            times["nvlm_request_time_per_output_token_seconds"] = timings.decode_ms / num_further
+        for name, milliseconds in times.items():
+            self.metrics.observe(name, milliseconds / 1e3)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if self._end(ticket, "refused" if isinstance(error, UserError) else "failed"):

@@ -45,6 +45,27 @@ METRICS: dict[str, Metric] = {
     "nvlm_time_per_output_token_seconds": Metric(
         "counter", "Between the tokens of a request after its first", buckets=_SECONDS
     ),
+    "nvlm_e2e_request_latency_seconds": Metric(
+        "counter", "From acceptance to the whole answer", buckets=_SECONDS
+    ),
+    "nvlm_request_prefill_time_seconds": Metric(
+        "counter", "From the decoder's queue to the first token", buckets=_SECONDS
+    ),
+    "nvlm_request_decode_time_seconds": Metric(
+        "counter", "From the first token to the last", buckets=_SECONDS
+    ),
+    "nvlm_request_inference_time_seconds": Metric(
+        "counter", "From the decoder's queue to the last token", buckets=_SECONDS
+    ),
+    "nvlm_request_time_per_output_token_seconds": Metric(
+        "counter", "Mean time between the tokens of a request", buckets=_SECONDS
+    ),
+    "nvlm_kv_cache_usage_perc": Metric("gauge", "Share of KV blocks in use, from 0 to 1"),
+    "nvlm_num_preemptions_total": Metric("counter", "Requests that gave up their KV blocks"),
+    "nvlm_prefix_cache_queries_total": Metric("counter", "Prompt tokens looked up in KV blocks"),
+    "nvlm_prefix_cache_hits_total": Metric("counter", "Prompt tokens found there"),
+    "nvlm_mm_cache_queries_total": Metric("counter", "Pictures looked up among the encoded ones"),
+    "nvlm_mm_cache_hits_total": Metric("counter", "Pictures found there, which are not encoded"),
     "nvlm_decode_batch_size": Metric("counter", "Requests that shared a step", buckets=_COUNTS),
 }
 

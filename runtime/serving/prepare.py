@@ -104,10 +104,12 @@ def tile_pages(
     """The pages of one picture as `request` has them cut, at most `room`. Errors call it
     `name`."""
     tiling = engine.tiling
+    if callable(source):
+        source = source()
     if isinstance(source, TiledImage):
         _check_tiles(source, tiling.image_size, tiling.max_tiles_per_image)
         return [source]
-    pages = load_pages(source() if callable(source) else source, name, request.pictures, room)
+    pages = load_pages(source, name, request.pictures, room)
     most = _max_num_tiles(request, tiling)
     return [tile_image(page, tiling.image_size, most) for page in pages]
 

@@ -6,7 +6,7 @@ Any number of threads may ask at once, through one loop (shared_loop.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,11 @@ class Runner(Stages):
         decoder: DecoderExecutor,
         device: torch.device = _CPU,
         mapped: MappedFiles | None = None,
+        *,
+        has_lost_rank: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(engine, vision, decoder, device, mapped)
+        self.has_lost_rank = has_lost_rank  # of several: one died, so no step will end
         self._loop = SharedLoop()
         self._is_closed = False
 

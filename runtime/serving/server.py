@@ -82,11 +82,6 @@ class Server:
         self._watch.start()
 
     @property
-    def has_failed(self) -> bool:
-        """Whether no request will be answered any more."""
-        return self.failure is not None
-
-    @property
     def metrics(self) -> ServingMetrics:
         return self._loop.metrics
 
@@ -98,6 +93,12 @@ class Server:
     def is_full(self) -> bool:
         """Whether the next `submit` is refused."""
         return self._loop.is_full
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the decoder's thread has ended by an error, or a rank died: no request will be
+        answered."""
+        return self.failure is not None or self._loop.has_failed or self.runner.has_lost_rank()
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
         """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or

@@ -55,6 +55,7 @@ class Stages:
         self.in_loop = threading.Lock()  # held by the one loop that is open
         self._encoding = threading.Lock()  # held by the one thread that encodes images
         self._encoded = EncodedPictures()
+        self.num_pictures = self.num_known_pictures = 0  # that were to be encoded; and had been
         self._table_device = torch.device("cpu")  # vision's, once it has encoded
 
     def prepare(self, ticket: Ticket) -> None:
@@ -141,6 +142,8 @@ class Stages:
         """[num_virtual_tokens, hidden_size]: all tiles' embeddings in order. Pictures that were
         encoded before are not encoded again."""
         known = {key: rows for key in keys if (rows := self._encoded.get(key)) is not None}
+        self.num_pictures += len(keys)
+        self.num_known_pictures += sum(key in known for key in keys)
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
         if new:
             tiles = torch.cat([torch.from_numpy(image.tiles) for image in new.values()])

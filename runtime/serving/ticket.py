@@ -64,6 +64,7 @@ class Ticket:
     drafts: list[Draft] = field(default_factory=list)  # one for each of the n answers
     submitted: float = field(init=False)
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_reused_tokens: int | None = None  # of the prompt, for the first draft
 
     def __post_init__(self) -> None:
         self.sampling = self.request.sampling.seeded()
@@ -101,6 +102,7 @@ class Ticket:
             seed=choices[0].seed,
             logprobs=choices[0].logprobs,
             prompt_logprobs=self.prompt_logprobs,
+            num_reused_tokens=self.num_reused_tokens,
             choices=choices,
         )
 
@@ -130,6 +132,8 @@ class Draft:
             self.first_token = self.last_token
         if output.prompt_logprobs is not None:
             self.ticket.prompt_logprobs = self._told_of_prompt(output.prompt_logprobs)
+        if output.num_reused_tokens is not None and self.index == 0:
+            self.ticket.num_reused_tokens = output.num_reused_tokens
         text = ""
         logprobs: tuple[TokenLogprob, ...] = ()
         if output.token_id is not None:

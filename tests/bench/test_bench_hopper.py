@@ -86,6 +86,24 @@ def test_pictures_arrive_through_the_server_while_texts_decode(
     assert 0 < busy["first_token_ms"]["median"] <= busy["first_token_ms"]["max"]
 
 
+@pytest.mark.process  # the clients'
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_the_same_load_comes_alone_and_over_http(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("starlette", reason="requirements/serving.txt is not installed")
+    from bench.hopper import http
+
+    options = "--shape tiny --layers 1 --load 60/4/6/3 --rounds 1 --num_first 2 --no_graphs"
+    http.main([*options.split(), "--output", str(tmp_path / "http.json")])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found == json.loads((tmp_path / "http.json").read_text())
+    assert found["load"] == "60/4/6/3"
+    assert found["ratio"] == found["http_tokens_per_s"][0] / found["tokens_per_s"][0]
+    assert len(found["first_token_ms"]) == len(found["http_first_token_ms"]) == 2
+    assert all(each > 0 for each in (*found["first_token_ms"], *found["http_first_token_ms"]))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
 def test_loads_of_any_size_are_served(capsys: pytest.CaptureFixture[str]) -> None:
     options = "--shape tiny --layers 1 --batch_sizes 1,3 --context 64 --prompts 20"

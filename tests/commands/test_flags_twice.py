@@ -25,6 +25,8 @@ def test_flags_of_several_values_collect_in_order() -> None:
     assert given.gt_path == [Path("a"), Path("b"), Path("c")]
     tasks = ["score", "--input_path", "p", "--task", "ChartQA", "--task", "DocVQA"]
     assert evaluate.parser().parse_args(tasks).task == ["ChartQA", "DocVQA"]
+    runs = ["score", "--input_path", "p", "--compare", "a", "b", "--compare", "c"]
+    assert evaluate.parser().parse_args(runs).compare == [Path("a"), Path("b"), Path("c")]
 
 
 def test_a_second_parse_begins_anew() -> None:

@@ -14,7 +14,7 @@ from evaluation.reporting.card import card_table
 from evaluation.reporting.compare import compare
 from evaluation.scoring.score import SampleScore, TaskScore
 from tests.support.benchmarks import run_record, short, write_answers
-from tests.support.command import SCORE, run_command
+from tests.support.command import SCORE, one_line_error, run_command
 
 
 def evaluated(*flags: object) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_a_comparison_tells_what_changed_and_whether_it_is_chance(tmp_path: Path
     write_answers(tmp_path / "fp8", "RealworldQA", list(ours))
     write_answers(tmp_path / "bf16", "RealworldQA", list(theirs))
     flags = ("--input_path", tmp_path / "fp8", "--compare", tmp_path / "bf16")
-    found = evaluated(*flags)["tasks"]["RealworldQA"]["comparison"]
+    (found,) = evaluated(*flags)["tasks"]["RealworldQA"]["comparisons"]
     assert (found["score"], found["other_score"]) == (53.0, 60.0)
     assert (found["num_better"], found["num_worse"], found["num_paired"]) == (1, 8, 100)
     assert found["p_value"] == pytest.approx(20 / 512)
@@ -141,6 +141,43 @@ def test_a_comparison_says_when_not_the_engines_alone_differ(tmp_path: Path) -> 
     told = "Not the engines alone differ: max_new_tokens 128 against 16."
     assert told in run_command(*SCORE, *flags, tmp_path / "c").stdout
     assert told in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_several_runs_stand_on_one_page_each_with_its_own_test(tmp_path: Path) -> None:
+    """As BF16, FP8 with a BF16 cache, FP8 with an FP8 cache; the middle one lacks a task."""
+    answers = {"fp8": "BBCB", "fp8_bf16_kv": "BBBB", "bf16": "ABBB"}
+    for name, letters in answers.items():
+        lines = [short(i, letter, "B") for i, letter in enumerate(letters)]
+        path = write_answers(tmp_path / name, "AI2D", lines)
+        run_record("AI2D", engine=name).write(record_path(path))
+        if name != "fp8_bf16_kv":
+            write_answers(tmp_path / name, "ChartQA", [short(1, "5", "5")])
+    others = (tmp_path / "fp8_bf16_kv", tmp_path / "bf16")
+    start = ("--input_path", tmp_path / "fp8", "--report_dir", tmp_path / "report", "--compare")
+    result = run_command(*SCORE, *start, *others, "--json")
+    assert result.exit_code == 2
+    assert f"ChartQA is not compared: --compare {others[0]}" in result.stderr
+    values = json.loads(result.stdout)
+    middle, last = values["other_names"]
+    assert (middle.split()[0], last.split()[0]) == ("fp8_bf16_kv", "bf16")
+    found = values["tasks"]["AI2D"]["comparisons"]
+    assert [row["other_name"] for row in found] == [middle, last]
+    assert [(row["score"], row["other_score"]) for row in found] == [(75.0, 100.0), (75.0, 75.0)]
+    assert [row["changed"] for row in found] == [[2], [2, 0]]
+    assert [row["other_name"] for row in values["tasks"]["ChartQA"]["comparisons"]] == [last]
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert f"Against {middle}: 75.00 against 100.00" in text
+    assert f"Against {last}: 75.00 against 75.00" in text
+    assert (
+        text.index(f"| {values['name']} |")
+        < text.index(f"| {middle} |")
+        < text.index(f"| {last} |")
+    )
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("<svg class") == 3
+    assert f"beside {middle}, {last}" in page
+    twice = run_command(*SCORE, *start, others[1], others[1])
+    one_line_error(twice, "--compare", "twice", "give it once")
 
 
 def test_points_add_up_in_a_comparison() -> None:
@@ -191,7 +228,7 @@ def test_a_task_that_the_other_run_lacks_keeps_its_score(tmp_path: Path) -> None
     assert "error: AI2D is not compared: --compare" in result.stderr
     tasks = json.loads(result.stdout)["tasks"]
     assert [tasks[name]["score"] for name in ("AI2D", "ChartQA")] == [100.0, 100.0]
-    assert ["comparison" in tasks[name] for name in ("AI2D", "ChartQA")] == [False, True]
+    assert [len(tasks[name]["comparisons"]) for name in ("AI2D", "ChartQA")] == [0, 1]
     alone = run_command(*SCORE, "--task", "AI2D", *flags, tmp_path / "other")
     assert alone.exit_code == 2
     assert "AI2D is not compared: the two runs have no sample in common" in alone.stderr

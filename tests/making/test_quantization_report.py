@@ -169,8 +169,8 @@ def test_the_page_stands_alone_and_shows_every_linear(
     assert parser.fetched == []
     assert "url(" not in text
     assert "<script" not in text
-    assert parser.count["svg"] == 4 + 1 + 4, "decoder, its attention, vision"
-    assert parser.count["tr"] == 1 + len(report.linears)
+    assert parser.count["svg"] == 5 + 2 + 5, "decoder, its attention, vision"
+    assert parser.count["tr"] == 1 + len(report.linears) + 1 + TINY.num_hidden_layers
     places = [text.index(f">{row.linear}<") for row in report.worst_first]
     assert places == sorted(places)
 

@@ -127,6 +127,7 @@ def test_the_fifth_turn_computes_only_its_own_tokens(
         assert (result.text, result.finish_reason) == (answer, "stop")
         num_reused = scheduler.num_reused_tokens - before
         assert num_reused == num_known // TOKENS_PER_BLOCK * TOKENS_PER_BLOCK
+        assert result.num_reused_tokens == num_reused
         assert prompter.num_computed == len(ticket.prompt_ids) - num_reused + num_answer
         num_known = len(ticket.prompt_ids) + num_answer
         turns.append(("assistant", answer))

@@ -23,6 +23,7 @@ from runtime.serving.encoded_pictures import EncodedPictures
 from runtime.serving.loop import BusyError
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
+from runtime.serving.ticket import Ticket
 from tests.commands.test_bad_input_image import one_bit_png
 from tests.support.asking import Images
 
@@ -96,9 +97,10 @@ class Listener:
     def __init__(self) -> None:
         self._queue: queue.Queue[Answer] = queue.Queue()
         self.pieces: list[str] = []
-        self.ended_at = 0.0
+        self.began_at = self.ended_at = 0.0
 
     def __call__(self, answer: Answer) -> None:
+        self.began_at = self.began_at or time.perf_counter()
         self._queue.put(answer)
 
     def first(self) -> Answer:
@@ -163,6 +165,53 @@ def test_a_later_short_request_ends_before_an_earlier_long_one(server: Server) -
     short.result()
     long.result()
     assert short.ended_at < long.ended_at
+
+
+def test_the_smallest_priority_is_next_and_what_runs_goes_on(
+    server: Server, runner: Runner
+) -> None:
+    running = [Listener() for _ in range(runner.engine.limits.max_batch_size)]
+    for listener in running:
+        server.submit(question("Long?", 60), listener)
+    for listener in running:
+        listener.first()
+    waiting = {priority: Listener() for priority in (5, 0, 7, -3)}
+    for priority, listener in waiting.items():
+        server.submit(replace(question("Short?", 40), priority=priority), listener)
+    for listener in (*running, *waiting.values()):
+        listener.result()
+    begun = {priority: listener.began_at for priority, listener in waiting.items()}
+    assert sorted(begun, key=begun.__getitem__) == [-3, 0, 5, 7]
+
+
+@pytest.mark.parametrize("priorities", [(3, 1, 2), (0, 0, 0)])
+def test_the_smallest_priority_is_prepared_next(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, priorities: tuple[int, ...]
+) -> None:
+    prepare, go_on, order = runner.prepare, threading.Event(), []
+
+    def slow(ticket: Ticket) -> None:
+        order.append(ticket)
+        assert go_on.wait(WAIT_S)
+        prepare(ticket)
+
+    monkeypatch.setattr(runner, "prepare", slow)
+    server = Server(runner)
+    listeners = [Listener() for _ in range(4)]
+    first = server.submit(question("First?", 1), listeners[0])
+    assert eventually(lambda: len(order) == 1)
+    asked = [replace(question("Next?", 1), priority=each) for each in priorities]
+    tickets = list(map(server.submit, asked, listeners[1:]))
+    go_on.set()
+    for listener in listeners:
+        listener.result()
+    server.close()
+    assert order == [first, *sorted(tickets, key=lambda each: each.request.priority)]
+
+
+def test_a_priority_is_a_whole_number() -> None:
+    with pytest.raises(UserError, match="priority is 'high', expected a whole number"):
+        GenerationRequest.images_first("What?", priority="high")
 
 
 def test_encoding_an_image_does_not_stop_the_tokens_of_others(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from build.conversion.quantization.cast import amax
 from nvlm.program.errors import UserError
@@ -23,11 +24,20 @@ class AmaxObserver:
 
     def __init__(self, prefix: str, limit: float, num_rows: int) -> None:
         self.maxima: dict[str, float] = {}
+        self.head_maxima: dict[str, torch.Tensor] = {}
         self._prefix = prefix
         self._limit = limit
         self._stride = max(1, num_rows // NUM_KEPT_ROWS)
         self._seen: dict[str, int] = {}
         self._kept: dict[str, list[torch.Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def see_heads(self, name: str, x: torch.Tensor) -> None:
+        """x: [rows, heads, head_dim]; also keeps each head's largest magnitude."""
+        self.see(name, x)
+        heads = x.abs().amax((0, 2)).to(torch.float32)
+        before = self.head_maxima.get(name, heads)
+        self.head_maxima[name] = torch.maximum(before, heads)
 
     def see(self, name: str, x: torch.Tensor) -> None:
         value = amax(x)
@@ -43,14 +53,18 @@ class AmaxObserver:
         return torch.cat(self._kept[name])
 
     def watch_inputs(self, modules: Mapping[str, nn.Module]) -> None:
-        """Records what enters each module, under its name, from now on."""
+        """Records what enters each module, under its name, until `stop`."""
         for name, module in modules.items():
 
             def see(_: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
                 self.see(name, inputs[0])
                 self._keep(name, inputs[0].flatten(0, -2))
 
-            module.register_forward_pre_hook(see)
+            self._handles.append(module.register_forward_pre_hook(see))
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def _keep(self, name: str, rows: torch.Tensor) -> None:
         seen = self._seen.get(name, 0)

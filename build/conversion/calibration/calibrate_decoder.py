@@ -76,7 +76,7 @@ class WindowAttention:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         for name, x in (("q", q), ("k", k), ("v", v)):
-            self._observer.see(name, x)
+            self._observer.see_heads(name, x)
         counts = [segment.count for segment in self._segments]
         outputs: list[torch.Tensor] = []
         for segment, rows, *new in zip(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from nvlm.model.number_formats import ACTIVATION_SCALE, FP8, WEIGHT_SCALE, Linea
 from nvlm.program.errors import UserError
 from nvlm.program.json_files import read_json_object, write_json_atomically
 
+NOTABLY_MORE = 1.25
+"""Times the rounding error of V with a scale of its own, from where on a warning is given."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinearReport:
@@ -24,6 +27,9 @@ class LinearReport:
     what the quantised linear computes for `num_rows` rows of the calibration data, against the
     linear in the checkpoint's dtype. Shares are of the values in those rows: clipped at the largest
     number, and not zero but quantised to zero.
+
+    `residual_error` is of the layer's whole output, the residual stream, where this linear alone is
+    quantised; older versions did not measure it.
     """
 
     linear: str
@@ -35,6 +41,7 @@ class LinearReport:
     clipped_share: float
     underflow_share: float
     num_rows: int
+    residual_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One flat row, the scales under their names in a checkpoint."""
@@ -54,17 +61,44 @@ class LinearReport:
 
 @dataclass(frozen=True, slots=True)
 class AttentionReport:
-    """Largest magnitudes of Q and K after bias and RoPE, and of V after bias."""
+    """Largest magnitudes of Q and K after bias and RoPE, and of V after bias; also by head.
+
+    `residual_error` is of the layer's output where the KV cache alone is quantised, K and V by the
+    one scale; `own_scales_residual_error` has K and V each by its own. `v_error` is of V itself, by
+    the one scale and by its own. Older versions measured none of these.
+    """
 
     layer: str
     q_amax: float
     k_amax: float
     v_amax: float
+    q_head_amax: tuple[float, ...] = ()
+    k_head_amax: tuple[float, ...] = ()
+    v_head_amax: tuple[float, ...] = ()
+    residual_error: float | None = None
+    own_scales_residual_error: float | None = None
+    v_error: float | None = None
+    v_own_scale_error: float | None = None
 
     @property
     def kv_cache_scaling_factor(self) -> float:
         """Covers Q too: the FP8 context kernel quantises Q with the cache's one scale."""
         return FP8.scale_from_amax(max(self.q_amax, self.k_amax, self.v_amax))
+
+    @property
+    def takes_resolution(self) -> bool:
+        """Whether the one scale, which K or Q asks for, rounds V notably more than V's own."""
+        if self.v_error is None or self.v_own_scale_error is None:
+            return False
+        return self.v_error > NOTABLY_MORE * self.v_own_scale_error
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> AttentionReport:
+        values = dict(row)
+        values.pop("kv_cache_scaling_factor", None)
+        _check_amax(values["layer"], values, ("q_amax", "k_amax", "v_amax"))
+        heads = {key: tuple(value) for key, value in values.items() if key.endswith("_head_amax")}
+        return cls(**{**values, **heads})
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +122,20 @@ class QuantizationReport:
     def linears_of(self, prefix: str) -> list[LinearReport]:
         return [row for row in self.linears if row.linear.startswith(prefix)]
 
+    def warning(self) -> str | None:
+        """A line about layers whose K or Q takes V's resolution, the worst named; None without."""
+        found = [row for row in self.attentions if row.takes_resolution]
+        if not found:
+            return None
+        worst = max(found, key=lambda row: row.v_error or 0.0)
+        others = f" and {len(found) - 1} more layers" if len(found) > 1 else ""
+        return (
+            f"{worst.layer}{others}: Q's amax {worst.q_amax:.4g} and K's {worst.k_amax:.4g} take "
+            f"resolution from V's {worst.v_amax:.4g} in an FP8 KV cache of one scale: V is "
+            f"{worst.v_error:.1%} off, {worst.v_own_scale_error:.1%} with a scale of its own; "
+            "compare answers with those of --kv_cache_quant_algo none"
+        )
+
     @property
     def worst_first(self) -> list[LinearReport]:
         return sorted(self.linears, key=lambda row: -row.output_error)
@@ -109,18 +157,14 @@ class QuantizationReport:
         )
 
     @classmethod
-    def read(cls, path: Path) -> QuantizationReport:
+    def read(cls, path: Path, flag: str = "--calib_cache") -> QuantizationReport:
         """Raises `UserError` for a file that no conversion of this version wrote."""
-        advice = f"give the {layout.REPORT} of an earlier conversion as --calib_cache"
+        advice = f"give the {layout.REPORT} of an earlier conversion as {flag}"
         try:
             values = read_json_object(path)
         except UserError as error:
             raise UserError(f"{error}; {advice}") from None
         try:
-            attentions = [dict(row) for row in values["attention"]]
-            for row in attentions:
-                del row["kv_cache_scaling_factor"]
-                _check_amax(row["layer"], row, ("q_amax", "k_amax", "v_amax"))
             scale_dtype = values.get(SCALE_DTYPE, "float32")  # older versions did not say it
             if scale_dtype not in TORCH_DTYPES:
                 raise ValueError(f"{SCALE_DTYPE} is {scale_dtype!r}")
@@ -128,7 +172,7 @@ class QuantizationReport:
                 values["num_calibration_samples"],
                 values["num_skipped"],
                 tuple(LinearReport.from_json(row) for row in values["linears"]),
-                tuple(AttentionReport(**row) for row in attentions),
+                tuple(AttentionReport.from_json(row) for row in values["attention"]),
                 scale_dtype,
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -144,6 +188,13 @@ def _check_amax(name: str, row: Mapping[str, Any], keys: Iterable[str]) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (is_number and math.isfinite(value) and value >= 0):
             raise ValueError(f"{key} of {name} is {value!r}")
+
+
+def with_residual_errors(
+    linears: Iterable[LinearReport], prefix: str, errors: Mapping[str, float]
+) -> list[LinearReport]:
+    """errors: by the linears' names without `prefix`."""
+    return [replace(row, residual_error=errors[row.linear.removeprefix(prefix)]) for row in linears]
 
 
 def as_record(
@@ -166,6 +217,6 @@ def from_records(
         tuple(
             LinearReport.from_json(row) for record in records for row in record.get("linears", [])
         ),
-        tuple(AttentionReport(**row) for row in attentions),
+        tuple(AttentionReport.from_json(row) for row in attentions),
         scale_dtype,
     )

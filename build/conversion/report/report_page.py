@@ -43,6 +43,7 @@ td.bar { background: linear-gradient(to right, var(--bar) var(--w), transparent 
 _COLUMNS = (
     ("linear", "linear", ""),
     ("output error", "output_error", ".2%"),
+    ("residual error", "residual_error", ".3%"),
     ("weight error", "weight_error", ".2%"),
     ("clipped", "clipped_share", ".3%"),
     ("to zero", "underflow_share", ".2%"),
@@ -55,6 +56,8 @@ _COLUMNS = (
 _PLOTS = (
     ("Relative error of the output", "output_error", False,
      "of the FP8 linear against the unquantised one, on rows of the calibration data (2-norm)"),
+    ("Relative error of the layer's output", "residual_error", False,
+     "of the residual stream after the layer, with this linear alone in FP8, on a few rows"),
     ("Largest input", "input_amax", True,
      "amax of what enters the linear; a lone peak costs everything else precision"),
     ("Largest weight", "weight_amax", True, "amax of the weight in the checkpoint's dtype"),
@@ -64,10 +67,16 @@ _PLOTS = (
 
 _AXES = {
     "output_error": "relative error (share)",
+    "residual_error": "relative error (share)",
     "input_amax": "amax of the input",
     "weight_amax": "amax of the weight",
     "underflow_share": "share of the values",
 }
+
+_CACHE_ERRORS = (
+    ("K and V, one scale", "residual_error"),
+    ("K and V, scales of their own", "own_scales_residual_error"),
+)
 
 _GROUPS = (
     ("Decoder", r"transformer\.layers\.(\d+)\.", DECODER_LINEARS),
@@ -98,9 +107,15 @@ def page(report: QuantizationReport, origin: Origin) -> str:
         parts.append(f"<h1>{title}</h1>")
         for heading, column, is_log, what in _PLOTS:
             points: dict[str, Points] = {
-                kind: [(layer, getattr(row, column)) for layer, row in rows]
+                kind: [
+                    (layer, value)
+                    for layer, row in rows
+                    if (value := getattr(row, column)) is not None
+                ]
                 for kind, rows in series.items()
             }
+            if not any(points.values()):
+                continue  # of an older version, which did not measure it
             parts.append(f"<h2>{heading}</h2><p>{what}</p>")
             parts.append(line_plot(points, heading, _AXES[column], is_log=is_log))
         if title == "Decoder":
@@ -149,10 +164,49 @@ def _attention(report: QuantizationReport) -> str:
         for name in "qkv"
     }
     plot = line_plot(series, "q, k, v amax", "amax", is_log=True)
+    warning = report.warning()
+    told = f"<p><b>{escape(warning)}</b></p>" if warning else ""
     return (
         "<h2>Queries, keys and values</h2><p>amax after bias and RoPE; the KV cache's scale "
-        f"covers the largest of the three</p>{plot}"
+        f"covers the largest of the three</p>{told}{plot}{_cache(report)}"
     )
+
+
+def _cache(report: QuantizationReport) -> str:
+    """What the KV cache costs, and each layer's largest heads."""
+    series: dict[str, Points] = {
+        label: [
+            (i, value)
+            for i, row in enumerate(report.attentions)
+            if (value := getattr(row, column)) is not None
+        ]
+        for label, column in _CACHE_ERRORS
+    }
+    if not any(series.values()):
+        return ""
+    heading = "Relative error of the layer's output by the KV cache"
+    plot = line_plot(series, heading, "relative error (share)", is_log=False)
+    head = "".join(f"<th>{name}</th>" for name in ("layer", *(f"{x} by head" for x in "QKV")))
+    body = []
+    for row in report.attentions:
+        heads = (row.q_head_amax, row.k_head_amax, row.v_head_amax)
+        cells = "".join(f"<td>{_spread(values)}</td>" for values in heads)
+        body.append(f"<tr><td>{escape(row.layer)}</td>{cells}</tr>")
+    return (
+        f"<h2>{heading}</h2><p>where the cache alone is in FP8: K and V by its one scale, and each "
+        f"by its own</p>{plot}<h2>Heads</h2><p>the smallest, "
+        "middle and largest amax of a layer's heads</p>"
+        f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>'
+    )
+
+
+def _spread(amax: tuple[float, ...]) -> str:
+    """The smallest, middle and largest."""
+    if not amax:
+        return ""
+    ordered = sorted(amax)
+    picked = (ordered[0], ordered[len(ordered) // 2], ordered[-1])
+    return " · ".join(f"{value:.4g}" for value in picked)
 
 
 def _table(report: QuantizationReport) -> str:
@@ -164,7 +218,10 @@ def _table(report: QuantizationReport) -> str:
         cells, values = [], row.to_json()
         for _, column, form in _COLUMNS:
             value = values[column]
-            text = escape(value) if isinstance(value, str) else format(value, form)
+            if value is None:
+                text = ""  # of an older version, which did not measure it
+            else:
+                text = escape(value) if isinstance(value, str) else format(value, form)
             is_bar = column == "output_error"
             bar = f' class="bar" style="--w:{value / most:.0%}"' if is_bar else ""
             cells.append(f"<td{bar}>{text}</td>")

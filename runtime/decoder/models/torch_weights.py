@@ -51,14 +51,12 @@ def load_weights(
     def read(name: str) -> torch.Tensor:
         return source.read(name).to(device)
 
-    names = decoder_layer_tensors(config)
     layers, kv_scales = [], []
     for i in range(config.decoder.num_hidden_layers):
         prefix = ENGINE_LAYER.format(i=i)
-        tensors = {name: read(prefix + name) for name in names}
-        layers.append(
-            DecoderLayer(config.decoder, tensors, all_reduce, number_format=config.weight_format)
-        )
+        tensors = {name: read(prefix + name) for name in decoder_layer_tensors(config, i)}
+        formats = {name: config.linear_format(i, name) for name in DECODER_LINEARS}
+        layers.append(DecoderLayer(config.decoder, tensors, all_reduce, number_format=formats))
         if KV_CACHE_SCALE in tensors:
             kv_scales.append(float(tensors[KV_CACHE_SCALE]))
     lm_head = QuantizableLinear(read("lm_head.weight"), output_dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""Checkpoints that other engines load: folders in Hugging Face's layout, quantised."""

@@ -1,0 +1,234 @@
+"""One call of an endpoint that takes a JSON body: reads it, answers, and notices who has gone.
+
+A handler returns an object, or an iterator of server-sent events. It is cancelled as soon as its
+client closes the connection, whether it waits, streams, or has not begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from frontends.openai.door import Door
+from frontends.openai.errors import ApiError, api_error
+from frontends.openai.requests.fields import Body, placed, text_field, unknown
+from nvlm.program.errors import UserError
+from runtime.serving.loop import BusyError
+
+logger = logging.getLogger(__name__)
+
+Events = AsyncGenerator[bytes, None]
+_MOST_CALLS_BESIDE = 256
+"""Bodies that are read beside the requests that the server takes."""
+_MOST_SHOWN = 128
+
+
+@dataclass(slots=True)
+class Record:
+    """What the access log says of a call beside its path and status. No text and no picture."""
+
+    request_id: str = field(default_factory=lambda: secrets.token_hex(12))
+    client_request_id: str | None = None
+    num_prompt_tokens: int | None = None
+    num_tokens: int = 0
+    num_tiles: int | None = None
+    finish_reason: str | None = None
+    error: str | None = None  # the code or the field that is wrong
+    text: dict[str, Any] = field(default_factory=dict)  # only where the operator asks for it
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """`stack` ends with the call; what it holds is cancelled then."""
+
+    door: Door
+    body: Body
+    record: Record
+    stack: ExitStack
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def name(self, prefix: str) -> str:
+        """The id of an answer."""
+        return f"{prefix}-{self.record.request_id}"
+
+
+Handler = Callable[[Call], Awaitable[dict[str, Any] | Events]]
+
+
+class Endpoint:
+    """An ASGI application of one handler. `fields`: whose rows of the table it reads; None: it
+    checks its fields itself."""
+
+    def __init__(self, door: Door, handler: Handler, fields: str | None) -> None:
+        self._door, self._handler, self._fields = door, handler, fields
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record: Record = scope["state"]["record"]
+        door = self._door
+        body: Body = {}
+        door.num_calls += 1
+        try:
+            with ExitStack() as stack:
+                body = await self._body(Request(scope, receive), stack)
+                call = Call(door, body, record, stack)
+                client_id = text_field(body, "request_id") or _header(scope, b"x-request-id")
+                record.client_request_id = client_id and client_id[:_MOST_SHOWN]
+                ignored = [] if self._fields is None else unknown(body, self._fields)
+                door.report_ignored(ignored)
+                await _unless_gone(receive, self._answer(call, ignored, scope, receive, send))
+        except ClientGoneError:
+            record.finish_reason = "cancelled"
+        except Exception as error:
+            if isinstance(error, UserError) and self._fields is not None:
+                error = placed(error, body, self._fields)
+            await self._refuse(error, record, scope, receive, send)
+        finally:
+            door.num_calls -= 1
+
+    async def _answer(
+        self, call: Call, ignored: list[str], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        headers = {"x-ignored-fields": _header_text(", ".join(ignored))} if ignored else {}
+        answer = await self._handler(call)
+        if isinstance(answer, dict):
+            await JSONResponse(answer, headers=headers)(scope, receive, send)
+            return
+        async with aclosing(answer) as events:
+            await _stream(events, call.record, headers, send)
+
+    async def _body(self, request: Request, stack: ExitStack) -> Body:
+        door = self._door
+        if door.why_not_ready is None and door.num_calls > _MOST_CALLS_BESIDE:
+            raise BusyError("the server reads as many requests as it can; try again later")
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "the content type is not application/json; send JSON, and say so")
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "the body is compressed; send it as it is")
+        try:
+            async with asyncio.timeout(door.options.body_timeout_s):
+                data = await _read(request, door, stack)
+        except TimeoutError:
+            raise ApiError(408, "the body did not come in time; send it again") from None
+        return _object(data)
+
+    async def _refuse(
+        self, error: Exception, record: Record, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        refusal = refused(error, record)
+        response = JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
+        await response(scope, receive, send)
+
+
+class ClientGoneError(Exception):
+    """The connection was closed before the answer was whole."""
+
+
+def refused(error: Exception, record: Record) -> ApiError:
+    """What the client is told; the log has the traceback of what is ours."""
+    refusal = api_error(error, record.request_id)
+    if refusal.status == 500:
+        logger.error("request %s failed", record.request_id, exc_info=error)
+    record.error = refusal.code or refusal.param or f"status {refusal.status}"
+    return refusal
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[None]) -> None:
+    """Does `work` until the client is gone, which raises `ClientGoneError`."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_until_gone(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(events: Events, record: Record, headers: dict[str, str], send: Send) -> None:
+    """Sends events as they come. The status waits for the first one, which may be a refusal."""
+    first = await anext(events)
+    sent = {
+        "content-type": "text/event-stream; charset=utf-8",
+        "cache-control": "no-store",
+        "x-accel-buffering": "no",  # nginx would collect the answer
+        **headers,
+    }
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in sent.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
+    await send({"type": "http.response.body", "body": first, "more_body": True})
+    try:
+        async for event in events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+    except Exception as error:
+        told = json.dumps(refused(error, record).body)
+        event = f"data: {told}\n\n".encode()
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _read(request: Request, door: Door, stack: ExitStack) -> bytes:
+    """The body. Its bytes count among those of all open calls until `stack` ends."""
+    most = door.options.max_body_bytes
+    too_large = ApiError(
+        413, f"the body has more than {most:,} bytes, which is this server's limit"
+    )
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > most:
+        raise too_large
+    data = bytearray()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        part = message.get("body", b"")
+        data += part
+        if len(data) > most:
+            raise too_large
+        door.hold(len(part), stack)
+        if not message.get("more_body", False):
+            return bytes(data)
+
+
+def _object(data: bytes) -> Body:
+    try:
+        found = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise ApiError(400, f"the body is not JSON: {reason}") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, "the body is no JSON object")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)  # NaN and Infinity are no JSON
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def _header_text(text: str) -> str:
+    """Names that a client made up, as a header may hold them."""
+    safe = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
+    return safe[:1000]

@@ -1,0 +1,104 @@
+"""Who may ask: API keys, and the Host and Origin that a browser sends.
+
+A web page that somebody visits can make his browser send requests to his own machine. Host is
+checked against names that are rebound to it, Origin against pages of others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from frontends.openai.errors import ApiError
+from nvlm.program.errors import UserError
+
+OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version"})
+"""Probes and Prometheus need no key, and name a machine by its address."""
+
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def is_loopback(host: str) -> bool:
+    return host in _LOOPBACK
+
+
+def own_names() -> frozenset[str]:
+    """What a client on this machine calls it."""
+    return _LOOPBACK
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """key_digests: SHA-256 of the keys, empty where none is needed. hosts: names in Host that are
+    served, None for any. origins: of other pages that may ask."""
+
+    key_digests: tuple[bytes, ...] = ()
+    hosts: frozenset[str] | None = None
+    origins: frozenset[str] = frozenset()
+
+    def check(self, path: str, headers: Mapping[str, str]) -> None:
+        """Raises `ApiError` for a request that is not served."""
+        if path in OPEN_PATHS:
+            return
+        host = headers.get("host", "")
+        if self.hosts is not None and _name(host) not in self.hosts:
+            raise ApiError(
+                403,
+                "the Host header names another server; its operator gives --allowed_host",
+                code="host_not_allowed",
+            )
+        origin = headers.get("origin")
+        if origin is not None and not self.is_allowed_origin(origin, host):
+            raise ApiError(
+                403,
+                "pages of this Origin may not ask; the operator gives --allowed_origin",
+                code="origin_not_allowed",
+            )
+        self._check_key(headers.get("authorization", ""))
+
+    def is_allowed_origin(self, origin: str, host: str) -> bool:
+        """Whether a page may ask: the server's own, or one that the operator named."""
+        return origin in self.origins or urlsplit(origin).netloc.lower() == host.lower() != ""
+
+    def _check_key(self, authorization: str) -> None:
+        if not self.key_digests:
+            return
+        scheme, _, key = authorization.partition(" ")
+        digest = _digest(key.strip())
+        # Every key is compared, and each in the same time.
+        matches = [hmac.compare_digest(digest, each) for each in self.key_digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+
+def read_keys(path: Path) -> tuple[bytes, ...]:
+    """The digests of the keys in a file, one a line; empty lines and lines with # are none."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api_key_file {path} cannot be read ({error})") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise UserError(f"--api_key_file {path} holds no key; write one a line")
+    return tuple(map(_digest, keys))
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="replace")).digest()
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without the port."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""

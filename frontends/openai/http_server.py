@@ -1,0 +1,73 @@
+"""uvicorn on a thread of its own: it answers probes while the engine is being loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from frontends.openai.protocol import Timeouts, timed
+from nvlm.program.errors import UserError
+
+_MOST_HEADER_BYTES = 64 << 10
+_BACKLOG = 2048
+
+
+class HttpServer:
+    """Listens on `address` from the start; a context that ends with its connections closed."""
+
+    def __init__(self, app: ASGIApp, address: tuple[str, int], timeouts: Timeouts) -> None:
+        self._socket = _listen(*address)
+        config = uvicorn.Config(
+            app,
+            http=timed(timeouts),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=int(timeouts.keep_alive),
+            timeout_graceful_shutdown=1,
+            h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+            proxy_headers=False,
+        )
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, name="nvlm-http")
+
+    @property
+    def port(self) -> int:
+        return int(self._socket.getsockname()[1])
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def __enter__(self) -> HttpServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """What is still being answered is cut off after a second."""
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+    def _run(self) -> None:
+        asyncio.run(self._server.serve(sockets=[self._socket]))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot listen on {host} port {port}: {reason}; choose another --host or --port"
+        ) from None
+    return listener

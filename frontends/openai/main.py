@@ -1,0 +1,220 @@
+"""Step 3 as a server: answers OpenAI's API over HTTP with an engine directory.
+
+serve.py calls `main`. Its life: listen, load, answer, drain, end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nvlm.program.command_line import ArgumentParser, natural_int, positive_float, positive_int
+from nvlm.program.errors import PartDiedError, UserError
+from nvlm.program.launcher import rank_from
+from nvlm.program.process import set_most_pixels, set_picture_types
+from runtime.decoder.executor import DecoderOptions
+from runtime.serving.launch import Program, add_engine_flags, launch
+from runtime.serving.picture_types import SERVER_PICTURE_TYPES
+from runtime.serving.runner import Runner
+from runtime.serving.server import Server
+
+if TYPE_CHECKING:
+    from frontends.openai.door import Door, DoorOptions
+    from frontends.openai.guard import Guard
+
+log = logging.getLogger("nvlm.serve")
+
+_PACKAGES = ("starlette", "uvicorn", "prometheus_client")
+_POLL_S = 0.1
+_SHOWN_FAILED_S = 5.0
+"""A decoder that failed is told to probes for so long before the program ends."""
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser((__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add_engine_flags(parser)
+    add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 is every network")
+    add("--port", type=natural_int, default=8000, help="0 takes a free one")
+    add("--model_name", nargs="+", default=["nvlm-d"], help="names the model answers to")
+    add("--api_key_file", type=Path, help="keys, one a line; clients send one as Bearer token")
+    add(
+        "--allowed_host",
+        nargs="+",
+        default=[],
+        help="names in the Host header (default: this "
+        "machine's own where --host is one of them, else any)",
+    )
+    add("--allowed_origin", nargs="+", default=[], help="web pages that may ask, as https://host")
+    add(
+        "--allowed_media_domain", nargs="+", default=[], help="hosts that pictures are fetched from"
+    )
+    add("--max_media_bytes", type=positive_int, default=32 << 20, help="of a fetched picture")
+    add("--media_timeout_s", type=positive_float, default=10.0)
+    add("--max_image_pixels", type=positive_int, help="largest picture (default: 178,956,970)")
+    add("--max_body_bytes", type=positive_int, default=64 << 20, help="of a request")
+    add(
+        "--max_open_bytes",
+        type=positive_int,
+        default=1 << 30,
+        help="of all requests that are not answered yet",
+    )
+    add("--max_queue_size", type=positive_int, default=64, help="requests beside the batch's")
+    add("--num_preparing", type=positive_int, default=2, help="threads that decode pictures")
+    add("--num_threads", type=positive_int, help="of torch (default: its own choice)")
+    add("--header_timeout_s", type=positive_float, default=15.0, help="for a request's headers")
+    add("--body_timeout_s", type=positive_float, default=60.0, help="for a request's body")
+    add("--write_timeout_s", type=positive_float, default=60.0, help="while a client reads nothing")
+    add("--drain_s", type=positive_float, default=30.0, help="for open requests at SIGTERM")
+    add("--access_log", default="-", help="file of JSON lines, - for stderr, none for no log")
+    add("--log_text", action="store_true", help="prompts and answers in the access log")
+    return parser
+
+
+def lead(
+    arguments: argparse.Namespace, device: torch.device, open_runner: Callable[[], Runner]
+) -> int:
+    """What rank 0 does, or the only one."""
+    from frontends.openai.access_log import open_log
+    from frontends.openai.app import application
+    from frontends.openai.door import Door
+    from frontends.openai.http_server import HttpServer
+    from frontends.openai.protocol import Timeouts
+
+    options, guard = _rules(arguments)
+    set_picture_types(SERVER_PICTURE_TYPES)
+    if arguments.num_threads is not None:
+        torch.set_num_threads(arguments.num_threads)
+    open_log(arguments.access_log)
+    door = Door(options)
+    address = (arguments.host, arguments.port)
+    timeouts = Timeouts(arguments.header_timeout_s, arguments.write_timeout_s)
+    http = HttpServer(application(door, guard), address, timeouts)
+    with http, open_runner() as runner:
+        stop = _Stop()
+        server = Server(
+            runner,
+            max_queue_size=arguments.max_queue_size,
+            num_preparing=arguments.num_preparing,
+        )
+        try:
+            door.open(server)
+            log.info(
+                "ready: http://%s:%d/v1 serves %s on %s; Control-C stops it",
+                _url_host(arguments.host),
+                http.port,
+                options.models[0],
+                device,
+            )
+            while not (stop.is_asked or server.has_failed):
+                stop.wait(_POLL_S)
+            if server.has_failed:
+                time.sleep(_SHOWN_FAILED_S)
+                raise server.failure or PartDiedError("a rank has died; start again")
+            door.drain()
+            _drain(door, server, arguments.drain_s)
+        finally:
+            door.close()
+            server.close()
+    return 0
+
+
+def _drain(door: Door, server: Server, drain_s: float) -> None:
+    """Waits for the answers of what was accepted. A second signal ends the waiting."""
+    num_open = door.num_calls
+    log.info("stopping: %d requests are answered first", num_open)
+    deadline = time.monotonic() + drain_s
+    while (door.num_calls or server.num_open) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    if left := door.num_calls:
+        log.warning("%d requests were not answered within %g s", left, drain_s)
+
+
+class _Stop:
+    """SIGTERM and Control-C ask for an orderly end; the second one interrupts."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    @property
+    def is_asked(self) -> bool:
+        return self._asked.is_set()
+
+    def wait(self, seconds: float) -> None:
+        self._asked.wait(seconds)
+
+    def _ask(self, *_: object) -> None:
+        if self._asked.is_set():
+            raise KeyboardInterrupt
+        self._asked.set()
+
+
+def _rules(arguments: argparse.Namespace) -> tuple[DoorOptions, Guard]:
+    from frontends.openai.door import DoorOptions
+    from frontends.openai.guard import Guard, is_loopback, own_names, read_keys
+    from frontends.openai.requests.media import MediaRules, domains_of
+
+    hosts = frozenset(name.lower() for name in arguments.allowed_host)
+    if is_loopback(arguments.host):
+        hosts |= own_names()
+    keys = read_keys(arguments.api_key_file) if arguments.api_key_file else ()
+    media = MediaRules(
+        domains_of(arguments.allowed_media_domain),
+        arguments.max_media_bytes,
+        arguments.media_timeout_s,
+    )
+    options = DoorOptions(
+        tuple(arguments.model_name),
+        media,
+        max_body_bytes=arguments.max_body_bytes,
+        max_open_bytes=arguments.max_open_bytes,
+        body_timeout_s=arguments.body_timeout_s,
+        logs_text=arguments.log_text,
+    )
+    return options, Guard(keys, hosts or None, frozenset(arguments.allowed_origin))
+
+
+def _url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _require_packages() -> None:
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"the server needs {' and '.join(missing)}, which this Python has not; "
+            "pip install -r requirements/serving.txt"
+        )
+
+
+def _parse() -> Program:
+    """On every rank."""
+    arguments = parser().parse_args()
+    if rank_from(os.environ) == 0:
+        _require_packages()
+    else:
+        # mpirun signals all ranks; the others end with the leader, once it has drained.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if arguments.max_image_pixels is not None:
+        set_most_pixels(arguments.max_image_pixels)
+    options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
+    return Program(arguments.engine_dir, arguments.device, options, partial(lead, arguments))
+
+
+def main() -> int:
+    logging.getLogger("frontends").setLevel(logging.INFO)
+    return launch(os.environ, _parse)

@@ -1,0 +1,1 @@
+"""From a JSON body to a `GenerationRequest`."""

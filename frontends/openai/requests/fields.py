@@ -1,0 +1,386 @@
+"""The fields of a body, one row each: what OpenAI's or vLLM's field is called in runtime/.
+
+A field whose setting the runtime does not have is refused by name, unless its value asks for
+nothing. A field without a row is ignored, as peers do, and reported (`unknown`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from frontends.openai.errors import FieldError
+from nvlm.program.errors import UserError
+from nvlm.program.nearest import nearest
+from runtime.requests.guide import GUIDE_KINDS
+from runtime.requests.sampling import SETTINGS
+from runtime.requests.types import GenerationRequest
+
+Body = Mapping[str, Any]
+Settings = dict[str, Any]
+"""By the names of runtime/requests."""
+
+Kind = Literal["integer", "number", "boolean", "string", "array", "object"]
+Read = Callable[[Any], Settings]
+
+MAX_STOPS = 64
+"""Every token is searched for each stop string while all other requests wait."""
+_SHOWN_CHARACTERS = 100
+_MOST = 2**1000  # a whole number that is still a float
+
+_RUNTIME_NAMES = (
+    {each.name for each in fields(GenerationRequest)}
+    | {each.name for each in SETTINGS}
+    | GUIDE_KINDS.keys()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A row. `read` makes runtime settings of a value; None: `name` is the setting's name, or the
+    field is read where it is used (`is_setting` False)."""
+
+    name: str
+    kinds: tuple[Kind, ...]
+    read: Read | None = None
+    neutral: tuple[Any, ...] = ()  # values that ask for nothing, beside null
+    is_setting: bool = True
+    endpoints: tuple[str, ...] = ("chat", "completions")
+    minimum: int | None = None
+    help: str = ""
+
+    def check(self, value: Any) -> Any:
+        """The value, a whole number as an int. Raises `FieldError` for one of another kind."""
+        found = _kind(value)
+        if found == "integer" and "integer" not in self.kinds and "number" in self.kinds:
+            found, value = "number", float(value) if abs(value) <= _MOST else math.inf
+        elif found == "number" and "number" not in self.kinds and "integer" in self.kinds:
+            found, value = ("integer", int(value)) if value.is_integer() else (found, value)
+        if found not in self.kinds:
+            raise FieldError(
+                self.name, f"{self.name} is {shown(value)}, expected {' or '.join(self.kinds)}"
+            )
+        if self.minimum is not None and value < self.minimum:
+            raise FieldError(self.name, f"{self.name} is {value}, expected {self.minimum} or more")
+        return value
+
+
+def settings_of(body: Body, endpoint: str) -> Settings:
+    """The settings that a body gives. Raises `FieldError` for a wrong value, and for one that asks
+    for what the runtime cannot do."""
+    found: Settings = {}
+    for row in FIELDS:
+        value = body.get(row.name)
+        if value is None or not row.is_setting or endpoint not in row.endpoints:
+            continue
+        value = row.check(value)
+        if any(value == each and type(value) is type(each) for each in row.neutral):
+            continue
+        given = _read(row, value)
+        _check_settings(row.name, value, given)
+        for name, each in given.items():
+            if found.get(name, each) != each:
+                raise FieldError(
+                    row.name, f"{row.name} says another {name} than a field beside it; give one"
+                )
+        found |= given
+    return found
+
+
+def placed(error: UserError, body: Body, endpoint: str) -> UserError:
+    """The runtime's refusal with the field that it is about: its sentence begins with a setting's
+    name, or says how long the prompt is."""
+    if type(error) is not UserError:
+        return error
+    setting = str(error).partition(" ")[0]
+    for row in FIELDS:
+        value = body.get(row.name)
+        if value is None or not row.is_setting or endpoint not in row.endpoints:
+            continue
+        with suppress(UserError):
+            if setting in _read(row, row.check(value)):
+                return FieldError(row.name, str(error))
+    if str(error).startswith("the prompt "):
+        return FieldError("messages" if endpoint == "chat" else "prompt", str(error))
+    return error
+
+
+def unknown(body: Body, endpoint: str) -> list[str]:
+    """The fields that nobody reads. Raises `FieldError` for one that would hold a picture."""
+    known = {row.name for row in FIELDS if endpoint in row.endpoints}
+    found = [name for name in body if name not in known]
+    for name in found:
+        if name.lower() in PICTURE_WORDS:
+            raise FieldError(
+                name[:_SHOWN_CHARACTERS],
+                f'{name} is no field of this server; a picture is a part of a message, {{"type": '
+                '"image_url", "image_url": {"url": ...}}',
+            )
+    return found
+
+
+def shown(value: Any) -> str:
+    return repr(value)[:_SHOWN_CHARACTERS]
+
+
+def _read(row: Field, value: Any) -> Settings:
+    if row.read is None:
+        return {row.name: value}
+    try:
+        return row.read(value)
+    except FieldError:
+        raise
+    except UserError as error:
+        raise FieldError(row.name, str(error)) from None
+
+
+def _check_settings(param: str, value: Any, given: Settings) -> None:
+    """Each as the runtime checks it, so that the field is named."""
+    for name in given:
+        if name not in _RUNTIME_NAMES:
+            raise FieldError(
+                param, f"{param} is {shown(value)}, and this server has no {name}; leave it out"
+            )
+    try:
+        GenerationRequest.images_first("", **given)
+    except UserError as error:
+        raise FieldError(param, str(error)) from None
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case bool():
+            return "boolean"
+        case int():
+            return "integer"
+        case float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case _:
+            return "object"
+
+
+def _strings(value: Any, name: str, most: int) -> tuple[str, ...]:
+    items = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(item, str) for item in items):
+        raise UserError(f"{name} is {shown(value)}, expected a string or a list of strings")
+    if len(items) > most:
+        raise UserError(f"{name} has {len(items)} strings, expected {most} at most")
+    return items
+
+
+def _stop(value: Any) -> Settings:
+    return {"stop": tuple(filter(None, _strings(value, "stop", MAX_STOPS)))}
+
+
+def _stop_token_ids(value: Any) -> Settings:
+    if len(value) > MAX_STOPS or not all(_kind(each) == "integer" and each >= 0 for each in value):
+        raise UserError(
+            f"stop_token_ids is {shown(value)}, expected at most {MAX_STOPS} token ids from 0"
+        )
+    return {"end_ids": frozenset(value)}
+
+
+def _max_new_tokens(value: Any) -> Settings:
+    return {"max_new_tokens": value}
+
+
+def _logprobs_of_completions(value: Any) -> Settings:
+    return {"logprobs": True, "top_logprobs": value}
+
+
+def _logprobs(value: Any) -> Settings:
+    return {"logprobs": value}
+
+
+def _response_format(value: Any) -> Settings:
+    match value:
+        case {"type": "text"}:
+            return {}
+        case {"type": "json_object"}:
+            return {"json_object": True}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return {"json_schema": schema}
+        case {"type": "json_schema"}:
+            raise FieldError(
+                "response_format.json_schema",
+                'response_format has no schema, expected {"type": "json_schema", "json_schema": '
+                '{"name": ..., "schema": {...}}}',
+            )
+    raise FieldError(
+        "response_format.type",
+        f"response_format is of type {shown(value.get('type'))}, expected text, json_object or "
+        "json_schema",
+    )
+
+
+_GUIDES = {
+    "json": "json_schema",
+    "json_object": "json_object",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "grammar",
+}
+"""What vLLM's structured_outputs calls a guide."""
+
+
+def _structured_outputs(value: Any) -> Settings:
+    given = {name: each for name, each in value.items() if each is not None and each is not False}
+    for name in given:
+        if name not in _GUIDES:
+            raise FieldError(
+                f"structured_outputs.{name[:_SHOWN_CHARACTERS]}",
+                f"structured_outputs has {shown(name)}, expected one of {', '.join(_GUIDES)}"
+                f"{nearest(name, _GUIDES)}",
+            )
+    if len(given) > 1:
+        raise UserError(f"structured_outputs has {' and '.join(given)}; give one of them")
+    return {_GUIDES[name]: each for name, each in given.items()}
+
+
+_TILES = ("max_num_tiles", "max_dynamic_patch")
+
+
+def _mm_processor_kwargs(value: Any) -> Settings:
+    for name, number in value.items():
+        if name not in _TILES:
+            raise FieldError(
+                f"mm_processor_kwargs.{name[:_SHOWN_CHARACTERS]}",
+                f"mm_processor_kwargs has {shown(name)}, expected max_num_tiles",
+            )
+        if _kind(number) != "integer" or number < 1:
+            raise FieldError(
+                f"mm_processor_kwargs.{name}", f"{name} is {shown(number)}, expected 1 or more"
+            )
+    if len(set(value.values())) > 1:
+        raise UserError(f"mm_processor_kwargs says {' and '.join(value)}; give one of them")
+    return {"max_num_tiles": next(iter(value.values()))} if value else {}
+
+
+def _guide(name: str) -> Read:
+    return lambda value: {name: value}
+
+
+def _number(name: str, neutral: float, **more: Any) -> Field:
+    return Field(name, ("number",), neutral=(neutral,), **more)
+
+
+def _integer(name: str, *neutral: int, **more: Any) -> Field:
+    return Field(name, ("integer",), neutral=neutral, **more)
+
+
+def _not_here(names: str, *neutral: Any, kinds: Iterable[Kind], **more: Any) -> tuple[Field, ...]:
+    """Fields that are refused unless they ask for nothing."""
+    return tuple(Field(each, tuple(kinds), neutral=neutral, **more) for each in names.split())
+
+
+def _elsewhere(names: str, *kinds: Kind, **more: Any) -> tuple[Field, ...]:
+    """Fields that are read where they are used, or change no answer."""
+    return tuple(Field(each, kinds, is_setting=False, **more) for each in names.split())
+
+
+_ANY: tuple[Kind, ...] = ("integer", "number", "boolean", "string", "array", "object")
+_CHAT: dict[str, Any] = {"endpoints": ("chat",)}
+_COMPLETIONS: dict[str, Any] = {"endpoints": ("completions",)}
+
+FIELDS: tuple[Field, ...] = (
+    # Length and end
+    _integer("max_completion_tokens", read=_max_new_tokens, minimum=1, help="tokens at most"),
+    _integer("max_tokens", read=_max_new_tokens, minimum=1, help="tokens at most"),
+    Field("stop", ("string", "array"), _stop, help="strings that end the answer"),
+    Field("stop_token_ids", ("array",), _stop_token_ids, help="tokens that end the answer"),
+    _integer("min_tokens", 0),
+    Field("ignore_eos", ("boolean",), neutral=(False,)),
+    Field("include_stop_str_in_output", ("boolean",), neutral=(False,)),
+    # Sampling
+    Field("temperature", ("number",), help="0 is greedy, which is the default"),
+    _number("top_p", 1.0),
+    _integer("top_k", 0, -1, minimum=-1),
+    Field("seed", ("integer",)),
+    _number("min_p", 0.0),
+    _number("repetition_penalty", 1.0),
+    _number("presence_penalty", 0.0),
+    _number("frequency_penalty", 0.0),
+    Field("logit_bias", ("object",), neutral=({},)),
+    Field("bad_words", ("array",), neutral=([],)),
+    _integer("n", 1, minimum=1),
+    # What is told of the tokens
+    Field("logprobs", ("boolean",), _logprobs, neutral=(False,), **_CHAT),
+    _integer("top_logprobs", 0, minimum=0, **_CHAT),
+    _integer("logprobs", read=_logprobs_of_completions, minimum=0, **_COMPLETIONS),
+    _integer("prompt_logprobs"),
+    # Form of the answer
+    Field("response_format", ("object",), _response_format),
+    Field("structured_outputs", ("object",), _structured_outputs),
+    Field("guided_json", ("object", "string"), _guide("json_schema")),
+    Field("guided_regex", ("string",), _guide("regex")),
+    Field("guided_choice", ("array",), _guide("choice")),
+    Field("guided_grammar", ("string",), _guide("grammar")),
+    # Pictures
+    Field("mm_processor_kwargs", ("object",), _mm_processor_kwargs, help="max_num_tiles"),
+    # Who is next
+    Field("priority", ("integer",), help="of those that wait, the smallest is next"),
+    # What this server does not do
+    Field("cache_salt", ("string",)),
+    *_not_here("tools functions", [], kinds=("array",), **_CHAT),
+    *_not_here("tool_choice function_call", "none", "auto", kinds=("string", "object"), **_CHAT),
+    *_not_here("modalities", ["text"], kinds=("array",), **_CHAT),
+    *_not_here("audio prediction web_search_options", kinds=("object",), **_CHAT),
+    *_not_here("add_generation_prompt", True, kinds=("boolean",), **_CHAT),
+    *_not_here("continue_final_message", False, kinds=("boolean",), **_CHAT),
+    *_not_here("chat_template", kinds=("string",), **_CHAT),
+    *_not_here("chat_template_kwargs", {}, kinds=("object",), **_CHAT),
+    *_not_here("documents", [], kinds=("array",), **_CHAT),
+    *_not_here("suffix", "", kinds=("string",), **_COMPLETIONS),
+    *_not_here("best_of", 1, kinds=("integer",), **_COMPLETIONS),
+    *_not_here("echo use_beam_search", False, kinds=("boolean",)),
+    *_not_here("skip_special_tokens", True, kinds=("boolean",)),
+    *_not_here("length_penalty", 1.0, kinds=("number",)),
+    *_not_here("truncate_prompt_tokens", kinds=("integer",)),
+    # Read elsewhere
+    *_elsewhere("model request_id", "string"),
+    *_elsewhere("stream", "boolean"),
+    *_elsewhere("stream_options", "object"),
+    *_elsewhere("messages", "array", **_CHAT),
+    *_elsewhere("prompt", "string", "array", **_COMPLETIONS),
+    # These change no answer
+    *_elsewhere(
+        "user metadata store service_tier safety_identifier prompt_cache_key "
+        "prompt_cache_retention parallel_tool_calls spaces_between_special_tokens "
+        "add_special_tokens",
+        *_ANY,
+    ),
+)
+
+PICTURE_WORDS = {
+    *("image", "images", "image_url", "image_urls", "image_data", "image_base64", "image_bytes"),
+    *("multi_modal_data", "mm_data", "input_image", "picture", "pictures", "video", "videos"),
+    *("audios", "files", "attachments"),
+}
+"""What other servers call a field that holds a picture."""
+
+
+def flag(body: Body, name: str) -> bool:
+    """A field that is true or false, false by default."""
+    return bool(_one(body, name) or False)
+
+
+def text_field(body: Body, name: str) -> str | None:
+    found = _one(body, name)
+    return None if found is None else str(found)
+
+
+def object_field(body: Body, name: str) -> Body:
+    return dict(_one(body, name) or {})
+
+
+def _one(body: Body, name: str) -> Any:
+    (row,) = (each for each in FIELDS if each.name == name)
+    value = body.get(name)
+    return None if value is None else row.check(value)

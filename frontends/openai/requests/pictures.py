@@ -1,0 +1,79 @@
+"""The pictures of a message: data: URLs, and addresses that media.py has fetched.
+
+What a client sends is decoded in the preparing threads, never on the thread that talks HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from frontends.openai.errors import FieldError
+from nvlm.inputs.images import load_image
+from nvlm.inputs.tiling import TiledImage, tile_image
+from nvlm.model.config import TilingConfig
+from nvlm.program.errors import UserError
+from runtime.requests.messages import ImageSource
+from runtime.requests.picture_source import decode_base64
+
+Detail = Literal["low", "high", "auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """`url` is a data: URL, or http(s), which must be fetched. param: where it stands."""
+
+    url: str
+    detail: Detail
+    param: str
+
+    @property
+    def is_inline(self) -> bool:
+        return self.url[:5].lower() == "data:"
+
+    def source(self, file: bytes | None, tiling: TilingConfig, max_num_tiles: int) -> ImageSource:
+        """What the runtime reads the picture from: `file`, which was fetched, or the URL's own."""
+        most = 1 if self.detail == "low" else min(max_num_tiles, tiling.max_num_tiles)
+        return _Reading(self, file, tiling.image_size, max(1, most))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Called in a preparing thread."""
+
+    picture: Picture
+    file: bytes | None
+    image_size: int
+    max_num_tiles: int
+
+    def __call__(self) -> TiledImage:
+        try:
+            image = load_image(self._bytes(), "the picture")
+            return tile_image(image, self.image_size, self.max_num_tiles)
+        except UserError as error:
+            raise FieldError(self.picture.param, str(error)) from None
+
+    def _bytes(self) -> bytes:
+        if self.file is not None:
+            return self.file
+        return decode_base64(self.picture.url.encode(errors="surrogatepass"), "the picture")
+
+
+def read_picture(url: object, detail: object, param: str) -> Picture:
+    """A picture by its URL. Raises `FieldError` for what is neither data: nor http(s)."""
+    if detail is None:
+        detail = "auto"
+    if detail not in ("low", "high", "auto"):
+        told = f"detail is {detail!r}"[:100]
+        raise FieldError(f"{param}.detail", f"{told}, expected low, high or auto")
+    if not isinstance(url, str) or not url:
+        raise FieldError(
+            param, 'a picture has no URL, expected {"url": "data:image/png;base64,..."}'
+        )
+    if not url[:8].lower().startswith(("data:", "http://", "https://")):
+        raise FieldError(
+            param,
+            "a picture is no data: URL and no http(s) address, and this server reads no files; "
+            "send data:image/png;base64,...",
+        )
+    return Picture(url, detail, param)

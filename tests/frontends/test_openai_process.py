@@ -1,0 +1,286 @@
+"""serve.py as a user starts it, asked by the `openai` package and by clients that misbehave."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import time
+import urllib.error
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.conftest import FP32, Workshop
+from tests.support.command import ROOT
+from tests.support.http_server import Served, serving, wait_until_ready
+from tests.support.ranks import command, engine_of, needs_mpi, processes_of, started
+
+for package in ("starlette", "uvicorn", "prometheus_client"):
+    pytest.importorskip(package, reason="requirements/serving.txt is not installed")
+
+pydantic = pytest.importorskip("pydantic", reason="requirements/test.txt is not installed")
+
+if TYPE_CHECKING:
+    import openai
+    import pydantic
+
+TRAINED = ROOT / "models" / "nvlm-d-tiny"
+SCAN = ROOT / "examples" / "scan_1642.png"
+LONG = 700  # tokens that the random model writes while a test looks at it
+
+
+@pytest.fixture(scope="module")
+def trained(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    checkpoint = workshop.checkpoint("served_checkpoint", TRAINED, FP32)
+    engine = workshop.engine("served_engine", checkpoint, vision="torch", max_num_images=2)
+    with serving(engine, tmp_path_factory.mktemp("served"), "--max_queue_size", "1") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(trained: Served) -> openai.OpenAI:
+    package = pytest.importorskip("openai", reason="requirements/test.txt is not installed")
+    made: openai.OpenAI = package.OpenAI(
+        base_url=f"{trained.url}/v1", api_key="none", max_retries=8
+    )
+    return made
+
+
+def question(path: Path = SCAN) -> list[Any]:
+    url = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    parts = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "Read the number."},
+    ]
+    return [{"role": "user", "content": parts}]
+
+
+def test_the_openai_package_reads_a_picture(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    answer = client.chat.completions.create(model=model.id, messages=question(), max_tokens=20)
+    assert answer.choices[0].message.content == "1642"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    stream = client.chat.completions.create(
+        model=model.id,
+        messages=question(),
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *pieces, last = list(stream)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == "1642"
+    assert pieces[-1].choices[0].finish_reason == "stop"
+    assert last.usage.total_tokens == answer.usage.total_tokens
+
+
+def test_the_openai_package_gets_several_answers_with_log_probabilities(
+    client: openai.OpenAI,
+) -> None:
+    answer = client.chat.completions.create(
+        model="nvlm-d",
+        messages=question(),
+        max_tokens=8,
+        n=3,
+        temperature=0.5,
+        seed=1,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert choice.message.content == "".join(each.token for each in choice.logprobs.content)
+        for each in choice.logprobs.content:
+            assert each.logprob <= 0
+            assert [likely.logprob for likely in each.top_logprobs] == sorted(
+                (likely.logprob for likely in each.top_logprobs), reverse=True
+            )
+
+
+class Reading(pydantic.BaseModel):
+    is_number: bool
+
+
+def test_the_openai_package_parses_an_answer_of_its_schema(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model="nvlm-d", messages=question(), max_tokens=200, response_format=Reading
+    )
+    assert isinstance(answer.choices[0].message.parsed, Reading), answer
+
+
+def test_the_openai_package_names_the_field_that_is_wrong(client: openai.OpenAI) -> None:
+    import openai as package
+
+    with pytest.raises(package.BadRequestError) as raised:
+        client.chat.completions.create(model="nvlm-d", messages=question(), temperature=1e9)
+    assert raised.value.param == "temperature"
+    with pytest.raises(package.NotFoundError):
+        client.chat.completions.create(model="gpt-4o", messages=question())
+
+
+def test_the_openai_package_comes_again_where_the_queue_is_full(
+    client: openai.OpenAI, trained: Served
+) -> None:
+    def ask(_: int) -> str | None:
+        answer = client.chat.completions.create(
+            model="nvlm-d", messages=question(), max_tokens=20, timeout=60
+        )
+        return answer.choices[0].message.content
+
+    with ThreadPoolExecutor(20) as pool:
+        assert set(pool.map(ask, range(20))) == {"1642"}
+    assert trained.samples()['nvlm_requests_total{outcome="busy"}'] > 0
+
+
+def raw(port: int, data: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.sendall(data)
+    return connection
+
+
+def http(body: dict[str, Any]) -> bytes:
+    data = json.dumps(body).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
+
+
+def long_question(**fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Hello"}]
+    return {"messages": messages, "max_tokens": LONG, "ignored": 1, **fields}
+
+
+@pytest.fixture
+def random(float32_engine_dir: Path, tmp_path: Path) -> Iterator[Served]:
+    """Its answers are long."""
+    with serving(float32_engine_dir, tmp_path, "--header_timeout_s", "1") as served:
+        yield served
+
+
+def test_clients_that_misbehave_cost_no_place(random: Served) -> None:
+    served, cancelled = random, 'nvlm_requests_total{outcome="cancelled"}'
+    for number, stream in enumerate((False, True), start=1):
+        connection = raw(served.port, http(long_question(stream=stream)))
+        served.wait_for_sample("nvlm_num_requests_running", 1)
+        connection.close()
+        served.wait_for_sample(cancelled, number)
+        served.wait_for_sample("nvlm_num_requests_running", 0)
+    slow = raw(served.port, b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX: ")
+    begun = time.monotonic()
+    assert slow.recv(1) == b"", "headers that never end"
+    assert 0.5 < time.monotonic() - begun < 5
+    large = raw(served.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000)
+    assert large.recv(12) == b"HTTP/1.1 400"
+    large.close()
+    begun = time.monotonic()
+    unread = raw(served.port, http(long_question(stream=True)))
+    assert served.ask()["choices"]
+    unread.close()
+    served.wait_for_sample("nvlm_num_requests_running", 0)
+
+
+def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(random: Served) -> None:
+    served = random
+    connection = raw(served.port, http(long_question(stream=True)))
+    served.wait_for_sample("nvlm_num_requests_running", 1)
+    served.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while "stopping: 1 requests" not in served.log.read_text():
+        assert time.monotonic() < deadline, served.log.read_text()
+        time.sleep(0.01)
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        served.ask()
+    assert raised.value.code == 503
+    assert raised.value.headers["retry-after"]
+    data = b""
+    while not data.endswith(b"0\r\n\r\n") and (chunk := connection.recv(1 << 16)):
+        data += chunk
+    assert b"data: [DONE]" in data
+    assert served.process.wait(20) == 0
+
+
+def test_sigterm_waits_no_longer_than_it_is_told(float32_engine_dir: Path, tmp_path: Path) -> None:
+    with serving(float32_engine_dir, tmp_path, "--drain_s", "0.2") as served:
+        connection = raw(served.port, http(long_question()))
+        served.wait_for_sample("nvlm_num_requests_running", 1)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(20) == 0
+        connection.close()
+    assert "1 requests were not answered within 0.2 s" in served.log.read_text()
+
+
+def rank_pid(mark: Path, rank: int) -> int:
+    for pid in processes_of(mark):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        names = (f"PMI_RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode())
+        if b"serve.py" in words and b"mpirun" not in words and any(n in variables for n in names):
+            return pid
+    raise AssertionError(f"there is no rank {rank}")
+
+
+@needs_mpi
+@pytest.mark.mpi
+@pytest.mark.parametrize("end", ["terminated", "killed"])
+def test_ranks_serve_together_and_end_together(
+    workshop: Workshop, tmp_path: Path, end: str
+) -> None:
+    engine, log = engine_of(workshop, 2, FP32), tmp_path / "serve.log"
+    flags = ("--engine_dir", engine, "--device", "cpu", "--port", "0")
+    words = command(2, ROOT / "serve.py", *flags)
+    log.write_text("")
+    shell = ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(log), *words]
+    with started(shell, tmp_path) as process:
+        served = wait_until_ready(process, log)
+        assert served.ask()["choices"]
+        if end == "terminated":
+            os.kill(rank_pid(tmp_path, 0), signal.SIGTERM)
+            assert process.wait(30) == 0, log.read_text()
+        else:
+            os.kill(rank_pid(tmp_path, 1), signal.SIGKILL)
+            assert process.wait(30) != 0
+
+
+def launchers_of(mark: Path) -> list[int]:
+    """Processes of the job that run no Python: mpirun, and its own helpers."""
+    pids = processes_of(mark)
+    return [pid for pid in pids if "python" not in os.readlink(f"/proc/{pid}/exe")]
+
+
+@needs_mpi
+@pytest.mark.mpi
+def test_a_rank_that_is_killed_is_unhealthy_before_the_end(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    """With a launcher that does not end the others, as one of a cluster may do: this one sleeps."""
+    engine, log = engine_of(workshop, 2, FP32), tmp_path / "serve.log"
+    flags = ("--engine_dir", engine, "--device", "cpu", "--port", "0")
+    log.write_text("")
+    shell = ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(log)]
+    with started([*shell, *command(2, ROOT / "serve.py", *flags)], tmp_path) as process:
+        served = wait_until_ready(process, log)
+        assert served.health() == 200
+        leader = rank_pid(tmp_path, 0)
+        asleep = launchers_of(tmp_path)
+        for pid in asleep:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(rank_pid(tmp_path, 1), signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while served.health() == 200:
+            assert time.monotonic() < deadline, "a rank is dead and nobody knows"
+        assert served.health() == 503
+        while Path(f"/proc/{leader}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline, "the leader goes on"
+            time.sleep(0.05)
+        for pid in asleep:
+            os.kill(pid, signal.SIGCONT)
+        assert process.wait(30) != 0

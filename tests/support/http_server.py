@@ -1,0 +1,98 @@
+"""A real serve.py for tests, started as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.command import ROOT
+
+START_TIMEOUT_S = 120
+_READY = re.compile(r"^ready: http://127\.0\.0\.1:(\d+)/v1 ", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    process: subprocess.Popen[str]
+    log: Path
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(self, **fields: Any) -> dict[str, Any]:
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, **fields}
+        request = urllib.request.Request(
+            f"{self.url}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return dict(json.load(response))
+
+    def health(self) -> int | None:
+        """The status of /health; None where nobody listens."""
+        try:
+            return int(urllib.request.urlopen(f"{self.url}/health", timeout=10).status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return None
+
+    def samples(self) -> dict[str, float]:
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode()
+        lines = [line.rpartition(" ") for line in text.splitlines() if line.startswith("nvlm_")]
+        return {name: float(value) for name, _, value in lines}
+
+    def wait_for_sample(self, name: str, value: float, timeout_s: float = 20.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.samples().get(name, 0.0) != value:
+            assert time.monotonic() < deadline, f"{name} is not {value}: {self.samples()}"
+            time.sleep(0.02)
+
+
+def wait_until_ready(process: subprocess.Popen[str], log: Path) -> Served:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not (told := _READY.search(log.read_text())):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    return Served(process, log, int(told[1]))
+
+
+@contextmanager
+def serving(engine_dir: Path, folder: Path, *flags: object) -> Iterator[Served]:
+    """A server on a free port, which is told to stop in the end, unless the test has done so."""
+    log = folder / "serve.log"
+    command = [sys.executable, str(ROOT / "serve.py"), "--engine_dir", str(engine_dir)]
+    given = ("--device", "cpu", "--port", "0", *flags)
+    with open(log, "w") as stderr:
+        process = subprocess.Popen(
+            [*command, *map(str, given)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    try:
+        yield wait_until_ready(process, log)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    assert code == 0, log.read_text()
+    assert "Traceback" not in log.read_text(), log.read_text()

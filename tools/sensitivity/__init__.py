@@ -1,0 +1,1 @@
+"""The whole model's answers with one part in FP8 at a time."""
