@@ -26,9 +26,6 @@ SERVE_FLAGS ?=
 # More flags of build_engine.py, as BUILD_FLAGS="--max_batch_size 16 --optimize_for latency".
 BUILD_FLAGS ?=
 
-# Of `make soak`.
-MINUTES ?= 10
-
 DEMO := work/demo
 # `make serve` without ENGINE_DIR serves the small trained model.
 SERVES_DEMO := $(filter file,$(origin ENGINE_DIR))

@@ -285,7 +285,7 @@ class Loop:
             answer = draft.take(output)
         except Exception as error:
             answer = Answer(error=error)
-        if answer.result is not None:
+        if answer.finish_reason is not None:
             self.stages.mapped.require_unchanged()  # else it ends every answer
         self._count_token(draft, before)
         if answer.finish_reason is not None:
