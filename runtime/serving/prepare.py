@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 
-from nvlm.inputs.images import load_pages
+from nvlm.inputs.images import make_of_pages
+from nvlm.inputs.picture_budget import PictureBudget
 from nvlm.inputs.prompt import ImageSlot, build_prompt
-from nvlm.inputs.tiling import TiledImage, tile_image
+from nvlm.inputs.tiling import TiledImage, Tiler
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
@@ -20,8 +21,10 @@ from runtime.requests.types import GenerationRequest
 from runtime.serving.ticket import Ticket
 
 
-def prepare(engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket) -> None:
-    """Tiles the images and tokenises the prompt.
+def prepare(
+    engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket, budget: PictureBudget | None = None
+) -> None:
+    """Tiles the images and tokenises the prompt. `budget` is what all who prepare at once share.
 
     Raises `UserError` for a request this engine cannot answer, the cheap reasons first.
     """
@@ -30,7 +33,7 @@ def prepare(engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket) -> None:
     check_max_new_tokens(request.max_new_tokens)
     check_target(request.sampling, engine.decoder_target)
     _check_text_size(request, engine, tokenizer)
-    content = _tile(request, engine)
+    content = _tile(request, engine, budget)
     prompt = build_prompt(
         [part if isinstance(part, str) else ImageSlot(part.num_tiles) for part in content],
         tokenizer,
@@ -66,7 +69,9 @@ def _check_text_size(request: GenerationRequest, engine: EngineDir, tokenizer: T
         )
 
 
-def _tile(request: GenerationRequest, engine: EngineDir) -> list[str | TiledImage]:
+def _tile(
+    request: GenerationRequest, engine: EngineDir, budget: PictureBudget | None
+) -> list[str | TiledImage]:
     tiling, limits = engine.tiling, engine.limits
     num_images = request.num_images
     check_num_images(num_images, limits)
@@ -85,10 +90,8 @@ def _tile(request: GenerationRequest, engine: EngineDir) -> list[str | TiledImag
             source = part() if callable(part) else part
             name = "the image" if num_images == 1 else f"image {number} of {num_images}"
             room = limits.max_num_images - num_pages + 1
-            pages = [
-                tile_image(page, tiling.image_size, max_num_tiles)
-                for page in load_pages(source, name, request.pictures, room)
-            ]
+            tiler = Tiler(tiling.image_size, max_num_tiles)
+            pages = [*make_of_pages(tiler, source, name, request.pictures, room, budget)]
             num_pages += len(pages) - 1
             # Further pages stand as further images of `images_first` would.
             content += [piece for page in pages[:-1] for piece in (page, "\n")]

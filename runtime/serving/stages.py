@@ -11,6 +11,7 @@ import time
 import torch
 
 from nvlm.formats import layout
+from nvlm.inputs.picture_budget import PictureBudget
 from nvlm.inputs.tiling import TiledImage
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest
@@ -30,6 +31,7 @@ class Stages:
         self.vision = vision
         self.decoder = decoder
         self.in_loop = threading.Lock()  # held by the one loop that is open
+        self._pictures = PictureBudget()  # of all threads that prepare
         self._encoding = threading.Lock()  # held by the one thread that encodes images
 
     def prepare(self, ticket: Ticket) -> None:
@@ -37,7 +39,7 @@ class Stages:
 
         Raises `UserError` for a request this engine cannot answer.
         """
-        prepare(self.engine, self.tokenizer, ticket)
+        prepare(self.engine, self.tokenizer, ticket, self._pictures)
 
     def encode(self, ticket: Ticket) -> None:
         """Makes the decoder's request; runs the vision encoder if there are images, for one thread

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from build.conversion.report.quantization_report import QuantizationReport
 from nvlm.formats.tensor_names import VISION_LAYER
-from nvlm.inputs.images import load_image
+from nvlm.inputs.images import make_of_pages
 from nvlm.inputs.prompt import Prompt, build_prompt, images_first
-from nvlm.inputs.tiling import TiledImage, tile_image
+from nvlm.inputs.tiling import TiledImage, Tiler
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.model.config import NVLMConfig, TilingConfig
 from nvlm.program.errors import UserError
@@ -135,9 +135,8 @@ def load_calibration_set(
 
 
 def _tile(images: tuple[Path, ...], tiling: TilingConfig) -> list[TiledImage]:
-    return [
-        tile_image(load_image(path), tiling.image_size, tiling.max_num_tiles) for path in images
-    ]
+    tiler = Tiler(tiling.image_size, tiling.max_num_tiles)
+    return [next(make_of_pages(tiler, path)) for path in images]
 
 
 def _entries(path: Path) -> Iterator[_Entry]:
