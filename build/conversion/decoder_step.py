@@ -20,7 +20,7 @@ from build.conversion.calibration.row_file import NextStates, RowFile
 from build.conversion.output_files import OutputFiles
 from build.conversion.quantization.cast import amax, cast, row_blocks
 from build.conversion.quantization.layer_tensors import LayerTensors
-from build.conversion.quantization.scales import report_linears, scaled_anew
+from build.conversion.quantization.scales import check_cached, report_linears, scaled_anew
 from build.conversion.quantization.shard import RankFiles
 from build.conversion.report.quantization_report import AttentionReport, LinearReport, as_record
 from build.conversion.unit import Unit
@@ -41,7 +41,6 @@ from nvlm.formats.tensor_names import (
 from nvlm.model.decoder import DECODER_LINEARS, DecoderLayer, embed
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.number_formats import FP8, UNQUANTIZED, LinearScales, NumberFormat
-from nvlm.program.errors import UserError
 
 Run = Callable[[Read, OutputFiles], dict[str, Any]]
 _BY_NAME = {tensor.name: tensor for tensor in ENGINE_LAYER_TENSORS}
@@ -171,7 +170,7 @@ class DecoderStep:
                 continue
             tensor, report = _BY_NAME[name], by_name.get(name.removesuffix(".weight"))
             if cache is not None and report is not None:
-                _check_cached(report, layer.amax(tensor))
+                check_cached(report, layer.amax(tensor))
             used = None if report is None or weight_format is UNQUANTIZED else report.scales
             for source in tensor.sources:
                 self._append(out, tensor, i, source, layer.pop(source), used, layer.prefix)
@@ -215,11 +214,3 @@ class DecoderStep:
                     yield self.config.weight_format.quantize(rows, scales.weight)
 
         RankFiles(self.config).append(out, tensor, layer, source, blocks(), len(published))
-
-
-def _check_cached(report: LinearReport, amax: float) -> None:
-    if amax != report.weight_amax:
-        raise UserError(
-            f"--calib_cache is of other weights or another --dtype: {report.linear} has amax "
-            f"{amax}, the cache says {report.weight_amax}; calibrate again"
-        )

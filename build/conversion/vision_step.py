@@ -21,8 +21,8 @@ from build.conversion.calibration.row_file import NextStates, RowFile
 from build.conversion.dummy_heads import without_dummy_heads
 from build.conversion.output_files import OutputFiles
 from build.conversion.quantization.cast import amax, cast
-from build.conversion.quantization.scales import report_linears, scaled_anew
-from build.conversion.report.quantization_report import QuantizationReport, as_record
+from build.conversion.quantization.scales import check_cached, report_linears, scaled_anew
+from build.conversion.report.quantization_report import LinearReport, QuantizationReport, as_record
 from build.conversion.unit import Unit
 from build.output.safetensors_writer import SafetensorsWriter
 from build.sources.source import Read
@@ -105,17 +105,25 @@ class VisionStep:
     def _fill(self, module: nn.Module, prefix: str, read: Read, out: OutputFiles) -> None:
         """Casts and writes a meta module's tensors, and fills it with them, widened to float32, if
         it is going to run."""
-        state = {}
+        state, known = {}, self._cached
         for key in module.state_dict():
             name = prefix + key
             tensor = cast(name, read(name), self.dtype)
             if self.config.num_dummy_heads == 0 and self.published.num_dummy_heads:
                 tensor = without_dummy_heads(name, tensor, self.config)
+            if cached := known.get(name.removesuffix(".weight")):
+                check_cached(cached, amax(tensor))
             out.append(VISION_FILE, name, tensor)
             if self.calibration.num_tiles:
                 state[key] = tensor.to(self.device, torch.float32)
         if self.calibration.num_tiles:
             module.load_state_dict(state, assign=True)
+
+    @property
+    def _cached(self) -> dict[str, LinearReport]:
+        """The rows of --calib_cache, by their linears."""
+        cache = self.calibration.cache
+        return {} if cache is None else {row.linear: row for row in cache.linears}
 
     def _run_embeddings(
         self, module: nn.Module, states: RowFile | None, read: Read, out: OutputFiles

@@ -27,7 +27,7 @@ from evaluation.datasets.records import (
     string_list,
 )
 from evaluation.datasets.sample import DataSet, Location, Sample
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.requests.types import ImageSource
 
 HIDDEN = [""]
@@ -157,7 +157,7 @@ def _samples(
         answers = _answers(record, keys.answers)
         if keys.has_one_answer and (len(answers) != 1 or answers == HIDDEN):
             raise RecordError(
-                f"has {keys.answers} {record.get(keys.answers)!r}, expected one answer"
+                f"has {keys.answers} {shown(record.get(keys.answers))}, expected one answer"
             )
         return Sample(sample_id, (image, "\n" + question), {"gt_answer": answers})
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class StrictReader:
     def section(self, key: str) -> StrictReader:
         value = self._get(key)
         if not isinstance(value, dict):
-            raise UserError(f"{self._where(key)} is {value!r}, expected an object")
+            raise UserError(f"{self._where(key)} is {shown(value)}, expected an object")
         return StrictReader(value, self.path, f"{self.prefix}{key}.")
 
     def _get(self, key: str) -> Any:
@@ -82,8 +82,21 @@ class StrictReader:
     def positive_int(self, key: str) -> int:
         value = self._get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise UserError(f"{self._where(key)} is {value!r}, expected a positive integer")
+            raise UserError(f"{self._where(key)} is {shown(value)}, expected a positive integer")
         return value
+
+    def bounded_int(self, key: str, most: int, least: int = 1) -> int:
+        """A whole number from `least` to `most`."""
+        value = self._get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.unsupported(key, f"a whole number from {least} to {most}")
+        return value
+
+    def only(self, *names: str) -> StrictReader:
+        """Itself. Refuses an object with another key than `names`."""
+        if unknown := sorted(self.values.keys() - set(names)):
+            raise UserError(f"{self._where(shown(unknown[0]))} is no key of this version")
+        return self
 
     def positive_float(self, key: str) -> float:
         value = self._get(key)
@@ -92,7 +105,7 @@ class StrictReader:
             or not isinstance(value, (int, float))
             or not 0 < value < math.inf
         ):
-            raise UserError(f"{self._where(key)} is {value!r}, expected a positive number")
+            raise UserError(f"{self._where(key)} is {shown(value)}, expected a positive number")
         return float(value)
 
     def require_multiple(self, key: str, factor: int, divisor_key: str) -> None:
@@ -114,7 +127,9 @@ class StrictReader:
 
     def unsupported(self, key: str, expected: str) -> UserError:
         """The complaint about the value of `key`."""
-        return UserError(f"{self._where(key)} is {self.values.get(key)!r}, expected {expected}")
+        return UserError(
+            f"{self._where(key)} is {shown(self.values.get(key))}, expected {expected}"
+        )
 
     def refuse_unlike(self, expected: dict[str, Any]) -> None:
         """Refuses an object that says more, less or other than `expected`: one of our own format
@@ -122,11 +137,11 @@ class StrictReader:
         for key in [*expected, *self.values]:
             found, wanted = self.values.get(key, ...), expected.get(key, ...)
             if found != wanted:
-                told = ["absent" if value is ... else repr(value) for value in (found, wanted)]
+                told = ["absent" if value is ... else shown(value) for value in (found, wanted)]
                 raise UserError(f"{self._where(key)} is {told[0]}, expected {told[1]}")
 
     def string(self, key: str) -> str:
         value = self._get(key)
         if not isinstance(value, str):
-            raise UserError(f"{self._where(key)} is {value!r}, expected a string")
+            raise UserError(f"{self._where(key)} is {shown(value)}, expected a string")
         return value

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm.inputs.images import Page
-from nvlm.program.errors import UserError, shortened
+from nvlm.program.errors import UserError, shortened, shown
 from nvlm.program.jsonl import read_jsonl_lines
 from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
@@ -50,7 +50,7 @@ def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) 
         values = json.loads(line)
         if not isinstance(values, dict):
             raise UserError(f"expected a JSON object, found {type(values).__name__}")
-        line_id = values.get("id", number)
+        line_id = _line_id(values.get("id", number))
         request = request_from_json(values, path.parent, defaults)
     except (ValueError, RecursionError) as error:
         request = UserError(f"{path} line {number} is not JSON: {error}")
@@ -59,18 +59,30 @@ def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) 
     return RequestLine(line_id, request, number, path.parent)
 
 
+def _line_id(value: Any) -> Any:
+    """Any JSON value. NaN equals not even itself, so a rerun would not know its own answers."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise UserError(
+            f"id is {shown(value)}, expected a JSON value, as text or a number"
+        ) from None
+    return value
+
+
 def request_from_json(
     values: dict[str, Any], folder: Path, defaults: GenerationRequest
 ) -> GenerationRequest:
     """A request object; paths are relative to `folder`. Unknown fields are refused by name."""
     if unknown := sorted(values.keys() - _FIELDS):
-        raise UserError(f"unknown field {unknown[0]!r}, expected {', '.join(sorted(_FIELDS))}")
+        raise UserError(f"unknown field {shown(unknown[0])}, expected {', '.join(sorted(_FIELDS))}")
     given = {name: value for name, value in values.items() if value is not None}
     for name, expected in _TYPES.items():
         if name in given:
             _check_type(name, given[name], expected)
     if given.get("prompt_format", "hf") not in ("hf", "megatron"):
-        raise UserError(f"prompt_format is {given['prompt_format']!r}, expected 'hf' or 'megatron'")
+        found = shown(given["prompt_format"])
+        raise UserError(f"prompt_format is {found}, expected 'hf' or 'megatron'")
     options: dict[str, Any] = {name: given[name] for name in _OPTION_TYPES if name in given}
     if "stop" in given:
         options["stop"] = tuple(_strings(given["stop"], "stop"))
@@ -90,19 +102,19 @@ def _check_type(name: str, value: Any, expected: type) -> None:
     """JSON has one kind of number: a whole one is a float too. true and false are none."""
     accepted = (int, float) if expected is float else expected
     if isinstance(value, bool) or not isinstance(value, accepted):
-        raise UserError(f"{name} is {value!r}, expected {expected.__name__}")
+        raise UserError(f"{name} is {shown(value)}, expected {expected.__name__}")
 
 
 def _strings(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{name} is {value!r}, expected a list of strings")
+        raise UserError(f"{name} is {shown(value)}, expected a list of strings")
     return value
 
 
 def _page(value: Any) -> Page:
     if value == "all" or (type(value) is int and value >= 1):
         return value
-    raise UserError(f'page is {value!r}, expected a number from 1 or "all"')
+    raise UserError(f'page is {shown(value)}, expected a number from 1 or "all"')
 
 
 def _content(
@@ -112,7 +124,7 @@ def _content(
     if isinstance(prompt, str):
         return GenerationRequest.images_first(prompt, tuple(images)).content
     if not isinstance(prompt, list):
-        raise UserError(f"prompt is {prompt!r}, expected a string or a list of parts")
+        raise UserError(f"prompt is {shown(prompt)}, expected a string or a list of parts")
     if images:
         raise UserError("images stands beside a prompt of parts; put them into the parts")
     content: list[str | ImageSource] = []

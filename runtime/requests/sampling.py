@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 _Number = TypeVar("_Number", int, float)
 
@@ -42,7 +42,7 @@ class Setting:
         numbers = Integral if self.type is int else Real
         is_number = isinstance(value, numbers) and not isinstance(value, bool)
         if not is_number:
-            raise UserError(f"{self.name} is {value!r}, expected a number, {self.expected}")
+            raise UserError(f"{self.name} is {shown(value)}, expected a number, {self.expected}")
         is_above = value > self.minimum or (value == self.minimum and not self.excludes_minimum)
         if not (is_above and value <= self.maximum):
             raise UserError(f"{self.name} is {value}, expected {self.expected}")

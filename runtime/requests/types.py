@@ -15,7 +15,7 @@ from nvlm.inputs.pillow_image import pixels_of
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.inputs.tiling import Grid, TiledImage
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.nearest import nearest
 from runtime.requests.boxes import Box
 from runtime.requests.picture_source import picture_source
@@ -73,7 +73,7 @@ class GenerationRequest:
         for name in settings:
             if name not in names:
                 raise UserError(
-                    f"a question has no setting {name!r}, expected one of "
+                    f"a question has no setting {shown(name)}, expected one of "
                     f"{', '.join(sorted(names))}{nearest(name, names, _OTHER_WORDS)}"
                 )
         given = {name: settings.pop(name) for name in list(settings) if name in sampling_names}

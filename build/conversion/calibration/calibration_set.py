@@ -24,7 +24,7 @@ from nvlm.inputs.prompt import Prompt, build_prompt, images_first
 from nvlm.inputs.tiling import TiledImage, Tiler
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.model.config import NVLMConfig, TilingConfig
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.jsonl import read_jsonl_lines
 
 _EXPECTED = 'expected {"prompt": "...", "images": ["path", ...]} on each line'
@@ -167,11 +167,11 @@ def _parse(line: str) -> tuple[str, list[str]]:
         raise UserError(f"a JSON {type(values).__name__}; {_EXPECTED}")
     question, names = values.get("prompt"), values.get("images", [])
     if not isinstance(question, str):
-        raise UserError(f"prompt is {question!r}; {_EXPECTED}")
+        raise UserError(f"prompt is {shown(question)}; {_EXPECTED}")
     if "image" in values and not names:
         names = [values["image"]]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"images is {names!r}, not a list of paths; {_EXPECTED}")
+        raise UserError(f"images is {shown(names)}, not a list of paths; {_EXPECTED}")
     return question, names
 
 

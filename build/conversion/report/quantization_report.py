@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nvlm.formats import layout
 from nvlm.formats.scale_dtype import SCALE_DTYPE
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.number_formats import ACTIVATION_SCALE, FP8, WEIGHT_SCALE, LinearScales
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.json_files import read_json_object, write_json_atomically
+
+_LARGEST = float(torch.finfo(torch.float32).max)
+SCALE_ROUNDING = 1 / 64
+"""Of a scale to the numbers of a dtype, the widest of which are a 128th apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +53,15 @@ class LinearReport:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> LinearReport:
+        """Raises `ValueError` and its kin for values that no linear has."""
         rest = dict(row)
-        _check_amax(rest["linear"], rest, ("weight_amax", "input_amax"))
+        _check_name(rest["linear"])
+        _check_numbers(
+            rest["linear"], rest, ("weight_amax", "input_amax", WEIGHT_SCALE, ACTIVATION_SCALE)
+        )
+        _check_numbers(rest["linear"], rest, ("weight_error", "output_error"))
+        _check_numbers(rest["linear"], rest, ("clipped_share", "underflow_share"), most=1.0)
+        _check_count(rest, "num_rows")
         scales = LinearScales(rest.pop(WEIGHT_SCALE), rest.pop(ACTIVATION_SCALE))
         return cls(scales=scales, **rest)
 
@@ -60,6 +74,20 @@ class AttentionReport:
     q_amax: float
     k_amax: float
     v_amax: float
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> AttentionReport:
+        """Raises `ValueError` and its kin for values that no layer has."""
+        rest = dict(row)
+        scale = rest.pop("kv_cache_scaling_factor")
+        _check_name(rest["layer"])
+        _check_numbers(rest["layer"], rest, ("q_amax", "k_amax", "v_amax"))
+        _check_numbers(rest["layer"], row, ("kv_cache_scaling_factor",))
+        found = cls(**rest)
+        _check_scale(
+            f"kv_cache_scaling_factor of {found.layer}", scale, found.kv_cache_scaling_factor
+        )
+        return found
 
     @property
     def kv_cache_scaling_factor(self) -> float:
@@ -117,33 +145,58 @@ class QuantizationReport:
         except UserError as error:
             raise UserError(f"{error}; {advice}") from None
         try:
-            attentions = [dict(row) for row in values["attention"]]
-            for row in attentions:
-                del row["kv_cache_scaling_factor"]
-                _check_amax(row["layer"], row, ("q_amax", "k_amax", "v_amax"))
+            attentions = tuple(map(AttentionReport.from_json, values["attention"]))
+            linears = tuple(map(LinearReport.from_json, values["linears"]))
+            _check_once([row.linear for row in linears])
+            _check_once([row.layer for row in attentions])
+            for key in ("num_calibration_samples", "num_skipped"):
+                _check_count(values, key)
             scale_dtype = values.get(SCALE_DTYPE, "float32")  # older versions did not say it
             if scale_dtype not in TORCH_DTYPES:
-                raise ValueError(f"{SCALE_DTYPE} is {scale_dtype!r}")
+                raise ValueError(f"{SCALE_DTYPE} is {shown(scale_dtype)}")
             return cls(
                 values["num_calibration_samples"],
                 values["num_skipped"],
-                tuple(LinearReport.from_json(row) for row in values["linears"]),
-                tuple(AttentionReport(**row) for row in attentions),
+                linears,
+                attentions,
                 scale_dtype,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
-                f"{path} is no quantization report of this version ({error!r}); {advice}"
+                f"{path} is no quantization report of this version ({shown(error)}); {advice}"
             ) from None
 
 
-def _check_amax(name: str, row: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raises `ValueError` for what is no largest magnitude."""
+def _check_name(value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"a row is named {shown(value)}")
+
+
+def _check_once(names: list[str]) -> None:
+    for name, number in Counter(names).items():
+        if number > 1:
+            raise ValueError(f"{shown(name)} has {number} rows")
+
+
+def _check_numbers(
+    name: str, row: Mapping[str, Any], keys: Iterable[str], most: float = _LARGEST
+) -> None:
+    """Raises `ValueError` for what is no magnitude."""
     for key in keys:
         value = row[key]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and math.isfinite(value) and value >= 0):
-            raise ValueError(f"{key} of {name} is {value!r}")
+        if type(value) not in (int, float) or not 0 <= value <= most:  # NaN is neither
+            raise ValueError(f"{key} of {name} is {shown(value)}")
+
+
+def _check_count(row: Mapping[str, Any], key: str) -> None:
+    if type(row[key]) is not int or not 0 <= row[key] < 1 << 53:
+        raise ValueError(f"{key} is {shown(row[key])}")
+
+
+def _check_scale(name: str, scale: float, expected: float) -> None:
+    """Scales and amax of one report belong together. Older versions rounded scales otherwise."""
+    if not math.isclose(scale, expected, rel_tol=SCALE_ROUNDING):
+        raise ValueError(f"{name} is {shown(scale)}, expected {expected:g} of its amax")
 
 
 def as_record(
