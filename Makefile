@@ -24,11 +24,13 @@ TRITON_FLAGS ?=
 # More flags of build_engine.py, as BUILD_FLAGS="--max_batch_size 16 --optimize_for latency".
 BUILD_FLAGS ?=
 
+MINUTES ?= 10
+
 DEMO := work/demo
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-test setup-triton demo engine doctor triton check test test-all durations \
-	lint benchmark clean
+	lint benchmark fuzz clean
 
 help:
 	@echo "make demo        set up, convert, build, and read pictures with the small trained model on the CPU"
@@ -39,6 +41,7 @@ help:
 	@echo "make triton ENGINE_DIR=... [HTTP_PORT=8000 GRPC_PORT=8001 METRICS_PORT=8002 TRITON_FLAGS=...]"
 	@echo "make doctor      what can be built and run here, and what is missing for the rest"
 	@echo "make setup [DEVICE=cuda]   the environment: for any CPU, or for a GPU without NVIDIA's container"
+	@echo "make fuzz [MINUTES=10]   damaged files and requests of every kind, counted"
 	@echo "make test-all | durations | lint | benchmark | clean"
 
 # A stamp per requirements file: installing again is a no-op until the file changes.
@@ -116,6 +119,10 @@ test-all: setup-test
 durations: setup-test
 	$(PYTEST) -m "not slow" --junitxml work/tests.xml
 	$(BIN)/python -m tools.slowest_tests work/tests.xml --output tests/durations.md
+
+# Damaged files and requests of every kind, for some minutes on two cores: docs/reliability.md.
+fuzz: setup-test
+	$(BIN)/python -m tests.fuzz.campaign --minutes $(MINUTES) --output work/fuzz.json
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -57,6 +57,7 @@ MARKS: dict[str, str] = {
     "evaluation/test_evaluation_killed.py": "process",
     "evaluation/test_evaluation_page.py": "process",
     "evaluation/test_evaluation_ranks.py": "process",
+    "fuzz": "long",
     "frontends/test_triton_start.py": "process",
     "frontends/test_triton_tensorrt_llm.py": "process",
     "making/test_vision_tensorrt.py": "long",
