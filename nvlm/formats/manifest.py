@@ -155,7 +155,7 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     except UserError as error:
         raise UserError(f"{error}; {mend}") from None
     found = values.get("kind"), values.get("format_version")
-    if found[0] in _MADE_BY and found[0] != kind:
+    if isinstance(found[0], str) and found[0] in _MADE_BY and found[0] != kind:
         raise UserError(
             f"{path} is of kind {shown(found[0])}, expected kind {shown(kind)}; give the directory "
             f"that {program} made"

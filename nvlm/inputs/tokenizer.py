@@ -20,6 +20,9 @@ TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 PUBLISHED_FILES = (TOKENIZER_FILE, CONFIG_FILE, "vocab.json", "merges.txt")
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 _MOST_TOKENS = 1 << 24
+_PROBE = "Read  the 3 numbers:\tcaf\u00e9, \u4f60\u597d!\r\n 'll"
+"""Text of each kind that Qwen2's expression parts; its tokens must give it back."""
+
 _REQUIRED = (IM_START, IM_END)
 
 # Without added tokens every string is plain text. transformers saves how it last truncated and
@@ -71,6 +74,11 @@ class Tokenizer:
         for token in added:
             text = "" if token["special"] else token["content"]
             self._token_bytes[token["id"]] = text.encode()
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise UserError(
+                f"{path} loses text: {_PROBE!r} is not what its tokens say, expected Qwen2's "
+                "tokenizer; download it again"
+            )
         self.num_tokens = max(self._token_bytes) + 1
         self.max_token_bytes = max(map(len, self._token_bytes.values()))
 

@@ -31,7 +31,7 @@ from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 
 _CPU = torch.device("cpu")
 _MEMORY_BYTES = 24 << 30
-_TEXT = "Read the 3 numbers: caf\u00e9 \u4f60\u597d\n"
+_TEXT = "Which 7 words? na\u00efve \u597d\n\n  x"
 
 
 def open_safetensors(folder: Path) -> Opened:

@@ -121,7 +121,9 @@ def _seeds() -> list[bytes]:
     for image, kind, options in written:
         file = io.BytesIO()
         try:
-            image.save(file, kind, **options)
+            more = [each.copy() for each in options.get("append_images", ())]
+            # Copies, for a writer leaves its settings in the image.
+            image.copy().save(file, kind, **{**options, "append_images": more})
         except (KeyError, OSError):  # this Pillow was built without it
             continue
         seeds.append(file.getvalue())

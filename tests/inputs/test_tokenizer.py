@@ -95,3 +95,13 @@ def test_a_tokenizer_that_would_make_other_prompts_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=told):
         Tokenizer(changed_tokenizer(tmp_path, model_dir, change))
+
+
+def test_a_tokenizer_that_loses_text_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    def without_spaces(values: Any) -> None:
+        pattern = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed"}
+        before = [{**pattern, "invert": False}, values["pre_tokenizer"]]
+        values["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": before}
+
+    with pytest.raises(UserError, match="loses text"):
+        Tokenizer(changed_tokenizer(tmp_path, model_dir, without_spaces))
