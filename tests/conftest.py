@@ -50,6 +50,7 @@ MARKS: dict[str, str] = {
     "commands/test_offline.py": "process",
     "commands/test_production.py": "process",
     "commands/test_resume.py": "process",
+    "commands/test_streams.py": "process",
     "decoder/test_hopper_kernels_model.py": "kernels",
     "decoder/test_rank_kernels.py": "kernels",
     "decoder/test_kernels.py": "kernels",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -57,6 +56,10 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise
 
 
+_TOO_LARGE = 1 << 40
+"""No size, and no other number of a model, comes near."""
+
+
 class StrictReader:
     """Reads named keys of one JSON object and names file and key in every complaint."""
 
@@ -81,7 +84,7 @@ class StrictReader:
 
     def positive_int(self, key: str) -> int:
         value = self._get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _TOO_LARGE:
             raise UserError(f"{self._where(key)} is {shown(value)}, expected a positive integer")
         return value
 
@@ -103,7 +106,7 @@ class StrictReader:
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or not 0 < value < math.inf
+            or not 0 < value < _TOO_LARGE
         ):
             raise UserError(f"{self._where(key)} is {shown(value)}, expected a positive number")
         return float(value)

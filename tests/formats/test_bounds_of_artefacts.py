@@ -26,3 +26,12 @@ def test_heads_that_do_not_divide_the_width_are_refused(checkpoint_dir: Path) ->
     values = json.loads(path.read_text())
     with pytest.raises(UserError, match=r"hidden_size is .*, expected a multiple"):
         CheckpointConfig.from_json({**values, "hidden_size": values["hidden_size"] - 1}, path)
+
+
+@pytest.mark.parametrize("value", [1 << 63, 10**30, 10**400])
+def test_numbers_that_no_model_has_are_refused(checkpoint_dir: Path, value: int) -> None:
+    path = checkpoint_dir / layout.CONFIG
+    values = json.loads(path.read_text())
+    for key in ("vocab_size", "max_position_embeddings", "rotary_base", "norm_epsilon"):
+        with pytest.raises(UserError, match=rf"{key} is .{{1,220}}, expected a positive"):
+            CheckpointConfig.from_json({**values, key: value}, path)

@@ -31,7 +31,7 @@ def test_a_value_that_no_model_has_is_refused(
         for key in config.__dataclass_fields__:
             if key == "num_dummy_heads" and value == 0 and value is not False:
                 continue
-            if key.endswith("norm_eps") and value in (1.5, 10**30) and value is not True:
+            if key.endswith("norm_eps") and value == 1.5 and value is not True:
                 continue
             with pytest.raises(UserError, match=key):
                 VisionCheckpoint.read(changed(checkpoint_dir, tmp_path, section, key, value))
