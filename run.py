@@ -18,6 +18,7 @@ import torch
 from nvlm.formats import layout
 from nvlm.formats.scale_dtype import SCALE_DTYPE, scale_dtype, what_differs
 from nvlm.inputs.images import Page, PictureRules
+from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.command_line import ArgumentParser, positive_int, run
 from nvlm.program.errors import UserError
@@ -25,15 +26,19 @@ from nvlm.program.launcher import end, rank_from
 from nvlm.program.process import set_most_pixels
 from runtime.answers.answer_file import answer_json
 from runtime.answers.batch import run_batch, summary
+from runtime.answers.chat import chat
 from runtime.answers.compare import check, differences, record, report_json
+from runtime.answers.cut_answer import warn_if_cut
 from runtime.decoder.executor import DecoderOptions
+from runtime.decoder.xgrammar_schema import check_guide
 from runtime.engine.engine_dir import EngineDir
-from runtime.requests.flags import add_request_flags, request_of
+from runtime.requests.flags import add_guide_flags, add_request_flags, request_of
+from runtime.requests.messages import Conversation, question
 from runtime.requests.picture_source import picture_source
-from runtime.requests.request_file import RequestLine, read_requests
-from runtime.requests.sampling import check_target, non_neutral
+from runtime.requests.request_file import RequestLine, read_messages, read_requests
+from runtime.requests.sampling import check_target, non_neutral, require_consistent
 from runtime.requests.show_tiles import write_tiles
-from runtime.requests.types import GenerationRequest
+from runtime.requests.types import GenerationRequest, GenerationResult
 from runtime.serving.launch import Program, add_engine_flags, launch
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Ticket
@@ -55,9 +60,22 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "")
     add = parser.add_argument
     add_engine_flags(parser)
-    add("--prompt", action="once", help="the question")
+    add("--prompt", action="once", help="the question; the next image stands where it has <image>")
+    add(
+        "--messages",
+        type=Path,
+        action="once",
+        metavar="JSON",
+        help="a conversation, instead of --prompt",
+    )
+    add("--chat", action="store_true", help="talk: questions from stdin, one a line")
     add("--image", nargs="+", default=[], help="image files or data: URLs, in order")
-    add("--page", type=_page, help="page or frame of the images, from 1, or all (default: first)")
+    add(
+        "--page",
+        type=_page,
+        action="once",
+        help="page or frame of the images, from 1, or all (default: first)",
+    )
     add(
         "--max_image_pixels",
         type=positive_int,
@@ -66,9 +84,11 @@ def parser() -> ArgumentParser:
     add("--input_file", type=Path, action="once", help="JSONL of requests, instead of --prompt")
     add("--output_file", type=Path, help="JSONL of answers; a rerun resumes after its last line")
     add_request_flags(parser, prompt_format="hf", max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
+    add_guide_flags(parser)
     add(
         "--compare",
         type=Path,
+        action="once",
         metavar="ENGINE_DIR",
         help="run the requests through this engine too (one for torch) and report what differs",
     )
@@ -80,11 +100,16 @@ def parser() -> ArgumentParser:
 
 
 def default_request(arguments: argparse.Namespace) -> GenerationRequest:
-    """The flags as a request; its content is the single question."""
+    """The flags as a request; it asks what --prompt or --messages says."""
     images = tuple(map(picture_source, arguments.image))
-    question = GenerationRequest.images_first(arguments.prompt or "", images)
+    asked = Conversation()
+    if arguments.prompt is not None:
+        asked = Conversation(content=question(arguments.prompt, images))
+    elif arguments.messages is not None:
+        has_system = arguments.system != DEFAULT_SYSTEM
+        asked = read_messages(arguments.messages, images, has_system=has_system)
     pictures = PictureRules(page=arguments.page)
-    return replace(request_of(arguments), content=question.content, pictures=pictures)
+    return replace(request_of(arguments), pictures=pictures, **asked)
 
 
 def _page(text: str) -> Page:
@@ -95,16 +120,24 @@ def _page(text: str) -> Page:
     return int(text)
 
 
-def stream(runner: Runner, request: GenerationRequest) -> None:
+def stream(runner: Runner, request: GenerationRequest) -> GenerationResult:
     """Prints text as it comes."""
+    result: GenerationResult | None = None
     for piece in runner.stream(request):
         print(piece.text, end="", flush=True)
+        result = piece.result
     print(flush=True)
+    assert result is not None, "the last piece has the result"
+    return result
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
-    if (arguments.prompt is None) == (arguments.input_file is None):
-        raise UserError("give either --prompt or --input_file")
+    ways = ("prompt", "messages", "input_file", "chat")
+    if sum(vars(arguments)[name] not in (None, False) for name in ways) != 1:
+        raise UserError("give either --prompt or --input_file, --messages or --chat")
+    for name in ("output_file", "compare", "show_tiles", "json"):
+        if arguments.chat and vars(arguments)[name]:
+            raise UserError(f"--chat prints each answer as it comes; it takes no --{name}")
     for name in ("output_file", "streaming", "show_tiles"):
         if arguments.compare and vars(arguments)[name]:
             raise UserError(f"--compare prints a report; it takes no --{name}, leave that out")
@@ -115,6 +148,13 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.input_file and (arguments.image or (arguments.json and not arguments.compare)):
         flag = "--image" if arguments.image else "--json"
         raise UserError(f"{flag} goes with --prompt; a batch has its images in the request lines")
+    if arguments.n is not None and arguments.n > 1 and (arguments.streaming or arguments.compare):
+        flag = "--streaming" if arguments.streaming else "--compare"
+        raise UserError(f"{flag} takes one answer and --n is {arguments.n}; leave one of them out")
+    for name in ("logprobs", "prompt_logprobs"):
+        is_given = vars(arguments)[name] not in (None, False)
+        if is_given and not (arguments.json or arguments.input_file):
+            raise UserError(f"--{name} is a part of the JSON answer; give --json too")
     if arguments.page is not None and not (arguments.image or arguments.input_file):
         raise UserError("--page chooses a page of --image; give one")
     if arguments.show_tiles and not arguments.image:
@@ -125,12 +165,16 @@ def _asked(
     arguments: argparse.Namespace, request: GenerationRequest, lines: list[RequestLine]
 ) -> dict[str, GenerationRequest]:
     """What --compare asks, by where it stands. Raises what is wrong with a line."""
-    asked = {}
+    asked: dict[str, GenerationRequest] = {}
     for line in lines:
         if isinstance(line.request, UserError):
             raise line.request
+        if line.request.sampling.n > 1:
+            raise UserError(f"--compare takes one answer a request, and line {line.number} has n")
         asked[f"{arguments.input_file} line {line.number}"] = line.request
-    return asked or {"the request": request}
+    asked = asked or {"the request": request}
+    # Both engines draw with one seed.
+    return {name: replace(each, sampling=each.sampling.seeded()) for name, each in asked.items()}
 
 
 def compare(
@@ -166,8 +210,13 @@ def lead(
 ) -> int:
     """What rank 0 does, or the only one."""
     request = default_request(arguments)
-    if non_neutral(request.sampling):
-        check_target(request.sampling, EngineDir.read(arguments.engine_dir).decoder_target)
+    if arguments.prompt is not None:
+        require_consistent(request.sampling, request.max_new_tokens)
+    if non_neutral(request.sampling) or request.guide is not None:
+        decoder_target = EngineDir.read(arguments.engine_dir).decoder_target
+        check_target(request.sampling, decoder_target)
+        if request.guide is not None:
+            check_guide(request.guide, decoder_target)
     lines = read_requests(arguments.input_file, request) if arguments.input_file else []
     if arguments.compare:
         compare(arguments, _asked(arguments, request, lines), device, open_runner)
@@ -177,17 +226,19 @@ def lead(
             num_errors = run_batch(runner, lines, arguments.output_file)
             print(summary(len(lines), arguments.output_file), file=sys.stderr)
             return EXIT_SOME_FAILED if num_errors else 0
+        if arguments.chat:
+            num_refused = chat(runner, request, map(picture_source, arguments.image))
+            return EXIT_SOME_FAILED if num_refused and not sys.stdin.isatty() else 0
         if arguments.show_tiles:
             shown = Ticket(request)
             runner.prepare(shown)
             write_tiles(shown.images, arguments.show_tiles)
-        if arguments.streaming:
-            stream(runner, request)
-            return 0
-        result = runner.generate(request)
-    answer = json.dumps(answer_json(result), ensure_ascii=False)
-    print(answer if arguments.json else result.text)
-    return 0
+        result = stream(runner, request) if arguments.streaming else runner.generate(request)
+    if arguments.json:
+        print(json.dumps(answer_json(result), ensure_ascii=False))
+    elif not arguments.streaming:
+        print(*(choice.text for choice in result.choices), sep="\n")
+    return EXIT_SOME_FAILED if warn_if_cut(request, result) else 0
 
 
 def _parse() -> Program:

@@ -21,6 +21,9 @@
 #   one H200:
 #     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving of 256
 #               requests, 64 at a time, through the product's server
+#     settings  80 layers: penalties, log probabilities and min_p beside drawn rows, rows held to a JSON
+#               schema beside plain ones, in turns; needs llguidance
+#     before    80 layers: decode in this checkout and in $BEFORE, another one, in turns
 #     interactive  80 layers: eight texts decode while no, one or two pictures a second arrive
 #     memory80  80 layers, the cache takes all that is left
 #   $RANKS GPUs (default 2) of 100 GB or more, mpirun and mpi4py:
@@ -48,7 +51,7 @@ pytest="$python -m pytest -q -p no:cacheprovider --tb=short"
 $python -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' >>"$out/summary.log" 2>&1
 
 part tests 150 $pytest -n 8 --maxfail=40 \
-  tests/decoder/test_kernels.py tests/decoder/test_hopper_model.py tests/decoder/test_hopper_kernels_model.py \
+  tests/decoder/test_kernels.py tests/decoder/test_change_logits.py tests/decoder/test_hopper_model.py tests/decoder/test_hopper_kernels_model.py \
   tests/decoder/test_hopper_executor.py tests/vision/test_hopper_vision.py tests/decoder/test_decoder_contract.py \
   -k "not alone_ and not TensorRT and not float32"
 part decode 150 bash -c "$python -m bench.hopper decode prefill --layers 8,16 --prompts 1948,2048 \
@@ -68,6 +71,10 @@ part vllm 420 $python -m bench.peers.vllm_engine
 
 part h200 460 $python -m bench.hopper decode prefill first_token serving --layers 80 \
   --batch_sizes 1,8,32,64 --prompts 1948 --serving 2048/128/256/64
+part settings 300 $python -m bench.hopper settings --layers 80 --batch_sizes 1,64
+part before 400 bash -c "for turn in 1 2; do for checkout in '${BEFORE:-.}' .; do
+    (cd \$checkout && echo \$checkout && $python -m bench.hopper decode --layers 80 --batch_sizes 1,8,64)
+  done; done"
 part interactive 200 $python -m bench.hopper interactive --layers 80 --batch_sizes 8 --prompts 1948 \
   --picture_rate 0,1,2 --seconds 15
 part memory80 90 $python -m bench.hopper.memory --layers 80 --max_batch_size 112

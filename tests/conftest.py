@@ -23,6 +23,7 @@ from build.sources.hugging_face import HuggingFaceSource
 from nvlm.planning import hopper
 from nvlm.program.process import set_up_cublas
 from tests.support import guard
+from tests.support.locks import locks_fail  # noqa: F401 - a fixture
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 from tools.model_dir import Shape
 
@@ -51,6 +52,7 @@ MARKS: dict[str, str] = {
     "commands/test_production.py": "process",
     "commands/test_resume.py": "process",
     "commands/test_streams.py": "process",
+    "decoder/test_change_logits.py": "kernels",
     "decoder/test_hopper_kernels_model.py": "kernels",
     "decoder/test_rank_kernels.py": "kernels",
     "decoder/test_kernels.py": "kernels",

@@ -1,7 +1,7 @@
 """Phases of the product on a GPU, each beside the device's ceilings of the same run.
 
-    python -m bench.hopper decode prefill first_token serving interactive vision [--shape 72b]
-        [--layers 8,16] [--batch_sizes 1,8,64] [--context 2048] [--prompts 1948,2048]
+    python -m bench.hopper decode settings prefill first_token serving interactive vision
+        [--shape 72b] [--layers 8,16] [--batch_sizes 1,8,64] [--context 2048] [--prompts 1948,2048]
         [--requests 256] [--answer 128] [--serving 2048/128/256/64] [--picture_rate 0,1,2]
         [--seconds 15] [--tiles 7] [--precisions bfloat16,FP8] [--profile FILE] [--output FILE]
 

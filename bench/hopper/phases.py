@@ -21,6 +21,7 @@ from bench.hopper.parts import Parts
 from bench.hopper.profile import measure_kernels
 from bench.hopper.requests import measure_first_token
 from bench.hopper.serving import Load, loads, measure_served, measure_serving
+from bench.hopper.settings import measure_settings
 from bench.hopper.vision import measure_vision
 from bench.report import Measured, Report
 from bench.rows import Row
@@ -28,7 +29,7 @@ from bench.synthetic_engine import DECODERS, VISIONS, synthetic_engine
 from bench.synthetic_runner import synthetic_runner
 from runtime.engine.engine_dir import EngineDir
 
-DECODER_PHASES = {"decode", "prefill", "first_token", "serving", "interactive"}
+DECODER_PHASES = {"decode", "prefill", "first_token", "serving", "interactive", "settings"}
 PHASES = (*sorted(DECODER_PHASES), "vision")
 
 
@@ -121,6 +122,9 @@ def measure_executors(
     if "decode" in options.phases:
         for batch_size in batch_sizes:
             yield from measure_decode(executors, batch_size, options.context, ceilings)
+    if "settings" in options.phases:
+        for batch_size in batch_sizes:
+            yield from measure_settings(executors, batch_size, options.context, ceilings)
     if "prefill" in options.phases:
         for num_tokens in prompts:
             yield from measure_prefill(executors, num_tokens, ceilings)

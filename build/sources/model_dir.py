@@ -24,8 +24,9 @@ def check_model_dir(model_dir: Path) -> None:
         raise _not_a_folder(model_dir)
     if (model_dir / _ADAPTER).is_file():
         base = read_json_object(model_dir / _ADAPTER).get("base_model_name_or_path")
+        of = f", for {base}" if base else ""
         raise UserError(
-            f"{model_dir} holds a LoRA adapter ({_ADAPTER}, for {base}), expected a whole model; "
+            f"{model_dir} holds a LoRA adapter ({_ADAPTER}{of}), expected a whole model; "
             "merge it with peft (merge_and_unload, then save_pretrained) and give that folder as "
             "--model_dir"
         )

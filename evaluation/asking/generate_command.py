@@ -25,7 +25,7 @@ _ONLY_OF_TASKS = {"split": ("MMMU", "MathVista"), "num_frames": ("VideoMME",)}
 def add_flags(parser: ArgumentParser) -> None:
     add_engine_flags(parser)
     add = parser.add_argument
-    add("--task", required=True, help=f"one of {', '.join(TASKS)}")
+    add("--task", required=True, action="once", help=f"one of {', '.join(TASKS)}")
     add("--input_image_path", type=Path, metavar="DIR", help="its images, videos or parquet files")
     add("--gt_path", type=Path, nargs="+", default=[], metavar="FILE", help="its questions")
     add("--output_path", type=Path, metavar="PREFIX", help="of the files of answers")

@@ -20,7 +20,7 @@ from evaluation.tasks import Task, answer_line, find_task
 from nvlm.program.errors import UserError
 from runtime.answers.run_record import EngineId
 from runtime.engine.engine_dir import EngineDir
-from runtime.requests.sampling import check_target
+from runtime.requests.sampling import check_target, non_neutral
 from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
 
@@ -46,6 +46,9 @@ class TaskRun:
     def read(cls, arguments: argparse.Namespace, request: GenerationRequest) -> TaskRun:
         """Reads the data set; `request` has the flags that every request shares."""
         task = find_task(arguments.task)
+        for name in ("n", "logprobs", "prompt_logprobs"):
+            if name in non_neutral(request.sampling):
+                raise UserError(f"--{name} has no place in a benchmark's answers; leave it out")
         location = Location(
             arguments.input_image_path or arguments.gt_path[0].parent,
             tuple(arguments.gt_path),

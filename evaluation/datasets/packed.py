@@ -72,6 +72,12 @@ def packed_records(
         rows: list[tuple[str, Any]] = [row for path in paths for row in tsv_records(path)]
         return [(where, _from_tsv(row, packing)) for where, row in rows], []
     files = [ParquetFile(path, re.compile(PICTURE), task) for path in paths]
+    for file in files:
+        if not file.picture_columns:
+            raise UserError(
+                f"{file.path} has the columns {', '.join(file.columns)}, expected one called "
+                f"{PICTURE}; give a copy of the data set {packing.repositories}"
+            )
     rows = [row for file in files for row in file.records()]
     return [(where, _renamed(row, packing)) for where, row in rows], missing_files(paths)
 

@@ -57,7 +57,7 @@ class ParquetFile:
             raise self._damaged(error) from None
         names: list[str] = self._file.schema_arrow.names
         self.picture_columns = [name for name in names if picture_columns.fullmatch(name)]
-        self._columns = [name for name in names if name not in self.picture_columns]
+        self.columns = [name for name in names if name not in self.picture_columns]
         self._lock = threading.Lock()
         self._held: tuple[int, str, list[Any]] | None = None
 
@@ -68,7 +68,7 @@ class ParquetFile:
     def records(self) -> list[tuple[str, Record]]:
         """(where it stands, values); a picture column holds a function that reads the picture."""
         try:
-            rows: list[Record] = self._file.read(self._columns).to_pylist()
+            rows: list[Record] = self._file.read(self.columns).to_pylist()
         except (OSError, ValueError) as error:
             raise self._damaged(error) from None
         for number, row in enumerate(rows):
@@ -90,7 +90,7 @@ class ParquetFile:
                     raise self._damaged(error) from None
                 self._held = (group, column, table.column(column).to_pylist())
             picture = self._held[2][number]
-        if not (isinstance(picture, dict) and isinstance(picture.get("bytes"), bytes)):
+        encoded = picture.get("bytes") if isinstance(picture, dict) else picture
+        if not isinstance(encoded, bytes):
             raise UserError(f"{self.path} has no picture {column} in row {number} of group {group}")
-        encoded: bytes = picture["bytes"]
         return encoded

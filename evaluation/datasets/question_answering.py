@@ -28,7 +28,7 @@ from evaluation.datasets.records import (
 )
 from evaluation.datasets.sample import DataSet, Location, Sample
 from nvlm.program.errors import UserError, shown
-from runtime.requests.types import ImageSource
+from runtime.requests.messages import ImageSource
 
 HIDDEN = [""]
 """The answers of a test split, as Megatron-LM writes them."""

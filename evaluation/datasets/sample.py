@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.requests.types import ImageSource
+from runtime.requests.messages import ImageSource
 
 SampleId = int | str
 

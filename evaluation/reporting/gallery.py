@@ -19,8 +19,8 @@ from evaluation.scoring.score import SampleScore, TaskScore
 from nvlm.inputs.images import AS_REFERENCE, load_image
 from nvlm.inputs.tiling import TiledImage, tile_image
 from nvlm.program.errors import UserError
+from runtime.requests.messages import ImageSource
 from runtime.requests.show_tiles import draw_tiles
-from runtime.requests.types import ImageSource
 
 _PICTURE_WIDTH, _SHEET_WIDTH = 420, 960
 _SHEETS_IN_A_ROW = 4

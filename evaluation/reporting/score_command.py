@@ -30,6 +30,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add(
         "--input_path",
         type=Path,
+        action="once",
         required=True,
         metavar="PREFIX",
         help="--output_path of `generate`",
@@ -42,7 +43,11 @@ def add_flags(parser: ArgumentParser) -> None:
         help="answers of MMMU, captions of captioning; all questions of VQAv2's submission",
     )
     add(
-        "--compare", type=Path, metavar="PREFIX", help="another run: what changed, and is it chance"
+        "--compare",
+        type=Path,
+        action="once",
+        metavar="PREFIX",
+        help="another run: what changed, and is it chance",
     )
     add("--report_dir", type=Path, metavar="DIR", help="write report.md and report.html there")
     add(

@@ -12,8 +12,8 @@ from frontends.triton.tensors import Tensors, strings
 from nvlm.inputs.tiling import TiledImage, denormalize
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
+from runtime.requests.messages import ImageSource
 from runtime.requests.picture_source import decode_base64
-from runtime.requests.types import ImageSource
 from runtime.serving.prepare import check_num_images
 
 
@@ -26,6 +26,16 @@ def read_images(tensors: Tensors, limits: EngineLimits) -> tuple[ImageSource, ..
     num_images = 1 if given[0] == "image_input" else tensors[given[0]].shape[1]
     check_num_images(num_images, limits)  # before any is copied
     return _IMAGE_READERS[given[0]](tensors)
+
+
+def picture_in_url(url: bytes, name: str) -> bytes:
+    """The picture's file. `name` is where the URL stands."""
+    if url[:5].lower() != b"data:":
+        raise UserError(
+            f"{name} may only hold data: URLs, because this server fetches nothing; send the "
+            "picture itself in image_bytes"
+        )
+    return decode_base64(url, name)
 
 
 def _pixels(tensors: Tensors) -> tuple[ImageSource, ...]:
@@ -69,14 +79,8 @@ def _base64(tensors: Tensors) -> tuple[ImageSource, ...]:
 
 
 def _urls(tensors: Tensors) -> tuple[ImageSource, ...]:
-    for url in strings(tensors, "image_url_input"):
-        if not url.startswith(b"data:"):
-            raise UserError(
-                "image_url_input may only hold data: URLs, because this server fetches nothing; "
-                "send the picture itself in image_bytes"
-            )
     urls = strings(tensors, "image_url_input")
-    return tuple(decode_base64(url, "image_url_input") for url in urls)
+    return tuple(picture_in_url(url, "image_url_input") for url in urls)
 
 
 def _files(tensors: Tensors) -> tuple[ImageSource, ...]:

@@ -7,7 +7,7 @@ One set of templates, two forms: `torch` runs vision and decoder in the process 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
 from typing import Literal
@@ -22,6 +22,7 @@ from frontends.triton.signature import (
     to_pbtxt,
 )
 from nvlm.formats import layout
+from runtime.decoder.tensorrt_llm_dialect import XgrammarTokenizer
 from runtime.engine.engine_dir import EngineDir
 
 Form = Literal["torch", "tensorrt_llm"]
@@ -65,7 +66,7 @@ def render(engine: EngineDir, repository: Path, options: ServeOptions) -> None:
     versions = {model: repository / model / "1" for model in _MODELS[options.form]}
     for version in versions.values():
         version.mkdir(parents=True)  # Triton wants it even where it holds nothing
-    values = _values(engine, options, versions["nvlm"])
+    values = _values(engine, repository, options, versions["nvlm"])
     for model, module in _MODELS[options.form].items():
         template = Template((_TEMPLATES / model / "config.pbtxt").read_text(encoding="utf-8"))
         config = repository / model / "config.pbtxt"
@@ -76,14 +77,25 @@ def render(engine: EngineDir, repository: Path, options: ServeOptions) -> None:
             (versions[model] / "model.py").write_text(
                 code.substitute(project_dir=project_dir, module=module), encoding="utf-8"
             )
+    if options.form == "tensorrt_llm":
+        tokenizer = XgrammarTokenizer.read(engine.directory / layout.TOKENIZER)
+        _tokenizer_info(repository).write_text(json.dumps(asdict(tokenizer)), "utf-8")
 
 
-def _values(engine: EngineDir, options: ServeOptions, version: Path) -> dict[str, object]:
+def _tokenizer_info(repository: Path) -> Path:
+    """What TensorRT-LLM's backend reads for guides."""
+    return repository.resolve() / "tensorrt_llm" / "1" / "xgrammar_tokenizer_info.json"
+
+
+def _values(
+    engine: EngineDir, repository: Path, options: ServeOptions, version: Path
+) -> dict[str, object]:
     config = engine.checkpoint_config
     directory = in_ascii(engine.directory.resolve(), version / "engine")
     return {
         "engine_dir": _quoted(directory),
         "llm_dir": _quoted(directory / layout.LLM),
+        "tokenizer_info": _quoted(_tokenizer_info(repository)),
         "form": options.form,
         "device": options.device,
         "num_threads": options.num_threads,

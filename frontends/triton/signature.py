@@ -50,12 +50,14 @@ ENSEMBLE_INPUTS = (
 NVLM_INPUTS = (
     *ENSEMBLE_INPUTS,
     *_specs("TYPE_STRING", (-1,), "image_bytes image_base64"),
-    *_specs("TYPE_STRING", (1,), "system"),
+    *_specs("TYPE_STRING", (1,), "system messages"),
     *_specs("TYPE_INT32", (1,), "max_num_tiles"),
+    # As TensorRT-LLM's own model has them, which its `ensemble` does not pass on.
+    *_specs("TYPE_STRING", (1,), "guided_decoding_guide_type guided_decoding_guide"),
     *(
-        TensorSpec(setting.name, setting.triton_type, (1,))
+        TensorSpec(setting.input_name, setting.triton_type, setting.triton_dims)
         for setting in SETTINGS
-        if setting.name not in {spec.name for spec in ENSEMBLE_INPUTS}
+        if setting.input_name not in {spec.name for spec in ENSEMBLE_INPUTS}
     ),
 )
 
@@ -69,7 +71,8 @@ ENSEMBLE_OUTPUTS = (
 
 NVLM_OUTPUTS = (
     *ENSEMBLE_OUTPUTS,
-    *_specs("TYPE_STRING", (1,), "finish_reason"),
+    *_specs("TYPE_STRING", (1,), "finish_reason choices logprobs prompt_logprobs"),
+    *_specs("TYPE_UINT64", (1,), "seed"),
     *_specs("TYPE_INT32", (1,), "num_prompt_tokens num_tokens num_tiles"),
     *_specs("TYPE_FP32", (1,), "queue_ms tiling_ms vision_ms prefill_ms decode_ms total_ms"),
 )

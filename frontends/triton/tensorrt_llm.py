@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.decoder.executor import DecoderRequest
+from runtime.decoder.executor import DecoderRequest, TokenLogprobs
 from runtime.decoder.tensorrt_llm_dialect import (
+    embedding_bias,
     end_and_stop_ids,
     extra_ids,
+    guide_tensors,
     prompt_table,
     sampling_tensors,
 )
@@ -34,7 +36,15 @@ def request_tensors(
         "pad_id": np.array([[end_id or 0]], np.int32),
         "streaming": np.array([[True]]),
         **sampling_tensors(request.sampling),
+        **guide_tensors(request.guide),
     }
+    if request.bad_words:
+        tensors["bad_words_list"] = _word_list(request.bad_words)
+    bias = embedding_bias(request.sampling, vocab_size)
+    if bias is not None:
+        tensors["embedding_bias"] = bias.numpy()[None]
+    if request.sampling.logprobs:
+        tensors["return_log_probs"] = np.array([[True]])
     table = prompt_table(request, dtype)
     if table is not None:
         tensors |= {
@@ -45,8 +55,23 @@ def request_tensors(
     return tensors
 
 
-def new_token_ids(outputs: Mapping[str, NDArray[Any]]) -> list[int]:
-    """What one streamed response adds: output_ids [1, 1, n] up to sequence_length [1, 1]."""
+def new_tokens(
+    outputs: Mapping[str, NDArray[Any]],
+) -> list[tuple[int, TokenLogprobs | None]]:
+    """What one streamed response adds: output_ids [1, 1, n] up to sequence_length [1, 1], with the
+    last of output_log_probs [1, 1, m] where those are asked for."""
     length = int(outputs["sequence_length"].reshape(-1)[0])
     ids: list[int] = outputs["output_ids"][0, 0, :length].tolist()
-    return ids
+    if "output_log_probs" not in outputs or not ids:
+        return [(token_id, None) for token_id in ids]
+    told = outputs["output_log_probs"].reshape(-1)[-len(ids) :].tolist()
+    return [(each, TokenLogprobs(logprob)) for each, logprob in zip(ids, told, strict=True)]
+
+
+def _word_list(words: tuple[tuple[int, ...], ...]) -> NDArray[Any]:
+    """[1, 2, n] int32: the words' ids one after the other, and where each ends, filled with -1."""
+    ids = [token_id for word in words for token_id in word]
+    ends = np.cumsum([len(word) for word in words])
+    filled = np.full(len(ids), -1)
+    filled[: len(ends)] = ends
+    return np.array([[ids, filled]], np.int32)

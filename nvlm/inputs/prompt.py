@@ -1,4 +1,4 @@
-"""The ChatML prompt around a question and its images, as token ids.
+"""The ChatML prompt around a conversation and its images, as token ids.
 
 Two published forms: `hf` (modeling_nvlm_d.py, conversation.py) and `megatron` (Megatron-LM
 examples/multimodal, prompt format qwen2p0). They differ in the newline behind <|im_end|> and in
@@ -18,7 +18,10 @@ from nvlm.inputs.tokenizer import IM_END, IM_START, Tokenizer
 from nvlm.program.errors import UserError, shown
 
 PromptFormat = Literal["hf", "megatron"]
+Role = Literal["system", "user", "assistant"]
 DEFAULT_SYSTEM = "Answer the questions."
+IMAGE_MARK = "<image>"
+"""Stands for the next image in a string that is asked; it never reaches the model."""
 THUMBNAIL_TAG = "<tile_global_thumbnail>"
 
 # (newline behind <|im_end|>, tags tokenised apart from the text before them)
@@ -33,6 +36,7 @@ class ImageSlot:
 
 
 PromptPart = str | ImageSlot
+Turn = tuple[Role, Sequence[PromptPart]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +76,29 @@ def build_prompt(
     tokens_per_tile: int,
     vocab_size: int,
     system: str = DEFAULT_SYSTEM,
+    history: Iterable[Turn] = (),
     prompt_format: PromptFormat = "hf",
 ) -> Prompt:
-    """Token ids of one user turn with an open assistant turn behind it.
+    """Token ids of the user's turn `parts`, after those of `history`, with an open assistant turn
+    after it.
 
     The text is split only at the special tokens placed here; each run between them is tokenised
     as one string with special-token parsing off. Raises `UserError` for text that is not Unicode.
     """
     turn_end, tags_apart = _FORMATS[prompt_format]
-    items: list[str | int | _Special | _Break] = [
-        *(_Special(IM_START), f"system\n{system}", _Special(IM_END), turn_end),
-        *(_Special(IM_START), "user\n"),
-    ]
-    for part in parts:
-        if isinstance(part, str):
-            items.append(part)
-            continue
-        items.append("<Image>")
-        for tag in tile_tags(part.num_tiles):
-            items += [*([_Break()] if tags_apart else []), tag, tokens_per_tile]
-        items.append("</Image>")
-    items += [_Special(IM_END), turn_end, _Special(IM_START), "assistant\n"]
+    items: list[str | int | _Special | _Break] = []
+    for role, content in (("system", [system]), *history, ("user", list(parts))):
+        items += [_Special(IM_START), f"{role}\n"]
+        for part in content:
+            if isinstance(part, str):
+                items.append(part)
+                continue
+            items.append("<Image>")
+            for tag in tile_tags(part.num_tiles):
+                items += [*([_Break()] if tags_apart else []), tag, tokens_per_tile]
+            items.append("</Image>")
+        items += [_Special(IM_END), turn_end]
+    items += [_Special(IM_START), "assistant\n"]
     return _tokenize(items, tokenizer, vocab_size)
 
 

@@ -27,6 +27,9 @@ _OVERSHOOT = 0.1
 _PART_PIXELS = 1 << 20
 """How many pixels are looked at at once, so that no second copy of the whole exists."""
 
+_FILLED = 0.5
+"""A picture whose values end below this part of a range may be of another one."""
+
 log = logging.getLogger(__name__)
 
 
@@ -104,9 +107,11 @@ def _most(image: Image.Image, where: str) -> int:
             f"{where} holds values from {lowest:g} to {highest:g}, expected a range that starts at "
             f"0 and ends at {', '.join(map(str, _RANGES[:-1]))} or {_RANGES[-1]}; save it in 8 bits"
         )
-    if dtype.itemsize == 2 and most < 65535 and highest > 0:
+    usual = 65535 if dtype.itemsize == 2 else most
+    if 0 < highest < _FILLED * usual:
+        kind = "float" if is_float else f"{8 * dtype.itemsize}-bit"
         log.warning(
-            "%s holds 16-bit values of at most %d: they are read as 0 to %d", where, highest, most
+            "%s holds %s values of at most %g: they are read as 0 to %d", where, kind, highest, most
         )
     return most
 

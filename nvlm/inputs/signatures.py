@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+
 HEAD_BYTES = 1024
 
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
@@ -14,6 +16,7 @@ _NO_PICTURES = (
     ((b"\x1a\x45\xdf\xa3",), "it is a video; give frames of it"),
     ((b"\xff\x0a", b"\0\0\0\x0cJXL "), "it is JPEG XL; save it as JPEG or PNG"),
     ((b"pk\x03\x04",), "it is an archive or an Office document; export its pages as PDF or PNG"),
+    ((b"\x1f\x8b",), "it is packed by gzip; unpack it"),
     ((b"version https://git-lfs",), "it is a pointer of Git LFS; run git lfs pull"),
 )
 _OTHERWISE = "expected a JPEG, PNG or other picture file"
@@ -30,11 +33,12 @@ def is_heic(head: bytes) -> bool:
 
 def remedy(head: bytes) -> str:
     """What helps somebody whose file is no picture: the end of a message."""
-    start = head.lstrip().lower()
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     for beginnings, told in _NO_PICTURES:
         if start.startswith(tuple(beginning.lower() for beginning in beginnings)):
             return told
-    if _brands(head) and not _brands(head) & _PICTURE_BRANDS:
+    is_avi = (head[:4], head[8:12]) == (b"RIFF", b"AVI ")
+    if is_avi or (_brands(head) and not _brands(head) & _PICTURE_BRANDS):
         return "it is a video; give frames of it"
     return _OTHERWISE
 

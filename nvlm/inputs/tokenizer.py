@@ -23,6 +23,7 @@ _MOST_TOKENS = 1 << 24
 _PROBE = "Read  the 3 numbers:\tcaf\u00e9, \u4f60\u597d!\r\n 'll"
 """Text of each kind that Qwen2's expression parts; its tokens must give it back."""
 
+_PANIC = "PanicException"  # pyo3_runtime's, which cannot be imported
 _REQUIRED = (IM_START, IM_END)
 
 # Without added tokens every string is plain text. transformers saves how it last truncated and
@@ -50,8 +51,11 @@ class Tokenizer:
             self._read(values, path)
         except UserError:
             raise
-        # KeyError and its kin: not the structure of a tokenizer; Exception: the library's own.
-        except Exception as error:
+        # KeyError and its kin: not the structure of a tokenizer; else the library's own, which is
+        # written in Rust: what stops it there is no Exception here.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+                raise
             raise UserError(
                 f"{path} is not a whole byte-level BPE tokenizer ({shown(error)}), expected "
                 "Qwen2's; download it again"
@@ -63,6 +67,7 @@ class Tokenizer:
         added = values["added_tokens"]
         _check_vocabulary(values["model"], added, path)
         self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
+        self._special_names = {token_id: name for name, token_id in self._special_ids.items()}
         for name in _REQUIRED:
             if name not in self._special_ids:
                 raise UserError(f"{path} has no token {name}, expected the tokenizer of NVLM-D")
@@ -93,6 +98,12 @@ class Tokenizer:
     def decode(self, token_ids: list[int]) -> str:
         detokenizer = Detokenizer(self)
         return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
+
+    def text_of(self, token_id: int) -> str:
+        """The text of a token alone, with U+FFFD for a part of a character; of a special token its
+        name."""
+        name = self._special_names.get(token_id)
+        return self.bytes_of(token_id).decode(errors="replace") if name is None else name
 
     def bytes_of(self, token_id: int) -> bytes:
         """UTF-8 bytes the token stands for; special tokens and padding ids stand for none."""

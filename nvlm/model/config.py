@@ -134,8 +134,10 @@ class NVLMConfig:
             )
         # The published file's name, and the class that transformers saves.
         top.one_of("architectures", (["NVLM_D"], ["NVLM_D_Model"]))
-        if values.get("quantization_config"):
-            raise top.unsupported("quantization_config", "none: give the unquantised checkpoint")
+        for part in (top, top.section("llm_config"), top.section("vision_config")):
+            for key in ("quantization_config", "compression_config"):
+                if part.values.get(key):
+                    raise part.unsupported(key, "none: give the unquantised checkpoint")
         top.one_of("min_dynamic_patch", (1,))
         top.one_of("use_backbone_lora", (0,), 0)
         top.one_of("use_llm_lora", (0,), 0)

@@ -14,16 +14,25 @@ from typing import Any, NoReturn
 
 import torch
 
-from nvlm.program.errors import UserError, shortened
+from nvlm.program.errors import UserError
+from nvlm.program.nearest import nearest
 from nvlm.program.process import (
     ignore_pillows_warnings,
     set_up_log,
     set_up_signals,
-    set_up_stdout,
+    set_up_streams,
 )
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+
+_OTHER_WORDS = {
+    "--max_tokens": "--max_new_tokens",
+    "--question": "--prompt",
+    "--text": "--prompt",
+}
+"""What other programs call a flag."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -88,38 +97,78 @@ class ArgumentParser(argparse.ArgumentParser):
         self.given.clear()
         return super().parse_known_args(*arguments, **keywords)
 
+    def parse_args(self, *arguments: Any, **keywords: Any) -> Any:
+        """Names the flag that an unknown one may have meant."""
+        found, unknown = self.parse_known_args(*arguments, **keywords)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            self.error(
+                f"unrecognized arguments: {' '.join(unknown)}"
+                f"{nearest(name, self._flags(), _OTHER_WORDS)}"
+            )
+        return found
+
+    def _flags(self) -> set[str]:
+        """Those of its subcommands too."""
+        names = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                names.update(*(parser._flags() for parser in action.choices.values()))
+        return names
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """argparse's own way from a word to a value, but a number is told what it should be."""
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError:
+            if action.type not in _NUMBERS:
+                raise
+            expected, example = _NUMBERS[action.type]
+            flag = "/".join(action.option_strings) or action.dest
+            raise UserError(
+                f"{flag} is {text!r}, expected {expected}; give one, as in {flag} {example}"
+            ) from None
+
 
 def positive_int(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    value = natural_int(text)
+    if value == 0:
+        raise ValueError
     return value
 
 
 def natural_int(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+        raise ValueError
     return int(text)
 
 
 def positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = float(text)
     if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+        raise ValueError
     return value
 
 
 def fraction(text: str) -> float:
     value = positive_float(text)
     if value >= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+        raise ValueError
     return value
+
+
+_NUMBERS: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "1"),
+    float: ("a number", "0.5"),
+    positive_int: ("a positive integer", "8"),
+    natural_int: ("a whole number from 0", "0"),
+    positive_float: ("a positive number", "0.5"),
+    fraction: ("a number between 0 and 1", "0.5"),
+}
+"""What a flag of each type expects, and an example."""
 
 
 def run(
@@ -131,7 +180,7 @@ def run(
     """
     set_up_log(rank)
     ignore_pillows_warnings()
-    set_up_stdout()
+    set_up_streams()
     set_up_signals()
     try:
         code = main() or 0
@@ -139,7 +188,7 @@ def run(
         end(code)
     except UserError as error:
         who = "error" if rank == 0 else f"rank {rank}: error"
-        print(f"{who}: {shortened(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
         end(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         if rank == 0:

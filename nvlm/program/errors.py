@@ -29,6 +29,9 @@ class UserError(Exception):
     """A mistake in what the user gave us, told in one sentence.
 
     The message says what was found, what was expected and which flag or command mends it. Entry
-    scripts print it on one line and exit with code 2. A mistake of ours is an `assert` or any
-    other exception and keeps its traceback.
+    scripts print it on one line and exit with code 2. A picture's base64 is never repeated in it.
+    A mistake of ours is an `assert` or any other exception and keeps its traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))

@@ -10,6 +10,8 @@ from typing import Any
 
 from nvlm.program.errors import UserError, shown
 
+_POINTER = b"version https://git-lfs"
+
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in `path`; `UserError` when it is missing, unreadable or not an object."""
@@ -20,10 +22,19 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
+        if _is_pointer(path):
+            raise UserError(
+                f"{path} is a pointer of Git LFS, expected the JSON file itself; run git lfs pull"
+            ) from None
         raise UserError(f"{path} is not valid JSON ({error}); expected one whole object") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _is_pointer(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def write_json_atomically(path: Path, value: dict[str, Any]) -> None:

@@ -17,18 +17,23 @@ from nvlm.program.errors import UserError
 
 _FORWARD_S = 0.2  # a launcher that aborts drops what it has not yet read of our output
 
-# (size, rank, local size, local rank) as Open MPI, and as MPICH and others with PMI, set them.
+# (size, rank, local size, local rank) as Open MPI, as MPICH and others with PMI, and as MVAPICH2's
+# mpirun_rsh set them.
 _VARIABLES = (
     (
         *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
         *("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ),
     ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    (
+        *("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+        *("MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ),
 )
 # `srun --mpi=pmix` alone gives its tasks PMIX_RANK too. The third is a list: "2(x3),1".
 _SLURM = ("SLURM_STEP_NUM_TASKS", "PMIX_RANK", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID")
 _SLURM_COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
-_TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+_TORCH_DISTRIBUTED = ("WORLD_SIZE", "RANK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +129,8 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _refuse_torchrun(environment: Mapping[str, str]) -> None:
     """Its processes could not find each other, and each would answer everything."""
-    size = environment.get("WORLD_SIZE", "1")
-    if size != "1" and all(name in environment for name in _TORCHRUN):
+    size, rank = (environment.get(name, "") for name in _TORCH_DISTRIBUTED)
+    if size not in ("", "1") and rank:
         raise UserError(
             f"torchrun (or another launcher of torch.distributed) started {size} processes, and "
             f"ranks meet by MPI here; start with mpirun -n {size} python ..., or one process"

@@ -1,4 +1,4 @@
-"""What is set once for a whole process: its log, warnings, stdout, signals and environment.
+"""What is set once for a whole process: its log, warnings, streams, signals and environment.
 
 Entry scripts set it up, through `run` (command_line.py) and `launch` (runtime/serving/launch.py),
 and so do the models of a Triton server; nothing below them does.
@@ -102,8 +102,9 @@ class _Closed(io.TextIOBase):
         )
 
 
-def set_up_stdout() -> None:
-    """An answer is UTF-8 whatever the locale; a lone surrogate, of a path, is shown by number."""
+def set_up_streams() -> None:
+    """Questions and answers are UTF-8 whatever the locale. Another byte that is read becomes a lone
+    surrogate, which a prompt refuses; a lone surrogate that is written is shown by number."""
     if sys.stdout is None:
         sys.stdout = _Closed()
         try:
@@ -111,6 +112,8 @@ def set_up_stdout() -> None:
         except OSError:  # the next file that is opened would get the number that libraries print to
             while os.open(os.devnull, os.O_WRONLY) < 1:
                 pass
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 

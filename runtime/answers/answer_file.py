@@ -16,10 +16,18 @@ _SAVE_S = 30.0  # of answers that replace others, a killed run loses at most so 
 
 
 def answer_json(result: GenerationResult) -> dict[str, Any]:
-    """A result as a JSON object, text first."""
+    """A result as a JSON object, text first. What was not asked for is left out, and `choices` of
+    one answer, which they would repeat."""
     values = asdict(result)
     timings = {name: round(value, 3) for name, value in values.pop("timings").items()}
-    return {**values, "timings": timings}
+    choices = values.pop("choices")
+    if len(choices) > 1:
+        values["choices"] = [_asked(choice) for choice in choices]
+    return {**_asked(values), "timings": timings}
+
+
+def _asked(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def failed_ids(path: Path) -> list[Any]:

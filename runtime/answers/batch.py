@@ -69,11 +69,12 @@ def _require_own_ids(lines: list[RequestLine]) -> None:
     """Two answers of one id could not be told apart."""
     seen: dict[str, int] = {}
     for line in lines:
-        text = json.dumps(line.id, sort_keys=True)
+        is_whole = isinstance(line.id, float) and line.id.is_integer()
+        text = json.dumps(int(line.id) if is_whole else line.id, sort_keys=True)
         if text in seen:
             raise UserError(
                 f"lines {seen[text]} and {line.number} of --input_file have the same id "
-                f"{shortened(text)}; give each its own (a line without one has its number)"
+                f"{text}; give each its own (a line without one has its number)"
             )
         seen[text] = line.number
 
@@ -84,14 +85,14 @@ def _answers(runner: Runner, lines: list[RequestLine]) -> Iterator[tuple[int, di
     requests: list[GenerationRequest] = []
     for index, line in enumerate(lines):
         if isinstance(line.request, UserError):
-            yield index, {"id": line.id, "error": shortened(str(line.request))}
+            yield index, {"id": line.id, "error": str(line.request)}
         else:
             indices.append(index)
             requests.append(line.request)
     for position, result in runner.generate_batch(requests):
         index = indices[position]
         if isinstance(result, UserError):
-            answer: dict[str, Any] = {"error": shortened(str(result))}
+            answer: dict[str, Any] = {"error": str(result)}
         else:
             answer = answer_json(result)
         yield index, {"id": lines[index].id, **answer}

@@ -22,9 +22,10 @@ from nvlm.formats import layout
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest, StepOutput
+from runtime.decoder.guidance import Guidance
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.types import GenerationRequest, GenerationResult
-from runtime.serving.prepare import prepare
+from runtime.serving.prepare import compile_guide, prepare
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Ticket
 
@@ -149,9 +150,12 @@ def check(engine_dir: Path, requests: dict[str, GenerationRequest]) -> None:
     by where they stand. Tiles one request at a time."""
     engine = EngineDir.read(engine_dir)
     tokenizer = Tokenizer(engine.directory / layout.TOKENIZER)
+    guidance = Guidance(tokenizer, engine.checkpoint_config.decoder.vocab_size)
     for where, request in requests.items():
         try:
-            prepare(engine, tokenizer, Ticket(request))
+            ticket = Ticket(request)
+            compile_guide(engine, guidance, ticket)
+            prepare(engine, tokenizer, ticket)
         except UserError as error:
             raise UserError(f"{engine_dir} cannot answer {where}: {error}") from None
 

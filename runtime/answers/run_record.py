@@ -178,7 +178,7 @@ def settings_of(request: GenerationRequest) -> dict[str, Any]:
     """
     told = {}
     for each in fields(request):
-        if each.name in ("content", "sampling"):
+        if each.name in ("content", "history", "sampling", "guide"):
             continue
         value = getattr(request, each.name)
         default = each.default
@@ -188,6 +188,9 @@ def settings_of(request: GenerationRequest) -> dict[str, Any]:
             value = sorted(value) if isinstance(value, frozenset) else value
             value = asdict(value) if isinstance(value, PictureRules) else value
             told[each.name] = list(value) if isinstance(value, tuple) else value
+    guide = request.guide
+    if guide is not None:
+        told[guide.name] = guide.text or True
     return {**told, **non_neutral(request.sampling)}
 
 
@@ -196,8 +199,13 @@ def _digest(line: RequestLine) -> str:
     and every setting. Neither the folder nor the order of the fields counts."""
     told: dict[str, Any] = {}
     if isinstance(line.request, GenerationRequest):
-        content = [_told(part, line.folder) for part in line.request.content]
-        told = {"content": content, **settings_of(line.request)}
+        *history, question = (
+            (turn.role, [_told(part, line.folder) for part in turn.content])
+            for turn in line.request.turns
+        )
+        told = {"content": question[1], **settings_of(line.request)}
+        if history:  # left out otherwise, as in records older than conversations
+            told["history"] = history
     text = json.dumps(told, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]
 
@@ -272,7 +280,7 @@ def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
         digest = settings.pop("engine", None)
         sampling = settings.pop("sampling", None)
         flat = {**settings, **(sampling if isinstance(sampling, dict) else {})}
-        neutral = {"stop": [], **asdict(SamplingParams())}
+        neutral = {"stop": [], **asdict(SamplingParams()), "seed": 0}  # its seed that was not given
         record["settings"] = {
             name: value
             for name, value in flat.items()

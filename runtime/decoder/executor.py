@@ -13,7 +13,9 @@ import torch
 
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError, shown
+from runtime.decoder.guidance import CompiledGuide
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.guide import Guide
 from runtime.requests.sampling import SamplingParams
 from runtime.requests.types import FinishReason
 
@@ -26,7 +28,13 @@ class DecoderRequest:
     [num_virtual_tokens, hidden_size] (any float dtype; cast to the engine's). cache_keys: one key
     per image, equal exactly for equal pixels; rows_per_image: the rows of each in the table. A
     token in `stop_ids` ends the answer and is not part of it. max_new_tokens is cut to what
-    max_seq_len leaves.
+    max_seq_len leaves. guide: what the answer must match; an executor that does not compile guides
+    itself takes `compiled_guide`.
+
+    bad_words: token ids that never follow one another; the strings of `sampling` mean nothing here,
+    nor does its n. A seed that is missing is 0. same_prompt_as: the id of a request with the same
+    prompt, which waits in front or runs: this one shares its blocks and joins once they are
+    computed.
     """
 
     token_ids: list[int]
@@ -36,22 +44,40 @@ class DecoderRequest:
     rows_per_image: tuple[int, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    same_prompt_as: int | None = None
     return_logits: bool = False
+    guide: Guide | None = None
+    compiled_guide: CompiledGuide | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's log probability, and the (token id, log probability) of the likeliest in its
+    place."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """What one step did for one request.
 
-    token_id is None when a stop token came; finish_reason is None while the request goes on.
-    logits: [vocab_size] float32 the token was drawn from, if asked for. error: why the executor
-    gave up this request, and no other.
+    token_id is None when a stop token came; finish_reason is None while the request goes on. An
+    answer to which its guide lets nothing be added stops with its last token.
+    logits: [vocab_size] float32 of the model, if asked for; settings and guides change copies.
+    logprobs: of the token, if asked for. prompt_logprobs: with the first token, one for each of the
+    prompt's, None for the first and for rows of the prompt table. error: why the executor gave up
+    this request, and no other.
     """
 
     request_id: int
     token_id: int | None
     finish_reason: FinishReason | None
     logits: torch.Tensor | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: Exception | None = None
 
 
@@ -150,5 +176,6 @@ def check_prompt_length(num_tokens: int, limits: EngineLimits) -> None:
 
 
 def check_max_new_tokens(max_new_tokens: object) -> None:
-    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+    is_flag = isinstance(max_new_tokens, bool)
+    if is_flag or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {shown(max_new_tokens)}, expected 1 or more")

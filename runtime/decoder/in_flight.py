@@ -2,43 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
+from runtime.decoder.executor import TokenLogprobs
+from runtime.decoder.logprobs import LogprobRows
 from runtime.decoder.scheduler import Sequence
 
 
+@dataclass(frozen=True, slots=True)
+class UndrawnStep:
+    """A forward pass that is launched before the tokens are known that its guides have to see.
+
+    sequences: one each of `logits` [n, vocab_size] float32.
+    """
+
+    sequences: list[Sequence]
+    logits: torch.Tensor
+
+
+@dataclass(eq=False, slots=True)
 class InFlightStep:
     """sequences: those that draw, each one of `token_ids` [n] int64, which may be on a GPU.
-    logits: of those that ask for them."""
+    logits: of those that ask for them. logprobs: of those that ask for them, whose rows are
+    `logprob_rows`."""
 
-    def __init__(
-        self,
-        sequences: list[Sequence],
-        logits: list[torch.Tensor | None],
-        token_ids: torch.Tensor,
-    ) -> None:
-        self.sequences, self.logits = sequences, logits
-        self._token_ids = token_ids
-        self._copied: tuple[torch.Tensor, torch.cuda.Event] | None = None
+    sequences: list[Sequence]
+    logits: list[torch.Tensor | None]
+    token_ids: torch.Tensor
+    logprobs: LogprobRows | None = None
+    logprob_rows: list[int] = field(default_factory=list)
+    # On the host, once `_copied` has happened:
+    _host_ids: torch.Tensor | None = None
+    _host_logprobs: LogprobRows | None = None
+    _copied: torch.cuda.Event | None = None
 
     def tokens_of(self, sequences: list[Sequence]) -> torch.Tensor:
         """The tokens of some sequences, on the device, for the step that is launched upon them.
         All are copied to the host before it, so that `tolist` waits for this step alone."""
-        if self._token_ids.device.type == "cuda":
-            host = torch.empty_like(self._token_ids, device="cpu", pin_memory=True)
-            host.copy_(self._token_ids, non_blocking=True)
-            self._copied = host, torch.cuda.Event()
-            self._copied[1].record()
+        token_ids = self.token_ids
+        if token_ids.device.type == "cuda":
+            self._host_ids = _host_copy(token_ids)
+            if self.logprobs is not None:
+                self._host_logprobs = LogprobRows(*map(_host_copy, self.logprobs.tensors))
+            self._copied = torch.cuda.Event()
+            self._copied.record()
         if sequences == self.sequences:
-            return self._token_ids
+            return token_ids
         row_of = {id(sequence): row for row, sequence in enumerate(self.sequences)}
         rows = torch.tensor([row_of[id(sequence)] for sequence in sequences])
-        return self._token_ids[rows.to(self._token_ids.device, non_blocking=True)]
+        return token_ids[rows.to(token_ids.device, non_blocking=True)]
 
     def tolist(self) -> list[int]:
-        token_ids = self._token_ids
+        """Waits for the tokens."""
+        token_ids = self.token_ids
         if self._copied is not None:
-            token_ids, event = self._copied
-            event.synchronize()
+            assert self._host_ids is not None
+            token_ids = self._host_ids
+            self._copied.synchronize()
         values: list[int] = token_ids.tolist()
         return values
+
+    def logprobs_of_rows(self) -> list[TokenLogprobs | None]:
+        """After `tolist`: one for each sequence, None where it asks for none."""
+        found: list[TokenLogprobs | None] = [None] * len(self.sequences)
+        if self.logprobs is not None:
+            wanted = [self.sequences[row].request.sampling for row in self.logprob_rows]
+            told = (self._host_logprobs or self.logprobs).tolist(
+                [each.top_logprobs for each in wanted]
+            )
+            for row, logprobs in zip(self.logprob_rows, told, strict=True):
+                found[row] = logprobs
+        return found
+
+
+def _host_copy(values: torch.Tensor) -> torch.Tensor:
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    return host

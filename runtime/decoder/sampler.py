@@ -22,7 +22,8 @@ def sample_rows(
     logits' device, without waiting for it.
 
     Temperature, then the top_k most likely, then the smallest set of them whose probability
-    reaches top_p ("The Curious Case of Neural Text Degeneration", arXiv 1904.09751).
+    reaches top_p ("The Curious Case of Neural Text Degeneration", arXiv 1904.09751), then those of
+    at least min_p times the likeliest one's probability (arXiv 2407.01082).
     """
     token_ids = logits.argmax(-1)
     drawn = [i for i, each in enumerate(params) if not each.is_greedy]
@@ -39,7 +40,7 @@ def _draw(
     vocab_size = logits.shape[1]
     settings = torch.tensor(
         [
-            (each.temperature, each.top_k or vocab_size, each.top_p, _uniform(each.seed, step))
+            (each.temperature, each.top_k or vocab_size, each.top_p, _uniform(each.seed or 0, step))
             for each, step in zip(params, steps, strict=True)
         ],
         dtype=torch.float64,
@@ -52,6 +53,11 @@ def _draw(
     cumulative = (probabilities / probabilities.sum(-1, keepdim=True)).cumsum(-1)
     num_kept = torch.where(top_p < 1.0, (cumulative < top_p).sum(-1, keepdim=True) + 1, top_k)
     last = torch.minimum(num_kept, top_k).clamp(max=vocab_size).to(torch.int64) - 1
+    if any(each.min_p > 0.0 for each in params):
+        min_p = torch.tensor([[each.min_p] for each in params], dtype=torch.float64)
+        least = min_p.to(logits.device, non_blocking=True) * probabilities[:, :1]
+        num_likely = (probabilities >= least).sum(-1, keepdim=True)
+        last = torch.minimum(last, num_likely - 1)
     # Inverse transform: the first token whose cumulative probability exceeds a uniform number.
     threshold = uniform * cumulative.gather(-1, last)
     index = torch.searchsorted(cumulative, threshold, right=True)

@@ -5,7 +5,8 @@ step waiting requests join in order of arrival while there is room; finished one
 A step takes max_num_tokens: first one of each request that decodes, then of prompts, a long one in
 chunks (Sarathi, arXiv 2308.16369). A request joins when its prompt's blocks are free and takes more
 as it grows; where none is left, the one that came last gives up its blocks and waits in front,
-to be computed again. Blocks of a prefix that was computed before are shared (block_allocator.py).
+to be computed again. Blocks of a prefix that was computed before are shared (block_allocator.py),
+but for a prompt whose log probabilities are wanted: those need all its logits.
 Where only decoding goes on, a step can be scheduled while the tokens of the one before are still
 being computed (`schedule_ahead`). Knows token counts and identities, not their meaning.
 """
@@ -22,10 +23,15 @@ from runtime.decoder.block_allocator import (
     block_key,
     num_blocks_for,
 )
-from runtime.decoder.executor import DecoderRequest
+from runtime.decoder.executor import DecoderRequest, TokenLogprobs
+from runtime.decoder.guidance import Matcher
 
 UNKNOWN_TOKEN = -1
 """In the place of a token that is being computed."""
+
+MAX_PROMPT_LOGITS = 256
+"""Of a prompt whose log probabilities are wanted, so many tokens in a step: their logits are 156 MB
+at the 72B model's vocabulary."""
 
 
 def max_num_blocks(limits: EngineLimits) -> int:
@@ -38,18 +44,22 @@ class Sequence:
     """A request on its way: `num_cached` of its tokens are in the cache, or will be after the steps
     that are under way, whose tokens are unknown; the next step computes `num_scheduled` more.
     image_keys: one a prompt token (image_ids.py), none for text alone. `keys` are those of its
-    blocks that are full and registered."""
+    blocks that are full and registered. matcher: of its guide, if it has one."""
 
     request_id: int
     request: DecoderRequest
     max_num_tokens: int
     token_ids: list[int]
     image_keys: list[bytes] = field(default_factory=list)
+    matcher: Matcher | None = None
     num_cached: int = 0
     num_scheduled: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     has_left: bool = False
+    changes_logits: bool = False  # a setting does (logits_processors.py)
+    same_prompt: Sequence | None = None  # the request whose blocks this one waits for
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -81,6 +91,27 @@ class Sequence:
         return self.num_tokens == self.max_num_tokens
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether those are still to come: then it computes its whole prompt itself."""
+        return self.request.sampling.prompt_logprobs is not None and self.num_generated == 0
+
+    @property
+    def max_num_scheduled(self) -> int:
+        """Of its own tokens in a step."""
+        return MAX_PROMPT_LOGITS if self.wants_prompt_logprobs else self.max_num_tokens
+
+    @property
+    def num_logits(self) -> int:
+        """How many of the tokens of the next step give logits, the last ones."""
+        if self.wants_prompt_logprobs:
+            return self.num_scheduled
+        return int(self.is_last_chunk)
+
+    @property
+    def is_prompt_computed(self) -> bool:
+        return self.num_cached >= self.num_prompt_tokens
+
+    @property
     def pending(self) -> list[int]:
         """The tokens of the next step."""
         return self.token_ids[self.num_cached : self.num_cached + self.num_scheduled]
@@ -107,6 +138,13 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_reused_tokens = 0
 
+    def find(self, request_id: int) -> Sequence | None:
+        """A sequence that waits or runs."""
+        for sequence in (*self._running, *self._waiting):
+            if sequence.request_id == request_id:
+                return sequence
+        return None
+
     @property
     def num_free_blocks(self) -> int:
         return self._allocator.num_free
@@ -130,14 +168,14 @@ class Scheduler:
         for sequence in self._running:
             sequence.num_scheduled = 0
         for sequence in sorted(self._running, key=lambda item: item.num_uncached > 1):
-            count = min(sequence.num_uncached, budget)
+            count = min(sequence.num_uncached, sequence.max_num_scheduled, budget)
             # A sequence that gave way to one before it runs no more.
             if sequence in self._running and count > 0 and self._make_room(sequence, count):
                 sequence.num_scheduled = count
                 budget -= count
         while self._waiting and budget > 0 and self._join(self._waiting[0]):
             sequence = self._waiting.popleft()
-            sequence.num_scheduled = min(sequence.num_uncached, budget)
+            sequence.num_scheduled = min(sequence.num_uncached, sequence.max_num_scheduled, budget)
             self._running.append(sequence)
             budget -= sequence.num_scheduled
         return [sequence for sequence in self._running if sequence.num_scheduled > 0]
@@ -185,7 +223,11 @@ class Scheduler:
             if sequence.request_id == request_id:
                 self.finish(sequence)
                 return
-        self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
+        for sequence in self._waiting:
+            if sequence.request_id == request_id:
+                self._waiting.remove(sequence)
+                sequence.has_left = True
+                return
 
     def _register(self, sequence: Sequence) -> None:
         end = min(sequence.num_cached, sequence.num_known)
@@ -197,7 +239,12 @@ class Scheduler:
         """Gives it the blocks of all its tokens, shared as far as its prefix is known."""
         if len(self._running) == self._limits.max_batch_size:
             return False
-        self._share_prefix(sequence)
+        first = sequence.same_prompt
+        if first is not None and not (first.has_left or first.is_prompt_computed):
+            return False
+        sequence.same_prompt = None
+        if not sequence.wants_prompt_logprobs:
+            self._share_prefix(sequence)
         needed = num_blocks_for(sequence.num_tokens) - len(sequence.blocks)
         if needed > self._allocator.num_free:
             self._release(sequence)

@@ -6,7 +6,7 @@ over MPI. Nothing but token ids, tables, extra ids and settings is passed to it.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,11 +21,15 @@ from runtime.decoder.executor import (
     DecoderOptions,
     DecoderRequest,
     StepOutput,
+    TokenLogprobs,
     check_request,
 )
 from runtime.decoder.tensorrt_llm_dialect import (
+    XgrammarTokenizer,
+    embedding_bias,
     end_and_stop_ids,
     extra_ids,
+    guide_words,
     prompt_table,
     sampling_keywords,
 )
@@ -108,6 +112,7 @@ class TensorrtLlmDecoderExecutor:
                 input_token_extra_ids=extra_ids(request, self._config.decoder.vocab_size),
             )
         end_id, stop_ids = end_and_stop_ids(request)
+        bias = embedding_bias(request.sampling, self._config.decoder.vocab_size)
         room = self.limits.max_seq_len - len(request.token_ids)
         return trtllm.Request(
             input_token_ids=list(request.token_ids),
@@ -119,11 +124,22 @@ class TensorrtLlmDecoderExecutor:
             output_config=trtllm.OutputConfig(
                 exclude_input_from_output=True,
                 return_generation_logits=request.return_logits,
+                return_log_probs=request.sampling.logprobs,
             ),
             end_id=end_id,
+            bad_words=[list(word) for word in request.bad_words] or None,
+            embedding_bias=bias,
             stop_words=[[token_id] for token_id in stop_ids] or None,
             prompt_tuning_config=prompt_tuning,
+            guided_decoding_params=self._guide(request),
         )
+
+    def _guide(self, request: DecoderRequest) -> Any:
+        if request.guide is None:
+            return None
+        params = self._trtllm.GuidedDecodingParams
+        guide_type, text = guide_words(request.guide)
+        return params(getattr(params.GuideType, guide_type), text)
 
     def _take(self, response: Any) -> list[StepOutput]:
         request_id = int(response.request_id)
@@ -150,10 +166,16 @@ class TensorrtLlmDecoderExecutor:
             logits = result.generation_logits.flatten(0, -2).to(torch.float32)
             rows = [*logits[:, : self._config.decoder.vocab_size], *rows]
         outputs: list[StepOutput] = []
-        for token_id, row in zip(result.output_token_ids[0], rows, strict=False):
+        token_ids = result.output_token_ids[0]
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        if request.sampling.logprobs and token_ids:
+            # All that it has so far, of which the last are these tokens'.
+            told = result.log_probs[0][-len(token_ids) :]
+            logprobs = [TokenLogprobs(float(logprob)) for logprob in told]
+        for token_id, row, logprob in zip(token_ids, rows, logprobs, strict=False):
             if token_id in request.stop_ids:
                 return [*outputs, StepOutput(request_id, None, "stop", row)]
-            outputs.append(StepOutput(request_id, int(token_id), None, row))
+            outputs.append(StepOutput(request_id, int(token_id), None, row, logprob))
         if not result.is_final:
             return outputs
         if not outputs:
@@ -170,6 +192,8 @@ def executor_config(trtllm: Any, engine: EngineDir, options: DecoderOptions) -> 
     """Chunked context and reuse of KV blocks stand on paged context attention, which TensorRT-LLM
     switches off for an FP8 cache without FP8 weights."""
     config, limits = engine.checkpoint_config, engine.limits
+    guided = trtllm.GuidedDecodingConfig
+    tokenizer = XgrammarTokenizer.read(engine.directory / layout.TOKENIZER)
     has_paged_context = config.kv_cache_quant_algo is None or config.quant_algo == "FP8"
     return trtllm.ExecutorConfig(
         max_beam_width=1,
@@ -186,5 +210,7 @@ def executor_config(trtllm: Any, engine: EngineDir, options: DecoderOptions) -> 
             communication_type=trtllm.CommunicationType.MPI,
             communication_mode=trtllm.CommunicationMode.LEADER,
         ),
+        # Of its two backends the C++ runtime has this one.
+        guided_decoding_config=guided(guided.GuidedDecodingBackend.XGRAMMAR, **asdict(tokenizer)),
         gather_generation_logits=options.gather_logits,
     )

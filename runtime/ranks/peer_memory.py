@@ -44,6 +44,7 @@ class PeerMemory:
 
         from runtime.kernels.peers import Peers
 
+        self._group = group
         device, where = group.device, places(config, limits)
         num_bytes = peer_memory_bytes(config, limits)
         own = _symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -81,9 +82,13 @@ class PeerMemory:
         return cls(group, config, engine.limits)
 
     def gather_columns(self, columns: torch.Tensor) -> torch.Tensor:
-        """Collective. As `ProcessGroup.gather_columns`; what is returned is whole on the leader."""
+        """Collective. As `ProcessGroup.gather_columns`; what is returned is whole on the leader.
+        More rows than a batch has, as a prompt's log probabilities take, go by the group."""
         from runtime.decoder.kernels.rank_exchange import gather_columns
 
+        if columns.numel() * self._group.size > self.logits.numel():
+            whole = self._group.gather_columns(columns)
+            return columns if whole is None else whole
         return gather_columns(self.peers, columns, self.logits)
 
     def broadcast_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:

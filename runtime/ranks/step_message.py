@@ -23,7 +23,7 @@ class Row:
     token_ids: list[int]
     first_position: int
     num_table_rows: int | None  # of its prompt table, which travels by itself
-    wants_logits: bool
+    num_logits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class StepEncoder:
                     step.token_ids,
                     step.first_position,
                     None if table is None else len(table),
-                    step.wants_logits,
+                    step.num_logits,
                 )
             )
         return rows
@@ -93,7 +93,7 @@ class StepDecoder:
         for row, step in enumerate(self._steps):
             step.first_position = step.end_position
             step.prompt_table = None
-            step.wants_logits = True
+            step.num_logits = 1
             known = message.token_ids
             step.token_ids = [UNKNOWN_TOKEN if known is None else known[row]]
         for row, blocks in message.new_blocks.items():
@@ -102,7 +102,7 @@ class StepDecoder:
     def _step_of(self, row: Row) -> SequenceStep:
         blocks = [] if row.place is None else self._steps[row.place].blocks
         blocks += row.new_blocks
-        return SequenceStep(row.token_ids, row.first_position, blocks, None, row.wants_logits)
+        return SequenceStep(row.token_ids, row.first_position, blocks, None, row.num_logits)
 
 
 def _follows(step: SequenceStep, sent: _Sent) -> bool:
@@ -111,7 +111,7 @@ def _follows(step: SequenceStep, sent: _Sent) -> bool:
         and step.first_position == sent.end_position
         and len(step.token_ids) == 1
         and step.prompt_table is None
-        and step.wants_logits
+        and step.num_logits == 1
     )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.program.command_line import ArgumentParser, positive_int
+from nvlm.program.errors import UserError
+from runtime.requests.guide import GUIDE_KINDS, GUIDES, MAX_GUIDE_BYTES, GuideName, given_guide
 from runtime.requests.sampling import SETTINGS, SamplingParams, given_settings, with_sampling
 from runtime.requests.types import GenerationRequest
 
@@ -20,8 +23,20 @@ def add_request_flags(
     add("--max_new_tokens", type=positive_int, default=max_new_tokens, help="length of an answer")
     add("--max_num_tiles", type=positive_int, help="tiles of an image's grid, at most")
     for setting in SETTINGS:
-        add(f"--{setting.name}", type=setting.type, help=setting.help)
+        add(f"--{setting.name}", **setting.flag)
     add("--stop", nargs="+", default=[], help="strings that end the answer")
+
+
+def add_guide_flags(parser: ArgumentParser) -> None:
+    """What the answer must match."""
+    forms: dict[str, dict[str, Any]] = {
+        "json_schema": {"type": _schema, "metavar": "FILE"},
+        "json_object": {"action": "store_true", "default": None},
+        "choice": {"nargs": "+"},
+        "grammar": {"type": _grammar, "metavar": "FILE"},
+    }
+    for kind in GUIDES:
+        parser.add_argument(f"--{kind.name}", help=kind.help, **forms.get(kind.name, {}))
 
 
 def request_of(arguments: argparse.Namespace) -> GenerationRequest:
@@ -35,4 +50,28 @@ def request_of(arguments: argparse.Namespace) -> GenerationRequest:
         max_num_tiles=given["max_num_tiles"],
         stop=tuple(given["stop"]),
         sampling=with_sampling(SamplingParams(), given_settings(given)),
+        guide=given_guide(given),
     )
+
+
+def _schema(value: str) -> str:
+    """The schema itself begins with a brace."""
+    return value if value.lstrip().startswith("{") else _read_guide("json_schema", value)
+
+
+def _grammar(value: str) -> str:
+    """The grammar itself has a rule `start`."""
+    return value if "start:" in value else _read_guide("grammar", value)
+
+
+def _read_guide(name: GuideName, path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            # One byte more than fits is enough to refuse what does not, also within a character.
+            found = file.read(MAX_GUIDE_BYTES + 1)
+            return found.decode(errors="strict" if len(found) <= MAX_GUIDE_BYTES else "replace")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--{name} {path} cannot be read ({error}); give {GUIDE_KINDS[name].expected}, in "
+            "a file or as it is"
+        ) from None

@@ -14,6 +14,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from nvlm.program.errors import UserError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]{512,}={0,2}")  # no path is so long without a dot
 _SHOWN_CHARACTERS = 200
 
 
@@ -31,31 +32,41 @@ def picture_source(name: str, folder: Path = Path()) -> Path | bytes:
             f"image {name[:_SHOWN_CHARACTERS]} is an address, and nothing is fetched from "
             f"{scheme[1]}: here; download it (curl -LO URL) and give the file"
         )
+    if _BASE64.fullmatch(name):
+        raise UserError(
+            f"image {name} is base64, expected a file's name or a URL; write "
+            "data:image/png;base64, before it"
+        )
     return folder / name
 
 
 def decode_base64(data: bytes, name: str) -> bytes:
-    """Base64, alone or as a data: URL (RFC 2397); line breaks are allowed.
+    """Base64, alone or as a data: URL (RFC 2397), whose bytes may be percent-encoded; line breaks
+    are allowed.
 
     `name` is what messages call it, which never repeat the data.
     """
     if data[:5].lower() == b"data:":
-        header, _, data = data.partition(b",")
-        if not header.lower().endswith(b";base64"):
+        header, comma, data = data.partition(b",")
+        if not comma or not b"".join(header.split()).lower().endswith(b";base64"):
             raise UserError(
                 f"{name} holds a data: URL that is not base64, expected "
                 "data:image/png;base64,... or the like"
             )
+        data = unquote_to_bytes(data)
     try:
         return base64.b64decode(b"".join(data.split()), validate=True)
     except binascii.Error as error:
-        raise UserError(f"{name} is not base64: {error}") from None
+        raise UserError(
+            f"{name} is not base64 ({error}), expected letters, digits, + and /, filled up with =; "
+            "encode the whole file again"
+        ) from None
 
 
 def _local_path(url: str) -> Path:
     """The path of a file: URL (RFC 8089) of this machine."""
     parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
+    if parts.netloc.lower() not in ("", "localhost"):
         raise UserError(
             f"image {url[:_SHOWN_CHARACTERS]} is on another machine, expected file:///path; copy "
             "it here"

@@ -1,4 +1,4 @@
-"""Requests as JSON objects, one a line: `{"id", "prompt", "images", ...}`.
+"""Requests as JSON objects, one a line: `{"id", "prompt" or "messages", "images", ...}`.
 
 Unknown fields and wrong types are refused by name; paths are relative to the file.
 """
@@ -6,22 +6,49 @@ Unknown fields and wrong types are refused by name; paths are relative to the fi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvlm.inputs.images import Page
-from nvlm.program.errors import UserError, shortened, shown
+from nvlm.program.errors import UserError, shown
+from nvlm.program.file_kinds import is_device
 from nvlm.program.jsonl import read_jsonl_lines
+from nvlm.program.nearest import nearest
+from runtime.requests.fields import OTHER_WORDS, require_page
+from runtime.requests.guide import GUIDE_KINDS, given_guide
+from runtime.requests.messages import (
+    Conversation,
+    ImageSource,
+    conversation,
+    parts,
+    question,
+)
 from runtime.requests.picture_source import picture_source
-from runtime.requests.sampling import SETTINGS, given_settings, with_sampling
-from runtime.requests.types import GenerationRequest, ImageSource
+from runtime.requests.sampling import (
+    SETTINGS,
+    given_settings,
+    require_consistent,
+    with_sampling,
+)
+from runtime.requests.setting import Number
+from runtime.requests.types import GenerationRequest
 
-_SHOWN_CHARACTERS = 200
 _OPTION_TYPES = {"system": str, "prompt_format": str, "max_new_tokens": int, "max_num_tiles": int}
-_TYPES = {**_OPTION_TYPES, **{setting.name: setting.type for setting in SETTINGS}}
-_FIELDS = {"id", "prompt", "images", "page", "stop", *_TYPES}
+_TYPES = {
+    **_OPTION_TYPES,
+    **{setting.name: setting.type for setting in SETTINGS if isinstance(setting, Number)},
+}
+_FIELDS = {"id", "prompt", "messages", "images", "page", "stop", *_OPTION_TYPES, *GUIDE_KINDS} | {
+    setting.name for setting in SETTINGS
+}
+_OTHER_WORDS = OTHER_WORDS | {
+    "custom_id": "id",
+    "question": "prompt",
+    "query": "prompt",
+    "text": "prompt",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +74,7 @@ def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) 
     line_id: Any = number
     request: GenerationRequest | UserError
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_with_each_key_once)
         if not isinstance(values, dict):
             raise UserError(f"expected a JSON object, found {type(values).__name__}")
         line_id = _line_id(values.get("id", number))
@@ -70,32 +97,65 @@ def _line_id(value: Any) -> Any:
     return value
 
 
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values Python would keep the last alone."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{shown(twice)} is given twice, expected each field once; leave one out")
+    return values
+
+
 def request_from_json(
     values: dict[str, Any], folder: Path, defaults: GenerationRequest
 ) -> GenerationRequest:
     """A request object; paths are relative to `folder`. Unknown fields are refused by name."""
     if unknown := sorted(values.keys() - _FIELDS):
-        raise UserError(f"unknown field {shown(unknown[0])}, expected {', '.join(sorted(_FIELDS))}")
+        raise UserError(
+            f"unknown field {shown(unknown[0])}, expected {', '.join(sorted(_FIELDS))}"
+            f"{nearest(unknown[0], _FIELDS, _OTHER_WORDS)}"
+        )
     given = {name: value for name, value in values.items() if value is not None}
     for name, expected in _TYPES.items():
         if name in given:
             _check_type(name, given[name], expected)
     if given.get("prompt_format", "hf") not in ("hf", "megatron"):
-        found = shown(given["prompt_format"])
-        raise UserError(f"prompt_format is {found}, expected 'hf' or 'megatron'")
+        raise UserError(
+            f"prompt_format is {shown(given['prompt_format'])}, expected 'hf' or 'megatron'"
+        )
     options: dict[str, Any] = {name: given[name] for name in _OPTION_TYPES if name in given}
     if "stop" in given:
         options["stop"] = tuple(_strings(given["stop"], "stop"))
+    if guide := given_guide(given):
+        options["guide"] = guide
     if "page" in given:
-        options["pictures"] = replace(defaults.pictures, page=_page(given["page"]))
-    names = _strings(given.get("images", []), "images")
-    images = [picture_source(name, folder) for name in names]
-    return replace(
+        options["pictures"] = replace(defaults.pictures, page=require_page(given["page"]))
+    request = replace(
         defaults,
-        content=_content(given.get("prompt"), images, folder),
         sampling=with_sampling(defaults.sampling, given_settings(given)),
-        **options,
+        **{**options, **_asked(given, folder)},
     )
+    require_consistent(request.sampling, request.max_new_tokens)
+    return request
+
+
+def read_messages(path: Path, images: Iterable[ImageSource], *, has_system: bool) -> Conversation:
+    """A file of messages, a JSON list; paths are relative to it. `images` as `conversation` has
+    them."""
+    if is_device(path):
+        raise UserError(f"--messages {path} is a device, whose end may never come; give a file")
+    try:
+        messages = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"--messages {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--messages {path} is not JSON: {error}") from None
+    source = partial(picture_source, folder=path.parent)
+    try:
+        return conversation(messages, images, source, has_system=has_system)
+    except UserError as error:
+        raise UserError(f"--messages {path}: {error}") from None
 
 
 def _check_type(name: str, value: Any, expected: type) -> None:
@@ -111,35 +171,20 @@ def _strings(value: Any, name: str) -> list[str]:
     return value
 
 
-def _page(value: Any) -> Page:
-    if value == "all" or (type(value) is int and value >= 1):
-        return value
-    raise UserError(f'page is {shown(value)}, expected a number from 1 or "all"')
-
-
-def _content(
-    prompt: Any, images: Sequence[ImageSource], folder: Path
-) -> tuple[str | ImageSource, ...]:
-    """A string has its images first; a list of parts has them in line."""
+def _asked(given: dict[str, Any], folder: Path) -> Conversation:
+    """What the line asks: by `messages`, or by `prompt`. A prompt that is a string has its images
+    first or by its marks, a list of parts has them in line."""
+    source = partial(picture_source, folder=folder)
+    images: list[ImageSource] = [
+        source(name) for name in _strings(given.get("images", []), "images")
+    ]
+    prompt = given.get("prompt")
+    if "messages" in given:
+        if prompt is not None:
+            raise UserError("prompt stands beside messages; make it the last message")
+        return conversation(given["messages"], images, source, has_system="system" in given)
     if isinstance(prompt, str):
-        return GenerationRequest.images_first(prompt, tuple(images)).content
-    if not isinstance(prompt, list):
-        raise UserError(f"prompt is {shown(prompt)}, expected a string or a list of parts")
-    if images:
+        return {"content": question(prompt, images)}
+    if isinstance(prompt, list) and images:
         raise UserError("images stands beside a prompt of parts; put them into the parts")
-    content: list[str | ImageSource] = []
-    for part in prompt:
-        match part:
-            case {"type": "text", "text": str(text)}:
-                content.append(text)
-            case {"type": "image", "image": str(name)}:
-                content.append(picture_source(name, folder))
-            case {"type": "image_url", "image_url": {"url": str(name)}}:
-                content.append(picture_source(name, folder))
-            case _:
-                raise UserError(
-                    f"prompt part {shortened(repr(part))[:_SHOWN_CHARACTERS]} is neither "
-                    '{"type": "text", "text": ...} nor {"type": "image", "image": path or data: '
-                    'URL}, or "image_url" as chat messages have it'
-                )
-    return tuple(content)
+    return {"content": parts(prompt, "prompt", source)}

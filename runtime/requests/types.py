@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-import numpy as np
-from PIL import Image
-
-from nvlm.inputs.images import EncodedImage, PictureRules
-from nvlm.inputs.pillow_image import pixels_of
+from nvlm.inputs.images import PictureRules
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
-from nvlm.inputs.tiling import Grid, TiledImage
+from nvlm.inputs.tiling import Grid
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.errors import UserError, shown
 from nvlm.program.nearest import nearest
 from runtime.requests.boxes import Box
+from runtime.requests.fields import OTHER_WORDS, check_fields, require_page
+from runtime.requests.guide import GUIDE_KINDS, Guide, given_guide
+from runtime.requests.messages import (
+    Content,
+    Conversation,
+    GivenImage,
+    Message,
+    PictureReader,
+    content_of,
+    conversation,
+    items,
+    num_images,
+    question,
+)
 from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, SamplingParams, given_settings, with_sampling
 
 FinishReason = Literal["stop", "length"]
 
-ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage]
-GivenImage = ImageSource | str | Image.Image
-"""What a caller may give for an image: a `str` is a path."""
-
-_EXPECTED_IMAGE = "a file's path, its bytes, a Pillow image or uint8 RGB pixels [height, width, 3]"
-
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A question about zero or more images.
+    """A question about zero or more images, alone or as the next turn of a conversation.
 
     `content` is what the user says, in order: text and images (a file's path, its bytes, RGB
     pixels [height, width, 3], tiles, or a function that gets one of the first three when the
-    request is prepared). Without `max_num_tiles` the engine's own number applies.
+    request is prepared). `history` holds the turns before it, `system` the message before those.
+    Without `max_num_tiles` the engine's own number applies.
     `pictures` says how picture files become pixels, and which of their pages.
     `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
     beside <|im_end|>.
+    `guide` is what the answer must match; it goes with no stop string, which would cut it.
 
     A Pillow image becomes pixels at once; a text alone stands for a tuple of one. Raises
-    `UserError` for content that is neither text nor an image.
+    `UserError` for content that is neither text nor an image, and for a field of another type:
+    found later, it would end the questions that share the decoder's steps.
     """
 
-    content: tuple[str | ImageSource, ...]
+    content: Content
     system: str = DEFAULT_SYSTEM
     prompt_format: PromptFormat = "hf"
     max_num_tiles: int | None = None
@@ -54,45 +60,73 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     end_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    history: tuple[Message, ...] = ()
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "content", tuple(map(_part, _items(self.content))))
-        object.__setattr__(self, "stop", _items(self.stop))
+        object.__setattr__(self, "content", content_of(self.content))
+        object.__setattr__(self, "stop", items(self.stop))
+        object.__setattr__(self, "end_ids", frozenset(items(self.end_ids)))
+        object.__setattr__(self, "history", tuple(self.history))
+        check_fields(self)
+        for turn in self.history:
+            if not isinstance(turn, Message) or turn.role == "system":
+                raise UserError("history holds Messages of the user and the assistant alone")
+        if self.guide is not None and any(self.stop):
+            raise UserError(
+                f"stop is given beside {self.guide.name}, whose answer it would cut; leave one out"
+            )
+        if self.guide is not None and self.sampling.ignore_eos:
+            raise UserError(
+                f"ignore_eos is given beside {self.guide.name}, whose answer ends where it "
+                "matches; leave one out"
+            )
 
     @classmethod
     def images_first(
         cls, prompt: str, images: GivenImage | Iterable[GivenImage] = (), **settings: Any
     ) -> GenerationRequest:
-        """The usual order: each image and a newline, then the question.
+        """The usual order: each image and a newline, then the question. Where `prompt` has
+        `<image>`, the next image stands there instead.
 
-        settings: the other fields of a request, and those of `SamplingParams` by their names (a
-        filter without a temperature means temperature 1). Raises `UserError` for another name.
+        settings: the other fields of a request, those of `SamplingParams` by their names (a filter
+        without a temperature means temperature 1), `page`, a number from 1 or "all", and a guide by
+        its name, such as json_schema. Raises `UserError` for another name.
         """
-        sampling_names = {setting.name for setting in SETTINGS}
-        names = {each.name for each in fields(cls)} - {"content"} | sampling_names
-        for name in settings:
-            if name not in names:
-                raise UserError(
-                    f"a question has no setting {shown(name)}, expected one of "
-                    f"{', '.join(sorted(names))}{nearest(name, names, _OTHER_WORDS)}"
-                )
-        given = {name: settings.pop(name) for name in list(settings) if name in sampling_names}
-        if given:
-            defaults = settings.get("sampling", SamplingParams())
-            settings["sampling"] = with_sampling(defaults, given_settings(given))
-        content: list[Any] = []
-        for image in _items(images):
-            content += [picture_source(image) if isinstance(image, str) else image, "\n"]
-        return cls(content=(*content, prompt), **settings)
+        asked = Conversation(content=question(prompt, items(images)))
+        return cls._from_settings(asked, settings)
+
+    @classmethod
+    def from_messages(
+        cls,
+        messages: Sequence[Any],
+        images: GivenImage | Iterable[GivenImage] = (),
+        source: PictureReader = picture_source,
+        **settings: Any,
+    ) -> GenerationRequest:
+        """A conversation that ends with the user's message: each message a `Message`, or a dict of
+        `role` (system, user, assistant) and `content`, a string or a list of parts as JSON has
+        them. An image in a part may be whatever `images_first` takes; `source` gets a `str`.
+
+        `images` stand where the user's strings have `<image>`. settings: as `images_first`.
+        """
+        asked = conversation(messages, items(images), source, has_system="system" in settings)
+        return cls._from_settings(asked, settings)
 
     @classmethod
     def of(
         cls,
-        request: GenerationRequest | str,
+        request: GenerationRequest | str | None = None,
         images: GivenImage | Iterable[GivenImage] = (),
+        messages: Sequence[Any] | None = None,
         **settings: Any,
     ) -> GenerationRequest:
-        """A question and its images, as `images_first`; a whole request as it is."""
+        """A question and its images, as `images_first`; `messages`, as `from_messages`; a whole
+        request as it is."""
+        if messages is not None:
+            if request is not None:
+                raise UserError("messages is given beside a question; make that the last message")
+            return cls.from_messages(messages, images, **settings)
         if isinstance(request, str):
             return cls.images_first(request, images, **settings)
         if not isinstance(request, GenerationRequest):
@@ -108,41 +142,40 @@ class GenerationRequest:
             )
         return request
 
+    @classmethod
+    def _from_settings(cls, asked: Conversation, settings: dict[str, Any]) -> GenerationRequest:
+        sampling_names = {setting.name for setting in SETTINGS}
+        names = {each.name for each in fields(cls)} - {"content"} | sampling_names
+        names |= GUIDE_KINDS.keys() | {"page"}
+        for name in settings:
+            if name not in names:
+                raise UserError(
+                    f"a question has no setting {shown(name)}, expected one of "
+                    f"{', '.join(sorted(names))}{nearest(name, names, OTHER_WORDS)}"
+                )
+        given = {name: settings.pop(name) for name in list(settings) if name in sampling_names}
+        if given:
+            defaults = settings.get("sampling", SamplingParams())
+            settings["sampling"] = with_sampling(defaults, given_settings(given))
+        if (page := settings.pop("page", None)) is not None:
+            rules = settings.get("pictures", PictureRules())
+            settings["pictures"] = replace(rules, page=require_page(page))
+        guides: dict[str, Any] = {
+            name: settings.pop(name) for name in GUIDE_KINDS if name in settings
+        }
+        if guides:
+            settings["guide"] = given_guide(guides)
+        return cls(**{**asked, **settings})
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The user's and the assistant's, up to the one that is answered."""
+        return (*self.history, Message("user", self.content))
+
     @property
     def num_images(self) -> int:
-        return sum(not isinstance(part, str) for part in self.content)
-
-
-_OTHER_WORDS = {
-    "max_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "stop_words": "stop",
-    "stop_strings": "stop",
-    "system_prompt": "system",
-    "random_seed": "seed",
-}
-"""What other libraries call a setting."""
-
-
-_ONE = (str, Path, bytes, np.ndarray, Image.Image, TiledImage)
-
-
-def _items(given: Any) -> tuple[Any, ...]:
-    """A text or an image alone is one thing, and not the sequence that Python takes it for."""
-    if given is None:
-        return ()
-    is_several = isinstance(given, Iterable) and not isinstance(given, (*_ONE, Mapping))
-    return tuple(given) if is_several else (given,)
-
-
-def _part(part: Any) -> str | ImageSource:
-    if isinstance(part, Image.Image):
-        return pixels_of(part)
-    if isinstance(part, _ONE) or callable(part):
-        return part
-    raise UserError(
-        f"a question holds a {type(part).__name__}, expected text or an image: {_EXPECTED_IMAGE}"
-    )
+        """Of all turns."""
+        return sum(num_images(turn.content) for turn in self.turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +192,43 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class LikelyToken:
+    """`token` is its text, with U+FFFD for a part of a character; logprob: natural logarithm of
+    the probability that the model gave it, before any setting changed that."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob(LikelyToken):
+    """top_logprobs: the likeliest tokens of its place, likeliest first."""
+
+    top_logprobs: list[LikelyToken]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the `n` answers to a request. token_ids leaves out the end token; logprobs: one for
+    each of them, if asked for. seed: repeats the answer; None where nothing was drawn."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    boxes: list[Box]
+    seed: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """num_prompt_tokens counts virtual tokens; token_ids leaves out the end token."""
+    """num_prompt_tokens counts virtual tokens, num_tokens those of all `choices`. The answer is
+    the first choice's: text, token_ids, finish_reason, boxes, seed and logprobs.
+
+    prompt_logprobs: one for each token of the prompt, if asked for; None for the first, which
+    nothing foretells, and for pictures' rows.
+    """
 
     text: str
     token_ids: list[int]
@@ -171,15 +239,26 @@ class GenerationResult:
     grids: list[Grid]
     boxes: list[Box]
     timings: Timings
+    seed: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One piece of an answer: new text, and with the last piece `result` or `error`."""
+    """One piece of an answer: new text, and with the last piece `result` or `error`.
+
+    index: which of the `n` answers the text belongs to. finish_reason: with its last piece.
+    logprobs: of the tokens that the piece adds, if asked for.
+    """
 
     text: str = ""
     result: GenerationResult | None = None
     error: Exception | None = None
+    index: int = 0
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def is_last(self) -> bool:

@@ -20,7 +20,7 @@ from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.intake import Intake
 from runtime.serving.metrics import Labels, ServingMetrics
 from runtime.serving.stages import Stages
-from runtime.serving.ticket import Listener, Ticket
+from runtime.serving.ticket import Draft, Listener, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Loop:
         # None wakes the decoder's thread: something was cancelled, or the loop stops.
         self._encoded: SimpleQueue[Ticket | None] = SimpleQueue()
         self._waiting: deque[Ticket] = deque()
-        self._running: dict[int, Ticket] = {}  # by the decoder's id
+        self._running: dict[int, Draft] = {}  # by the decoder's id
         self._intake = Intake(stages, num_preparing, self.deliver)
 
     @property
@@ -166,7 +166,7 @@ class Loop:
 
     def samples(self) -> dict[tuple[str, Labels], float]:
         """Every metric as it is now."""
-        num_running = len(self._running)
+        num_running = len({draft.ticket for draft in self._running.values()})
         self.metrics.set("nvlm_requests_running", num_running)
         self.metrics.set("nvlm_requests_waiting", max(0, self.num_open - num_running))
         return self.metrics.samples()
@@ -196,10 +196,9 @@ class Loop:
                 self._waiting.append(ticket)
 
     def _drop_cancelled(self) -> None:
-        for request_id, ticket in list(self._running.items()):
-            if self._is_dropped(ticket):
-                self.stages.decoder.cancel(request_id)
-                del self._running[request_id]
+        for request_id, draft in list(self._running.items()):
+            if self._is_dropped(draft.ticket):
+                self._leave(request_id)
         self._waiting = deque(t for t in self._waiting if not self._is_dropped(t))
 
     def _is_dropped(self, ticket: Ticket) -> bool:
@@ -213,7 +212,7 @@ class Loop:
         while self._waiting and len(self._running) < self.stages.engine.limits.max_batch_size:
             ticket = self._waiting.popleft()
             try:
-                self._running[self.stages.start(ticket)] = ticket
+                self._running |= self.stages.start(ticket)
             except Exception as error:
                 self._fail(ticket, error)
                 continue
@@ -225,10 +224,9 @@ class Loop:
         try:
             outputs = self.stages.decoder.step()
         except Exception as error:
-            for request_id, ticket in self._running.items():
-                self.stages.decoder.cancel(request_id)
-                self._fail(ticket, error)
-            self._running.clear()
+            for request_id, draft in list(self._running.items()):
+                self._leave(request_id)
+                self._fail(draft.ticket, error)
             return
         if outputs:
             self.metrics.observe("nvlm_decode_batch_size", len(outputs))
@@ -236,31 +234,37 @@ class Loop:
             if output.request_id in self._running:  # a stop string may have ended it in this step
                 self._take(self._running[output.request_id], output)
 
-    def _take(self, ticket: Ticket, output: StepOutput) -> None:
-        before = ticket.last_token
+    def _take(self, draft: Draft, output: StepOutput) -> None:
+        before, ticket = draft.last_token, draft.ticket
         try:
-            answer = ticket.take(output)
+            answer = draft.take(output)
         except Exception as error:
             answer = Answer(error=error)
-        self._count_token(ticket, before)
-        if answer.is_last:
-            self.stages.decoder.cancel(output.request_id)  # a stop string ends it unknown to it
-            del self._running[output.request_id]
+        self._count_token(draft, before)
+        if answer.finish_reason is not None:
+            self._leave(output.request_id)  # a stop string ends it unknown to the decoder
         if answer.error is not None:
+            for request_id, other in list(self._running.items()):
+                if other.ticket is ticket:
+                    self._leave(request_id)
             self._fail(ticket, answer.error)
         elif answer.result is not None:
             self._finish(ticket, answer, answer.result)
-        elif answer.text:
+        elif answer.text or answer.logprobs or answer.finish_reason is not None:
             self._tell(ticket, answer)
 
-    def _count_token(self, ticket: Ticket, before: float | None) -> None:
-        if ticket.last_token is None:
+    def _leave(self, request_id: int) -> None:
+        self.stages.decoder.cancel(request_id)
+        del self._running[request_id]
+
+    def _count_token(self, draft: Draft, before: float | None) -> None:
+        if draft.last_token is None:
             return
         if before is None:
-            taken = ticket.last_token - ticket.accepted
+            taken = draft.last_token - draft.ticket.accepted
             self.metrics.observe("nvlm_time_to_first_token_seconds", taken)
         else:
-            taken = ticket.last_token - before
+            taken = draft.last_token - before
             self.metrics.observe("nvlm_time_per_output_token_seconds", taken)
 
     def _finish(self, ticket: Ticket, answer: Answer, result: GenerationResult) -> None:

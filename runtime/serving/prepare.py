@@ -9,16 +9,37 @@ import time
 
 from nvlm.inputs.images import make_of_pages
 from nvlm.inputs.picture_budget import PictureBudget
-from nvlm.inputs.prompt import ImageSlot, build_prompt
+from nvlm.inputs.prompt import ImageSlot, PromptPart, Role, build_prompt
 from nvlm.inputs.tiling import TiledImage, Tiler
 from nvlm.inputs.tokenizer import Tokenizer
+from nvlm.model.config import TilingConfig
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import check_max_new_tokens, check_prompt_length
+from runtime.decoder.guidance import Guidance
+from runtime.decoder.xgrammar_schema import check_guide
 from runtime.engine.engine_dir import EngineDir
-from runtime.requests.sampling import check_target
+from runtime.requests.messages import ImageSource
+from runtime.requests.sampling import (
+    check_target,
+    require_consistent,
+    require_places,
+    require_vocabulary,
+)
 from runtime.requests.types import GenerationRequest
 from runtime.serving.ticket import Ticket
+
+_Turn = tuple[Role, list[str | TiledImage]]
+
+
+def compile_guide(engine: EngineDir, guidance: Guidance, ticket: Ticket) -> None:
+    """Raises `UserError` for a guide that the engine's decoder cannot follow."""
+    guide = ticket.request.guide
+    if guide is None:
+        return
+    check_guide(guide, engine.decoder_target)
+    if engine.decoder_target == "torch":  # TensorRT-LLM compiles guides itself
+        ticket.compiled_guide = guidance.compile(guide)
 
 
 def prepare(
@@ -31,20 +52,27 @@ def prepare(
     begun = time.perf_counter()
     request = ticket.request
     check_max_new_tokens(request.max_new_tokens)
+    require_consistent(request.sampling, request.max_new_tokens)
+    require_places(request.sampling, engine.limits.max_batch_size)
+    require_vocabulary(request.sampling, engine.checkpoint_config.decoder.vocab_size)
     check_target(request.sampling, engine.decoder_target)
     _check_text_size(request, engine, tokenizer)
-    content = _tile(request, engine, budget)
+    *history, (_, content) = turns = _tile(request, engine, budget)
     prompt = build_prompt(
-        [part if isinstance(part, str) else ImageSlot(part.num_tiles) for part in content],
+        _slots(content),
         tokenizer,
         tokens_per_tile=engine.vision_config.tokens_per_tile,
         vocab_size=engine.checkpoint_config.decoder.vocab_size,
         system=request.system,
+        history=[(role, _slots(content)) for role, content in history],
         prompt_format=request.prompt_format,
     )
     check_prompt_length(len(prompt.token_ids), engine.limits)
     ticket.prompt_ids = prompt.token_ids
-    ticket.images = [part for part in content if isinstance(part, TiledImage)]
+    ticket.images = [
+        part for _, content in turns for part in content if isinstance(part, TiledImage)
+    ]
+    ticket.cache_keys = tuple(image.cache_key for image in ticket.images)
     ticket.tiling_s = time.perf_counter() - begun
 
 
@@ -58,7 +86,7 @@ def check_num_images(num_images: int, limits: EngineLimits) -> None:
 
 def _check_text_size(request: GenerationRequest, engine: EngineDir, tokenizer: Tokenizer) -> None:
     """Refuses text that cannot fit before time goes into tokenising it."""
-    text = [request.system, *(part for part in request.content if isinstance(part, str))]
+    text = [request.system, *(turn.text for turn in request.turns)]
     num_characters = sum(map(len, text))
     most = engine.limits.max_input_len * tokenizer.max_token_bytes
     if num_characters > most:
@@ -69,35 +97,60 @@ def _check_text_size(request: GenerationRequest, engine: EngineDir, tokenizer: T
         )
 
 
+def _slots(content: list[str | TiledImage]) -> list[PromptPart]:
+    return [part if isinstance(part, str) else ImageSlot(part.num_tiles) for part in content]
+
+
+def tile_pages(
+    source: ImageSource,
+    name: str,
+    request: GenerationRequest,
+    engine: EngineDir,
+    room: int = 1,
+    budget: PictureBudget | None = None,
+) -> list[TiledImage]:
+    """The pages of one picture as `request` has them cut, at most `room`. Errors call it
+    `name`."""
+    tiling = engine.tiling
+    if isinstance(source, TiledImage):
+        _check_tiles(source, tiling.image_size, tiling.max_tiles_per_image)
+        return [source]
+    tiler = Tiler(tiling.image_size, _max_num_tiles(request, tiling))
+    given = source() if callable(source) else source
+    return [*make_of_pages(tiler, given, name, request.pictures, room, budget)]
+
+
+def _max_num_tiles(request: GenerationRequest, tiling: TilingConfig) -> int:
+    most = tiling.max_num_tiles if request.max_num_tiles is None else request.max_num_tiles
+    if not 1 <= most <= tiling.max_num_tiles:
+        raise UserError(f"max_num_tiles is {most}, expected 1 to {tiling.max_num_tiles}")
+    return most
+
+
 def _tile(
     request: GenerationRequest, engine: EngineDir, budget: PictureBudget | None
-) -> list[str | TiledImage]:
-    tiling, limits = engine.tiling, engine.limits
-    num_images = request.num_images
-    check_num_images(num_images, limits)
-    max_num_tiles = request.max_num_tiles
-    if max_num_tiles is None:
-        max_num_tiles = tiling.max_num_tiles
-    if not 1 <= max_num_tiles <= tiling.max_num_tiles:
-        raise UserError(f"max_num_tiles is {max_num_tiles}, expected 1 to {tiling.max_num_tiles}")
-    content: list[str | TiledImage] = []
+) -> list[_Turn]:
+    """All turns, with their images tiled."""
+    num_images, most = request.num_images, engine.limits.max_num_images
+    check_num_images(num_images, engine.limits)
+    _max_num_tiles(request, engine.tiling)  # also where there is no image
+    turns: list[_Turn] = []
     number, num_pages = 0, num_images
-    for part in request.content:
-        number += not isinstance(part, str)
-        if isinstance(part, TiledImage):
-            _check_tiles(part, tiling.image_size, tiling.max_tiles_per_image)
-        elif not isinstance(part, str):
-            source = part() if callable(part) else part
+    for turn in request.turns:
+        content: list[str | TiledImage] = []
+        for part in turn.content:
+            if isinstance(part, str):
+                content.append(part)
+                continue
+            number += 1
             name = "the image" if num_images == 1 else f"image {number} of {num_images}"
-            room = limits.max_num_images - num_pages + 1
-            tiler = Tiler(tiling.image_size, max_num_tiles)
-            pages = [*make_of_pages(tiler, source, name, request.pictures, room, budget)]
+            pages = tile_pages(part, name, request, engine, most - num_pages + 1, budget)
             num_pages += len(pages) - 1
             # Further pages stand as further images of `images_first` would.
             content += [piece for page in pages[:-1] for piece in (page, "\n")]
-            part = pages[-1]
-        content.append(part)
-    return content
+            content.append(pages[-1])
+        turns.append((turn.role, content))
+    return turns
 
 
 def _check_tiles(image: TiledImage, size: int, most: int) -> None:

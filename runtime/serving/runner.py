@@ -6,7 +6,7 @@ Any number of threads may ask at once, through one loop (shared_loop.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from runtime.decoder.executor import DecoderExecutor, DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
 from runtime.engine.open_engine import open_engine
-from runtime.requests.types import Answer, GenerationRequest, GenerationResult, GivenImage
+from runtime.requests.messages import GivenImage
+from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.engine_parts import open_parts
 from runtime.serving.shared_loop import SharedLoop
 from runtime.serving.stages import Stages
@@ -40,6 +41,7 @@ class Runner(Stages):
     def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
         super().__init__(engine, vision, decoder)
         self._loop = SharedLoop()
+        self._is_closed = False
 
     @classmethod
     def open(
@@ -62,27 +64,34 @@ class Runner(Stages):
 
     def generate(
         self,
-        request: GenerationRequest | str,
+        request: GenerationRequest | str | None = None,
         images: GivenImage | Iterable[GivenImage] = (),
+        *,
+        messages: Sequence[Any] | None = None,
         **settings: Any,
     ) -> GenerationResult:
-        """Answers one request, or a question with images and settings as
-        `GenerationRequest.images_first` takes them; raises what ends it."""
-        (last,) = self._ask(GenerationRequest.of(request, images, **settings), in_pieces=False)
+        """Answers one request; or a question with images and settings, as
+        `GenerationRequest.images_first` takes them; or a conversation, as `from_messages` does.
+        Raises what ends it."""
+        asked = GenerationRequest.of(request, images, messages, **settings)
+        (last,) = self._ask(asked, in_pieces=False)
         assert last.result is not None, "the last piece has the result"
         return last.result
 
     def stream(
         self,
-        request: GenerationRequest | str,
+        request: GenerationRequest | str | None = None,
         images: GivenImage | Iterable[GivenImage] = (),
+        *,
+        messages: Sequence[Any] | None = None,
         **settings: Any,
-    ) -> Iterator[Answer]:
+    ) -> Generator[Answer, None, None]:
         """As `generate`, piece by piece; the last piece has the result. Closing it cancels the
         rest."""
-        return self._ask(GenerationRequest.of(request, images, **settings), in_pieces=True)
+        asked = GenerationRequest.of(request, images, messages, **settings)
+        return self._ask(asked, in_pieces=True)
 
-    def _ask(self, request: GenerationRequest, *, in_pieces: bool) -> Iterator[Answer]:
+    def _ask(self, request: GenerationRequest, *, in_pieces: bool) -> Generator[Answer, None, None]:
         with self._loop.ask(self, max_open=self._max_open(_num_preparing())) as asker:
             asker.submit(request, in_pieces=in_pieces)
             while asker.num_open:
@@ -100,7 +109,7 @@ class Runner(Stages):
         `in_order` encodes between the decoder's steps instead, so that it gets the requests in
         their order.
         """
-        if isinstance(requests, str):
+        if isinstance(requests, (str, GenerationRequest)):
             raise UserError("a batch is a list of questions, found one; give [question]")
         asked = [GenerationRequest.of(request) for request in requests]
         num_preparing = _num_preparing()
@@ -123,7 +132,10 @@ class Runner(Stages):
 
     def close(self) -> None:
         """Ends what is open with a `UserError` and frees the executors; other ranks end with the
-        leader's."""
+        leader's. Again, it does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._loop.close()
         self.vision.close()
         self.decoder.close()
@@ -136,14 +148,17 @@ class Runner(Stages):
 
 
 def _device(device: torch.device | str) -> torch.device:
-    if isinstance(device, torch.device):
-        return device
     if device in ("auto", "cuda"):
-        return resolve_device(device)
+        return resolve_device(str(device))
     try:
-        return torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'") from None
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UserError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
+    if found.type == "cuda":
+        resolve_device("cuda")
+    return found
 
 
 def _num_preparing() -> int:

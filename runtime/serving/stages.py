@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import torch
 
@@ -15,10 +16,12 @@ from nvlm.inputs.picture_budget import PictureBudget
 from nvlm.inputs.tiling import TiledImage
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest
+from runtime.decoder.guidance import Guidance
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.text_stream import TextStream
-from runtime.serving.prepare import prepare
-from runtime.serving.ticket import Ticket
+from runtime.serving.encoded_pictures import EncodedPictures
+from runtime.serving.prepare import compile_guide, prepare
+from runtime.serving.ticket import Draft, Ticket
 from runtime.vision.executor import VisionExecutor
 
 
@@ -28,59 +31,101 @@ class Stages:
     def __init__(self, engine: EngineDir, vision: VisionExecutor, decoder: DecoderExecutor) -> None:
         self.engine = engine
         self.tokenizer = Tokenizer(engine.directory / layout.TOKENIZER)
+        self.guidance = Guidance(self.tokenizer, engine.checkpoint_config.decoder.vocab_size)
         self.vision = vision
         self.decoder = decoder
         self.in_loop = threading.Lock()  # held by the one loop that is open
         self._pictures = PictureBudget()  # of all threads that prepare
         self._encoding = threading.Lock()  # held by the one thread that encodes images
+        self._encoded = EncodedPictures()
+        self._table_device = torch.device("cpu")  # vision's, once it has encoded
 
     def prepare(self, ticket: Ticket) -> None:
-        """Tiles the images and tokenises the prompt. Any number of threads may do so at once.
+        """Compiles the guide, tiles the images and tokenises the prompt. Any number of threads may
+        do so at once.
 
         Raises `UserError` for a request this engine cannot answer.
         """
+        compile_guide(self.engine, self.guidance, ticket)
         prepare(self.engine, self.tokenizer, ticket, self._pictures)
 
     def encode(self, ticket: Ticket) -> None:
         """Makes the decoder's request; runs the vision encoder if there are images, for one thread
         at a time. It need not be the decoder's."""
-        if not ticket.images:
-            self._encode(ticket)
-            return
-        with self._encoding:  # waiting for it is no time of vision's
-            self._encode(ticket)
-
-    def start(self, ticket: Ticket) -> int:
-        """Queues a request in the decoder and returns its id there."""
-        ticket.stream = TextStream(self.tokenizer, ticket.request.stop)
-        request_id = self.decoder.submit(ticket.decoder_request)
-        ticket.submitted = time.perf_counter()
-        return request_id
-
-    def _encode(self, ticket: Ticket) -> None:
-        begun = time.perf_counter()
-        images, request = ticket.images, ticket.request
+        images, request, sampling = ticket.images, ticket.request, ticket.sampling
+        end = self.tokenizer.special_id(IM_END)
         tokens_per_tile = self.engine.vision_config.tokens_per_tile
+        table: torch.Tensor | None = None
+        if images:
+            with self._encoding:
+                begun = time.perf_counter()
+                table = self._prompt_table(images, ticket.cache_keys)
+                ticket.vision_s = time.perf_counter() - begun
         ticket.decoder_request = DecoderRequest(
             token_ids=ticket.prompt_ids,
             max_new_tokens=request.max_new_tokens,
-            prompt_table=self._prompt_table(images),
-            cache_keys=tuple(image.cache_key for image in images),
+            prompt_table=table,
+            cache_keys=ticket.cache_keys,
             rows_per_image=tuple(image.num_tiles * tokens_per_tile for image in images),
-            stop_ids=request.end_ids | {self.tokenizer.special_id(IM_END)},
-            sampling=request.sampling,
+            stop_ids=request.end_ids if sampling.ignore_eos else request.end_ids | {end},
+            sampling=sampling,
+            bad_words=bad_word_ids(self.tokenizer, sampling.bad_words),
+            guide=request.guide,
+            compiled_guide=ticket.compiled_guide,
         )
         ticket.grids = [image.grid for image in images]
         ticket.num_tiles = sum(image.num_tiles for image in images)
         ticket.images = []  # nobody needs the pixels any more
-        ticket.vision_s = time.perf_counter() - begun
 
-    def _prompt_table(self, images: list[TiledImage]) -> torch.Tensor | None:
-        """[num_virtual_tokens, hidden_size]: all tiles' embeddings in order."""
-        if not images:
-            return None
-        tiles = torch.cat([torch.from_numpy(image.tiles) for image in images])
-        table = self.vision.encode(tiles).flatten(0, 1)
+    def start(self, ticket: Ticket) -> dict[int, Draft]:
+        """Queues a request in the decoder: its drafts, one for each of the n answers, by their ids
+        there. All but the first share the blocks of its prompt."""
+        request, sampling = ticket.request, ticket.sampling
+        started: dict[int, Draft] = {}
+        first: int | None = None
+        try:
+            for index in range(sampling.n):
+                own = sampling.with_seed_of(index)
+                if index > 0:
+                    own = replace(own, prompt_logprobs=None)  # the first draft's
+                asked = replace(ticket.decoder_request, sampling=own, same_prompt_as=first)
+                request_id = self.decoder.submit(asked)
+                first = request_id if first is None else first
+                stream = TextStream(
+                    self.tokenizer, request.stop, keeps_stop=sampling.include_stop_str_in_output
+                )
+                seed = None if own.is_greedy else own.seed
+                started[request_id] = Draft(ticket, index, seed, self.tokenizer, stream)
+        except BaseException:
+            for request_id in started:
+                self.decoder.cancel(request_id)
+            raise
+        ticket.drafts = list(started.values())
+        ticket.submitted = time.perf_counter()
+        return started
+
+    def _prompt_table(self, images: list[TiledImage], keys: tuple[bytes, ...]) -> torch.Tensor:
+        """[num_virtual_tokens, hidden_size]: all tiles' embeddings in order. Pictures that were
+        encoded before are not encoded again."""
+        known = {key: rows for key in keys if (rows := self._encoded.get(key)) is not None}
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
+        if new:
+            tiles = torch.cat([torch.from_numpy(image.tiles) for image in new.values()])
+            table = self.vision.encode(tiles).flatten(0, 1)
+            self._table_device = table.device
+            tokens_per_tile = self.engine.vision_config.tokens_per_tile
+            counts = [image.num_tiles * tokens_per_tile for image in new.values()]
+            for key, rows in zip(new, table.split(counts), strict=True):
+                known[key] = rows
+                self._encoded.put(key, rows)
+        if len(new) < len(images):
+            table = torch.cat([known[key].to(self._table_device) for key in keys])
         if table.is_cuda:  # what is launched is not yet done, and its time is vision's
             torch.cuda.current_stream(table.device).synchronize()
         return table
+
+
+def bad_word_ids(tokenizer: Tokenizer, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word, at the beginning of a text and after a space."""
+    forms = [form for word in words for form in (word, f" {word.lstrip(' ')}")]
+    return tuple(dict.fromkeys(tuple(tokenizer.encode(form)) for form in forms))

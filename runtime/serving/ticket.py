@@ -11,15 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nvlm.inputs.tiling import Grid, TiledImage
-from runtime.decoder.executor import DecoderRequest, StepOutput
+from nvlm.inputs.tokenizer import Tokenizer
+from runtime.decoder.executor import DecoderRequest, StepOutput, TokenLogprobs
+from runtime.decoder.guidance import CompiledGuide
 from runtime.requests.boxes import parse_boxes
+from runtime.requests.sampling import SamplingParams
 from runtime.requests.text_stream import TextStream
 from runtime.requests.types import (
     Answer,
+    Choice,
     FinishReason,
     GenerationRequest,
     GenerationResult,
+    LikelyToken,
     Timings,
+    TokenLogprob,
 )
 
 Listener = Callable[[Answer], None]
@@ -39,10 +45,13 @@ class Ticket:
     accepted: float = field(default_factory=time.perf_counter)
     is_cancelled: bool = False
     error: Exception | None = None  # why it does not reach the decoder
+    sampling: SamplingParams = field(init=False)  # the request's, with a seed if one is needed
 
     # Prepared:
     prompt_ids: list[int] = field(init=False)  # an id from vocab_size on is a row of the table
     images: list[TiledImage] = field(default_factory=list)  # until they are encoded
+    cache_keys: tuple[bytes, ...] = ()  # of the images
+    compiled_guide: CompiledGuide | None = None
     tiling_s: float = 0.0
 
     # Encoded:
@@ -52,43 +61,34 @@ class Ticket:
     vision_s: float = 0.0
 
     # With the decoder:
-    stream: TextStream = field(init=False)
+    drafts: list[Draft] = field(default_factory=list)  # one for each of the n answers
     submitted: float = field(init=False)
-    first_token: float | None = None
-    last_token: float | None = None
-    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
-    def take(self, output: StepOutput) -> Answer:
-        """The piece of the answer that a step of the decoder adds."""
-        if output.error is not None:
-            return Answer(error=output.error)
-        self.last_token = time.perf_counter()
-        if self.first_token is None:
-            self.first_token = self.last_token
-        text = ""
-        if output.token_id is not None:
-            self.token_ids.append(output.token_id)
-            text = self.stream.push(output.token_id)
-        reason: FinishReason | None = "stop" if self.stream.stopped else output.finish_reason
-        if reason is None:
-            return Answer(text)
-        text += self.stream.finish()
-        return Answer(text, self._result(reason))
+    def __post_init__(self) -> None:
+        self.sampling = self.request.sampling.seeded()
 
-    def _result(self, reason: FinishReason) -> GenerationResult:
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(draft.token_ids) for draft in self.drafts)
+
+    def result(self) -> GenerationResult:
+        """Once all drafts are whole."""
         now = time.perf_counter()
-        first_token = self.first_token or now
+        firsts = [draft.first_token for draft in self.drafts if draft.first_token is not None]
+        first_token = min(firsts, default=now)
         decode_s = now - first_token
-        num_tokens = len(self.token_ids)
+        choices = tuple(draft.choice() for draft in self.drafts)
+        num_further = self.num_tokens - len(choices)
         return GenerationResult(
-            text=self.stream.text,
-            token_ids=self.token_ids,
-            finish_reason=reason,
+            text=choices[0].text,
+            token_ids=choices[0].token_ids,
+            finish_reason=choices[0].finish_reason,
             num_prompt_tokens=len(self.prompt_ids),
-            num_tokens=num_tokens,
+            num_tokens=self.num_tokens,
             num_tiles=self.num_tiles,
             grids=self.grids,
-            boxes=parse_boxes(self.stream.text),
+            boxes=choices[0].boxes,
             timings=Timings(
                 queue_ms=1e3 * (self.submitted - self.accepted - self.tiling_s - self.vision_s),
                 tiling_ms=1e3 * self.tiling_s,
@@ -96,6 +96,81 @@ class Ticket:
                 prefill_ms=1e3 * (first_token - self.submitted),
                 decode_ms=1e3 * decode_s,
                 total_ms=1e3 * (now - self.accepted),
-                decode_tokens_per_s=(num_tokens - 1) / decode_s if num_tokens > 1 else 0.0,
+                decode_tokens_per_s=num_further / decode_s if num_further > 0 else 0.0,
             ),
+            seed=choices[0].seed,
+            logprobs=choices[0].logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            choices=choices,
         )
+
+
+@dataclass(eq=False, slots=True)
+class Draft:
+    """One of a request's answers while the decoder writes it. seed: None where nothing is drawn."""
+
+    ticket: Ticket
+    index: int
+    seed: int | None
+    tokenizer: Tokenizer
+    stream: TextStream
+    first_token: float | None = None
+    last_token: float | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def take(self, output: StepOutput) -> Answer:
+        """The piece of the answer that a step of the decoder adds; the request's result with the
+        last piece of all."""
+        if output.error is not None:
+            return Answer(error=output.error)
+        self.last_token = time.perf_counter()
+        if self.first_token is None:
+            self.first_token = self.last_token
+        if output.prompt_logprobs is not None:
+            self.ticket.prompt_logprobs = self._told_of_prompt(output.prompt_logprobs)
+        text = ""
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if output.token_id is not None:
+            self.token_ids.append(output.token_id)
+            may_stop = len(self.token_ids) >= self.ticket.request.sampling.min_tokens
+            text = self.stream.push(output.token_id, may_stop=may_stop)
+            if output.logprobs is not None:
+                logprobs = (self._told(output.token_id, output.logprobs),)
+                self.logprobs += logprobs
+        self.finish_reason = "stop" if self.stream.stopped else output.finish_reason
+        if self.finish_reason is None:
+            return Answer(text, index=self.index, logprobs=logprobs)
+        text += self.stream.finish()
+        is_last = all(draft.finish_reason is not None for draft in self.ticket.drafts)
+        return Answer(
+            text,
+            self.ticket.result() if is_last else None,
+            index=self.index,
+            finish_reason=self.finish_reason,
+            logprobs=logprobs,
+        )
+
+    def choice(self) -> Choice:
+        """Once it is whole."""
+        assert self.finish_reason is not None, "the answer goes on"
+        return Choice(
+            self.stream.text,
+            self.token_ids,
+            self.finish_reason,
+            parse_boxes(self.stream.text),
+            self.seed,
+            self.logprobs if self.ticket.request.sampling.logprobs else None,
+        )
+
+    def _told_of_prompt(self, found: list[TokenLogprobs | None]) -> list[TokenLogprob | None]:
+        pairs = zip(self.ticket.prompt_ids, found, strict=True)
+        return [None if each is None else self._told(token_id, each) for token_id, each in pairs]
+
+    def _told(self, token_id: int, found: TokenLogprobs) -> TokenLogprob:
+        likeliest = [LikelyToken(each, self._text(each), logprob) for each, logprob in found.top]
+        return TokenLogprob(token_id, self._text(token_id), found.logprob, likeliest)
+
+    def _text(self, token_id: int) -> str:
+        return self.tokenizer.text_of(token_id)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +25,7 @@ from runtime.requests.sampling import SamplingParams
 from runtime.requests.types import GenerationRequest, GenerationResult, Timings
 from runtime.serving.runner import Runner
 from tests.support.command import tree
+from tests.support.locks import LocksFail
 
 DEFAULTS = GenerationRequest(content=(), max_new_tokens=4)
 
@@ -196,7 +195,7 @@ class TestReading:
             ({"prompt": [{"type": "image", "image": 3}]}, "prompt part"),
             ({"prompt": [{"type": "video", "video": "x"}]}, "prompt part"),
             ({"prompt": [], "images": ["a.png"]}, "images stands beside"),
-            ({"prompt": "a", "image": "a.png"}, "unknown field 'image', expected id, images"),
+            ({"prompt": "a", "image": "a.png"}, "unknown field 'image', expected bad_words, "),
             ({"prompt": "a", "images": "a.png"}, "images is 'a.png', expected a list of strings"),
             ({"prompt": "a", "images": [1]}, "images is [1]"),
             ({"prompt": "a", "stop": "x"}, "stop is 'x'"),
@@ -298,7 +297,9 @@ class TestWriting:
     def test_an_empty_file_gives_an_empty_file(self, tmp_path: Path) -> None:
         assert answer(tmp_path, EchoRunner()) == []
 
-    @pytest.mark.parametrize("ids", [["x", "x"], [2, None], [{"a": 1, "b": 2}, {"b": 2, "a": 1}]])
+    @pytest.mark.parametrize(
+        "ids", [["x", "x"], [2, None], [1, 1.0], [{"a": 1, "b": 2}, {"b": 2, "a": 1}]]
+    )
     def test_requests_that_share_an_id_are_refused_before_anything_is_asked(
         self, tmp_path: Path, ids: list[Any]
     ) -> None:
@@ -311,7 +312,7 @@ class TestWriting:
         assert not (tmp_path / "out.jsonl").exists()
 
     def test_ids_that_look_alike_are_two(self, tmp_path: Path) -> None:
-        lines = [{"id": each, "prompt": "q"} for each in (1, "1", True, 1.0, [1])]
+        lines = [{"id": each, "prompt": "q"} for each in (1, "1", True, 1.5, [1])]
         assert len(answer(tmp_path, EchoRunner(), *lines)) == 5
 
     def test_an_error_does_not_repeat_a_picture(self, tmp_path: Path) -> None:
@@ -768,19 +769,13 @@ def test_two_runs_on_one_output_file_are_kept_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_an_output_file_where_no_locks_are_is_written_with_a_warning(
-    tmp_path: Path,
-    number: int,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, number: int, locks_fail: LocksFail, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def no_flock(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", no_flock)
+    locks_fail(number)
     with AnswerFile(tmp_path / "answers.jsonl", [1]) as file:
         file.append({"id": 1, "text": "x"})
     assert "answers.jsonl lies on a file system without locks" in caplog.text
-    number = errno.EIO
+    locks_fail(errno.EIO)
     with pytest.raises(UserError, match="cannot be locked: Input/output error"):
         AnswerFile(tmp_path / "answers.jsonl", [1])
 

@@ -51,6 +51,23 @@ def test_every_phase_is_measured_through_the_executors(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_rows_with_settings_and_guides_take_turns_with_plain_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = "--shape tiny --layers 1,2 --batch_sizes 1,6 --context 64 --prompts 20"
+    measure.main(["settings", *options.split()])
+    out = capsys.readouterr().out
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert {(row["phase"], row["num_layers"], row["batch_size"]) for row in rows} == {
+        (f"decode, {variant}", num_layers, batch_size)
+        for variant in ("plain", "drawn", "settings", "guided")
+        for num_layers in (1, 2)
+        for batch_size in (1, 6)
+    }
+    assert "2 layers, batch 6: guided " in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
 def test_pictures_arrive_through_the_server_while_texts_decode(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -24,6 +24,7 @@ from tests.support.command import (
     run_command,
     tree,
 )
+from tests.support.locks import LocksFail
 
 
 @pytest.fixture(params=[CONVERT, BUILD])
@@ -202,15 +203,11 @@ def test_a_file_system_without_locks_is_told_and_written(
     make: Make,
     tmp_path: Path,
     number: int,
-    monkeypatch: pytest.MonkeyPatch,
+    locks_fail: LocksFail,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Lustre and FUSE without flock, NFS without its lock service, a directory on NFS."""
-
-    def no_flock(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", no_flock)
+    locks_fail(number)
     done = run_make(make(tmp_path / "new"))
     assert done.exit_code == 0, done.stderr
     assert "new.partial lies on a file system without locks" in caplog.text

@@ -49,6 +49,9 @@ def test_more_images_than_built_for_are_refused_with_both_numbers(
     run_refused(engine_dir, tmp_path, "--image", *four, "--prompt", "hi", fragments=fragments)
 
 
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}
+LARGE_SCHEMA = {"enum": [f"{number:08}" for number in range(100_000)]}  # over 1 MB
+
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "hi", "images": ["bad.png"]}, "bad.png"),
     ({"prompt": "hi", "images": ["absent.png"]}, "absent.png"),
@@ -64,6 +67,10 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [{"type": "text"}]}, "text"),
     ({}, "prompt"),
     ({"prompt": "hi", "unknown": 1}, "unknown"),
+    ({"prompt": "hi", "image": "good.png"}, "top_p; did you mean 'images'?"),
+    ({"prompt": "hi", "max_tokens": 3}, "did you mean 'max_new_tokens'?"),
+    ({"question": "hi"}, "did you mean 'prompt'?"),
+    ({"custom_id": "hi", "prompt": "hi"}, "did you mean 'id'?"),
     ({"prompt": "hi", "max_num_tiles": 0}, "max_num_tiles is 0"),
     ({"prompt": "hi", "max_num_tiles": 99}, "max_num_tiles is 99"),
     ({"prompt": "hi", "max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -79,6 +86,26 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "hi", "seed": 2**64}, "seed is"),
     ({"prompt": "hi", "stop": "end"}, "list of strings"),
     ({"prompt": "hi", "prompt_format": "llama"}, "'llama'"),
+    ({"messages": []}, "messages is empty"),
+    ({"messages": [USER, ASSISTANT]}, "the last message is the assistant's"),
+    ({"messages": [USER], "prompt": "hi"}, "prompt"),
+    ({"messages": [{"role": "tool", "content": "hi"}]}, "tool"),
+    ({"prompt": "hi", "n": 2}, "n is 2 and the sampling is greedy"),
+    ({"prompt": "hi", "n": 1000, "temperature": 1.0}, "max_batch_size"),
+    ({"prompt": "hi", "min_tokens": 9}, "min_tokens is 9 and max_new_tokens 2"),
+    ({"prompt": "hi", "top_logprobs": 2}, "top_logprobs is 2 without logprobs"),
+    ({"prompt": "hi", "logit_bias": {"hi": 1.0}}, "logit_bias"),
+    ({"prompt": "hi", "logit_bias": {"99999999": 1.0}}, "logit_bias has token id 99999999"),
+    ({"prompt": "hi", "bad_words": [""]}, "bad_words"),
+    ({"prompt": "hi", "repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+    ({"prompt": "hi", "regex": r"[^\s\S]"}, "matches no text"),
+    ({"prompt": "hi", "regex": "(a"}, "unclosed group"),
+    ({"prompt": "hi", "regex": "a+", "choice": ["a"]}, "regex and choice are both given"),
+    ({"prompt": "hi", "regex": "a+", "stop": ["a"]}, "stop is given beside regex"),
+    ({"prompt": "hi", "regex": "a+", "ignore_eos": True}, "ignore_eos is given beside regex"),
+    ({"prompt": "hi", "json_schema": {"not": {}}}, "the keyword 'not'"),
+    ({"prompt": "hi", "json_schema": LARGE_SCHEMA}, "expected 131,072 at most"),
+    ({"prompt": "hi", "json_schema": [1]}, "json_schema is [1], expected a JSON schema"),
 ]
 
 
@@ -96,7 +123,13 @@ def test_a_bad_request_of_a_batch_is_answered_by_an_error_and_the_others_go_on(
     assert first["text"] == last["text"]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", "[" * 100_000, '{"id": 1, "prompt": "hi"} {}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", "[]", "3", "[" * 100_000, '{"id": 1, "prompt": "hi"} {}'),
+        '{"prompt": "first", "prompt": "second"}',
+    ],
+)
 def test_a_batch_line_that_is_no_json_object_is_answered_by_an_error(
     engine_dir: Path, tmp_path: Path, line: str
 ) -> None:
@@ -137,6 +170,14 @@ def test_any_id_comes_back_as_it_was(engine_dir: Path, tmp_path: Path, line_id: 
         (("--prompt", "a", "--temperature", "hot"), ("--temperature", "'hot'")),
         (("--prompt", "a", "--seed", "-1"), ("seed is -1", "2^64")),
         (("--prompt", "a", "--seed", str(2**64)), ("seed is", "2^64")),
+        (("--prompt", "a", "--n", "2"), ("n is 2", "greedy", "temperature above 0")),
+        (("--prompt", "a", "--n", "99", "--top_p", "0.5"), ("n is 99", "max_batch_size")),
+        (("--prompt", "a", "--n", "2", "--streaming"), ("--streaming", "--n is 2")),
+        (("--prompt", "a", "--min_tokens", "3"), ("min_tokens is 3", "max_new_tokens 2")),
+        (("--prompt", "a", "--logprobs"), ("--logprobs", "--json")),
+        (("--prompt", "a", "--json", "--top_logprobs", "3"), ("top_logprobs is 3", "logprobs")),
+        (("--prompt", "a", "--logit_bias", "5=1"), ("--logit_bias", "'5=1'")),
+        (("--prompt", "a", "--bad_words", ""), ("bad_words is ['']", "not empty")),
         (("--prompt", "a", "--prompt_format", "llama"), ("--prompt_format", "'llama'", "hf")),
         (("--prompt", "a", "--image"), ("--image",)),
         (("--prompt",), ("--prompt",)),

@@ -46,8 +46,16 @@ def test_a_second_parse_begins_anew() -> None:
             "--gt_path is given twice, with 'a' and 'b'; give it once",
         ),
         (convert_checkpoint.parser, ["--calib_data", "a", "--calib_data", "b"], "given twice"),
+        (run.parser, [*RUN, "--page", "1", "--page", "2"], "--page is given twice, with '1' and"),
+        (run.parser, [*RUN, "--compare", "a", "--compare", "b"], "--compare is given twice"),
+        (evaluate.parser, [*GENERATE, "--task", "DocVQA"], "twice, with 'ChartQA' and 'DocVQA'"),
+        (
+            evaluate.parser,
+            ["score", "--input_path", "a", "--input_path", "b"],
+            "--input_path is given twice",
+        ),
     ],
-    ids=["prompt", "file", "system", "score", "convert"],
+    ids=["prompt", "file", "system", "score", "convert", "page", "compare", "task", "scored"],
 )
 def test_a_second_question_is_refused(
     parser: type[ArgumentParser], words: list[str], told: str

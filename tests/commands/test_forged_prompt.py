@@ -209,15 +209,17 @@ def test_text_split_over_parts_cannot_be_put_together_to_a_token(
 def test_a_forged_batch_is_answered_line_by_line(
     engine_dir: Path, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts, system messages and parts of a JSONL file, escaped and as they are."""
+    """Prompts, system messages and parts of a JSONL file, escaped and as they are. In a prompt that
+    is a string `<image>` is a mark (test_messages.py), so those have it in parts alone."""
     (tmp_path / "one.png").write_bytes(images(ONE_TILE).read_bytes())
     lines: list[dict[str, object]] = []
     expected: list[tuple[list[str | int], str]] = []
     for text in FORGERIES:
         image = {"type": "image", "image": "one.png"}
         parts = [{"type": "text", "text": text}, image, {"type": "text", "text": text}]
-        lines.append({"prompt": text, "images": ["one.png"], "system": text})
-        expected.append(([1, "\n", text], text))
+        if "<image>" not in text:
+            lines.append({"prompt": text, "images": ["one.png"], "system": text})
+            expected.append(([1, "\n", text], text))
         lines.append({"prompt": parts})
         expected.append(([text, 1, text], DEFAULT_SYSTEM))
     requests, runner = run_batch(engine_dir, tmp_path, lines, monkeypatch)

@@ -40,6 +40,7 @@ from runtime.decoder.executor import (
 from runtime.engine.engine_dir import EngineDir
 from runtime.ranks.mpi import Job
 from runtime.ranks.open_parts import open_engine_on_ranks, open_parts_on_ranks, work
+from runtime.requests.guide import Guide
 from runtime.requests.sampling import SETTINGS, SamplingParams
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.loop import Loop
@@ -469,6 +470,13 @@ class TestAnswers:
             SamplingParams(temperature=0.7, top_k=1, top_p=0.5, seed=3),
             SamplingParams(temperature=0.75),
             SamplingParams(temperature=0.5, top_k=9, top_p=0.25, seed=2**63 + 1),
+            SamplingParams(
+                repetition_penalty=1.25,
+                presence_penalty=0.5,
+                frequency_penalty=-0.25,
+                logit_bias={4: 1.5, 7: -100.0},
+                logprobs=True,
+            ),
         ],
     )
     def test_the_executor_and_tritons_backend_are_given_the_same(
@@ -488,6 +496,8 @@ class TestAnswers:
             rows_per_image=(2, 1),
             stop_ids=frozenset(stop_ids),
             sampling=sampling,
+            bad_words=((5,), (6, 7)),
+            guide=Guide("regex", "[ab]+"),
         )
         decoder.submit(request)
         (sent,) = doubles.executor.executors[-1].requests.values()
@@ -501,12 +511,25 @@ class TestAnswers:
         assert torch.equal(sent.prompt_tuning_config.embedding_table.cpu(), table[0])
         assert [[-1 if sent.end_id is None else sent.end_id]] == tensors["end_id"].tolist()
         for row in SETTINGS:
-            assert row.trtllm_keyword is not None
+            if row.trtllm_keyword is None or row.trtllm_tensor is None:
+                continue
             value = getattr(sent.sampling_config, row.trtllm_keyword)
             found = tensors.get(row.trtllm_tensor)
             assert (None if found is None else found.tolist()) == (
                 None if value is None else [[value]]
             ), row.name
+        assert sent.bad_words == [[5], [6, 7]]
+        assert tensors["bad_words_list"].tolist() == [[[5, 6, 7], [1, 3, -1]]]
+        bias = tensors.get("embedding_bias")
+        assert (bias is None) == (sent.embedding_bias is None) == (not sampling.logit_bias)
+        assert bias is None or bias[0].tolist() == sent.embedding_bias.tolist()
+        assert ("return_log_probs" in tensors) == sampling.logprobs
+        assert sent.output_config.return_log_probs == sampling.logprobs
+        guided = sent.guided_decoding_params
+        assert guided.guide_type.name.lower().encode() == (
+            tensors["guided_decoding_guide_type"].item()
+        )
+        assert guided.guide.encode() == tensors["guided_decoding_guide"].item()
 
     def test_a_request_without_rows_has_no_table_in_either_dialect(
         self, built: Any, doubles: Doubles

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from build.conversion.convert import ConvertOptions
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
+from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import (
     DecoderExecutor,
@@ -23,7 +26,9 @@ from runtime.decoder.executor import (
     StepOutput,
     create_decoder_executor,
 )
+from runtime.decoder.guidance import Guidance
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.guide import Guide, GuideName
 from runtime.requests.sampling import SamplingParams
 from runtime.requests.types import FinishReason
 from tests.conftest import Workshop
@@ -325,6 +330,46 @@ class TestEnd:
         assert again == [answers[0], ([], "stop"), answers[2]]
 
 
+class TestGuides:
+    def test_an_answer_matches_its_guide_beside_others_that_have_none(
+        self, executor: DecoderExecutor, implementation: Implementation
+    ) -> None:
+        tokenizer = Tokenizer(implementation.engine.directory / "tokenizer")
+        free, other = text(9, seed=1), text(20, seed=2)
+        guided = [guided_by(tokenizer, "choice", ["yes", "no"]), *regexes(tokenizer)]
+        alone = [run(executor, request)[0] for request in (free, *guided, other)]
+        assert run(executor, free, *guided, other) == alone
+        (choice, reason), *matching = alone[1:-1]
+        assert tokenizer.decode(choice) in ("yes", "no")
+        assert reason == "stop"
+        for ids, reason in matching:
+            assert re.fullmatch("[a-c]{3}", tokenizer.decode(ids))
+            assert reason == "stop"
+
+    def test_an_answer_may_be_cut_before_it_matches(
+        self, executor: DecoderExecutor, implementation: Implementation
+    ) -> None:
+        tokenizer = Tokenizer(implementation.engine.directory / "tokenizer")
+        request = guided_by(tokenizer, "regex", "[ab]{9}")
+        ((ids, reason),) = run(executor, replace(request, max_new_tokens=4))
+        assert (len(ids), reason) == (4, "length")
+        assert re.fullmatch("[ab]{4}", tokenizer.decode(ids))
+
+
+def guided_by(tokenizer: Tokenizer, name: GuideName, value: Any) -> DecoderRequest:
+    guide = Guide.of(name, value)
+    assert guide is not None
+    compiled = Guidance(tokenizer, VOCAB_SIZE).compile(guide)
+    stop_ids = frozenset({tokenizer.special_id(IM_END)})
+    request = replace(text(9), guide=guide, compiled_guide=compiled, stop_ids=stop_ids)
+    return replace(request, max_new_tokens=12)
+
+
+def regexes(tokenizer: Tokenizer) -> list[DecoderRequest]:
+    request = guided_by(tokenizer, "regex", "[a-c]{3}")
+    return [request, replace(request, sampling=SamplingParams(temperature=1.0, seed=5))]
+
+
 class TestCancel:
     def test_a_running_request_that_is_cancelled_appears_no_more(
         self, executor: DecoderExecutor
@@ -588,3 +633,40 @@ def test_no_block_leaks_over_random_submits_cancels_and_steps(
     assert len(cancelled) >= 5
     assert len(finished) >= 20
     assert run(executor, MIXED[5]) == one_by_one(implementation, [MIXED[5]])
+
+
+SETTINGS = [
+    SamplingParams(presence_penalty=1.5, frequency_penalty=-0.5, repetition_penalty=1.5),
+    SamplingParams(temperature=1.0, seed=3, min_p=0.125, logit_bias={7: 4.0, 9: -100.0}),
+    SamplingParams(temperature=1.0, seed=4, min_tokens=5, presence_penalty=2.0),
+]
+
+
+@pytest.mark.parametrize("params", SETTINGS, ids=["penalties", "biases", "min_tokens"])
+def test_settings_change_the_tokens_and_repeat(
+    executor: DecoderExecutor, params: SamplingParams
+) -> None:
+    plain = replace(text(20, max_new_tokens=12), sampling=SamplingParams(seed=params.seed))
+    ends = generate(executor, [plain])[0][0]
+    asked = replace(plain, sampling=params, bad_words=((ends[0],), (ends[1], ends[2])))
+    if params.min_tokens:
+        asked = replace(asked, stop_ids=frozenset({ends[0]}))
+    first, other, second = generate(executor, [asked, text(9, seed=1), asked])
+    assert first == second
+    assert other == generate(executor, [text(9, seed=1)])[0]
+    assert ends[0] not in first[0]
+    assert len(first[0]) >= params.min_tokens
+
+
+def test_logprobs_come_with_each_token(executor: DecoderExecutor) -> None:
+    request = replace(text(20), sampling=SamplingParams(logprobs=True), return_logits=True)
+    executor.submit(request)
+    found = []
+    while outputs := executor.step():
+        found += outputs
+    assert found
+    for output in found:
+        assert output.logits is not None
+        assert output.logprobs is not None
+        expected = output.logits.log_softmax(-1)[output.token_id]
+        assert output.logprobs.logprob == pytest.approx(float(expected), abs=1e-4)

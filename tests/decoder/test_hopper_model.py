@@ -69,17 +69,17 @@ def calls(models: tuple[DecoderModel, HopperModel]) -> list[tuple[str, list[torc
 
 def prompt(first: int, count: int, blocks: list[int], *, is_last: bool = True) -> SequenceStep:
     return SequenceStep(
-        [7 * i % 500 for i in range(first, first + count)], first, blocks, None, is_last
+        [7 * i % 500 for i in range(first, first + count)], first, blocks, None, int(is_last)
     )
 
 
 def token(position: int, blocks: list[int]) -> SequenceStep:
-    return SequenceStep([position % 500], position, blocks, None, True)
+    return SequenceStep([position % 500], position, blocks, None, 1)
 
 
 A, B, C, D = [3, 0, 9], [5, 1], [7], [2, 4, 6]
 TABLE = torch.randn(20, 128, generator=torch.Generator().manual_seed(1))
-PICTURE = SequenceStep([1, 2, *range(512, 532), 3], 0, D, TABLE, True)
+PICTURE = SequenceStep([1, 2, *range(512, 532), 3], 0, D, TABLE, 1)
 SCENES = {
     "one prompt": [[prompt(0, 50, A)]],
     "several prompts": [[prompt(0, 50, A), prompt(0, 33, B), prompt(0, 1, C)]],
@@ -105,7 +105,7 @@ def test_every_mixture_of_prompts_and_tokens_gives_the_oracles_logits(
 ) -> None:
     for steps in SCENES[name]:
         expected, found = (model.forward(steps) for model in models)
-        assert found.shape == expected.shape == (sum(s.wants_logits for s in steps), 512)
+        assert found.shape == expected.shape == (sum(s.num_logits for s in steps), 512)
         assert len(found) == 0 or relative_error(found, expected) < KERNEL_LOGITS
 
 

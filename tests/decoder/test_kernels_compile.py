@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 MAX_SHARED_BYTES = 232_448  # of a program on compute capability 9.0 (CUDA C++ Programming Guide)
 
-PROMPTS_ALONE = ("widen_pages", "scale_quantize", "load_ahead")
-"""Kernels that no decode step launches after another one."""
+PROMPTS_ALONE = ("widen_pages", "scale_quantize", "load_ahead", "change_logits")
+"""Kernels that no decode step's graph launches after another one."""
 
 # In a process of its own: test_kernels.py may have put the interpreter in the compiler's place.
 _PROGRAM = """
@@ -24,7 +24,7 @@ import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.decoder.kernels import all_reduce_norm, decode_attention, elementwise
+from runtime.decoder.kernels import all_reduce_norm, change_logits, decode_attention, elementwise
 from runtime.decoder.kernels import gate_up_swiglu, rank_exchange, rope, widen_pages
 from runtime.kernels import load_ahead, quantization
 from runtime.vision.kernels import elementwise as vision, embeddings, merging
@@ -90,6 +90,11 @@ found = {
         {"ROWS": gate_up_swiglu.MAX_ROWS, "COLUMNS": gate_up_swiglu.TILE_COLUMNS, "DEPTH": 256,
          "NUM_UNITS_EARLY": 4, "SECTOR_BYTES": 32, "ON_GPU": True,
          "DTYPE": triton.language.bfloat16}, {"weight": E4M3}, num_stages=5),
+    "change_logits": compile_(change_logits._change_logits,
+        {"HAS_COUNTS": True, "COUNT_DRAWN": 2, "BLOCK": change_logits.CHUNK, "PAIRS": 32},
+        {"logits": F32, "changed": F32, "places": I32, "row_slots": I64, "penalties": F32,
+         "counts": I32, "starts": I32, "pair_tokens": I64, "biases": F32, "bans": F32},
+        num_warps=8, enable_fp_fusion=False),
     "load_ahead": compile_(load_ahead._load_ahead, {"LANES": 256, "AT_A_TIME": 4},
         {"weight": E4M3}, num_warps=8),
     "gather_columns": compile_(rank_exchange._gather_columns,
@@ -126,7 +131,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    assert len(found) == 23
+    assert len(found) == 24
     for name, kernel in found.items():
         assert kernel["cubin_bytes"] > 0, name
         assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, name

@@ -129,6 +129,7 @@ class CudaDouble(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
+        named.pop("pin_memory", None)  # without CUDA torch has none to give
         tensors = _tensors([*args, *named.values()])
         on_cuda = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
         if on_cuda and func in _GETTERS:
@@ -137,6 +138,8 @@ class CudaDouble(TorchFunctionMode):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         if on_cuda and func in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.item):
             return func(*plain(args), **named)
+        if on_cuda and func is torch.Tensor.copy_ and not isinstance(args[0], CudaTensor):
+            return func(*plain(args), **named)  # from the GPU into host memory
         target = _device(args[1:], named) if func is torch.Tensor.to else _device((), named)
         if func is torch.Tensor.to and target is not None and (on_cuda or target.type == "cuda"):
             dtypes = [a for a in (*args[1:], named.get("dtype")) if isinstance(a, torch.dtype)]

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.inputs.tokenizer import Tokenizer as ProductTokenizer
 from nvlm.planning.limits import EngineLimits
 from runtime.decoder.executor import DecoderRequest, StepOutput
+from runtime.decoder.guidance import Guidance
 from runtime.decoder.models.plain_model import PlainModel
 from runtime.decoder.models.torch_weights import load_weights, open_weights
 from runtime.decoder.scheduler import max_num_blocks
 from runtime.decoder.torch_executor import TorchDecoderExecutor
+from runtime.requests.guide import Guide, GuideName
 from runtime.requests.sampling import SamplingParams
 from tests.doubles import api
 from tests.doubles.cuda import CudaDouble, CudaTensor, plain
@@ -33,8 +38,13 @@ _PREFIX = "tensorrt_llm.bindings.executor."
 _CLASSES = (
     *("SamplingConfig", "OutputConfig", "PromptTuningConfig", "Request", "Response"),
     *("KvCacheConfig", "ParallelConfig", "SchedulerConfig", "ExecutorConfig"),
+    *("GuidedDecodingConfig", "GuidedDecodingParams"),
 )
 _ENUMS = ("ModelType", "FinishReason", "CommunicationType", "CommunicationMode", "BatchingType")
+_NESTED_ENUMS = {
+    "GuidedDecodingConfig": "GuidedDecodingBackend",
+    "GuidedDecodingParams": "GuideType",
+}
 _CPU = torch.device("cpu")
 _TOP_K_MAX = 1024  # cpp/tensorrt_llm/kernels/samplingTopKKernels.h; a larger one is clipped
 
@@ -46,6 +56,8 @@ def make_executor_module(gpu: CudaDouble) -> ModuleType:
     module = ModuleType("tensorrt_llm.bindings.executor")
     values = {name: api.value_class(_PREFIX + name) for name in _CLASSES}
     values |= {name: api.enum_class(_PREFIX + name) for name in _ENUMS}
+    for name, nested in _NESTED_ENUMS.items():
+        setattr(values[name], nested, api.enum_class(f"{_PREFIX}{name}.{nested}"))
     values |= {"executors": [], "faults": {}, "includes_end_token": False, "ranks": None}
 
     class Executor(_Executor):
@@ -78,12 +90,18 @@ class _Executor:
         self.blocks: dict[tuple[tuple[int, int], ...], bytes] = {}
         self.num_reused_tokens = 0
         self._responses: list[Any] = []
+        self._log_probs: dict[int, list[float]] = {}
         self._check_config(config)
         if self.can_enqueue_requests():
             checkpoint_dir = Path(named["checkpoint_dir"])
             self._torch = _load(checkpoint_dir, self._limits())
             dtype = json.loads((checkpoint_dir / "config.json").read_text())["dtype"]
             self.dtype = getattr(torch, dtype)
+            with tempfile.TemporaryDirectory() as folder:
+                text = config.guided_decoding_config.tokenizer_str
+                (Path(folder) / "tokenizer.json").write_text(text, "utf-8")
+                vocab_size = self._torch._config.decoder.vocab_size
+                self._guidance = Guidance(ProductTokenizer(Path(folder)), vocab_size)
         if self.ranks is not None:
             self.ranks.open(config.gather_generation_logits)
 
@@ -110,7 +128,18 @@ class _Executor:
         if config.kv_cache_config.enable_block_reuse or config.enable_chunked_context:
             assert plugins["use_paged_context_fmha"], "reuse and chunks need it"
         assert config.batching_type is module.BatchingType.INFLIGHT
+        self._check_guided(config.guided_decoding_config)
         assert config.parallel_config.communication_mode is module.CommunicationMode.LEADER
+
+    def _check_guided(self, config: Any) -> None:
+        """xgrammar reads tokens by their place in the list, and ends at the stop tokens alone."""
+        backends = self.module.GuidedDecodingConfig.GuidedDecodingBackend
+        assert config.backend is backends.XGRAMMAR, "LLGuidance is not supported in C++ runtime"
+        tokenizer = Tokenizer.from_str(config.tokenizer_str)
+        for token, token_id in tokenizer.get_vocab().items():
+            assert config.encoded_vocab[token_id] == token
+        ends = [config.encoded_vocab[token_id] for token_id in config.stop_token_ids]
+        assert ends == ["<|im_end|>"]
 
     @api.method(_PREFIX + "Executor.can_enqueue_requests")
     def can_enqueue_requests(self) -> bool:
@@ -171,11 +200,18 @@ class _Executor:
     def _response(self, output: StepOutput) -> Any:
         """A stop word is one of the tokens, the end id is not; logits have a row for each token."""
         number, reasons = self._ids[output.request_id], self.module.FinishReason
+        if output.error is not None:
+            message = f"xgrammar: {output.error}"
+            return SimpleNamespace(request_id=number, has_error=lambda: True, error_msg=message)
         request = self.requests[number]
-        assert output.token_id is not None, "the torch executor knows of no stop ids"
-        tokens, is_final = [output.token_id], output.finish_reason is not None
+        # The torch executor knows the end id only where min_tokens holds it back.
+        token_id = request.end_id if output.token_id is None else output.token_id
+        assert token_id is not None
+        tokens, is_final = [token_id], output.finish_reason is not None
         reason = reasons.LENGTH if is_final else reasons.NOT_FINISHED
-        if output.token_id == request.end_id:
+        if output.finish_reason == "stop":  # its guide has ended, and the end id would follow
+            reason = reasons.END_ID
+        if token_id == request.end_id:
             reason = reasons.END_ID
             tokens = tokens if self.module.includes_end_token else []
         elif tokens in (request.stop_words or []):
@@ -184,7 +220,13 @@ class _Executor:
             self._torch.cancel(output.request_id)
             is_final = True
         logits = None if output.logits is None else output.logits[None, None][: len(tokens)]
-        return _response(number, tokens, [reason], is_final, logits)
+        response = _response(number, tokens, [reason], is_final, logits)
+        if request.output_config.return_log_probs:
+            told = self._log_probs.setdefault(number, [])
+            if output.logprobs is not None:
+                told.append(output.logprobs.logprob)
+            response.result.log_probs = [list(told)]
+        return response
 
     def _read(self, request: Any) -> DecoderRequest:
         """The request as far as the engine can see it."""
@@ -205,13 +247,38 @@ class _Executor:
         assert request.streaming, "tokens would come at the end only"
         if output.return_generation_logits:
             assert self.config.gather_generation_logits, "the runtime gathers none"
+        sampling = _sampling(request.sampling_config)
         return DecoderRequest(
             token_ids=ids,
             max_new_tokens=request.max_tokens,
             prompt_table=table,
-            sampling=_sampling(request.sampling_config),
+            stop_ids=frozenset({request.end_id} if sampling.min_tokens else ()),
+            sampling=replace(
+                sampling,
+                logit_bias=self._read_bias(request.embedding_bias),
+                logprobs=bool(output.return_log_probs),
+            ),
+            bad_words=tuple(map(tuple, request.bad_words or ())),
             return_logits=bool(output.return_generation_logits),
+            **self._guide(request.guided_decoding_params),
         )
+
+    def _read_bias(self, bias: Any) -> dict[int, float]:
+        if bias is None:
+            return {}
+        assert bias.shape == (self._torch._config.decoder.vocab_size,)
+        if bias.dtype != torch.float32:
+            raise RuntimeError("Embedding bias data type must be same as model logits type.")
+        return {int(token_id): float(bias[token_id]) for token_id in bias.nonzero().flatten()}
+
+    def _guide(self, params: Any) -> dict[str, Any]:
+        """xgrammar is another library; here what the torch executor has stands for it."""
+        if params is None:
+            return {}
+        types = self.module.GuidedDecodingParams.GuideType
+        names: dict[Any, GuideName] = {types.JSON_SCHEMA: "json_schema", types.REGEX: "regex"}
+        guide = Guide(names[params.guide_type], params.guide)
+        return {"guide": guide, "compiled_guide": self._guidance.compile(guide)}
 
     def _read_table(self, table: Any) -> torch.Tensor:
         assert isinstance(table, CudaTensor), "the table has to be on the GPU"
@@ -253,11 +320,17 @@ def _response(
 
 
 def _sampling(config: Any) -> SamplingParams:
+    """Penalties as ours, whose order differs: the real ones come after the temperature, and count
+    the prompt (cpp/tensorrt_llm/kernels/penaltyKernels.cu)."""
     assert config.beam_width == 1
+    names = ("min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_p")
+    given = {name: vars(config)[name] for name in names if vars(config)[name] is not None}
+    assert given.get("min_tokens", 0) >= 0, "cpp/tensorrt_llm/executor/samplingConfig.cpp"
+    assert given.get("repetition_penalty", 1.0) > 0.0
     if config.top_k == 1:
-        return SamplingParams()
+        return SamplingParams(**given)
     top_k = min(config.top_k, _TOP_K_MAX)
-    return SamplingParams(config.temperature, top_k, config.top_p, config.seed)
+    return SamplingParams(config.temperature, top_k, config.top_p, config.seed, **given)
 
 
 def _load(checkpoint_dir: Path, limits: EngineLimits) -> TorchDecoderExecutor:

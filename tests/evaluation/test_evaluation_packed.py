@@ -334,3 +334,19 @@ def test_pictures_of_ones_own_questions_come_first_in_order(tmp_path: Path) -> N
     sample = only(read("custom", tmp_path, tmp_path / "mine.jsonl"))
     expected = (tmp_path / "b.png", "\n", tmp_path / "a.png", "\n", "Which is older?")
     assert sample.content == expected
+
+
+def test_a_picture_may_be_a_column_of_bytes(tmp_path: Path) -> None:
+    """As a file that was written without the hub's library has it."""
+    row = {"query": READ, "label": ["51"], "image": encoded("51")["bytes"]}
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", [row])
+    picture, _ = only(read("ChartQA", tmp_path)).content
+    assert callable(picture)
+    assert picture() == encoded("51")["bytes"]
+
+
+def test_a_copy_without_a_column_of_pictures_is_told_its_columns(tmp_path: Path) -> None:
+    row = {"img": encoded("51"), "query": READ, "label": ["51"]}
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", [row])
+    with pytest.raises(UserError, match="has the columns img, query, label, expected one called i"):
+        read("ChartQA", tmp_path)

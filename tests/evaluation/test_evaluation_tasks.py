@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,9 +75,8 @@ def test_a_task_writes_the_lines_and_gets_the_score_by_hand(
     name: str, tmp_path: Path, reading_engine_dir: Path
 ) -> None:
     made = MAKERS[name](tmp_path / "data")
-    result = run_task(
-        reading_engine_dir, made, tmp_path / "out", "--task", name.upper(), "--max_new_tokens", "16"
-    )
+    asked = replace(made, task=name.upper())
+    result = run_task(reading_engine_dir, asked, tmp_path / "out", "--max_new_tokens", "16")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
     found = read_lines(tmp_path / "out", name)

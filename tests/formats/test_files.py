@@ -550,6 +550,10 @@ class TestJson:
             (b"\xff\xfe", "is not valid JSON"),
             (b"[1]", "holds a JSON list, expected an object"),
             (b"null", "holds a JSON NoneType, expected an object"),
+            (
+                b"version https://git-lfs.github.com/spec/v1\n",
+                "is a pointer of Git LFS, .*lfs pull",
+            ),
         ],
     )
     def test_what_is_no_object_is_refused_by_path(

@@ -157,7 +157,7 @@ def test_ranks_count_tensor_parallel_first_and_layers_by_stage() -> None:
     [
         (("--tp_size", "3"), ("--tp_size 3 does not divide 4 attention heads", "use 1, 2 or 4")),
         (("--pp_size", "4"), ("--pp_size 4 does not divide 2 decoder layers", "use 1 or 2")),
-        (("--tp_size", "0"), ("--tp_size", "'0' is not a positive integer")),
+        (("--tp_size", "0"), ("--tp_size", "is '0', expected a positive integer")),
     ],
 )
 def test_ranks_that_the_model_does_not_divide_into_are_refused(

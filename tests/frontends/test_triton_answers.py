@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from nvlm.inputs.images import load_image
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.inputs.tiling import normalize, tile_image
+from runtime.requests.sampling import SETTINGS
 from runtime.requests.types import GenerationResult
 from runtime.serving.runner import Runner
 from tests.support.asking import Images
@@ -35,7 +37,7 @@ def expect(runner: Runner) -> Expect:
     import run as program
 
     def answer(prompt: str, *paths: Path, **flags: Any) -> GenerationResult:
-        names = ("temperature", "top_k", "top_p", "seed", "max_num_tiles", "page")
+        names = (*(row.name for row in SETTINGS), "max_num_tiles", "page")
         given = {
             "prompt": prompt,
             "image": list(map(str, paths)),
@@ -60,6 +62,27 @@ def check(found: Any, expected: GenerationResult) -> None:
         assert outputs[name] == getattr(expected, name), name
 
 
+@pytest.mark.parametrize(
+    ("guide_type", "guide", "flag"),
+    [
+        ("json", "", {"json_object": True}),
+        ("json_schema", '{"type": "integer", "maximum": 9, "minimum": 0}', "json_schema"),
+        ("regex", "[a-c]{4}", "regex"),
+        ("choice", '["yes", "no"]', {"choice": ["yes", "no"]}),
+        ("grammar", 'start: "a" ("b" | "c")', "grammar"),
+    ],
+)
+def test_guides_hold_an_answer_as_run_py_holds_it(
+    triton_server: Served, expect: Expect, guide_type: str, guide: str, flag: Any
+) -> None:
+    flags = flag if isinstance(flag, dict) else {flag: guide}
+    guided = {"guided_decoding_guide_type": guide_type}
+    if guide:
+        guided["guided_decoding_guide"] = guide
+    found = ask(triton_server, tensors("What?", 30, **guided))
+    check(found, expect("What?", max_tokens=30, **flags))
+
+
 THREE = ("landscape_800x450.png", "portrait_400x1000.png", "pixel_1x1.png")
 SAMPLING: list[dict[str, Any]] = [
     {},
@@ -68,6 +91,8 @@ SAMPLING: list[dict[str, Any]] = [
     {"top_k": 5, "seed": 1},
     {"top_p": 0.7, "temperature": 1.5, "seed": 2},
     {"system": "Be brief."},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.25},
+    {"min_p": 0.25, "seed": 6, "min_tokens": 24, "ignore_eos": True},
 ]
 
 
@@ -89,6 +114,42 @@ def test_answers_are_those_of_run_py(
     check(whole, expected)
     assert len(found.pieces) > 1, "streaming gave one piece"
     assert len(whole.pieces) == 1, "an answer without streaming came in pieces"
+
+
+def test_several_answers_come_with_their_seeds_and_log_probabilities(
+    triton_server: Served, expect: Expect
+) -> None:
+    settings = {"n": 3, "temperature": 1.0, "seed": 7, "top_logprobs": 2}
+    expected = expect("Well?", max_tokens=8, logprobs=True, **settings)
+    whole = ask(triton_server, tensors("Well?", 8, return_log_probs=True, **settings))
+    assert whole.error is None
+    choices = json.loads(whole.outputs["choices"])
+    assert [each["text"] for each in choices] == [each.text for each in expected.choices]
+    assert [each["seed"] for each in choices] == [7, 8, 9]
+    assert len(json.loads(whole.outputs["logprobs"])[0]["top_logprobs"]) == 2
+    total = sum(each["logprob"] for each in choices[0]["logprobs"])
+    assert whole.outputs["cum_log_probs"] == pytest.approx(total, abs=1e-4)
+    drawn = ask(triton_server, tensors("Well?", 8, temperature=1.0))
+    seed = int(drawn.outputs["seed"])
+    again = ask(triton_server, tensors("Well?", 8, temperature=1.0, seed=seed))
+    assert again.text == drawn.text
+
+
+def test_biases_of_words_are_tensorrt_llms(triton_server: Served, runner: Runner) -> None:
+    plain = runner.generate("Well?", max_new_tokens=6)
+    words = [b" the", "é".encode()]
+    biases: dict[int, float] = {}
+    for word in words:
+        for token_id in runner.tokenizer.encode(word.decode()):
+            biases[token_id] = biases.get(token_id, 0.0) + 50.0
+    expected = runner.generate("Well?", max_new_tokens=6, logit_bias=biases)
+    assert expected.token_ids != plain.token_ids
+    weights = np.array([[50.0, 50.0]], np.float32)
+    found = ask(
+        triton_server,
+        tensors("Well?", 6, embedding_bias_words=words, embedding_bias_weights=weights),
+    )
+    assert found.text == expected.text
 
 
 def test_a_seed_changes_the_answer(triton_server: Served) -> None:
@@ -119,6 +180,33 @@ def test_every_way_to_send_a_picture_gives_the_same_answer(
     answer = triton_server.generate(
         text_input="What is it?", max_tokens=12, image_base64=[encoded.decode()]
     )
+    assert answer["text_output"] == expected.text
+
+
+def test_messages_are_a_conversation_whose_pictures_come_in_it_or_beside_it(
+    triton_server: Served, runner: Runner, images: Images
+) -> None:
+    wide, pixel = images(THREE[0]), images(THREE[2])
+    said = [("user", "<image>\nWhat?"), ("assistant", "A cup."), ("user", "Is <image> too?")]
+    messages: list[dict[str, Any]] = [{"role": role, "content": words} for role, words in said]
+    files = [wide.read_bytes(), pixel.read_bytes()]
+    expected = runner.generate(messages=messages, images=files, max_new_tokens=12)
+    beside = tensors("", 12, messages=json.dumps(messages), image_bytes=files)
+    check(ask(triton_server, beside), expected)
+    url = "data:image/png;base64," + base64.b64encode(files[1]).decode()
+    messages[2]["content"] = [
+        {"type": "text", "text": "Is "},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": " too?"},
+    ]
+    within = tensors("", 12, messages=json.dumps(messages), image_bytes=files[:1])
+    check(ask(triton_server, within), expected)
+    fields = {
+        "text_input": "",
+        "max_tokens": 12,
+        "image_base64": base64.b64encode(files[0]).decode(),
+    }
+    answer = triton_server.generate(messages=json.dumps(messages), **fields)
     assert answer["text_output"] == expected.text
 
 

@@ -67,6 +67,24 @@ BAD: list[tuple[str, Make, str]] = [
     ("file_url", lambda: tensors("x", 4, image_url_input=[b"file:///x.png"]), "fetches nothing"),
     ("path", lambda: tensors("x", 4, image_url_input=[b"/x.png"]), "fetches nothing"),
     ("data_url", lambda: tensors("x", 4, image_url_input=[b"data:,abc"]), "not base64"),
+    ("marks", lambda: tensors("<image>", 4), "in the text is 1 and that of images 0"),
+    ("messages_no_json", lambda: tensors("", 4, messages="[{"), "messages is not JSON"),
+    ("messages_empty", lambda: tensors("", 4, messages="[]"), "messages is empty"),
+    ("messages_and_text", lambda: tensors("x", 4, messages="[]"), "leave it empty"),
+    (
+        "messages_role",
+        lambda: tensors("", 4, messages='[{"role": "tool", "content": "x"}]'),
+        "message 1 has role 'tool'",
+    ),
+    (
+        "messages_path",
+        lambda: tensors(
+            "",
+            4,
+            messages='[{"role": "user", "content": [{"type": "image", "image": "/etc/hosts"}]}]',
+        ),
+        "a part of messages may only hold data: URLs",
+    ),
     (
         "two_kinds",
         lambda: tensors("x", 4, image_bytes=[GOOD], image_base64=[base64.b64encode(GOOD)]),
@@ -108,14 +126,46 @@ BAD: list[tuple[str, Make, str]] = [
         "video",
     ),
     ("beam_search", lambda: tensors("x", 4, beam_width=4), "beam_width is not supported"),
-    ("repetition", lambda: tensors("x", 4, repetition_penalty=1.2), "repetition_penalty"),
-    ("log_probs", lambda: tensors("x", 4, return_log_probs=True), "return_log_probs"),
-    ("bad_words", lambda: tensors("x", 4, bad_words=[b"no"]), "bad_words"),
+    ("logits", lambda: tensors("x", 4, return_context_logits=True), "return_context_logits"),
+    ("repetition", lambda: tensors("x", 4, repetition_penalty=0.0), "repetition_penalty is 0.0"),
+    ("presence", lambda: tensors("x", 4, presence_penalty=2.5), "presence_penalty is 2.5"),
+    ("top_logprobs", lambda: tensors("x", 4, top_logprobs=3), "without logprobs"),
+    ("min_tokens", lambda: tensors("x", 4, min_tokens=5), "min_tokens is 5 and max_new_tokens 4"),
+    ("n_greedy", lambda: tensors("x", 4, n=2), "the sampling is greedy"),
+    ("n_too_large", lambda: tensors("x", 4, n=999, temperature=1.0), "max_batch_size"),
+    ("bias", lambda: tensors("x", 4, logit_bias=b"[1"), "logit_bias is not JSON"),
+    (
+        "bias_words",
+        lambda: tensors("x", 4, embedding_bias_words=[b"a", b"b"], embedding_bias_weights=1.0),
+        "2 embedding_bias_words and 1 embedding_bias_weights",
+    ),
     ("top_p", lambda: tensors("x", 4, top_p=1.5), "top_p is 1.5"),
     ("temperature", lambda: tensors("x", 4, temperature=float("nan")), "temperature is nan"),
     ("top_k", lambda: tensors("x", 4, top_k=-1), "top_k is -1"),
     ("max_num_tiles", lambda: tensors("x", 4, max_num_tiles=99), "max_num_tiles is 99"),
     ("two_questions", lambda: two_questions(), "batch-size must be <= 1"),
+    (
+        "unknown guide",
+        lambda: tensors("x", 4, guided_decoding_guide_type="ebnf_grammar"),
+        "guided_decoding_guide_type is 'ebnf_grammar', expected one of json_schema, json, regex",
+    ),
+    (
+        "guide without a type",
+        lambda: tensors("x", 4, guided_decoding_guide="a"),
+        "given without guided_decoding_guide_type",
+    ),
+    (
+        "guide that no answer is held to",
+        lambda: tensors(
+            "x", 4, guided_decoding_guide_type="json_schema", guided_decoding_guide='{"not": {}}'
+        ),
+        "json_schema has the keyword 'not'",
+    ),
+    (
+        "choice that is no list",
+        lambda: tensors("x", 4, guided_decoding_guide_type="choice", guided_decoding_guide="a"),
+        "guided_decoding_guide is no JSON list of texts",
+    ),
 ]
 
 

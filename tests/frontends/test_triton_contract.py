@@ -20,7 +20,7 @@ from frontends.triton.render import Form, ServeOptions, form_of, render
 from frontends.triton.request import read_request
 from frontends.triton.server import Ports, server_command
 from frontends.triton.signature import NVLM_INPUTS
-from frontends.triton.tensorrt_llm import new_token_ids, request_tensors
+from frontends.triton.tensorrt_llm import new_tokens, request_tensors
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderRequest
 from runtime.engine.engine_dir import EngineDir
@@ -222,7 +222,7 @@ def test_new_tokens_end_at_the_sequence_length() -> None:
         "output_ids": np.array([[[7, 8, 0, 0]]], np.int32),
         "sequence_length": np.array([[2]], np.int32),
     }
-    assert new_token_ids(outputs) == [7, 8]
+    assert new_tokens(outputs) == [(7, None), (8, None)]
 
 
 def test_ranks_start_under_mpirun_as_tensorrt_llm_starts_them(tmp_path: Path) -> None:
@@ -270,6 +270,6 @@ def test_every_input_is_read_or_refused() -> None:
     """No tensor of the signature is silently without effect but those that cannot have one."""
     package = ROOT / "frontends" / "triton"
     source = "".join((package / name).read_text() for name in ("request.py", "pictures.py"))
-    names = {spec.name for spec in NVLM_INPUTS} - {setting.name for setting in SETTINGS}
+    names = {spec.name for spec in NVLM_INPUTS} - {setting.input_name for setting in SETTINGS}
     unread = {name for name in names if f'"{name}"' not in source}
     assert unread == {"pad_id", "prompt_table_extra_id", "length_penalty"}

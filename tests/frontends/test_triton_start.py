@@ -69,7 +69,7 @@ def test_a_number_of_threads_is_checked_before_anything_starts(
     engine_dir: Path, value: str
 ) -> None:
     result = ended(engine_dir, f"--num_threads={value}")
-    one_line_error(result, "--num_threads", f"'{value}' is not a positive integer")
+    one_line_error(result, "--num_threads", f"is '{value}', expected a positive integer")
 
 
 def test_a_server_that_is_not_ready_in_time_is_stopped(engine_dir: Path) -> None:

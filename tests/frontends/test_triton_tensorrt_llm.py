@@ -7,7 +7,9 @@ its Triton backend and refuses whatever that could not be given. Also here: mode
 
 from __future__ import annotations
 
+import json
 import queue
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -96,7 +98,13 @@ def runner(float32_engine_dir: Path) -> Runner:
 @pytest.mark.parametrize("num_images", [0, 1, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.9, "seed": 3}, {"temperature": 0.9, "top_k": 9, "seed": 2**40}],
+    [
+        {},
+        {"temperature": 0.9, "seed": 3},
+        {"temperature": 0.9, "top_k": 9, "seed": 2**40},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.25},
+        {"min_tokens": 8, "temperature": 0.75, "seed": 5},
+    ],
 )
 def test_answers_are_those_of_the_runner(
     server: Served, runner: Runner, images: Images, num_images: int, options: dict[str, float]
@@ -114,6 +122,81 @@ def test_answers_are_those_of_the_runner(
     assert found.outputs["finish_reason"].decode() == expected.finish_reason
     assert found.outputs["num_tokens"] == expected.num_tokens
     assert found.outputs["num_prompt_tokens"] == expected.num_prompt_tokens
+
+
+def test_words_biases_log_probabilities_and_n_reach_the_backend(
+    server: Served, runner: Runner
+) -> None:
+    asked = {"temperature": 0.75, "seed": 5, "presence_penalty": 0.5}
+    plain = runner.generate("How?", max_new_tokens=12, **asked)
+    word = runner.tokenizer.text_of(plain.token_ids[0])
+    biases = {plain.token_ids[1]: -100.0, 7: 5.0}
+    expected = runner.generate(
+        "How?",
+        max_new_tokens=12,
+        **asked,
+        n=2,
+        bad_words=[word or "x"],
+        logit_bias=biases,
+        logprobs=True,
+    )
+    assert expected.token_ids != plain.token_ids
+    found = ask(
+        server,
+        tensors(
+            "How?",
+            12,
+            **asked,
+            n=2,
+            bad_words=[(word or "x").encode()],
+            logit_bias=json.dumps(biases).encode(),
+            return_log_probs=True,
+        ),
+    )
+    assert found.error is None
+    choices = json.loads(found.outputs["choices"])
+    for choice, other in zip(choices, expected.choices, strict=True):
+        assert choice["token_ids"] == other.token_ids
+        assert other.logprobs is not None
+        assert [each["logprob"] for each in choice["logprobs"]] == pytest.approx(
+            [each.logprob for each in other.logprobs], abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("settings", [{"min_p": 0.1}, {"prompt_logprobs": 1}])
+def test_what_the_backend_lacks_is_refused_by_name(
+    server: Served, settings: dict[str, float]
+) -> None:
+    (name,) = settings
+    found = ask(server, tensors("How?", 4, **settings))
+    assert found.error is not None
+    assert f"{name} is" in found.error
+    assert "has no such setting" in found.error
+
+
+@pytest.mark.parametrize(
+    ("guide_type", "guide", "pattern"),
+    [
+        ("choice", '["yes", "no"]', "yes|no"),
+        ("regex", "[a-c]{4}", "[a-c]{4}"),
+        ("json_schema", '{"type": "boolean"}', "true|false"),
+    ],
+)
+def test_answers_match_their_guides(
+    server: Served, guide_type: str, guide: str, pattern: str
+) -> None:
+    guided = {"guided_decoding_guide_type": guide_type, "guided_decoding_guide": guide}
+    found = ask(server, tensors("How?", 16, stream=True, **guided))
+    assert found.error is None
+    assert re.fullmatch(pattern, found.text)
+    assert found.outputs["finish_reason"] == b"stop"
+
+
+def test_a_grammar_is_refused_by_name(server: Served) -> None:
+    guided = {"guided_decoding_guide_type": "grammar", "guided_decoding_guide": 'start: "a"'}
+    found = ask(server, tensors("How?", 16, stream=True, **guided))
+    assert found.error is not None
+    assert "grammar is given, and decoder 'tensorrt_llm' has no such guide" in found.error
 
 
 def test_an_answer_ends_at_its_end_token(server: Served, runner: Runner) -> None:

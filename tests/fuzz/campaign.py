@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.fuzz.kinds import KINDS
-from tests.fuzz.worker import ACCEPTED, BEGIN, READY, REFUSED
+from tests.fuzz.worker import ACCEPTED, BEGIN, PANIC, READY, REFUSED
 
 HANG_S = 20.0
 _START_S = 180.0
@@ -109,6 +109,8 @@ def _run_worker(tally: Tally, seed: int, seconds: float, place: Path) -> float:
                 begun = now if READY in letters else begun
                 tally.accepted += letters.count(ACCEPTED)
                 tally.refused += letters.count(REFUSED)
+                if PANIC in letters:
+                    tally.ends["a panic"] += letters.count(PANIC)
                 is_trying = letters.endswith(BEGIN)
             elif now - heard > (HANG_S if is_trying else _START_S):
                 process.kill()

@@ -25,7 +25,7 @@ from nvlm.program.process import ignore_pillows_warnings
 from tests.fuzz.kind import Opened, is_refused
 from tests.fuzz.kinds import KINDS
 
-READY, BEGIN, ACCEPTED, REFUSED, FAULT = b"!", b"(", b"a", b"r", b"x"
+READY, BEGIN, ACCEPTED, REFUSED, FAULT, PANIC = b"!", b"(", b"a", b"r", b"x", b"p"
 _ROUND = 100
 """Cases of one run of hypothesis, after which the time is looked at."""
 
@@ -73,6 +73,10 @@ def _outcome(opened: Opened, case: Any, place: Path) -> bytes:
     except Exception as error:
         _tell(error, case, place)
         return FAULT
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
+        return PANIC
 
 
 def _tell(error: Exception, case: Any, place: Path) -> None:

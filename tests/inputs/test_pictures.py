@@ -172,9 +172,24 @@ def test_ink_that_white_paper_hides_is_told(caplog: pytest.LogCaptureFixture) ->
     assert caplog.text == "", "white and opaque is only white"
 
 
-def test_twelve_bits_in_sixteen_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    load_image(FORMS["grey12_in_16"](), "the scan")
-    assert "the scan holds 16-bit values of at most 4080: they are read as 0 to 4095" in caplog.text
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (FORMS["grey12_in_16"], "16-bit values of at most 4080: they are read as 0 to 4095"),
+        (lambda: array(grey(np.uint16) * 64), "16-bit values of at most 16320: they are read as 0"),
+        (lambda: array(grey(np.int32) * 4), "32-bit values of at most 1020: they are read as 0 to"),
+        (
+            lambda: array(grey(np.float32) * (100 / 255)),
+            "float values of at most 100: they are read as 0 to 255",
+        ),
+    ],
+    ids=["12_in_16", "14_in_16", "10_in_32", "percent"],
+)
+def test_values_that_leave_their_range_half_empty_are_told(
+    data: Callable[[], bytes], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_image(data(), "the scan")
+    assert f"the scan holds {told}" in caplog.text
 
 
 @pytest.mark.parametrize(

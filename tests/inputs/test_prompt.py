@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nvlm.inputs.prompt import ImageSlot, PromptFormat, build_prompt, images_first, tile_tags
+from nvlm.inputs.prompt import (
+    ImageSlot,
+    PromptFormat,
+    PromptPart,
+    build_prompt,
+    images_first,
+    tile_tags,
+)
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.program.errors import UserError
 from tests.reference import prompts, qwen_vocabulary
@@ -65,6 +73,51 @@ def test_token_ids_equal_the_published_template_tokenised_as_one_string(
     virtual = [token_id for token_id in prompt.token_ids if token_id >= VOCAB_SIZE]
     assert virtual == list(range(VOCAB_SIZE, VOCAB_SIZE + sum(num_tiles) * TOKENS_PER_TILE))
     assert prompt.num_virtual_tokens == len(virtual)
+
+
+@pytest.mark.parametrize(
+    ("prompt_format", "published"),
+    [("hf", prompts.hugging_face_conversation), ("megatron", prompts.megatron_conversation)],
+)
+def test_a_conversation_of_five_turns_is_the_published_template_filled_by_hand(
+    prompt_format: PromptFormat,
+    published: Callable[..., list[int]],
+    tokenizer: Tokenizer,
+    published_tokenizer: object,
+) -> None:
+    """Three pictures in two turns, answers that begin and end with white space, an empty one."""
+    turns = [
+        ("user", "<image>\nWhat is it?"),
+        ("assistant", " A cup.\n"),
+        ("user", "And? 日本語"),
+        ("assistant", "\nTwo\n\n"),
+        ("user", "First <image>, then <image>."),
+        ("assistant", ""),
+        ("user", "Well?"),
+        ("assistant", "No <tile_1> there."),
+        ("user", "Which is larger?"),
+    ]
+    num_tiles = [7, 1, 3]
+    expected = published(published_tokenizer, turns, num_tiles, TOKENS_PER_TILE, "Be brief.")
+    slots = map(ImageSlot, num_tiles)
+
+    def parts(words: str) -> list[PromptPart]:
+        first, *others = words.split("<image>")
+        return [first, *(part for words in others for part in (next(slots), words))]
+
+    *history, (_, question) = [(role, parts(words)) for role, words in turns]
+    prompt = build_prompt(
+        question,
+        tokenizer,
+        tokens_per_tile=TOKENS_PER_TILE,
+        vocab_size=VOCAB_SIZE,
+        system="Be brief.",
+        history=history,  # type: ignore[arg-type]
+        prompt_format=prompt_format,
+    )
+    assert as_published(prompt.token_ids) == expected
+    virtual = [token_id for token_id in prompt.token_ids if token_id >= VOCAB_SIZE]
+    assert virtual == list(range(VOCAB_SIZE, VOCAB_SIZE + 11 * TOKENS_PER_TILE))
 
 
 def test_the_hf_boundary_merges_image_and_tile_tags() -> None:

@@ -105,3 +105,21 @@ def test_a_tokenizer_that_loses_text_is_refused(model_dir: Path, tmp_path: Path)
 
     with pytest.raises(UserError, match="loses text"):
         Tokenizer(changed_tokenizer(tmp_path, model_dir, without_spaces))
+
+
+def test_a_panic_of_the_library_is_an_error_of_the_file(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stops a library in Rust is a BaseException; Control-C stays what it is."""
+
+    class PanicException(BaseException):
+        pass
+
+    for error, expected in ((PanicException("x"), UserError), (KeyboardInterrupt(), None)):
+
+        def fail(*_: Any, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(TokenizersTokenizer, "from_str", fail)
+        with pytest.raises(expected or KeyboardInterrupt):
+            Tokenizer(model_dir)

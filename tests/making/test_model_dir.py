@@ -79,8 +79,14 @@ def gguf(root: Path) -> Path:
     return root
 
 
+def nameless_adapter(root: Path) -> Path:
+    (root / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return root
+
+
 OTHERS: dict[str, tuple[Callable[[Path], Path | str], tuple[str, ...]]] = {
     "adapter": (adapter, ("LoRA adapter", "for nvidia/NVLM-D-72B", "merge_and_unload")),
+    "nameless_adapter": (nameless_adapter, ("LoRA adapter (adapter_config.json), expected",)),
     "pickled": (pickled, ("pytorch_model-00001-of-00002.bin holds pickled", "safetensors")),
     "gguf": (gguf, ("GGUF file", "llama.cpp", "model*.safetensors")),
     "gguf_file": (lambda root: gguf(root) / "nvlm-q4.gguf", ("GGUF file", "in a folder")),

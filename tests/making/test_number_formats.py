@@ -22,7 +22,7 @@ from runtime.engine.engine_dir import EngineDir
 from tests.conftest import BF16, CPU, Workshop
 from tests.support.tolerances import FP8_LOGITS, relative_error
 
-PROMPT = SequenceStep(list(range(40, 60)), 0, [0], None, True)
+PROMPT = SequenceStep(list(range(40, 60)), 0, [0], None, 1)
 
 
 class Int8(NumberFormat):

@@ -21,8 +21,8 @@ from tests.support.tolerances import FP8_FLIPPED, relative_error
 
 CPU = torch.device("cpu")
 NUM_BLOCKS, MAX_SEQ_LEN = 8, 128
-PROMPT = SequenceStep([7 * i % 500 for i in range(40)], 0, [3, 0], None, True)
-TOKENS = [SequenceStep([5 * i], 40 + i, [3, 0], None, True) for i in range(3)]
+PROMPT = SequenceStep([7 * i % 500 for i in range(40)], 0, [3, 0], None, 1)
+TOKENS = [SequenceStep([5 * i], 40 + i, [3, 0], None, 1) for i in range(3)]
 
 
 class Adding:

@@ -37,7 +37,7 @@ class SendingModel:
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         self._send(steps)
         return torch.randn(
-            sum(step.wants_logits for step in steps), VOCAB_SIZE, generator=self._generator
+            sum(step.num_logits for step in steps), VOCAB_SIZE, generator=self._generator
         )
 
     def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ def test_decoded_is_sent_over_random_batches(
 
 
 def step(blocks: list[int], position: int, token_id: int = 7) -> SequenceStep:
-    return SequenceStep([token_id], position, blocks, None, True)
+    return SequenceStep([token_id], position, blocks, None, 1)
 
 
 def test_a_step_taken_once_more_and_a_sequence_left_out_travel_as_rows() -> None:

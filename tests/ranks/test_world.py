@@ -117,6 +117,15 @@ def test_torchrun_is_refused_by_name_unless_it_started_one() -> None:
     assert World.from_environment(torchrun(1, 0)).size == 1
     assert World.from_environment({**torchrun(4, 2), **mpich(4, 2, 4, 2)}).rank == 2
     assert World.from_environment({"WORLD_SIZE": "4"}).size == 1, "left by something else"
+    assert World.from_environment({"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": ""}).size == 1
+    with pytest.raises(UserError, match=r"launcher of torch\.distributed\) started 2 processes"):
+        World.from_environment({"WORLD_SIZE": "2", "RANK": "0"})  # a pod of Kubeflow's
+
+
+def test_mvapichs_variables_are_read() -> None:
+    names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    values = dict(zip((f"MV2_COMM_WORLD_{name}" for name in names), "4321", strict=True))
+    assert World.from_environment({**values, "MV2_COMM_WORLD_LOCAL_RANK": "1"}) == World(4, 3, 2, 1)
 
 
 def test_a_rank_that_cannot_reach_the_first_one_says_where_it_looked() -> None:

@@ -5,7 +5,8 @@ at each image position. Source: chat() of modeling_nvlm_d.py and the template ch
 conversation.py in nvidia/NVLM-D-72B; run_text_generation.py in Megatron-LM's examples/multimodal
 and its MultimodalTokenizer, at branch NVLM-1.0. As in the originals, special tokens in the question
 are parsed; the product deliberately differs there.
-A question may hold `<image>` once per image, in order; without one the images come first.
+A question may hold `<image>` once per image, in order; without one the images come first. A
+conversation holds it in the user's turns.
 """
 
 from pathlib import Path
@@ -72,6 +73,47 @@ def megatron(
     )
     pads = [tokenizer.convert_tokens_to_ids(PAD)] * tokens_per_tile
     before, *after = text.split(IMAGE)
+    out = _ids(tokenizer, before)
+    for n, piece in zip(num_tiles, after, strict=True):
+        for tag in tile_tags(n):
+            out += _ids(tokenizer, tag) + pads
+        out += _ids(tokenizer, piece)
+    return out
+
+
+def hugging_face_conversation(
+    tokenizer: PreTrainedTokenizerFast,
+    turns: list[tuple[str, str]],
+    num_tiles: list[int],
+    tokens_per_tile: int,
+    system: str = DEFAULT_SYSTEM,
+) -> list[int]:
+    """chat() with a history: turns are (user, its words), (assistant, its words), ..."""
+    text = f"<|im_start|>system\n{system}<|im_end|>"
+    for role, words in turns:
+        text += f"<|im_start|>{role}\n{words}<|im_end|>"
+    text += "<|im_start|>assistant\n"
+    assert text.count(IMAGE) == len(num_tiles)
+    for n in num_tiles:
+        tiles = "".join(tag + PAD * tokens_per_tile for tag in tile_tags(n))
+        text = text.replace(IMAGE, f"<Image>{tiles}</Image>", 1)
+    return _ids(tokenizer, text)
+
+
+def megatron_conversation(
+    tokenizer: PreTrainedTokenizerFast,
+    turns: list[tuple[str, str]],
+    num_tiles: list[int],
+    tokens_per_tile: int,
+    system: str = DEFAULT_SYSTEM,
+) -> list[int]:
+    """Qwen2's chat template, a newline after each turn, over Megatron's image tokens."""
+    text = f"<|im_start|>system\n{system}<|im_end|>\n"
+    for role, words in turns:
+        text += f"<|im_start|>{role}\n{words}<|im_end|>\n"
+    text += "<|im_start|>assistant\n"
+    pads = [tokenizer.convert_tokens_to_ids(PAD)] * tokens_per_tile
+    before, *after = text.replace(IMAGE, f"<Image>{IMAGE}</Image>").split(IMAGE)
     out = _ids(tokenizer, before)
     for n, piece in zip(num_tiles, after, strict=True):
         for tag in tile_tags(n):

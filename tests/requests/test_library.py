@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nvlm.inputs.images import load_image
+from nvlm.inputs.images import PictureRules, load_image
 from nvlm.program.errors import UserError
 from runtime.requests.sampling import SamplingParams
 from runtime.requests.types import GenerationRequest
@@ -64,10 +64,19 @@ def test_sampling_settings_are_given_by_their_names() -> None:
     [
         ({"max_tokens": 5}, "no setting 'max_tokens', .*; did you mean 'max_new_tokens'?"),
         ({"temprature": 1.0}, "did you mean 'temperature'?"),
-        ({"beams": 4}, "no setting 'beams', expected one of end_ids, "),
+        ({"beams": 4}, "no setting 'beams', expected one of bad_words, "),
         ({"temperature": "hot"}, "temperature is 'hot', expected a number, 0 "),
         ({"temperature": -1.0}, "temperature is -1.0, expected 0 "),
         ({"top_k": 1.5}, "top_k is 1.5, expected a number, 0 "),
+        ({"image": "a.png"}, "no setting 'image', .*; did you mean 'images'?"),
+        ({"system": None}, "system is None, expected a str"),
+        ({"prompt_format": "chatml"}, "prompt_format is 'chatml', expected 'hf' or 'megatron'"),
+        ({"max_num_tiles": "2"}, "max_num_tiles is '2', expected a whole number"),
+        ({"stop": ["end", 3]}, r"stop is \('end', 3\), expected a str or several"),
+        ({"end_ids": ["5"]}, "end_ids is .*, expected token ids, whole numbers"),
+        ({"sampling": {"temperature": 1.0}}, "sampling is {'temperature': 1.0}, expected Sampl"),
+        ({"pictures": 2}, "pictures is 2, expected PictureRules"),
+        ({"page": "2"}, "page is '2', expected a number from 1 or \"all\""),
     ],
 )
 def test_a_setting_that_is_none_is_refused_by_name(settings: dict[str, Any], told: str) -> None:
@@ -75,8 +84,23 @@ def test_a_setting_that_is_none_is_refused_by_name(settings: dict[str, Any], tol
         GenerationRequest.images_first("q", **settings)
 
 
+def test_a_page_and_end_ids_are_given_as_they_come() -> None:
+    request = GenerationRequest.images_first("q", "a.pdf", page=2, end_ids=5)
+    assert request.pictures == PictureRules(page=2)
+    assert request.end_ids == {5}
+    assert GenerationRequest.images_first("q", page="all", end_ids=[5, 6]).end_ids == {5, 6}
+
+
+@pytest.mark.parametrize("data", [bytearray(b"file"), memoryview(b"file")])
+def test_bytes_of_any_kind_are_one_picture(data: Any) -> None:
+    assert content_of(data) == (b"file", "\n", "What?")
+    assert GenerationRequest.images_first("What?", data).content == content_of(data)
+
+
 @pytest.mark.parametrize(
-    "image", [3, {"a.png": 1}, [["a.png"]], torch.zeros(3, 3), object()], ids=lambda i: str(type(i))
+    "image",
+    [3, {"a.png": 1}, [["a.png"]], torch.zeros(3, 3), object(), io.BytesIO(b"a\nb")],
+    ids=lambda i: str(type(i)),
 )
 def test_what_is_neither_text_nor_an_image_is_refused(image: Any) -> None:
     with pytest.raises(UserError, match=r"^a question holds a \w+, expected text or an image"):
@@ -137,12 +161,31 @@ def test_what_generate_cannot_mean_is_refused(runner: Runner) -> None:
         runner.generate(whole, max_new_tokens=3)
     with pytest.raises(UserError, match="images is given beside a whole"):
         runner.generate(whole, "a.png")
-    with pytest.raises(UserError, match="a batch is a list of questions, found one"):
-        list(runner.generate_batch("What?"))
+    for one in ("What?", whole):
+        with pytest.raises(UserError, match="a batch is a list of questions, found one"):
+            list(runner.generate_batch(one))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="max_new_tokens is True, expected 1 or more"):
+        runner.generate("What?", max_new_tokens=True)
     with pytest.raises(UserError, match="max_new_tokens is '3', expected 1 or more"):
         runner.generate("What?", max_new_tokens="3")
 
 
 def test_a_device_that_is_none_is_refused(float32_engine_dir: Path) -> None:
-    with pytest.raises(UserError, match="device is 'gpu', expected 'auto', 'cpu' or 'cuda'"):
-        Runner.open(float32_engine_dir, "gpu")
+    for device in ("gpu", "mps", "meta", torch.device("meta"), None, 0):
+        with pytest.raises(UserError, match=r"device is .*, expected 'auto', 'cpu' or"):
+            Runner.open(float32_engine_dir, device)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_told(float32_engine_dir: Path) -> None:
+    for device in ("cuda", "cuda:0", torch.device("cuda", 0)):
+        with pytest.raises(UserError, match="torch sees no CUDA GPU; use --device cpu"):
+            Runner.open(float32_engine_dir, device)
+
+
+def test_a_runner_may_be_closed_twice(float32_engine_dir: Path) -> None:
+    with Runner.open(float32_engine_dir, "cpu") as runner:
+        runner.close()
+    runner.close()
+    with pytest.raises(UserError, match="this runner is closed"):
+        runner.generate("What?")

@@ -39,8 +39,10 @@ def test_a_data_or_file_url_is_the_picture_itself(
     for name in (
         data_url(photo),
         data_url(photo).replace("data:", "DATA:", 1),
+        data_url(photo).replace(";base64,", ";name=a.png; base64, ", 1),
+        data_url(photo).replace("+", "%2B").replace("/", "%2F").replace("=", "%3D"),
         photo.as_uri(),
-        photo.as_uri().replace("file:///", "file://localhost/"),
+        photo.as_uri().replace("file:///", "file://LocalHost/"),
         photo.as_uri().replace("file:///", "file:/"),
         spaced.as_uri(),
     ):
@@ -83,6 +85,10 @@ def test_another_picture_in_a_data_url_is_another_request(
         ("file:///a.png?size=2", "%3F and %23"),
         ("data:image/svg+xml,%3Csvg/%3E", "is not base64, expected data:image/png;base64"),
         ("data:image/png;base64,####", "an image is not base64"),
+        ("data:image/png;base64,_-8=", "expected letters, digits, + and /"),
+        ("data:image/png;base64,QUJ", "(Incorrect padding), expected"),
+        ("data:image/png;base64", "is not base64, expected data:image/png;base64"),
+        ("QUJD" * 200, "image QUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJD... (800 characters) is base64"),
     ],
 )
 def test_what_is_not_here_is_told_what_helps(name: str, told: str) -> None:

@@ -25,7 +25,7 @@ from tests.support.command import ROOT
 
 TABLE = "runtime.requests.sampling"
 READERS = ("runtime", "frontends", "evaluation", "run")
-LAST_ROW = "    seed: int = _row("
+LAST_ROW = "    seed: int | None = _row("
 NEW_ROW = """    crispness: float = _row(
         0.5,
         minimum=0.0,

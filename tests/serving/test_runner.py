@@ -249,5 +249,6 @@ def test_a_gpu_that_is_not_the_current_one_is_refused(
     float32_engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=r"cuda:1 is not .* current GPU \(cuda:0\); .*DEVICES=1"):
         Runner.open(float32_engine_dir, torch.device("cuda:1"))

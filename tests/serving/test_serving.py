@@ -19,6 +19,7 @@ from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderRequest, StepOutput
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
+from runtime.serving.encoded_pictures import EncodedPictures
 from runtime.serving.loop import BusyError
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
@@ -31,6 +32,12 @@ WAIT_S = 30
 @pytest.fixture(scope="module")
 def runner(float32_engine_dir: Path) -> Runner:
     return Runner.open(float32_engine_dir, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def pictures_are_new(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test encodes its own."""
+    monkeypatch.setattr(runner, "_encoded", EncodedPictures())
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
+from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor, triton_to_np_dtype
 
 # The server is this machine's, whatever http_proxy says.
 _OPTIONS = [
@@ -61,6 +61,8 @@ def to_request(
         if isinstance(value, torch.Tensor):
             datatype = _DATATYPES[value.dtype]
             raw = value.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        elif value.dtype == np.object_:
+            datatype, raw = "BYTES", serialize_byte_tensor(value).item()
         else:
             datatype, raw = np_to_triton_dtype(value.dtype), value.tobytes()
         request.inputs.add(name=name, datatype=datatype, shape=value.shape)

@@ -59,7 +59,7 @@ class TritonPythonModel:
         self._server.runner.close()
 
     def _accept(self, request: Any) -> None:
-        sender = request.get_response_sender()
+        sender, runner = request.get_response_sender(), self._server.runner
         self._num_requests += 1
         name = repr(request.request_id()) if request.request_id() else f"#{self._num_requests}"
         try:
@@ -72,7 +72,7 @@ class TritonPythonModel:
                 raise UserError(
                     "stream is true, but this server was started with --unary; leave it out"
                 )
-            asked = read_request(tensors, self._server.runner.engine.limits)
+            asked = read_request(tensors, runner.engine.limits, runner.tokenizer.encode)
             self._wait_for_place(sender)
             ticket = self._server.submit(asked, lambda answer: self._delivery.put(client, answer))
         except Exception as error:

@@ -17,9 +17,14 @@ from frontends.triton.models.channel import (
     to_arrays,
     to_request,
 )
-from frontends.triton.tensorrt_llm import new_token_ids, request_tensors
+from frontends.triton.tensorrt_llm import new_tokens, request_tensors
 from nvlm.model.dtypes import TORCH_DTYPES
-from runtime.decoder.executor import DecoderRequest, StepOutput, check_request
+from runtime.decoder.executor import (
+    DecoderRequest,
+    StepOutput,
+    TokenLogprobs,
+    check_request,
+)
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.types import FinishReason
 
@@ -94,28 +99,30 @@ class RemoteDecoderExecutor:
         num_left = min(request.max_new_tokens, room)
         dtype = TORCH_DTYPES[self._config.dtype]
         tensors = request_tensors(request, num_left, self._config.decoder.vocab_size, dtype)
-        outputs = ("output_ids", "sequence_length")
+        outputs: tuple[str, ...] = ("output_ids", "sequence_length")
+        if request.sampling.logprobs:
+            outputs += ("output_log_probs",)
         asked = to_request("tensorrt_llm", tensors, outputs, str(request_id))
         call = self._channel.stub.ModelStreamInfer(iter([asked]))
         with self._lock:
             self._calls[request_id] = call
         if request_id not in self._open:  # cancelled before there was anything to cancel
             call.cancel()
-        for token_id in _token_ids(call):
+        for token_id, logprobs in _tokens(call):
             if token_id in request.stop_ids:
                 call.cancel()
                 break
             num_left -= 1
             reason: FinishReason | None = "length" if num_left == 0 else None
-            yield StepOutput(request_id, token_id, reason)
+            yield StepOutput(request_id, token_id, reason, logprobs=logprobs)
         if num_left:
             yield StepOutput(request_id, None, "stop")
 
 
-def _token_ids(call: Any) -> Iterator[int]:
+def _tokens(call: Any) -> Iterator[tuple[int, TokenLogprobs | None]]:
     for answer in call:
         if answer.error_message:
             raise RemoteError(answer.error_message)
         outputs = to_arrays(answer.infer_response)
         if outputs:  # the last response may hold nothing
-            yield from new_token_ids(outputs)
+            yield from new_tokens(outputs)

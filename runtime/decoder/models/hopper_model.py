@@ -27,7 +27,7 @@ from runtime.decoder.models.hopper_attention import (
 )
 from runtime.decoder.models.hopper_weights import HopperWeights
 from runtime.decoder.models.kv_cache import PagedKVCache
-from runtime.decoder.models.step import SequenceStep
+from runtime.decoder.models.step import SequenceStep, logit_rows
 
 _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, MAX_GRAPH_ROWS + 1, 32))
 _ROWS_WITHOUT_CONTEXT = 2  # whose attention reads so little that the memory has time
@@ -128,7 +128,7 @@ class HopperModel:
             blocks = [[self._padding_block] * num_blocks_for(count) for count in counts]
             self._prefill(
                 [
-                    SequenceStep([0] * count, 0, blocks_of, None, True)
+                    SequenceStep([0] * count, 0, blocks_of, None, 1)
                     for count, blocks_of in zip(counts, blocks, strict=True)
                 ]
             )
@@ -181,11 +181,10 @@ class HopperModel:
         hidden = torch.cat([self._embed(step) for step in ordered])
         attention = attention_of(self._attention, ordered, num_decoding, positions, slots)
         normed = self._layers(hidden, attention)
-        ends = torch.tensor(counts).cumsum(0) - 1
-        last_rows = torch.empty_like(ends)
-        last_rows[torch.tensor(order)] = ends  # in the steps' own order
-        last_rows = last_rows[torch.tensor([step.wants_logits for step in steps])].to(device)
-        return self._forms.head(normed[last_rows], self._weights.lm_head)
+        rows = logit_rows(ordered).split([step.num_logits for step in ordered])
+        places = {place: i for i, place in enumerate(order)}
+        in_order = torch.cat([rows[places[i]] for i in range(len(steps))])  # the steps' own order
+        return self._forms.head(normed[in_order.to(device)], self._weights.lm_head)
 
     def _embed(self, step: SequenceStep) -> torch.Tensor:
         token_ids = torch.tensor(step.token_ids).to(self._device, non_blocking=True)
@@ -227,4 +226,4 @@ def _padded(num_rows: int) -> int:
 
 def _decodes(step: SequenceStep) -> bool:
     """One token that no prompt table holds, and whose logits are wanted."""
-    return len(step.token_ids) == 1 and step.prompt_table is None and step.wants_logits
+    return len(step.token_ids) == step.num_logits == 1 and step.prompt_table is None

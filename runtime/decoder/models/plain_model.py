@@ -11,7 +11,7 @@ import torch
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.decoder import causal_attention, embed, rms_norm, rope_tables
 from runtime.decoder.models.kv_cache import PagedKVCache
-from runtime.decoder.models.step import SequenceStep
+from runtime.decoder.models.step import SequenceStep, logit_rows
 from runtime.decoder.models.torch_weights import DecoderWeights
 
 
@@ -57,9 +57,7 @@ class PlainModel:
         attention = PagedAttention(self._cache, steps, slots)
         for index, layer in enumerate(weights.layers):
             hidden = layer(hidden, cos, sin, attention, index)
-        ends = torch.tensor(counts).cumsum(0) - 1
-        last_rows = ends[torch.tensor([step.wants_logits for step in steps])]
-        hidden = hidden[last_rows.to(self._device)]
+        hidden = hidden[logit_rows(steps).to(self._device)]
         normed = rms_norm(hidden, weights.final_norm, decoder.rms_norm_eps)
         logits: torch.Tensor = weights.lm_head(normed)
         return logits

@@ -13,13 +13,13 @@ from runtime.decoder.scheduler import Sequence
 @dataclass(slots=True)
 class SequenceStep:
     """`token_ids` run at positions first_position, ...; `prompt_table` only while they are the
-    prompt's, for only the prompt holds virtual tokens. wants_logits: of the last token."""
+    prompt's, for only the prompt holds virtual tokens. num_logits: of so many tokens, the last."""
 
     token_ids: list[int]
     first_position: int
     blocks: list[int]
     prompt_table: torch.Tensor | None
-    wants_logits: bool
+    num_logits: int
 
     @classmethod
     def of(cls, sequence: Sequence) -> SequenceStep:
@@ -30,7 +30,7 @@ class SequenceStep:
             sequence.num_cached,
             sequence.blocks,
             table,
-            sequence.is_last_chunk,
+            sequence.num_logits,
         )
 
     @property
@@ -38,11 +38,21 @@ class SequenceStep:
         return self.first_position + len(self.token_ids)
 
 
+def logit_rows(steps: list[SequenceStep]) -> torch.Tensor:
+    """Which of the steps' tokens, one after the other, give logits: [n] int64."""
+    rows: list[int] = []
+    end = 0
+    for step in steps:
+        end += len(step.token_ids)
+        rows += range(end - step.num_logits, end)
+    return torch.tensor(rows, dtype=torch.int64)
+
+
 class DecoderModel(Protocol):
     """Weights and KV cache on one device. Knows neither requests nor sampling."""
 
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
-        """Runs every sequence's tokens; float32 logits [those that want them, vocab_size], valid
+        """Runs every sequence's tokens; float32 logits [those that are wanted, vocab_size], valid
         until the next call. On a rank of several: the columns of its part of the vocabulary."""
         ...
 

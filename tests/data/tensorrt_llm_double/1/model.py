@@ -13,9 +13,12 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
+from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.model.dtypes import TORCH_DTYPES
 from runtime.decoder.executor import DecoderRequest, create_decoder_executor
+from runtime.decoder.guidance import Guidance
 from runtime.engine.engine_dir import EngineDir
+from runtime.requests.guide import Guide
 from runtime.requests.sampling import SamplingParams
 
 NUMPY = {
@@ -23,11 +26,15 @@ NUMPY = {
     "TYPE_FP32": np.float32,
     "TYPE_UINT64": np.uint64,
     "TYPE_BOOL": np.bool_,
+    "TYPE_STRING": np.object_,
 }
 CANCELLATION_CHECK_PERIOD_S = 0.05
 REFUSED_TEMPERATURE = 99.0  # an error on demand
 REQUIRED = {"input_ids", "input_lengths", "request_output_len", "end_id", "pad_id", "streaming"}
 SAMPLING = {"runtime_top_k", "runtime_top_p", "temperature", "seed"}
+PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"}
+WORDS = {"bad_words_list", "embedding_bias", "return_log_probs"}
+GUIDE = {"guided_decoding_guide_type", "guided_decoding_guide"}
 TABLE = {"prompt_embedding_table", "prompt_vocab_size", "prompt_table_extra_ids"}
 
 
@@ -40,6 +47,7 @@ class TritonPythonModel:
         engine = EngineDir.read(llm_dir.parent)
         self._decoder_config = engine.checkpoint_config.decoder
         self._dtype = TORCH_DTYPES[engine.checkpoint_config.dtype]
+        self._guidance = self._read_tokenizer_info(config["parameters"], engine)
         self._executor = create_decoder_executor(engine, torch.device("cpu"))
         self._senders = {}  # by the executor's request id
         self._next_check = 0.0
@@ -47,6 +55,17 @@ class TritonPythonModel:
         self._is_closing = False
         self._thread = threading.Thread(target=self._loop)
         self._thread.start()
+
+    def _read_tokenizer_info(self, parameters, engine):
+        """The double of xgrammar reads the engine's own tokenizer, once the file agrees with it."""
+        assert parameters["guided_decoding_backend"]["string_value"] == "xgrammar"
+        path = parameters["xgrammar_tokenizer_info_path"]["string_value"]
+        info = json.loads(Path(path).read_text("utf-8"))
+        assert info.keys() == {"encoded_vocab", "tokenizer_str", "stop_token_ids"}
+        tokenizer = Tokenizer(engine.directory / "tokenizer")
+        assert len(info["encoded_vocab"]) == tokenizer.num_tokens
+        assert [info["encoded_vocab"][i] for i in info["stop_token_ids"]] == ["<|im_end|>"]
+        return Guidance(tokenizer, self._decoder_config.vocab_size)
 
     def finalize(self):
         with self._condition:
@@ -71,28 +90,48 @@ class TritonPythonModel:
         assert sampling.get("temperature") != REFUSED_TEMPERATURE, "the temperature"
         greedy = sampling["runtime_top_k"] == 1
         end_id = arrays["end_id"].item()
+        guide = self._guide(arrays)
+        others = {k: arrays[k].item() for k in PENALTIES & arrays.keys()}
+        if "embedding_bias" in arrays:
+            bias = arrays["embedding_bias"][0]
+            assert len(bias) == self._decoder_config.vocab_size
+            others["logit_bias"] = {int(i): float(bias[i]) for i in bias.nonzero()[0]}
+        others["logprobs"] = "return_log_probs" in arrays
         request_id = self._executor.submit(
             DecoderRequest(
                 arrays["input_ids"][0].tolist(),
                 arrays["request_output_len"].item(),
                 arrays.get("prompt_embedding_table"),
                 stop_ids=frozenset({end_id} if end_id >= 0 else ()),
-                sampling=SamplingParams()
+                sampling=SamplingParams(**others)
                 if greedy
                 else SamplingParams(
                     sampling["temperature"],
                     sampling["runtime_top_k"],
                     sampling["runtime_top_p"],
                     sampling["seed"],
+                    **others,
                 ),
+                bad_words=_words(arrays),
+                guide=guide,
+                compiled_guide=guide and self._guidance.compile(guide),
             )
         )
         self._senders[request_id] = sender
 
+    def _guide(self, arrays):
+        """By the names that the backend knows: it takes JSON lists and Lark for none of them."""
+        if "guided_decoding_guide_type" not in arrays:
+            return None
+        kind, text = (arrays[name].item().decode() for name in sorted(GUIDE, reverse=True))
+        assert kind in ("json_schema", "regex"), f"the guide type {kind}"
+        return Guide(kind, text)
+
     def _checked(self, tensors):
         names = set(tensors)
         assert names >= REQUIRED, f"{REQUIRED - names} is missing"
-        assert names <= REQUIRED | SAMPLING | TABLE, f"{names - REQUIRED - SAMPLING - TABLE}"
+        known = REQUIRED | SAMPLING | PENALTIES | WORDS | GUIDE | TABLE
+        assert names <= known, f"{names - known}"
         assert not names & TABLE or names >= TABLE, "half a prompt table"
         arrays = {}
         for name, tensor in tensors.items():
@@ -103,7 +142,7 @@ class TritonPythonModel:
                 continue
             array = tensor.as_numpy()
             assert array.dtype == NUMPY[self._types[name]], f"{name} is {array.dtype}"
-            assert array.ndim == 2, f"{name} is {array.shape}"
+            assert array.ndim == 2 + (name == "bad_words_list"), f"{name} is {array.shape}"
             assert len(array) == 1, f"{name} is {array.shape}"
             arrays[name] = array
         ids = arrays["input_ids"][0]
@@ -132,14 +171,14 @@ class TritonPythonModel:
                     sender = self._senders[output.request_id]
                     if output.token_id is not None:
                         ids = np.array([[[output.token_id]]], np.int32)
-                        sender.send(
-                            pb_utils.InferenceResponse(
-                                [
-                                    pb_utils.Tensor("output_ids", ids),
-                                    pb_utils.Tensor("sequence_length", np.ones((1, 1), np.int32)),
-                                ]
-                            )
-                        )
+                        tensors = [
+                            pb_utils.Tensor("output_ids", ids),
+                            pb_utils.Tensor("sequence_length", np.ones((1, 1), np.int32)),
+                        ]
+                        if output.logprobs is not None:
+                            told = np.array([[[output.logprobs.logprob]]], np.float32)
+                            tensors.append(pb_utils.Tensor("output_log_probs", told))
+                        sender.send(pb_utils.InferenceResponse(tensors))
                     if output.finish_reason is not None:
                         del self._senders[output.request_id]
                         self._send(sender)
@@ -161,3 +200,13 @@ class TritonPythonModel:
             sender.send(flags=final)
         else:
             sender.send(pb_utils.InferenceResponse(error=error), flags=final)
+
+
+def _words(arrays):
+    """[1, 2, n]: ids one after the other, and where each word ends."""
+    if "bad_words_list" not in arrays:
+        return ()
+    ids, ends = arrays["bad_words_list"][0].tolist()
+    ends = [end for end in ends if end >= 0]
+    assert ends[-1] == len(ids), "the last word ends with the ids"
+    return tuple(tuple(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False))
