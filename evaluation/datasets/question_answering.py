@@ -115,7 +115,7 @@ def read_vqa_v2(location: Location) -> DataSet:
             image = _coco_name(field(record, "image_id", (int, str)), str(subtype))
             question_id = field(record, "question_id", (int, str))
             if annotations and question_id not in annotations:
-                raise RecordError(f"has question_id {question_id}, which has no annotation")
+                raise RecordError(f"has question_id {shown(question_id)}, which has no annotation")
             answer = annotations.get(question_id, HIDDEN)
         except RecordError as error:
             return error

@@ -185,6 +185,8 @@ def _asked(given: dict[str, Any], folder: Path) -> Conversation:
         return conversation(given["messages"], images, source, has_system="system" in given)
     if isinstance(prompt, str):
         return {"content": question(prompt, images)}
+    if prompt == []:
+        raise UserError("prompt is [], expected one or more parts")
     if isinstance(prompt, list) and images:
         raise UserError("images stands beside a prompt of parts; put them into the parts")
     return {"content": parts(prompt, "prompt", source)}

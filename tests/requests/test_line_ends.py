@@ -44,3 +44,10 @@ def test_a_message_quotes_two_hundred_characters_of_a_value(tmp_path: Path) -> N
     for line in read_requests(path, DEFAULTS):
         assert isinstance(line.request, UserError)
         assert len(str(line.request)) < 800
+
+
+def test_a_prompt_of_no_parts_is_its_lines_error(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_text('{"prompt": []}')
+    (line,) = read_requests(path, DEFAULTS)
+    assert "prompt is [], expected one or more parts" in str(line.request)
