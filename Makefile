@@ -26,13 +26,15 @@ SERVE_FLAGS ?=
 # More flags of build_engine.py, as BUILD_FLAGS="--max_batch_size 16 --optimize_for latency".
 BUILD_FLAGS ?=
 
+MINUTES ?= 10
+
 DEMO := work/demo
 # `make serve` without ENGINE_DIR serves the small trained model.
 SERVES_DEMO := $(filter file,$(origin ENGINE_DIR))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-test setup-serving setup-triton setup-clients demo engine doctor serve triton check test test-all durations \
-	lint benchmark soak clean
+	lint benchmark soak fuzz clean
 
 help:
 	@echo "make demo        set up, convert, build, and read pictures with the small trained model on the CPU"
@@ -45,6 +47,7 @@ help:
 	@echo "make doctor      what can be built and run here, and what is missing for the rest"
 	@echo "make setup [DEVICE=cuda]   the environment: for any CPU, or for a GPU without NVIDIA's container"
 	@echo "make soak [MINUTES=10]   load and deaths on real servers"
+	@echo "make fuzz [MINUTES=10]   damaged files and requests of every kind, counted"
 	@echo "make test-all | durations | lint | benchmark | clean"
 
 # A stamp per requirements file: installing again is a no-op until the file changes.
@@ -150,6 +153,10 @@ soak: setup-test
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 	@$(RUN) -m tools.demo --engine_only
 	@$(RUN) -m bench.serving.soak --engine_dir $(DEMO)/engine --minutes $(MINUTES)
+
+# Damaged files and requests of every kind, for some minutes on two cores: docs/reliability.md.
+fuzz: setup-test
+	$(BIN)/python -m tests.fuzz.campaign --minutes $(MINUTES) --output work/fuzz.json
 
 lint: setup-test
 	$(BIN)/ruff check .

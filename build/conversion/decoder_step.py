@@ -22,7 +22,7 @@ from build.conversion.output_files import OutputFiles
 from build.conversion.output_folder import LayerParts, OutputFolder, Rows
 from build.conversion.quantization.cast import amax, cast, row_blocks
 from build.conversion.quantization.layer_tensors import LayerTensors
-from build.conversion.quantization.scales import report_linears, scaled_anew
+from build.conversion.quantization.scales import check_cached, report_linears, scaled_anew
 from build.conversion.report.quantization_report import (
     AttentionReport,
     LinearReport,
@@ -44,7 +44,6 @@ from nvlm.formats.tensor_names import (
 from nvlm.model.decoder import DECODER_LINEARS, DecoderLayer, embed
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.number_formats import FP8, UNQUANTIZED, LinearScales, NumberFormat
-from nvlm.program.errors import UserError
 
 Run = Callable[[Read, OutputFiles], dict[str, Any]]
 
@@ -162,7 +161,7 @@ class DecoderStep:
             name = tensor.name.removesuffix(".weight")
             report = by_name.get(name)
             if cache is not None and report is not None and source == tensor.sources[0]:
-                _check_cached(report, layer.amax(tensor))
+                check_cached(report, layer.amax(tensor))
             return self._rows(layer.prefix + source, layer.pop(source), scales.get(name))
 
         self.folder.write_layer(out, LayerParts(i, rows, scales, attention))
@@ -207,11 +206,3 @@ class DecoderStep:
                     yield self.config.weight_format.quantize(rows, scales.weight)
 
         return Rows(blocks(), len(published))
-
-
-def _check_cached(report: LinearReport, amax: float) -> None:
-    if amax != report.weight_amax:
-        raise UserError(
-            f"--calib_cache is of other weights or another --dtype: {report.linear} has amax "
-            f"{amax}, the cache says {report.weight_amax}; calibrate again"
-        )

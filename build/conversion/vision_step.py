@@ -22,7 +22,7 @@ from build.conversion.dummy_heads import without_dummy_heads
 from build.conversion.output_files import OutputFiles
 from build.conversion.output_folder import OutputFolder
 from build.conversion.quantization.cast import amax, cast
-from build.conversion.quantization.scales import report_linears, scaled_anew
+from build.conversion.quantization.scales import check_cached, report_linears, scaled_anew
 from build.conversion.report.quantization_report import (
     LinearReport,
     as_record,
@@ -111,12 +111,14 @@ class VisionStep:
     ) -> None:
         """Casts and writes a meta module's tensors, and fills it with them, widened to float32, if
         it is going to run."""
-        state = {}
+        state, known = {}, self._cached
         for key in module.state_dict():
             name = prefix + key
             tensor = cast(name, read(name), self.dtype)
             if self.config.num_dummy_heads == 0 and self.published.num_dummy_heads:
                 tensor = without_dummy_heads(name, tensor, self.config)
+            if cached := known.get(name.removesuffix(".weight")):
+                check_cached(cached, amax(tensor))
             write(name, tensor)
             if self.calibration.num_tiles:
                 state[key] = tensor.to(self.device, torch.float32)
@@ -133,6 +135,12 @@ class VisionStep:
             self.folder.write_vision(out, name, tensor, scales.get(name))
 
         return write
+
+    @property
+    def _cached(self) -> dict[str, LinearReport]:
+        """The rows of --calib_cache, by their linears."""
+        cache = self.calibration.cache
+        return {} if cache is None else {row.linear: row for row in cache.linears}
 
     def _run_embeddings(
         self, module: nn.Module, states: RowFile | None, read: Read, out: OutputFiles

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -164,14 +165,16 @@ def _clear(staging: Path) -> None:
 
 def _no_room(place: OutputPlace, error: OSError) -> UserError | None:
     """What to tell of a full disk, or of a file larger than may be; None for other errors."""
-    if error.errno == errno.EFBIG:
+    is_full, is_too_large = error.errno in _NO_SPACE, error.errno == errno.EFBIG
+    if error.errno is None:  # numpy's writer, for one, does not say so
+        is_full = shutil.disk_usage(place.staging).free < _LITTLE_SPACE_BYTES
+        most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        is_too_large = not is_full and most != resource.RLIM_INFINITY
+    if is_too_large:
         return UserError(
             f"{place.name} cannot be written: a file would be larger than its file system or "
             "`ulimit -f` allows; choose another disk or raise the limit"
         )
-    is_full = error.errno in _NO_SPACE
-    if error.errno is None:  # numpy's writer, for one, does not say so
-        is_full = shutil.disk_usage(place.staging).free < _LITTLE_SPACE_BYTES
     if not is_full:
         return None
     return UserError(f"the disk of {place.name} is full; free some space or choose another disk")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from nvlm.program.errors import UserError
 
 
@@ -39,5 +37,10 @@ def partition_bounds(
         return first, min(first + num_samples_per_partition, num_records)
     if num_partitions == 0:
         return 0, num_records
-    edges = [int(edge) for edge in np.linspace(0, num_records, num_partitions + 1)]
-    return edges[partition_id], edges[partition_id + 1]
+    first, end = (_edge(num_records, num_partitions, k) for k in (partition_id, partition_id + 1))
+    return first, end
+
+
+def _edge(num_records: int, num_partitions: int, k: int) -> int:
+    """`int(np.linspace(0, num_records, num_partitions + 1)[k])`, without the others."""
+    return num_records if k == num_partitions else int(k * (num_records / num_partitions))

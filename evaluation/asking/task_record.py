@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any
 
 from evaluation.datasets.sample import Location, SampleId
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.answers.run_record import (
     EngineId,
     RecordForm,
@@ -86,10 +86,10 @@ def _fault(values: dict[str, Any]) -> str | None:
     task = values["task"]
     gt_path, image_bytes = task["data"]["gt_path"], task.get("image_bytes", {})
     if not all(isinstance(path, str) for path in gt_path):
-        return f"has gt_path {gt_path!r}, expected a list of strings"
+        return f"has gt_path {shown(gt_path)}, expected a list of strings"
     for sample_id, num_bytes in image_bytes.items():
         if not isinstance(num_bytes, int) or isinstance(num_bytes, bool):
-            return f"has {sample_id} {num_bytes!r}, expected int"
+            return f"has {sample_id} {shown(num_bytes)}, expected int"
     if not 0 <= task["partition_id"] < task["num_partitions"] or task["num_samples"] < 0:
         return (
             f"is of partition {task['partition_id']} of {task['num_partitions']} with "

@@ -15,7 +15,7 @@ from evaluation.datasets.records import (
     string_list,
 )
 from evaluation.datasets.sample import DataSet, Location, Sample
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 _KEYS = ("id", "question", "image", "images", "answer", "answers")
 
@@ -31,13 +31,13 @@ def read_custom(location: Location) -> DataSet:
     def read(position: int, record: Record) -> Sample:
         question: str = field(record, "question", str)
         if unknown := [key for key in record if key not in _KEYS]:
-            raise RecordError(f"has {unknown[0]!r}, expected {', '.join(_KEYS)}")
+            raise RecordError(f"has {shown(unknown[0])}, expected {', '.join(_KEYS)}")
         images = _one_or_several(record, "image", "images", or_none=True)
         pictures = [find_image(location.image_dir, {"image": name}, "image") for name in images]
         content = [part for picture in pictures for part in (picture, "\n")]
         truths = _one_or_several(record, "answer", "answers")
         if not truths or not all(truth.strip() for truth in truths):
-            raise RecordError(f"has the answers {truths!r}, expected one or more")
+            raise RecordError(f"has the answers {shown(truths)}, expected one or more")
         sample_id = field(record, "id", (int, str)) if "id" in record else position + 1
         return Sample(sample_id, (*content, question), {"gt_answer": truths})
 
@@ -46,7 +46,7 @@ def read_custom(location: Location) -> DataSet:
 
 def _one_or_several(record: Record, one: str, several: str, *, or_none: bool = False) -> list[str]:
     if one in record and several in record:
-        raise RecordError(f"has {one!r} and {several!r}, expected one of them")
+        raise RecordError(f"has {shown(one)} and {shown(several)}, expected one of them")
     if several in record:
         return string_list(record, several)
     if one not in record and or_none:

@@ -8,7 +8,7 @@ from evaluation.datasets.parquet import ParquetFile, missing_files, parquet_file
 from evaluation.datasets.prompts import LETTERS, options_by_letter, with_options
 from evaluation.datasets.records import Record, RecordError, collect, field, string_list
 from evaluation.datasets.sample import DataSet, Location, Sample
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 DEFAULT_SPLIT = "testmini"
 
@@ -36,7 +36,7 @@ def _sample(_: int, record: Record) -> Sample:
         question = with_options(field(record, "question", str), choices)
         if answer:  # the test split hides it
             if answer not in choices:
-                raise RecordError(f"has answer {answer!r}, which is none of its choices")
+                raise RecordError(f"has answer {shown(answer)}, which is none of its choices")
             answer = LETTERS[choices.index(answer)]
     else:
         question = field(record, "query", str).replace("Hint: ", "")

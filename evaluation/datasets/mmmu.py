@@ -6,17 +6,17 @@ and every `<image k>` taken out of the text.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import re
 from typing import Any
 
+from evaluation.datasets.literal_list import literal_list
 from evaluation.datasets.parquet import ParquetFile, missing_files, parquet_files
 from evaluation.datasets.prompts import mmmu_multiple_choice, options_by_letter, short_answer
 from evaluation.datasets.records import Record, RecordError, collect, field
 from evaluation.datasets.sample import DataSet, Location, Sample
 from evaluation.scoring.mmmu import SUBJECTS, subject_of
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 DEFAULT_SPLIT = "validation"
 _IMAGE_MARK = re.compile(r"<image [0-7]>")
@@ -92,10 +92,7 @@ def _ground_truth(record: Record) -> str | list[str]:
 
 def _literal_list(record: Record, key: str) -> list[str]:
     text = field(record, key, str)
-    try:
-        values = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        values = None
-    if not isinstance(values, list):
-        raise RecordError(f"has {key} {text!r}, expected a list")
-    return [str(value) for value in values]
+    values = literal_list(text)
+    if values is None:
+        raise RecordError(f"has {key} {shown(text)}, expected a list")
+    return values

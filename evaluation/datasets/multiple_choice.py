@@ -19,6 +19,7 @@ from evaluation.datasets.records import (
     string_list,
 )
 from evaluation.datasets.sample import DataSet, Location, Sample
+from nvlm.program.errors import shown
 
 _OPTIONS = ("A", "B", "C", "D", "E", "F")
 AI2D = Packing("lmms-lab/ai2d", "image", {"question_id": ("index",)}, numbers=("question_id",))
@@ -53,7 +54,7 @@ def _multiple_choice(position: int, record: Record) -> Sample:
     options = _options(record)
     if options and truth.isdecimal():
         if int(truth) >= len(options):
-            raise RecordError(f"has answer {truth!r} and {len(options)} options")
+            raise RecordError(f"has answer {shown(truth)} and {len(options)} options")
         truth = LETTERS[int(truth)]
     question: str = field(record, "question", str)
     asked = with_options(question, options) if options else short_answer(question)
@@ -81,7 +82,7 @@ def read_realworld_qa(location: Location) -> DataSet:
         image = named_file(location.image_dir, record, "image")
         if not image.stem.isdecimal():
             name = record["image"]
-            raise RecordError(f"has image {name!r}, expected a number and an extension")
+            raise RecordError(f"has image {shown(name)}, expected a number and an extension")
         question, truth = _realworld_question(record)
         return Sample(int(image.stem), (image, "\n" + question), {"gt_answer": [truth]})
 

@@ -15,6 +15,7 @@ from evaluation.datasets.records import (
 )
 from evaluation.datasets.sample import DataSet, Location, Sample
 from evaluation.scoring.ocrbench import FORMULAS, FORMULAS_TYPE, TYPES
+from nvlm.program.errors import shown
 
 PACKING = Packing(
     "echo840/OCRBench",
@@ -34,9 +35,9 @@ def read_ocrbench(location: Location) -> DataSet:
         answers = field(record, "answers", (str, list))
         answers = [answers] if isinstance(answers, str) else string_list(record, "answers")
         if not (answers and all(answers)):  # nothing stands in every answer
-            raise RecordError(f"has answers {answers!r}, expected one or more")
+            raise RecordError(f"has answers {shown(answers)}, expected one or more")
         if (data_type := field(record, "type", str)) not in TYPES:
-            raise RecordError(f"has type {data_type!r}, expected one of {', '.join(TYPES)}")
+            raise RecordError(f"has type {shown(data_type)}, expected one of {', '.join(TYPES)}")
         return Sample(
             position,
             (

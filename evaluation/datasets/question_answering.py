@@ -27,7 +27,7 @@ from evaluation.datasets.records import (
     string_list,
 )
 from evaluation.datasets.sample import DataSet, Location, Sample
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.requests.messages import ImageSource
 
 HIDDEN = [""]
@@ -115,7 +115,7 @@ def read_vqa_v2(location: Location) -> DataSet:
             image = _coco_name(field(record, "image_id", (int, str)), str(subtype))
             question_id = field(record, "question_id", (int, str))
             if annotations and question_id not in annotations:
-                raise RecordError(f"has question_id {question_id}, which has no annotation")
+                raise RecordError(f"has question_id {shown(question_id)}, which has no annotation")
             answer = annotations.get(question_id, HIDDEN)
         except RecordError as error:
             return error
@@ -157,7 +157,7 @@ def _samples(
         answers = _answers(record, keys.answers)
         if keys.has_one_answer and (len(answers) != 1 or answers == HIDDEN):
             raise RecordError(
-                f"has {keys.answers} {record.get(keys.answers)!r}, expected one answer"
+                f"has {keys.answers} {shown(record.get(keys.answers))}, expected one answer"
             )
         return Sample(sample_id, (image, "\n" + question), {"gt_answer": answers})
 

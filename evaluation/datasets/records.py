@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.datasets.sample import DataSet, Sample
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.file_kinds import is_device
 from nvlm.program.jsonl import read_jsonl_lines
 
@@ -79,7 +79,7 @@ def field(record: Any, key: str, types: type | tuple[type, ...]) -> Any:
     value = record[key]
     if not isinstance(value, types) or isinstance(value, bool):
         names = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
-        raise RecordError(f"has {key} {value!r}, expected {names}")
+        raise RecordError(f"has {key} {shown(value)}, expected {names}")
     return value
 
 
@@ -87,14 +87,14 @@ def answer(record: Any, key: str) -> str:
     """The answer of a record; for benchmarks that hide none."""
     value: str = field(record, key, str)
     if not value.strip():
-        raise RecordError(f"has {key} {value!r}, expected an answer")
+        raise RecordError(f"has {key} {shown(value)}, expected an answer")
     return value
 
 
 def string_list(record: Any, key: str) -> list[str]:
     values = field(record, key, list)
     if not all(isinstance(value, str) for value in values):
-        raise RecordError(f"has {key} {values!r}, expected a list of strings")
+        raise RecordError(f"has {key} {shown(values)}, expected a list of strings")
     return list(values)
 
 
@@ -107,8 +107,8 @@ def named_file(folder: Path, record: Any, key: str) -> Path:
         path.stat()
     except (OSError, ValueError) as error:  # a null character, or half of a surrogate pair
         if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
-            shown = name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}..."
-            raise RecordError(f"has {key} {shown!r}, which no file can be named") from None
+            start = name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}..."
+            raise RecordError(f"has {key} {shown(start)}, which no file can be named") from None
     return path
 
 
@@ -127,7 +127,7 @@ def collect(
                 parts[-1].append(f"{where} {part}")
             elif part.id in places:
                 first = places[part.id]
-                parts[-1].append(f"{where} has the id {part.id!r} of {first}, which counts")
+                parts[-1].append(f"{where} has the id {shown(part.id)} of {first}, which counts")
             else:
                 places[part.id] = where
                 parts[-1].append(part)

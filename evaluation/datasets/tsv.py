@@ -16,7 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from evaluation.datasets.records import Record, RecordError
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 _PICTURE, _INDEX = "image", "index"
 _LONGEST_INDEX = 64  # characters of a picture column that are another row's index
@@ -95,7 +95,9 @@ def _reader(path: Path, start: int | None, column: int, index: str) -> Callable[
     if start is None:
 
         def missing() -> bytes:
-            raise UserError(f"{path} has no picture of its own in the row with index {index!r}")
+            raise UserError(
+                f"{path} has no picture of its own in the row with index {shown(index)}"
+            )
 
         return missing
     return partial(_picture, path, start, column)

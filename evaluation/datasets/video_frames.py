@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.packages import require_package
-from nvlm.program.errors import UserError
+from nvlm.inputs.damage import as_its_own_error
+from nvlm.inputs.picture_budget import check_num_bytes
 
 Pixels = NDArray[np.uint8]
 
@@ -27,19 +28,23 @@ def decode_frames(path: Path, num_frames: int) -> tuple[Pixels, ...]:
     """Frames spaced as numpy's linspace, RGB [height, width, 3] each; the last few videos' are kept
     for their next question. Raises `UserError` for a video that cannot be read.
     """
-    try:
-        packets = _packets(path)
-        wanted = _spaced(packets.number, num_frames)
-        pixels = _seek(path, packets, wanted)
-        if pixels is None:
-            pixels, num_decoded = _pick(path, wanted)
-            if num_decoded != packets.number:  # some are never shown, or cannot be decoded
-                wanted = _spaced(num_decoded, num_frames)
-                pixels, _ = _pick(path, wanted)
-        return tuple(pixels[index] for index in wanted)
-    except (OSError, ValueError, KeyError, IndexError) as error:  # PyAV's errors are OSErrors
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"video {path} cannot be read: {reason}") from None
+    where = f"video {path}"
+    with as_its_own_error(where, "cannot be read", "give a whole video file"):
+        return _frames(path, where, num_frames)
+    raise AssertionError("what is raised in the block is raised by it")
+
+
+def _frames(path: Path, where: str, num_frames: int) -> tuple[Pixels, ...]:
+    packets = _packets(path)
+    check_num_bytes(num_frames * packets.frame_bytes, where)
+    wanted = _spaced(packets.number, num_frames)
+    pixels = _seek(path, packets, wanted)
+    if pixels is None:
+        pixels, num_decoded = _pick(path, wanted)
+        if num_decoded != packets.number:  # some are never shown, or cannot be decoded
+            wanted = _spaced(num_decoded, num_frames)
+            pixels, _ = _pick(path, wanted)
+    return tuple(pixels[index] for index in wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class Packets:
     empty where the packets do not tell. `keys`: those of the key frames."""
 
     number: int
+    frame_bytes: int  # of a frame as RGB
     times: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
 
@@ -60,7 +66,9 @@ def _packets(path: Path) -> Packets:
     """Counted without decoding one."""
     av = require_package("av", "av (PyAV)", "VideoMME")
     with av.open(str(path)) as container:
-        codec = container.streams.video[0].codec_context.codec.canonical_name
+        context = container.streams.video[0].codec_context
+        codec = context.codec.canonical_name
+        frame_bytes = 3 * context.width * context.height
         found = [
             (packet.pts, packet.is_keyframe, packet.is_corrupt or packet.is_discard)
             for packet in container.demux(video=0)
@@ -69,9 +77,9 @@ def _packets(path: Path) -> Packets:
     times = {time for time, _, _ in found}
     is_plain = None not in times and len(times) == len(found)
     if codec not in _ONE_FRAME_A_PACKET or not is_plain or any(is_odd for _, _, is_odd in found):
-        return Packets(len(found))
+        return Packets(len(found), frame_bytes)
     keys = tuple(time for time, is_key, _ in found if is_key)
-    return Packets(len(found), tuple(sorted(times)), keys)
+    return Packets(len(found), frame_bytes, tuple(sorted(times)), keys)
 
 
 def _seek(path: Path, packets: Packets, wanted: list[int]) -> dict[int, Pixels] | None:

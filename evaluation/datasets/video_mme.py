@@ -32,6 +32,7 @@ from evaluation.datasets.records import (
 from evaluation.datasets.sample import DataSet, Location, Sample
 from evaluation.datasets.video_frames import decode_frames
 from evaluation.packages import require_package
+from nvlm.program.errors import shown
 
 _PUBLISHED = {
     "video_id": "video_id",
@@ -106,7 +107,7 @@ def _question(question: Any, is_published: bool) -> tuple[int | str, str, Record
         raise RecordError(f"has {len(choices)} {key}, expected 4")
     text = video_question(field(question, "question", str), choices)
     if (letter := field(question, "answer", str)) not in tuple("ABCD"):
-        raise RecordError(f"has answer {letter!r}, expected A, B, C or D")
+        raise RecordError(f"has answer {shown(letter)}, expected A, B, C or D")
     sample_id: int | str = field(question, "question_id", (str, int))
     asked = {"choices" if name == key else name: value for name, value in question.items()}
     return sample_id, text, asked

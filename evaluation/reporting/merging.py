@@ -17,7 +17,7 @@ from evaluation.asking.partition import partition_bounds
 from evaluation.datasets.sample import SampleId
 from evaluation.scoring.score import Line
 from evaluation.tasks import Task
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 _PARTITION = re.compile(r"-partition=(\d+)")
 
@@ -54,7 +54,7 @@ def merge(task: Task, found: list[FoundLine], has_records: bool) -> Merged:
     first, second = clash
     told = (
         f"{second.place} and {first.place} answer different {task.name} samples of the same id "
-        f"{first.id!r}"
+        f"{shown(first.id)}"
     )
     if has_records or (offsets := _offsets(found)) is None:
         raise UserError(

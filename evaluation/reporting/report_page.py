@@ -18,6 +18,7 @@ from evaluation.reporting.report import (
     headline,
     told,
 )
+from nvlm.program.html_policy import policy_tag
 
 _STYLE = Path(__file__).with_name("report_page.css")
 _SCRIPT = Path(__file__).with_name("report_page.js")
@@ -37,13 +38,14 @@ def page(report: Report) -> str:
         "</section>",
         _gallery(gallery) if gallery else "",
     ]
+    script = _SCRIPT.read_text(encoding="utf-8")
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{policy_tag(script)}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Evaluation: {escape(report.name)}</title>"
         f"<style>{_STYLE.read_text(encoding='utf-8')}</style>"
         f"<body>{''.join(parts)}"
-        f"<script>{_SCRIPT.read_text(encoding='utf-8')}</script></body></html>\n"
+        f"<script>{script}</script></body></html>\n"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from evaluation.asking.output_paths import answers_paths, record_path
@@ -15,6 +16,9 @@ from evaluation.scoring.scorable import scorable_id
 from evaluation.scoring.score import Line
 from evaluation.tasks import Task
 from nvlm.program.errors import UserError
+
+_MOST_TOLD = 100
+"""Partitions that are missing are named one by one, so many of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,14 @@ def _missing(prefix: Path, task: Task, records: list[TaskRecord], num_lines: int
     if not records:
         return []
     found = {record.partition_id for record in records}
+    number = records[0].num_partitions
+    lacking = (partition_id for partition_id in range(number) if partition_id not in found)
     problems = [
-        f"{prefix}-{task.name} lacks partition {partition_id} of {records[0].num_partitions}"
-        for partition_id in range(records[0].num_partitions)
-        if partition_id not in found
+        f"{prefix}-{task.name} lacks partition {partition_id} of {number}"
+        for partition_id in islice(lacking, _MOST_TOLD)
     ]
+    if number - len(found) > _MOST_TOLD:
+        problems.append(f"{prefix}-{task.name} lacks {number - len(found)} of {number} partitions")
     problems += [
         f"{prefix}-{task.name} partition {record.partition_id} was made by another engine or with "
         f"other settings than partition {records[0].partition_id}"

@@ -8,6 +8,7 @@ from evaluation.datasets.records import RecordError, field, string_list
 from evaluation.datasets.sample import SampleId
 from evaluation.scoring.ocrbench import TYPES
 from evaluation.tasks import Task
+from nvlm.program.errors import shown
 
 _QUESTION_TYPES = ("multi_choice", "free_form")
 
@@ -56,4 +57,4 @@ def _check_choices(line: Any) -> None:
 
 def _check_one_of(line: Any, key: str, expected: tuple[str, ...]) -> None:
     if (value := field(line, key, str)) not in expected:
-        raise RecordError(f"has {key} {value!r}, expected one of {', '.join(expected)}")
+        raise RecordError(f"has {key} {shown(value)}, expected one of {', '.join(expected)}")

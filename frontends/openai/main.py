@@ -93,7 +93,6 @@ def lead(
     from frontends.openai.protocol import Timeouts
 
     options, guard = _rules(arguments)
-    set_picture_types(SERVER_PICTURE_TYPES)
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)
     set_picture_types(SERVER_PICTURE_TYPES)

@@ -114,6 +114,7 @@ class CheckpointConfig:
         reader = StrictReader(values, path)
         for key, value in _FIXED.items():
             reader.one_of(key, (value,))
+        reader.require_multiple("hidden_size", 1, "num_attention_heads")
         decoder = DecoderConfig(
             hidden_size=reader.positive_int("hidden_size"),
             intermediate_size=reader.positive_int("intermediate_size"),

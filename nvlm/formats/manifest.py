@@ -27,7 +27,7 @@ from nvlm.formats.layout import (
     SHARDS,
     WEIGHTS_INDEX,
 )
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.json_files import read_json_object, write_json_atomically
 
 FORMAT_VERSION = 1
@@ -156,20 +156,20 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     except UserError as error:
         raise UserError(f"{error}; {mend}") from None
     found = values.get("kind"), values.get("format_version")
-    if found[0] in _MADE_BY and found[0] != kind:
+    if isinstance(found[0], str) and found[0] in _MADE_BY and found[0] != kind:
         raise UserError(
-            f"{path} is of kind {found[0]!r}, expected kind {kind!r}; give the directory "
+            f"{path} is of kind {shown(found[0])}, expected kind {shown(kind)}; give the directory "
             f"that {program} made"
         )
     if found != (kind, FORMAT_VERSION):
         raise UserError(
-            f"{path} is of kind {found[0]!r} and format {found[1]!r}, expected kind {kind!r} and "
-            f"format {FORMAT_VERSION}; {mend}"
+            f"{path} is of kind {shown(found[0])} and format {shown(found[1])}, expected kind "
+            f"{kind!r} and format {FORMAT_VERSION}; {mend}"
         )
     try:
         manifest = _parse(values)
     except (TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); {mend}") from None
+        raise UserError(f"{path} is damaged ({shown(error)}); {mend}") from None
     for name, entry in manifest.files.items():
         _check_file(directory / name, entry, entry.size_bytes <= _SMALL_FILE_BYTES, command)
     return manifest

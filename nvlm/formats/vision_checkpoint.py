@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from nvlm.formats.checkpoint_tensors import (
     vision_tensors,
 )
 from nvlm.formats.safetensors_reader import TensorSource
-from nvlm.model.config import TilingConfig, VisionConfig
+from nvlm.model.config import MOST_SIZE, MOST_TILES, TilingConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.linear import QuantizableLinear
 from nvlm.model.number_formats import UNQUANTIZED, LinearScales, NumberFormat, format_named
@@ -39,12 +40,11 @@ class VisionCheckpoint:
         path = directory / layout.CONFIG
         reader = StrictReader(read_json_object(path), path)
         dtype = reader.one_of("dtype", tuple(TORCH_DTYPES))
-        try:
-            config = VisionConfig(**reader.section("vision").values)
-            tiling = TilingConfig(**reader.section("tiling").values)
-        except TypeError as error:
-            raise UserError(f"{path} was not written by this version: {error}") from None
-        return cls(directory, dtype, config, tiling)
+        config = _vision_config(reader.section("vision"))
+        tiling = reader.section("tiling").only("image_size", "max_num_tiles")
+        tiling.one_of("image_size", (config.image_size,))
+        most_tiles = tiling.bounded_int("max_num_tiles", MOST_TILES)
+        return cls(directory, dtype, config, TilingConfig(config.image_size, most_tiles))
 
     @property
     def has_scales(self) -> bool:
@@ -129,6 +129,21 @@ class VisionCheckpoint:
             model = VisionModel(self.config)
         model.load_state_dict({name: read(name) for name in stored}, assign=True)
         return model
+
+
+def _vision_config(reader: StrictReader) -> VisionConfig:
+    """As the converter wrote it. Raises `UserError` for what no model has."""
+    eps = ("norm_eps", "projector_norm_eps")
+    sizes = [field.name for field in fields(VisionConfig) if field.name not in eps]
+    reader.only(*sizes, *eps)
+    values: dict[str, Any] = {
+        name: reader.bounded_int(name, MOST_SIZE, 0 if name == "num_dummy_heads" else 1)
+        for name in sizes
+    }
+    reader.require_multiple("hidden_size", 1, "num_attention_heads")
+    reader.require_multiple("image_size", 2, "patch_size")  # the pixel shuffle merges 2 x 2
+    values |= {name: reader.positive_float(name) for name in eps}
+    return VisionConfig(**values)
 
 
 def _compute_in_float32(model: VisionModel, widen: bool) -> None:

@@ -9,10 +9,14 @@ from types import ModuleType
 
 from PIL import Image
 
+from nvlm.inputs.picture import PageHeader, Picture
 from nvlm.program.errors import UserError
 
 LONG_SIDE = 2000
 """Pixels: a page of A4 then has 170 dots an inch, more than 12 tiles show of it."""
+
+_DRAWING_BYTES = 3 * 4 * LONG_SIDE * LONG_SIDE
+"""PDFium's bitmap and two copies of it. What a page's own pictures take is not known before."""
 
 _PDFIUM = threading.Lock()
 """PDFium may be called by one thread at a time."""
@@ -23,6 +27,8 @@ class PdfPages:
 
     def __init__(self, source: Path | bytes, where: str) -> None:
         pdfium = _pdfium(where)
+        self._where = where
+        self._index = 0
         with _PDFIUM:
             try:
                 self._document = pdfium.PdfDocument(source)
@@ -36,15 +42,20 @@ class PdfPages:
             self._document.init_forms()
             self.number = len(self._document)
 
-    def read(self, index: int | None) -> Image.Image:
-        """Page `index` from 0, or the first: RGB on white, its long side `LONG_SIDE` pixels."""
+    def go_to(self, index: int | None) -> PageHeader:
+        """Chooses page `index` from 0, or the first."""
+        self._index = index or 0
+        return PageHeader(((LONG_SIDE, LONG_SIDE),), _DRAWING_BYTES)
+
+    def read(self) -> Picture:
+        """The chosen page: RGB on white, its long side `LONG_SIDE` pixels."""
         with _PDFIUM:
-            page = self._document[index or 0]
+            page = self._document[self._index]
             bitmap = page.render(scale=LONG_SIDE / max(page.get_size()))
             image: Image.Image = bitmap.to_pil().convert("RGB")
             bitmap.close()
             page.close()
-            return image
+            return Picture(image, self._where)
 
     def __enter__(self) -> PdfPages:
         return self

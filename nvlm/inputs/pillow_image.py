@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nvlm.inputs.pillow_pages import check_num_pixels, upright
-from nvlm.inputs.rgb import to_rgb
+from nvlm.inputs.damage import as_its_own_error
+from nvlm.inputs.picture import Picture
+from nvlm.inputs.picture_budget import check_num_pixels
+from nvlm.inputs.pillow_pages import turn_of
 from nvlm.program.errors import UserError
 
 # Pillow reads a file when its pixels are first asked for, and not from two threads at once.
@@ -28,12 +30,10 @@ def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     if width * height == 0:
         raise UserError(f"{where} has {width} x {height} pixels, expected 1 or more")
     check_num_pixels(width, height, where)
-    try:
-        with _READING:
-            return np.array(to_rgb(upright(image), where, on_white=True))
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
-        raise UserError(
-            f"{where} cannot be read ({error}); open its file again, or give its path"
-        ) from None
+    with (
+        as_its_own_error(where, "cannot be read", "open its file again, or give its path"),
+        _READING,
+    ):
+        image.load()
+        whole = Picture(image, where, on_white=True, turn=turn_of(image)).whole()
+    return np.array(whole)

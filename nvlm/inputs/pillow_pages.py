@@ -9,12 +9,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from nvlm.inputs.rgb import to_rgb
+from nvlm.inputs.picture import PageHeader, Picture
+from nvlm.inputs.picture_budget import check_num_pixels
+from nvlm.inputs.picture_cost import decoding_bytes, stored_bytes
 from nvlm.inputs.signatures import is_heic
 from nvlm.program.errors import UserError
 
 _ONE_PICTURE = ("MPO", "PSD")
 """Formats whose other frames are previews, depth or layers of the first."""
+
+REDUCED_BEYOND = 100_000_000
+"""Pixels: a JPEG of more is decoded at half its width and height, unless it is a benchmark's. Its
+sides have 65,535 pixels at most, so half of them are still more than tiles show."""
+
+_REDUCIBLE = ("JPEG", "MPO")
 
 _NEW_SUBFILE_TYPE = 254  # TIFF 6.0: bit 0 says that an image is a reduced one of another
 _ORIENTATION_TAG = 0x0112
@@ -30,40 +38,29 @@ _UPRIGHT = {
 }
 
 
-def most_pixels() -> int | None:
-    """Where Pillow calls a picture a decompression bomb: twice where it warns. None: nowhere."""
-    return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
-
-
-def too_large(where: str) -> UserError:
-    return UserError(
-        f"{where} has more than {most_pixels():,} pixels; give a smaller one, or run.py "
-        "--max_image_pixels where the memory allows it"
-    )
-
-
-def check_num_pixels(width: int, height: int, where: str) -> None:
-    most = most_pixels()
-    if most is not None and width * height > most:
-        raise too_large(where)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its metadata says."""
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What turns it upright, as its metadata says."""
     try:
-        orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+        return _UPRIGHT.get(int(image.getexif().get(_ORIENTATION_TAG, 1)))
     except Exception:  # damaged metadata does not spoil the picture
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return None
 
 
 class PillowPages:
     """An opened picture file; a context that closes it. Pixels are decoded by `read`."""
 
     def __init__(
-        self, source: Path | bytes, head: bytes, where: str, *, apply_exif: bool, on_white: bool
+        self,
+        source: Path | bytes,
+        head: bytes,
+        where: str,
+        *,
+        apply_exif: bool,
+        on_white: bool,
+        reduces: bool,
     ) -> None:
         self._where, self._apply_exif, self._on_white = where, apply_exif, on_white
+        self._reduces = reduces
         file = source if isinstance(source, Path) else io.BytesIO(source)
         self._image = _open_heic(file, where) if is_heic(head) else Image.open(file)
         if self._image.format == "EPS":  # Pillow would start Ghostscript on it
@@ -80,14 +77,28 @@ class PillowPages:
         except Exception:  # Pillow's decoders raise whatever a damaged file makes them raise
             return 1
 
-    def read(self, index: int | None) -> Image.Image:
-        """Page `index` from 0, or the one the file opens with: 8-bit RGB."""
+    def go_to(self, index: int | None) -> PageHeader:
+        """What is known of page `index` from 0, or of the one the file opens with, before a pixel
+        is decoded. Raises `UserError` for one of too many pixels."""
         if index is not None and self.number > 1:
             self._image.seek(index)
-        check_num_pixels(*self._image.size, self._where)
+        width, height = self._image.size
+        check_num_pixels(width, height, self._where)
+        num_bytes = decoding_bytes(self._image, index or 0)
+        if self._reduces and self._image.format in _REDUCIBLE and width * height > REDUCED_BEYOND:
+            num_bytes -= stored_bytes(self._image)
+            self._image.draft(None, (width // 2, height // 2))
+            num_bytes += stored_bytes(self._image)
+        width, height = self._image.size
+        # A PNG may say only after its pixels how it is turned.
+        sizes = ((width, height), (height, width)) if self._apply_exif else ((width, height),)
+        return PageHeader(sizes, num_bytes)
+
+    def read(self) -> Picture:
+        """Decodes the page that `go_to` found."""
         self._image.load()
-        image = upright(self._image) if self._apply_exif else self._image
-        return to_rgb(image, self._where, on_white=self._on_white)
+        turn = turn_of(self._image) if self._apply_exif else None
+        return Picture(self._image, self._where, on_white=self._on_white, turn=turn)
 
     def _refuse_raw(self) -> None:
         """A camera's raw file is a TIFF that begins with a preview."""

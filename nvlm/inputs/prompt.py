@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nvlm.inputs.tokenizer import IM_END, IM_START, Tokenizer
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 PromptFormat = Literal["hf", "megatron", "raw"]
 Role = Literal["system", "user", "assistant"]
@@ -160,7 +160,7 @@ def _require_unicode(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"the prompt is not valid Unicode: {text[error.start : error.end]!r} at character "
+            f"the prompt is not valid Unicode: {shown(text[error.start : error.end])} at character "
             f"{error.start} of a run; give it as UTF-8"
         ) from None
     return text

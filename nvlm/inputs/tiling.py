@@ -16,6 +16,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from nvlm.inputs.picture import Picture, scaling_bytes
+from nvlm.inputs.picture_budget import BYTES_PER_PIXEL
+
 Grid = tuple[int, int]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -64,16 +67,42 @@ def choose_grid(width: int, height: int, image_size: int, max_num_tiles: int) ->
     return best
 
 
+@dataclass(frozen=True, slots=True)
+class Tiler:
+    """Cuts a picture. The aspect ratio is not kept: all of it is stretched to the grid."""
+
+    image_size: int
+    max_num_tiles: int
+
+    def __call__(self, picture: Picture) -> TiledImage:
+        columns, rows = grid = self._grid(*picture.size)
+        size = self.image_size
+        resized, *thumbnails = map(np.asarray, picture.scaled(*self._sides(grid)))
+        pixels = resized.reshape(rows, size, columns, size, 3)
+        tiles = pixels.transpose(0, 2, 1, 3, 4).reshape(-1, size, size, 3)
+        tiles = np.concatenate((tiles, *(thumbnail[None] for thumbnail in thumbnails)))
+        return TiledImage(grid, tiles)
+
+    def num_bytes(self, width: int, height: int) -> int:
+        """What it takes beside the picture."""
+        sides = self._sides(self._grid(width, height))
+        tiled = sum(4 * BYTES_PER_PIXEL * across * down for across, down in sides)
+        return scaling_bytes(width, height, *sides) + tiled
+
+    def _sides(self, grid: Grid) -> list[tuple[int, int]]:
+        """Of the stretched picture and, beside several tiles, of the thumbnail."""
+        columns, rows = grid
+        size = self.image_size
+        thumbnail = [(size, size)] if columns * rows > 1 else []
+        return [(columns * size, rows * size), *thumbnail]
+
+    def _grid(self, width: int, height: int) -> Grid:
+        return choose_grid(width, height, self.image_size, self.max_num_tiles)
+
+
 def tile_image(image: Image.Image, image_size: int, max_num_tiles: int) -> TiledImage:
-    """Cuts an RGB image. The aspect ratio is not kept: the whole image is stretched to the grid."""
-    columns, rows = choose_grid(*image.size, image_size, max_num_tiles)
-    resized = image.resize((columns * image_size, rows * image_size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(resized).reshape(rows, image_size, columns, image_size, 3)
-    tiles = pixels.transpose(0, 2, 1, 3, 4).reshape(-1, image_size, image_size, 3)
-    if len(tiles) > 1:
-        thumbnail = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-        tiles = np.concatenate((tiles, np.asarray(thumbnail)[None]))
-    return TiledImage((columns, rows), np.array(tiles))  # a copy: Pillow's pixels are read-only
+    """Cuts an RGB image."""
+    return Tiler(image_size, max_num_tiles)(Picture(image, "the image"))
 
 
 def normalize(tiles: torch.Tensor | NDArray[np.uint8]) -> torch.Tensor:

@@ -13,12 +13,17 @@ from typing import Any
 
 from tokenizers import Tokenizer as TokenizersTokenizer
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.json_files import read_json_object
 
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 PUBLISHED_FILES = (TOKENIZER_FILE, CONFIG_FILE, "vocab.json", "merges.txt")
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+_MOST_TOKENS = 1 << 24
+_PROBE = "Read  the 3 numbers:\tcaf\u00e9, \u4f60\u597d!\r\n 'll"
+"""Text of each kind that Qwen2's expression parts; its tokens must give it back."""
+
+_PANIC = "PanicException"  # pyo3_runtime's, which cannot be imported
 _REQUIRED = (IM_START, IM_END)
 
 # Without added tokens every string is plain text. transformers saves how it last truncated and
@@ -46,17 +51,21 @@ class Tokenizer:
             self._read(values, path)
         except UserError:
             raise
-        # KeyError and its kin: not the structure of a tokenizer; Exception: the library's own.
-        except Exception as error:
+        # KeyError and its kin: not the structure of a tokenizer; else the library's own, which is
+        # written in Rust: what stops it there is no Exception here.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+                raise
             raise UserError(
-                f"{path} is not a whole byte-level BPE tokenizer ({error!r}), expected Qwen2's; "
-                "download it again"
+                f"{path} is not a whole byte-level BPE tokenizer ({shown(error)}), expected "
+                "Qwen2's; download it again"
             ) from None
 
     def _read(self, values: dict[str, Any], path: Path) -> None:
         if (values["model"]["type"], values["decoder"]["type"]) != ("BPE", "ByteLevel"):
             raise UserError(f"{path} is not a byte-level BPE tokenizer, expected Qwen2's")
         added = values["added_tokens"]
+        _check_vocabulary(values["model"], added, path)
         self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
         self._special_names = {token_id: name for name, token_id in self._special_ids.items()}
         for name in _REQUIRED:
@@ -70,6 +79,11 @@ class Tokenizer:
         for token in added:
             text = "" if token["special"] else token["content"]
             self._token_bytes[token["id"]] = text.encode()
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise UserError(
+                f"{path} loses text: {_PROBE!r} is not what its tokens say, expected Qwen2's "
+                "tokenizer; download it again"
+            )
         self.num_tokens = max(self._token_bytes) + 1
         self.max_token_bytes = max(map(len, self._token_bytes.values()))
 
@@ -96,6 +110,35 @@ class Tokenizer:
         return self._token_bytes.get(token_id, b"")
 
 
+def _check_vocabulary(model: dict[str, Any], added: list[dict[str, Any]], path: Path) -> None:
+    """Refuses what the library reads and what would then make other prompts or other text."""
+    advice = "expected Qwen2's tokenizer; download it again"
+    if model.get("dropout") not in (None, 0, 0.0):
+        raise UserError(
+            f"{path} has the dropout {shown(model['dropout'])}, which tokenises at random; {advice}"
+        )
+    vocab = model["vocab"]
+    if missing := [byte for byte in _CHARACTERS if byte not in vocab]:
+        number = _BYTE_OF_CHARACTER[missing[0]]
+        raise UserError(f"{path} has no token for the byte 0x{number:02x}; {advice}")
+    names: dict[int, str] = {}
+    for name, token_id in [*vocab.items(), *((each["content"], each["id"]) for each in added)]:
+        if type(name) is not str:
+            raise UserError(f"{path} has the token {shown(name)}; {advice}")
+        if type(token_id) is not int or not 0 <= token_id < _MOST_TOKENS:
+            raise UserError(
+                f"{path} has the id {shown(token_id)} for the token {shown(name)}; {advice}"
+            )
+        if names.setdefault(token_id, name) != name:
+            both = f"{shown(names[token_id])} and {shown(name)}"
+            raise UserError(f"{path} has one id, {token_id}, for the tokens {both}; {advice}")
+    for each in added:
+        if type(each["special"]) is not bool:
+            raise UserError(f"{path} has special {shown(each['special'])}; {advice}")
+        if vocab.get(each["content"], each["id"]) != each["id"]:
+            raise UserError(f"{path} has two ids for {shown(each['content'])}; {advice}")
+
+
 class Detokenizer:
     """Ids one by one to text; bytes of an unfinished character wait for the next token."""
 
@@ -120,3 +163,4 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_of_character()
+_CHARACTERS = tuple(_BYTE_OF_CHARACTER)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.json_files import StrictReader
 
 NUM_DUMMY_HEADS = 7
@@ -18,6 +18,10 @@ NUM_DUMMY_HEADS = 7
 
 PROJECTOR_NORM_EPS = 1e-5
 """torch's LayerNorm default, which the Hugging Face model uses in `mlp1.0`."""
+
+
+MOST_SIZE, MOST_TILES = 1 << 20, 1024
+"""Bounds of a size and of a number of tiles in files that say them: far beyond any model's."""
 
 
 def exact_div(dividend: int, divisor: int) -> int:
@@ -125,7 +129,7 @@ class NVLMConfig:
         top = StrictReader(values, path)
         if values.get("model_type") != "NVLM_D":
             raise UserError(
-                f"{path}: model_type is {values.get('model_type')!r}, expected 'NVLM_D': "
+                f"{path}: model_type is {shown(values.get('model_type'))}, expected 'NVLM_D': "
                 "this is not an NVLM-D checkpoint"
             )
         # The published file's name, and the class that transformers saves.

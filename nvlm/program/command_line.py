@@ -185,8 +185,7 @@ def run(
     set_up_signals()
     try:
         code = main() or 0
-        if sys.stdout is not None:  # None when the caller closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
         end(code)
     except (UserError, PartDiedError) as error:
         who = "error" if rank == 0 else f"rank {rank}: error"

@@ -6,6 +6,7 @@ import re
 
 _DATA = re.compile(r"[A-Za-z0-9+/=_\-]{512,}")  # base64: no word or name is so long
 _SHOWN_CHARACTERS = 32
+_QUOTED_CHARACTERS = 200
 
 
 def shortened(message: str) -> str:
@@ -13,6 +14,15 @@ def shortened(message: str) -> str:
     return _DATA.sub(
         lambda data: f"{data[0][:_SHOWN_CHARACTERS]}... ({len(data[0])} characters)", message
     )
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: as Python writes it, 200 characters at most."""
+    try:
+        text = shortened(repr(value))
+    except (RecursionError, ValueError):  # lists within lists; whole numbers of 4,301 digits
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= _QUOTED_CHARACTERS else f"{text[: _QUOTED_CHARACTERS - 3]}..."
 
 
 class UserError(Exception):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 _POINTER = b"version https://git-lfs"
 
@@ -68,6 +67,10 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise
 
 
+_TOO_LARGE = 1 << 40
+"""No size, and no other number of a model, comes near."""
+
+
 class StrictReader:
     """Reads named keys of one JSON object and names file and key in every complaint."""
 
@@ -82,7 +85,7 @@ class StrictReader:
     def section(self, key: str) -> StrictReader:
         value = self._get(key)
         if not isinstance(value, dict):
-            raise UserError(f"{self._where(key)} is {value!r}, expected an object")
+            raise UserError(f"{self._where(key)} is {shown(value)}, expected an object")
         return StrictReader(value, self.path, f"{self.prefix}{key}.")
 
     def _get(self, key: str) -> Any:
@@ -92,18 +95,31 @@ class StrictReader:
 
     def positive_int(self, key: str) -> int:
         value = self._get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise UserError(f"{self._where(key)} is {value!r}, expected a positive integer")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _TOO_LARGE:
+            raise UserError(f"{self._where(key)} is {shown(value)}, expected a positive integer")
         return value
+
+    def bounded_int(self, key: str, most: int, least: int = 1) -> int:
+        """A whole number from `least` to `most`."""
+        value = self._get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.unsupported(key, f"a whole number from {least} to {most}")
+        return value
+
+    def only(self, *names: str) -> StrictReader:
+        """Itself. Refuses an object with another key than `names`."""
+        if unknown := sorted(self.values.keys() - set(names)):
+            raise UserError(f"{self._where(shown(unknown[0]))} is no key of this version")
+        return self
 
     def positive_float(self, key: str) -> float:
         value = self._get(key)
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or not 0 < value < math.inf
+            or not 0 < value < _TOO_LARGE
         ):
-            raise UserError(f"{self._where(key)} is {value!r}, expected a positive number")
+            raise UserError(f"{self._where(key)} is {shown(value)}, expected a positive number")
         return float(value)
 
     def require_multiple(self, key: str, factor: int, divisor_key: str) -> None:
@@ -125,7 +141,9 @@ class StrictReader:
 
     def unsupported(self, key: str, expected: str) -> UserError:
         """The complaint about the value of `key`."""
-        return UserError(f"{self._where(key)} is {self.values.get(key)!r}, expected {expected}")
+        return UserError(
+            f"{self._where(key)} is {shown(self.values.get(key))}, expected {expected}"
+        )
 
     def refuse_unlike(self, expected: dict[str, Any]) -> None:
         """Refuses an object that says more, less or other than `expected`: one of our own format
@@ -133,11 +151,11 @@ class StrictReader:
         for key in [*expected, *self.values]:
             found, wanted = self.values.get(key, ...), expected.get(key, ...)
             if found != wanted:
-                told = ["absent" if value is ... else repr(value) for value in (found, wanted)]
+                told = ["absent" if value is ... else shown(value) for value in (found, wanted)]
                 raise UserError(f"{self._where(key)} is {told[0]}, expected {told[1]}")
 
     def string(self, key: str) -> str:
         value = self._get(key)
         if not isinstance(value, str):
-            raise UserError(f"{self._where(key)} is {value!r}, expected a string")
+            raise UserError(f"{self._where(key)} is {shown(value)}, expected a string")
         return value

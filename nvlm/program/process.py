@@ -6,8 +6,10 @@ and so do the models of a Triton server; nothing below them does.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -15,6 +17,8 @@ from collections.abc import Iterable, MutableMapping
 from typing import NoReturn
 
 from PIL import Image
+
+from nvlm.program.errors import UserError
 
 _CUBLAS = {"CUBLASLT_WORKSPACE_SIZE": "0"}
 _NCCL = {
@@ -64,6 +68,23 @@ def ignore_pillows_warnings() -> None:
     by one thread under the feet of another.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    _quiet_libtiff()
+
+
+def _quiet_libtiff() -> None:
+    """libtiff writes what it remarks straight to stderr; Pillow raises what matters of it. No other
+    way is known but to ask the library that Pillow has loaded, where it is one of its own."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "libtiff" in line}
+        for path in paths:
+            library = ctypes.CDLL(path)
+            for name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):
+                handler = getattr(library, name)
+                handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+                handler(None)
+    except (OSError, AttributeError):
+        return
 
 
 def set_most_pixels(number: int) -> None:
@@ -79,9 +100,25 @@ def set_picture_types(names: Iterable[str]) -> None:
     Image.ID[:] = [name.upper() for name in names]
 
 
+class _Closed(io.TextIOBase):
+    """Stands for a stdout that the caller closed: what is printed there would be lost silently."""
+
+    def write(self, _text: str) -> NoReturn:
+        raise UserError(
+            "stdout is closed, and the answer goes there; leave >&- out, or give a file"
+        )
+
+
 def set_up_streams() -> None:
     """Questions and answers are UTF-8 whatever the locale. Another byte that is read becomes a lone
     surrogate, which a prompt refuses; a lone surrogate that is written is shown by number."""
+    if sys.stdout is None:
+        sys.stdout = _Closed()
+        try:
+            os.fstat(1)
+        except OSError:  # the next file that is opened would get the number that libraries print to
+            while os.open(os.devnull, os.O_WRONLY) < 1:
+                pass
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     if isinstance(sys.stdout, io.TextIOWrapper):

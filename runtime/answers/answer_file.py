@@ -33,7 +33,7 @@ def _asked(values: dict[str, Any]) -> dict[str, Any]:
 
 def failed_ids(path: Path) -> list[Any]:
     """The ids of a finished file's errors, in its order."""
-    answers = map(json.loads, path.read_bytes().splitlines())
+    answers = map(json.loads, path.read_bytes().split(b"\n")[:-1])
     return [answer["id"] for answer in answers if "error" in answer]
 
 

@@ -62,7 +62,7 @@ class LineFile:
         except OSError as error:
             raise UserError(f"{self.name} cannot be read: {error.strerror}") from None
         end = data.rfind(b"\n") + 1
-        return data[:end].splitlines(), data[end:]
+        return data[:end].split(b"\n")[:-1], data[end:]
 
     def cut_tail(self, tail: bytes) -> None:
         """Takes the unfinished line off that `read` returned."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from nvlm.inputs.images import PictureRules
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.json_files import read_json_object, write_json_beside
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.request_file import RequestLine
@@ -118,7 +118,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, st
     """(name, value then, value now) of each setting that differs; "unset" where it is neutral."""
 
     def told(values: dict[str, Any], name: str) -> str:
-        return repr(values[name]) if name in values else "unset"
+        return shown(values[name]) if name in values else "unset"
 
     return [
         (name, told(then, name), told(now, name))
@@ -232,11 +232,11 @@ _MAY_HOLD_MORE = frozenset({"settings"})
 def _fault(values: dict[str, Any], types: Types, optional: frozenset[str]) -> str | None:
     """What is wrong with a record; None for one in which everything is as expected."""
     if (version := values.get("format_version")) != FORMAT_VERSION:
-        return f"has format_version {version!r}, expected {FORMAT_VERSION}"
+        return f"has format_version {shown(version)}, expected {FORMAT_VERSION}"
     if (fault := _fault_in(values, types, optional)) is not None:
         return fault
     if not all(isinstance(digest, str | None) for digest in values["requests"]):
-        return f"has requests {values['requests']!r}, expected strings or null"
+        return f"has requests {shown(values['requests'])}, expected strings or null"
     return None
 
 
@@ -244,7 +244,7 @@ def _fault_in(
     values: dict[str, Any], types: Types, optional: frozenset[str], is_open: bool = False
 ) -> str | None:
     if not is_open and (unknown := values.keys() - types.keys()):
-        return f"has an unexpected {min(unknown)!r}"
+        return f"has an unexpected {shown(min(unknown))}"
     for key, expected in types.items():
         if key not in values:
             if key in optional:
@@ -254,7 +254,8 @@ def _fault_in(
         kinds = dict if isinstance(expected, Mapping) else expected
         if not isinstance(value, kinds) or isinstance(value, bool):
             names = kinds if isinstance(kinds, tuple) else (kinds,)
-            return f"has {key} {value!r}, expected {' or '.join(kind.__name__ for kind in names)}"
+            told = " or ".join(kind.__name__ for kind in names)
+            return f"has {key} {shown(value)}, expected {told}"
         if isinstance(expected, Mapping):
             inner: dict[str, Any] = values[key]
             fault = _fault_in(inner, expected, optional, key in _MAY_HOLD_MORE)

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from nvlm.planning.limits import EngineLimits
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.decoder.guidance import CompiledGuide
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.guide import Guide
@@ -197,4 +197,4 @@ def check_prompt_length(num_tokens: int, limits: EngineLimits) -> None:
 def check_max_new_tokens(max_new_tokens: object) -> None:
     is_flag = isinstance(max_new_tokens, bool)
     if is_flag or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens!r}, expected 1 or more")
+        raise UserError(f"max_new_tokens is {shown(max_new_tokens)}, expected 1 or more")

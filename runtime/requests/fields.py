@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from nvlm.inputs.images import Page, PictureRules
 from nvlm.inputs.prompt import PromptFormat
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.requests.guide import Guide
 from runtime.requests.sampling import SamplingParams
 
@@ -38,14 +38,14 @@ def check_fields(request: Any) -> None:
     """Raises `UserError` that names the first field of another type."""
     for name, (is_right, expected) in _EXPECTED.items():
         if not is_right(getattr(request, name)):
-            raise UserError(f"{name} is {getattr(request, name)!r}, expected {expected}")
+            raise UserError(f"{name} is {shown(getattr(request, name))}, expected {expected}")
 
 
 def require_page(value: Any) -> Page:
     """Raises `UserError` for what names no page."""
     if value == "all" or (type(value) is int and value >= 1):
         return value
-    raise UserError(f'page is {value!r}, expected a number from 1 or "all"')
+    raise UserError(f'page is {shown(value)}, expected a number from 1 or "all"')
 
 
 OTHER_WORDS = {

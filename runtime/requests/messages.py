@@ -18,7 +18,7 @@ from nvlm.inputs.images import EncodedImage
 from nvlm.inputs.pillow_image import pixels_of
 from nvlm.inputs.prompt import IMAGE_MARK, Role
 from nvlm.inputs.tiling import TiledImage
-from nvlm.program.errors import UserError, shortened
+from nvlm.program.errors import UserError, shortened, shown
 from runtime.requests.picture_source import picture_source
 
 ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage | TiledImage]
@@ -50,7 +50,7 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in _ROLES:
-            raise UserError(f"role is {self.role!r}, expected system, user or assistant")
+            raise UserError(f"role is {shown(self.role)}, expected system, user or assistant")
         object.__setattr__(self, "content", content_of(self.content))
         if self.role != "user" and num_images(self.content):
             raise UserError(f"the {self.role}'s message holds an image; only the user shows images")
@@ -176,7 +176,9 @@ def _read(message: Any, name: str, source: PictureReader) -> tuple[Role, str | C
     if not isinstance(message, Mapping):
         raise UserError(f'{name} is {_told(message)}, expected {{"role": ..., "content": ...}}')
     if unknown := sorted(map(str, message.keys() - {"role", "content"})):
-        raise UserError(f"{name} has an unknown field {unknown[0]!r}, expected role and content")
+        raise UserError(
+            f"{name} has an unknown field {shown(unknown[0])}, expected role and content"
+        )
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
         raise UserError(f"{name} has role {_told(role)}, expected system, user or assistant")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.file_kinds import is_device
 from nvlm.program.jsonl import read_jsonl_lines
 from nvlm.program.nearest import nearest
@@ -77,7 +77,7 @@ def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) 
         values = json.loads(line, object_pairs_hook=_with_each_key_once)
         if not isinstance(values, dict):
             raise UserError(f"expected a JSON object, found {type(values).__name__}")
-        line_id = values.get("id", number)
+        line_id = _line_id(values.get("id", number))
         request = request_from_json(values, path.parent, defaults)
     except (ValueError, RecursionError) as error:
         request = UserError(f"{path} line {number} is not JSON: {error}")
@@ -86,13 +86,24 @@ def _read_line(path: Path, number: int, line: str, defaults: GenerationRequest) 
     return RequestLine(line_id, request, number, path.parent)
 
 
+def _line_id(value: Any) -> Any:
+    """Any JSON value. NaN equals not even itself, so a rerun would not know its own answers."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise UserError(
+            f"id is {shown(value)}, expected a JSON value, as text or a number"
+        ) from None
+    return value
+
+
 def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Of two values Python would keep the last alone."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{twice!r} is given twice, expected each field once; leave one out")
+        raise UserError(f"{shown(twice)} is given twice, expected each field once; leave one out")
     return values
 
 
@@ -102,7 +113,7 @@ def request_from_json(
     """A request object; paths are relative to `folder`. Unknown fields are refused by name."""
     if unknown := sorted(values.keys() - _FIELDS):
         raise UserError(
-            f"unknown field {unknown[0]!r}, expected {', '.join(sorted(_FIELDS))}"
+            f"unknown field {shown(unknown[0])}, expected {', '.join(sorted(_FIELDS))}"
             f"{nearest(unknown[0], _FIELDS, _OTHER_WORDS)}"
         )
     given = {name: value for name, value in values.items() if value is not None}
@@ -110,7 +121,9 @@ def request_from_json(
         if name in given:
             _check_type(name, given[name], expected)
     if given.get("prompt_format", "hf") not in ("hf", "megatron"):
-        raise UserError(f"prompt_format is {given['prompt_format']!r}, expected 'hf' or 'megatron'")
+        raise UserError(
+            f"prompt_format is {shown(given['prompt_format'])}, expected 'hf' or 'megatron'"
+        )
     options: dict[str, Any] = {name: given[name] for name in _OPTION_TYPES if name in given}
     if "stop" in given:
         options["stop"] = tuple(_strings(given["stop"], "stop"))
@@ -149,12 +162,12 @@ def _check_type(name: str, value: Any, expected: type) -> None:
     """JSON has one kind of number: a whole one is a float too. true and false are none."""
     accepted = (int, float) if expected is float else expected
     if isinstance(value, bool) or not isinstance(value, accepted):
-        raise UserError(f"{name} is {value!r}, expected {expected.__name__}")
+        raise UserError(f"{name} is {shown(value)}, expected {expected.__name__}")
 
 
 def _strings(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{name} is {value!r}, expected a list of strings")
+        raise UserError(f"{name} is {shown(value)}, expected a list of strings")
     return value
 
 
@@ -172,6 +185,8 @@ def _asked(given: dict[str, Any], folder: Path) -> Conversation:
         return conversation(given["messages"], images, source, has_system="system" in given)
     if isinstance(prompt, str):
         return {"content": question(prompt, images)}
+    if prompt == []:
+        raise UserError("prompt is [], expected one or more parts")
     if isinstance(prompt, list) and images:
         raise UserError("images stands beside a prompt of parts; put them into the parts")
     return {"content": parts(prompt, "prompt", source)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 MAX_WORDS = 1000
 """So many bad words are compared with a row's last tokens in every step, at most."""
@@ -84,7 +84,7 @@ class Number(Setting):
         numbers = Integral if self.type is int else Real
         is_number = isinstance(value, numbers) and not isinstance(value, bool)
         if not is_number:
-            raise UserError(f"{self.name} is {value!r}, expected a number, {self.expected}")
+            raise UserError(f"{self.name} is {shown(value)}, expected a number, {self.expected}")
         is_above = value > self.minimum or (value == self.minimum and not self.excludes_minimum)
         if not (is_above and value <= self.maximum):
             raise UserError(f"{self.name} is {value}, expected {self.expected}")
@@ -156,14 +156,14 @@ class Biases(Setting):
         is_text = isinstance(token_id, str) and token_id.isascii() and token_id.isdecimal()
         is_number = isinstance(token_id, Integral) and not isinstance(token_id, bool)
         if not (is_text or is_number) or int(token_id) < 0:
-            raise UserError(f"{self.name} has token id {token_id!r}, expected 0 or more")
+            raise UserError(f"{self.name} has token id {shown(token_id)}, expected 0 or more")
         return int(token_id)
 
     def _bias(self, bias: Any, token_id: Any) -> float:
         is_number = isinstance(bias, Real) and not isinstance(bias, bool)
         if not is_number or math.isnan(bias) or abs(bias) > MAX_BIAS:
             raise UserError(
-                f"{self.name} of token {token_id} is {bias!r}, expected {-MAX_BIAS:g} to "
+                f"{self.name} of token {token_id} is {shown(bias)}, expected {-MAX_BIAS:g} to "
                 f"{MAX_BIAS:g}"
             )
         return float(bias)

@@ -10,7 +10,7 @@ from nvlm.inputs.images import PictureRules
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.inputs.tiling import Grid
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.nearest import nearest
 from runtime.requests.boxes import Box
 from runtime.requests.fields import OTHER_WORDS, check_fields, require_page
@@ -153,7 +153,7 @@ class GenerationRequest:
         for name in settings:
             if name not in names:
                 raise UserError(
-                    f"a question has no setting {name!r}, expected one of "
+                    f"a question has no setting {shown(name)}, expected one of "
                     f"{', '.join(sorted(names))}{nearest(name, names, OTHER_WORDS)}"
                 )
         given = {name: settings.pop(name) for name in list(settings) if name in sampling_names}

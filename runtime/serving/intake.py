@@ -38,10 +38,11 @@ class Intake:
     """`put` may be called by any thread. `deliver` gets every ticket back, encoded, or with its
     `error`, or cancelled.
 
-    `num_preparing` threads decode and tile pictures, each one request (and one picture of up to
-    MAX_IMAGE_PIXELS) at a time; another prepares requests without pictures, which so wait for
-    none; one encodes. Each takes the smallest priority first. With 0 there are no threads, and
-    `put` does the work. `encode` replaces the stages' own.
+    `num_preparing` threads decode and tile pictures, each one request (and one picture) at a time,
+    in the memory that nvlm/inputs/picture_budget.py grants to all together; another prepares
+    requests without pictures, which so wait for none; one encodes. Each takes the smallest
+    priority first. With 0 there are no threads, and `put` does the work. `encode` replaces the
+    stages' own.
     """
 
     def __init__(

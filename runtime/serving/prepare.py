@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 
-from nvlm.inputs.images import load_pages
+from nvlm.inputs.images import make_of_pages
+from nvlm.inputs.picture_budget import PictureBudget
 from nvlm.inputs.prompt import ImageSlot, PromptPart, Role, build_prompt
-from nvlm.inputs.tiling import TiledImage, tile_image
+from nvlm.inputs.tiling import TiledImage, Tiler
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.model.config import TilingConfig
 from nvlm.planning.limits import EngineLimits
@@ -41,8 +42,10 @@ def compile_guide(engine: EngineDir, guidance: Guidance, ticket: Ticket) -> None
         ticket.compiled_guide = guidance.compile(guide)
 
 
-def prepare(engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket) -> None:
-    """Tiles the images and tokenises the prompt.
+def prepare(
+    engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket, budget: PictureBudget | None = None
+) -> None:
+    """Tiles the images and tokenises the prompt. `budget` is what all who prepare at once share.
 
     Raises `UserError` for a request this engine cannot answer, the cheap reasons first.
     """
@@ -54,7 +57,7 @@ def prepare(engine: EngineDir, tokenizer: Tokenizer, ticket: Ticket) -> None:
     require_vocabulary(request.sampling, engine.checkpoint_config.decoder.vocab_size)
     check_target(request.sampling, engine.decoder_target)
     _check_text_size(request, engine, tokenizer)
-    *history, (_, content) = turns = _tile(request, engine)
+    *history, (_, content) = turns = _tile(request, engine, budget)
     prompt = build_prompt(
         _slots(content),
         tokenizer,
@@ -99,7 +102,12 @@ def _slots(content: list[str | TiledImage]) -> list[PromptPart]:
 
 
 def tile_pages(
-    source: ImageSource, name: str, request: GenerationRequest, engine: EngineDir, room: int = 1
+    source: ImageSource,
+    name: str,
+    request: GenerationRequest,
+    engine: EngineDir,
+    room: int = 1,
+    budget: PictureBudget | None = None,
 ) -> list[TiledImage]:
     """The pages of one picture as `request` has them cut, at most `room`. Errors call it
     `name`."""
@@ -109,9 +117,8 @@ def tile_pages(
     if isinstance(source, TiledImage):
         _check_tiles(source, tiling.image_size, tiling.max_tiles_per_image)
         return [source]
-    pages = load_pages(source, name, request.pictures, room)
-    most = _max_num_tiles(request, tiling)
-    return [tile_image(page, tiling.image_size, most) for page in pages]
+    tiler = Tiler(tiling.image_size, _max_num_tiles(request, tiling))
+    return [*make_of_pages(tiler, source, name, request.pictures, room, budget)]
 
 
 def _max_num_tiles(request: GenerationRequest, tiling: TilingConfig) -> int:
@@ -121,7 +128,9 @@ def _max_num_tiles(request: GenerationRequest, tiling: TilingConfig) -> int:
     return most
 
 
-def _tile(request: GenerationRequest, engine: EngineDir) -> list[_Turn]:
+def _tile(
+    request: GenerationRequest, engine: EngineDir, budget: PictureBudget | None
+) -> list[_Turn]:
     """All turns, with their images tiled."""
     num_images, most = request.num_images, engine.limits.max_num_images
     check_num_images(num_images, engine.limits)
@@ -136,7 +145,7 @@ def _tile(request: GenerationRequest, engine: EngineDir) -> list[_Turn]:
                 continue
             number += 1
             name = "the image" if num_images == 1 else f"image {number} of {num_images}"
-            pages = tile_pages(part, name, request, engine, most - num_pages + 1)
+            pages = tile_pages(part, name, request, engine, most - num_pages + 1, budget)
             num_pages += len(pages) - 1
             # Further pages stand as further images of `images_first` would.
             content += [piece for page in pages[:-1] for piece in (page, "\n")]

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from nvlm.formats import layout
+from nvlm.inputs.picture_budget import PictureBudget
 from nvlm.inputs.tiling import TiledImage
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
 from nvlm.planning.step_limit import decoder_step_limit, vision_limit
@@ -53,6 +54,7 @@ class Stages:
         self.decoder = decoder
         self.has_failed = False  # a part of its server: what may hang is left alone from then on
         self.in_loop = threading.Lock()  # held by the one loop that is open
+        self._pictures = PictureBudget()  # of all threads that prepare
         self._encoding = threading.Lock()  # held by the one thread that encodes images
         self._encoded = EncodedPictures()
         self.num_pictures = self.num_known_pictures = 0  # that were to be encoded; and had been
@@ -65,7 +67,7 @@ class Stages:
         Raises `UserError` for a request this engine cannot answer.
         """
         compile_guide(self.engine, self.guidance, ticket)
-        prepare(self.engine, self.tokenizer, ticket)
+        prepare(self.engine, self.tokenizer, ticket, self._pictures)
 
     def encode(self, ticket: Ticket) -> None:
         """Makes the decoder's request; runs the vision encoder if there are images, for one thread

@@ -4,12 +4,15 @@ never mixed with other shares; what is refused is refused before the engine is l
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
+from evaluation.asking.partition import partition_bounds
 from runtime.serving.runner import Runner
 from tests.support.benchmarks import (
     Benchmark,
@@ -121,3 +124,13 @@ def test_a_mistake_is_told_before_the_engine_is_loaded(
     with patch.object(Runner, "open", side_effect=AssertionError("loaded")):
         one_line_error(run_task(engine, made, tmp_path / "out", *flags), told)
     assert {path: path.read_bytes() for path in tmp_path.glob("out*")} == before
+
+
+def test_shares_are_those_of_numpys_linspace() -> None:
+    """Of which only the two that count are computed: a record may say a trillion partitions."""
+    for num_records in (0, 1, 7, 900, 12_345):
+        for number in (1, 2, 3, 7, 64, 1000):
+            edges = [int(edge) for edge in np.linspace(0, num_records, number + 1)]
+            found = [partition_bounds(num_records, number, k) for k in range(number)]
+            assert found == list(pairwise(edges)), (num_records, number)
+    assert partition_bounds(5, 10**12, 0) == (0, 0)

@@ -13,6 +13,8 @@ import pytest
 
 from evaluation.datasets import video_frames
 from evaluation.datasets.video_frames import decode_frames
+from nvlm.inputs import picture_budget
+from nvlm.program.errors import UserError
 
 av = pytest.importorskip("av")
 
@@ -132,3 +134,24 @@ def test_a_video_taken_sideways_is_turned_upright(tmp_path: Path, is_whole: bool
             # numpy turns counterclockwise.
             assert np.array_equal(ours, np.rot90(upright, -turns)), f"{turns} quarter turns"
     assert found[1][0].shape == (96, 64, 3)
+
+
+@pytest.mark.parametrize("error", [AttributeError("codec"), EOFError(), MemoryError(), OSError(5)])
+def test_whatever_a_video_raises_is_its_own_error(tmp_path: Path, error: Exception) -> None:
+    path = tmp_path / "video.mp4"
+    write_video(path, "mpeg4", {})
+    with (
+        patch.object(video_frames, "_packets", side_effect=error),
+        pytest.raises(UserError, match=rf"^video {path} "),
+    ):
+        decode_frames(path, 2)
+
+
+def test_frames_beyond_the_budget_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "video.mp4"
+    write_video(path, "mpeg4", {})
+    monkeypatch.setattr(picture_budget, "DEFAULT_BYTES", 1000)
+    with pytest.raises(UserError, match=rf"^video {path} takes .* MB of memory to read"):
+        decode_frames(path, 2)

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from build.conversion.report.quantization_report import QuantizationReport
 from nvlm.formats.tensor_names import VISION_LAYER
-from nvlm.inputs.images import load_image
+from nvlm.inputs.images import make_of_pages
 from nvlm.inputs.prompt import Prompt, build_prompt, images_first
-from nvlm.inputs.tiling import TiledImage, tile_image
+from nvlm.inputs.tiling import TiledImage, Tiler
 from nvlm.inputs.tokenizer import Tokenizer
 from nvlm.model.config import NVLMConfig, TilingConfig
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.jsonl import read_jsonl_lines
 
 _EXPECTED = 'expected {"prompt": "...", "images": ["path", ...]} on each line'
@@ -135,9 +135,8 @@ def load_calibration_set(
 
 
 def _tile(images: tuple[Path, ...], tiling: TilingConfig) -> list[TiledImage]:
-    return [
-        tile_image(load_image(path), tiling.image_size, tiling.max_num_tiles) for path in images
-    ]
+    tiler = Tiler(tiling.image_size, tiling.max_num_tiles)
+    return [next(make_of_pages(tiler, path)) for path in images]
 
 
 def _entries(path: Path) -> Iterator[_Entry]:
@@ -168,11 +167,11 @@ def _parse(line: str) -> tuple[str, list[str]]:
         raise UserError(f"a JSON {type(values).__name__}; {_EXPECTED}")
     question, names = values.get("prompt"), values.get("images", [])
     if not isinstance(question, str):
-        raise UserError(f"prompt is {question!r}; {_EXPECTED}")
+        raise UserError(f"prompt is {shown(question)}; {_EXPECTED}")
     if "image" in values and not names:
         names = [values["image"]]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"images is {names!r}, not a list of paths; {_EXPECTED}")
+        raise UserError(f"images is {shown(names)}, not a list of paths; {_EXPECTED}")
     return question, names
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import torch
 
 from build.conversion.quantization.quantization_error import quantization_error
-from build.conversion.report.quantization_report import LinearReport
+from build.conversion.report.quantization_report import SCALE_ROUNDING, LinearReport
 from nvlm.model.decoder import SHARED_SCALE_LINEARS
 from nvlm.model.number_formats import LinearScales, NumberFormat
 from nvlm.program.errors import UserError
@@ -62,6 +63,11 @@ def scaled_anew(
             f"--calib_cache has no row {prefix}{missing[0]}, expected one for each linear of the "
             "model; give the report of a finished conversion"
         )
+    if unknown := sorted(rows.keys() - set(names)):
+        raise UserError(
+            f"--calib_cache has a row {prefix}{unknown[0]}, which the model has not; give the "
+            "report of a conversion of this model"
+        )
     for row in cached:
         if row.input_amax > torch.finfo(dtype).max:
             raise UserError(
@@ -71,7 +77,29 @@ def scaled_anew(
     weight_amax = {name: row.weight_amax for name, row in rows.items()}
     input_amax = {name: row.input_amax for name, row in rows.items()}
     scales = _scales(weight_amax, input_amax, number_format, dtype)
+    for name, row in rows.items():
+        _check_scales(row, scales[name])
     return [replace(row, scales=scales[name]) for name, row in rows.items()]
+
+
+def _check_scales(row: LinearReport, expected: LinearScales) -> None:
+    """Refuses amax that are not those of the row's own scales: somebody changed one of them."""
+    pairs = ((row.scales.weight, expected.weight), (row.scales.activation, expected.activation))
+    for found, wanted in pairs:
+        if not math.isclose(found, wanted, rel_tol=SCALE_ROUNDING):
+            raise UserError(
+                f"--calib_cache has a scale {found:g} at {row.linear}, expected {wanted:g} by its "
+                "amax; give the report as the conversion wrote it"
+            )
+
+
+def check_cached(report: LinearReport, amax: float) -> None:
+    """Refuses a row of --calib_cache whose weight is not the one that is converted."""
+    if amax != report.weight_amax:
+        raise UserError(
+            f"--calib_cache is of other weights or another --dtype: {report.linear} has amax "
+            f"{amax}, the cache says {report.weight_amax}; calibrate again"
+        )
 
 
 def _scales(

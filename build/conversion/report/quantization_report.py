@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nvlm.formats import layout
 from nvlm.formats.scale_dtype import SCALE_DTYPE
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.number_formats import ACTIVATION_SCALE, FP8, WEIGHT_SCALE, LinearScales
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.json_files import read_json_object, write_json_atomically
 
 NOTABLY_MORE = 1.25
 """Times the rounding error of V with a scale of its own, from where on a warning is given."""
+SCALE_ROUNDING = 1 / 64
+"""Of a scale to the numbers of a dtype, the widest of which are a 128th apart."""
+_KV_SCALE = "kv_cache_scaling_factor"
+_BY_HEAD = ("q_head_amax", "k_head_amax", "v_head_amax")
+_MEASURED = ("residual_error", "own_scales_residual_error", "v_error", "v_own_scale_error")
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +62,15 @@ class LinearReport:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> LinearReport:
+        """Raises `ValueError` and its kin for values that no linear has."""
         rest = dict(row)
-        _check_amax(rest["linear"], rest, ("weight_amax", "input_amax"))
+        _check_name(rest["linear"])
+        _check_numbers(
+            rest["linear"], rest, ("weight_amax", "input_amax", WEIGHT_SCALE, ACTIVATION_SCALE)
+        )
+        _check_numbers(rest["linear"], rest, ("weight_error", "output_error"))
+        _check_numbers(rest["linear"], rest, ("clipped_share", "underflow_share"), most=1.0)
+        _check_count(rest, "num_rows")
         scales = LinearScales(rest.pop(WEIGHT_SCALE), rest.pop(ACTIVATION_SCALE))
         return cls(scales=scales, **rest)
 
@@ -80,6 +96,22 @@ class AttentionReport:
     v_error: float | None = None
     v_own_scale_error: float | None = None
 
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> AttentionReport:
+        """Raises `ValueError` and its kin for values that no layer has."""
+        rest = dict(row)
+        name, scale = rest["layer"], rest.pop(_KV_SCALE)
+        _check_name(name)
+        _check_numbers(name, row, ("q_amax", "k_amax", "v_amax", _KV_SCALE))
+        _check_numbers(name, row, [key for key in _MEASURED if row.get(key) is not None])
+        for key in _BY_HEAD:
+            rest[key] = tuple(row.get(key, ()))
+            _check_numbers(name, {key: max(rest[key], default=0.0)}, [key])
+            _check_numbers(name, {key: min(rest[key], default=0.0)}, [key])
+        found = cls(**rest)
+        _check_scale(f"{_KV_SCALE} of {name}", scale, found.kv_cache_scaling_factor)
+        return found
+
     @property
     def kv_cache_scaling_factor(self) -> float:
         """Covers Q too: the FP8 context kernel quantises Q with the cache's one scale."""
@@ -92,13 +124,8 @@ class AttentionReport:
             return False
         return self.v_error > NOTABLY_MORE * self.v_own_scale_error
 
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> AttentionReport:
-        values = dict(row)
-        values.pop("kv_cache_scaling_factor", None)
-        _check_amax(values["layer"], values, ("q_amax", "k_amax", "v_amax"))
-        heads = {key: tuple(value) for key, value in values.items() if key.endswith("_head_amax")}
-        return cls(**{**values, **heads})
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), _KV_SCALE: self.kv_cache_scaling_factor}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +176,7 @@ class QuantizationReport:
                 "scale": f"amax / {FP8.largest:.0f}, of linears rounded up to scale_dtype",
                 SCALE_DTYPE: self.scale_dtype,
                 "linears": [row.to_json() for row in self.worst_first],
-                "attention": [
-                    {**asdict(row), "kv_cache_scaling_factor": row.kv_cache_scaling_factor}
-                    for row in self.attentions
-                ],
+                "attention": [row.to_json() for row in self.attentions],
             },
         )
 
@@ -165,29 +189,58 @@ class QuantizationReport:
         except UserError as error:
             raise UserError(f"{error}; {advice}") from None
         try:
+            attentions = tuple(map(AttentionReport.from_json, values["attention"]))
+            linears = tuple(map(LinearReport.from_json, values["linears"]))
+            _check_once([row.linear for row in linears])
+            _check_once([row.layer for row in attentions])
+            for key in ("num_calibration_samples", "num_skipped"):
+                _check_count(values, key)
             scale_dtype = values.get(SCALE_DTYPE, "float32")  # older versions did not say it
             if scale_dtype not in TORCH_DTYPES:
-                raise ValueError(f"{SCALE_DTYPE} is {scale_dtype!r}")
+                raise ValueError(f"{SCALE_DTYPE} is {shown(scale_dtype)}")
             return cls(
                 values["num_calibration_samples"],
                 values["num_skipped"],
-                tuple(LinearReport.from_json(row) for row in values["linears"]),
-                tuple(AttentionReport.from_json(row) for row in values["attention"]),
+                linears,
+                attentions,
                 scale_dtype,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
-                f"{path} is no quantization report of this version ({error!r}); {advice}"
+                f"{path} is no quantization report of this version ({shown(error)}); {advice}"
             ) from None
 
 
-def _check_amax(name: str, row: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raises `ValueError` for what is no largest magnitude."""
+def _check_name(value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"a row is named {shown(value)}")
+
+
+def _check_once(names: list[str]) -> None:
+    for name, number in Counter(names).items():
+        if number > 1:
+            raise ValueError(f"{shown(name)} has {number} rows")
+
+
+def _check_numbers(
+    name: str, row: Mapping[str, Any], keys: Iterable[str], most: float = _LARGEST
+) -> None:
+    """Raises `ValueError` for what is no magnitude."""
     for key in keys:
         value = row[key]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and math.isfinite(value) and value >= 0):
-            raise ValueError(f"{key} of {name} is {value!r}")
+        if type(value) not in (int, float) or not 0 <= value <= most:  # NaN is neither
+            raise ValueError(f"{key} of {name} is {shown(value)}")
+
+
+def _check_count(row: Mapping[str, Any], key: str) -> None:
+    if type(row[key]) is not int or not 0 <= row[key] < 1 << 53:
+        raise ValueError(f"{key} is {shown(row[key])}")
+
+
+def _check_scale(name: str, scale: float, expected: float) -> None:
+    """Scales and amax of one report belong together. Older versions rounded scales otherwise."""
+    if not math.isclose(scale, expected, rel_tol=SCALE_ROUNDING):
+        raise ValueError(f"{name} is {shown(scale)}, expected {expected:g} of its amax")
 
 
 def with_residual_errors(
@@ -203,7 +256,7 @@ def as_record(
     """What the journal keeps of a layer."""
     return {
         "linears": [row.to_json() for row in linears],
-        "attention": None if attention is None else asdict(attention),
+        "attention": None if attention is None else attention.to_json(),
     }
 
 

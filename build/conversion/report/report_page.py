@@ -13,6 +13,7 @@ from nvlm.formats import layout
 from nvlm.model.decoder import DECODER_LINEARS
 from nvlm.model.number_formats import ACTIVATION_SCALE, WEIGHT_SCALE
 from nvlm.model.vision import VISION_LINEARS
+from nvlm.program.html_policy import policy_tag
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -122,7 +123,7 @@ def page(report: QuantizationReport, origin: Origin) -> str:
             parts.append(_attention(report))
     parts.append(_table(report))
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{policy_tag()}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Quantization report: {escape(origin.model)}</title><style>{_STYLE}</style>"
         f"<body>{''.join(parts)}</body></html>\n"

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from nvlm.formats import layout
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 RANK_FILE = "model_optim_rng.pt"
 
@@ -37,7 +37,7 @@ def iteration_dir(model_dir: Path) -> Path:
         text = tracker.read_bytes()[:80].decode("ascii", errors="replace").strip()
         if text != "release" and not re.fullmatch(r"[0-9]+", text):
             raise UserError(
-                f"{tracker} holds {text!r}, expected the number of an iteration or 'release'; "
+                f"{tracker} holds {shown(text)}, expected the number of an iteration or 'release'; "
                 "give the iteration's folder as --model_dir"
             )
         folder = model_dir / (text if text == "release" else f"iter_{int(text):07d}")

@@ -9,7 +9,7 @@ import torch
 from build.sources.megatron.model_config import MODEL_ARGS, Stages
 from build.sources.megatron.rank_file import RankFile
 from build.sources.megatron.tensors import MEGATRON_DECODER_LAYER, MEGATRON_VISION_LAYER
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 # Every rank has other rows of these: no dummy heads, no padding.
 _DECODER_MLP, _VISION_MLP = (
@@ -31,8 +31,8 @@ def check_one_checkpoint(stages: Stages) -> None:
             found, expected = (f.args.get(name) for f in (file, first))
             if found != expected:
                 raise UserError(
-                    f"{file.path}: args.{name} is {found!r}, but {expected!r} in {first.path}; "
-                    "copy all ranks of one checkpoint"
+                    f"{file.path}: args.{name} is {shown(found)}, but {shown(expected)} in "
+                    f"{first.path}; copy all ranks of one checkpoint"
                 )
     for stage in stages:
         _check_order(stage)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 _NAMESPACE = "argparse.Namespace"
 _INERT_PACKAGES = ("megatron.", "transformer_engine.")
@@ -74,8 +74,9 @@ class RankFile:
             )
         if values.get("checkpoint_version") != 3.0:
             raise UserError(
-                f"{path} has checkpoint_version {values.get('checkpoint_version')!r}, expected "
-                "3.0 (older ones order q, k and v in other ways); save it with Megatron-Core"
+                f"{path} has checkpoint_version {shown(values.get('checkpoint_version'))}, "
+                "expected 3.0 (older ones order q, k and v in other ways); save it with "
+                "Megatron-Core"
             )
         iteration, model = values.get("iteration"), values.get("model")
         if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
