@@ -17,6 +17,7 @@
 #     load      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
 #     peers     Hugging Face transformers, bfloat16; needs transformers
 #     vllm      vLLM, FP8; needs vllm (PYTHON=... where it has an environment of its own)
+#     exports   vLLM reads our exports of the trained model, $SCRATCH as for load; needs vllm
 #     evaluation  a benchmark task beside the engine alone, $LAYERS (default 80) layers, needs tqdm
 #   one H200:
 #     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving of 256
@@ -70,6 +71,7 @@ part memory 120 bash -c "$python -m bench.hopper.memory --vision_precision bfloa
 part load 200 $python -m bench.hopper.load --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.peers.hugging_face
 part vllm 420 $python -m bench.peers.vllm_engine
+part exports 580 $python -m bench.peers.read_exports --folder "${SCRATCH:-/tmp}/nvlm_exports"
 
 part h200 460 $python -m bench.hopper decode prefill first_token serving --layers 80 \
   --batch_sizes 1,8,32,64 --prompts 1948 --serving 2048/128/256/64
