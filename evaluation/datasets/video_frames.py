@@ -53,9 +53,9 @@ class Packets:
     empty where the packets do not tell. `keys`: those of the key frames."""
 
     number: int
-    frame_bytes: int  # of a frame as RGB
     times: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
+    frame_bytes: int = 0  # of a frame as RGB
 
 
 def _spaced(number: int, num_frames: int) -> list[int]:
@@ -77,9 +77,9 @@ def _packets(path: Path) -> Packets:
     times = {time for time, _, _ in found}
     is_plain = None not in times and len(times) == len(found)
     if codec not in _ONE_FRAME_A_PACKET or not is_plain or any(is_odd for _, _, is_odd in found):
-        return Packets(len(found), frame_bytes)
+        return Packets(len(found), frame_bytes=frame_bytes)
     keys = tuple(time for time, is_key, _ in found if is_key)
-    return Packets(len(found), frame_bytes, tuple(sorted(times)), keys)
+    return Packets(len(found), tuple(sorted(times)), keys, frame_bytes)
 
 
 def _seek(path: Path, packets: Packets, wanted: list[int]) -> dict[int, Pixels] | None:
