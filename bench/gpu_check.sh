@@ -8,6 +8,7 @@
 #     decode    8 and 16 layers of 72B width: decode, prefill, slopes per layer; profile.log
 #     vision    seven tiles, FP8 and bfloat16
 #     kernels   every kernel alone; FP8 linears by cuBLASLt
+#     attention  decode attention of one and of two ranks' heads, divided and compiled in many ways
 #   and its other results:
 #     alone     tests that take the whole GPU: memory that runs out
 #     truth     the trained model's answers beside the CPU's. $TRUTH (default .truth): a folder made by
@@ -62,6 +63,8 @@ part decode 150 bash -c "$python -m bench.hopper decode prefill --layers 8,16 --
   $python -m bench.hopper decode prefill --layers 8 --prompts 1948 --batch_sizes 1 --no_graphs"
 part vision 60 $python -m bench.hopper vision
 part kernels 80 $python -m bench.hopper.kernels --batch_sizes 1,8,64 --prompts 1948
+
+part attention 420 $python -m bench.hopper.attention
 
 part alone 60 $pytest tests/decoder/test_hopper_executor.py -k alone_
 part truth 220 $python -m bench.hopper.truth --folder "${TRUTH:-.truth}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,25 @@ def test_every_kernel_is_measured_for_every_batch_size(capsys: pytest.CaptureFix
     for kernel in ("add_rms_norm", "decode_attention", "gate_up_swiglu", "down linear"):
         assert {(1, kernel), (3, kernel)} <= names
     assert all(row["ms"] > 0 and row["bytes"] > 0 for row in found["kernels"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is what is tested")
+@pytest.mark.process
+def test_decode_attention_is_measured_as_chosen() -> None:
+    """Triton's interpreter has to be chosen before Triton is imported."""
+    options = ["--kv_heads", "1", "--batch_sizes", "1", "--context", "70"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.hopper.attention", *options],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (row,) = json.loads(done.stdout.splitlines()[-1])["attention"]
+    assert (row["kv_heads"], row["batch_size"], row["is_chosen"]) == (1, 1, True)
+    assert row["ms"] > 0
+    assert row["bytes"] == 2 * 70 * 128
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")

@@ -145,7 +145,7 @@ def test_sums_of_ranks_are_rounded_before_they_are_added() -> None:
 def test_the_numbers_of_splits_are_few_and_fit_the_workspace(num_tasks: int) -> None:
     workspace = Workspace.allocate(DEVICE, 264)
     for crowd in (1, 2):
-        splits = workspace.num_splits(num_tasks, crowd)
+        splits = workspace.num_splits(num_tasks, crowd, max_splits=16)
         assert splits in (1, 2, 4, 8, 16)
         if splits > 1:
             assert num_tasks * splits * 16 * 128 <= workspace.partial_sums.numel()

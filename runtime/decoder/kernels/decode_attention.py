@@ -28,12 +28,14 @@ _LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Positions that a program reads at once, how it is compiled, and Workspace.num_splits'."""
+    """Positions that a program reads at once, how it is compiled, and what `Workspace.num_splits`
+    takes. `python -m bench.hopper.attention` compares them."""
 
     num_tokens: int
     num_warps: int
     num_stages: int
     crowd: int
+    max_splits: int = 16
 
 
 def step_for(batch_size: int) -> Step:
@@ -208,7 +210,7 @@ def decode_attention(
     group, step = heads // kv_heads, step or step_for(len(qkv))
     dtype = qkv.dtype if scale is None else E4M3
     out = empty_with_spare_rows(batch_size, heads * head_dim, dtype=dtype, device=qkv.device)
-    splits = workspace.num_splits(batch_size * kv_heads, step.crowd)
+    splits = workspace.num_splits(batch_size * kv_heads, step.crowd, step.max_splits)
     _decode_attention[(batch_size, kv_heads, splits)](
         qkv, rows.cos, rows.sin, rows.slots, pages.k, pages.v, block_tables, positions,
         pages.scale, scale, out,

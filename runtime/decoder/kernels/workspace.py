@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-_MAX_SPLITS = 16  # what one program merges
 _MAX_CROWD = 2
 _ROWS_TIMES_CHANNELS = 64 * 256  # the largest attention tile: rows of a group, channels of a head
 _ROWS_TIMES_COLUMNS = 16 * 64  # a tile of gate and up: tokens, output columns
@@ -37,9 +36,10 @@ class Workspace:
             torch.zeros(_MAX_TILES, dtype=torch.int32, device=device),
         )
 
-    def num_splits(self, num_tasks: int, crowd: int) -> int:
+    def num_splits(self, num_tasks: int, crowd: int, max_splits: int) -> int:
         """How many pieces of a context run beside each other, so that every program has one.
-        crowd: programs of attention in the place of one of `num_programs`, at most 2. A power of 2:
-        each number is a kernel of its own, and these the CUDA graphs' sizes compile."""
-        splits = min(_MAX_SPLITS, crowd * self.num_programs // num_tasks)
+        crowd: programs of attention in the place of one of `num_programs`, at most 2. max_splits:
+        what one program merges. A power of 2: each number is a kernel of its own, and these the
+        CUDA graphs' sizes compile."""
+        splits = min(max_splits, crowd * self.num_programs // num_tasks)
         return 1 << max(0, splits.bit_length() - 1)
