@@ -18,15 +18,18 @@ from frontends.openai.door import Door
 from frontends.openai.endpoints.chat import chat_completions
 from frontends.openai.endpoints.completions import completions
 from frontends.openai.endpoints.models import model_entry, model_list
+from frontends.openai.endpoints.tiles import tiles
 from frontends.openai.endpoints.tokenize import detokenize, tokenize
 from frontends.openai.errors import ApiError, not_ready
 from frontends.openai.guard import Guard
 from frontends.openai.metrics import CONTENT_TYPE, exposition
 from frontends.openai.openapi import document
+from frontends.openai.page.document import page
 
 _ENDPOINTS: tuple[tuple[str, Handler, str | None], ...] = (
     ("/v1/chat/completions", chat_completions, "chat"),
     ("/v1/completions", completions, "completions"),
+    ("/v1/tiles", tiles, None),
     ("/tokenize", tokenize, None),
     ("/detokenize", detokenize, None),
 )
@@ -55,12 +58,16 @@ def application(door: Door, guard: Guard | None = None) -> ASGIApp:
     async def openapi(_: Request) -> Response:
         return JSONResponse(document())
 
+    async def looked_at(_: Request) -> Response:
+        return page()
+
     app = Starlette(
         routes=[
             *(
                 Route(path, Endpoint(door, handler, fields), methods=["POST"])
                 for path, handler, fields in _ENDPOINTS
             ),
+            Route("/", looked_at),
             Route("/v1/models", models),
             Route("/v1/models/{model:path}", model),
             Route("/health", health),

@@ -124,11 +124,12 @@ class Chunks:
             body["usage"] = _usage(asked)
         return event(body)
 
-    def last(self, asked: Iterable[Asked]) -> bytes:
-        """The end of a stream, with the chunk of its usage if asked for."""
-        if not self.options.includes_usage:
-            return DONE
-        return event({**self._body([]), "usage": _usage(asked)}) + DONE
+    def last(self, asked: Iterable[Asked], more: Mapping[str, Any] | None = None) -> bytes:
+        """The end of a stream, with a chunk of its usage and of `more`, if asked for."""
+        told = dict(more or {})
+        if self.options.includes_usage:
+            told["usage"] = _usage(asked)
+        return event({**self._body([]), **told}) + DONE if told else DONE
 
     def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -19,6 +19,9 @@ from nvlm.program.errors import UserError
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version"})
 """Probes and Prometheus need no key, and name a machine by its address."""
 
+_KEYLESS_PATHS = frozenset({"/"})
+"""The page asks for a key itself, and is the same for everybody."""
+
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -58,7 +61,8 @@ class Guard:
                 "pages of this Origin may not ask; the operator gives --allowed_origin",
                 code="origin_not_allowed",
             )
-        self._check_key(headers.get("authorization", ""))
+        if path not in _KEYLESS_PATHS:
+            self._check_key(headers.get("authorization", ""))
 
     def is_allowed_origin(self, origin: str, host: str) -> bool:
         """Whether a page may ask: the server's own, or one that the operator named."""

@@ -111,7 +111,7 @@ def lead(
         try:
             door.open(server)
             log.info(
-                "ready: http://%s:%d/v1 serves %s on %s; Control-C stops it",
+                "ready: http://%s:%d/v1 serves %s on %s, with a page at /; Control-C stops it",
                 _url_host(arguments.host),
                 http.port,
                 options.models[0],

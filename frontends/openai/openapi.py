@@ -91,6 +91,17 @@ def document() -> dict[str, Any]:
             "/v1/completions": _post(
                 _body("completions", "prompt", {"type": ["string", "array"], "minLength": 1})
             ),
+            "/v1/tiles": _post(
+                {
+                    "type": "object",
+                    "required": ["messages"],
+                    "properties": {
+                        "messages": _MESSAGES,
+                        "model": {"type": "string"},
+                        "mm_processor_kwargs": {"type": "object"},
+                    },
+                }
+            ),
             "/tokenize": _post({"type": "object", "properties": both}),
             "/detokenize": _post(
                 {"type": "object", "required": ["tokens"], "properties": {"tokens": ids}}

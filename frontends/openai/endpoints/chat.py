@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from frontends.openai.asking import Asked
@@ -9,8 +10,9 @@ from frontends.openai.call import Call, Events
 from frontends.openai.errors import FieldError
 from frontends.openai.events import Chunks, StreamOptions, Usage, merged, record_result
 from frontends.openai.logprobs import of_chat, of_prompt
-from frontends.openai.requests.fields import settings_of, text_field
+from frontends.openai.requests.fields import flag, settings_of, text_field
 from frontends.openai.requests.messages import read_messages, texts_of
+from runtime.requests.types import GenerationResult
 
 _NAME = "chatcmpl"
 
@@ -56,7 +58,14 @@ async def _whole(call: Call, asked: Asked, model: str) -> dict[str, Any]:
     }
     if result.prompt_logprobs is not None:
         answer["prompt_logprobs"] = of_prompt(result.prompt_logprobs)
-    return answer
+    return answer | _timings(call, result)
+
+
+def _timings(call: Call, result: GenerationResult) -> dict[str, Any]:
+    """As `run.py --json` has them, where the body asks for them."""
+    if not flag(call.body, "return_timings"):
+        return {}
+    return {"timings": {name: round(each, 3) for name, each in asdict(result.timings).items()}}
 
 
 async def _events(call: Call, asked: Asked, chunks: Chunks) -> Events:
@@ -81,5 +90,5 @@ async def _events(call: Call, asked: Asked, chunks: Chunks) -> Events:
         yield events
         if (result := pieces[-1].result) is not None:
             record_result(call, result)
-            yield chunks.last([asked])
+            yield chunks.last([asked], _timings(call, result))
             return

@@ -25,4 +25,6 @@ def _entry(door: Door, name: str) -> dict[str, Any]:
         "root": door.options.models[0],
         "parent": None,
         "max_model_len": door.max_model_len,
+        "max_num_images": door.runner.engine.limits.max_num_images,
+        "max_num_tiles": door.runner.engine.tiling.max_num_tiles,
     }

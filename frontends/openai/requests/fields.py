@@ -348,6 +348,13 @@ FIELDS: tuple[Field, ...] = (
     *_elsewhere("stream", "boolean"),
     *_elsewhere("stream_options", "object"),
     *_elsewhere("messages", "array", **_CHAT),
+    Field(
+        "return_timings",
+        ("boolean",),
+        is_setting=False,
+        endpoints=("chat",),
+        help="adds `timings` to the answer, or to a stream's last chunk",
+    ),
     *_elsewhere("prompt", "string", "array", **_COMPLETIONS),
     # These change no answer
     *_elsewhere(

@@ -1,0 +1,1 @@
+"""The page at /: its pieces, and the one document that is made of them."""
