@@ -62,6 +62,7 @@ MARKS: dict[str, str] = {
     "evaluation/test_evaluation_page.py": "process",
     "evaluation/test_evaluation_ranks.py": "process",
     "faults/test_kills.py": "process",
+    "frontends/test_openai_browser.py": "process",
     "frontends/test_openai_process.py": "process",
     "frontends/test_triton_dead_parts.py": "process",
     "fuzz": "long",

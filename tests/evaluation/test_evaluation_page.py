@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,14 @@ from typing import Any
 import pytest
 
 from tests.support.benchmarks import ocrbench, text_vqa
+from tests.support.browser import chromium
 from tests.support.command import GENERATE, SCORE, run_command
-
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium: the system's, or playwright's own."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, PROGRAMS)), None)
-    with playwright.sync_playwright() as p:
-        try:
-            browser = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 def answer_by_hand(prefix: Path, task: str, answers: dict[Any, str]) -> None:
