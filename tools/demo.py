@@ -81,7 +81,8 @@ def make_engine() -> tuple[str, ...]:
     convert = ("--model_dir", str(MODEL), "--output_dir", checkpoint, "--if_stale")
     call(convert_checkpoint, "convert_checkpoint", *convert)
     place = ("--engine_dir", engine, "--device", "cpu")
-    build = ("--checkpoint_dir", checkpoint, *place, "--if_stale")
+    several = ("--max_num_images", "3")  # a conversation on the page shows more than one
+    build = ("--checkpoint_dir", checkpoint, *place, *several, "--if_stale")
     call(build_engine, "build_engine", *build)
     return place
 

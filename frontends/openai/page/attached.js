@@ -15,7 +15,7 @@ class Attached {
 
   // In front of those that came meanwhile.
   putBack(pictures) {
-    pictures.forEach((each) => each.element.append(each.remover));
+    pictures.forEach((each) => each.side.append(each.remover));
     this.pictures = [...pictures, ...this.pictures];
     this.element.prepend(...pictures.map((each) => each.element));
   }
@@ -38,7 +38,7 @@ class Attached {
     try {
       picture = await readFile(file);
       this.#show(picture);
-      await picture.tile(this.server, mostTiles);
+      await picture.tile(this.server, mostTiles()); // as it is now: reading took a while
     } catch (error) {
       refuse(error);
       if (picture && error.status === 400) this.#drop(picture); // it is no picture
@@ -48,7 +48,7 @@ class Attached {
   #show(picture) {
     picture.remover.addEventListener("click", () => this.#drop(picture));
     this.pictures.push(picture);
-    picture.element.append(picture.remover);
+    picture.side.append(picture.remover);
     this.element.append(picture.element);
   }
 

@@ -43,6 +43,10 @@ class Conversation {
     if (picture && boxes.length > 0) drawBoxes(picture.frame, boxes);
   }
 
+  scroll() {
+    this.element.scrollTop = this.element.scrollHeight;
+  }
+
   // The pictures stay, since the next question may be the same one again.
   takeBack(turn) {
     turn.asked.remove();

@@ -21,7 +21,7 @@ async function meet() {
   }
   const [first] = told.data;
   model = first.id;
-  byId("model").textContent = `${model}, up to ${first.max_model_len} tokens`;
+  byId("model").textContent = `${model}, ${first.max_model_len} tokens`;
   Object.assign(byId("most_tiles"), { max: first.max_num_tiles, value: first.max_num_tiles });
   byId("most_tiles_shown").textContent = first.max_num_tiles;
   byId("trouble").textContent = "";
@@ -41,7 +41,7 @@ function refuse(error) {
 function attach(files) {
   byId("trouble").textContent = "";
   byId("empty").hidden = true;
-  return attached.add(files, mostTiles(), refuse);
+  return attached.add(files, mostTiles, refuse);
 }
 
 // All pictures: the next question sends those of the turns before again, with the new number.
@@ -67,7 +67,8 @@ async function ask() {
   try {
     await hear(turn, body(messages));
     conversation.turns.push(turn);
-    byId("status").textContent = `Answered: ${turn.answer}`;
+    byId("status").textContent = "";
+    byId("announced").textContent = `Answer: ${turn.answer}`; // to those who cannot see it come
   } catch (error) {
     if (turn.asked.isConnected) broken(turn, error); // else a new conversation has begun
   } finally {
@@ -84,7 +85,7 @@ function begin(question) {
   byId("trouble").textContent = "";
   byId("status").textContent = "The answer is being written.";
   byId("ask").textContent = "Stop";
-  turn.answered.scrollIntoView({ block: "end" });
+  conversation.scroll();
   return turn;
 }
 
@@ -94,7 +95,7 @@ async function hear(turn, asked) {
   for await (const chunk of chunks) {
     for (const { delta } of chunk.choices) conversation.say(turn, delta.content ?? "");
     if (chunk.timings) turn.timings.textContent = timingsLine(chunk);
-    turn.answered.scrollIntoView({ block: "end" });
+    conversation.scroll();
   }
 }
 

@@ -1,5 +1,7 @@
 // A picture: its file as a data: URL, and a view of it beside its tiles, as the server cuts them.
 
+const LEAST_SIDE = 140; // what the style sheet never makes smaller
+
 class Picture {
   constructor(name, url) {
     this.url = url;
@@ -7,10 +9,13 @@ class Picture {
     this.element = make("div", "picture");
     this.seen = make("div", "seen");
     this.image = imageOf(url, name);
+    this.image.addEventListener("load", () => enlarge(this.image));
     this.frame.append(this.image);
     this.remover = make("button", "", "Remove"); // there as long as it is not asked about
     this.remover.type = "button";
-    this.element.append(this.frame, this.seen);
+    this.side = make("div", "side"); // the remover comes below the picture
+    this.side.append(this.frame);
+    this.element.append(this.side, this.seen);
     this.cut = 0; // how often it was tiled: only the last answer is shown
   }
 
@@ -31,13 +36,15 @@ class Picture {
   #showTiles([{ grid, tiles }], tokensPerTile) {
     const num = tiles.length;
     const told = `${num} ${num === 1 ? "tile" : "tiles"}, ${num * tokensPerTile} tokens`;
-    const cut = make("div", "grid");
-    cut.style.gridTemplateColumns = `repeat(${grid[0]}, max-content)`;
+    const cells = make("div", "grid");
+    cells.style.gridTemplateColumns = `repeat(${grid[0]}, max-content)`;
     const figures = tiles.map(tileFigure);
-    const thumbnail = num > 1 ? [figures.pop()] : [];
-    thumbnail.forEach((each) => each.classList.add("thumbnail"));
-    cut.append(...figures);
-    this.seen.replaceChildren(make("p", "", told), cut, ...thumbnail);
+    const thumbnail = figures.pop();
+    thumbnail.classList.add("thumbnail");
+    cells.append(...figures);
+    const cut = make("div", "cut");
+    cut.append(...(num > 1 ? [cells] : []), thumbnail);
+    this.seen.replaceChildren(make("p", "", told), cut);
     // What a browser cannot show, such as TIFF, the model can: its last tile is the whole picture.
     const showLast = () => { this.image.src = tiles[num - 1].url; };
     if (this.image.complete && this.image.naturalWidth === 0) showLast();
@@ -49,6 +56,12 @@ function tileFigure({ tag, url }) {
   const figure = make("figure", "tile");
   figure.append(make("figcaption", "", tag), imageOf(url, ""));
   return figure;
+}
+
+// A picture of a few pixels would hardly be seen. Its sides keep their ratio.
+function enlarge(image) {
+  const factor = LEAST_SIDE / Math.max(image.naturalWidth, image.naturalHeight);
+  if (factor > 1) image.width = Math.round(factor * image.naturalWidth);
 }
 
 function readFile(file) {
