@@ -343,9 +343,12 @@ def test_nothing_is_wider_than_a_phone(served: Served, look: Look) -> None:
     assert looked.page.evaluate(wide) == PHONE["width"]
     looked.ask("W" * 200)
     assert looked.page.evaluate(wide) == PHONE["width"]
+    looked.drop(NUMBER)
+    looked.until("document.querySelectorAll('#attached .tile').length > 0")
     for name in ("#ask", "#choose", "#copy_python", "#question"):
         box = looked.page.locator(name).bounding_box()
         assert 0 <= box["x"] < box["x"] + box["width"] <= PHONE["width"], name
+        assert 0 <= box["y"] < box["y"] + box["height"] <= PHONE["height"], name
 
 
 def test_a_key_is_asked_for_and_kept_in_memory_alone(

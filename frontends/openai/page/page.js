@@ -32,6 +32,7 @@ async function meet() {
 // Says what went wrong, and asks for the key where it is that.
 function refuse(error) {
   byId("trouble").textContent = error.message;
+  conversation.scroll(); // the sentence takes room from it
   if (error.status !== 401) return;
   needsKey = true;
   byId("key_row").hidden = false;
