@@ -301,6 +301,7 @@ def test_what_is_copied_asks_the_same_question(served: Served, look: Look, tmp_p
 def test_the_page_works_from_the_keyboard(served: Served, look: Look) -> None:
     looked = look(served)
     page = looked.page
+    page.on("filechooser", lambda _: None)  # from now on no dialog of the system opens
     looked.until("document.activeElement.id === 'question'")
     seen = []
     for _ in range(6):
