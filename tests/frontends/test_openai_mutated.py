@@ -33,7 +33,7 @@ VALUES: tuple[Any, ...] = (
     *([], {}, [[]], [None], ["x"], [0], {"x": 1}, {"type": "json_object"}, {"url": "data:,"}),
     *({"type": []}, {"type": {}}, [[[[[[]]]]]], {"": ""}, ["a"] * 200),
 )
-PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/tiles", "/tokenize", "/detokenize")
 MOST_TOKENS = 8
 STATUSES = {200, 400, 404}
 

@@ -20,7 +20,7 @@ _NAME = "chatcmpl"
 async def chat_completions(call: Call) -> dict[str, Any] | Events:
     door, body = call.door, call.body
     model = door.require_model(text_field(body, "model"))
-    options = StreamOptions.of(body)
+    options, has_timings = StreamOptions.of(body), flag(body, "return_timings")
     if "messages" not in body:
         raise FieldError("messages", "messages is missing, expected a list of messages")
     turns = read_messages(body["messages"])
@@ -31,11 +31,11 @@ async def chat_completions(call: Call) -> dict[str, Any] | Events:
     asked = door.ask(request, call.stack, in_pieces=options.is_streamed)
     if options.is_streamed:
         chunks = Chunks.of(call, _NAME, "chat.completion.chunk", model, options)
-        return _events(call, asked, chunks)
-    return await _whole(call, asked, model)
+        return _events(call, asked, chunks, has_timings)
+    return await _whole(call, asked, model, has_timings)
 
 
-async def _whole(call: Call, asked: Asked, model: str) -> dict[str, Any]:
+async def _whole(call: Call, asked: Asked, model: str, has_timings: bool) -> dict[str, Any]:
     result = (await asked.hear())[-1].result
     assert result is not None, "nothing else is heard of an answer that is not streamed"
     record_result(call, result)
@@ -58,17 +58,10 @@ async def _whole(call: Call, asked: Asked, model: str) -> dict[str, Any]:
     }
     if result.prompt_logprobs is not None:
         answer["prompt_logprobs"] = of_prompt(result.prompt_logprobs)
-    return answer | _timings(call, result)
+    return answer | (_timings(result) if has_timings else {})
 
 
-def _timings(call: Call, result: GenerationResult) -> dict[str, Any]:
-    """As `run.py --json` has them, where the body asks for them."""
-    if not flag(call.body, "return_timings"):
-        return {}
-    return {"timings": {name: round(each, 3) for name, each in asdict(result.timings).items()}}
-
-
-async def _events(call: Call, asked: Asked, chunks: Chunks) -> Events:
+async def _events(call: Call, asked: Asked, chunks: Chunks, has_timings: bool) -> Events:
     tokenizer = call.door.runner.tokenizer
     has_logprobs = asked.ticket.request.sampling.logprobs
     begun: set[int] = set()
@@ -90,5 +83,10 @@ async def _events(call: Call, asked: Asked, chunks: Chunks) -> Events:
         yield events
         if (result := pieces[-1].result) is not None:
             record_result(call, result)
-            yield chunks.last([asked], _timings(call, result))
+            yield chunks.last([asked], _timings(result) if has_timings else {})
             return
+
+
+def _timings(result: GenerationResult) -> dict[str, Any]:
+    """As `run.py --json` has them."""
+    return {"timings": {name: round(each, 3) for name, each in asdict(result.timings).items()}}
