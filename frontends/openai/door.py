@@ -24,6 +24,7 @@ from runtime.serving.loop import BusyError
 from runtime.serving.prepare import check_num_images
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
+from runtime.serving.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Door:
         self._server: Server | None = None
         self._is_draining = False
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "nvlm-http")
+        self._preparing = ThreadPoolExecutor(1, "nvlm-looked-at")
         self._num_fetching = 0
         self._num_open_bytes = 0
         self._reported: set[str] = set()
@@ -68,7 +70,8 @@ class Door:
         self._is_draining = True
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._threads, self._preparing):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def why_not_ready(self) -> str | None:
@@ -151,6 +154,21 @@ class Door:
             return picture.source(files.get(picture), engine.tiling, most)
 
         return GenerationRequest.from_messages(messages_of(turns, source), **settings)
+
+    async def prepared(
+        self, request: GenerationRequest, seen: Callable[[Ticket], _Result]
+    ) -> _Result:
+        """What `seen` makes of a request that is looked at and not asked. Those with pictures
+        come one after the other: a picture may take hundreds of megabytes."""
+        runner = self.runner
+
+        def work() -> _Result:
+            ticket = Ticket(request)
+            runner.prepare(ticket)
+            return seen(ticket)
+
+        pool = self._preparing if request.num_images else self._threads
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     async def in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

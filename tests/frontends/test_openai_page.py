@@ -6,6 +6,8 @@ import base64
 import hashlib
 import io
 import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,3 +199,28 @@ def test_timings_come_where_they_are_asked_for(client: Client, images: Images) -
         assert timings["tiling_ms"] > 0
     without = client.post("/v1/chat/completions", {**body, "return_timings": False}).json()
     assert "timings" not in without
+
+
+def test_pictures_that_are_looked_at_are_read_one_after_the_other(
+    runner: Runner, client: Client, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture may take hundreds of megabytes, and the page sends all that are dropped at once."""
+    running, most, lock = 0, 0, threading.Lock()
+    prepare = runner.prepare
+
+    def watched(ticket: Ticket) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        prepare(ticket)
+        with lock:
+            running -= 1
+
+    monkeypatch.setattr(runner, "prepare", watched)
+    body = asked(part(images("landscape_800x450.png")))
+    paths = ("/v1/tiles", "/tokenize") * 3
+    calls = [client.begin_post(path, body) for path in paths]
+    assert [call.wait().status for call in calls] == [200] * len(paths)
+    assert most == 1

@@ -19,7 +19,6 @@ from frontends.openai.requests.fields import settings_of, text_field
 from frontends.openai.requests.messages import read_messages
 from nvlm.inputs.prompt import tile_tags
 from nvlm.inputs.tiling import TiledImage
-from runtime.serving.ticket import Ticket
 
 _SETTINGS = ("mm_processor_kwargs",)
 
@@ -31,15 +30,9 @@ async def tiles(call: Call) -> dict[str, Any]:
         raise FieldError("messages", "messages is missing, expected a list of messages")
     settings = settings_of({name: body[name] for name in _SETTINGS if name in body}, "chat")
     request = await door.request_of(read_messages(body["messages"]), settings)
-    runner, ticket = door.runner, Ticket(request)
-
-    def shown() -> list[dict[str, Any]]:
-        runner.prepare(ticket)
-        return [_shown(image) for image in ticket.images]
-
     return {
-        "pictures": await door.in_thread(shown),
-        "tokens_per_tile": runner.engine.vision_config.tokens_per_tile,
+        "pictures": await door.prepared(request, lambda ticket: [*map(_shown, ticket.images)]),
+        "tokens_per_tile": door.runner.engine.vision_config.tokens_per_tile,
     }
 
 

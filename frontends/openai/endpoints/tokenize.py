@@ -13,7 +13,6 @@ from frontends.openai.requests.fields import Body, settings_of, shown, text_fiel
 from frontends.openai.requests.messages import read_messages
 from runtime.requests.messages import Message
 from runtime.requests.types import GenerationRequest
-from runtime.serving.ticket import Ticket
 
 
 async def tokenize(call: Call) -> dict[str, Any]:
@@ -30,9 +29,7 @@ async def tokenize(call: Call) -> dict[str, Any]:
             raise FieldError("prompt", f"prompt is {shown(body['prompt'])}, expected a string")
         message = Message("user", (body["prompt"],))
         request = GenerationRequest.from_messages([message], prompt_format="raw")
-    ticket = Ticket(request)
-    await door.in_thread(lambda: runner.prepare(ticket))
-    token_ids = ticket.prompt_ids
+    token_ids = await door.prepared(request, lambda ticket: ticket.prompt_ids)
     answer = {"count": len(token_ids), "max_model_len": door.max_model_len, "tokens": token_ids}
     if body.get("return_token_strs"):
         tokenizer = runner.tokenizer
