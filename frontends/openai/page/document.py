@@ -1,7 +1,7 @@
 """The page as one document, and the headers that hold a browser to it.
 
 Its style and script stand in it, so it loads nothing; the policy lets nothing else run, and lets
-the page ask this server alone (decision 160, docs/decisions/openai.md).
+the page ask this server alone (decision 141, docs/decisions/openai.md).
 """
 
 from __future__ import annotations
