@@ -141,7 +141,7 @@ class Door:
     async def request_of(self, turns: tuple[Turn, ...], settings: Settings) -> GenerationRequest:
         """A conversation, with its pictures fetched. Raises `FieldError`, and `BusyError` where
         fetching would be in vain."""
-        engine = self.runner.engine
+        engine, budget = self.runner.engine, self.runner.picture_budget
         pictures = pictures_of(turns)
         try:
             check_num_images(len(pictures), engine.limits)
@@ -151,7 +151,7 @@ class Door:
         most = settings.get("max_num_tiles", engine.tiling.max_num_tiles)
 
         def source(picture: Picture) -> ImageSource:
-            return picture.source(files.get(picture), engine.tiling, most)
+            return picture.source(files.get(picture), engine.tiling, most, budget)
 
         return GenerationRequest.from_messages(messages_of(turns, source), **settings)
 

@@ -54,7 +54,7 @@ class Stages:
         self.decoder = decoder
         self.has_failed = False  # a part of its server: what may hang is left alone from then on
         self.in_loop = threading.Lock()  # held by the one loop that is open
-        self._pictures = PictureBudget()  # of all threads that prepare
+        self.picture_budget = PictureBudget()  # of all threads that prepare
         self._encoding = threading.Lock()  # held by the one thread that encodes images
         self._encoded = EncodedPictures()
         self.num_pictures = self.num_known_pictures = 0  # that were to be encoded; and had been
@@ -67,7 +67,7 @@ class Stages:
         Raises `UserError` for a request this engine cannot answer.
         """
         compile_guide(self.engine, self.guidance, ticket)
-        prepare(self.engine, self.tokenizer, ticket, self._pictures)
+        prepare(self.engine, self.tokenizer, ticket, self.picture_budget)
 
     def encode(self, ticket: Ticket) -> None:
         """Makes the decoder's request; runs the vision encoder if there are images, for one thread

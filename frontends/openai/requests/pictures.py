@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from frontends.openai.errors import FieldError
-from nvlm.inputs.images import load_image
-from nvlm.inputs.tiling import TiledImage, tile_image
+from nvlm.inputs.images import make_of_pages
+from nvlm.inputs.picture_budget import PictureBudget
+from nvlm.inputs.tiling import TiledImage, Tiler
 from nvlm.model.config import TilingConfig
 from nvlm.program.errors import UserError
 from runtime.requests.messages import ImageSource
@@ -31,10 +32,13 @@ class Picture:
     def is_inline(self) -> bool:
         return self.url[:5].lower() == "data:"
 
-    def source(self, file: bytes | None, tiling: TilingConfig, max_num_tiles: int) -> ImageSource:
-        """What the runtime reads the picture from: `file`, which was fetched, or the URL's own."""
+    def source(
+        self, file: bytes | None, tiling: TilingConfig, max_num_tiles: int, budget: PictureBudget
+    ) -> ImageSource:
+        """What the runtime reads the picture from: `file`, which was fetched, or the URL's own.
+        budget: of the memory that all pictures take which are read at once."""
         most = 1 if self.detail == "low" else min(max_num_tiles, tiling.max_num_tiles)
-        return _Reading(self, file, tiling.image_size, max(1, most))
+        return _Reading(self, file, Tiler(tiling.image_size, max(1, most)), budget)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +47,12 @@ class _Reading:
 
     picture: Picture
     file: bytes | None
-    image_size: int
-    max_num_tiles: int
+    tiler: Tiler
+    budget: PictureBudget
 
     def __call__(self) -> TiledImage:
         try:
-            image = load_image(self._bytes(), "the picture")
-            return tile_image(image, self.image_size, self.max_num_tiles)
+            return next(make_of_pages(self.tiler, self._bytes(), "the picture", budget=self.budget))
         except UserError as error:
             raise FieldError(self.picture.param, str(error)) from None
 
