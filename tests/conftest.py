@@ -75,6 +75,7 @@ MARKS: dict[str, str] = {
     "ranks/test_rank_server.py": "process",
     "ranks/test_ranks.py": "process",
     "ranks/test_ranks_ahead.py": "process",
+    "ranks/test_segments.py": "process",
     "test_project.py": "process",
     "test_reference.py": "long",
     "tools/test_tiny_model.py": "long",
