@@ -65,6 +65,7 @@ MARKS: dict[str, str] = {
     "frontends/test_openai_process.py": "process",
     "frontends/test_triton_dead_parts.py": "process",
     "fuzz": "long",
+    "frontends/test_triton_scratch.py": "process",
     "frontends/test_triton_start.py": "process",
     "frontends/test_triton_tensorrt_llm.py": "process",
     "making/test_export_readers.py": "long",
