@@ -61,6 +61,7 @@ MARKS: dict[str, str] = {
     "evaluation/test_evaluation_killed.py": "process",
     "evaluation/test_evaluation_page.py": "process",
     "evaluation/test_evaluation_ranks.py": "process",
+    "faults/test_both.py": "process",
     "faults/test_http_deaths.py": "process",
     "faults/test_kills.py": "process",
     "frontends/test_openai_process.py": "process",
