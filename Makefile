@@ -147,12 +147,11 @@ durations: setup-test
 	$(PYTEST) -m "not slow" --junitxml work/tests.xml
 	$(BIN)/python -m tools.slowest_tests work/tests.xml --output tests/durations.md
 
-# Minutes of load and deaths on Triton, then as many of load on serve.py (docs/reliability.md);
+# Minutes of load and deaths, on Triton and serve.py at the same time (docs/reliability.md);
 # `make test` runs seconds of it.
 soak: setup-test
-	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 	@$(RUN) -m tools.demo --engine_only
-	@$(RUN) -m bench.serving.soak --engine_dir $(DEMO)/engine --minutes $(MINUTES)
+	$(BIN)/python -m tests.faults.both --engine_dir $(DEMO)/engine --minutes $(MINUTES)
 
 # Damaged files and requests of every kind, for some minutes on two cores: docs/reliability.md.
 fuzz: setup-test

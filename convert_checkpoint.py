@@ -165,7 +165,10 @@ def main() -> None:
         export_checkpoint(arguments, choice)
         return
     if arguments.model_dir is None:
-        raise UserError("--model_dir is missing, expected NVLM-D's folder; see --help")
+        raise UserError(
+            "--model_dir is required, NVLM-D's folder; an export takes --checkpoint_dir instead; "
+            "see --help"
+        )
     options = ConvertOptions(
         quant_algo=ALGORITHMS[arguments.quant_algo],
         kv_cache_quant_algo=ALGORITHMS[arguments.kv_cache_quant_algo or arguments.quant_algo],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,8 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
     A server reports text. An id without one, or with a part of a character, would hide its token
     from the client's clock. So ASCII alone is kept, and <|im_start|> and <|im_end|>, which have
-    none; all other ids read ~ID.
+    none; all other ids read ~ID. A tokenizer must have every byte: those beyond ASCII get ids from
+    `vocab_size` on, which no model draws.
     """
     tokenizer = Tokenizer(_TOKENIZER.parent)
     values = json.loads(_TOKENIZER.read_text())
@@ -53,7 +55,8 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     model["merges"] = [(left, right) for left, right in model["merges"] if left + right in vocab]
     used = {*vocab.values(), *(token["id"] for token in values["added_tokens"])}
     vocab |= {f"~{token_id}": token_id for token_id in range(vocab_size) if token_id not in used}
-    model["vocab"] = vocab
+    others = [text for text in model["vocab"] if len(text) == 1 and text not in vocab]
+    model["vocab"] = vocab | dict(zip(others, count(vocab_size)))
     folder.mkdir(parents=True)
     (folder / TOKENIZER_FILE).write_text(json.dumps(values))
 

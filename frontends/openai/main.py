@@ -77,6 +77,11 @@ def parser() -> ArgumentParser:
     add("--body_timeout_s", type=positive_float, default=60.0, help="for a request's body")
     add("--write_timeout_s", type=positive_float, default=60.0, help="while a client reads nothing")
     add("--drain_s", type=positive_float, default=30.0, help="for open requests at SIGTERM")
+    add(
+        "--hang_after_s",
+        type=positive_float,
+        help="without progress a part hangs (default: what its work never takes, by the plan)",
+    )
     add("--access_log", default="-", help="file of JSON lines, - for stderr, none for no log")
     add("--log_text", action="store_true", help="prompts and answers in the access log")
     return parser
@@ -107,6 +112,7 @@ def lead(
             runner,
             max_queue_size=arguments.max_queue_size,
             num_preparing=arguments.num_preparing,
+            hang_after_s=arguments.hang_after_s,
         )
         try:
             door.open(server)

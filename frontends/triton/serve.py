@@ -18,6 +18,7 @@ from frontends.triton.closed import CLOSED_APIS
 from frontends.triton.model_pipe import HANG_AFTER_S, End, ModelPipe
 from frontends.triton.render import ServeOptions, form_of, processes_of, render
 from frontends.triton.restarts import Restarts
+from frontends.triton.scratch import scratch_folder
 from frontends.triton.server import Ports, TritonServer
 from nvlm.program.command_line import ArgumentParser, positive_float, positive_int, run
 from nvlm.program.errors import PartDiedError, UserError
@@ -98,11 +99,11 @@ def _serve(
 ) -> tuple[End, Path]:
     """Until the server cannot go on; then why, and its log."""
     world_size, log = engine.checkpoint_config.world_size, arguments.log_file
-    with tempfile.TemporaryDirectory(prefix="nvlm_triton_") as folder, ExitStack() as pipes:
-        scratch = Path(folder)
-        if not folder.isascii():
+    with scratch_folder() as made, ExitStack() as pipes:
+        scratch = made.path
+        if not str(scratch).isascii():
             raise UserError(
-                f"temporary files go to {folder}, expected ASCII, which alone Triton's Python "
+                f"temporary files go to {scratch}, expected ASCII, which alone Triton's Python "
                 "backend reads; set TMPDIR to another folder"
             )
         repository = scratch / "models"
@@ -122,6 +123,8 @@ def _serve(
             log=log,
             open_apis=arguments.open_api,
             pipes=tuple(opened.values()),
+            regions=made.regions,
+            inherited=(made.lock,),
         ) as server:
             try:
                 server.wait_until_ready(arguments.startup_timeout_s)

@@ -12,7 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,13 +139,16 @@ class TritonServer:
         log: Path | None = None,
         open_apis: Collection[str] = (),
         pipes: Sequence[ModelPipe] = (),
+        regions: str | None = None,
+        inherited: Collection[int] = (),
     ) -> None:
-        """pipes: of the repository's models that have a process; `look` reads them."""
+        """pipes: of the repository's models that have a process; `look` reads them. regions: what
+        the names of its shared memory begin with. inherited: descriptors that stay open in it."""
         ports.require_free()
         program = find_program(scratch)
         self.ports = ports
         self.log = log or scratch / "tritonserver.log"
-        self._prefix = f"nvlm_{os.getpid()}_{id(self):x}_"
+        self._prefix = regions or f"nvlm_{os.getpid()}_{id(self):x}_"
         command = server_command(program, repository, ports, self._prefix, world_size, open_apis)
         self._pipes, self._looked, self._asked = pipes, time.monotonic(), time.monotonic()
         self._num_unheard = 0
@@ -162,6 +165,7 @@ class TritonServer:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **program.environment},
                 start_new_session=True,
+                pass_fds=inherited,
             )
 
     def __enter__(self) -> TritonServer:
@@ -177,6 +181,7 @@ class TritonServer:
         """
         deadline = time.monotonic() + timeout_s
         while not self._answers("health/ready", 5):
+            self._close_regions()
             if (code := self.process.poll()) is not None:
                 told = f", {how_it_ended(code)}" if code < 0 else ""
                 raise UserError(f"tritonserver ended while starting{told}: {self.last_error()}")
@@ -186,6 +191,7 @@ class TritonServer:
                     "large engine needs a larger --startup_timeout_s"
                 )
             time.sleep(0.05)
+        self._close_regions()
         self._ask(max(1.0, deadline - time.monotonic()))
 
     def look(self) -> End | None:
@@ -220,8 +226,18 @@ class TritonServer:
         with suppress(ProcessLookupError):  # a server that dies leaves its backends behind
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+        for region in self._regions():
             region.unlink(missing_ok=True)  # what a backend that died has left
+
+    def _regions(self) -> Iterator[Path]:
+        """The shared memory in which tritonserver and its models hold what clients ask."""
+        return Path("/dev/shm").glob(f"{self._prefix}*")
+
+    def _close_regions(self) -> None:
+        """Takes them from other users, who may read what Triton makes, whatever the umask."""
+        for region in self._regions():
+            with suppress(OSError):
+                region.chmod(0o600)
 
     def _urlopen(self, request: str | urllib.request.Request, timeout_s: float) -> Any:
         """Asks this machine's server itself, also where http_proxy is set."""

@@ -37,8 +37,10 @@ class MappedFiles:
 
     def __init__(self, engine: EngineDir, names: Iterable[str]) -> None:
         self._engine = engine
-        made = (engine.directory / layout.MANIFEST).stat().st_mtime_ns
         self._stamps = {name: self._stamp(name) for name in names}
+        if not self._stamps:
+            return
+        made = (engine.directory / layout.MANIFEST).stat().st_mtime_ns
         for name, stamp in self._stamps.items():
             if stamp is None or stamp[1] > made:
                 log.info("%s is newer than its manifest and is hashed", engine.directory / name)

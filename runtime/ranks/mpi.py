@@ -18,10 +18,11 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from nvlm.program.command_line import EXIT_USER_ERROR
+from nvlm.program.command_line import EXIT_PART_DIED, EXIT_USER_ERROR
 from nvlm.program.errors import PartDiedError, UserError
 from nvlm.program.launcher import World, end
 from nvlm.program.process import die_of_sigterm
+from runtime.ranks.segments import forget_segments
 from runtime.ranks.watch import Watch
 
 T = TypeVar("T")
@@ -77,7 +78,9 @@ class Job:
         offer = Watch.start(self.world.size, is_one_machine) if self.world.rank == 0 else None
         offer = self._comm.bcast(offer)
         assert offer is not None
-        self._watch = Watch.join(offer, self.world.rank)
+        # Which waits for every rank.
+        self._watch = Watch.join(offer, self.world.rank, EXIT_PART_DIED)
+        forget_segments()
         return self
 
     def __exit__(

@@ -40,8 +40,8 @@ class Offer:
 class Watch:
     """One rank's connection to the watching process."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, end_code: int) -> None:
+        self._connection, self._end_code = connection, end_code
         self.has_lost_rank = False  # one died, and this one is ended soon
         self.local_address: str = connection.getsockname()[0]
         self.leader_address: str = connection.getpeername()[0]
@@ -67,8 +67,10 @@ class Watch:
         return offer
 
     @classmethod
-    def join(cls, offer: Offer, rank: int) -> Watch:
-        """Connects by the first address that answers. Raises `UserError` if none does."""
+    def join(cls, offer: Offer, rank: int, end_code: int) -> Watch:
+        """Connects by the first address that answers. Raises `UserError` if none does.
+
+        end_code: this rank's exit code where another died and the launcher left this one alive."""
         for address in offer.addresses:
             try:
                 connection = socket.create_connection((address, offer.port), timeout=_CONNECT_S)
@@ -79,7 +81,7 @@ class Watch:
             connection.sendall(f"{rank}\n".encode())
             if connection.recv(1) != _READY:
                 raise ConnectionError(f"the watching process ended before rank {rank} started")
-            return cls(connection)
+            return cls(connection, end_code)
         raise UserError(
             f"{platform.node()} reaches rank 0 at none of its IPv4 addresses "
             f"({', '.join(offer.addresses)}), port {offer.port}; let the machines of a job connect "
@@ -103,7 +105,7 @@ class Watch:
             while told := self._connection.recv(1):
                 self.has_lost_rank = True
                 if told == _END:
-                    os._exit(1)
+                    os._exit(self._end_code)
         except OSError:
             return
 

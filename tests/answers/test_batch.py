@@ -194,7 +194,11 @@ class TestReading:
             ({"prompt": [{"type": "text"}]}, "prompt part {'type': 'text'}"),
             ({"prompt": [{"type": "image", "image": 3}]}, "prompt part"),
             ({"prompt": [{"type": "video", "video": "x"}]}, "prompt part"),
-            ({"prompt": [], "images": ["a.png"]}, "images stands beside"),
+            ({"prompt": [], "images": ["a.png"]}, "prompt is [], expected one or more parts"),
+            (
+                {"prompt": [{"type": "text", "text": "a"}], "images": ["a.png"]},
+                "images stands beside",
+            ),
             ({"prompt": "a", "image": "a.png"}, "unknown field 'image', expected bad_words, "),
             ({"prompt": "a", "images": "a.png"}, "images is 'a.png', expected a list of strings"),
             ({"prompt": "a", "images": [1]}, "images is [1]"),

@@ -279,7 +279,10 @@ CONV = "vision_model.conv1.weight"
         (on_all(set_args(num_layers=torch.ones(2))), ("num_layers is missing",)),
         (on_all(set_args(hidden_size=64)), ("kv_channels is 8", "expected 16")),
         (on_all(set_args(hidden_size=64, kv_channels=16)), ("shape [32, 16]", "[64, 16]")),
-        (on_all(set_args(hidden_size=2**60, kv_channels=2**58)), ("shape", "args")),
+        (
+            on_all(set_args(hidden_size=2**60, kv_channels=2**58)),
+            ("args.hidden_size is 1152921504606846976",),
+        ),
         (on_all(set_args(ffn_hidden_size=64)), ("shape", "args")),
         (on_all(set_args(ffn_hidden_size=33)), ("ffn_hidden_size is 33", "multiple of 2")),
         (on_all(set_args(num_attention_heads=8)), ("kv_channels is 8", "expected 4")),

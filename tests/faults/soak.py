@@ -1,9 +1,10 @@
 """Minutes under load, and deaths: `make soak MINUTES=N`.
 
 A rank, the model's process, the decoder's thread and tritonserver die in turn under the load of
-load.py: each is noticed, no request waits for long, and the server that starts again answers as
-before. Then the load goes to a server that stays up: every valid answer as when alone, memory flat.
-Progress goes to stderr, what was found to stdout, as JSON. Exit code 1: not all of it held.
+load.py, and of serve.py the decoder's thread and a rank: each is noticed, no request waits for
+long, and the server that starts again answers as before. Then the load goes to a server that stays
+up: every valid answer as when alone, memory flat. Progress goes to stderr, what was found to
+stdout, as JSON. Exit code 1: not all of it held.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from build.conversion.convert import convert
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
 from build.sources.hugging_face import HuggingFaceSource
-from nvlm.program.command_line import ArgumentParser, positive_float, run
+from nvlm.program.command_line import EXIT_PART_DIED, ArgumentParser, positive_float, run
 from tests.conftest import CPU, FP32, MEMORY_BYTES, Workshop
+from tests.faults.http_deaths import Death, kill_a_rank, sabotage_decoder
 from tests.faults.load import Load, Tally
 from tests.faults.questions import Question, answers_alone, make_questions
 from tests.faults.triton_door import TritonDoor
@@ -38,11 +40,13 @@ from tests.frontends.test_triton_dead_parts import (
     serving,
 )
 from tests.ranks.test_rank_server import after_signal
-from tests.support.ranks import MPIRUN
-from tests.support.sabotage import END_DECODER, Sabotaged
+from tests.support.ranks import MPIRUN, engine_of
+from tests.support.sabotage import END_DECODER, HANG_DECODER, Sabotaged
 
 WARM_S = 300.0  # at most a third of the whole: caches fill, and allocators take what they need
+LEAST_LOAD_S = 20.0
 SAMPLE_S = 2.0
+HANG_AFTER_S = 10.0
 MOST_GROWTH = 0.05
 REQUESTS_AFTER_RESTART = 100
 
@@ -167,6 +171,45 @@ def lose_a_rank(folder: Path) -> Found:
     return found
 
 
+def die_over_http(engine_dir: Path, folder: Path) -> Found:
+    """The parts of serve.py, which ends with its own code each time."""
+    found = Found()
+
+    def take(part: str, death: Death, code: int, limit_s: float = 0.0) -> None:
+        seconds = death.answered_s
+        name = f"serve.py: {part}"
+        found.values[name] = {
+            "health": death.health,
+            "noticed_s": round(death.noticed_s, 2),
+            "answered_s": round(seconds, 2),
+            "exit_code": code,
+        }
+        found.take(f"{name}, load", death.tally)
+        say(f"{name}: all answered after {seconds:.1f} s, exit code {code}")
+        found.require(death.health == 503, f"{name}: /health is {death.health}")
+        found.require(death.noticed_s < limit_s + NOTICED_S, f"{name}: {death.noticed_s:.1f} s")
+        waited = f"{name}: requests waited {seconds:.1f} s, the last {death.left}"
+        found.require(seconds < limit_s + ANSWERED_S, waited)
+        found.require(code == EXIT_PART_DIED, f"{name}: exit code {code}")
+
+    for part, order, limit_s in (
+        ("decoder's thread", END_DECODER, 0.0),
+        ("decoder's thread hangs", HANG_DECODER, HANG_AFTER_S),
+    ):
+        own = folder / part.replace(" ", "_")
+        own.mkdir()
+        flags = ("--hang_after_s", limit_s) if limit_s else ()
+        death, _ = sabotage_decoder(engine_dir, own, REQUESTS_AFTER_RESTART, order, *flags)
+        take(part, death, EXIT_PART_DIED, limit_s)  # with another code it raises
+    if MPIRUN is not None:
+        own = folder / "rank"
+        own.mkdir()
+        engine = engine_of(Workshop(own), 2, FP32)
+        death, status, _ = kill_a_rank(engine, own, REQUESTS_AFTER_RESTART)
+        take("a rank", death, status >> 8)
+    return found
+
+
 def make_engine(folder: Path) -> Path:
     workshop = Workshop(folder)
     model = workshop.model("model")
@@ -179,12 +222,13 @@ def make_engine(folder: Path) -> Path:
 
 def main() -> int:
     parser = ArgumentParser((__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=positive_float, default=10.0, help="of load")
+    parser.add_argument("--minutes", type=positive_float, default=10.0, help="of all together")
     arguments = parser.parse_args()
+    begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nvlm_soak_") as name:
         folder = Path(name)
         os.environ["TMPDIR"] = name  # where servers that died leave their logs
-        for part in ("engine", "load", "deaths", "ranks"):
+        for part in ("engine", "load", "deaths", "http", "ranks"):
             (folder / part).mkdir()
         engine_dir = make_engine(folder / "engine")
         questions = make_questions()
@@ -192,8 +236,10 @@ def main() -> int:
         found = [
             lose_a_rank(folder / "ranks"),
             die_in_turn(engine_dir, folder / "deaths", asked),
-            stay_up(engine_dir, folder / "load", asked, 60 * arguments.minutes),
+            die_over_http(engine_dir, folder / "http"),
         ]
+        left_s = 60 * arguments.minutes - (time.monotonic() - begun)
+        found.append(stay_up(engine_dir, folder / "load", asked, max(LEAST_LOAD_S, left_s)))
     faults = [fault for part in found for fault in part.faults]
     values = {name: value for part in found for name, value in part.values.items()}
     print(json.dumps({**values, "faults": faults}))

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import FP32, Workshop
+from tests.faults.http_deaths import launchers_of, rank_pid, serving_on_ranks
 from tests.support.command import ROOT
-from tests.support.http_server import Served, serving, wait_until_ready
-from tests.support.ranks import command, engine_of, needs_mpi, processes_of, started
+from tests.support.http_server import Served, serving
+from tests.support.ranks import engine_of, needs_mpi
 
 for package in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason="requirements/serving.txt is not installed")
@@ -218,42 +219,21 @@ def test_sigterm_waits_no_longer_than_it_is_told(float32_engine_dir: Path, tmp_p
     assert "1 requests were not answered within 0.2 s" in served.log.read_text()
 
 
-def rank_pid(mark: Path, rank: int) -> int:
-    for pid in processes_of(mark):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        names = (f"PMI_RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode())
-        if b"serve.py" in words and b"mpirun" not in words and any(n in variables for n in names):
-            return pid
-    raise AssertionError(f"there is no rank {rank}")
-
-
 @needs_mpi
 @pytest.mark.mpi
 @pytest.mark.parametrize("end", ["terminated", "killed"])
 def test_ranks_serve_together_and_end_together(
     workshop: Workshop, tmp_path: Path, end: str
 ) -> None:
-    engine, log = engine_of(workshop, 2, FP32), tmp_path / "serve.log"
-    flags = ("--engine_dir", engine, "--device", "cpu", "--port", "0")
-    words = command(2, ROOT / "serve.py", *flags)
-    log.write_text("")
-    shell = ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(log), *words]
-    with started(shell, tmp_path) as process:
-        served = wait_until_ready(process, log)
+    with serving_on_ranks(engine_of(workshop, 2, FP32), tmp_path) as served:
+        process = served.process
         assert served.ask()["choices"]
         if end == "terminated":
             os.kill(rank_pid(tmp_path, 0), signal.SIGTERM)
-            assert process.wait(30) == 0, log.read_text()
+            assert process.wait(30) == 0, served.log.read_text()
         else:
             os.kill(rank_pid(tmp_path, 1), signal.SIGKILL)
             assert process.wait(30) != 0
-
-
-def launchers_of(mark: Path) -> list[int]:
-    """Processes of the job that run no Python: mpirun, and its own helpers."""
-    pids = processes_of(mark)
-    return [pid for pid in pids if "python" not in os.readlink(f"/proc/{pid}/exe")]
 
 
 @needs_mpi
@@ -262,12 +242,8 @@ def test_a_rank_that_is_killed_is_unhealthy_before_the_end(
     workshop: Workshop, tmp_path: Path
 ) -> None:
     """With a launcher that does not end the others, as one of a cluster may do: this one sleeps."""
-    engine, log = engine_of(workshop, 2, FP32), tmp_path / "serve.log"
-    flags = ("--engine_dir", engine, "--device", "cpu", "--port", "0")
-    log.write_text("")
-    shell = ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(log)]
-    with started([*shell, *command(2, ROOT / "serve.py", *flags)], tmp_path) as process:
-        served = wait_until_ready(process, log)
+    with serving_on_ranks(engine_of(workshop, 2, FP32), tmp_path) as served:
+        process = served.process
         assert served.health() == 200
         leader = rank_pid(tmp_path, 0)
         asleep = launchers_of(tmp_path)

@@ -246,6 +246,7 @@ def answering(status: int, body: bytes, *, silent: bool = False) -> Iterator[Tri
             pass
 
     server = TritonServer.__new__(TritonServer)  # no process
+    server._prefix = f"nvlm_{os.getpid()}_none_"
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         server.ports = Ports(http=http.server_port)
         thread = threading.Thread(target=http.serve_forever, args=(0.05,))

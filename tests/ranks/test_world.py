@@ -132,4 +132,4 @@ def test_a_rank_that_cannot_reach_the_first_one_says_where_it_looked() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(UserError, match=f"reaches rank 0 at none .*127.0.0.1.*port {port}"):
-        Watch.join(Offer(("127.0.0.1",), port), 1)
+        Watch.join(Offer(("127.0.0.1",), port), 1, 3)

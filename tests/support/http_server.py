@@ -74,15 +74,19 @@ def wait_until_ready(process: subprocess.Popen[str], log: Path) -> Served:
 
 
 @contextmanager
-def serving(engine_dir: Path, folder: Path, *flags: object) -> Iterator[Served]:
-    """A server on a free port, which is told to stop in the end, unless the test has done so."""
+def serving(
+    engine_dir: Path, folder: Path, *flags: object, cwd: Path = ROOT, code: int = 0
+) -> Iterator[Served]:
+    """A server on a free port, which is told to stop in the end, unless the test has done so.
+
+    code: what it ends with; other than 0, it ends by itself."""
     log = folder / "serve.log"
-    command = [sys.executable, str(ROOT / "serve.py"), "--engine_dir", str(engine_dir)]
+    command = [sys.executable, str(cwd / "serve.py"), "--engine_dir", str(engine_dir)]
     given = ("--device", "cpu", "--port", "0", *flags)
     with open(log, "w") as stderr:
         process = subprocess.Popen(
             [*command, *map(str, given)],
-            cwd=ROOT,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stderr=stderr,
             text=True,
@@ -90,9 +94,11 @@ def serving(engine_dir: Path, folder: Path, *flags: object) -> Iterator[Served]:
         )
     try:
         yield wait_until_ready(process, log)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        code = process.wait(60)
-    assert code == 0, log.read_text()
-    assert "Traceback" not in log.read_text(), log.read_text()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if code == 0 and process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == code, log.read_text()
+    assert code or "Traceback" not in log.read_text(), log.read_text()

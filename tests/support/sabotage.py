@@ -1,4 +1,4 @@
-"""A copy of the project whose model process runs what a test writes into a file, at any time."""
+"""A copy of the project whose server runs what a test writes into a file, at any time."""
 
 from __future__ import annotations
 
@@ -41,15 +41,19 @@ TorchDecoderExecutor.step = lambda self: threading.Event().wait()
 """Its next step never ends."""
 
 
-class Sabotaged:
-    """`folder` is where `frontends.triton.serve` starts; `order` is obeyed once."""
+TRITON_MODEL = Path("frontends") / "triton" / "models" / "nvlm.py"
+HTTP_SERVER = Path("frontends") / "openai" / "main.py"
 
-    def __init__(self, folder: Path) -> None:
+
+class Sabotaged:
+    """`folder` is where a server starts; `order` is obeyed once, by who runs `module`."""
+
+    def __init__(self, folder: Path, module: Path = TRITON_MODEL) -> None:
         self.folder, self._order = folder / "project", folder / "order"
         for room in _ROOMS:
             shutil.copytree(ROOT / room, self.folder / room)
-        model = self.folder / "frontends" / "triton" / "models" / "nvlm.py"
-        with open(model, "a") as file:
+        shutil.copy(ROOT / "serve.py", self.folder)
+        with open(self.folder / module, "a") as file:
             file.write(_SABOTEUR.format(order=str(self._order)))
 
     def order(self, source: str) -> None:
