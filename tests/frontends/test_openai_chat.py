@@ -307,7 +307,31 @@ def test_a_wrong_value_is_refused_by_its_field(
         (
             [user({"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}})],
             "messages[0].content[0].image_url",
+            "none of PNG, JPEG",
+        ),
+        (
+            [
+                user(
+                    {
+                        "type": "image_url",
+                        "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="},
+                    }
+                )
+            ],
+            "messages[0].content[0].image_url",
             "not a whole image",
+        ),
+        (
+            [
+                user(
+                    {
+                        "type": "image_url",
+                        "image_url": {"url": "data:image/png;base64,JVBERi0xLjQ="},
+                    }
+                )
+            ],
+            "messages[0].content[0].image_url",
+            "none of PNG, JPEG",
         ),
         (
             [user({"type": "image_url", "image_url": {"url": "data:,", "detail": "best"}})],

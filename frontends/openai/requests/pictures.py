@@ -15,6 +15,7 @@ from nvlm.model.config import TilingConfig
 from nvlm.program.errors import UserError
 from runtime.requests.messages import ImageSource
 from runtime.requests.picture_source import decode_base64
+from runtime.serving.picture_types import require_server_type
 
 Detail = Literal["low", "high", "auto"]
 
@@ -48,7 +49,9 @@ class _Reading:
 
     def __call__(self) -> TiledImage:
         try:
-            image = load_image(self._bytes(), "the picture")
+            data = self._bytes()
+            require_server_type(data, "the picture")
+            image = load_image(data, "the picture")
             return tile_image(image, self.image_size, self.max_num_tiles)
         except UserError as error:
             raise FieldError(self.picture.param, str(error)) from None
