@@ -527,6 +527,7 @@ COLOUR: Body = {
         {"structured_outputs": {"json": COLOUR, "regex": None, "disable_any_whitespace": False}},
         {"structured_outputs": {"json": json.dumps(COLOUR)}},
         {"guided_json": COLOUR},
+        {"json_schema": COLOUR},
     ],
 )
 def test_an_answer_matches_its_schema(client: Client, fields: Body, is_streamed: bool) -> None:
@@ -540,6 +541,7 @@ def test_an_answer_matches_its_schema(client: Client, fields: Body, is_streamed:
     jsonschema.validate(json.loads(text), COLOUR)
 
 
+@pytest.mark.parametrize("is_short", [False, True])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
 @pytest.mark.parametrize(
     ("guide", "pattern"),
@@ -549,9 +551,12 @@ def test_an_answer_matches_its_schema(client: Client, fields: Body, is_streamed:
         ({"grammar": 'start: "one" | "two"'}, "one|two"),
     ],
 )
-def test_an_answer_matches_its_guide(client: Client, path: str, guide: Body, pattern: str) -> None:
+def test_an_answer_matches_its_guide(
+    client: Client, path: str, guide: Body, pattern: str, is_short: bool
+) -> None:
     body = {**chat(user("Which?")), "prompt": "Which?", "max_tokens": 30}
-    (choice,) = client.post(path, {**body, "structured_outputs": guide}).json()["choices"]
+    body |= guide if is_short else {"structured_outputs": guide}
+    (choice,) = client.post(path, body).json()["choices"]
     assert re.fullmatch(pattern, choice.get("text") or choice["message"]["content"]), choice
     assert choice["finish_reason"] == "stop"
 

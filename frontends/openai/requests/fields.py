@@ -318,6 +318,11 @@ FIELDS: tuple[Field, ...] = (
     # Form of the answer
     Field("response_format", ("object",), _response_format),
     Field("structured_outputs", ("object",), _structured_outputs),
+    Field("json_schema", ("object", "string"), help="as run.py calls it; one form alone"),
+    Field("json_object", ("boolean",), neutral=(False,)),
+    Field("regex", ("string",)),
+    Field("choice", ("array",)),
+    Field("grammar", ("string",)),
     Field("guided_json", ("object", "string"), _guide("json_schema")),
     Field("guided_regex", ("string",), _guide("regex")),
     Field("guided_choice", ("array",), _guide("choice")),
