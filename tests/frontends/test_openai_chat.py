@@ -482,6 +482,37 @@ def test_several_answers_and_log_probabilities(client: Client) -> None:
         assert reasons == [None] * (len(pieces) - 1) + ["length"]
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_names_the_seed_that_repeats_it(
+    client: Client, path: str, is_streamed: bool
+) -> None:
+    body = {**chat(user("Hello"), max_tokens=8, temperature=5, n=2), "prompt": "Hello"}
+
+    def answers(**more: Any) -> dict[int, tuple[str, list[int]]]:
+        reply = client.post(path, {**body, **more, "stream": is_streamed})
+        found: dict[int, tuple[str, list[int]]] = {}
+        for choice in [
+            choice
+            for each in (reply.events() if is_streamed else [reply.json()])
+            for choice in each["choices"]
+        ]:
+            part = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+            said, seeds = found.get(choice["index"], ("", []))
+            found[choice["index"]] = (said + part["content"], seeds + _seeds(choice))
+        return found
+
+    drawn = answers()
+    (first,), (second,) = (drawn[index][1] for index in (0, 1))
+    assert second == first + 1
+    assert answers(seed=first) == drawn
+    assert {index: seeds for index, (_, seeds) in answers(temperature=0, n=1).items()} == {0: []}
+
+
+def _seeds(choice: Body) -> list[int]:
+    return [choice["seed"]] if "seed" in choice else []
+
+
 def test_completions_have_log_probabilities_of_their_own(client: Client) -> None:
     body = {"prompt": ["Hello", "Bye"], "max_tokens": 4, "n": 2, "temperature": 5, "logprobs": 1}
     choices = client.post("/v1/completions", {**body, "seed": 4}).json()["choices"]
