@@ -24,11 +24,11 @@ from frontends.openai.guard import Guard
 from frontends.openai.metrics import CONTENT_TYPE, exposition
 from frontends.openai.openapi import document
 
-_ENDPOINTS: tuple[tuple[str, Handler, str | None], ...] = (
+_ENDPOINTS: tuple[tuple[str, Handler, str], ...] = (
     ("/v1/chat/completions", chat_completions, "chat"),
     ("/v1/completions", completions, "completions"),
-    ("/tokenize", tokenize, None),
-    ("/detokenize", detokenize, None),
+    ("/tokenize", tokenize, "tokenize"),
+    ("/detokenize", detokenize, "detokenize"),
 )
 
 

@@ -67,10 +67,9 @@ Handler = Callable[[Call], Awaitable[dict[str, Any] | Events]]
 
 
 class Endpoint:
-    """An ASGI application of one handler. `fields`: whose rows of the table it reads; None: it
-    checks its fields itself."""
+    """An ASGI application of one handler. `fields`: whose rows of the table it reads."""
 
-    def __init__(self, door: Door, handler: Handler, fields: str | None) -> None:
+    def __init__(self, door: Door, handler: Handler, fields: str) -> None:
         self._door, self._handler, self._fields = door, handler, fields
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,13 +83,13 @@ class Endpoint:
                 call = Call(door, body, record, stack)
                 client_id = text_field(body, "request_id") or _header(scope, b"x-request-id")
                 record.client_request_id = client_id and client_id[:_MOST_SHOWN]
-                ignored = [] if self._fields is None else unknown(body, self._fields)
+                ignored = unknown(body, self._fields)
                 door.report_ignored(ignored)
                 await _unless_gone(receive, self._answer(call, ignored, scope, receive, send))
         except ClientGoneError:
             record.finish_reason = "cancelled"
         except Exception as error:
-            if isinstance(error, UserError) and self._fields is not None:
+            if isinstance(error, UserError):
                 error = placed(error, body, self._fields)
             await self._refuse(error, record, scope, receive, send)
         finally:

@@ -245,6 +245,8 @@ def test_the_fields_reach_the_runtime(client: Client) -> None:
         ({"messages": [{"role": "user", "content": "a b " * 9000}]}, "messages", "the prompt has"),
         ({"tools": [{"type": "function"}]}, "tools", "this server has no tools"),
         ({"cache_salt": "x"}, "cache_salt", "has no cache_salt"),
+        ({"best_of": 2}, "best_of", "has no best_of"),
+        ({"suffix": "x"}, "suffix", "has no suffix"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "no schema"),
         ({"structured_outputs": {"yaml": "x"}}, "structured_outputs.yaml", "expected one of"),
@@ -412,6 +414,33 @@ def test_tokens_become_text_again(client: Client) -> None:
     assert back == {"prompt": "Grüße, 世界"}
     assert client.post("/detokenize", {"tokens": [-1]}).error["param"] == "tokens"
     assert client.post("/tokenize", {}).status == 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "fragment"),
+    [
+        ({"add_generation_prompt": False}, "add_generation_prompt", "has no add_generation_prompt"),
+        ({"continue_final_message": True}, "continue_final_message", "leave it out"),
+        ({"tools": [{"type": "function"}]}, "tools", "has no tools"),
+        ({"images": ["aGk="]}, "images", "a part of a message"),
+        ({"return_token_strs": "yes"}, "return_token_strs", "expected boolean"),
+        ({"messages": [user("a b " * 9000)]}, "messages", "the prompt has"),
+    ],
+)
+def test_what_tokenize_cannot_do_is_refused(
+    client: Client, fields: Body, param: str, fragment: str
+) -> None:
+    reply = client.post("/tokenize", {"messages": [user("Hello")], **fields})
+    assert reply.status == 400, reply.body
+    assert reply.error["param"] == param
+    assert fragment in reply.error["message"]
+
+
+def test_tokenize_and_detokenize_report_unknown_fields(client: Client) -> None:
+    for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+        reply = client.post(path, {**body, "frobnicate": 1, "add_special_tokens": True})
+        assert reply.status == 200, reply.body
+        assert reply.headers["x-ignored-fields"] == "frobnicate"
 
 
 def test_the_model_says_how_much_it_takes(client: Client, runner: Runner) -> None:
