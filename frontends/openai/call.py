@@ -211,16 +211,25 @@ async def _read(request: Request, door: Door, stack: ExitStack) -> bytes:
 def _object(data: bytes) -> Body:
     try:
         found = json.loads(data, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = error if isinstance(error, json.JSONDecodeError) else type(error).__name__
-        raise ApiError(400, f"the body is not JSON: {reason}") from None
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ApiError(
+            400, f"the body is not JSON: byte {error.start} is no UTF-8; send it as UTF-8"
+        ) from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply; send a flatter one") from None
+    except ValueError:  # Python's limit for the digits of a whole number
+        raise ApiError(
+            400, "the body has a number of too many digits; send a shorter one"
+        ) from None
     if not isinstance(found, dict):
         raise ApiError(400, "the body is no JSON object")
     return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity are no JSON
+    raise ApiError(400, f"the body is not JSON: {name} is no number there; send one, or null")
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

@@ -354,10 +354,21 @@ def test_more_pictures_than_the_engine_takes_are_refused(client: Client, images:
 
 
 def test_what_is_no_json_object_is_refused(client: Client) -> None:
-    for data in (b"", b"{", b"[1]", b'{"a": NaN}', b"\xff", b"[" * 100_000):
+    for data, told in (
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b"[1]", "no JSON object"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b"\xff", "send it as UTF-8"),
+        (b'{"a": "\xe9"}', "byte 7 is no UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "too many digits"),
+    ):
         reply = client.post(CHAT, data)
         assert reply.status == 400, data[:20]
-        assert reply.error["message"].startswith("the body is"), reply.error
+        assert reply.error["message"].startswith("the body "), reply.error
+        assert told in reply.error["message"], reply.error
 
 
 def test_unknown_fields_are_ignored_and_reported(client: Client) -> None:
