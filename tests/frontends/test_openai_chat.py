@@ -219,7 +219,7 @@ def test_the_fields_reach_the_runtime(client: Client) -> None:
         ({"temperature": True}, "temperature", "expected number"),
         ({"max_tokens": 0}, "max_tokens", "1 or more"),
         ({"max_tokens": 1.5}, "max_tokens", "expected integer"),
-        ({"max_completion_tokens": 7}, "max_tokens", "another max_new_tokens"),
+        ({"max_completion_tokens": 7}, "max_tokens", "and max_completion_tokens 7"),
         ({"top_p": 0}, "top_p", "above 0"),
         ({"seed": -1}, "seed", "expected 0 to 2^64 - 1"),
         ({"stop": ["x"] * 65}, "stop", "64 at most"),

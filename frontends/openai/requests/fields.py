@@ -72,6 +72,7 @@ def settings_of(body: Body, endpoint: str) -> Settings:
     """The settings that a body gives. Raises `FieldError` for a wrong value, and for one that asks
     for what the runtime cannot do."""
     found: Settings = {}
+    givers: dict[str, str] = {}  # the field that gave a setting
     for row in FIELDS:
         value = body.get(row.name)
         if value is None or not row.is_setting or endpoint not in row.endpoints:
@@ -83,9 +84,13 @@ def settings_of(body: Body, endpoint: str) -> Settings:
         _check_settings(row.name, value, given)
         for name, each in given.items():
             if found.get(name, each) != each:
+                other = givers[name]
                 raise FieldError(
-                    row.name, f"{row.name} says another {name} than a field beside it; give one"
+                    row.name,
+                    f"{row.name} is {shown(value)} and {other} {shown(body[other])}, which are two "
+                    "names of one setting; give one",
                 )
+            givers[name] = row.name
         found |= given
     return found
 
