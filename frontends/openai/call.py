@@ -112,14 +112,21 @@ class Endpoint:
             raise BusyError("the server reads as many requests as it can; try again later")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise ApiError(415, "the content type is not application/json; send JSON, and say so")
+            found = f"is {kind[:_MOST_SHOWN]!r}" if kind else "is missing"
+            raise ApiError(
+                415, f"the content type {found}, expected application/json; send JSON, and say so"
+            )
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, "the body is compressed; send it as it is")
         try:
             async with asyncio.timeout(door.options.body_timeout_s):
                 data = await _read(request, door, stack)
         except TimeoutError:
-            raise ApiError(408, "the body did not come in time; send it again") from None
+            raise ApiError(
+                408,
+                "the body did not come in time; send it again",
+                headers={"connection": "close"},  # its rest may still come
+            ) from None
         return _object(data)
 
     async def _refuse(
