@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -77,6 +78,13 @@ def test_the_openai_package_reads_a_picture(client: openai.OpenAI) -> None:
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == "1642"
     assert pieces[-1].choices[0].finish_reason == "stop"
     assert last.usage.total_tokens == answer.usage.total_tokens
+
+
+def test_the_example_for_curl_asks_any_question(trained: Served) -> None:
+    command = ["bash", ROOT / "examples/openai_curl.sh", SCAN, 'Read the "number".\n\\']
+    environment = {**os.environ, "SERVER": trained.url}
+    told = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    assert json.loads(told)["choices"], told
 
 
 def test_the_openai_package_gets_several_answers_with_log_probabilities(
