@@ -8,7 +8,9 @@ server=${SERVER:-http://127.0.0.1:8000}
     printf '{"messages": [{"role": "user", "content": ['
     printf '{"type": "image_url", "image_url": {"url": "data:image/png;base64,'
     base64 -w 0 "$picture"
-    printf '"}}, {"type": "text", "text": "%s"}]}], "max_tokens": 100}' "$question"
+    printf '"}}, {"type": "text", "text": '
+    python3 -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$question"  # quotes the text
+    printf '}]}], "max_tokens": 100}'
 } | curl --silent --show-error "$server/v1/chat/completions" \
     --header 'Content-Type: application/json' --data-binary @-
 echo

@@ -26,12 +26,12 @@ from frontends.openai.metrics import CONTENT_TYPE, exposition
 from frontends.openai.openapi import document
 from frontends.openai.page.document import page
 
-_ENDPOINTS: tuple[tuple[str, Handler, str | None], ...] = (
+_ENDPOINTS: tuple[tuple[str, Handler, str], ...] = (
     ("/v1/chat/completions", chat_completions, "chat"),
     ("/v1/completions", completions, "completions"),
-    ("/v1/tiles", tiles, None),
-    ("/tokenize", tokenize, None),
-    ("/detokenize", detokenize, None),
+    ("/v1/tiles", tiles, "tiles"),
+    ("/tokenize", tokenize, "tokenize"),
+    ("/detokenize", detokenize, "detokenize"),
 )
 
 

@@ -67,10 +67,9 @@ Handler = Callable[[Call], Awaitable[dict[str, Any] | Events]]
 
 
 class Endpoint:
-    """An ASGI application of one handler. `fields`: whose rows of the table it reads; None: it
-    checks its fields itself."""
+    """An ASGI application of one handler. `fields`: whose rows of the table it reads."""
 
-    def __init__(self, door: Door, handler: Handler, fields: str | None) -> None:
+    def __init__(self, door: Door, handler: Handler, fields: str) -> None:
         self._door, self._handler, self._fields = door, handler, fields
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,13 +83,13 @@ class Endpoint:
                 call = Call(door, body, record, stack)
                 client_id = text_field(body, "request_id") or _header(scope, b"x-request-id")
                 record.client_request_id = client_id and client_id[:_MOST_SHOWN]
-                ignored = [] if self._fields is None else unknown(body, self._fields)
+                ignored = unknown(body, self._fields)
                 door.report_ignored(ignored)
                 await _unless_gone(receive, self._answer(call, ignored, scope, receive, send))
         except ClientGoneError:
             record.finish_reason = "cancelled"
         except Exception as error:
-            if isinstance(error, UserError) and self._fields is not None:
+            if isinstance(error, UserError):
                 error = placed(error, body, self._fields)
             await self._refuse(error, record, scope, receive, send)
         finally:
@@ -113,14 +112,21 @@ class Endpoint:
             raise BusyError("the server reads as many requests as it can; try again later")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise ApiError(415, "the content type is not application/json; send JSON, and say so")
+            found = f"is {kind[:_MOST_SHOWN]!r}" if kind else "is missing"
+            raise ApiError(
+                415, f"the content type {found}, expected application/json; send JSON, and say so"
+            )
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, "the body is compressed; send it as it is")
         try:
             async with asyncio.timeout(door.options.body_timeout_s):
                 data = await _read(request, door, stack)
         except TimeoutError:
-            raise ApiError(408, "the body did not come in time; send it again") from None
+            raise ApiError(
+                408,
+                "the body did not come in time; send it again",
+                headers={"connection": "close"},  # its rest may still come
+            ) from None
         return _object(data)
 
     async def _refuse(
@@ -212,16 +218,25 @@ async def _read(request: Request, door: Door, stack: ExitStack) -> bytes:
 def _object(data: bytes) -> Body:
     try:
         found = json.loads(data, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = error if isinstance(error, json.JSONDecodeError) else type(error).__name__
-        raise ApiError(400, f"the body is not JSON: {reason}") from None
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ApiError(
+            400, f"the body is not JSON: byte {error.start} is no UTF-8; send it as UTF-8"
+        ) from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply; send a flatter one") from None
+    except ValueError:  # Python's limit for the digits of a whole number
+        raise ApiError(
+            400, "the body has a number of too many digits; send a shorter one"
+        ) from None
     if not isinstance(found, dict):
         raise ApiError(400, "the body is no JSON object")
     return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity are no JSON
+    raise ApiError(400, f"the body is not JSON: {name} is no number there; send one, or null")
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

@@ -10,7 +10,6 @@ from frontends.openai.guard import Guard
 
 _PREFLIGHT = {
     "access-control-allow-methods": "GET, POST",
-    "access-control-allow-headers": "authorization, content-type",
     "access-control-max-age": "600",
 }
 
@@ -27,7 +26,10 @@ class Cors:
             return
         allowed = {"access-control-allow-origin": origin, "vary": "Origin"}
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            await Response(status_code=204, headers={**allowed, **_PREFLIGHT})(scope, receive, send)
+            # OpenAI's package for browsers adds a dozen headers of its own.
+            asked = headers.get("access-control-request-headers", "authorization, content-type")
+            allowed |= {**_PREFLIGHT, "access-control-allow-headers": asked}
+            await Response(status_code=204, headers=allowed)(scope, receive, send)
             return
 
         async def sending(message: Message) -> None:

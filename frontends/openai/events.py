@@ -64,6 +64,17 @@ def record_result(call: Call, result: GenerationResult) -> None:
     record.finish_reason = result.finish_reason
 
 
+def with_seed(choice: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    """A choice with the seed that repeats it. None: nothing was drawn, and nothing is said."""
+    return choice if seed is None else {**choice, "seed": seed}
+
+
+def drawn_seed(ticket: Ticket, piece: Answer) -> int | None:
+    """With the last piece of each of the n answers: its seed, None where nothing was drawn."""
+    sampling = ticket.sampling.with_seed_of(piece.index)
+    return None if piece.finish_reason is None or sampling.is_greedy else sampling.seed
+
+
 def merged(pieces: Sequence[Answer]) -> list[Answer]:
     """The pieces of each of the n answers as one, in the order in which they first came."""
     found: dict[int, Answer] = {}

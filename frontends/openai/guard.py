@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from frontends.openai.errors import ApiError
 from nvlm.program.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_CHARACTERS = 100
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version"})
 """Probes and Prometheus need no key, and name a machine by its address."""
@@ -51,14 +56,16 @@ class Guard:
         if self.hosts is not None and _name(host) not in self.hosts:
             raise ApiError(
                 403,
-                "the Host header names another server; its operator gives --allowed_host",
+                f"the Host header is {host[:_SHOWN_CHARACTERS]!r}, expected one of "
+                f"{', '.join(sorted(self.hosts))}; the operator names others by --allowed_host",
                 code="host_not_allowed",
             )
         origin = headers.get("origin")
         if origin is not None and not self.is_allowed_origin(origin, host):
             raise ApiError(
                 403,
-                "pages of this Origin may not ask; the operator gives --allowed_origin",
+                f"pages of the Origin {origin[:_SHOWN_CHARACTERS]!r} may not ask; the operator "
+                "names them by --allowed_origin",
                 code="origin_not_allowed",
             )
         if path not in _KEYLESS_PATHS:
@@ -84,15 +91,44 @@ class Guard:
             )
 
 
+def host_names(names: Iterable[str]) -> frozenset[str]:
+    """What --allowed_host gives, as `Guard` has it. Raises `UserError` for another form."""
+    for name in names:
+        address = f"[{name}]" if name.count(":") > 1 else name  # IPv6
+        if not name or "*" in name or _name(address) != name.lower():
+            raise UserError(
+                f"--allowed_host {name} is no host name, expected one such as chat.example.com, "
+                "without https:// and without a port"
+            )
+    return frozenset(name.lower() for name in names)
+
+
+def origin_names(origins: Iterable[str]) -> frozenset[str]:
+    """What --allowed_origin gives. Raises `UserError` for what no browser sends as an Origin."""
+    for origin in origins:
+        scheme, mark, host = origin.partition("://")
+        if not (scheme.isalpha() and mark and host) or any(each in host for each in "/*@? "):
+            raise UserError(
+                f"--allowed_origin {origin} is no origin, expected one such as "
+                "https://chat.example.com, without a path and without *"
+            )
+    return frozenset(origin.lower() for origin in origins)
+
+
 def read_keys(path: Path) -> tuple[bytes, ...]:
     """The digests of the keys in a file, one a line; empty lines and lines with # are none."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--api_key_file {path} cannot be read ({error})") from None
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    lines = [line.strip() for line in lines]
+    keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise UserError(f"--api_key_file {path} holds no key; write one a line")
+    if path.stat().st_mode & 0o077:
+        logger.warning(
+            "--api_key_file %s can be read by others on this machine; chmod 600 it", path
+        )
     return tuple(map(_digest, keys))
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nvlm.program.command_line import ArgumentParser, natural_int, positive_float, positive_int
+from nvlm.program.command_line import ArgumentParser, port_number, positive_float, positive_int
 from nvlm.program.errors import PartDiedError, UserError
 from nvlm.program.launcher import rank_from
 from nvlm.program.process import set_most_pixels, set_picture_types
@@ -46,7 +46,7 @@ def parser() -> ArgumentParser:
     add = parser.add_argument
     add_engine_flags(parser)
     add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 is every network")
-    add("--port", type=natural_int, default=8000, help="0 takes a free one")
+    add("--port", type=port_number, default=8000, help="0 takes a free one")
     add("--model_name", nargs="+", default=["nvlm-d"], help="names the model answers to")
     add("--api_key_file", type=Path, help="keys, one a line; clients send one as Bearer token")
     add(
@@ -170,10 +170,19 @@ class _Stop:
 
 def _rules(arguments: argparse.Namespace) -> tuple[DoorOptions, Guard]:
     from frontends.openai.door import DoorOptions
-    from frontends.openai.guard import Guard, is_loopback, own_names, read_keys
+    from frontends.openai.guard import (
+        Guard,
+        host_names,
+        is_loopback,
+        origin_names,
+        own_names,
+        read_keys,
+    )
     from frontends.openai.requests.media import MediaRules, domains_of
 
-    hosts = frozenset(name.lower() for name in arguments.allowed_host)
+    if "" in arguments.model_name:
+        raise UserError("--model_name has an empty name; give one that clients can ask for")
+    hosts = host_names(arguments.allowed_host)
     if is_loopback(arguments.host):
         hosts |= own_names()
     keys = read_keys(arguments.api_key_file) if arguments.api_key_file else ()
@@ -190,7 +199,7 @@ def _rules(arguments: argparse.Namespace) -> tuple[DoorOptions, Guard]:
         body_timeout_s=arguments.body_timeout_s,
         logs_text=arguments.log_text,
     )
-    return options, Guard(keys, hosts or None, frozenset(arguments.allowed_origin))
+    return options, Guard(keys, hosts or None, origin_names(arguments.allowed_origin))
 
 
 def _url_host(host: str) -> str:

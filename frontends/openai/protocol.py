@@ -58,6 +58,9 @@ class TimedProtocol(H11Protocol):
         self._end_write_timer()
         super().connection_lost(exc)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: the request is answered over HTTP/1.1, and the log is not a client's to fill."""
+
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -147,6 +147,13 @@ def natural_int(text: str) -> int:
     return int(text)
 
 
+def port_number(text: str) -> int:
+    value = natural_int(text)
+    if value > 65535:
+        raise ValueError
+    return value
+
+
 def positive_float(text: str) -> float:
     value = float(text)
     if not 0.0 < value < math.inf:
@@ -166,6 +173,7 @@ _NUMBERS: dict[Any, tuple[str, str]] = {
     float: ("a number", "0.5"),
     positive_int: ("a positive integer", "8"),
     natural_int: ("a whole number from 0", "0"),
+    port_number: ("a port from 0 to 65535", "8000"),
     positive_float: ("a positive number", "0.5"),
     fraction: ("a number between 0 and 1", "0.5"),
 }

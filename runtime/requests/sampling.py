@@ -149,7 +149,7 @@ class SamplingParams:
         0,
         minimum=0,
         maximum=2**31 - 1,
-        expected="0 to --max_new_tokens",
+        expected="0 to max_new_tokens",
         help="the answer does not end before it has so many tokens",
         triton_type="TYPE_INT32",
         trtllm_keyword="min_tokens",

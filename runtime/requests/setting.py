@@ -5,6 +5,7 @@ There are four kinds: a number, a switch, words, and biases of tokens.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -170,8 +171,13 @@ class Biases(Setting):
 
 
 def _json_object(text: str) -> Any:
-    """For argparse, which tells the user of a ValueError by its flag."""
-    value = json.loads(text)
+    """For argparse, which puts the flag before the message."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
     if not isinstance(value, dict):
-        raise ValueError
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is no JSON object, expected one such as '{{\"151644\": -100}}'"
+        )
     return value

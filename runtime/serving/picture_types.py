@@ -44,14 +44,18 @@ def require_server_types(request: GenerationRequest) -> None:
     shown = [part for turn in request.turns for part in turn.content]
     files = [part for part in shown if isinstance(part, bytes)]
     for number, data in enumerate(files, start=1):
-        head = data[:HEAD_BYTES]
-        is_read = any(matches(head) for matches in SERVER_PICTURE_TYPES.values())
-        if not data:
-            continue  # which is told where pictures are read
-        if not is_read or is_heic(head) or is_pdf(head):
-            *types, last = SERVER_PICTURE_TYPES
-            name = "the image" if len(files) == 1 else f"image {number} of {len(files)}"
-            raise UserError(
-                f"{name} is none of {', '.join(types)} and {last}, which alone a server reads; "
-                f"{remedy(head)}"
-            )
+        require_server_type(
+            data, "the image" if len(files) == 1 else f"image {number} of {len(files)}"
+        )
+
+
+def require_server_type(data: bytes, name: str) -> None:
+    """Raises `UserError` for a file of another type. An empty one is told where it is read."""
+    head = data[:HEAD_BYTES]
+    is_read = any(matches(head) for matches in SERVER_PICTURE_TYPES.values())
+    if data and (not is_read or is_heic(head) or is_pdf(head)):
+        *types, last = SERVER_PICTURE_TYPES
+        raise UserError(
+            f"{name} is none of {', '.join(types)} and {last}, which alone a server reads; "
+            f"{remedy(head)}"
+        )

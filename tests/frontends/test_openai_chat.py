@@ -219,7 +219,7 @@ def test_the_fields_reach_the_runtime(client: Client) -> None:
         ({"temperature": True}, "temperature", "expected number"),
         ({"max_tokens": 0}, "max_tokens", "1 or more"),
         ({"max_tokens": 1.5}, "max_tokens", "expected integer"),
-        ({"max_completion_tokens": 7}, "max_tokens", "another max_new_tokens"),
+        ({"max_completion_tokens": 7}, "max_tokens", "and max_completion_tokens 7"),
         ({"top_p": 0}, "top_p", "above 0"),
         ({"seed": -1}, "seed", "expected 0 to 2^64 - 1"),
         ({"stop": ["x"] * 65}, "stop", "64 at most"),
@@ -245,6 +245,8 @@ def test_the_fields_reach_the_runtime(client: Client) -> None:
         ({"messages": [{"role": "user", "content": "a b " * 9000}]}, "messages", "the prompt has"),
         ({"tools": [{"type": "function"}]}, "tools", "this server has no tools"),
         ({"cache_salt": "x"}, "cache_salt", "has no cache_salt"),
+        ({"best_of": 2}, "best_of", "has no best_of"),
+        ({"suffix": "x"}, "suffix", "has no suffix"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "no schema"),
         ({"structured_outputs": {"yaml": "x"}}, "structured_outputs.yaml", "expected one of"),
@@ -307,7 +309,31 @@ def test_a_wrong_value_is_refused_by_its_field(
         (
             [user({"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}})],
             "messages[0].content[0].image_url",
+            "none of PNG, JPEG",
+        ),
+        (
+            [
+                user(
+                    {
+                        "type": "image_url",
+                        "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="},
+                    }
+                )
+            ],
+            "messages[0].content[0].image_url",
             "not a whole image",
+        ),
+        (
+            [
+                user(
+                    {
+                        "type": "image_url",
+                        "image_url": {"url": "data:image/png;base64,JVBERi0xLjQ="},
+                    }
+                )
+            ],
+            "messages[0].content[0].image_url",
+            "none of PNG, JPEG",
         ),
         (
             [user({"type": "image_url", "image_url": {"url": "data:,", "detail": "best"}})],
@@ -328,10 +354,21 @@ def test_more_pictures_than_the_engine_takes_are_refused(client: Client, images:
 
 
 def test_what_is_no_json_object_is_refused(client: Client) -> None:
-    for data in (b"", b"{", b"[1]", b'{"a": NaN}', b"\xff", b"[" * 100_000):
+    for data, told in (
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b"[1]", "no JSON object"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b"\xff", "send it as UTF-8"),
+        (b'{"a": "\xe9"}', "byte 7 is no UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "too many digits"),
+    ):
         reply = client.post(CHAT, data)
         assert reply.status == 400, data[:20]
-        assert reply.error["message"].startswith("the body is"), reply.error
+        assert reply.error["message"].startswith("the body "), reply.error
+        assert told in reply.error["message"], reply.error
 
 
 def test_unknown_fields_are_ignored_and_reported(client: Client) -> None:
@@ -388,6 +425,33 @@ def test_tokens_become_text_again(client: Client) -> None:
     assert back == {"prompt": "Grüße, 世界"}
     assert client.post("/detokenize", {"tokens": [-1]}).error["param"] == "tokens"
     assert client.post("/tokenize", {}).status == 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "fragment"),
+    [
+        ({"add_generation_prompt": False}, "add_generation_prompt", "has no add_generation_prompt"),
+        ({"continue_final_message": True}, "continue_final_message", "leave it out"),
+        ({"tools": [{"type": "function"}]}, "tools", "has no tools"),
+        ({"images": ["aGk="]}, "images", "a part of a message"),
+        ({"return_token_strs": "yes"}, "return_token_strs", "expected boolean"),
+        ({"messages": [user("a b " * 9000)]}, "messages", "the prompt has"),
+    ],
+)
+def test_what_tokenize_cannot_do_is_refused(
+    client: Client, fields: Body, param: str, fragment: str
+) -> None:
+    reply = client.post("/tokenize", {"messages": [user("Hello")], **fields})
+    assert reply.status == 400, reply.body
+    assert reply.error["param"] == param
+    assert fragment in reply.error["message"]
+
+
+def test_tokenize_and_detokenize_report_unknown_fields(client: Client) -> None:
+    for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+        reply = client.post(path, {**body, "frobnicate": 1, "add_special_tokens": True})
+        assert reply.status == 200, reply.body
+        assert reply.headers["x-ignored-fields"] == "frobnicate"
 
 
 def test_the_model_says_how_much_it_takes(client: Client, runner: Runner) -> None:
@@ -458,6 +522,37 @@ def test_several_answers_and_log_probabilities(client: Client) -> None:
         assert reasons == [None] * (len(pieces) - 1) + ["length"]
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_names_the_seed_that_repeats_it(
+    client: Client, path: str, is_streamed: bool
+) -> None:
+    body = {**chat(user("Hello"), max_tokens=8, temperature=5, n=2), "prompt": "Hello"}
+
+    def answers(**more: Any) -> dict[int, tuple[str, list[int]]]:
+        reply = client.post(path, {**body, **more, "stream": is_streamed})
+        found: dict[int, tuple[str, list[int]]] = {}
+        for choice in [
+            choice
+            for each in (reply.events() if is_streamed else [reply.json()])
+            for choice in each["choices"]
+        ]:
+            part = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+            said, seeds = found.get(choice["index"], ("", []))
+            found[choice["index"]] = (said + part["content"], seeds + _seeds(choice))
+        return found
+
+    drawn = answers()
+    (first,), (second,) = (drawn[index][1] for index in (0, 1))
+    assert second == first + 1
+    assert answers(seed=first) == drawn
+    assert {index: seeds for index, (_, seeds) in answers(temperature=0, n=1).items()} == {0: []}
+
+
+def _seeds(choice: Body) -> list[int]:
+    return [choice["seed"]] if "seed" in choice else []
+
+
 def test_completions_have_log_probabilities_of_their_own(client: Client) -> None:
     body = {"prompt": ["Hello", "Bye"], "max_tokens": 4, "n": 2, "temperature": 5, "logprobs": 1}
     choices = client.post("/v1/completions", {**body, "seed": 4}).json()["choices"]
@@ -503,6 +598,7 @@ COLOUR: Body = {
         {"structured_outputs": {"json": COLOUR, "regex": None, "disable_any_whitespace": False}},
         {"structured_outputs": {"json": json.dumps(COLOUR)}},
         {"guided_json": COLOUR},
+        {"json_schema": COLOUR},
     ],
 )
 def test_an_answer_matches_its_schema(client: Client, fields: Body, is_streamed: bool) -> None:
@@ -516,6 +612,7 @@ def test_an_answer_matches_its_schema(client: Client, fields: Body, is_streamed:
     jsonschema.validate(json.loads(text), COLOUR)
 
 
+@pytest.mark.parametrize("is_short", [False, True])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
 @pytest.mark.parametrize(
     ("guide", "pattern"),
@@ -525,9 +622,12 @@ def test_an_answer_matches_its_schema(client: Client, fields: Body, is_streamed:
         ({"grammar": 'start: "one" | "two"'}, "one|two"),
     ],
 )
-def test_an_answer_matches_its_guide(client: Client, path: str, guide: Body, pattern: str) -> None:
+def test_an_answer_matches_its_guide(
+    client: Client, path: str, guide: Body, pattern: str, is_short: bool
+) -> None:
     body = {**chat(user("Which?")), "prompt": "Which?", "max_tokens": 30}
-    (choice,) = client.post(path, {**body, "structured_outputs": guide}).json()["choices"]
+    body |= guide if is_short else {"structured_outputs": guide}
+    (choice,) = client.post(path, body).json()["choices"]
     assert re.fullmatch(pattern, choice.get("text") or choice["message"]["content"]), choice
     assert choice["finish_reason"] == "stop"
 

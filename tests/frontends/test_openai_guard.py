@@ -23,7 +23,7 @@ pytest.importorskip("prometheus_client", reason="requirements/serving.txt is not
 
 from frontends.openai.app import application
 from frontends.openai.door import Door, DoorOptions
-from frontends.openai.guard import Guard, own_names, read_keys
+from frontends.openai.guard import Guard, host_names, origin_names, own_names, read_keys
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "A secret question"}], "max_tokens": 2}
@@ -78,6 +78,40 @@ def test_a_file_of_keys_holds_one(tmp_path: Path) -> None:
         read_keys(tmp_path / "empty")
 
 
+def test_a_comment_may_be_indented_and_an_editor_may_mark_its_file(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("first\n  # not a key\n")
+    (tmp_path / "marked").write_text("first\n", "utf-8-sig")
+    assert read_keys(tmp_path / "keys") == read_keys(tmp_path / "marked")
+
+
+def test_keys_that_others_can_read_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("first\n")
+    file.chmod(0o600)
+    read_keys(file)
+    assert not caplog.records
+    file.chmod(0o644)
+    read_keys(file)
+    assert "chmod 600" in caplog.text
+    assert "first" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["", "https://a.example", "a.example:8000", "*", "a/b"])
+def test_a_host_that_no_client_names_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="is no host name"):
+        host_names([name])
+    assert host_names(["Chat.example", "::1"]) == {"chat.example", "::1"}
+
+
+@pytest.mark.parametrize("origin", ["", "*", "chat.example", "https://", "https://a.example/", "a"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(UserError, match="is no origin"):
+        origin_names([origin])
+    assert origin_names(["https://Chat.example:8443"]) == {"https://chat.example:8443"}
+
+
 @pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:9", "[::1]:8000"])
 def test_this_machines_names_are_served(door: Door, host: str) -> None:
     assert ask(door, Guard(hosts=own_names()), host=host).status == 200
@@ -104,7 +138,10 @@ def test_named_pages_may_ask_from_a_browser(door: Door) -> None:
     assert reply.headers["access-control-allow-origin"] == "https://chat.example"
     with Client(application(door, guard)) as client:
         headers = {"origin": "https://chat.example", "access_control_request_method": "POST"}
-        assert client.begin("OPTIONS", CHAT, b"", headers).wait().status == 204
+        headers["access_control_request_headers"] = "authorization,x-stainless-os"
+        reply = client.begin("OPTIONS", CHAT, b"", headers).wait()
+        assert reply.status == 204
+        assert reply.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
         headers["origin"] = "https://evil.example"
         assert client.begin("OPTIONS", CHAT, b"", headers).wait().status == 403
 
@@ -157,3 +194,7 @@ def test_a_server_that_cannot_start_says_why(float32_engine_dir: Path, tmp_path:
     none = tmp_path / "none"
     one_line_error(run_command("serve", *flags, "--api_key_file", none), "cannot be read")
     one_line_error(run_command("serve", "--engine_dir", none, "--port", 0), str(none))
+    one_line_error(run_command("serve", *flags, "--port", 99999), "--port is '99999'", "65535")
+    one_line_error(run_command("serve", *flags, "--model_name", ""), "--model_name has an empty")
+    one_line_error(run_command("serve", *flags, "--allowed_host", "a:1"), "--allowed_host a:1")
+    one_line_error(run_command("serve", *flags, "--allowed_origin", "*"), "--allowed_origin *")

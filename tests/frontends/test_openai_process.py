@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -78,6 +79,13 @@ def test_the_openai_package_reads_a_picture(client: openai.OpenAI) -> None:
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == "1642"
     assert pieces[-1].choices[0].finish_reason == "stop"
     assert last.usage.total_tokens == answer.usage.total_tokens
+
+
+def test_the_example_for_curl_asks_any_question(trained: Served) -> None:
+    command = ["bash", ROOT / "examples/openai_curl.sh", SCAN, 'Read the "number".\n\\']
+    environment = {**os.environ, "SERVER": trained.url}
+    told = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    assert json.loads(told)["choices"], told
 
 
 def test_the_openai_package_gets_several_answers_with_log_probabilities(
@@ -163,7 +171,9 @@ def long_question(**fields: Any) -> dict[str, Any]:
 @pytest.fixture
 def random(float32_engine_dir: Path, tmp_path: Path) -> Iterator[Served]:
     """Its answers are long."""
-    with serving(float32_engine_dir, tmp_path, "--header_timeout_s", "1") as served:
+    with serving(
+        float32_engine_dir, tmp_path, "--header_timeout_s", "1", "--body_timeout_s", "2"
+    ) as served:
         yield served
 
 
@@ -182,6 +192,13 @@ def test_clients_that_misbehave_cost_no_place(random: Served) -> None:
     large = raw(served.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000)
     assert large.recv(12) == b"HTTP/1.1 400"
     large.close()
+    half = raw(served.port, http(long_question())[:-5])
+    answer = b"".join(iter(lambda: half.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408"), "a body that never ends"
+    upgrade = b"Upgrade: websocket\r\nConnection: Upgrade, close\r\n"
+    other = raw(served.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n")
+    assert other.recv(12) == b"HTTP/1.1 200"
+    assert "pip install" not in served.log.read_text()
     begun = time.monotonic()
     unread = raw(served.port, http(long_question(stream=True)))
     assert served.ask()["choices"]

@@ -108,7 +108,7 @@ def test_a_value_of_another_kind_is_refused_in_a_sentence(
 
 @pytest.mark.parametrize("text", ["{", "3", "[1, 2]"])
 def test_a_flag_that_is_no_json_object_is_refused_by_its_name(text: str) -> None:
-    with pytest.raises(UserError, match="--logit_bias"):
+    with pytest.raises(UserError, match=r"--logit_bias: .* is no JSON object, expected"):
         of_flags("--logit_bias", text)
 
 

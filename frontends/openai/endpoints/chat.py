@@ -8,7 +8,15 @@ from typing import Any
 from frontends.openai.asking import Asked
 from frontends.openai.call import Call, Events
 from frontends.openai.errors import FieldError
-from frontends.openai.events import Chunks, StreamOptions, Usage, merged, record_result
+from frontends.openai.events import (
+    Chunks,
+    StreamOptions,
+    Usage,
+    drawn_seed,
+    merged,
+    record_result,
+    with_seed,
+)
 from frontends.openai.logprobs import of_chat, of_prompt
 from frontends.openai.requests.fields import flag, settings_of, text_field
 from frontends.openai.requests.messages import read_messages, texts_of
@@ -46,12 +54,15 @@ async def _whole(call: Call, asked: Asked, model: str, has_timings: bool) -> dic
         "created": call.created,
         "model": model,
         "choices": [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": of_chat(choice.logprobs, tokenizer),
-                "finish_reason": choice.finish_reason,
-            }
+            with_seed(
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "logprobs": of_chat(choice.logprobs, tokenizer),
+                    "finish_reason": choice.finish_reason,
+                },
+                choice.seed,
+            )
             for index, choice in enumerate(result.choices)
         ],
         "usage": Usage.of([asked.ticket]).body,
@@ -79,6 +90,7 @@ async def _events(call: Call, asked: Asked, chunks: Chunks, has_timings: bool) -
                 "logprobs": of_chat(piece.logprobs if has_logprobs else None, tokenizer),
                 "finish_reason": piece.finish_reason,
             }
+            choice = with_seed(choice, drawn_seed(asked.ticket, piece))
             events += chunks.chunk(choice, [asked])
         yield events
         if (result := pieces[-1].result) is not None:

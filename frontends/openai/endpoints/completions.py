@@ -10,7 +10,15 @@ from typing import Any
 from frontends.openai.asking import Asked
 from frontends.openai.call import Call, Events
 from frontends.openai.errors import FieldError
-from frontends.openai.events import Chunks, StreamOptions, Usage, merged, record_result
+from frontends.openai.events import (
+    Chunks,
+    StreamOptions,
+    Usage,
+    drawn_seed,
+    merged,
+    record_result,
+    with_seed,
+)
 from frontends.openai.logprobs import of_completion, of_prompt
 from frontends.openai.requests.fields import Body, settings_of, shown, text_field
 from runtime.requests.messages import Message
@@ -57,14 +65,13 @@ async def _whole(call: Call, asked: list[Asked], model: str) -> dict[str, Any]:
         assert result is not None, "nothing else is heard of an answer that is not streamed"
         record_result(call, result)
         for choice in result.choices:
-            choices.append(
-                {
-                    "index": len(choices),
-                    "text": choice.text,
-                    "logprobs": of_completion(choice.logprobs),
-                    "finish_reason": choice.finish_reason,
-                }
-            )
+            told = {
+                "index": len(choices),
+                "text": choice.text,
+                "logprobs": of_completion(choice.logprobs),
+                "finish_reason": choice.finish_reason,
+            }
+            choices.append(with_seed(told, choice.seed))
             if result.prompt_logprobs is not None:
                 choices[-1]["prompt_logprobs"] = of_prompt(result.prompt_logprobs)
     return {
@@ -93,6 +100,7 @@ async def _events(call: Call, asked: list[Asked], chunks: Chunks) -> Events:
                 "finish_reason": piece.finish_reason,
             }
             offsets[index] += sum(len(each.token) for each in piece.logprobs)
+            choice = with_seed(choice, drawn_seed(asked[number].ticket, piece))
             events += chunks.chunk(choice, asked)
         yield events
         if (result := pieces[-1].result) is not None:

@@ -20,15 +20,13 @@ from frontends.openai.requests.messages import read_messages
 from nvlm.inputs.prompt import tile_tags
 from nvlm.inputs.tiling import TiledImage
 
-_SETTINGS = ("mm_processor_kwargs",)
-
 
 async def tiles(call: Call) -> dict[str, Any]:
     door, body = call.door, call.body
     door.require_model(text_field(body, "model"))
     if "messages" not in body:
         raise FieldError("messages", "messages is missing, expected a list of messages")
-    settings = settings_of({name: body[name] for name in _SETTINGS if name in body}, "chat")
+    settings = settings_of(body, "tiles")
     request = await door.request_of(read_messages(body["messages"]), settings)
     return {
         "pictures": await door.prepared(request, lambda ticket: [*map(_shown, ticket.images)]),

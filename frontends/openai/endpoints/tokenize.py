@@ -9,7 +9,7 @@ from typing import Any
 
 from frontends.openai.call import Call
 from frontends.openai.errors import FieldError
-from frontends.openai.requests.fields import Body, settings_of, shown, text_field
+from frontends.openai.requests.fields import Body, flag, settings_of, shown, text_field
 from frontends.openai.requests.messages import read_messages
 from runtime.requests.messages import Message
 from runtime.requests.types import GenerationRequest
@@ -19,10 +19,11 @@ async def tokenize(call: Call) -> dict[str, Any]:
     door, body = call.door, call.body
     door.require_model(text_field(body, "model"))
     runner = door.runner
+    settings = settings_of(body, "tokenize")
+    has_strings = flag(body, "return_token_strs")
     if ("prompt" in body) == ("messages" in body):
         raise FieldError("prompt", "give either prompt or messages")
     if "messages" in body:
-        settings = settings_of({k: body[k] for k in _SETTINGS if k in body}, "chat")
         request = await door.request_of(read_messages(body["messages"]), settings)
     else:
         if not isinstance(body["prompt"], str):
@@ -31,7 +32,7 @@ async def tokenize(call: Call) -> dict[str, Any]:
         request = GenerationRequest.from_messages([message], prompt_format="raw")
     token_ids = await door.prepared(request, lambda ticket: ticket.prompt_ids)
     answer = {"count": len(token_ids), "max_model_len": door.max_model_len, "tokens": token_ids}
-    if body.get("return_token_strs"):
+    if has_strings:
         tokenizer = runner.tokenizer
         answer["token_strs"] = [tokenizer.decode([token_id]) for token_id in token_ids]
     return answer
@@ -42,9 +43,6 @@ async def detokenize(call: Call) -> dict[str, Any]:
     runner = call.door.runner
     tokens = _token_ids(call.body, runner.engine.limits.max_seq_len)
     return {"prompt": runner.tokenizer.decode(tokens)}
-
-
-_SETTINGS = ("mm_processor_kwargs",)
 
 
 def _token_ids(body: Body, most: int) -> list[int]:

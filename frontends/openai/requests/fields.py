@@ -72,6 +72,7 @@ def settings_of(body: Body, endpoint: str) -> Settings:
     """The settings that a body gives. Raises `FieldError` for a wrong value, and for one that asks
     for what the runtime cannot do."""
     found: Settings = {}
+    givers: dict[str, str] = {}  # the field that gave a setting
     for row in FIELDS:
         value = body.get(row.name)
         if value is None or not row.is_setting or endpoint not in row.endpoints:
@@ -83,9 +84,13 @@ def settings_of(body: Body, endpoint: str) -> Settings:
         _check_settings(row.name, value, given)
         for name, each in given.items():
             if found.get(name, each) != each:
+                other = givers[name]
                 raise FieldError(
-                    row.name, f"{row.name} says another {name} than a field beside it; give one"
+                    row.name,
+                    f"{row.name} is {shown(value)} and {other} {shown(body[other])}, which are two "
+                    "names of one setting; give one",
                 )
+            givers[name] = row.name
         found |= given
     return found
 
@@ -104,7 +109,8 @@ def placed(error: UserError, body: Body, endpoint: str) -> UserError:
             if setting in _read(row, row.check(value)):
                 return FieldError(row.name, str(error))
     if str(error).startswith("the prompt "):
-        return FieldError("messages" if endpoint == "chat" else "prompt", str(error))
+        is_chat = endpoint == "chat" or "messages" in body
+        return FieldError("messages" if is_chat else "prompt", str(error))
     return error
 
 
@@ -285,8 +291,10 @@ def _elsewhere(names: str, *kinds: Kind, **more: Any) -> tuple[Field, ...]:
     return tuple(Field(each, kinds, is_setting=False, **more) for each in names.split())
 
 
+_ALL = ("chat", "completions", "tiles", "tokenize", "detokenize")
 _ANY: tuple[Kind, ...] = ("integer", "number", "boolean", "string", "array", "object")
 _CHAT: dict[str, Any] = {"endpoints": ("chat",)}
+_TEMPLATE: dict[str, Any] = {"endpoints": ("chat", "tokenize")}
 _COMPLETIONS: dict[str, Any] = {"endpoints": ("completions",)}
 
 FIELDS: tuple[Field, ...] = (
@@ -318,36 +326,47 @@ FIELDS: tuple[Field, ...] = (
     # Form of the answer
     Field("response_format", ("object",), _response_format),
     Field("structured_outputs", ("object",), _structured_outputs),
+    Field("json_schema", ("object", "string"), help="as run.py calls it; one form alone"),
+    Field("json_object", ("boolean",), neutral=(False,)),
+    Field("regex", ("string",)),
+    Field("choice", ("array",)),
+    Field("grammar", ("string",)),
     Field("guided_json", ("object", "string"), _guide("json_schema")),
     Field("guided_regex", ("string",), _guide("regex")),
     Field("guided_choice", ("array",), _guide("choice")),
     Field("guided_grammar", ("string",), _guide("grammar")),
     # Pictures
-    Field("mm_processor_kwargs", ("object",), _mm_processor_kwargs, help="max_num_tiles"),
+    Field(
+        "mm_processor_kwargs",
+        ("object",),
+        _mm_processor_kwargs,
+        help="max_num_tiles",
+        endpoints=("chat", "completions", "tiles", "tokenize"),
+    ),
     # Who is next
     Field("priority", ("integer",), help="of those that wait, the smallest is next"),
     # What this server does not do
     Field("cache_salt", ("string",)),
-    *_not_here("tools functions", [], kinds=("array",), **_CHAT),
+    *_not_here("tools functions", [], kinds=("array",), **_TEMPLATE),
     *_not_here("tool_choice function_call", "none", "auto", kinds=("string", "object"), **_CHAT),
     *_not_here("modalities", ["text"], kinds=("array",), **_CHAT),
     *_not_here("audio prediction web_search_options", kinds=("object",), **_CHAT),
-    *_not_here("add_generation_prompt", True, kinds=("boolean",), **_CHAT),
-    *_not_here("continue_final_message", False, kinds=("boolean",), **_CHAT),
-    *_not_here("chat_template", kinds=("string",), **_CHAT),
-    *_not_here("chat_template_kwargs", {}, kinds=("object",), **_CHAT),
-    *_not_here("documents", [], kinds=("array",), **_CHAT),
-    *_not_here("suffix", "", kinds=("string",), **_COMPLETIONS),
-    *_not_here("best_of", 1, kinds=("integer",), **_COMPLETIONS),
+    *_not_here("add_generation_prompt", True, kinds=("boolean",), **_TEMPLATE),
+    *_not_here("continue_final_message", False, kinds=("boolean",), **_TEMPLATE),
+    *_not_here("chat_template", kinds=("string",), **_TEMPLATE),
+    *_not_here("chat_template_kwargs", {}, kinds=("object",), **_TEMPLATE),
+    *_not_here("documents", [], kinds=("array",), **_TEMPLATE),
+    *_not_here("suffix", "", kinds=("string",)),
+    *_not_here("best_of", 1, kinds=("integer",)),
     *_not_here("echo use_beam_search", False, kinds=("boolean",)),
     *_not_here("skip_special_tokens", True, kinds=("boolean",)),
     *_not_here("length_penalty", 1.0, kinds=("number",)),
     *_not_here("truncate_prompt_tokens", kinds=("integer",)),
     # Read elsewhere
-    *_elsewhere("model request_id", "string"),
+    *_elsewhere("model request_id", "string", endpoints=_ALL),
     *_elsewhere("stream", "boolean"),
     *_elsewhere("stream_options", "object"),
-    *_elsewhere("messages", "array", **_CHAT),
+    *_elsewhere("messages", "array", endpoints=("chat", "tiles", "tokenize")),
     Field(
         "return_timings",
         ("boolean",),
@@ -355,13 +374,16 @@ FIELDS: tuple[Field, ...] = (
         endpoints=("chat",),
         help="adds `timings` to the answer, or to a stream's last chunk",
     ),
-    *_elsewhere("prompt", "string", "array", **_COMPLETIONS),
+    *_elsewhere("prompt", "string", "array", endpoints=("completions", "tokenize")),
+    *_elsewhere("return_token_strs", "boolean", endpoints=("tokenize",)),
+    *_elsewhere("tokens", "array", endpoints=("detokenize",)),
     # These change no answer
     *_elsewhere(
         "user metadata store service_tier safety_identifier prompt_cache_key "
         "prompt_cache_retention parallel_tool_calls spaces_between_special_tokens "
         "add_special_tokens",
         *_ANY,
+        endpoints=_ALL,
     ),
 )
 

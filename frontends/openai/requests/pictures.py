@@ -16,6 +16,7 @@ from nvlm.model.config import TilingConfig
 from nvlm.program.errors import UserError
 from runtime.requests.messages import ImageSource
 from runtime.requests.picture_source import decode_base64
+from runtime.serving.picture_types import require_server_type
 
 Detail = Literal["low", "high", "auto"]
 
@@ -52,7 +53,9 @@ class _Reading:
 
     def __call__(self) -> TiledImage:
         try:
-            return next(make_of_pages(self.tiler, self._bytes(), "the picture", budget=self.budget))
+            data = self._bytes()
+            require_server_type(data, "the picture")
+            return next(make_of_pages(self.tiler, data, "the picture", budget=self.budget))
         except UserError as error:
             raise FieldError(self.picture.param, str(error)) from None
 
