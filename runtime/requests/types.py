@@ -132,6 +132,10 @@ class GenerationRequest:
             return cls.from_messages(messages, images, **settings)
         if isinstance(request, str):
             return cls.images_first(request, images, **settings)
+        if request is None:
+            raise UserError(
+                'no question is given; give it first, as in generate("What is this?"), or messages'
+            )
         if not isinstance(request, GenerationRequest):
             raise UserError(
                 f"the question is of type {type(request).__name__}, expected a str or a "

@@ -154,6 +154,8 @@ def test_a_question_is_asked_by_its_text_images_and_settings(
 
 
 def test_what_generate_cannot_mean_is_refused(runner: Runner) -> None:
+    with pytest.raises(UserError, match="no question is given; give it first"):
+        runner.generate(prompt="What?")
     with pytest.raises(UserError, match="of type list, expected a str or a GenerationRequest"):
         runner.generate(["What?"])  # type: ignore[arg-type]
     whole = GenerationRequest(("What?",))
