@@ -10,6 +10,7 @@ from typing import get_args
 
 from build.engines.build import BuildRun, build_engine, is_up_to_date
 from build.engines.decoder_tensorrt_llm import DEFAULT_OPTIMIZE_FOR, OptimizeFor
+from build.engines.kv_cache import KVCacheDtype, KVCacheScales
 from build.engines.specification import BuildOptions, require_fit, specify
 from build.engines.target import AUTO, require_used
 from nvlm.model.vision import VISION_FORMAT
@@ -44,6 +45,19 @@ def parser() -> ArgumentParser:
         "--max_num_tokens",
         type=positive_int,
         help="tokens of all requests in one step, clipped to --max_batch_size x --max_seq_len",
+    )
+    add(
+        "--kv_cache_dtype",
+        choices=get_args(KVCacheDtype),
+        default="auto",
+        help="what keys and values are held in (default: as converted)",
+    )
+    add(
+        "--kv_cache_scales",
+        choices=get_args(KVCacheScales),
+        default="one",
+        help="of an FP8 KV cache: the checkpoint's one of K and V, or each its own, which decoder "
+        "torch alone has",
     )
     add(
         "--optimize_for",

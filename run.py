@@ -184,6 +184,7 @@ def compare(
     open_runner: Callable[[], Runner],
 ) -> None:
     """Both engines one after the other, then what differs; `requests` by where they stand."""
+    caches = []
     for engine_dir in (arguments.engine_dir, arguments.compare):
         check(engine_dir, requests)
         engine = EngineDir.read(engine_dir)
@@ -192,16 +193,19 @@ def compare(
         told = what_differs(engine_dir, found, config)
         if told is not None:
             log.warning(told)
+        caches.append(config.kv_cache_name)
     asked = list(requests.values())
     with open_runner() as runner:
         answers = record(runner, asked)
     with Runner.open(arguments.compare, device, environment=os.environ) as runner:
         reference = record(runner, asked)
     if arguments.json:
-        print(json.dumps(report_json(answers, reference)))
+        report = report_json(answers, reference)
+        print(json.dumps({**report, "kv_cache": caches[0], "reference_kv_cache": caches[1]}))
         return
     for number, difference in enumerate(differences(answers, reference), start=1):
         print(f"request {number}: {difference.line()}")
+    print(f"KV cache {caches[0]}, reference {caches[1]}")
     print(f"{answers.tokens_per_s:.1f} tokens/s, reference {reference.tokens_per_s:.1f}")
 
 

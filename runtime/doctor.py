@@ -59,11 +59,13 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class Directory:
     """A checkpoint or an engine. scale_dtype: what its linears' scales are numbers of, if they have
-    any; warning: what follows where an older version wrote them."""
+    any; kv_cache: what keys and values are held in; warning: what follows where an older version
+    wrote them."""
 
     path: str
     kind: Kind
     scale_dtype: str | None
+    kv_cache: str
     warning: str | None
 
     @classmethod
@@ -84,11 +86,13 @@ class Directory:
             rank_files, config = path / layout.LLM, engine.checkpoint_config
             recorded = engine.manifest.source.get(SCALE_DTYPE)
         found = scale_dtype(rank_files, config, recorded)
-        return cls(str(path), kind, found, what_differs(path, found, config))
+        told = what_differs(path, found, config)
+        return cls(str(path), kind, found, config.kv_cache_name, told)
 
     def line(self) -> str:
         scales = f"scales in {self.scale_dtype}" if self.scale_dtype else "linears without scales"
-        return self.warning or f"{self.kind} {self.path}: {scales}"
+        told = f"{self.kind} {self.path}: {scales}, KV cache {self.kv_cache}"
+        return f"{self.warning} (KV cache {self.kv_cache})" if self.warning else told
 
 
 @dataclass(frozen=True, slots=True)

@@ -309,7 +309,7 @@ def _scales(config: dict[str, Any], weights: dict[str, np.ndarray]) -> qwen2_flo
         }
         for layer in range(config["num_hidden_layers"])
     )
-    return qwen2_float64.Fp8Scales(linears, (10 / 448,) * config["num_hidden_layers"])
+    return qwen2_float64.Fp8Scales(linears, ((10 / 448,) * 2,) * config["num_hidden_layers"])
 
 
 def test_fp8_decoder_moves_little_and_takes_raw_or_dequantised_weights(model_dir: Path) -> None:

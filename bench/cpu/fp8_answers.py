@@ -35,16 +35,19 @@ from tools.tiny.evaluation import TASKS, samples
 
 ROOT = Path(__file__).parents[2]
 RANDOM_QUESTIONS_PER_TASK = 4
+BUILD = BuildOptions(
+    decoder="torch", vision="torch", vision_precision="bfloat16", max_batch_size=MAX_BATCH_SIZE
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """A checkout that converts to `quant_algo`; vision_precision: what this one builds of it."""
+    """A checkout that converts to `quant_algo`; options: what this one builds of it."""
 
     name: str
     root: Path
     quant_algo: str
-    vision_precision: str = "bfloat16"
+    options: BuildOptions = BUILD
 
     def engine(self, model_dir: Path, folder: Path) -> EngineDir:
         checkpoint = folder / f"checkpoint {self.name.partition(',')[0]}"
@@ -54,14 +57,8 @@ class Maker:
             subprocess.run([sys.executable, *map(str, program)], cwd=self.root, check=True)
         engine = folder / f"engine {self.name}"
         if not engine.exists():
-            options = BuildOptions(
-                decoder="torch",
-                vision="torch",
-                vision_precision=self.vision_precision,
-                max_batch_size=MAX_BATCH_SIZE,
-            )
-            spec = specify(checkpoint, options, CPU, total_memory_bytes(CPU))
-            build_engine(spec, engine, options)
+            spec = specify(checkpoint, self.options, CPU, total_memory_bytes(CPU))
+            build_engine(spec, engine, self.options)
         return EngineDir.read(engine)
 
 
@@ -71,7 +68,10 @@ def makers(before: Path | None) -> Iterator[Maker]:
     for name, root in (("FP8 before", before), ("FP8 after", ROOT)):
         if root is not None:
             yield Maker(name, root, "FP8")
-            yield Maker(f"{name}, vision too", root, "FP8", "FP8")
+            yield Maker(f"{name}, vision too", root, "FP8", replace(BUILD, vision_precision="FP8"))
+    own, plain = replace(BUILD, kv_cache_scales="own"), replace(BUILD, kv_cache_dtype="bfloat16")
+    yield Maker("FP8 after, own KV scales", ROOT, "FP8", own)
+    yield Maker("FP8 after, bfloat16 KV", ROOT, "FP8", plain)
 
 
 def right(run: Run, engine: EngineDir, per_task: int) -> list[bool]:

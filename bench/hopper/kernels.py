@@ -26,7 +26,7 @@ from bench.machine import describe, describe_gpu
 from nvlm.model.number_formats import fp8
 from nvlm.program.process import set_up_cublas
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
-from runtime.decoder.kernels.operands import KVPages, Norm, TokenRows
+from runtime.decoder.kernels.operands import CacheScale, KVPages, Norm, TokenRows
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.kernels.fp8_linear import Fp8Linear
 
@@ -93,9 +93,24 @@ def measure(
     num_blocks = batch_size * blocks_each
     kv_bytes = 2 * batch_size * context * kv_heads * head_dim
     cache_shape = (num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim)
+    kv_scale = CacheScale(scale, 0.02)
     pages = [
-        KVPages(e4m3(*cache_shape, device=device), e4m3(*cache_shape, device=device), scale, 0.02)
+        KVPages(
+            e4m3(*cache_shape, device=device),
+            e4m3(*cache_shape, device=device),
+            kv_scale,
+            kv_scale,
+        )
         for _ in range(num_buffers(kv_bytes))
+    ]
+    wide_pages = [
+        KVPages(
+            torch.randn(cache_shape, device=device, dtype=torch.bfloat16),
+            torch.randn(cache_shape, device=device, dtype=torch.bfloat16),
+            None,
+            None,
+        )
+        for _ in range(num_buffers(2 * kv_bytes))
     ]
     tables = torch.randperm(num_blocks, device=device).to(torch.int32).view(batch_size, -1)
     positions = torch.full((batch_size,), context - 1, dtype=torch.int32, device=device)
@@ -121,6 +136,12 @@ def measure(
                 qkv, rows, tables, positions, pages[i % len(pages)], scale
             ),
             kv_bytes,
+        ),
+        "decode_attention, bfloat16 KV": (
+            lambda i: forms.decode_attention(
+                qkv, rows, tables, positions, wide_pages[i % len(wide_pages)], scale
+            ),
+            2 * kv_bytes,
         ),
     }
     found = {name: (median_ms(run, device), moved) for name, (run, moved) in runs.items()}

@@ -156,6 +156,7 @@ def _build_decoder(spec: EngineSpec, options: BuildOptions, run: BuildRun, direc
         {
             "version": __version__,
             "pretrained_config": spec.config.to_json(),
+            **spec.config.kv_cache.to_json(),
             "build_config": {"target": spec.decoder, **spec.limits.to_json()},
         },
     )

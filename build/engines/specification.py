@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from build.engines.decoder_tensorrt_llm import DEFAULT_OPTIMIZE_FOR, OptimizeFor, plugin_config
+from build.engines.kv_cache import KVCacheDtype, KVCacheScales, choose_kv_cache
 from build.engines.target import (
     AUTO,
     Auto,
@@ -50,6 +51,8 @@ class BuildOptions:
     max_input_len: int | None = None
     max_seq_len: int | None = None
     max_num_tokens: int | None = None
+    kv_cache_dtype: KVCacheDtype = "auto"
+    kv_cache_scales: KVCacheScales = "one"
     optimize_for: OptimizeFor = DEFAULT_OPTIMIZE_FOR
     compute_capability: str | None = None
     keep_onnx: bool = False
@@ -57,7 +60,8 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """`packages`: versions of what an engine depends on; it runs with no others."""
+    """config: with the engine's own KV cache. packages: versions of what an engine depends on; it
+    runs with no others."""
 
     checkpoint_dir: Path
     checkpoint: manifest.Manifest
@@ -91,7 +95,11 @@ def specify(
     vision_checkpoint = VisionCheckpoint.read(checkpoint_dir / layout.VISION)
     Tokenizer(checkpoint_dir / layout.TOKENIZER)  # found damaged now, not when the engine runs
     machine = TargetMachine(device, memory_bytes)
-    decoder = choose_decoder(options.decoder, machine, config.exclude_modules)
+    kv_cache = choose_kv_cache(
+        options.kv_cache_dtype, options.kv_cache_scales, config, checkpoint_dir
+    )
+    config = replace(config, kv_cache=kv_cache)
+    decoder = choose_decoder(options.decoder, machine, config)
     vision = choose_vision(
         options.vision,
         vision_checkpoint,

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 
 from nvlm.formats import layout
+from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.kv_cache import AS_STORED
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model.vision import VISION_FORMAT
 from nvlm.planning.memory_plan import vision_weight_bytes
@@ -48,16 +50,28 @@ class TargetMachine:
 
 
 def choose_decoder(
-    asked: Decoder | Auto, target: TargetMachine, exclude_modules: tuple[str, ...] = ()
+    asked: Decoder | Auto, target: TargetMachine, config: CheckpointConfig
 ) -> Decoder:
-    """exclude_modules: of the checkpoint; decoder torch alone mixes FP8 linears with others."""
-    if exclude_modules:
+    """Decoder torch alone mixes FP8 linears with others, and a checkpoint with other KV caches."""
+    if config.exclude_modules:
         if asked == "tensorrt_llm":
             raise UserError(
                 "--decoder tensorrt_llm takes a checkpoint whose linears are all FP8, found "
-                f"--exclude_modules {exclude_modules[0]}; use --decoder torch, or convert without"
+                f"--exclude_modules {config.exclude_modules[0]}; use --decoder torch, or convert "
+                "without"
             )
         log.info("decoder: torch (the checkpoint excludes linears from FP8)")
+        return "torch"
+    if config.kv_cache != AS_STORED:
+        if asked == "tensorrt_llm":
+            own = config.kv_cache.scales
+            flag = "--kv_cache_scales own" if own else f"--kv_cache_dtype {config.dtype}"
+            mend = "leave it out" if own else "convert with --kv_cache_quant_algo none"
+            raise UserError(
+                "--decoder tensorrt_llm has the KV cache that the checkpoint says, found "
+                f"{flag}; use --decoder torch, or {mend}"
+            )
+        log.info("decoder: torch (the KV cache is not as the checkpoint says)")
         return "torch"
     if asked != AUTO:
         if lacks := decoder_lacks(asked, target.machine):

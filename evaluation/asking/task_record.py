@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any
 
 from evaluation.datasets.sample import Location, SampleId
+from nvlm.model.number_formats import UNQUANTIZED
 from nvlm.program.errors import UserError, shown
 from runtime.answers.run_record import (
     EngineId,
@@ -212,9 +213,10 @@ def task_settings(
 ) -> dict[str, Any]:
     """What decides the answers, and what the report shows."""
     config = engine.checkpoint_config
+    is_in_dtype = config.kv_cache_format is UNQUANTIZED
     return {
         "quant_algo": config.quant_algo,
-        "kv_cache_quant_algo": config.kv_cache_quant_algo,
+        "kv_cache_quant_algo": None if is_in_dtype else config.kv_cache_name,
         "dtype": config.dtype,
         "decoder": engine.decoder_target,
         "vision": f"{engine.vision_executor} {engine.vision_precision}",

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from nvlm.formats.kv_cache import AS_STORED, EngineKVCache
 from nvlm.formats.mapping import Mapping, check_divides
 from nvlm.formats.tensor_names import ENGINE_LAYER
 from nvlm.model.config import DecoderConfig
@@ -46,7 +47,8 @@ class CheckpointConfig:
     """The decoder as converted: its shape, number types and ranks.
 
     exclude_modules: patterns (fnmatch) of linears that stay in `dtype`, by their names in the
-    model, such as `transformer.layers.3.mlp.proj`.
+    model, such as `transformer.layers.3.mlp.proj`. kv_cache: an engine's own choice, which
+    config.json does not hold.
     """
 
     decoder: DecoderConfig
@@ -56,6 +58,7 @@ class CheckpointConfig:
     tp_size: int = 1
     pp_size: int = 1
     exclude_modules: tuple[str, ...] = ()
+    kv_cache: EngineKVCache = AS_STORED
 
     def mapping(self, rank: int = 0) -> Mapping:
         return Mapping(self.tp_size, self.pp_size, rank)
@@ -72,8 +75,22 @@ class CheckpointConfig:
         return UNQUANTIZED if is_excluded else self.weight_format
 
     @property
-    def kv_cache_format(self) -> NumberFormat:
+    def stored_kv_format(self) -> NumberFormat:
+        """What the weights' files have scales for."""
         return format_named(self.kv_cache_quant_algo)
+
+    @property
+    def kv_cache_format(self) -> NumberFormat:
+        """What keys and values are held in."""
+        return UNQUANTIZED if self.kv_cache.in_dtype else self.stored_kv_format
+
+    @property
+    def kv_cache_name(self) -> str:
+        """For people and records: "FP8", "FP8, K and V by own scales" or the dtype."""
+        if self.kv_cache_format is UNQUANTIZED:
+            return self.dtype
+        own = ", K and V by own scales" if self.kv_cache.scales else ""
+        return self.kv_cache_format.name + own
 
     @property
     def world_size(self) -> int:

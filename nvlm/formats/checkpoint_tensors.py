@@ -52,7 +52,7 @@ def decoder_layer_tensors(config: CheckpointConfig, layer: int = 0) -> dict[str,
         if name == "attention.qkv":
             tensors["attention.qkv.bias"] = TensorInfo(dtype, (qkv_size,))
         tensors |= _scale_tensors(name, weight_format)
-    if config.kv_cache_format.scale_shapes:
+    if config.stored_kv_format.scale_shapes:
         tensors[KV_CACHE_SCALE] = TensorInfo(torch.float32, (1,))
     tensors["post_layernorm.weight"] = TensorInfo(dtype, (hidden,))
     return tensors

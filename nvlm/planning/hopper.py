@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.model.number_formats import FP8
+from nvlm.model.number_formats import FP8, UNQUANTIZED
 
 _CAPABILITY = (9, 0)
 
@@ -26,9 +26,9 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def takes_fast_path(config: CheckpointConfig, device: torch.device) -> bool:
-    """Whether the decoder runs by the kernels: an FP8 checkpoint with an FP8 cache, of which no
-    linear is excluded."""
-    is_fp8 = config.weight_format is FP8 and config.kv_cache_format is FP8
+    """Whether the decoder runs by the kernels: an FP8 checkpoint of which no linear is excluded,
+    with a cache in FP8 or in its dtype."""
+    is_fp8 = config.weight_format is FP8 and config.kv_cache_format in (FP8, UNQUANTIZED)
     return (
         is_fp8 and not config.exclude_modules and config.dtype != "float32" and has_kernels(device)
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
+from nvlm.formats.kv_cache import EngineKVCache
 from nvlm.formats.manifest import Manifest, read_manifest
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model.config import TilingConfig, VisionConfig
@@ -55,13 +56,13 @@ class EngineDir:
         _require_built_limits(manifest, directory, llm.section("build_config").values)
         vision_path = directory / layout.VISION / layout.CONFIG
         vision = StrictReader(read_json_object(vision_path), vision_path)
+        config = CheckpointConfig.from_json(llm.section("pretrained_config").values, llm_path)
+        kv_cache = EngineKVCache.from_json(llm, config.decoder.num_hidden_layers)
         return cls(
             directory=directory,
             manifest=manifest,
             limits=_limits(manifest, directory),
-            checkpoint_config=CheckpointConfig.from_json(
-                llm.section("pretrained_config").values, llm_path
-            ),
+            checkpoint_config=replace(config, kv_cache=kv_cache),
             decoder_target=llm.section("build_config").string("target"),
             vision_checkpoint=VisionCheckpoint.read(directory / layout.VISION),
             vision_executor=vision.string("executor"),

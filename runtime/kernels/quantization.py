@@ -26,6 +26,15 @@ def quantize(x, scale):
 
 
 @triton.jit
+def scale_at(place):
+    """The scale there; 1 where there is no place, of what is not quantised."""
+    scale = 1.0
+    if place is not None:
+        scale = tl.load(place)
+    return scale
+
+
+@triton.jit
 def _scale_quantize(x, scale, y, factor, size, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size

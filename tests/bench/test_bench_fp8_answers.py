@@ -17,7 +17,8 @@ def test_fp8_is_compared_with_bfloat16_of_the_same_weights(
     monkeypatch.setattr(fp8_answers, "RANDOM_QUESTIONS_PER_TASK", 1)
     fp8_answers.main(["--folder", str(tmp_path), "--per_task", "1", "--num_random", "1"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    names = ["bfloat16", "FP8 after", "FP8 after, vision too"]
+    caches = ["FP8 after, own KV scales", "FP8 after, bfloat16 KV"]
+    names = ["bfloat16", "FP8 after", "FP8 after, vision too", *caches]
     for rows in (found["trained"], found["random"]):
         assert [row["name"] for row in rows] == names
         assert rows[0]["mean_logit_error"] == 0

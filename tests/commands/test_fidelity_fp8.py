@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from build.conversion.convert import ConvertOptions
+from nvlm.formats.kv_cache import EngineKVCache
 from runtime.decoder.executor import DecoderRequest, create_decoder_executor
 from runtime.engine.engine_dir import EngineDir
 from tests.conftest import BF16, Workshop
@@ -99,11 +101,26 @@ def checkpoint_scales(path: Path, num_layers: int) -> Fp8Scales:
                     "proj": linear(f"{layer}.mlp.proj"),
                 }
             )
-            kv_cache.append(scale(f"{layer}.attention.kv_cache_scaling_factor"))
+            kv_cache.append((scale(f"{layer}.attention.kv_cache_scaling_factor"),) * 2)
     return Fp8Scales(tuple(linears), tuple(kv_cache))
 
 
-def definition_errors(case: Case, workshop: Workshop) -> list[float]:
+def own_scales(report: Path, num_layers: int) -> tuple[tuple[float, float], ...]:
+    """Of K and of V: amax / 448 in float32, as the report of a conversion has amax."""
+    rows = {row["layer"]: row for row in json.loads(report.read_text())["attention"]}
+    layers = [rows[f"transformer.layers.{i}.attention"] for i in range(num_layers)]
+    most = np.float32(448)
+    return tuple(
+        (float(np.float32(row["k_amax"]) / most), float(np.float32(row["v_amax"]) / most))
+        for row in layers
+    )
+
+
+CACHES = ("one scale", "own scales", "in dtype")
+"""Of the KV cache."""
+
+
+def definition_errors(case: Case, workshop: Workshop, cache: str = CACHES[0]) -> list[float]:
     """Relative logit error at each step against the float64 model of the checkpoint's FP8.
 
     In float32, so that FP8 is the only rounding, and on the reference's own image embeddings:
@@ -112,16 +129,20 @@ def definition_errors(case: Case, workshop: Workshop) -> list[float]:
     model_dir = workshop.model(f"model-{case.name}", case.shape, seed=case.seed)
     options = replace(FP8, dtype="float32")
     checkpoint = workshop.checkpoint(f"fp8_in_float32-{case.name}", model_dir, options)
-    engine_dir = workshop.engine(
-        f"fp8_in_float32_engine-{case.name}", checkpoint, vision="torch", max_num_images=3
-    )
+    chosen: dict[str, object] = {"kv_cache_scales": "own"} if cache == "own scales" else {}
+    name = f"fp8_in_float32_engine{'_own' if chosen else ''}-{case.name}"
+    engine_dir = workshop.engine(name, checkpoint, vision="torch", max_num_images=3, **chosen)
+    engine = EngineDir.read(engine_dir)
+    if cache == "in dtype":
+        in_dtype = replace(engine.checkpoint_config, kv_cache=EngineKVCache(in_dtype=True))
+        engine = replace(engine, checkpoint_config=in_dtype)
     expected = reference(model_dir, case)
     tokens, _ = qwen2_hugging_face.greedy(expected.model, expected.inputs_embeds, NUM_STEPS)
     rows = expected.inputs_embeds[0]
     table = rows[[i for i, token in enumerate(expected.token_ids) if token is None]]
     virtual = itertools.count(case.shape.vocab_size)
     prompt = [next(virtual) if token is None else token for token in expected.token_ids]
-    decoder = create_decoder_executor(EngineDir.read(engine_dir), torch.device("cpu"))
+    decoder = create_decoder_executor(engine, torch.device("cpu"))
     found = []
     for step in range(NUM_STEPS):
         token_ids = prompt + tokens[:step]
@@ -130,16 +151,26 @@ def definition_errors(case: Case, workshop: Workshop) -> list[float]:
 
     config, weights = qwen2_float64.load(model_dir)
     inputs = np.concatenate([rows.double().numpy(), qwen2_float64.embed(weights, tokens[:-1])])
-    scales = checkpoint_scales(checkpoint / "rank0.safetensors", case.shape.num_hidden_layers)
+    num_layers = case.shape.num_hidden_layers
+    scales = checkpoint_scales(checkpoint / "rank0.safetensors", num_layers)
+    if cache == "own scales":
+        own = own_scales(checkpoint / "quantization_report.json", num_layers)
+        assert all(max(pair) < one for pair, (one, _) in zip(own, scales.kv_cache, strict=True))
+        scales = replace(scales, kv_cache=own)
+    elif cache == "in dtype":
+        scales = replace(scales, kv_cache=())
     wanted = qwen2_float64.logits(config, weights, inputs, scales, num_last=NUM_STEPS)
     return [relative_error(f, torch.from_numpy(w)) for f, w in zip(found, wanted, strict=True)]
 
 
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)
-def test_fp8_computes_exactly_what_the_checkpoint_says(case: Case, workshop: Workshop) -> None:
+def test_fp8_computes_exactly_what_the_checkpoint_says(
+    case: Case, cache: str, workshop: Workshop
+) -> None:
     """One layer, so that a value that falls on the other side of the middle between two e4m3
     numbers (1e-7 is enough) disturbs its own position and is not carried through the model."""
-    errors = definition_errors(replace(case, num_layers=1), workshop)
+    errors = definition_errors(replace(case, num_layers=1), workshop, cache)
 
     exact = np.mean(np.array(errors) <= FP8_DEFINITION)
     print(f"{exact:.3f} of {len(errors)} positions exact, largest error {max(errors):.1e}")

@@ -3,6 +3,8 @@ Triton's interpreter (see test_kernels.py), with plain forms in the place of lib
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -44,11 +46,24 @@ class _Forms(test_kernels.TritonForms):
         head, linear = PlainForms.head, PlainForms.linear
 
 
-@pytest.fixture(scope="module")
-def models(workshop: Workshop, model_dir) -> dict[str, DecoderModel]:  # type: ignore[no-untyped-def]
+CACHES: dict[str, tuple[str | None, str]] = {
+    "one scale": ("FP8", "one"),
+    "own scales": ("FP8", "own"),
+    "in dtype": (None, "one"),
+}
+"""Of keys and values: what is converted, and how it is built."""
+
+
+@pytest.fixture(scope="module", params=CACHES)
+def models(
+    request: pytest.FixtureRequest, workshop: Workshop, model_dir: Path
+) -> dict[str, DecoderModel]:
     """The oracle on the CPU, and the fast path with and without CUDA graphs."""
-    checkpoint = workshop.checkpoint(f"fp8_{DTYPE}", model_dir, ConvertOptions(dtype=DTYPE))
-    engine_dir = workshop.engine(f"engine_fp8_{DTYPE}", checkpoint, vision="torch")
+    algo, scales = CACHES[request.param]
+    options = ConvertOptions(dtype=DTYPE, kv_cache_quant_algo=algo)
+    checkpoint = workshop.checkpoint(f"fp8_{DTYPE}_{algo}", model_dir, options)
+    name = f"engine_fp8_{DTYPE}_{algo}_{scales}"
+    engine_dir = workshop.engine(name, checkpoint, vision="torch", kv_cache_scales=scales)
     config = EngineDir.read(engine_dir).checkpoint_config
     source = open_weights(engine_dir / "llm", config)
     weights = load_hopper_weights(source, config, DEVICE)

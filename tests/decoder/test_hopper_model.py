@@ -17,6 +17,8 @@ from runtime.decoder.models.plain_model import PlainModel
 from runtime.decoder.models.step import DecoderModel, SequenceStep
 from runtime.decoder.models.torch_weights import load_weights, open_weights
 from runtime.engine.engine_dir import EngineDir
+from tests.conftest import Workshop
+from tests.support.kv_caches import KV_CACHES, kv_cache_engine
 from tests.support.tolerances import KERNEL_LOGITS, relative_error
 
 CPU = torch.device("cpu")
@@ -47,9 +49,13 @@ def _tensors(argument: object) -> list[torch.Tensor]:
     return [argument] if isinstance(argument, torch.Tensor) else []
 
 
-@pytest.fixture(scope="module")
-def models(engine_dir: Path) -> tuple[DecoderModel, DecoderModel]:
-    """The oracle and the fast path over one file."""
+@pytest.fixture(scope="module", params=["as stored", *KV_CACHES])
+def models(
+    request: pytest.FixtureRequest, workshop: Workshop, checkpoint_dir: Path, engine_dir: Path
+) -> tuple[DecoderModel, DecoderModel]:
+    """The oracle and the fast path over one file, for every KV cache."""
+    if request.param in KV_CACHES:
+        engine_dir = kv_cache_engine(workshop, checkpoint_dir, request.param)
     engine = EngineDir.read(engine_dir)
     config = engine.checkpoint_config
     source = open_weights(engine_dir / "llm", config)

@@ -13,7 +13,7 @@ import torch
 
 from nvlm.model.decoder import rope_tables
 from nvlm.model.number_formats import fp8
-from runtime.decoder.kernels.operands import KVPages, Norm, TokenRows
+from runtime.decoder.kernels.operands import CacheScale, KVPages, Norm, TokenRows
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.kernels.fp8_linear import Fp8Linear
 from tests.conftest import HAS_HOPPER
@@ -198,41 +198,67 @@ def test_swiglu_quantize_equals_the_formula() -> None:
 
 
 def pages(caches: Sequence[torch.Tensor], scale: float) -> KVPages:
+    """e4m3 with a scale of K and a larger one of V, other types without."""
     k, v = caches
-    return KVPages(k, v, scalar(scale), scale)
+    if k.dtype != fp8.E4M3:
+        return KVPages(k, v, None, None)
+    return KVPages(k, v, *(CacheScale(scalar(each), each) for each in (scale, 1.3 * scale)))
 
+
+def cache(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return e4m3(*shape, seed=seed) if dtype == fp8.E4M3 else randn(*shape, seed=seed, dtype=dtype)
+
+
+def assert_same_stored(found: torch.Tensor, expected: torch.Tensor) -> None:
+    if expected.dtype == fp8.E4M3:
+        assert_same_e4m3(found, expected)
+    else:
+        assert found.dtype == expected.dtype
+        assert relative_error(found, expected) < KERNEL_BF16
+
+
+CACHES = pytest.mark.parametrize("stored", [fp8.E4M3, DTYPE], ids=["e4m3", "dtype"])
+"""What keys and values are stored in."""
+
+
+NAN_BYTE = 0xFF
+"""Of NaN in every type."""
 
 HEADS = [(2, 2, 64), (8, 1, 128), (40, 2, 96), (6, 3, 80)]  # groups of 1 to 20
 
 
+@CACHES
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-def test_rope_append_equals_its_plain_form(heads: int, kv_heads: int, head_dim: int) -> None:
+def test_rope_append_equals_its_plain_form(
+    heads: int, kv_heads: int, head_dim: int, stored: torch.dtype
+) -> None:
     positions = torch.tensor([0, 5, 31, 32, 90], device=DEVICE)
     slots = positions + 32 * torch.tensor([0, 0, 0, 2, 1], device=DEVICE)
     qkv = randn(5, (heads + 2 * kv_heads) * head_dim)
     rows = TokenRows(*rope_tables(positions, head_dim, 1e6), slots)
     shape = (6, kv_heads, 32, head_dim)
-    ours, plain = ([torch.zeros(shape, device=DEVICE).to(fp8.E4M3) for _ in "kv"] for _ in "ab")
+    ours, plain = ([torch.zeros(shape, device=DEVICE).to(stored) for _ in "kv"] for _ in "ab")
     found = FORMS.rope_append(qkv, rows, pages(ours, 0.015))
     expected = PLAIN.rope_append(qkv, rows, pages(plain, 0.015))
     assert relative_error(found, expected) < KERNEL_BF16
-    for cache, oracle in zip(ours, plain, strict=True):
-        assert_same_e4m3(cache, oracle)
-        written = cache.float().abs().sum((1, 3)).flatten().nonzero().flatten()
+    for kept, oracle in zip(ours, plain, strict=True):
+        assert_same_stored(kept, oracle)
+        written = kept.float().abs().sum((1, 3)).flatten().nonzero().flatten()
         assert written.tolist() == sorted(slots.tolist()), "only the slots are written"
 
 
 @pytest.mark.parametrize(("length", "num_positions"), [(1, 32), (40, 64), (64, 128)])
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 64), (3, 80)])
+@CACHES
 def test_pages_are_gathered_widened_and_end_in_zeros(
-    length: int, num_positions: int, kv_heads: int, head_dim: int
+    length: int, num_positions: int, kv_heads: int, head_dim: int, stored: torch.dtype
 ) -> None:
-    caches = [e4m3(7, kv_heads, 32, head_dim, seed=s) for s in (2, 3)]
+    caches = [cache(7, kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3)]
     blocks = torch.tensor([5, 0, 6][: -(-length // 32)], device=DEVICE)
     found = widen_pages(pages(caches, 1.0), blocks, length, num_positions, DTYPE)
-    for wide, cache in zip(found, caches, strict=True):
+    for wide, kept in zip(found, caches, strict=True):
         assert wide.shape == (kv_heads, num_positions, head_dim)
-        rows = cache.float()[blocks].transpose(0, 1).flatten(1, 2)
+        rows = kept.float()[blocks].transpose(0, 1).flatten(1, 2)
         assert torch.equal(wide[:, :length].float(), rows[:, :length])
         assert not wide[:, length:].any()
 
@@ -296,44 +322,53 @@ class Cached:
     def attended(
         self, forms: object, scale: torch.Tensor | None, *options: object
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        caches = [cache.clone() for cache in self.caches]
+        caches = [each.clone() for each in self.caches]
         attend = getattr(forms, "decode_attention", forms)
         own = pages(caches, 0.02)
         out = attend(self.qkv, self.rows, self.tables, self.positions, own, scale, *options)
         return out, caches
 
 
-def cached(heads: int, kv_heads: int, head_dim: int, lengths: list[int]) -> Cached:
+def cached(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    lengths: list[int],
+    stored: torch.dtype = fp8.E4M3,
+) -> Cached:
     """Contexts on blocks in random order; what no request has written yet is NaN."""
     max_blocks = -(-max(lengths) // 32) + 1
     num_blocks = len(lengths) * max_blocks
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
     tables = order.view(len(lengths), max_blocks).to(torch.int32)
-    k, v = (e4m3(num_blocks, kv_heads, 32, head_dim, seed=s) for s in (2, 3))
+    k, v = (cache(num_blocks, kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3))
     slots = []
     for table, length in zip(tables, lengths, strict=True):
         slots.append(int(table[(length - 1) // 32]) * 32 + (length - 1) % 32)
         for position in range(length - 1, max_blocks * 32):
-            for cache in (k, v):
-                cache.view(torch.uint8)[table[position // 32], :, position % 32] = 0x7F
+            for each in (k, v):
+                each.view(torch.uint8)[table[position // 32], :, position % 32] = NAN_BYTE
     positions = torch.tensor(lengths, device=DEVICE) - 1
     qkv = randn(len(lengths), (heads + 2 * kv_heads) * head_dim, seed=4)
     rows = TokenRows(*rope_tables(positions, head_dim, 1e6), torch.tensor(slots, device=DEVICE))
     return Cached(qkv, rows, (k, v), tables.to(DEVICE), positions.to(torch.int32))
 
 
+@CACHES
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-def test_decode_attention_equals_its_plain_form(heads: int, kv_heads: int, head_dim: int) -> None:
+def test_decode_attention_equals_its_plain_form(
+    heads: int, kv_heads: int, head_dim: int, stored: torch.dtype
+) -> None:
     for lengths in ([1], [200], [33, 64, 1]):
-        case = cached(heads, kv_heads, head_dim, lengths)
+        case = cached(heads, kv_heads, head_dim, lengths, stored)
         finite = (torch.where(x.float().isnan(), 0.0, x.float()).to(x.dtype) for x in case.caches)
         expected, written = replace(case, caches=tuple(finite)).attended(PLAIN, None)
         found, caches = case.attended(FORMS, None)
         assert relative_error(found, expected) < KERNEL_BF16
-        for cache, oracle, before in zip(caches, written, case.caches, strict=True):
-            newest = (x[case.rows.slots // 32, :, case.rows.slots % 32] for x in (cache, oracle))
-            assert_same_e4m3(*newest)
-            changed = cache.view(torch.uint8) != before.view(torch.uint8)
+        for kept, oracle, before in zip(caches, written, case.caches, strict=True):
+            newest = (x[case.rows.slots // 32, :, case.rows.slots % 32] for x in (kept, oracle))
+            assert_same_stored(*newest)
+            changed = kept.view(torch.uint8) != before.view(torch.uint8)
             blocks, _, places, _ = changed.nonzero(as_tuple=True)
             assert {*(32 * blocks + places).tolist()} == {*case.rows.slots.tolist()}
         quantised, _ = case.attended(FORMS, scalar(0.01))  # the counters are as they were
@@ -341,8 +376,9 @@ def test_decode_attention_equals_its_plain_form(heads: int, kv_heads: int, head_
         assert relative_error(quantised.float(), in_e4m3) < E4M3_AFTER_ATTENTION
 
 
-def test_a_request_of_a_batch_attends_as_it_does_alone() -> None:
-    case = cached(8, 1, 128, [300, 5, 64])
+@CACHES
+def test_a_request_of_a_batch_attends_as_it_does_alone(stored: torch.dtype) -> None:
+    case = cached(8, 1, 128, [300, 5, 64], stored)
     together, _ = case.attended(FORMS, None)
     for i in range(3):
         alone, _ = case.part(slice(i, i + 1)).attended(FORMS, None)
@@ -352,15 +388,18 @@ def test_a_request_of_a_batch_attends_as_it_does_alone() -> None:
 @pytest.mark.parametrize(
     ("first_position", "num_rows"), [(0, 1), (0, 255), (0, 256), (0, 300), (40, 1), (70, 280)]
 )
-def test_prefill_attention_equals_its_plain_form(first_position: int, num_rows: int) -> None:
+@CACHES
+def test_prefill_attention_equals_its_plain_form(
+    first_position: int, num_rows: int, stored: torch.dtype
+) -> None:
     """Whatever lies behind the rows, and on the blocks behind the positions."""
     heads, kv_heads, head_dim = 4, 2, 64
     end = first_position + num_rows
     blocks = torch.randperm(12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    caches = [e4m3(12, kv_heads, 32, head_dim, seed=s) for s in (2, 3)]
-    for cache in caches:
+    caches = [cache(12, kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3)]
+    for kept in caches:
         for position in range(end, 12 * 32):
-            cache.view(torch.uint8)[blocks[position // 32], :, position % 32] = 0x7F
+            kept.view(torch.uint8)[blocks[position // 32], :, position % 32] = NAN_BYTE
     shape = (num_rows, heads, head_dim)
     q = empty_with_spare_rows(*shape, dtype=DTYPE, device=DEVICE)
     with_spare_rows(q, num_rows + SPARE_ROWS).fill_(float("nan"))
@@ -404,13 +443,16 @@ def test_cudnns_attention_is_called_as_this_torch_has_it(monkeypatch: pytest.Mon
     assert triton_forms._attend_whole(q, k, k, 0.1).shape == (1, 4, 256, 64)
 
 
+@CACHES
 @pytest.mark.parametrize("num_programs", [1, 4, 32])
-def test_decode_attention_does_not_depend_on_how_it_is_divided(num_programs: int) -> None:
+def test_decode_attention_does_not_depend_on_how_it_is_divided(
+    num_programs: int, stored: torch.dtype
+) -> None:
     """Whole, in two or four, and in as many splits as there are at most."""
-    case = cached(8, 1, 128, [300, 5])
+    case = cached(8, 1, 128, [300, 5], stored)
     expected, _ = case.attended(FORMS, None)
     workspace = Workspace.allocate(DEVICE, num_programs)
-    for step in (Step(128, 4, 3, 1), Step(32, 1, 6, 2)):
+    for step in (Step(128, 4, 3, 1), Step(32, 1, 6, 2), Step(64, 4, 3, 1)):
         found, _ = case.attended(decode_attention, None, workspace, step)
         assert relative_error(found, expected) < KERNEL_BF16
     assert int(workspace.counters.abs().sum()) == 0

@@ -21,7 +21,7 @@ PROMPTS_ALONE = ("widen_pages", "scale_quantize", "load_ahead", "change_logits")
 # In a process of its own: test_kernels.py may have put the interpreter in the compiler's place.
 _PROGRAM = """
 import json, re, sys
-import triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from runtime.decoder.kernels import all_reduce_norm, change_logits, decode_attention, elementwise
@@ -33,7 +33,7 @@ BF16, F32, E4M3, I32, I64 = "*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64"
 POINTERS = {
     "hidden": BF16, "delta": BF16, "weight": BF16, "scale": F32, "new_hidden": BF16,
     "normed": E4M3, "gate_up": BF16, "product": E4M3, "qkv": BF16, "cos": F32, "sin": F32,
-    "slots": I64, "k_cache": E4M3, "v_cache": E4M3, "kv_scale": F32, "q_out": BF16,
+    "slots": I64, "k_cache": E4M3, "v_cache": E4M3, "k_scale": F32, "v_scale": F32, "q_out": BF16,
     "block_tables": I32, "positions": I32, "out": E4M3, "partial_sums": F32, "partial_stats": F32,
     "counters": I32, "x": E4M3, "y": BF16, "eps": "fp32", "exponent_scale": "fp32",
     "factor": "fp32", "product_scale": F32, "blocks": I64, "k_out": BF16, "v_out": BF16,
@@ -108,13 +108,21 @@ for ranks in (2, 8):
             all_reduce_norm._all_reduce_norm,
             {"RANKS": ranks, "TWO_SHOTS": shots == 2, "IS_PUSHED": way == "pushed",
              "QUANTIZE": True, "BLOCK": 8192, "ON_GPU": True}, num_warps=32 // shots)
-for splits, batch_size in ((16, 1), (1, 64)):
-    step = decode_attention.step_for(batch_size)
-    found[f"decode_attention {batch_size}"] = compile_(decode_attention._decode_attention,
+bf16_cache = {"k_cache": BF16, "v_cache": BF16}
+no_scales = {"k_scale": None, "v_scale": None}
+found["rope_append bf16"] = compile_(rope._rope_append,
+    {"HEAD_DIM": 128, "TOKENS": 32, "BLOCK_HEADS": 8, "BLOCK_HALF": 64, "ON_GPU": True}
+    | no_scales, bf16_cache)
+found["widen_pages bf16"] = compile_(widen_pages._widen_pages,
+    {"KV_HEADS": 8, "TOKENS": 32, "HEAD_DIM": 128, "BLOCK_DIM": 128}, bf16_cache)
+for splits, batch_size, name in ((16, 1, ""), (1, 64, ""), (16, 1, " bf16"), (1, 64, " bf16")):
+    types, dtype = (bf16_cache, torch.bfloat16) if name else ({}, torch.float8_e4m3fn)
+    step = decode_attention.step_for(batch_size, dtype)
+    found[f"decode_attention {batch_size}{name}"] = compile_(decode_attention._decode_attention,
         {"KV_HEADS": 8, "GROUP": 8, "HEAD_DIM": 128, "TOKENS": 32, "QUANTIZE": True,
          "NUM_SPLITS": splits, "BLOCK_ROWS": 16, "BLOCK_DIM": 128, "ON_GPU": True,
-         "BLOCK_TOKENS": step.num_tokens, "GROUP_ROWS": 8},
-        num_warps=step.num_warps, num_stages=step.num_stages)
+         "BLOCK_TOKENS": step.num_tokens, "GROUP_ROWS": 8, **(no_scales if name else {})},
+        types, num_warps=step.num_warps, num_stages=step.num_stages)
 print(json.dumps(found))
 """
 
@@ -131,11 +139,11 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    assert len(found) == 24
+    assert len(found) == 28
     for name, kernel in found.items():
         assert kernel["cubin_bytes"] > 0, name
         assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, name
-        is_of_a_step = "vision" not in name and name not in PROMPTS_ALONE
+        is_of_a_step = "vision" not in name and not name.startswith(PROMPTS_ALONE)
         assert kernel["waits"] == is_of_a_step, f"{name}: programmatic dependent launch"
         if "_norm " in name:
             assert kernel["global_bytes"] == 0, f"{name} reads or writes its peers by bytes"

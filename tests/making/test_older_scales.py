@@ -228,10 +228,10 @@ def test_the_doctor_says_what_a_directory_is(
     *_, first, second, third, fourth, fifth, sixth = lines(examine(directories))
     assert first.strip().startswith(f"{older} {OLDER}")
     assert second.strip().startswith(f"{older_engine} {OLDER}")
-    assert third.strip() == f"checkpoint {checkpoint_dir}: scales in bfloat16"
-    assert fourth.strip() == f"engine {engine_dir}: scales in bfloat16"
-    assert fifth.strip() == f"checkpoint {plain}: linears without scales"
-    assert sixth.strip() == f"checkpoint {wide}: scales in float32"
+    assert third.strip() == f"checkpoint {checkpoint_dir}: scales in bfloat16, KV cache FP8"
+    assert fourth.strip() == f"engine {engine_dir}: scales in bfloat16, KV cache FP8"
+    assert fifth.strip() == f"checkpoint {plain}: linears without scales, KV cache bfloat16"
+    assert sixth.strip() == f"checkpoint {wide}: scales in float32, KV cache FP8"
 
 
 def test_the_scales_decide_and_not_the_version_that_wrote_the_manifest(
@@ -245,7 +245,7 @@ def test_the_scales_decide_and_not_the_version_that_wrote_the_manifest(
     shutil.copytree(older, old)
     edit_json(old / "manifest.json", "arguments.scale_dtype", "bfloat16")
     *_, first, second = lines(examine([new, old]))
-    assert first.strip() == f"checkpoint {new}: scales in bfloat16"
+    assert first.strip() == f"checkpoint {new}: scales in bfloat16, KV cache FP8"
     assert second.strip().startswith(f"{old} {OLDER}")
 
 

@@ -31,13 +31,14 @@ class LinearScales:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Scales:
-    """What an FP8 checkpoint says. linears[layer][name of LINEARS]; kv_cache[layer].
+    """What an FP8 checkpoint says. linears[layer][name of LINEARS]; kv_cache[layer]: the
+    scales of K and of V.
 
     An empty `linears` leaves the linears in float64, an empty `kv_cache` the K and V.
     """
 
     linears: tuple[dict[str, LinearScales], ...] = ()
-    kv_cache: tuple[float, ...] = ()
+    kv_cache: tuple[tuple[float, float], ...] = ()
 
 
 def load(
@@ -72,8 +73,8 @@ def logits(
         prefix = f"model.layers.{layer}."
         own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         linears = scales.linears[layer] if scales.linears else {}
-        kv_scale = scales.kv_cache[layer] if scales.kv_cache else None
-        hidden = hidden + _attention(config, own, hidden, linears, kv_scale)
+        kv_scales = scales.kv_cache[layer] if scales.kv_cache else None
+        hidden = hidden + _attention(config, own, hidden, linears, kv_scales)
         hidden = hidden + _mlp(config, own, hidden, linears)
     hidden = _rms_norm(hidden[-num_last:], weights["model.norm.weight"], config)
     return hidden @ weights["lm_head.weight"].T
@@ -84,7 +85,7 @@ def _attention(
     w: Weights,
     hidden: np.ndarray,
     linears: dict[str, LinearScales],
-    kv_scale: float | None,
+    kv_scales: tuple[float, float] | None,
 ) -> np.ndarray:
     num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim, group = config["hidden_size"] // num_heads, num_heads // num_kv_heads
@@ -98,8 +99,11 @@ def _attention(
     q = _rotate(q.reshape(num_tokens, num_heads, head_dim), config["rope_theta"])
     k = _rotate(k.reshape(num_tokens, num_kv_heads, head_dim), config["rope_theta"])
     v = v.reshape(num_tokens, num_kv_heads, head_dim)
-    if kv_scale is not None:  # what the cache holds, also for the tokens of this very step
-        k, v = (fp8_e4m3.dequantize(fp8_e4m3.quantize(x, kv_scale), kv_scale) for x in (k, v))
+    if kv_scales is not None:  # what the cache holds, also for the tokens of this very step
+        k, v = (
+            fp8_e4m3.dequantize(fp8_e4m3.quantize(x, scale), scale)
+            for x, scale in zip((k, v), kv_scales, strict=True)
+        )
     future = np.triu(np.ones((num_tokens, num_tokens), dtype=bool), 1)
     mixed = np.empty((num_tokens, num_heads, head_dim))
     for head in range(num_heads):

@@ -1,4 +1,4 @@
-"""Triton: RoPE, append to the paged FP8 cache, and flash decoding over it, split along the context.
+"""Triton: RoPE, append to the paged cache, and flash decoding over it, split along the context.
 
 After Flash-Decoding (crfm.stanford.edu, 2023): a program takes one request, one KV head with all
 its query heads, and one split of the positions before the newest. The first split begins with the
@@ -9,7 +9,7 @@ FlashAttention: arXiv 2205.14135.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -19,7 +19,7 @@ from nvlm.model.number_formats.fp8 import E4M3
 from runtime.decoder.kernels.operands import KVPages, TokenRows
 from runtime.decoder.kernels.workspace import Workspace
 from runtime.kernels.dependent_launch import dependent, wait_for_previous
-from runtime.kernels.quantization import quantize
+from runtime.kernels.quantization import quantize, scale_at
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
 _MIN_ROWS = 16  # of a tensor-core product
@@ -38,9 +38,13 @@ class Step:
     max_splits: int = 16
 
 
-def step_for(batch_size: int) -> Step:
-    """Few requests are a matter of latency, many of bytes under way (measured on both GPUs)."""
-    return Step(128, 4, 3, 1) if batch_size <= 8 else Step(32, 1, 6, 2)
+def step_for(batch_size: int, cache: torch.dtype = E4M3) -> Step:
+    """Few requests are a matter of latency, many of bytes under way (measured on both GPUs). Keys
+    and values of two bytes take as many bytes."""
+    step = Step(128, 4, 3, 1) if batch_size <= 8 else Step(32, 1, 6, 2)
+    if cache.itemsize == 1:
+        return step
+    return replace(step, num_tokens=64) if batch_size <= 8 else replace(step, num_stages=3)
 
 
 @triton.jit
@@ -59,8 +63,8 @@ def _widened(values, ON_GPU: tl.constexpr):
 # The stride is that of a step's widest table: it must not decide what is compiled.
 @triton.jit(do_not_specialize=["table_stride"])
 def _decode_attention(
-    qkv, cos, sin, slots, k_cache, v_cache, block_tables, positions, kv_scale, scale, out,
-    partial_sums, partial_stats, counters, exponent_scale, table_stride,
+    qkv, cos, sin, slots, k_cache, v_cache, block_tables, positions, k_scale, v_scale, scale,
+    out, partial_sums, partial_stats, counters, exponent_scale, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
     QUANTIZE: tl.constexpr, NUM_SPLITS: tl.constexpr, GROUP_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
@@ -71,7 +75,7 @@ def _decode_attention(
     row_mask, channel_mask = row < GROUP, channel < HEAD_DIM
     q_mask = row_mask[:, None] & channel_mask[None, :]
     head = kv_head * GROUP + row
-    kv = tl.load(kv_scale)
+    k_unit, v_unit = scale_at(k_scale), scale_at(v_scale)
     wait_for_previous(ON_GPU)
     num_before = tl.load(positions + request)
     half: tl.constexpr = HEAD_DIM // 2
@@ -88,9 +92,12 @@ def _decode_attention(
     turned = tl.load(heads + other[None, :], q_mask, other=0.0).to(tl.float32)
     rotated = (plain.to(tl.float32) * c[None, :] + turned * s[None, :]).to(plain.dtype)
     # Hopper widens e4m3 to float16 in one instruction, to bfloat16 in three; both are exact. What
-    # float16 loses of bfloat16's range, above 65504 and below 6e-8, no query needs.
-    queries = rotated.to(tl.float16)
-    exponent_scale *= kv
+    # float16 loses of bfloat16's range, above 65504 and below 6e-8, no query needs. Keys of a wider
+    # type are multiplied in it.
+    is_fp8: tl.constexpr = k_scale is not None
+    wide: tl.constexpr = tl.float16 if is_fp8 else k_cache.dtype.element_ty
+    queries = rotated.to(wide)
+    exponent_scale *= k_unit
 
     # The newest position: appended, and where the first split begins.
     key_head = source + (GROUP * KV_HEADS + kv_head) * HEAD_DIM
@@ -98,8 +105,8 @@ def _decode_attention(
     turned_key = tl.load(key_head + other, channel_mask, other=0.0).to(tl.float32)
     key = (key.to(tl.float32) * c + turned_key * s).to(key.dtype)
     value = tl.load(key_head + KV_HEADS * HEAD_DIM + channel, channel_mask, other=0.0)
-    new_k = quantize(key.to(tl.float32), kv)
-    new_v = quantize(value.to(tl.float32), kv)
+    new_k = quantize(key.to(tl.float32), k_unit) if is_fp8 else key
+    new_v = quantize(value.to(tl.float32), v_unit) if is_fp8 else value
     is_first = split == 0
     slot = tl.load(slots + request)
     place = ((slot // TOKENS * KV_HEADS + kv_head) * TOKENS + slot % TOKENS) * HEAD_DIM + channel
@@ -126,17 +133,19 @@ def _decode_attention(
         # Keys of no position are in memory and count for nothing; values would, were they NaN.
         k = tl.load(k_cache + cached, channel_mask[None, :], other=0.0)
         v = tl.load(v_cache + cached, is_cached[:, None] & channel_mask[None, :], other=0.0)
-        scores = tl.dot(queries, tl.trans(k.to(tl.float16))) * exponent_scale
+        scores = tl.dot(queries, tl.trans(k.to(wide))) * exponent_scale
         scores = tl.where(is_cached[None, :], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_largest[:, None])
         decay = tl.exp2(largest - new_largest)
         total = total * decay + tl.sum(weights, 1)
-        # Two halves keep 22 bits of each probability, 24 behind the point at least.
-        high = weights.to(tl.float16)
-        low = (weights - high.to(tl.float32)).to(tl.float16)
-        wide = _widened(v, ON_GPU)
-        acc = tl.dot(low, wide, tl.dot(high, wide, acc * decay[:, None]))
+        # Two halves keep 22 bits of each probability, 24 behind the point at least; in bfloat16
+        # they keep 16, of which the result's rounding keeps 8.
+        high = weights.to(wide)
+        low = (weights - high.to(tl.float32)).to(wide)
+        if is_fp8:
+            v = _widened(v, ON_GPU)
+        acc = tl.dot(low, v, tl.dot(high, v, acc * decay[:, None]))
         largest = new_largest
 
     if NUM_SPLITS > 1:
@@ -176,12 +185,12 @@ def _decode_attention(
                 sum_of_weights = sum_of_weights * kept + part_sum * added
                 merged = merged * kept[:, None] + part * added[:, None]
                 peak = new_peak
-            merged *= (kv / tl.where(is_query, sum_of_weights, 1.0))[:, None]
+            merged *= (v_unit / tl.where(is_query, sum_of_weights, 1.0))[:, None]
             first = (request * KV_HEADS + kv_head) * GROUP * HEAD_DIM
             target = out + first + query[:, None] * HEAD_DIM + channel[None, :]
             _store(merged, scale, target, is_channel, plain.dtype, QUANTIZE)
     else:
-        factors = kv / total
+        factors = v_unit / total
         places = out + (request * KV_HEADS * GROUP + head)[:, None] * HEAD_DIM + channel[None, :]
         _store(acc * factors[:, None], scale, places, q_mask, plain.dtype, QUANTIZE)
 
@@ -207,13 +216,13 @@ def decode_attention(
 ) -> torch.Tensor:
     _, kv_heads, block_size, head_dim = pages.k.shape
     batch_size, heads = len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads
-    group, step = heads // kv_heads, step or step_for(len(qkv))
+    group, step = heads // kv_heads, step or step_for(len(qkv), pages.k.dtype)
     dtype = qkv.dtype if scale is None else E4M3
     out = empty_with_spare_rows(batch_size, heads * head_dim, dtype=dtype, device=qkv.device)
     splits = workspace.num_splits(batch_size * kv_heads, step.crowd, step.max_splits)
     _decode_attention[(batch_size, kv_heads, splits)](
         qkv, rows.cos, rows.sin, rows.slots, pages.k, pages.v, block_tables, positions,
-        pages.scale, scale, out,
+        *pages.scale_tensors, scale, out,
         workspace.partial_sums, workspace.stats, workspace.counters,
         _LOG2_E * head_dim**-0.5, block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,

@@ -23,10 +23,35 @@ class TokenRows:
 
 
 @dataclass(frozen=True, slots=True)
-class KVPages:
-    """A layer's part of the paged cache."""
+class CacheScale:
+    """Of a layer's keys, or of its values: real = stored * scale."""
 
-    k: torch.Tensor  # [num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim] e4m3 (CPU: bfloat16 too)
+    tensor: torch.Tensor  # float32 without dimensions, on their device
+    value: float  # the same number, on the host
+
+
+@dataclass(frozen=True, slots=True)
+class KVPages:
+    """A layer's part of the paged cache: e4m3 (on a CPU bfloat16 too) with scales, which may be one
+    and the same; without them keys and values are in `dtype`."""
+
+    k: torch.Tensor  # [num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim]
     v: torch.Tensor
-    scale: torch.Tensor  # of both: float32 without dimensions, on their device
-    scale_value: float  # the same number, on the host
+    k_scale: CacheScale | None
+    v_scale: CacheScale | None
+
+    @property
+    def scale_tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of K and of V."""
+        k, v = self.k_scale, self.v_scale
+        return None if k is None else k.tensor, None if v is None else v.tensor
+
+    @property
+    def k_factor(self) -> float:
+        """What stored keys are multiplied by."""
+        return 1.0 if self.k_scale is None else self.k_scale.value
+
+    @property
+    def v_factor(self) -> float:
+        """What stored values are multiplied by."""
+        return 1.0 if self.v_scale is None else self.v_scale.value

@@ -7,7 +7,7 @@ from torch import nn
 
 from nvlm.model.decoder import apply_rope, causal_attention, rms_norm
 from nvlm.model.number_formats import fp8
-from runtime.decoder.kernels.operands import KVPages, Norm, TokenRows
+from runtime.decoder.kernels.operands import CacheScale, KVPages, Norm, TokenRows
 from runtime.kernels.fp8_linear import Fp8Linear
 
 
@@ -71,8 +71,9 @@ class PlainForms:
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
         q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=1)
         blocks, places = rows.slots // block_size, rows.slots % block_size
-        for cache, x in ((pages.k, apply_rope(k, rows.cos, rows.sin)), (pages.v, v)):
-            cache[blocks, :, places] = fp8.quantize(x, pages.scale).to(cache.dtype)
+        turned = apply_rope(k, rows.cos, rows.sin)
+        for cache, x, scale in ((pages.k, turned, pages.k_scale), (pages.v, v, pages.v_scale)):
+            cache[blocks, :, places] = _stored(x, scale).to(cache.dtype)
         return apply_rope(q, rows.cos, rows.sin)
 
     def decode_attention(
@@ -136,7 +137,12 @@ def _sequence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of a sequence's first `length` positions: float32 [length, kv_heads, head_dim]."""
     k, v = (
-        fp8.dequantize(cache[blocks].transpose(1, 2).flatten(0, 1)[:length], pages.scale)
-        for cache in (pages.k, pages.v)
+        cache[blocks].transpose(1, 2).flatten(0, 1)[:length].to(torch.float32) * factor
+        for cache, factor in ((pages.k, pages.k_factor), (pages.v, pages.v_factor))
     )
     return k, v
+
+
+def _stored(x: torch.Tensor, scale: CacheScale | None) -> torch.Tensor:
+    """x as the cache holds it."""
+    return x if scale is None else fp8.quantize(x, scale.tensor)

@@ -1,4 +1,4 @@
-"""Triton: QKV split, RoPE and append to the paged FP8 cache in one pass.
+"""Triton: QKV split, RoPE and append to the paged cache in one pass.
 
 A program takes one token and as many heads as there are KV heads: a slice of q, or K, or V.
 """
@@ -11,13 +11,13 @@ import triton.language as tl
 
 from runtime.decoder.kernels.operands import KVPages, TokenRows
 from runtime.kernels.dependent_launch import dependent, wait_for_previous
-from runtime.kernels.quantization import quantize
+from runtime.kernels.quantization import quantize, scale_at
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
 
 @triton.jit
 def _rope_append(
-    qkv, cos, sin, slots, k_cache, v_cache, kv_scale, q_out, kv_heads, group_size,
+    qkv, cos, sin, slots, k_cache, v_cache, k_scale, v_scale, q_out, kv_heads, group_size,
     HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,7 @@ def _rope_append(
     mask = (head < kv_heads) & (channel < half)
     num_heads = (group_size + 2) * kv_heads
     source = qkv + (token * num_heads + part * kv_heads + head) * HEAD_DIM + channel
-    scale = tl.load(kv_scale)
+    scale = tl.where(part == group_size, scale_at(k_scale), scale_at(v_scale))
     wait_for_previous(ON_GPU)
     slot = tl.load(slots + token)
     first, second = tl.load(source, mask, other=0.0), tl.load(source + half, mask, other=0.0)
@@ -46,14 +46,15 @@ def _rope_append(
         tl.store(target + half, second, mask)
     else:
         row = (slot // TOKENS * kv_heads + head) * TOKENS + slot % TOKENS
-        first8 = quantize(first.to(tl.float32), scale)
-        second8 = quantize(second.to(tl.float32), scale)
+        is_fp8: tl.constexpr = k_scale is not None
+        first_stored = quantize(first.to(tl.float32), scale) if is_fp8 else first
+        second_stored = quantize(second.to(tl.float32), scale) if is_fp8 else second
         if part == group_size:
-            tl.store(k_cache + row * HEAD_DIM + channel, first8, mask)
-            tl.store(k_cache + row * HEAD_DIM + channel + half, second8, mask)
+            tl.store(k_cache + row * HEAD_DIM + channel, first_stored, mask)
+            tl.store(k_cache + row * HEAD_DIM + channel + half, second_stored, mask)
         else:
-            tl.store(v_cache + row * HEAD_DIM + channel, first8, mask)
-            tl.store(v_cache + row * HEAD_DIM + channel + half, second8, mask)
+            tl.store(v_cache + row * HEAD_DIM + channel, first_stored, mask)
+            tl.store(v_cache + row * HEAD_DIM + channel + half, second_stored, mask)
 
 
 def rope_append(qkv: torch.Tensor, rows: TokenRows, pages: KVPages) -> torch.Tensor:
@@ -62,7 +63,8 @@ def rope_append(qkv: torch.Tensor, rows: TokenRows, pages: KVPages) -> torch.Ten
     q = empty_with_spare_rows(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     group_size = heads // kv_heads
     _rope_append[(num_tokens, group_size + 2)](
-        qkv, rows.cos, rows.sin, rows.slots, pages.k, pages.v, pages.scale, q, kv_heads, group_size,
+        qkv, rows.cos, rows.sin, rows.slots, pages.k, pages.v, *pages.scale_tensors, q,
+        kv_heads, group_size,
         HEAD_DIM=head_dim, TOKENS=block_size, BLOCK_HEADS=triton.next_power_of_2(kv_heads),
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2), num_warps=4, **dependent(qkv.device),
     )  # fmt: skip

@@ -76,8 +76,8 @@ class TritonForms(PlainForms):
         first_position: int,
         scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        """By torch, over keys and values that are gathered and widened; e4m3 numbers are exact in
-        q's type, so their scale is put on the softmax and on the result. Whole prompts are given
+        """By torch, over keys and values that are gathered and widened; stored numbers are exact in
+        q's type, so their scales are put on the softmax and on the result. Whole prompts are given
         so many rows more that there are few shapes to plan."""
         num_rows, heads, head_dim = q.shape
         end = first_position + num_rows
@@ -85,15 +85,15 @@ class TritonForms(PlainForms):
         granularity = _PLANNED_ROWS if is_planned else pages.k.shape[2]
         num_positions = -(-end // granularity) * granularity
         k, v = widen_pages(pages, blocks, end, num_positions, q.dtype)
-        softmax_scale = head_dim**-0.5 * pages.scale_value
+        softmax_scale = head_dim**-0.5 * pages.k_factor
         if is_planned:
             attended = _attend_whole(with_spare_rows(q, num_positions), k, v, softmax_scale)
         else:
             attended = _attend_up_to(q, k[:, :end], v[:, :end], softmax_scale)
         rows = attended[0, :, :num_rows].transpose(0, 1).reshape(num_rows, heads * head_dim)
         if scale is None:
-            return rows * pages.scale_value
-        return scale_quantize(rows.contiguous(), pages.scale_value, scale)
+            return rows * pages.v_factor
+        return scale_quantize(rows.contiguous(), pages.v_factor, scale)
 
     def plan_prefill_attention(
         self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, max_num_tokens: int

@@ -1,4 +1,4 @@
-"""Triton: a sequence's keys and values, gathered from the paged FP8 cache and widened."""
+"""Triton: a sequence's keys and values, gathered from the paged cache and widened."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def widen_pages(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V [kv_heads, num_positions, head_dim] of the positions below `length` that lie on
-    `blocks` [num_blocks] int64, without their scale; 0 from there on. num_positions: a multiple of
+    `blocks` [num_blocks] int64, without their scales; 0 from there on. num_positions: a multiple of
     a block's, no less than `length`."""
     _, kv_heads, block_size, head_dim = pages.k.shape
     k, v = (

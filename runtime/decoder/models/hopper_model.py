@@ -1,4 +1,4 @@
-"""The decoder's fast path: FP8 tensor-core linears and fused kernels over the paged FP8 cache.
+"""The decoder's fast path: FP8 tensor-core linears and fused kernels over the paged KV cache.
 
 A step in which every sequence decodes replays one CUDA graph, padded up to the next batch size
 that has one, and may be asked for before the host knows its tokens; a step with prompts runs launch
@@ -15,7 +15,6 @@ from nvlm.model.decoder import embed, rope_tables
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.planning.hopper import MAX_GRAPH_ROWS
 from runtime.decoder.block_allocator import num_blocks_for
-from runtime.decoder.kernels.operands import KVPages
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.all_reduce_norm import AllReduceNorm, OneRank
 from runtime.decoder.models.decode_inputs import DecodeInputs
@@ -35,7 +34,7 @@ _SHORT_PROMPTS = (2, 16)  # Triton compiles anew for a number of rows that 16 di
 
 
 class HopperModel:
-    """`DecoderModel` of an FP8 checkpoint with an FP8 KV cache.
+    """`DecoderModel` of an FP8 checkpoint, its KV cache in FP8 or in its dtype.
 
     forms: the kernels, or their plain torch twins on any device. all_reduce_norm: what follows the
     row-parallel linears, where the weights are a rank's shards.
@@ -58,17 +57,14 @@ class HopperModel:
         self._weights, self._forms, self._device = weights, forms, device
         self._dtype = TORCH_DTYPES[config.dtype]
         self._sums = all_reduce_norm or OneRank(forms, self._dtype)
-        scales = [layer.kv_scale_value for layer in weights.layers]
+        scales = [layer.kv_scales for layer in weights.layers if layer.kv_scales is not None]
         # The last block is the padding rows', which nobody reads.
-        self._cache = PagedKVCache(config, num_blocks + 1, scales, device)
+        self._cache = PagedKVCache(config, num_blocks + 1, scales or None, device)
         self._batch_sizes = batch_sizes(max_batch_size)
         self._inputs = DecodeInputs(self._batch_sizes[-1], max_seq_len, num_blocks, device)
         # Made on the CPU, whose powers and cosines are the oracle's.
         cos, sin = rope_tables(torch.arange(max_seq_len), decoder.head_dim, decoder.rope_theta)
-        pages = [
-            KVPages(*self._cache.pages(index), layer.kv_scale, layer.kv_scale_value)
-            for index, layer in enumerate(weights.layers)
-        ]
+        pages = [self._cache.pages(index) for index in range(len(weights.layers))]
         self._attention = AttentionContext(
             forms, weights.layers, pages, cos.to(device), sin.to(device)
         )

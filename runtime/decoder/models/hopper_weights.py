@@ -13,13 +13,11 @@ import torch
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_layer_tensors
 from nvlm.formats.safetensors_reader import TensorSource
-from nvlm.formats.tensor_names import (
-    ENGINE_LAYER,
-    KV_CACHE_SCALE,
-)
+from nvlm.formats.tensor_names import ENGINE_LAYER
 from nvlm.model.decoder import SHARED_SCALE_LINEARS
 from nvlm.model.number_formats import FP8
 from runtime.decoder.kernels.operands import Norm
+from runtime.decoder.models.kv_scales import LayerScales, read_scales
 from runtime.kernels.fp8_linear import Fp8Linear
 
 
@@ -31,8 +29,7 @@ class HopperLayer:
     post_norm: Norm
     gate_up: Fp8Linear
     down: Fp8Linear
-    kv_scale: torch.Tensor
-    kv_scale_value: float
+    kv_scales: LayerScales | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class HopperWeights:
 def load_hopper_weights(
     source: TensorSource, config: CheckpointConfig, device: torch.device
 ) -> HopperWeights:
-    """Loads an FP8 checkpoint with an FP8 KV cache."""
+    """Loads an FP8 checkpoint."""
     infos, eps = decoder_layer_tensors(config), config.decoder.rms_norm_eps
 
     def read(name: str) -> torch.Tensor:
@@ -74,8 +71,8 @@ def load_hopper_weights(
             read(prefix + bias) if bias in infos else None,
         )
 
-    def layer(prefix: str) -> HopperLayer:
-        kv_scale = source.read(prefix + KV_CACHE_SCALE).reshape(())
+    def layer(i: int) -> HopperLayer:
+        prefix = ENGINE_LAYER.format(i=i)
         return HopperLayer(
             Norm(read(f"{prefix}input_layernorm.weight"), eps),
             linear(prefix, ("attention.qkv",)),
@@ -83,14 +80,13 @@ def load_hopper_weights(
             Norm(read(f"{prefix}post_layernorm.weight"), eps),
             linear(prefix, SHARED_SCALE_LINEARS),
             linear(prefix, ("mlp.proj",)),
-            kv_scale.to(device),
-            float(kv_scale),
+            read_scales(source, config, i),
         )
 
     num_layers = config.decoder.num_hidden_layers
     return HopperWeights(
         embedding=read("transformer.vocab_embedding.weight"),
-        layers=[layer(ENGINE_LAYER.format(i=i)) for i in range(num_layers)],
+        layers=[layer(i) for i in range(num_layers)],
         final_norm=Norm(read("transformer.ln_f.weight"), eps),
         lm_head=read("lm_head.weight"),
     )

@@ -15,23 +15,24 @@ from nvlm.formats.checkpoint_tensors import (
     open_checked,
 )
 from nvlm.formats.safetensors_reader import TensorSource
-from nvlm.formats.tensor_names import ENGINE_LAYER, KV_CACHE_SCALE
+from nvlm.formats.tensor_names import ENGINE_LAYER
 from nvlm.model.decoder import DECODER_LINEARS, AllReduce, DecoderLayer
 from nvlm.model.linear import QuantizableLinear
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.memory_plan import decoder_may_widen
+from runtime.decoder.models.kv_scales import LayerScales, read_scales
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
     """embedding: [vocab_size, hidden_size], whole on every rank; lm_head: the rank's rows of the
-    vocabulary; kv_scales: one a layer, None where the cache is not quantised."""
+    vocabulary; kv_scales: of each layer, None where the cache is not quantised."""
 
     embedding: torch.Tensor
     layers: list[DecoderLayer]
     final_norm: torch.Tensor
     lm_head: QuantizableLinear
-    kv_scales: list[float] | None
+    kv_scales: list[LayerScales] | None
 
 
 def open_weights(directory: Path, config: CheckpointConfig, rank: int = 0) -> TensorSource:
@@ -51,14 +52,14 @@ def load_weights(
     def read(name: str) -> torch.Tensor:
         return source.read(name).to(device)
 
-    layers, kv_scales = [], []
+    layers, kv_scales = [], list[LayerScales]()
     for i in range(config.decoder.num_hidden_layers):
         prefix = ENGINE_LAYER.format(i=i)
         tensors = {name: read(prefix + name) for name in decoder_layer_tensors(config, i)}
         formats = {name: config.linear_format(i, name) for name in DECODER_LINEARS}
         layers.append(DecoderLayer(config.decoder, tensors, all_reduce, number_format=formats))
-        if KV_CACHE_SCALE in tensors:
-            kv_scales.append(float(tensors[KV_CACHE_SCALE]))
+        if (scales := read_scales(source, config, i)) is not None:
+            kv_scales.append(scales)
     lm_head = QuantizableLinear(read("lm_head.weight"), output_dtype=torch.float32)
     if decoder_may_widen(config, device, total_memory_bytes(device)):
         for layer in layers:
