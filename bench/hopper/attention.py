@@ -27,7 +27,7 @@ from bench.hopper.kernels import e4m3, num_buffers
 from bench.machine import describe, describe_gpu
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.decoder.kernels.decode_attention import Step, decode_attention, step_for
-from runtime.decoder.kernels.operands import KVPages, TokenRows
+from runtime.decoder.kernels.operands import CacheScale, KVPages, TokenRows
 from runtime.decoder.kernels.workspace import Workspace
 
 _GROUP, _HEAD_DIM = 8, 128
@@ -56,8 +56,9 @@ def measure(
     blocks_each = -(-context // TOKENS_PER_BLOCK)
     kv_bytes = 2 * batch_size * context * kv_heads * _HEAD_DIM
     shape = (batch_size * blocks_each, kv_heads, TOKENS_PER_BLOCK, _HEAD_DIM)
+    kv_scale = CacheScale(scale, 0.02)
     pages = [
-        KVPages(e4m3(*shape, device=device), e4m3(*shape, device=device), scale, 0.02)
+        KVPages(e4m3(*shape, device=device), e4m3(*shape, device=device), kv_scale, kv_scale)
         for _ in range(num_buffers(kv_bytes))
     ]
     order = torch.randperm(len(pages[0].k), device=device)
