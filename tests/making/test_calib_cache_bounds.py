@@ -51,6 +51,27 @@ def test_a_value_that_no_report_has_is_refused(
             assert len(refused(changed, tmp_path)) < 700, name
 
 
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1", [1.0]])
+def test_an_error_that_no_part_has_is_refused(
+    report: dict[str, Any], tmp_path: Path, value: Any
+) -> None:
+    """Those that older versions did not measure may be missing, and are numbers where they are."""
+    measured = ("residual_error", "own_scales_residual_error", "v_error", "v_own_scale_error")
+    for section, names in (("linears", ("residual_error",)), ("attention", measured)):
+        row = report[section][0]
+        for name in names:
+            changed = {**report, section: [{**row, name: value}, *report[section][1:]]}
+            assert name in refused(changed, tmp_path)
+            changed[section][0] = {**row, name: None}
+            (tmp_path / "changed.json").write_text(json.dumps(changed))
+            QuantizationReport.read(tmp_path / "changed.json")
+    row = report["attention"][0]
+    for name in ("q_head_amax", "k_head_amax", "v_head_amax"):
+        heads = [*row[name][:-1], value]
+        changed = {**report, "attention": [{**row, name: heads}, *report["attention"][1:]]}
+        assert name in refused(changed, tmp_path)
+
+
 @pytest.mark.parametrize("value", [None, 3, "x", [3], ["x"], [[]], {"a": 1}, [{}]])
 def test_a_section_of_another_form_is_refused(
     report: dict[str, Any], tmp_path: Path, value: Any

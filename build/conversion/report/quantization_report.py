@@ -70,6 +70,8 @@ class LinearReport:
         )
         _check_numbers(rest["linear"], rest, ("weight_error", "output_error"))
         _check_numbers(rest["linear"], rest, ("clipped_share", "underflow_share"), most=1.0)
+        if rest.get("residual_error") is not None:  # older versions did not measure it
+            _check_numbers(rest["linear"], rest, ("residual_error",))
         _check_count(rest, "num_rows")
         scales = LinearScales(rest.pop(WEIGHT_SCALE), rest.pop(ACTIVATION_SCALE))
         return cls(scales=scales, **rest)
@@ -106,8 +108,8 @@ class AttentionReport:
         _check_numbers(name, row, [key for key in _MEASURED if row.get(key) is not None])
         for key in _BY_HEAD:
             rest[key] = tuple(row.get(key, ()))
-            _check_numbers(name, {key: max(rest[key], default=0.0)}, [key])
-            _check_numbers(name, {key: min(rest[key], default=0.0)}, [key])
+            for value in rest[key]:
+                _check_numbers(name, {key: value}, [key])
         found = cls(**rest)
         _check_scale(f"{_KV_SCALE} of {name}", scale, found.kv_cache_scaling_factor)
         return found
