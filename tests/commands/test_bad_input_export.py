@@ -95,7 +95,7 @@ def test_flags_beside_a_checkpoint_are_refused(
 
 
 def test_a_conversion_without_any_input_is_refused(tmp_path: Path) -> None:
-    fragments = ("--model_dir is missing", "--help")
+    fragments = ("--model_dir is required", "--checkpoint_dir", "--help")
     refused(tmp_path, CONVERT, "--output_dir", tmp_path / "new", fragments=fragments)
 
 

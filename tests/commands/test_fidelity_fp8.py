@@ -155,7 +155,7 @@ def definition_errors(case: Case, workshop: Workshop, cache: str = CACHES[0]) ->
     scales = checkpoint_scales(checkpoint / "rank0.safetensors", num_layers)
     if cache == "own scales":
         own = own_scales(checkpoint / "quantization_report.json", num_layers)
-        assert all(max(pair) < one for pair, (one, _) in zip(own, scales.kv_cache, strict=True))
+        assert all(min(pair) < one for pair, (one, _) in zip(own, scales.kv_cache, strict=True))
         scales = replace(scales, kv_cache=own)
     elif cache == "in dtype":
         scales = replace(scales, kv_cache=())

@@ -234,7 +234,7 @@ def test_an_answer_with_markup_is_shown_as_it_is(served: Served, look: Look) -> 
 def test_a_mistake_is_told_as_a_sentence_and_can_be_mended(served: Served, look: Look) -> None:
     looked = look(served)
     looked.drop(ROOT / "README.md")
-    assert "is not a" in looked.trouble() or "image" in looked.trouble()
+    assert "expected a JPEG, PNG or other picture file" in looked.trouble()
     assert looked.trouble().endswith(".")
     assert looked.page.locator("#attached .picture").count() == 0
     looked.drop(NUMBER, NUMBER, NUMBER)

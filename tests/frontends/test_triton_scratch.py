@@ -106,6 +106,8 @@ def test_a_killed_servers_folder_stays_while_tritonserver_lives(
     while running_in_group(group):
         assert time.monotonic() < end
         time.sleep(0.02)
-    remove_abandoned(temporary)
-    assert folders(temporary) == []
+    while folders(temporary):  # what was killed may hold the lock for a moment longer
+        assert time.monotonic() < end
+        remove_abandoned(temporary)
+        time.sleep(0.02)
     assert not any(region.exists() for region in regions)

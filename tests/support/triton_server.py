@@ -26,6 +26,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from tests.support.command import ROOT
 
+_SHARED = Path("/dev/shm")
 START_TIMEOUT_S = 150
 ANSWER_TIMEOUT_S = 120
 
@@ -117,6 +118,7 @@ def start(
 def serving(engine_dir: Path, folder: Path, *flags: object) -> Iterator[Served]:
     """A server that has answered; ended as by Control-C, after which nothing of it may be left."""
     log = folder / "serve.log"
+    before = set(_SHARED.glob("nvlm_*"))  # of a killed one, whose number comes again in a namespace
     process, ports = start(engine_dir, log, *flags)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -131,7 +133,8 @@ def serving(engine_dir: Path, folder: Path, *flags: object) -> Iterator[Served]:
     assert code == 130, log.read_text()
     assert log.read_text().splitlines()[-1] == "interrupted"
     assert not Path(told[1]).exists(), "the scratch directory is left"
-    assert not list(Path("/dev/shm").glob(f"nvlm_{process.pid}_*")), "shared memory is left"
+    left = set(_SHARED.glob(f"nvlm_{process.pid}_*")) - before
+    assert not left, "shared memory is left"
 
 
 def tensor(name: str, array: NDArray[Any]) -> grpcclient.InferInput:
