@@ -120,7 +120,9 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api_key_file {path} cannot be read ({error})") from None
+        raise UserError(
+            f"--api_key_file {path} cannot be read ({error}); give a file with one key a line"
+        ) from None
     lines = [line.strip() for line in lines]
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
