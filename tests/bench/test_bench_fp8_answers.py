@@ -11,6 +11,7 @@ from bench.cpu import fp8_answers
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_fp8_is_compared_with_bfloat16_of_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from bench.peers.read_exports import EXPORTS, ask_ours, compared, make, question
 pytestmark = pytest.mark.long
 
 
+@pytest.mark.slow
 def test_exports_are_made_asked_and_compared(tmp_path: Path) -> None:
     make(tmp_path)
     for name in EXPORTS:

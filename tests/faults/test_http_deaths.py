@@ -34,11 +34,12 @@ def assert_told(death: Death, limit_s: float = 0.0, *, is_brief: bool = False) -
     ("order", "flags", "told", "limit_s"),
     [
         (END_DECODER, (), "the decoder's thread has ended: SystemExit", 0.0),
-        (
+        pytest.param(
             HANG_DECODER,
             ("--hang_after_s", HANG_AFTER_S),
             f"the decoder's thread has made no progress for {HANG_AFTER_S} s",
             HANG_AFTER_S,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["ends", "hangs"],

@@ -163,6 +163,7 @@ def test_so_is_the_decoders_thread(
         assert_ended(server, group, told)
 
 
+@pytest.mark.slow
 def test_a_model_process_that_is_stopped_hangs_by_the_limit(
     float32_engine_dir: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_model_process_that_is_stopped_hangs_by_the_limit(
         assert_ended(server, group, "the process of model nvlm has given no sign of life for 10 s")
 
 
+@pytest.mark.slow
 def test_with_restart_a_server_comes_back_and_answers_as_before(
     float32_engine_dir: Path, tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_killed_rank_ends_the_server_and_is_named(workshop: Workshop, tmp_path
     assert "rank 1 died in phase" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_hangs_the_decoder_and_its_clients_are_told(
     workshop: Workshop, tmp_path: Path
 ) -> None:
