@@ -15,7 +15,7 @@ import numpy as np
 from frontends.triton.pictures import picture_in_url, read_images
 from frontends.triton.tensors import Tensors, decode, scalar, strings, text
 from nvlm.planning.limits import EngineLimits
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.requests.guide import GUIDES, Guide
 from runtime.requests.messages import ImageSource
 from runtime.requests.sampling import SETTINGS, SamplingParams, with_sampling
@@ -114,7 +114,7 @@ def _guide(tensors: Tensors) -> Guide | None:
         if kind.triton_type == guide_type:
             return Guide.of(kind.name, _guide_value(kind.name, given))
     raise UserError(
-        f"guided_decoding_guide_type is {guide_type!r}, expected one of "
+        f"guided_decoding_guide_type is {shown(guide_type)}, expected one of "
         f"{', '.join(kind.triton_type for kind in GUIDES)}"
     )
 

@@ -18,7 +18,6 @@ from nvlm.program.errors import UserError, shown
 MAX_WORDS = 1000
 """So many bad words are compared with a row's last tokens in every step, at most."""
 MAX_BIAS = 100.0  # OpenAI's range
-_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +61,7 @@ class Setting:
         return value
 
     def refuse(self, value: Any) -> UserError:
-        return UserError(
-            f"{self.name} is {repr(value)[:_SHOWN_CHARACTERS]}, expected {self.expected}"
-        )
+        return UserError(f"{self.name} is {shown(value)}, expected {self.expected}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,9 @@ from typing import Any
 
 from frontends.openai.call import Call
 from frontends.openai.errors import FieldError
-from frontends.openai.requests.fields import Body, flag, settings_of, shown, text_field
+from frontends.openai.requests.fields import Body, flag, settings_of, text_field
 from frontends.openai.requests.messages import read_messages
+from nvlm.program.errors import shown
 from runtime.requests.messages import Message
 from runtime.requests.types import GenerationRequest
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from frontends.openai.errors import FieldError
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.nearest import nearest
 from runtime.requests.guide import GUIDE_KINDS
 from runtime.requests.sampling import SETTINGS
@@ -126,10 +126,6 @@ def unknown(body: Body, endpoint: str) -> list[str]:
                 '"image_url", "image_url": {"url": ...}}',
             )
     return found
-
-
-def shown(value: Any) -> str:
-    return repr(value)[:_SHOWN_CHARACTERS]
 
 
 def _read(row: Field, value: Any) -> Settings:

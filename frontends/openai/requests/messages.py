@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from frontends.openai.errors import FieldError
-from frontends.openai.requests.fields import PICTURE_WORDS, shown
+from frontends.openai.requests.fields import PICTURE_WORDS
 from frontends.openai.requests.pictures import Picture, read_picture
 from nvlm.inputs.prompt import Role
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.requests.messages import Content, ImageSource, Message, conversation
 
 _ROLES: dict[Any, Role] = {
