@@ -66,18 +66,18 @@ def _asked(tensors: Tensors, images: tuple[ImageSource, ...]) -> GenerationReque
         if prompt:
             raise UserError("text_input stands beside messages; leave it empty")
         return GenerationRequest.from_messages(
-            _json(messages), images, source=_picture_in_part, **system
+            _json(messages, "messages is not JSON"), images, source=_picture_in_part, **system
         )
     if not prompt and not images:
         raise UserError("text_input is empty and there is no image; give a question")
     return GenerationRequest.images_first(prompt, images, **system)
 
 
-def _json(messages: str) -> Any:
+def _json(given: str, what_is_wrong: str) -> Any:
     try:
-        return json.loads(messages)
+        return json.loads(given)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"messages is not JSON: {error}") from None
+        raise UserError(f"{what_is_wrong}: {error}") from None
 
 
 def _picture_in_part(url: str) -> bytes:
@@ -124,10 +124,7 @@ def _guide_value(name: str, given: str) -> Any:
         return True
     if name != "choice":
         return given
-    try:
-        return json.loads(given)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"guided_decoding_guide is no JSON list of texts: {error}") from None
+    return _json(given, "guided_decoding_guide is no JSON list of texts")
 
 
 def _sampling(tensors: Tensors, encode: Encode | None) -> SamplingParams:
@@ -151,11 +148,8 @@ def _value(tensors: Tensors, setting: Setting) -> Any:
     if isinstance(setting, Words):
         return setting.read([decode(word, name) for word in strings(tensors, name) if word])
     if isinstance(setting, Biases):
-        text = decode(scalar(tensors, name, b""), name)
-        try:
-            return setting.read(json.loads(text or "{}"))
-        except ValueError as error:
-            raise UserError(f"{name} is not JSON: {error}") from None
+        given = decode(scalar(tensors, name, b""), name)
+        return setting.read(_json(given or "{}", f"{name} is not JSON"))
     return scalar(tensors, name, None)
 
 
