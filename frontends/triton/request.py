@@ -16,6 +16,7 @@ from frontends.triton.pictures import picture_in_url, read_images
 from frontends.triton.tensors import Tensors, decode, scalar, strings, text
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError, shown
+from runtime.requests.fields import MOST_STOPS
 from runtime.requests.guide import GUIDES, Guide
 from runtime.requests.messages import ImageSource
 from runtime.requests.sampling import SETTINGS, SamplingParams, with_sampling
@@ -34,8 +35,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 _MOST_VALUES = 1000
-MAX_STOP_WORDS = 64
-"""Every token is searched for each of them while all other requests wait."""
 
 
 def read_request(
@@ -90,8 +89,8 @@ def wants_stream(tensors: Tensors) -> bool:
 
 def _stop_words(tensors: Tensors) -> tuple[str, ...]:
     words = strings(tensors, "stop_words")
-    if len(words) > MAX_STOP_WORDS:
-        raise UserError(f"there are {len(words)} stop_words, expected {MAX_STOP_WORDS} at most")
+    if len(words) > MOST_STOPS:
+        raise UserError(f"there are {len(words)} stop_words, expected {MOST_STOPS} at most")
     return tuple(decode(word, "stop_words") for word in words)
 
 

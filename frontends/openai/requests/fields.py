@@ -15,6 +15,7 @@ from typing import Any, Literal
 from frontends.openai.errors import FieldError
 from nvlm.program.errors import UserError, shown
 from nvlm.program.nearest import nearest
+from runtime.requests.fields import MOST_STOPS
 from runtime.requests.guide import GUIDE_KINDS
 from runtime.requests.sampling import SETTINGS
 from runtime.requests.types import GenerationRequest
@@ -26,8 +27,6 @@ Settings = dict[str, Any]
 Kind = Literal["integer", "number", "boolean", "string", "array", "object"]
 Read = Callable[[Any], Settings]
 
-MAX_STOPS = 64
-"""Every token is searched for each stop string while all other requests wait."""
 _SHOWN_CHARACTERS = 100
 _MOST = 2**1000  # a whole number that is still a float
 
@@ -180,13 +179,13 @@ def _strings(value: Any, name: str, most: int) -> tuple[str, ...]:
 
 
 def _stop(value: Any) -> Settings:
-    return {"stop": tuple(filter(None, _strings(value, "stop", MAX_STOPS)))}
+    return {"stop": tuple(filter(None, _strings(value, "stop", MOST_STOPS)))}
 
 
 def _stop_token_ids(value: Any) -> Settings:
-    if len(value) > MAX_STOPS or not all(_kind(each) == "integer" and each >= 0 for each in value):
+    if len(value) > MOST_STOPS or not all(_kind(each) == "integer" and each >= 0 for each in value):
         raise UserError(
-            f"stop_token_ids is {shown(value)}, expected at most {MAX_STOPS} token ids from 0"
+            f"stop_token_ids is {shown(value)}, expected at most {MOST_STOPS} token ids from 0"
         )
     return {"end_ids": frozenset(value)}
 
