@@ -15,8 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nvlm.formats import layout
-from nvlm.formats.scale_dtype import SCALE_DTYPE, scale_dtype, what_differs
+from nvlm.formats.scale_dtype import what_differs
 from nvlm.inputs.images import Page, PictureRules
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
@@ -188,9 +187,8 @@ def compare(
     for engine_dir in (arguments.engine_dir, arguments.compare):
         check(engine_dir, requests)
         engine = EngineDir.read(engine_dir)
-        config, recorded = engine.checkpoint_config, engine.manifest.source.get(SCALE_DTYPE)
-        found = scale_dtype(engine_dir / layout.LLM, config, recorded)
-        told = what_differs(engine_dir, found, config)
+        config = engine.checkpoint_config
+        told = what_differs(engine_dir, engine.scale_dtype(), config)
         if told is not None:
             log.warning(told)
         caches.append(config.kv_cache_name)

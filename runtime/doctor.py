@@ -19,7 +19,7 @@ import torch
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.manifest import Kind, is_ours, read_manifest
-from nvlm.formats.scale_dtype import SCALE_DTYPE, scale_dtype, what_differs
+from nvlm.formats.scale_dtype import scale_dtype, what_differs
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.targets import (
     Decoder,
@@ -77,15 +77,13 @@ class Directory:
                 f"{path} has no {layout.MANIFEST}, expected a finished checkpoint or engine; "
                 "convert or build it to the end"
             )
-        recorded: object = None
         if kind == "checkpoint":
             read_manifest(path, kind)  # refuses what is unfinished or damaged
-            rank_files, config = path, CheckpointConfig.read(path / layout.CONFIG)
+            config = CheckpointConfig.read(path / layout.CONFIG)
+            found = scale_dtype(path, config)
         else:
             engine = EngineDir.read(path)
-            rank_files, config = path / layout.LLM, engine.checkpoint_config
-            recorded = engine.manifest.source.get(SCALE_DTYPE)
-        found = scale_dtype(rank_files, config, recorded)
+            config, found = engine.checkpoint_config, engine.scale_dtype()
         told = what_differs(path, found, config)
         return cls(str(path), kind, found, config.kv_cache_name, told)
 

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import nvlm
 from frontends.openai.access_log import AccessLog
-from frontends.openai.call import Endpoint, Handler
+from frontends.openai.call import Endpoint, Handler, response_of
 from frontends.openai.cors import Cors
 from frontends.openai.door import Door
 from frontends.openai.endpoints.chat import chat_completions
@@ -92,23 +92,19 @@ class _Guarded:
             self._guard.check(scope["path"], Headers(scope=scope))
         except ApiError as error:
             scope["state"]["record"].error = error.code
-            await _response(error)(scope, receive, send)
+            await response_of(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
-
-
-def _response(error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, headers=error.headers)
 
 
 async def _refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     request.state.record.error = error.code
-    return _response(error)
+    return response_of(error)
 
 
 async def _http_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     told = {404: "there is no such path", 405: "this path takes another method"}
     message = f"{told.get(error.status_code, error.detail)}: {request.method} {request.url.path}"
-    return _response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+    return response_of(ApiError(error.status_code, message, headers=dict(error.headers or {})))

@@ -91,7 +91,7 @@ class Endpoint:
         except Exception as error:
             if isinstance(error, UserError):
                 error = placed(error, body, self._fields)
-            await self._refuse(error, record, scope, receive, send)
+            await response_of(refused(error, record))(scope, receive, send)
         finally:
             door.num_calls -= 1
 
@@ -129,13 +129,6 @@ class Endpoint:
             ) from None
         return _object(data)
 
-    async def _refuse(
-        self, error: Exception, record: Record, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        refusal = refused(error, record)
-        response = JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
-        await response(scope, receive, send)
-
 
 class ClientGoneError(Exception):
     """The connection was closed before the answer was whole."""
@@ -148,6 +141,10 @@ def refused(error: Exception, record: Record) -> ApiError:
         logger.error("request %s failed", record.request_id, exc_info=error)
     record.error = refusal.code or refusal.param or f"status {refusal.status}"
     return refusal
+
+
+def response_of(refusal: ApiError) -> JSONResponse:
+    return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
 
 
 async def _unless_gone(receive: Receive, work: Awaitable[None]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from frontends.openai.asking import Asked
 from frontends.openai.call import Call
 from frontends.openai.errors import FieldError
-from frontends.openai.requests.fields import Body, flag, object_field, shown
+from frontends.openai.requests.fields import Body, flag, object_field
+from nvlm.program.errors import shown
 from runtime.requests.types import Answer, GenerationResult
 from runtime.serving.ticket import Ticket
 

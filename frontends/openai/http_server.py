@@ -43,10 +43,6 @@ class HttpServer:
     def port(self) -> int:
         return int(self._socket.getsockname()[1])
 
-    @property
-    def is_running(self) -> bool:
-        return self._thread.is_alive()
-
     def __enter__(self) -> HttpServer:
         self._thread.start()
         return self

@@ -15,7 +15,8 @@ import numpy as np
 from frontends.triton.pictures import picture_in_url, read_images
 from frontends.triton.tensors import Tensors, decode, scalar, strings, text
 from nvlm.planning.limits import EngineLimits
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
+from runtime.requests.fields import MOST_STOPS
 from runtime.requests.guide import GUIDES, Guide
 from runtime.requests.messages import ImageSource
 from runtime.requests.sampling import SETTINGS, SamplingParams, with_sampling
@@ -34,8 +35,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 _MOST_VALUES = 1000
-MAX_STOP_WORDS = 64
-"""Every token is searched for each of them while all other requests wait."""
 
 
 def read_request(
@@ -66,18 +65,18 @@ def _asked(tensors: Tensors, images: tuple[ImageSource, ...]) -> GenerationReque
         if prompt:
             raise UserError("text_input stands beside messages; leave it empty")
         return GenerationRequest.from_messages(
-            _json(messages), images, source=_picture_in_part, **system
+            _json(messages, "messages is not JSON"), images, source=_picture_in_part, **system
         )
     if not prompt and not images:
         raise UserError("text_input is empty and there is no image; give a question")
     return GenerationRequest.images_first(prompt, images, **system)
 
 
-def _json(messages: str) -> Any:
+def _json(given: str, what_is_wrong: str) -> Any:
     try:
-        return json.loads(messages)
+        return json.loads(given)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"messages is not JSON: {error}") from None
+        raise UserError(f"{what_is_wrong}: {error}") from None
 
 
 def _picture_in_part(url: str) -> bytes:
@@ -90,8 +89,8 @@ def wants_stream(tensors: Tensors) -> bool:
 
 def _stop_words(tensors: Tensors) -> tuple[str, ...]:
     words = strings(tensors, "stop_words")
-    if len(words) > MAX_STOP_WORDS:
-        raise UserError(f"there are {len(words)} stop_words, expected {MAX_STOP_WORDS} at most")
+    if len(words) > MOST_STOPS:
+        raise UserError(f"there are {len(words)} stop_words, expected {MOST_STOPS} at most")
     return tuple(decode(word, "stop_words") for word in words)
 
 
@@ -114,7 +113,7 @@ def _guide(tensors: Tensors) -> Guide | None:
         if kind.triton_type == guide_type:
             return Guide.of(kind.name, _guide_value(kind.name, given))
     raise UserError(
-        f"guided_decoding_guide_type is {guide_type!r}, expected one of "
+        f"guided_decoding_guide_type is {shown(guide_type)}, expected one of "
         f"{', '.join(kind.triton_type for kind in GUIDES)}"
     )
 
@@ -124,10 +123,7 @@ def _guide_value(name: str, given: str) -> Any:
         return True
     if name != "choice":
         return given
-    try:
-        return json.loads(given)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"guided_decoding_guide is no JSON list of texts: {error}") from None
+    return _json(given, "guided_decoding_guide is no JSON list of texts")
 
 
 def _sampling(tensors: Tensors, encode: Encode | None) -> SamplingParams:
@@ -151,11 +147,8 @@ def _value(tensors: Tensors, setting: Setting) -> Any:
     if isinstance(setting, Words):
         return setting.read([decode(word, name) for word in strings(tensors, name) if word])
     if isinstance(setting, Biases):
-        text = decode(scalar(tensors, name, b""), name)
-        try:
-            return setting.read(json.loads(text or "{}"))
-        except ValueError as error:
-            raise UserError(f"{name} is not JSON: {error}") from None
+        given = decode(scalar(tensors, name, b""), name)
+        return setting.read(_json(given or "{}", f"{name} is not JSON"))
     return scalar(tensors, name, None)
 
 

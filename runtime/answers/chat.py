@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 
 from nvlm.inputs.tiling import TiledImage
-from nvlm.program.errors import UserError, shortened
+from nvlm.program.errors import UserError
 from runtime.answers.cut_answer import warn_if_cut
 from runtime.requests.messages import ImageSource, Message, num_images, question
 from runtime.requests.picture_source import picture_source
@@ -42,8 +42,7 @@ def chat(runner: Runner, defaults: GenerationRequest, images: Iterable[ImageSour
                 break
         except UserError as error:
             num_refused += 1
-            told = shortened(" ".join(str(error).split()))
-            print(f"error: {told}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return num_refused
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.decoder.schema_bounds import faulty_bound
 from runtime.requests.guide import Guide
 
@@ -67,7 +67,7 @@ class Guidance:
                 self._vocabulary = _vocabulary(llguidance, self._tokenizer, self._vocab_size)
             matcher = _on_deep_stack(partial(_begin, llguidance, self._vocabulary, grammar))
         if _is_dead_end(matcher):
-            raise UserError(f"{guide.name} {_shown(guide)} matches no text; give one that does")
+            raise UserError(f"{guide.name} {shown(guide.text)} matches no text; give one that does")
         if matcher.is_error():
             raise UserError(_refusal(guide, matcher.get_error()))
         return CompiledGuide(matcher, self._tokenizer.special_id(IM_END))
@@ -209,7 +209,7 @@ def _grammar(llguidance: Any, guide: Guide) -> str:
         case "json_schema" | "json_object":
             schema = json.loads(guide.schema)
             if not isinstance(schema, dict):
-                raise ValueError(f"it is {_shown(guide)}, expected an object")
+                raise ValueError(f"it is {shown(guide.text)}, expected an object")
             if "x-guidance" in schema:
                 raise ValueError("it has the keyword 'x-guidance', which would loosen it")
             if fault := faulty_bound(schema):
@@ -268,10 +268,6 @@ def _unheld(guide: Guide, what: str) -> str:
         f"{guide.name} has {what}, which no answer can be held to here; leave it out, and check "
         "the answer for it"
     )
-
-
-def _shown(guide: Guide) -> str:
-    return repr(guide.text)[:_SHOWN_CHARACTERS]
 
 
 def _reason(reason: str) -> str:

@@ -10,6 +10,7 @@ from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.kv_cache import EngineKVCache
 from nvlm.formats.manifest import Manifest, read_manifest
+from nvlm.formats.scale_dtype import SCALE_DTYPE, scale_dtype
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model.config import TilingConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
@@ -45,6 +46,11 @@ class EngineDir:
         """Versions of the packages, and the compute capability of the GPU, it was built with."""
         packages: dict[str, str] = self.manifest.source.get("packages", {})
         return packages
+
+    def scale_dtype(self) -> str | None:
+        """What the decoder's scales are numbers of, by the stored ones; None without any."""
+        recorded = self.manifest.source.get(SCALE_DTYPE)
+        return scale_dtype(self.directory / layout.LLM, self.checkpoint_config, recorded)
 
     @classmethod
     def read(cls, directory: Path) -> EngineDir:

@@ -15,6 +15,10 @@ from nvlm.program.errors import UserError, shown
 from runtime.requests.guide import Guide
 from runtime.requests.sampling import SamplingParams
 
+MOST_STOPS = 64
+"""Stop strings that a server takes: each token is searched for all of them, and other requests
+wait meanwhile."""
+
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)

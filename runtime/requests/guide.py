@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 GuideName = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
@@ -98,8 +98,8 @@ class Guide:
             case "json_schema" | "regex" | "grammar", str() if value.strip():
                 text = value
             case _:
-                shown = repr(value)[:_SHOWN_CHARACTERS]
-                raise UserError(f"{name} is {shown}, expected {GUIDE_KINDS[name].expected}")
+                expected = GUIDE_KINDS[name].expected
+                raise UserError(f"{name} is {shown(value)}, expected {expected}")
         num_bytes = len(text.encode(errors="surrogatepass"))
         if num_bytes > MAX_GUIDE_BYTES:
             raise UserError(
@@ -136,7 +136,6 @@ def given_guide(values: Mapping[str, Any]) -> Guide | None:
     return guides[0] if guides else None
 
 
-_SHOWN_CHARACTERS = 200
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$\x00-\x1f\x7f]")
 
 

@@ -18,7 +18,7 @@ from nvlm.inputs.images import EncodedImage
 from nvlm.inputs.pillow_image import pixels_of
 from nvlm.inputs.prompt import IMAGE_MARK, Role
 from nvlm.inputs.tiling import TiledImage
-from nvlm.program.errors import UserError, shortened, shown
+from nvlm.program.errors import UserError, shown
 from runtime.requests.picture_source import picture_source
 
 ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage | TiledImage]
@@ -35,7 +35,6 @@ _ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 _ONE = (str, Path, bytes, np.ndarray, Image.Image, TiledImage)
 _BYTES = (bytearray, memoryview)
 _EXPECTED_IMAGE = "a file's path, its bytes, a Pillow image or uint8 RGB pixels [height, width, 3]"
-_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +93,11 @@ def question(prompt: str, images: Iterable[GivenImage] = ()) -> Content:
 
     Raises `UserError` where marks and images differ in number.
     """
-    shown = tuple(map(_shown_image, images))
+    sources = tuple(map(_source_of, images))
     if IMAGE_MARK not in prompt:
-        return (*(part for image in shown for part in (image, "\n")), prompt)
-    _check_marks(prompt.count(IMAGE_MARK), len(shown))
-    return _in_place(prompt, iter(shown))
+        return (*(part for image in sources for part in (image, "\n")), prompt)
+    _check_marks(prompt.count(IMAGE_MARK), len(sources))
+    return _in_place(prompt, iter(sources))
 
 
 def conversation(
@@ -116,22 +115,22 @@ def conversation(
     conversation that ends with the user's message.
     """
     if not _is_list(messages):
-        raise UserError(f"messages is {_told(messages)}, expected a list of messages")
+        raise UserError(f"messages is {shown(messages)}, expected a list of messages")
     turns = [_read(message, f"message {i}", source) for i, message in enumerate(messages, start=1)]
     _check_order([role for role, _ in turns])
-    shown = tuple(map(_shown_image, images))
+    sources = tuple(map(_source_of, images))
     asked = [content for role, content in turns if role == "user"]
     if len(asked) > 1 or not isinstance(asked[0], str):
         marks = (text.count(IMAGE_MARK) for text in asked if isinstance(text, str))
-        _check_marks(sum(marks), len(shown))
-    left = iter(shown)
+        _check_marks(sum(marks), len(sources))
+    left = iter(sources)
     read = []
     for role, content in turns:
         if isinstance(content, str):
             if role != "user":
                 content = (content,)
             elif len(asked) == 1:
-                content = question(content, shown)
+                content = question(content, sources)
             else:
                 content = _in_place(content, left)
         read.append(Message(role, content))
@@ -148,7 +147,7 @@ def parts(given: Any, name: str, source: PictureReader = picture_source) -> Cont
     """A list of parts, as JSON has them. `name` is what errors call it; `source` gets an image that
     a part names."""
     if not _is_list(given):
-        raise UserError(f"{name} is {_told(given)}, expected a string or a list of parts")
+        raise UserError(f"{name} is {shown(given)}, expected a string or a list of parts")
     read: list[str | ImageSource] = []
     for part in given:
         match part:
@@ -162,7 +161,7 @@ def parts(given: Any, name: str, source: PictureReader = picture_source) -> Cont
                 read.append(_part(image))
             case _:
                 raise UserError(
-                    f"{name} part {_told(part)} is neither "
+                    f"{name} part {shown(part)} is neither "
                     '{"type": "text", "text": ...} nor {"type": "image", "image": path or data: '
                     'URL}, or "image_url" as chat messages have it'
                 )
@@ -174,14 +173,14 @@ def _read(message: Any, name: str, source: PictureReader) -> tuple[Role, str | C
     if isinstance(message, Message):
         return message.role, message.content
     if not isinstance(message, Mapping):
-        raise UserError(f'{name} is {_told(message)}, expected {{"role": ..., "content": ...}}')
+        raise UserError(f'{name} is {shown(message)}, expected {{"role": ..., "content": ...}}')
     if unknown := sorted(map(str, message.keys() - {"role", "content"})):
         raise UserError(
             f"{name} has an unknown field {shown(unknown[0])}, expected role and content"
         )
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
-        raise UserError(f"{name} has role {_told(role)}, expected system, user or assistant")
+        raise UserError(f"{name} has role {shown(role)}, expected system, user or assistant")
     return role, content if isinstance(content, str) else parts(content, f"{name} content", source)
 
 
@@ -215,7 +214,7 @@ def _in_place(text: str, images: Iterator[ImageSource]) -> Content:
     return tuple(part for part in content if not isinstance(part, str) or part)
 
 
-def _shown_image(image: GivenImage) -> ImageSource:
+def _source_of(image: GivenImage) -> ImageSource:
     found = picture_source(image) if isinstance(image, str) else _part(image)
     assert not isinstance(found, str)
     return found
@@ -239,7 +238,3 @@ def _is_image(given: Any) -> bool:
 
 def _is_list(given: Any) -> bool:
     return isinstance(given, Sequence) and not isinstance(given, (str, bytes, *_BYTES))
-
-
-def _told(value: Any) -> str:
-    return shortened(repr(value))[:_SHOWN_CHARACTERS]

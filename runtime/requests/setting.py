@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -18,7 +17,8 @@ from nvlm.program.errors import UserError, shown
 MAX_WORDS = 1000
 """So many bad words are compared with a row's last tokens in every step, at most."""
 MAX_BIAS = 100.0  # OpenAI's range
-_SHOWN_CHARACTERS = 200
+_MOST_DIGITS = 20
+"""Of a token id in JSON: more than any has, and fewer than Python refuses to make a number of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +62,7 @@ class Setting:
         return value
 
     def refuse(self, value: Any) -> UserError:
-        return UserError(
-            f"{self.name} is {repr(value)[:_SHOWN_CHARACTERS]}, expected {self.expected}"
-        )
+        return UserError(f"{self.name} is {shown(value)}, expected {self.expected}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +153,7 @@ class Biases(Setting):
 
     def _token_id(self, token_id: Any) -> int:
         is_text = isinstance(token_id, str) and token_id.isascii() and token_id.isdecimal()
+        is_text = is_text and len(token_id) <= _MOST_DIGITS
         is_number = isinstance(token_id, Integral) and not isinstance(token_id, bool)
         if not (is_text or is_number) or int(token_id) < 0:
             raise UserError(f"{self.name} has token id {shown(token_id)}, expected 0 or more")
@@ -162,7 +161,7 @@ class Biases(Setting):
 
     def _bias(self, bias: Any, token_id: Any) -> float:
         is_number = isinstance(bias, Real) and not isinstance(bias, bool)
-        if not is_number or math.isnan(bias) or abs(bias) > MAX_BIAS:
+        if not is_number or not abs(bias) <= MAX_BIAS:  # NaN is refused too
             raise UserError(
                 f"{self.name} of token {token_id} is {shown(bias)}, expected {-MAX_BIAS:g} to "
                 f"{MAX_BIAS:g}"

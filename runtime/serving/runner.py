@@ -54,6 +54,7 @@ class Runner(Stages):
     ) -> None:
         super().__init__(engine, vision, decoder, device, mapped)
         self.has_lost_rank = has_lost_rank  # of several: one died, so no step will end
+        self.has_failed = False  # a part of its server: what may hang is left alone from then on
         self._loop = SharedLoop()
         self._is_closed = False
 

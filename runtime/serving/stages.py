@@ -52,13 +52,12 @@ class Stages:
         self.guidance = Guidance(self.tokenizer, engine.checkpoint_config.decoder.vocab_size)
         self.vision = vision
         self.decoder = decoder
-        self.has_failed = False  # a part of its server: what may hang is left alone from then on
         self.in_loop = threading.Lock()  # held by the one loop that is open
         self.picture_budget = PictureBudget()  # of all threads that prepare
         self._encoding = threading.Lock()  # held by the one thread that encodes images
         self._encoded = EncodedPictures()
         self.num_pictures = self.num_known_pictures = 0  # that were to be encoded; and had been
-        self._table_device = torch.device("cpu")  # vision's, once it has encoded
+        self._table_device = _CPU  # vision's, once it has encoded
 
     def prepare(self, ticket: Ticket) -> None:
         """Compiles the guide, tiles the images and tokenises the prompt. Any number of threads may

@@ -139,6 +139,7 @@ BAD: list[tuple[str, Make, str]] = [
     ("n_greedy", lambda: tensors("x", 4, n=2), "the sampling is greedy"),
     ("n_too_large", lambda: tensors("x", 4, n=999, temperature=1.0), "max_batch_size"),
     ("bias", lambda: tensors("x", 4, logit_bias=b"[1"), "logit_bias is not JSON"),
+    ("bias_nested", lambda: tensors("x", 4, logit_bias=b"[" * 99_999), "logit_bias is not JSON"),
     (
         "bias_words",
         lambda: tensors("x", 4, embedding_bias_words=[b"a", b"b"], embedding_bias_weights=1.0),

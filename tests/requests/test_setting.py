@@ -90,6 +90,8 @@ def test_what_is_held_is_told_as_json_has_it_and_read_back() -> None:
         ({"logit_bias": {"3": 101}}, "logit_bias of token 3 is 101, expected -100 to 100"),
         ({"logit_bias": {"3": True}}, "logit_bias of token 3 is True, expected -100 to 100"),
         ({"logit_bias": {"3": float("nan")}}, "logit_bias of token 3 is nan, expected -100 to"),
+        ({"logit_bias": {"3": 10**400}}, "logit_bias of token 3 is 1000"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias has token id '9999"),
         ({"ignore_eos": 1}, "ignore_eos is 1, expected true or false"),
         ({"logprobs": 5}, "logprobs is 5, expected true or false"),
         ({"prompt_logprobs": 21}, "prompt_logprobs is 21, expected 0 to 20"),

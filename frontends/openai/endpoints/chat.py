@@ -7,7 +7,6 @@ from typing import Any
 
 from frontends.openai.asking import Asked
 from frontends.openai.call import Call, Events
-from frontends.openai.errors import FieldError
 from frontends.openai.events import (
     Chunks,
     StreamOptions,
@@ -29,9 +28,7 @@ async def chat_completions(call: Call) -> dict[str, Any] | Events:
     door, body = call.door, call.body
     model = door.require_model(text_field(body, "model"))
     options, has_timings = StreamOptions.of(body), flag(body, "return_timings")
-    if "messages" not in body:
-        raise FieldError("messages", "messages is missing, expected a list of messages")
-    turns = read_messages(body["messages"])
+    turns = read_messages(body)
     if door.options.logs_text:
         call.record.text["messages"] = texts_of(turns)
     settings = {"max_new_tokens": door.max_model_len, **settings_of(body, "chat")}

@@ -20,7 +20,8 @@ from frontends.openai.events import (
     with_seed,
 )
 from frontends.openai.logprobs import of_completion, of_prompt
-from frontends.openai.requests.fields import Body, settings_of, shown, text_field
+from frontends.openai.requests.fields import Body, settings_of, text_field
+from nvlm.program.errors import shown
 from runtime.requests.messages import Message
 from runtime.requests.types import Answer, GenerationRequest
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from frontends.openai.call import Call
-from frontends.openai.errors import FieldError
 from frontends.openai.requests.fields import settings_of, text_field
 from frontends.openai.requests.messages import read_messages
 from nvlm.inputs.prompt import tile_tags
@@ -24,10 +23,8 @@ from nvlm.inputs.tiling import TiledImage
 async def tiles(call: Call) -> dict[str, Any]:
     door, body = call.door, call.body
     door.require_model(text_field(body, "model"))
-    if "messages" not in body:
-        raise FieldError("messages", "messages is missing, expected a list of messages")
     settings = settings_of(body, "tiles")
-    request = await door.request_of(read_messages(body["messages"]), settings)
+    request = await door.request_of(read_messages(body), settings)
     return {
         "pictures": await door.prepared(request, lambda ticket: [*map(_shown, ticket.images)]),
         "tokens_per_tile": door.runner.engine.vision_config.tokens_per_tile,

@@ -9,9 +9,9 @@ from typing import Any
 
 from frontends.openai.call import Call
 from frontends.openai.errors import FieldError
-from frontends.openai.requests.fields import Body, flag, settings_of, shown, text_field
+from frontends.openai.requests.fields import Body, flag, settings_of, text_field
 from frontends.openai.requests.messages import read_messages
-from runtime.requests.messages import Message
+from nvlm.program.errors import shown
 from runtime.requests.types import GenerationRequest
 
 
@@ -24,12 +24,11 @@ async def tokenize(call: Call) -> dict[str, Any]:
     if ("prompt" in body) == ("messages" in body):
         raise FieldError("prompt", "give either prompt or messages")
     if "messages" in body:
-        request = await door.request_of(read_messages(body["messages"]), settings)
+        request = await door.request_of(read_messages(body), settings)
     else:
         if not isinstance(body["prompt"], str):
             raise FieldError("prompt", f"prompt is {shown(body['prompt'])}, expected a string")
-        message = Message("user", (body["prompt"],))
-        request = GenerationRequest.from_messages([message], prompt_format="raw")
+        request = GenerationRequest((body["prompt"],), prompt_format="raw")
     token_ids = await door.prepared(request, lambda ticket: ticket.prompt_ids)
     answer = {"count": len(token_ids), "max_model_len": door.max_model_len, "tokens": token_ids}
     if has_strings:

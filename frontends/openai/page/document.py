@@ -6,12 +6,12 @@ the page ask this server alone (decision 141, docs/decisions/openai.md).
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from functools import cache
 from pathlib import Path
 
 from starlette.responses import Response
+
+from nvlm.program.html_policy import source_hash
 
 _FOLDER = Path(__file__).parent
 SCRIPTS = (
@@ -30,8 +30,8 @@ def document() -> str:
 def headers() -> dict[str, str]:
     policy = (
         "default-src 'none'",
-        f"script-src '{_hash(_script())}'",
-        f"style-src '{_hash(_style())}'",
+        f"script-src {source_hash(_script())}",
+        f"style-src {source_hash(_style())}",
         "img-src data:",
         "connect-src 'self'",
         *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
@@ -60,8 +60,3 @@ def _script() -> str:
 
 def _read(name: str) -> str:
     return (_FOLDER / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"

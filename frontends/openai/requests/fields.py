@@ -7,14 +7,15 @@ nothing. A field without a row is ignored, as peers do, and reported (`unknown`)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from frontends.openai.errors import FieldError
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.nearest import nearest
+from runtime.requests.fields import MOST_STOPS
 from runtime.requests.guide import GUIDE_KINDS
 from runtime.requests.sampling import SETTINGS
 from runtime.requests.types import GenerationRequest
@@ -26,8 +27,6 @@ Settings = dict[str, Any]
 Kind = Literal["integer", "number", "boolean", "string", "array", "object"]
 Read = Callable[[Any], Settings]
 
-MAX_STOPS = 64
-"""Every token is searched for each stop string while all other requests wait."""
 _SHOWN_CHARACTERS = 100
 _MOST = 2**1000  # a whole number that is still a float
 
@@ -73,10 +72,7 @@ def settings_of(body: Body, endpoint: str) -> Settings:
     for what the runtime cannot do."""
     found: Settings = {}
     givers: dict[str, str] = {}  # the field that gave a setting
-    for row in FIELDS:
-        value = body.get(row.name)
-        if value is None or not row.is_setting or endpoint not in row.endpoints:
-            continue
+    for row, value in _given(body, endpoint):
         value = row.check(value)
         if any(value == each and type(value) is type(each) for each in row.neutral):
             continue
@@ -101,10 +97,7 @@ def placed(error: UserError, body: Body, endpoint: str) -> UserError:
     if type(error) is not UserError:
         return error
     setting = str(error).partition(" ")[0]
-    for row in FIELDS:
-        value = body.get(row.name)
-        if value is None or not row.is_setting or endpoint not in row.endpoints:
-            continue
+    for row, value in _given(body, endpoint):
         with suppress(UserError):
             if setting in _read(row, row.check(value)):
                 return FieldError(row.name, str(error))
@@ -128,8 +121,12 @@ def unknown(body: Body, endpoint: str) -> list[str]:
     return found
 
 
-def shown(value: Any) -> str:
-    return repr(value)[:_SHOWN_CHARACTERS]
+def _given(body: Body, endpoint: str) -> Iterator[tuple[Field, Any]]:
+    """The rows of settings that a body gives, with their values."""
+    for row in FIELDS:
+        value = body.get(row.name)
+        if value is not None and row.is_setting and endpoint in row.endpoints:
+            yield row, value
 
 
 def _read(row: Field, value: Any) -> Settings:
@@ -182,27 +179,19 @@ def _strings(value: Any, name: str, most: int) -> tuple[str, ...]:
 
 
 def _stop(value: Any) -> Settings:
-    return {"stop": tuple(filter(None, _strings(value, "stop", MAX_STOPS)))}
+    return {"stop": tuple(filter(None, _strings(value, "stop", MOST_STOPS)))}
 
 
 def _stop_token_ids(value: Any) -> Settings:
-    if len(value) > MAX_STOPS or not all(_kind(each) == "integer" and each >= 0 for each in value):
+    if len(value) > MOST_STOPS or not all(_kind(each) == "integer" and each >= 0 for each in value):
         raise UserError(
-            f"stop_token_ids is {shown(value)}, expected at most {MAX_STOPS} token ids from 0"
+            f"stop_token_ids is {shown(value)}, expected at most {MOST_STOPS} token ids from 0"
         )
     return {"end_ids": frozenset(value)}
 
 
-def _max_new_tokens(value: Any) -> Settings:
-    return {"max_new_tokens": value}
-
-
 def _logprobs_of_completions(value: Any) -> Settings:
     return {"logprobs": True, "top_logprobs": value}
-
-
-def _logprobs(value: Any) -> Settings:
-    return {"logprobs": value}
 
 
 def _response_format(value: Any) -> Settings:
@@ -269,7 +258,8 @@ def _mm_processor_kwargs(value: Any) -> Settings:
     return {"max_num_tiles": next(iter(value.values()))} if value else {}
 
 
-def _guide(name: str) -> Read:
+def _as(name: str) -> Read:
+    """Of a field that is a setting under another name."""
     return lambda value: {name: value}
 
 
@@ -299,8 +289,8 @@ _COMPLETIONS: dict[str, Any] = {"endpoints": ("completions",)}
 
 FIELDS: tuple[Field, ...] = (
     # Length and end
-    _integer("max_completion_tokens", read=_max_new_tokens, minimum=1, help="tokens at most"),
-    _integer("max_tokens", read=_max_new_tokens, minimum=1, help="tokens at most"),
+    _integer("max_completion_tokens", read=_as("max_new_tokens"), minimum=1, help="tokens at most"),
+    _integer("max_tokens", read=_as("max_new_tokens"), minimum=1, help="tokens at most"),
     Field("stop", ("string", "array"), _stop, help="strings that end the answer"),
     Field("stop_token_ids", ("array",), _stop_token_ids, help="tokens that end the answer"),
     _integer("min_tokens", 0),
@@ -319,7 +309,7 @@ FIELDS: tuple[Field, ...] = (
     Field("bad_words", ("array",), neutral=([],)),
     _integer("n", 1, minimum=1),
     # What is told of the tokens
-    Field("logprobs", ("boolean",), _logprobs, neutral=(False,), **_CHAT),
+    Field("logprobs", ("boolean",), neutral=(False,), **_CHAT),
     _integer("top_logprobs", 0, minimum=0, **_CHAT),
     _integer("logprobs", read=_logprobs_of_completions, minimum=0, **_COMPLETIONS),
     _integer("prompt_logprobs"),
@@ -331,10 +321,10 @@ FIELDS: tuple[Field, ...] = (
     Field("regex", ("string",)),
     Field("choice", ("array",)),
     Field("grammar", ("string",)),
-    Field("guided_json", ("object", "string"), _guide("json_schema")),
-    Field("guided_regex", ("string",), _guide("regex")),
-    Field("guided_choice", ("array",), _guide("choice")),
-    Field("guided_grammar", ("string",), _guide("grammar")),
+    Field("guided_json", ("object", "string"), _as("json_schema")),
+    Field("guided_regex", ("string",), _as("regex")),
+    Field("guided_choice", ("array",), _as("choice")),
+    Field("guided_grammar", ("string",), _as("grammar")),
     # Pictures
     Field(
         "mm_processor_kwargs",

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from frontends.openai.errors import FieldError
-from frontends.openai.requests.fields import PICTURE_WORDS, shown
+from frontends.openai.requests.fields import PICTURE_WORDS, Body
 from frontends.openai.requests.pictures import Picture, read_picture
 from nvlm.inputs.prompt import Role
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.requests.messages import Content, ImageSource, Message, conversation
 
 _ROLES: dict[Any, Role] = {
@@ -36,8 +36,12 @@ class Turn:
     parts: tuple[str | Picture, ...]
 
 
-def read_messages(given: Any) -> tuple[Turn, ...]:
-    """Raises `FieldError` for what is no conversation, or holds more than text and pictures."""
+def read_messages(body: Body) -> tuple[Turn, ...]:
+    """Those of a body. Raises `FieldError` for what is no conversation, or holds more than text and
+    pictures."""
+    if "messages" not in body:
+        raise FieldError("messages", "messages is missing, expected a list of messages")
+    given = body["messages"]
     if not isinstance(given, list):
         raise FieldError("messages", f"messages is {shown(given)}, expected a list of messages")
     if len(given) > MAX_MESSAGES:

@@ -13,7 +13,7 @@ from nvlm.inputs.images import make_of_pages
 from nvlm.inputs.picture_budget import PictureBudget
 from nvlm.inputs.tiling import TiledImage, Tiler
 from nvlm.model.config import TilingConfig
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.requests.messages import ImageSource
 from runtime.requests.picture_source import decode_base64
 from runtime.serving.picture_types import require_server_type
@@ -70,8 +70,9 @@ def read_picture(url: object, detail: object, param: str) -> Picture:
     if detail is None:
         detail = "auto"
     if detail not in ("low", "high", "auto"):
-        told = f"detail is {detail!r}"[:100]
-        raise FieldError(f"{param}.detail", f"{told}, expected low, high or auto")
+        raise FieldError(
+            f"{param}.detail", f"detail is {shown(detail)}, expected low, high or auto"
+        )
     if not isinstance(url, str) or not url:
         raise FieldError(
             param, 'a picture has no URL, expected {"url": "data:image/png;base64,..."}'
