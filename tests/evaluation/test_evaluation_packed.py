@@ -237,6 +237,18 @@ def test_a_tsv_row_may_name_the_row_that_has_its_picture(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    "cell",
+    ["[1, 2", "[51] x", "[a]", "[" + "-" * 100_000 + "1]"],
+    ids=lambda cell: f"{cell[:6]}-{len(cell)}",
+)
+def test_what_only_looks_like_a_list_stays_text(tmp_path: Path, cell: str) -> None:
+    """Python's own reader of literals needs more memory for the last than it may take."""
+    rows = [{"index": 3, "image": text("51"), "question": READ, "answer": cell}]
+    sample = only(read("ChartQA", tmp_path, write_tsv(tmp_path / "x.tsv", rows)))
+    assert sample.fields["gt_answer"] == [cell]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "told"),
     [
         ("x.tsv", "question\tanswer\n1\t2\n", "has no column image nor index"),
