@@ -102,9 +102,10 @@ def _renamed(row: Record, packing: Packing) -> Record:
     picture = record.pop(PICTURE, None)
     for key, columns in packing.columns.items():
         present = [column for column in columns if row.get(column) is not None]
-        record[key] = _plain(row[present[0]]) if present else None
-        if record[key] is None:
-            del record[key]
+        if present:
+            record[key] = _plain(row[present[0]])
+        else:
+            record.pop(key, None)
     for key in packing.numbers:
         if isinstance(value := record.get(key), str) and value.isdecimal():
             record[key] = int(value)
