@@ -213,6 +213,10 @@ def test_a_head_that_ranks_pad_comes_back_as_published(
     assert torch.equal(tensors_of(place)[name], tensors_of(model)[name].to(torch.bfloat16))
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 def test_shards_and_their_index_hold_every_tensor_once(
     workshop: Workshop, model_dir: Path, tmp_path: Path, scheme: Scheme
 ) -> None:
@@ -227,15 +231,9 @@ def test_shards_and_their_index_hold_every_tensor_once(
     for path in files:
         for name, tensor in load_file(path).items():
             assert index["weight_map"].pop(name) == path.name
-            assert torch.equal(
-                tensor.view(-1).view(torch.uint8), whole[name].view(-1).view(torch.uint8)
-            )
+            assert torch.equal(bits(tensor), bits(whole[name]))
     assert not index["weight_map"]
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def test_a_zero_weight_has_scale_1_and_zero_codes(fresh: Workshop, scheme: Scheme) -> None:
