@@ -179,7 +179,7 @@ def test_vision_in_fp8_has_codes_and_scales_and_its_dummy_heads(
 
 
 def test_the_same_bytes_come_from_model_dir_megatron_and_checkpoint_of_any_ranks(
-    workshop: Workshop, model_dir: Path, tmp_path: Path
+    workshop: Workshop, tmp_path: Path
 ) -> None:
     """Of a shape that Megatron takes; heads of K and V are repeated at TP 4."""
     shape = replace(TINY, vision_hidden_size=256, vision_num_attention_heads=2)
@@ -203,9 +203,7 @@ def weights_of(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in tree(folder).items() if name not in ours}
 
 
-def test_a_head_that_ranks_pad_comes_back_as_published(
-    fresh: Workshop, published: dict[str, torch.Tensor]
-) -> None:
+def test_a_head_that_ranks_pad_comes_back_as_published(fresh: Workshop) -> None:
     model = fresh.model("model", replace(TINY, vocab_size=511))
     checkpoint = fresh.checkpoint("checkpoint", model, replace(FP8, tp_size=4))
     place = from_checkpoint(fresh.root / "out", checkpoint, HuggingFaceFormat(MODELOPT, None))
@@ -328,7 +326,7 @@ def test_remote_code_comes_along_where_there_is_some(
 
 
 def test_a_made_configuration_says_what_the_published_one_says(
-    workshop: Workshop, model_dir: Path, checkpoint_dir: Path, tmp_path: Path
+    model_dir: Path, checkpoint_dir: Path, tmp_path: Path
 ) -> None:
     """A checkpoint and Megatron have no config.json of the model's own."""
     place = from_checkpoint(tmp_path / "out", checkpoint_dir, HuggingFaceFormat(MODELOPT, None))
