@@ -7,7 +7,6 @@ TSV has those that its readers use.
 from __future__ import annotations
 
 import base64
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 from evaluation.datasets.sample import DataSet, Location, Sample
 from evaluation.tasks import TASKS
 from nvlm.program.errors import UserError
-from tests.support.benchmarks import SHORT, encoded, write_picture
+from tests.support.benchmarks import SHORT, encoded, write_picture, write_tsv
 from tests.support.command import GENERATE, SCORE, one_line_error, run_command
 
 pytest.importorskip("pyarrow")
@@ -33,15 +32,6 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
-def write_tsv(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """As pandas writes it: a value with a tab, a quote or a line break in quotes."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def text(number: str) -> str:
