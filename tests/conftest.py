@@ -23,6 +23,7 @@ from build.sources.hugging_face import HuggingFaceSource
 from nvlm.planning import hopper
 from nvlm.program.process import set_up_cublas
 from tests.support import guard
+from tests.support.disks import mount  # noqa: F401 - a fixture
 from tests.support.locks import locks_fail  # noqa: F401 - a fixture
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 from tools.model_dir import Shape

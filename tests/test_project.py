@@ -160,6 +160,13 @@ def test_the_wheels_for_a_gpu_are_those_for_the_cpu_but_torch_and_triton() -> No
     assert pins("triton.txt")["numpy"] == cpu["numpy"]
 
 
+def test_the_hashed_wheels_are_those_for_the_cpu() -> None:
+    hashed = {name: pin.split()[0] for name, pin in pins("cpu.hashed.txt").items()}
+    cpu = pins("cpu.txt")
+    del cpu["torch"]  # from an index of its own
+    assert hashed.items() >= cpu.items()
+
+
 @pytest.mark.parametrize(
     ("device", "told"),
     [

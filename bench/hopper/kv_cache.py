@@ -22,6 +22,7 @@ import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import measure_decode, measure_prefill
+from bench.hopper.phases import numbers
 from bench.machine import describe, describe_gpu
 from bench.rows import Row
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
@@ -79,10 +80,6 @@ def measured(
         yield from measure_decode(executors, batch_size, options.context, ceilings)
     for num_tokens in numbers(options.prompts):
         yield from measure_prefill(executors, num_tokens, ceilings)
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def main(arguments: list[str] | None = None) -> None:

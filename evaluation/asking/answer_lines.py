@@ -12,7 +12,6 @@ from typing import Any
 from evaluation.datasets.records import RecordError, field
 from evaluation.datasets.sample import Sample, SampleId
 from evaluation.scoring.score import Line
-from runtime.requests.types import FinishReason
 
 FINISH_REASON = "finish_reason"
 """Beside the reference's fields: why the answer ended."""
@@ -26,9 +25,6 @@ class LineForm(ABC):
 
     @abstractmethod
     def line(self, sample: Sample, prompt: str, answer: str) -> Line: ...
-
-    def with_reason(self, line: Line, reason: FinishReason) -> Line:
-        return {**line, FINISH_REASON: reason}
 
     @abstractmethod
     def id(self, line: Any) -> SampleId: ...

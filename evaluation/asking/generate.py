@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
+from evaluation.asking.answer_lines import FINISH_REASON
 from evaluation.asking.results_file import ResultsFile
 from evaluation.datasets.sample import Sample
 from evaluation.tasks import Task, answer_line
@@ -37,7 +38,7 @@ def generate(
             else:
                 prompt = task_prompt(sample, defaults)
                 line = answer_line(task, sample, prompt, result.text)
-                file.append(task.form.with_reason(line, result.finish_reason))
+                file.append({**line, FINISH_REASON: result.finish_reason})
             progress.update()
     return failures
 

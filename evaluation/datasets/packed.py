@@ -6,12 +6,12 @@ The picture of a record is a function that reads it.
 
 from __future__ import annotations
 
-import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation.datasets.literal_list import literal_list
 from evaluation.datasets.parquet import ParquetFile, missing_files, parquet_files
 from evaluation.datasets.records import Record, RecordError
 from evaluation.datasets.sample import Location
@@ -91,11 +91,8 @@ def _from_tsv(row: Record | RecordError, packing: Packing) -> Record | RecordErr
 
 def _literal(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        try:
-            found = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return value
-        return [str(item) for item in found]
+        found = literal_list(value)
+        return value if found is None else found
     return value
 
 
@@ -105,9 +102,10 @@ def _renamed(row: Record, packing: Packing) -> Record:
     picture = record.pop(PICTURE, None)
     for key, columns in packing.columns.items():
         present = [column for column in columns if row.get(column) is not None]
-        record[key] = _plain(row[present[0]]) if present else None
-        if record[key] is None:
-            del record[key]
+        if present:
+            record[key] = _plain(row[present[0]])
+        else:
+            record.pop(key, None)
     for key in packing.numbers:
         if isinstance(value := record.get(key), str) and value.isdecimal():
             record[key] = int(value)

@@ -45,6 +45,17 @@ class QuantizableLinear(nn.Module):
         self.register_buffer("scales", values, persistent=False)
         self.output_dtype = output_dtype
 
+    @classmethod
+    def quantised(
+        cls,
+        linear: nn.Linear | QuantizableLinear,
+        number_format: NumberFormat,
+        scales: LinearScales,
+    ) -> QuantizableLinear:
+        """`linear`, which holds its weight unquantised, as the format stores it."""
+        stored = number_format.quantize(linear.weight, scales.weight)
+        return cls(stored, linear.bias, number_format=number_format, scales=scales)
+
     def widen(self) -> None:
         self.weight = nn.Parameter(self.weight.to(torch.float32), requires_grad=False)
 

@@ -7,12 +7,12 @@ import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.command import CONVERT, background, one_line_error, run_command, tree
+from tests.support.disks import Mount
 
 Flags = tuple[object, ...]
 
@@ -56,24 +56,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(flags: Flags, tmp_
     assert resumed, "no run went on where another stopped"
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip(f"tmpfs cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def test_a_disk_that_fills_up_is_told_and_room_mends_it(
-    flags: Flags, disk: Path, monkeypatch: pytest.MonkeyPatch
+    flags: Flags, mount: Mount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    disk = mount("size=100m")
     arguments = (*flags, "--output_dir", disk / "new")
     assert run_command(CONVERT, *arguments).exit_code == 0
     whole = tree(disk / "new")

@@ -7,7 +7,6 @@ TSV has those that its readers use.
 from __future__ import annotations
 
 import base64
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 from evaluation.datasets.sample import DataSet, Location, Sample
 from evaluation.tasks import TASKS
 from nvlm.program.errors import UserError
-from tests.support.benchmarks import SHORT, encoded, write_picture
+from tests.support.benchmarks import SHORT, encoded, write_picture, write_tsv
 from tests.support.command import GENERATE, SCORE, one_line_error, run_command
 
 pytest.importorskip("pyarrow")
@@ -33,15 +32,6 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
-def write_tsv(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """As pandas writes it: a value with a tab, a quote or a line break in quotes."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def text(number: str) -> str:
@@ -234,6 +224,18 @@ def test_a_tsv_row_may_name_the_row_that_has_its_picture(tmp_path: Path) -> None
     check(second, 1, odd + SHORT, {"gt_answer": ["51"]})
     with pytest.raises(UserError, match="no picture of its own in the row with index '8'"):
         third.images[0]()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["[1, 2", "[51] x", "[a]", "[" + "-" * 100_000 + "1]"],
+    ids=lambda cell: f"{cell[:6]}-{len(cell)}",
+)
+def test_what_only_looks_like_a_list_stays_text(tmp_path: Path, cell: str) -> None:
+    """Python's own reader of literals needs more memory for the last than it may take."""
+    rows = [{"index": 3, "image": text("51"), "question": READ, "answer": cell}]
+    sample = only(read("ChartQA", tmp_path, write_tsv(tmp_path / "x.tsv", rows)))
+    assert sample.fields["gt_answer"] == [cell]
 
 
 @pytest.mark.parametrize(

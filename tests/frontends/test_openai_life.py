@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from runtime.decoder.executor import StepOutput
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 from tests.support.asgi import Client
+from tests.support.waiting import eventually
 
 pytest.importorskip("starlette", reason="requirements/serving.txt is not installed")
 pytest.importorskip("prometheus_client", reason="requirements/serving.txt is not installed")
@@ -86,15 +86,6 @@ def client(door: Door) -> Iterator[Client]:
 
 def chat(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, **fields}
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,6 +212,6 @@ def test_a_domain_is_a_host_name(name: str) -> None:
         domains_of([name])
 
 
-def test_nothing_is_fetched_unless_asked_for(tmp_path: Path) -> None:
+def test_nothing_is_fetched_unless_asked_for() -> None:
     with pytest.raises(UserError, match="fetches nothing"):
         MediaRules().fetch("https://example.com/a.png")

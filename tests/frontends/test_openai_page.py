@@ -104,7 +104,7 @@ def test_no_script_makes_html_of_text_or_keeps_anything() -> None:
         assert word not in text, word
 
 
-def test_the_page_needs_no_key_and_its_questions_do(runner: Runner) -> None:
+def test_the_page_needs_no_key_and_its_questions_do() -> None:
     """It asks for the key itself. A name that was rebound gets no page."""
     guard = Guard((hashlib.sha256(b"key").digest(),), own_names())
     door = Door(DoorOptions())

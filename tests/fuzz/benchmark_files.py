@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,25 @@ from runtime.answers.run_record import BATCH, RunRecord
 from tests.fuzz.kind import Opened
 from tests.fuzz.mutations import json_text, mutated_bytes
 from tests.support import benchmarks
-from tests.support.benchmarks import Benchmark, run_record, short, write_answers
+from tests.support.benchmarks import (
+    Benchmark,
+    encoded,
+    run_record,
+    short,
+    write_answers,
+    write_tsv,
+)
+
+
+def _packed(folder: Path) -> Benchmark:
+    """VLMEvalKit's file, which holds its pictures; one row names the other's."""
+    picture = base64.b64encode(encoded("51")["bytes"]).decode()
+    rows = [
+        {"index": 3, "image": "5", "question": 'What does "it"\nsay?', "answer": "51"},
+        {"index": 5, "image": picture, "question": "Read it.", "answer": "['51', '52']"},
+    ]
+    return Benchmark("TextVQA", folder, (write_tsv(folder / "x.tsv", rows),), {})
+
 
 _BUILDERS: tuple[Callable[[Path], Benchmark], ...] = (
     benchmarks.text_vqa,
@@ -33,6 +52,7 @@ _BUILDERS: tuple[Callable[[Path], Benchmark], ...] = (
     benchmarks.realworld_qa,
     benchmarks.math_vista,
     benchmarks.custom,
+    _packed,
 )
 _CELLS = [b"['a', 'b']", b"[1, 2.5]", b'["it\'s", None]', b"[" * 40, b"-" * 40 + b"1"]
 

@@ -16,10 +16,9 @@ from build.exports.export import export
 from build.exports.hugging_face_folder import HuggingFaceFormat
 from build.exports.schemes import SCHEMES
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from runtime.decoder.executor import DecoderRequest
-from runtime.serving.runner import Runner
 from tests.conftest import BF16, CPU, FP8, Workshop
 from tests.support.command import BUILD, CONVERT, one_line_error, refused, run_command
+from tests.support.decoding import engine_logits
 from tests.support.tolerances import KERNEL_LOGITS, relative_error
 from tools.sensitivity.parts import Part, parts
 from tools.sensitivity.whole_model import SequenceAttention, WholeModel
@@ -91,14 +90,7 @@ def test_the_engine_computes_what_stays_in_dtype_and_the_rest_in_fp8(
 ) -> None:
     """Against tools.sensitivity, which puts parts of the unquantised model in FP8."""
     engine = workshop.engine("excluding_engine", excluding, vision="torch")
-    rows = []
-    with Runner.open(engine, CPU) as runner:
-        for count in range(len(TOKENS)):
-            request = DecoderRequest(PROMPT + TOKENS[:count], 1, return_logits=True)
-            runner.decoder.submit(request)
-            (output,) = runner.decoder.step()
-            assert output.logits is not None
-            rows.append(output.logits)
+    found = engine_logits(engine, PROMPT, TOKENS)
     plain = workshop.checkpoint("bf16_checkpoint", model_dir, BF16)
     report = QuantizationReport.read(excluding / "quantization_report.json")
     config = CheckpointConfig.read(plain / "config.json")
@@ -110,7 +102,7 @@ def test_the_engine_computes_what_stays_in_dtype_and_the_rest_in_fp8(
                 hidden = model.embed(PROMPT + TOKENS[:-1], None)
                 states = model.run(hidden, SequenceAttention(caches))
                 expected = model.logits(states[-len(TOKENS) :])
-            error = relative_error(torch.stack(rows), expected)
+            error = relative_error(found, expected)
             assert (error < KERNEL_LOGITS) == is_same, error
 
 
@@ -145,7 +137,7 @@ def test_tensorrt_llm_is_refused_and_auto_takes_torch(excluding: Path, tmp_path:
     assert config["pretrained_config"]["quantization"]["exclude_modules"] == list(NAMES)
 
 
-def test_a_damaged_list_is_told(excluding: Path, fresh: Workshop, model_dir: Path) -> None:
+def test_a_damaged_list_is_told(fresh: Workshop, model_dir: Path) -> None:
     checkpoint = fresh.checkpoint("checkpoint", model_dir, OPTIONS)
     path = checkpoint / "config.json"
     values = json.loads(path.read_text())

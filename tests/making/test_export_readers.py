@@ -19,7 +19,7 @@ from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Ticket
 from tests.conftest import CPU, FP8, Workshop
-from tests.support.decoding import generate
+from tests.support.decoding import engine_logits, generate
 from tests.support.tolerances import EXPORT_LOGITS, EXPORT_LOGITS_RANDOM, relative_error
 from tools.tiny.evaluation import TASKS, Sample, samples
 
@@ -115,23 +115,11 @@ def greedy(model: Any, inputs: torch.Tensor, stop: int, most: int) -> list[int]:
         output = model(input_ids=torch.tensor([[token]]), past_key_values=past, use_cache=True)
 
 
-def our_logits(engine_dir: Path, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    with Runner.open(engine_dir, CPU) as runner:
-        rows = []
-        for count in range(len(tokens)):
-            request = DecoderRequest(prompt + tokens[:count], 1, return_logits=True)
-            runner.decoder.submit(request)
-            (output,) = runner.decoder.step()
-            assert output.logits is not None
-            rows.append(output.logits)
-        return torch.stack(rows)
-
-
 def test_logits_over_64_tokens_are_ours_within_fp8(trained: Any, trained_engine: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 256, (2, NUM_STEPS), generator=generator).tolist()
     prompt, tokens = ids[0], ids[1]
-    found, wanted = forced(trained, prompt, tokens), our_logits(trained_engine, prompt, tokens)
+    found, wanted = forced(trained, prompt, tokens), engine_logits(trained_engine, prompt, tokens)
     error = relative_error(found, wanted)
     agreement = float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
     print(f"trained: error {error:.4f}, top-1 {agreement:.3f}")
@@ -145,7 +133,7 @@ def test_logits_of_a_random_model_too(
     model = load(workshop, "random_text_export", model_dir)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 256, (2, NUM_STEPS), generator=generator).tolist()
-    found, wanted = forced(model, ids[0], ids[1]), our_logits(engine_dir, ids[0], ids[1])
+    found, wanted = forced(model, ids[0], ids[1]), engine_logits(engine_dir, ids[0], ids[1])
     error = relative_error(found, wanted)
     print(f"random: error {error:.4f}")
     assert error <= EXPORT_LOGITS_RANDOM

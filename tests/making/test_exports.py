@@ -179,7 +179,7 @@ def test_vision_in_fp8_has_codes_and_scales_and_its_dummy_heads(
 
 
 def test_the_same_bytes_come_from_model_dir_megatron_and_checkpoint_of_any_ranks(
-    workshop: Workshop, model_dir: Path, tmp_path: Path
+    workshop: Workshop, tmp_path: Path
 ) -> None:
     """Of a shape that Megatron takes; heads of K and V are repeated at TP 4."""
     shape = replace(TINY, vision_hidden_size=256, vision_num_attention_heads=2)
@@ -203,14 +203,16 @@ def weights_of(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in tree(folder).items() if name not in ours}
 
 
-def test_a_head_that_ranks_pad_comes_back_as_published(
-    fresh: Workshop, published: dict[str, torch.Tensor]
-) -> None:
+def test_a_head_that_ranks_pad_comes_back_as_published(fresh: Workshop) -> None:
     model = fresh.model("model", replace(TINY, vocab_size=511))
     checkpoint = fresh.checkpoint("checkpoint", model, replace(FP8, tp_size=4))
     place = from_checkpoint(fresh.root / "out", checkpoint, HuggingFaceFormat(MODELOPT, None))
     name = "language_model.lm_head.weight"
     assert torch.equal(tensors_of(place)[name], tensors_of(model)[name].to(torch.bfloat16))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def test_shards_and_their_index_hold_every_tensor_once(
@@ -227,15 +229,9 @@ def test_shards_and_their_index_hold_every_tensor_once(
     for path in files:
         for name, tensor in load_file(path).items():
             assert index["weight_map"].pop(name) == path.name
-            assert torch.equal(
-                tensor.view(-1).view(torch.uint8), whole[name].view(-1).view(torch.uint8)
-            )
+            assert torch.equal(bits(tensor), bits(whole[name]))
     assert not index["weight_map"]
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def test_a_zero_weight_has_scale_1_and_zero_codes(fresh: Workshop, scheme: Scheme) -> None:
@@ -330,7 +326,7 @@ def test_remote_code_comes_along_where_there_is_some(
 
 
 def test_a_made_configuration_says_what_the_published_one_says(
-    workshop: Workshop, model_dir: Path, checkpoint_dir: Path, tmp_path: Path
+    model_dir: Path, checkpoint_dir: Path, tmp_path: Path
 ) -> None:
     """A checkpoint and Megatron have no config.json of the model's own."""
     place = from_checkpoint(tmp_path / "out", checkpoint_dir, HuggingFaceFormat(MODELOPT, None))

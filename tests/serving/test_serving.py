@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from runtime.serving.server import Server
 from runtime.serving.ticket import Ticket
 from tests.commands.test_bad_input_image import one_bit_png
 from tests.support.asking import Images
+from tests.support.waiting import eventually
 
 WAIT_S = 30
 
@@ -130,15 +131,6 @@ def answered(server: Server, request: GenerationRequest) -> GenerationResult:
     listener = Listener()
     server.submit(request, listener)
     return listener.result()
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 def test_concurrent_requests_get_the_answers_they_get_alone(runner: Runner, images: Images) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 from runtime.serving.ticket import Ticket
 from tests.support.asking import Images
+from tests.support.waiting import eventually
 
 WAIT_S = 60
 NUM_THREADS = 32
@@ -143,15 +144,6 @@ def watch_steps(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[s
     return steps
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
-
-
 def test_threads_share_steps_which_one_thread_takes(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,8 +233,8 @@ def test_an_interrupted_step_ends_every_request_in_it_and_the_next_question_is_a
         first = pool.submit(runner.generate, text("First?", 5))
         assert is_inside.wait(WAIT_S)
         second = pool.submit(runner.generate, text("Second?", 5))
-        assert eventually(lambda: len(runner._loop._askers) == 2)
-        assert eventually(lambda: runner._loop._is_leading)
+        assert eventually(lambda: len(runner._loop._askers) == 2, WAIT_S)
+        assert eventually(lambda: runner._loop._is_leading, WAIT_S)
         has_joined.set()
         with pytest.raises(KeyboardInterrupt):
             first.result(timeout=WAIT_S)
@@ -287,7 +279,7 @@ def test_a_forgotten_stream_frees_its_place_from_any_thread(runner: Runner) -> N
         for _ in pool.map(lambda _: gc.collect(), range(4)):
             pass
     assert runner.generate(text("Now?", 3)).num_tokens == 3
-    assert eventually(lambda: runner._loop._loop is None)
+    assert eventually(lambda: runner._loop._loop is None, WAIT_S)
 
 
 def test_a_batch_that_is_left_while_it_prepares_leaves_nothing_open(
@@ -322,7 +314,7 @@ def test_closing_ends_what_is_open_and_refuses_what_comes(alone: Runner) -> None
     next(pieces)
     with ThreadPoolExecutor(24) as pool:
         futures = [pool.submit(runner.generate, text("Long?", 2000)) for _ in range(24)]
-        assert eventually(lambda: len(runner._loop._askers) == 25)
+        assert eventually(lambda: len(runner._loop._askers) == 25, WAIT_S)
         runner.close()
         for future in futures:
             with pytest.raises(UserError, match="this runner was closed"):

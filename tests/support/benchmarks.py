@@ -3,6 +3,7 @@ trained small model reads, and what run.py must write for them, line by line."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from collections.abc import Callable
@@ -76,6 +77,15 @@ def encoded(text: str) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> Path:
     path.write_text(json.dumps(value))
+    return path
+
+
+def write_tsv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """As pandas writes it: a value with a tab, a quote or a line break in quotes."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     return path
 
 

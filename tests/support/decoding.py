@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+
+import torch
 
 from runtime.decoder.executor import DecoderExecutor, DecoderRequest, FinishReason, StepOutput
+from runtime.serving.runner import Runner
 
 
 def generate(
@@ -28,3 +32,16 @@ def generate(
 def _steps(executor: DecoderExecutor) -> Iterator[StepOutput]:
     while outputs := executor.step():
         yield from outputs
+
+
+def engine_logits(engine_dir: Path, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """[tokens, vocab_size]: those that each token of an answer would be drawn from."""
+    rows = []
+    with Runner.open(engine_dir, torch.device("cpu")) as runner:
+        for count in range(len(tokens)):
+            request = DecoderRequest(prompt + tokens[:count], 1, return_logits=True)
+            runner.decoder.submit(request)
+            (output,) = runner.decoder.step()
+            assert output.logits is not None
+            rows.append(output.logits)
+    return torch.stack(rows)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.command import ROOT
+from tests.support.metrics import samples_at
 
 START_TIMEOUT_S = 120
 _READY = re.compile(r"^ready: http://127\.0\.0\.1:(\d+)/v1 ", re.MULTILINE)
@@ -53,9 +54,7 @@ class Served:
             return None
 
     def samples(self) -> dict[str, float]:
-        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode()
-        lines = [line.rpartition(" ") for line in text.splitlines() if line.startswith("nvlm_")]
-        return {name: float(value) for name, _, value in lines}
+        return samples_at(f"{self.url}/metrics")
 
     def wait_for_sample(self, name: str, value: float, timeout_s: float = 20.0) -> None:
         deadline = time.monotonic() + timeout_s

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tritonclient.utils import np_to_triton_dtype
 
 from tests.support.command import ROOT
+from tests.support.metrics import samples_at
 
 _SHARED = Path("/dev/shm")
 START_TIMEOUT_S = 150
@@ -53,10 +54,7 @@ class Served:
 
     def samples(self) -> dict[str, float]:
         """Our metrics by series."""
-        url = f"http://127.0.0.1:{self.metrics}/metrics"
-        text = urllib.request.urlopen(url, timeout=10).read().decode()
-        lines = [line.rpartition(" ") for line in text.splitlines() if line.startswith("nvlm_")]
-        return {name: float(value) for name, _, value in lines}
+        return samples_at(f"http://127.0.0.1:{self.metrics}/metrics")
 
     def wait_for_sample(self, name: str, value: float, timeout_s: float = 10.0) -> None:
         deadline = time.monotonic() + timeout_s

@@ -13,10 +13,9 @@ import torch
 from build.conversion.report.quantization_report import QuantizationReport
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.program.errors import UserError
-from runtime.decoder.executor import DecoderRequest
-from runtime.serving.runner import Runner
 from tests.conftest import BF16, CPU, TINY, Workshop
 from tests.support.cases import PHOTO
+from tests.support.decoding import engine_logits
 from tests.support.tolerances import KERNEL_LOGITS, relative_error
 from tools.sensitivity import __main__ as sensitivity
 from tools.sensitivity.parts import parts
@@ -37,18 +36,6 @@ def model(bf16_checkpoint: Path, checkpoint_dir: Path) -> WholeModel:
     return WholeModel(bf16_checkpoint, config, report, CPU)
 
 
-def engine_logits(engine_dir: Path) -> torch.Tensor:
-    rows = []
-    with Runner.open(engine_dir, CPU) as runner:
-        for count in range(len(TOKENS)):
-            request = DecoderRequest(PROMPT + TOKENS[:count], 1, return_logits=True)
-            runner.decoder.submit(request)
-            (output,) = runner.decoder.step()
-            assert output.logits is not None
-            rows.append(output.logits)
-    return torch.stack(rows)
-
-
 @torch.inference_mode()
 def logits(model: WholeModel, name: str) -> torch.Tensor:
     """With a part in FP8, of all tokens at once."""
@@ -60,15 +47,17 @@ def logits(model: WholeModel, name: str) -> torch.Tensor:
 
 
 def test_the_whole_decoder_in_fp8_is_the_fp8_engine(model: WholeModel, engine_dir: Path) -> None:
-    assert relative_error(logits(model, "decoder"), engine_logits(engine_dir)) < KERNEL_LOGITS
-    assert relative_error(logits(model, "vision"), engine_logits(engine_dir)) > 3 * KERNEL_LOGITS
+    found = engine_logits(engine_dir, PROMPT, TOKENS)
+    assert relative_error(logits(model, "decoder"), found) < KERNEL_LOGITS
+    assert relative_error(logits(model, "vision"), found) > 3 * KERNEL_LOGITS
 
 
 def test_without_a_part_it_is_the_unquantised_engine(
     model: WholeModel, workshop: Workshop, bf16_checkpoint: Path
 ) -> None:
     engine = workshop.engine("bf16_engine_torch", bf16_checkpoint, vision="torch")
-    assert relative_error(logits(model, "vision"), engine_logits(engine)) < KERNEL_LOGITS
+    found = engine_logits(engine, PROMPT, TOKENS)
+    assert relative_error(logits(model, "vision"), found) < KERNEL_LOGITS
 
 
 def test_one_linear_changes_less_than_all_and_nothing_stays_changed(model: WholeModel) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -132,20 +131,14 @@ def load_questions(
     if rows:
         for row in rows:
             linear = plain.get_submodule(row.linear)
-            plain.set_submodule(row.linear, _stored(linear, row.scales))
+            assert isinstance(linear, nn.Linear | QuantizableLinear)
+            quantised = QuantizableLinear.quantised(linear, VISION_FORMAT, row.scales)
+            plain.set_submodule(row.linear, quantised)
         fp8_tables = [_encode(plain, sample.load_tiles(), device) for sample in samples]
     return [
         Question(sample.prompt.token_ids, table, fp8_table)
         for sample, table, fp8_table in zip(samples, tables, fp8_tables, strict=True)
     ]
-
-
-def _stored(linear: nn.Module, scales: Any) -> QuantizableLinear:
-    weight, bias = linear.weight, linear.bias
-    assert isinstance(weight, torch.Tensor)
-    assert bias is None or isinstance(bias, torch.Tensor)
-    stored = VISION_FORMAT.quantize(weight, scales.weight)
-    return QuantizableLinear(stored, bias, number_format=VISION_FORMAT, scales=scales)
 
 
 def _encode(

@@ -92,13 +92,7 @@ class WholeModel:
     def _quantised_linear(self, i: int, name: str) -> Iterator[None]:
         linears, key = self.layers[i].linears, name.replace(".", "_")
         plain = self.layers[i].linear(name)
-        scales = self._scales[i][name]
-        linears[key] = QuantizableLinear(
-            FP8.quantize(plain.weight, scales.weight),
-            plain.bias,
-            number_format=FP8,
-            scales=scales,
-        )
+        linears[key] = QuantizableLinear.quantised(plain, FP8, self._scales[i][name])
         try:
             yield
         finally:

@@ -24,18 +24,13 @@ Run = Callable[[], torch.Tensor]
 class QuantisedLinears:
     """A layer's linears, by name, and how each would be stored."""
 
-    linears: Mapping[str, nn.Module]
+    linears: Mapping[str, nn.Linear | QuantizableLinear]
     scales: Mapping[str, LinearScales]
     number_format: NumberFormat
 
     def quantised(self, name: str) -> QuantizableLinear:
-        linear = self.linears[name]
-        weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, torch.Tensor)
-        assert bias is None or isinstance(bias, torch.Tensor)
-        stored = self.number_format.quantize(weight, self.scales[name].weight)
-        return QuantizableLinear(
-            stored, bias, number_format=self.number_format, scales=self.scales[name]
+        return QuantizableLinear.quantised(
+            self.linears[name], self.number_format, self.scales[name]
         )
 
 

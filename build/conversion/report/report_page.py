@@ -54,25 +54,20 @@ _COLUMNS = (
     ("input scale", ACTIVATION_SCALE, ".3e"),
 )
 
+_ERROR = "relative error (share)"
+
 _PLOTS = (
-    ("Relative error of the output", "output_error", False,
+    ("Relative error of the output", "output_error", _ERROR, False,
      "of the FP8 linear against the unquantised one, on rows of the calibration data (2-norm)"),
-    ("Relative error of the layer's output", "residual_error", False,
+    ("Relative error of the layer's output", "residual_error", _ERROR, False,
      "of the residual stream after the layer, with this linear alone in FP8, on a few rows"),
-    ("Largest input", "input_amax", True,
+    ("Largest input", "input_amax", "amax of the input", True,
      "amax of what enters the linear; a lone peak costs everything else precision"),
-    ("Largest weight", "weight_amax", True, "amax of the weight in the checkpoint's dtype"),
-    ("Inputs quantised to zero", "underflow_share", False,
+    ("Largest weight", "weight_amax", "amax of the weight", True,
+     "amax of the weight in the checkpoint's dtype"),
+    ("Inputs quantised to zero", "underflow_share", "share of the values", False,
      "share of the values that are not zero but become zero: below 2<sup>-10</sup> scales"),
 )  # fmt: skip
-
-_AXES = {
-    "output_error": "relative error (share)",
-    "residual_error": "relative error (share)",
-    "input_amax": "amax of the input",
-    "weight_amax": "amax of the weight",
-    "underflow_share": "share of the values",
-}
 
 _CACHE_ERRORS = (
     ("K and V, one scale", "residual_error"),
@@ -106,7 +101,7 @@ def page(report: QuantizationReport, origin: Origin) -> str:
         if not any(series.values()):
             continue
         parts.append(f"<h1>{title}</h1>")
-        for heading, column, is_log, what in _PLOTS:
+        for heading, column, axis, is_log, what in _PLOTS:
             points: dict[str, Points] = {
                 kind: [
                     (layer, value)
@@ -118,7 +113,7 @@ def page(report: QuantizationReport, origin: Origin) -> str:
             if not any(points.values()):
                 continue  # of an older version, which did not measure it
             parts.append(f"<h2>{heading}</h2><p>{what}</p>")
-            parts.append(line_plot(points, heading, _AXES[column], is_log=is_log))
+            parts.append(line_plot(points, heading, axis, is_log=is_log))
         if title == "Decoder":
             parts.append(_attention(report))
     parts.append(_table(report))
@@ -186,7 +181,7 @@ def _cache(report: QuantizationReport) -> str:
     if not any(series.values()):
         return ""
     heading = "Relative error of the layer's output by the KV cache"
-    plot = line_plot(series, heading, "relative error (share)", is_log=False)
+    plot = line_plot(series, heading, _ERROR)
     head = "".join(f"<th>{name}</th>" for name in ("layer", *(f"{x} by head" for x in "QKV")))
     body = []
     for row in report.attentions:
