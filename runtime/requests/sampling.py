@@ -8,7 +8,7 @@ sampler.py and logprobs.py, in this order.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -285,12 +285,12 @@ def require_places(params: SamplingParams, max_batch_size: int) -> None:
         )
 
 
-def require_vocabulary(params: SamplingParams, vocab_size: int) -> None:
-    """Raises `UserError` for a bias of a token that the model does not have."""
-    if params.logit_bias and params.logit_bias[-1][0] >= vocab_size:
-        raise UserError(
-            f"logit_bias has token id {params.logit_bias[-1][0]}, expected 0 to {vocab_size - 1}"
-        )
+def require_vocabulary(params: SamplingParams, end_ids: Set[int], vocab_size: int) -> None:
+    """Raises `UserError` for a bias of a token, or an end token, that the model does not have."""
+    biased = {token_id for token_id, _ in params.logit_bias}
+    for name, token_ids in (("logit_bias", biased), ("end_ids", end_ids)):
+        if token_ids and (largest := max(token_ids)) >= vocab_size:
+            raise UserError(f"{name} has token id {largest}, expected 0 to {vocab_size - 1}")
 
 
 def check_target(params: SamplingParams, decoder_target: str) -> None:

@@ -54,7 +54,8 @@ def prepare(
     check_max_new_tokens(request.max_new_tokens)
     require_consistent(request.sampling, request.max_new_tokens)
     require_places(request.sampling, engine.limits.max_batch_size)
-    require_vocabulary(request.sampling, engine.checkpoint_config.decoder.vocab_size)
+    vocab_size = engine.checkpoint_config.decoder.vocab_size
+    require_vocabulary(request.sampling, request.end_ids, vocab_size)
     check_target(request.sampling, engine.decoder_target)
     _check_text_size(request, engine, tokenizer)
     *history, (_, content) = turns = _tile(request, engine, budget)
@@ -62,7 +63,7 @@ def prepare(
         _slots(content),
         tokenizer,
         tokens_per_tile=engine.vision_config.tokens_per_tile,
-        vocab_size=engine.checkpoint_config.decoder.vocab_size,
+        vocab_size=vocab_size,
         system=request.system,
         history=[(role, _slots(content)) for role, content in history],
         prompt_format=request.prompt_format,

@@ -225,6 +225,7 @@ def test_the_fields_reach_the_runtime(client: Client) -> None:
         ({"stop": ["x"] * 65}, "stop", "64 at most"),
         ({"stop": [1]}, "stop", "a list of strings"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "token ids"),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids", "stop_token_ids has token id 1000000"),
         ({"stream": "yes"}, "stream", "expected boolean"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, None, "include_usage is 1"),
         ({"priority": "high"}, "priority", "expected integer"),

@@ -170,6 +170,7 @@ def test_a_bad_word_is_not_written_with_a_space_or_without(runner: Runner) -> No
         ({"n": 0}, "n is 0, expected 1 to the engine's max_batch_size"),
         ({"min_tokens": 9, "max_new_tokens": 8}, "min_tokens is 9 and max_new_tokens 8; lower"),
         ({"logit_bias": {10**6: 1.0}}, "logit_bias has token id 1000000, expected 0 to "),
+        ({"end_ids": [5, 10**6]}, "end_ids has token id 1000000, expected 0 to "),
     ],
 )
 def test_settings_that_contradict_are_refused_in_one_line(

@@ -92,15 +92,16 @@ def settings_of(body: Body, endpoint: str) -> Settings:
 
 
 def placed(error: UserError, body: Body, endpoint: str) -> UserError:
-    """The runtime's refusal with the field that it is about: its sentence begins with a setting's
-    name, or says how long the prompt is."""
+    """The runtime's refusal, in the words of the field that it is about: its sentence begins with
+    a setting's name, or says how long the prompt is."""
     if type(error) is not UserError:
         return error
     setting = str(error).partition(" ")[0]
     for row, value in _given(body, endpoint):
         with suppress(UserError):
             if setting in _read(row, row.check(value)):
-                return FieldError(row.name, str(error))
+                name = setting if "object" in row.kinds else row.name  # a part keeps its own
+                return FieldError(row.name, name + str(error).removeprefix(setting))
     if str(error).startswith("the prompt "):
         is_chat = endpoint == "chat" or "messages" in body
         return FieldError("messages" if is_chat else "prompt", str(error))
