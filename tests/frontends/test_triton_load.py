@@ -321,6 +321,7 @@ def check_soak(
     assert grown_bytes < 30e6
 
 
+@pytest.mark.slow
 def test_soak_of_half_a_minute(
     triton_server: Served, questions: list[Question], expected: list[str]
 ) -> None:

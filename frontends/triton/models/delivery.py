@@ -29,7 +29,7 @@ _TICK_S = 0.05  # how soon a cancelled client is noticed
 _TICKS_PER_EXPORT = 5
 _CLOSE_TIMEOUT_S = 1.0
 _FLUSH_TIMEOUT_S = 2.0
-_SEND_LIMIT_S = 120.0  # a response is handed to Triton in shared memory, which waits for no client
+_SEND_LIMIT_S = 30.0  # a response is handed to Triton in shared memory, which waits for no client
 
 
 @dataclass(eq=False, slots=True)
