@@ -30,6 +30,7 @@
 #     before    80 layers: decode in this checkout and in $BEFORE, another one, in turns
 #     http      80 layers: tokens/s of 64 streams over HTTP beside runtime/serving alone, in turns, and how
 #               much later the first token of a request with seven tiles comes; needs requirements/serving.txt
+#     beside    80 layers: decode steps while pictures are encoded in five ways (bench/hopper/beside.py)
 #     interactive  80 layers: eight texts decode while no, one or two pictures a second arrive
 #     memory80  80 layers, the cache takes all that is left
 #   $RANKS GPUs (default 2) of 100 GB or more, mpirun and mpi4py:
@@ -87,6 +88,8 @@ part before 400 bash -c "for turn in 1 2; do for checkout in '${BEFORE:-.}' .; d
     (cd \$checkout && echo \$checkout && $python -m bench.hopper decode --layers 80 --batch_sizes 1,8,64)
   done; done"
 part http 300 $python -m bench.hopper.http --load 1000/256/128/64 --output "$out/http.json"
+part beside 480 bash -c "for way in whole tiles stream priority green; do
+    $python -m bench.hopper.beside \$way --layers ${LAYERS:-80}; done"
 part interactive 200 $python -m bench.hopper interactive --layers 80 --batch_sizes 8 --prompts 1948 \
   --picture_rate 0,1,2 --seconds 15
 part memory80 90 $python -m bench.hopper.memory --layers 80 --max_batch_size 112

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.hopper import kernels, load, measure, memory
+from bench.hopper import beside, kernels, load, measure, memory
 from bench.hopper.decoder import random_prompt
 from bench.peers import hugging_face
 from bench.synthetic_engine import synthetic_engine
@@ -49,6 +49,28 @@ def test_decode_attention_is_measured_as_chosen() -> None:
     assert (row["kv_heads"], row["batch_size"], row["is_chosen"]) == (1, 1, True)
     assert row["ms"] > 0
     assert row["bytes"] == 2 * 70 * 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+@pytest.mark.parametrize("way", ["whole", "tiles"])
+def test_decode_steps_are_measured_beside_pictures(
+    capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    options = "--shape tiny --layers 1 --batch_size 2 --context 200 --tiles 2"
+    beside.main([way, *options.split(), "--precision", "float32", "--rate", "20", "--seconds", "1"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["beside"]
+    assert row["num_pictures"] > 0
+    assert row["num_steps_beside"] > 0
+    assert 0 < row["beside_step_ms"]["p50"] <= row["beside_step_ms"]["max"]
+
+
+def test_a_way_that_needs_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit) as ended:
+        beside.main(["green"])
+    assert ended.value.code == 2
+    assert "green needs a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
