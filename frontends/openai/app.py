@@ -79,7 +79,11 @@ def application(door: Door, guard: Guard | None = None) -> ASGIApp:
         exception_handlers={ApiError: _refusal, HTTPException: _http_refusal},
     )
     app.router.redirect_slashes = False
-    guard = guard or Guard()
+    return guarded(app, guard or Guard())
+
+
+def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
+    """An application as clients reach it: with its access log, and after the guard."""
     return AccessLog(Cors(_Guarded(app, guard), guard))
 
 

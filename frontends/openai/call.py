@@ -6,7 +6,6 @@ client closes the connection, whether it waits, streams, or has not begun.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import secrets
@@ -20,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from frontends.openai.client import ClientGoneError, read_body, unless_gone
 from frontends.openai.door import Door
 from frontends.openai.errors import ApiError, api_error
 from frontends.openai.requests.fields import Body, placed, text_field, unknown
@@ -85,7 +85,7 @@ class Endpoint:
                 record.client_request_id = client_id and client_id[:_MOST_SHOWN]
                 ignored = unknown(body, self._fields)
                 door.report_ignored(ignored)
-                await _unless_gone(receive, self._answer(call, ignored, scope, receive, send))
+                await unless_gone(receive, self._answer(call, ignored, scope, receive, send))
         except ClientGoneError:
             record.finish_reason = "cancelled"
         except Exception as error:
@@ -118,20 +118,7 @@ class Endpoint:
             )
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, "the body is compressed; send it as it is")
-        try:
-            async with asyncio.timeout(door.options.body_timeout_s):
-                data = await _read(request, door, stack)
-        except TimeoutError:
-            raise ApiError(
-                408,
-                "the body did not come in time; send it again",
-                headers={"connection": "close"},  # its rest may still come
-            ) from None
-        return _object(data)
-
-
-class ClientGoneError(Exception):
-    """The connection was closed before the answer was whole."""
+        return _object(await read_body(request, door, stack))
 
 
 def refused(error: Exception, record: Record) -> ApiError:
@@ -145,26 +132,6 @@ def refused(error: Exception, record: Record) -> ApiError:
 
 def response_of(refusal: ApiError) -> JSONResponse:
     return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
-
-
-async def _unless_gone(receive: Receive, work: Awaitable[None]) -> None:
-    """Does `work` until the client is gone, which raises `ClientGoneError`."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_until_gone(receive))
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGoneError
-        working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _stream(events: Events, record: Record, headers: dict[str, str], send: Send) -> None:
@@ -187,29 +154,6 @@ async def _stream(events: Events, record: Record, headers: dict[str, str], send:
         event = f"data: {told}\n\n".encode()
         await send({"type": "http.response.body", "body": event, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
-
-
-async def _read(request: Request, door: Door, stack: ExitStack) -> bytes:
-    """The body. Its bytes count among those of all open calls until `stack` ends."""
-    most = door.options.max_body_bytes
-    too_large = ApiError(
-        413, f"the body has more than {most:,} bytes, which is this server's limit"
-    )
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > most:
-        raise too_large
-    data = bytearray()
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        part = message.get("body", b"")
-        data += part
-        if len(data) > most:
-            raise too_large
-        door.hold(len(part), stack)
-        if not message.get("more_body", False):
-            return bytes(data)
 
 
 def _object(data: bytes) -> Body:

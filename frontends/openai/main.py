@@ -97,7 +97,7 @@ def lead(
     from frontends.openai.http_server import HttpServer
     from frontends.openai.protocol import Timeouts
 
-    options, guard = _rules(arguments)
+    options, guard = rules(arguments)
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)
     set_picture_types(SERVER_PICTURE_TYPES)
@@ -168,7 +168,8 @@ class _Stop:
         self._asked.set()
 
 
-def _rules(arguments: argparse.Namespace) -> tuple[DoorOptions, Guard]:
+def rules(arguments: argparse.Namespace) -> tuple[DoorOptions, Guard]:
+    """What the flags let clients do. Raises `UserError` for a flag that makes no sense."""
     from frontends.openai.door import DoorOptions
     from frontends.openai.guard import (
         Guard,
@@ -206,7 +207,7 @@ def _url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise UserError(
@@ -219,7 +220,7 @@ def _parse() -> Program:
     """On every rank."""
     arguments = parser().parse_args()
     if rank_from(os.environ) == 0:
-        _require_packages()
+        require_packages()
     else:
         # mpirun signals all ranks; the others end with the leader, once it has drained.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

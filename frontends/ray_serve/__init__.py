@@ -1,0 +1,1 @@
+"""Replicas of the HTTP server behind one address: an application of Ray Serve."""

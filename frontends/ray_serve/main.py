@@ -1,0 +1,61 @@
+"""Starts replicas of serve.py on a Ray cluster, or replaces those that run, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from importlib.util import find_spec
+
+from frontends.openai.main import require_packages
+from frontends.ray_serve.options import Options, parser, read_options
+from nvlm.program.errors import UserError
+
+log = logging.getLogger("nvlm.ray_serve")
+
+_PACKAGES = ("ray", "fastapi", "aiohttp")  # of `ray[serve]`; `ray` alone has not the others
+
+
+def main() -> int:
+    flags = sys.argv[1:]
+    arguments = parser().parse_args(flags)
+    read_options(flags, num_cluster_gpus=0)  # a mistake is told before a cluster is started
+    require_packages()
+    if any(find_spec(name) is None for name in _PACKAGES):
+        raise UserError(
+            "Ray Serve is not installed; pip install -r requirements/ray.txt on every machine"
+        )
+    from frontends.ray_serve.cluster import LOCAL, connected, deploy, remove
+
+    with connected(arguments.address) as resources:
+        options = read_options(flags, resources.get("GPU", 0))
+        deploy(options, arguments.host, arguments.port)
+        is_own = arguments.address == LOCAL
+        log.info(
+            "ready: http://%s:%d/v1 serves %s by %s; %s",
+            arguments.host,
+            arguments.port,
+            arguments.model_name[0],
+            _replicas(options),
+            "Control-C stops it" if is_own else "`serve shutdown` stops it",
+        )
+        if is_own:
+            _until_signalled()
+            log.info("stopping: what was accepted is answered first")
+            remove()
+    return 0
+
+
+def _replicas(options: Options) -> str:
+    if options.is_autoscaled:
+        return f"{options.min_replicas} to {options.max_replicas} replicas"
+    return f"{options.min_replicas} replica{'s' if options.min_replicas > 1 else ''}"
+
+
+def _until_signalled() -> None:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(1.0):
+        pass

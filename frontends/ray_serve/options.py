@@ -1,0 +1,141 @@
+"""What a command line asks for: replicas, and each one's serve.py with its flags. Opens no Ray."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from frontends.openai.main import parser as server_parser
+from nvlm.program.command_line import ArgumentParser, natural_int, positive_float, positive_int
+from nvlm.program.errors import UserError
+from runtime.engine.engine_dir import EngineDir
+
+_SERVER = Path(__file__).resolve().parents[2] / "serve.py"
+_TARGET_OF_BATCH = 0.7
+"""Of a batch's places: what is left answers bursts (docs/scaling.md)."""
+_MOST_CALLS_BESIDE = 256
+"""serve.py itself refuses what is more than its queue, long before Ray would hold it back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """command: of each replica's process. num_gpus, num_cpus: of each replica. spill_at: open
+    requests from which a replica's own go to the least loaded. arguments: serve.py's, which hold at
+    the ingress too."""
+
+    command: tuple[str, ...]
+    min_replicas: int
+    max_replicas: int
+    num_ingresses: int
+    num_gpus: int
+    num_cpus: int
+    spill_at: int
+    max_open: int
+    target_ongoing_requests: float
+    upscale_delay_s: float
+    downscale_delay_s: float
+    drain_s: float
+    arguments: argparse.Namespace
+
+    @property
+    def is_autoscaled(self) -> bool:
+        return self.max_replicas > self.min_replicas
+
+
+def parser() -> ArgumentParser:
+    """serve.py's flags and those of the replicas."""
+    made = server_parser()
+    made.description = "Replicas of serve.py on a Ray cluster, behind one address."
+    _add_flags(made)
+    return made
+
+
+def read_options(flags: Sequence[str], num_cluster_gpus: float) -> Options:
+    """Raises `UserError` for flags that make no sense, and for an engine that is none.
+
+    num_cluster_gpus: with none, and without --num_gpus, replicas run on the CPU.
+    """
+    arguments = parser().parse_args(flags)
+    own = ArgumentParser("")
+    _add_flags(own)
+    _, of_server = own.parse_known_args(flags)
+    engine = EngineDir.read(arguments.engine_dir)
+    num_ranks = engine.checkpoint_config.world_size
+    num_gpus = arguments.num_gpus
+    if num_gpus is None:
+        uses_gpu = arguments.device == "cuda" or (arguments.device == "auto" and num_cluster_gpus)
+        num_gpus = num_ranks if uses_gpu else 0
+    if num_gpus not in (0, num_ranks):
+        raise UserError(
+            f"--num_gpus is {num_gpus}, expected {num_ranks}, one for each rank of "
+            f"{arguments.engine_dir}, or 0 for the CPU; convert with another --tp_size for others"
+        )
+    minimum = arguments.min_replicas or arguments.num_replicas
+    maximum = arguments.max_replicas or max(minimum, arguments.num_replicas)
+    if not minimum <= maximum:
+        raise UserError(
+            f"--max_replicas is {maximum}, expected {minimum} or more, which is the least; "
+            "give a larger one"
+        )
+    batch = engine.limits.max_batch_size
+    return Options(
+        command=(*_launcher(num_ranks), *_server_command(arguments, of_server)),
+        min_replicas=minimum,
+        max_replicas=maximum,
+        num_ingresses=arguments.num_ingresses,
+        num_gpus=num_gpus,
+        num_cpus=arguments.num_cpus,
+        spill_at=batch,
+        max_open=batch + arguments.max_queue_size + _MOST_CALLS_BESIDE,
+        target_ongoing_requests=arguments.target_ongoing_requests or _TARGET_OF_BATCH * batch,
+        upscale_delay_s=arguments.upscale_delay_s,
+        downscale_delay_s=arguments.downscale_delay_s,
+        drain_s=arguments.drain_s,
+        arguments=arguments,
+    )
+
+
+def _add_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--address", default="local", help="of the Ray cluster; local starts one here, auto joins")
+    add("--num_replicas", type=positive_int, default=1, help="engines, each with its own GPUs")
+    add("--min_replicas", type=positive_int, help="scale by load from here (default: all)")
+    add("--max_replicas", type=positive_int, help="scale by load up to here (default: no scaling)")
+    add(
+        "--target_ongoing_requests",
+        type=positive_float,
+        help="open requests a replica, which scaling aims at (default: 0.7 of the engine's batch)",
+    )
+    add("--upscale_delay_s", type=positive_float, default=30.0, help="of more load before it acts")
+    add("--downscale_delay_s", type=positive_float, default=600.0, help="of less load")
+    add("--num_gpus", type=natural_int, help="of a replica (default: its engine's ranks; 0: CPU)")
+    add("--num_cpus", type=natural_int, default=1, help="that Ray counts for a replica")
+    add("--num_ingresses", type=positive_int, default=2, help="processes that route requests")
+
+
+def _launcher(num_ranks: int) -> tuple[str, ...]:
+    if num_ranks == 1:
+        return ()
+    beside = Path(sys.executable).parent / "mpirun"
+    found = str(beside) if beside.is_file() else shutil.which("mpirun")
+    if found is None:
+        raise UserError(
+            f"the engine has {num_ranks} ranks and there is no mpirun; "
+            "pip install -r requirements/mpi.txt"
+        )
+    return found, "-n", str(num_ranks)
+
+
+def _server_command(arguments: argparse.Namespace, flags: Sequence[str]) -> tuple[str, ...]:
+    """The last of a flag counts. Paths are absolute: a replica starts in another folder."""
+    paths = ["--engine_dir", str(arguments.engine_dir.resolve())]
+    if arguments.api_key_file is not None:
+        paths += ["--api_key_file", str(arguments.api_key_file.resolve())]
+    if arguments.access_log not in ("-", "none"):
+        paths += ["--access_log", str(Path(arguments.access_log).resolve())]
+    own = ["--host", "127.0.0.1", "--port", "0"]
+    return (sys.executable, str(_SERVER), *flags, *paths, *own)
