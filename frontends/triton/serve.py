@@ -130,7 +130,7 @@ def main() -> int:
 def _serve(
     engine: EngineDir, options: ServeOptions, ports: Ports, arguments: argparse.Namespace
 ) -> tuple[End, Path]:
-    """Until the server cannot go on; then why, and its log."""
+    """Waits until the server must end; returns why, and its log."""
     world_size, log = engine.checkpoint_config.world_size, arguments.log_file
     with scratch_folder() as made, ExitStack() as pipes:
         scratch = made.path

@@ -135,7 +135,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
-        """argparse's own way from a word to a value, but a number is told what it should be."""
+        """argparse's own way from a word to a value; what is no number gets our own error."""
         try:
             return super()._get_value(action, text)
         except argparse.ArgumentError:

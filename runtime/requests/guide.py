@@ -30,8 +30,8 @@ class GuideKind:
     name: GuideName  # run.py's flag, the JSON key and the library's keyword
     expected: str  # the value in words
     help: str
-    triton_type: str  # of TensorRT-LLM's tensor guided_decoding_guide_type, or our own beside them
-    trtllm_type: str | None  # of its GuidedDecodingParams.GuideType; None: it cannot do this
+    triton_type: str  # a value of TensorRT-LLM's tensor guided_decoding_guide_type, or ours
+    trtllm_type: str | None  # a member of its GuidedDecodingParams.GuideType; None: it has none
 
 
 GUIDES = (

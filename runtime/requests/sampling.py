@@ -34,8 +34,8 @@ def _switch(**columns: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a request's tokens are chosen, and what is told of them. Its fields are the rows of the
-    table.
+    """How a request's tokens are chosen, and what is returned of them. The fields are the rows of
+    the table.
 
     temperature 0 or top_k 1 is greedy; top_k 0 and top_p 1 switch that filter off. With the same
     seed a request's tokens do not depend on what runs beside it; without one they differ from one
