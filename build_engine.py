@@ -31,50 +31,101 @@ DEFAULT_WORKERS = 8
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "")
-    add = parser.add_argument
-    add("--checkpoint_dir", type=Path, required=True, help="made by convert_checkpoint.py")
+    group = parser.add_argument_group
+    add = group("directories").add_argument
+    add("--checkpoint_dir", type=Path, required=True, help="input, made by convert_checkpoint.py")
     add("--engine_dir", type=Path, required=True, help="engine directory to make")
+    add("--verify", action="store_true", help="hash every file of --checkpoint_dir first")
+    add("--if_stale", action="store_true", help="replace --engine_dir only if it is not up to date")
+    add("--overwrite", action="store_true", help="replace a finished --engine_dir")
+    add("--dry_run", action="store_true", help="print the memory plan as JSON and write nothing")
+    add = group("targets", "auto chooses by what this machine has, and logs why.").add_argument
     add("--decoder", choices=(AUTO, *get_args(Decoder)), default=AUTO, help="what runs the decoder")
     add("--vision", choices=(AUTO, *get_args(Vision)), default=AUTO, help="what runs vision")
-    add("--vision_precision", choices=("float32", "bfloat16", "float16", VISION_FORMAT.name))
-    add("--max_batch_size", type=positive_int, default=8, help="requests decoded together")
-    add("--max_num_images", type=positive_int, default=1, help="images a request may hold")
-    add("--max_input_len", type=positive_int, help="tokens of a prompt, images included")
-    add("--max_seq_len", type=positive_int, help="tokens of a prompt and its answer")
+    add(
+        "--vision_precision",
+        choices=("float32", "bfloat16", "float16", VISION_FORMAT.name),
+        help="number format of vision (default: float32 for onnxruntime, else the checkpoint's)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the engine will run",
+    )
+    add = group("limits", "A request beyond them is refused.").add_argument
+    add(
+        "--max_batch_size",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="requests decoded together",
+    )
+    add(
+        "--max_num_images",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="images of a request",
+    )
+    add(
+        "--max_input_len",
+        type=positive_int,
+        metavar="N",
+        help="tokens of a prompt, images included (default: from --max_num_images)",
+    )
+    add(
+        "--max_seq_len",
+        type=positive_int,
+        metavar="N",
+        help="tokens of a prompt and its answer (default: --max_input_len and an answer of 1024)",
+    )
     add(
         "--max_num_tokens",
         type=positive_int,
-        help="tokens of all requests in one step, clipped to --max_batch_size x --max_seq_len",
+        metavar="N",
+        help="tokens of all requests in one step (default: 8192, or a longer --max_input_len); "
+        "clipped to --max_batch_size x --max_seq_len",
     )
+    add(
+        "--memory_gb",
+        type=positive_float,
+        metavar="GB",
+        help="memory to plan for (default: this machine's)",
+    )
+    add = group("KV cache").add_argument
     add(
         "--kv_cache_dtype",
         choices=get_args(KVCacheDtype),
         default="auto",
-        help="what keys and values are held in (default: as converted)",
+        help="number format of keys and values; auto: as the checkpoint was converted",
     )
     add(
         "--kv_cache_scales",
         choices=get_args(KVCacheScales),
         default="one",
-        help="of an FP8 KV cache: the checkpoint's one of K and V, or each its own, which decoder "
-        "torch alone has",
+        help="scales of an FP8 KV cache; one: the checkpoint's, of K and V; own: a scale each, for "
+        "decoder torch alone",
     )
+    add = group("TensorRT and TensorRT-LLM").add_argument
     add(
         "--optimize_for",
         choices=get_args(OptimizeFor),
-        help="plugins of --decoder tensorrt_llm: for small or for large batches (default: "
+        help="plugins of --decoder tensorrt_llm, for small or for large batches (default: "
         f"{DEFAULT_OPTIMIZE_FOR})",
     )
     add(
         "--workers",
         type=positive_int,
-        help="ranks of --decoder tensorrt_llm built at a time, one a GPU (default: "
+        metavar="N",
+        help="ranks of --decoder tensorrt_llm to build at a time, one a GPU (default: "
         f"{DEFAULT_WORKERS})",
     )
     add(
         "--timing_cache",
         type=Path,
-        help="directory for the timings of --vision tensorrt and --decoder tensorrt_llm between "
+        metavar="DIR",
+        help="directory that keeps timings of --vision tensorrt and --decoder tensorrt_llm between "
         "builds",
     )
     add(
@@ -82,13 +133,11 @@ def parser() -> ArgumentParser:
         metavar="X.Y",
         help="GPU that --vision tensorrt_rtx compiles for, as 8.9 (default: this machine's)",
     )
-    add("--keep_onnx", action="store_true", help="keep the graph a TensorRT engine is made from")
-    add("--memory_gb", type=positive_float, help="memory to plan for (default: this machine's)")
-    add("--dry_run", action="store_true", help="print the memory plan as JSON and write nothing")
-    add("--verify", action="store_true", help="hash every file of --checkpoint_dir first")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="it will run there")
-    add("--if_stale", action="store_true", help="nothing if up to date, else as --overwrite")
-    add("--overwrite", action="store_true", help="replace a finished --engine_dir")
+    add(
+        "--keep_onnx",
+        action="store_true",
+        help="keep the ONNX graph that a TensorRT engine is made from",
+    )
     return parser
 
 

@@ -45,15 +45,20 @@ ALGORITHMS: dict[str, str | None] = {**{name: name for name in QUANTIZED}, UNQUA
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "")
-    add = parser.add_argument
-    add("--model_dir", type=Path, help="NVLM-D as published (Hugging Face or Megatron)")
+    group = parser.add_argument_group
+    add = group("directories").add_argument
+    add("--model_dir", type=Path, help="input: NVLM-D as published (Hugging Face or Megatron)")
     add(
         "--checkpoint_dir",
         type=Path,
-        help="a finished checkpoint directory to export, instead of --model_dir",
+        help="input of an export instead of --model_dir: a finished checkpoint directory",
     )
-    add("--tokenizer_dir", type=Path, help="its tokenizer files (default: --model_dir)")
+    add("--tokenizer_dir", type=Path, help="folder of the tokenizer's files (default: --model_dir)")
     add("--output_dir", type=Path, required=True, help="directory to make")
+    add("--if_stale", action="store_true", help="replace --output_dir only if it is not up to date")
+    add("--overwrite", action="store_true", help="replace a finished --output_dir")
+    add("--dry_run", action="store_true", help="print the plan as JSON and write nothing")
+    add = group("output").add_argument
     add(
         "--output_format",
         choices=OUTPUT_FORMATS,
@@ -63,12 +68,36 @@ def parser() -> ArgumentParser:
     )
     add("--text_only", action="store_true", help="export the decoder alone, as Qwen2ForCausalLM")
     add(
+        "--tp_size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="tensor parallel ranks: they share every layer",
+    )
+    add(
+        "--pp_size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="pipeline stages: the layers are divided among them",
+    )
+    add = group("number formats").add_argument
+    add(
+        "--quant_algo",
+        choices=ALGORITHMS,
+        default="FP8",
+        help="format of the decoder's linears",
+    )
+    add(
+        "--kv_cache_quant_algo",
+        choices=ALGORITHMS,
+        help="format of the KV cache (default: as --quant_algo)",
+    )
+    add(
         "--vision_quant_algo",
         choices=ALGORITHMS,
-        help="of the exported ViT's linears (default: none)",
+        help="format of an exported ViT's linears (default: none)",
     )
-    add("--quant_algo", choices=ALGORITHMS, default="FP8", help="of the decoder's linears")
-    add("--kv_cache_quant_algo", choices=ALGORITHMS, help="default: as --quant_algo")
     add(
         "--exclude_modules",
         nargs="+",
@@ -76,33 +105,36 @@ def parser() -> ArgumentParser:
         help="linears that stay in --dtype, as the report names them "
         "(transformer.layers.0.mlp.proj), or patterns of them (*.mlp.proj)",
     )
-    add("--dtype", choices=TORCH_DTYPES, default="bfloat16", help="of what is not quantised")
-    add("--tp_size", type=positive_int, default=1, help="ranks that share every layer")
-    add("--pp_size", type=positive_int, default=1, help="stages that the layers are divided into")
+    add("--dtype", choices=TORCH_DTYPES, default="bfloat16", help="type of what stays unquantised")
+    add = group("calibration").add_argument
     add(
         "--calib_data",
         type=Path,
         action="once",
-        help="JSONL of prompts and images, folder of images, or .txt of prompts "
+        help="samples: a JSONL of prompts and images, a folder of images, or a .txt of prompts "
         "(default: built in)",
     )
-    add("--calib_size", type=positive_int, help=f"samples used, at most (default: {CALIB_SIZE})")
+    add(
+        "--calib_size",
+        type=positive_int,
+        metavar="N",
+        help=f"most samples to use (default: {CALIB_SIZE})",
+    )
     add(
         "--projector_norm_eps",
         type=positive_float,
+        metavar="EPS",
         help="epsilon of the projector's LayerNorm (default: 1e-5 from Hugging Face, 1e-6 from "
         "Megatron, as each runs it)",
     )
     add(
         "--calib_cache",
         type=Path,
-        help="quantization_report.json of an earlier conversion of these weights: its amax are "
-        "taken, nothing is calibrated",
+        metavar="JSON",
+        help="quantization_report.json of an earlier conversion of these weights: take its amax "
+        "and calibrate nothing",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="calibration runs there")
-    add("--dry_run", action="store_true", help="print the plan as JSON and write nothing")
-    add("--if_stale", action="store_true", help="nothing if up to date, else as --overwrite")
-    add("--overwrite", action="store_true", help="replace a finished --output_dir")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where calibration runs")
     return parser
 
 

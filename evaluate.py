@@ -52,7 +52,7 @@ def _parse_generate() -> Program:
 def main() -> int:
     if sys.argv[1:2] == ["score"]:
         return score_command.score(_parse())
-    return launch(os.environ, _parse_generate)  # several ranks may run it, and be told once
+    return launch(os.environ, _parse_generate)  # on several ranks one reports a mistake
 
 
 if __name__ == "__main__":

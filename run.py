@@ -57,43 +57,62 @@ class _Benchmarks(argparse.Action):
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "")
-    add = parser.add_argument
     add_engine_flags(parser)
+    add = parser.add_argument_group(
+        "question", "Give --prompt, --messages, --chat or --input_file."
+    ).add_argument
     add("--prompt", action="once", help="the question; the next image stands where it has <image>")
     add(
         "--messages",
         type=Path,
         action="once",
         metavar="JSON",
-        help="a conversation, instead of --prompt",
+        help="file of a conversation: a JSON list of messages",
     )
-    add("--chat", action="store_true", help="talk: questions from stdin, one a line")
-    add("--image", nargs="+", default=[], help="image files or data: URLs, in order")
+    add(
+        "--chat",
+        action="store_true",
+        help="talk in a terminal: questions come from stdin, one a line",
+    )
+    add("--image", nargs="+", default=[], help="image files, file:// or data: URLs, in order")
     add(
         "--page",
         type=_page,
         action="once",
-        help="page or frame of the images, from 1, or all (default: first)",
+        help="page or frame of the images to read: a number from 1, or all (default: the first)",
     )
     add(
         "--max_image_pixels",
         type=positive_int,
-        help="largest picture that is read (default: 178,956,970, where Pillow stops)",
+        metavar="N",
+        help="largest image to read, in pixels (default: 178,956,970, where Pillow stops)",
     )
-    add("--input_file", type=Path, action="once", help="JSONL of requests, instead of --prompt")
-    add("--output_file", type=Path, help="JSONL of answers; a rerun resumes after its last line")
+    add(
+        "--input_file",
+        type=Path,
+        action="once",
+        metavar="JSONL",
+        help="file of requests, one a line; needs --output_file",
+    )
     add_request_flags(parser, prompt_format="hf", max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
     add_guide_flags(parser)
+    add = parser.add_argument_group("output", "By default the answer is printed.").add_argument
+    add("--streaming", action="store_true", help="print the answer as the model writes it")
+    add("--json", action="store_true", help="print one JSON object: the answer, counts, timings")
+    add(
+        "--output_file",
+        type=Path,
+        metavar="JSONL",
+        help="file of the answers to --input_file; a rerun resumes after its last line",
+    )
     add(
         "--compare",
         type=Path,
         action="once",
         metavar="ENGINE_DIR",
-        help="run the requests through this engine too (one for torch) and report what differs",
+        help="answer by this engine too (one of decoder torch) and report what differs",
     )
-    add("--show_tiles", type=Path, metavar="PNG", help="draw the tiles and their tags into a file")
-    add("--streaming", action="store_true", help="print the answer as it comes")
-    add("--json", action="store_true", help="print one JSON object")
+    add("--show_tiles", type=Path, metavar="PNG", help="draw the tiles of --image and their tags")
     add("--task", nargs="?", action=_Benchmarks, help=argparse.SUPPRESS)
     return parser
 

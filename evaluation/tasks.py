@@ -70,12 +70,14 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`name` is Megatron-LM's spelling; `form`: of its answer lines. `gt_file` "packed": there is a
-    --gt_path, or a copy from the hub that holds the truth. Such data sets have a `default_split`.
-    `max_num_tiles`: None for the engine's own number.
-    `submission`: what the benchmark's server takes. `scored_with_gt_path`: the lines lack the
-    truth, or may, or the server wants questions that were not asked. `scored_with`: packages, and
-    `java`, that the scorer needs."""
+    """`name` is Megatron-LM's spelling, `form` that of its answer lines.
+
+    `gt_file` "packed": there is a --gt_path, or a copy from the hub that holds the truth. Such data
+    sets have a `default_split`. `max_num_tiles`: None for the engine's own number.
+    `submission`: what the benchmark's server takes. `scored_with_gt_path`: the truth is or may be
+    missing from the lines, or the server wants questions that were not asked. `scored_with`:
+    packages, and `java`, that the scorer needs.
+    """
 
     name: str
     read: Callable[[Location], DataSet]

@@ -52,6 +52,21 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
     assert [link for link in local if (document.parent / link).resolve() not in tracked] == []
 
 
+def anchors(document: Path) -> set[str]:
+    """GitHub's anchor of each heading: lower case, hyphens for spaces, no other punctuation."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_anchors_in_links_are_headings(document: Path) -> None:
+    links = re.findall(r"\]\(([^):#]*)#([^)]+)\)", document.read_text())
+    found = [
+        (path, anchor, (document.parent / path) if path else document) for path, anchor in links
+    ]
+    assert [row[:2] for row in found if row[1] not in anchors(row[2])] == []
+
+
 def test_every_test_that_the_numerics_contract_names_exists() -> None:
     contract = (ROOT / "docs" / "numerics.md").read_text()
     assert len(set(re.findall(r"\btest_\w+", contract))) > 4

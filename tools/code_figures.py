@@ -76,6 +76,15 @@ PROJECTS = (  # the first whose marker is there
         carriers=("Sequence",),
     ),
     Project(
+        name="nanochat",
+        marker="nanochat/engine.py",
+        product=("nanochat", "scripts"),
+        documents=("dev/LOG.md",),
+        step=("forward",),
+        sampling="top_k",
+        carriers=("RowState",),
+    ),
+    Project(
         name="mini-sglang",
         marker="python/minisgl/core.py",
         product=("python/minisgl",),
@@ -168,9 +177,28 @@ def sentences(text: str) -> list[list[str]]:
     return [sentence for sentence in words if len(sentence) > 2]
 
 
+def readme(code: CodeBase) -> list[Path]:
+    return [code.root / "README.md"]
+
+
+def documents(code: CodeBase) -> list[Path]:
+    return [path for pattern in code.project.documents for path in code.root.glob(pattern)]
+
+
+def sentence_lengths(paths: list[Path]) -> list[int]:
+    """Words of each sentence."""
+    return [len(words) for path in paths for words in sentences(path.read_text())]
+
+
 def words_a_sentence(paths: list[Path]) -> str:
-    lengths = [len(words) for path in paths for words in sentences(path.read_text())]
+    lengths = sentence_lengths(paths)
     return f"{statistics.mean(lengths):.1f}" if lengths else "none"
+
+
+def long_sentences(paths: list[Path]) -> str:
+    """Those of more than 25 words, among all."""
+    lengths = sentence_lengths(paths)
+    return f"{sum(length > 25 for length in lengths)} of {len(lengths)}"
 
 
 def fullest_folder(code: CodeBase) -> str:
@@ -241,9 +269,13 @@ FIGURES: dict[str, Callable[[CodeBase], str]] = {
     ),
     "files that name FP8 or E4M3": lambda code: str(code.num_files_naming(r"fp8|e4m3")),
     "docstrings that begin with Of, outside tests": of_docstrings,
-    "words a sentence, README": lambda code: words_a_sentence([code.root / "README.md"]),
-    "words a sentence, docs": lambda code: words_a_sentence(
-        [path for pattern in code.project.documents for path in code.root.glob(pattern)]
+    "words, README": lambda code: str(
+        sum(len(path.read_text().split()) for path in readme(code)),
+    ),
+    "words a sentence, README": lambda code: words_a_sentence(readme(code)),
+    "words a sentence, docs": lambda code: words_a_sentence(documents(code)),
+    "sentences of more than 25 words, README and docs": lambda code: long_sentences(
+        [*readme(code), *documents(code)]
     ),
 }
 

@@ -22,7 +22,10 @@ from tools.model_dir import config_json
 GPUS = {"H100 80 GB": 78 << 30, "H200 141 GB": 139 << 30}
 """What torch reports as total memory, rounded down."""
 
-_COLUMNS = ("weights", "vision", "prompt table", "workspace", "KV cache", "KV tokens", "fits")
+_COLUMNS = (
+    *("weights, GB", "vision, GB", "prompt table, GB", "workspace, GB", "KV cache, GB"),
+    *("KV tokens", "fits"),
+)
 
 
 def table(max_batch_size: int, max_num_images: int, vision_precision: str) -> list[str]:

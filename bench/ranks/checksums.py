@@ -23,7 +23,7 @@ from runtime.ranks import parallel_decoder
 from runtime.ranks.process_group import ProcessGroup
 
 _MAX_WORDS = 1 << 14
-"""Of 64 bits in a row: more than 8,192 float32 values."""
+"""Words of 64 bits in a row: more than 8,192 float32 values."""
 _FACTOR = 6364136223846793005  # odd: no two values become one
 
 

@@ -150,7 +150,7 @@ def same_bits(found: Run, expected: Run) -> dict[str, int]:
 
 
 def same_tokens(found: list[Guest], expected: list[Guest]) -> dict[str, Any]:
-    """Of those who were answered, or left, in both."""
+    """Compares the tokens of those who were answered, or left, in both."""
     pairs = [
         (index, a.told, b.told) for index, (a, b) in enumerate(zip(found, expected, strict=True))
     ]

@@ -250,7 +250,7 @@ def watch_memory(pid: int, until: float) -> list[int]:
 
 
 def growth(sizes: list[int]) -> float:
-    """Of the median of the last quarter over that of the quarter after the warm-up."""
+    """The share by which the last quarter's median exceeds that of the first after the warm-up."""
     quarter, begin = max(1, len(sizes) // 4), int(WARM_SHARE * len(sizes))
     early = statistics.median(sizes[begin : begin + quarter])
     return statistics.median(sizes[-quarter:]) / early - 1

@@ -99,8 +99,9 @@ def convert(
     buffers: Buffers = DEFAULT_BUFFERS,
     model_name: str = "NVLM-D",
 ) -> None:
-    """Converts and, to quantise, calibrates. `output_dir` appears whole or not at all; what an
-    interrupted run has done stays beside it and is gone on with. `model_name` heads the report."""
+    """Converts and, to quantise, calibrates. `output_dir` appears whole or not at all. What an
+    interrupted run has done stays beside it, and the next run resumes from it. `model_name` heads
+    the report."""
     config = options.config(source.config)
     calibration = _load_calibration(source, options)
     # Before the first byte is read.
@@ -187,7 +188,7 @@ def _made_from(
 
 
 def _fingerprint(made_from: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What an interrupted run must share with the one that goes on, for the same bytes."""
+    """What an interrupted run must share with the one that resumes it, for the same bytes."""
     versions = {"code": code_digest(), "torch": torch.__version__}
     return {**made_from, "versions": versions, "device": device.type}
 

@@ -1,7 +1,7 @@
 """What an unfinished conversion has done: one line a unit of work, in the staging directory.
 
 A line is written when everything that its unit wrote is on the disk, so a run that was killed at
-any moment goes on behind the last whole line.
+any moment resumes after the last whole line.
 """
 
 from __future__ import annotations

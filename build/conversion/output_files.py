@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint directory, all open at once and written behind."""
+"""The weight files of a checkpoint directory, all open at once and written in a thread."""
 
 from __future__ import annotations
 

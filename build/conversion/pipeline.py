@@ -1,4 +1,4 @@
-"""Reads ahead of the computation and writes behind it, each in a thread, in bounded memory.
+"""Reads ahead of the computation and writes after it, each in a thread, in bounded memory.
 
 What is computed never depends on the threads: names are read in the order they were announced and
 blocks written in the order they were given.

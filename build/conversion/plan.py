@@ -22,12 +22,12 @@ from nvlm.program.errors import UserError
 _PROCESS_BYTES = 500 << 20  # Python, torch and its threads
 _BUFFER_BYTES = 256 << 20  # blocks waiting to be written
 _WINDOW_TOKENS, _WINDOW_TILES = 2048, 7  # calibrated at a time
-_PROMPT_TOKENS = 128  # of a calibration sample, beside its image
+_PROMPT_TOKENS = 128  # tokens of a calibration sample, beside its image
 
 GPUS = {"H100 80 GB": 80e9, "H200 141 GB": 141e9}
 TP_SIZES = (1, 2, 4, 8)
 CONTEXTS = (4096, 8192, 32768)
-_USABLE_SHARE = 0.95  # of a GPU, beside its driver and libraries
+_USABLE_SHARE = 0.95  # share of a GPU, beside its driver and libraries
 
 
 @dataclass(frozen=True, slots=True)

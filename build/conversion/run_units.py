@@ -1,4 +1,4 @@
-"""Runs the units that the journal does not know: reading ahead, computing, writing behind."""
+"""Runs the units that the journal does not know: reading ahead, computing, writing after."""
 
 from __future__ import annotations
 

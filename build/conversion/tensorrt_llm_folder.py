@@ -132,7 +132,7 @@ class TensorRTLLMFolder:
     def _write_vision_scales(self, staging: Path, report: QuantizationReport) -> None:
         """Not after calibration with text only."""
         path = staging / layout.VISION / layout.SCALES
-        path.unlink(missing_ok=True)  # of a run that was interrupted here
+        path.unlink(missing_ok=True)  # a run that was interrupted here left it
         linears = set(vision_linears(self.vision))
         rows = [row for row in report.linears if row.linear in linears]
         if not rows:

@@ -13,7 +13,7 @@ from build.sources.source import Read
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One layer, or what stands before or behind the layers.
+    """One layer, or what stands before or after the layers.
 
     reads: published names, in the order `run` reads them. writes: (file, tensor) pairs. states:
     what the next unit finds on disk, if samples run. `run` returns what the journal keeps.

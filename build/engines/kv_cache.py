@@ -46,8 +46,8 @@ def choose_kv_cache(
 
 
 def _own_scales(config: CheckpointConfig, checkpoint_dir: Path) -> tuple[tuple[float, float], ...]:
-    """Of every layer's K and V, by the amax that calibration saw. Q's counts for nothing: decoder
-    torch does not quantise it."""
+    """Scales of every layer's K and V, by the amax that calibration saw. Q's counts for nothing:
+    decoder torch does not quantise it."""
     path = checkpoint_dir / layout.REPORT
     try:
         amax = dict(_amax_of_layers(read_json_object(path)))

@@ -1,6 +1,6 @@
 """An FP8 linear as ONNX states it: QuantizeLinear and DequantizeLinear around a product.
 
-TensorRT turns DQ(weight), DQ(Q(x)) and the MatMul behind them into one FP8 GEMM; TensorRT-LLM's
+TensorRT turns DQ(weight), DQ(Q(x)) and the MatMul after them into one FP8 GEMM; TensorRT-LLM's
 FP8Linear (tensorrt_llm/quantization/layers.py) makes the same pattern where it uses no plugin.
 ONNX's QuantizeLinear saturates, so it is the numerics contract's e4m3(clamp(x / s_a)).
 """
@@ -44,7 +44,7 @@ class QdqLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         symbolic = torch.onnx.ops.symbolic
-        zero = torch.zeros((), dtype=fp8.E4M3)  # tells the type to quantise to
+        zero = torch.zeros((), dtype=fp8.E4M3)  # names the type to quantise to
         quantised = symbolic(
             "QuantizeLinear", [x, self.activation_scale, zero], dtype=fp8.E4M3, shape=x.shape
         )

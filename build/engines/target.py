@@ -139,7 +139,7 @@ def require_used(flag: str, decoder: Decoder, vision: Vision) -> None:
 def choose_precision(
     checkpoint: VisionCheckpoint, asked: str | None, vision: Vision, quant_algo: str | None
 ) -> str:
-    """quant_algo: the decoder's. Raises `UserError` for a precision that the checkpoint lacks."""
+    """quant_algo: the decoder's. Raises `UserError` for a precision that vision cannot have."""
     if vision == "onnxruntime" and asked not in (None, *ONNX_PRECISIONS):
         raise UserError(
             f"--vision_precision {asked} is not for --vision onnxruntime, expected "
@@ -159,7 +159,7 @@ def choose_precision(
 
 
 def require_precision(vision: Vision, precision: str, capability: str) -> None:
-    """Raises `UserError` where a GPU of this compute capability, as "8.9", lacks `precision`."""
+    """Raises `UserError` where a GPU of this compute capability, as "8.9", has no `precision`."""
     found = tuple(map(int, capability.split(".")))
     least = _LEAST_CAPABILITY.get(precision, (0, 0))
     if found >= least:

@@ -99,8 +99,8 @@ class CheckpointSource:
         return whole[: self.config.decoder.vocab_size] if layer is None else whole
 
     def scales(self, layer: int) -> dict[str, LinearScales]:
-        """Of the layer's quantised linears, by their names in `DECODER_LINEARS`: what their
-        weights were quantised with."""
+        """The scales that the layer's linears were quantised with, by their names in
+        `DECODER_LINEARS`; linears that stay unquantised have none."""
         mapping, reader = self._holders(ENGINE_LAYER_TENSORS[0], layer)[0]
         found = {}
         for linear in DECODER_LINEARS:
@@ -111,7 +111,7 @@ class CheckpointSource:
         return found
 
     def vision_scales(self, number_format: NumberFormat) -> dict[str, LinearScales]:
-        """Of the ViT's linears, by full name; none for an unquantised format."""
+        """The scales of the ViT's linears, by full name; none for an unquantised format."""
         return self._vision_checkpoint.read_scales(number_format)
 
     def attention(self, layer: int) -> AttentionReport:

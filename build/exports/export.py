@@ -47,7 +47,7 @@ def export(
     overwrite: bool = False,
     buffers: Buffers = DEFAULT_BUFFERS,
 ) -> None:
-    """`output_dir` appears whole or not at all, and an interrupted run is gone on with."""
+    """`output_dir` appears whole or not at all, and the next run resumes an interrupted one."""
     made_from = _made_from(source, output_format)
     versions = {"code": code_digest(), "torch": torch.__version__}
     journal_of = partial(Journal.open, made_from={**made_from, "versions": versions})

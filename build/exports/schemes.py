@@ -26,7 +26,7 @@ class Quantised:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A format. key_scale, value_scale and query_scale stand behind the layer's `self_attn.`.
+    """A format. key_scale, value_scale and query_scale stand after the layer's `self_attn.`.
 
     config: `quantization_config` of config.json. files: further JSON files, by name. scale_shape:
     of every scale. holds_vision: whether its readers take quantised linears of the ViT.

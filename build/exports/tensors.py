@@ -1,7 +1,7 @@
 """The tensors of an export, by the name, type and shape that its readers ask for, and their files.
 
 Names are the published ones: q, k and v stay apart, gate and up too. A linear's scales follow its
-weight. With text alone the names begin behind `language_model.`.
+weight. With text alone the names begin after `language_model.`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Everything is written to `<name>.partial` beside it and renamed at the end, after the manifest, so
 a process killed at any moment leaves nothing that looks finished. A stale `.partial` of ours is
-gone on with or cleared by the next run (a marker tells ours from a user's); a lock keeps two runs
+resumed or cleared by the next run (a marker shows that it is not a user's); a lock keeps two runs
 apart. Hidden files in it are scaffolding and go before it gets its name.
 """
 
@@ -43,7 +43,7 @@ class OutputPlace:
 
     @property
     def final(self) -> Path:
-        """Behind a link, which stays."""
+        """The folder that a link leads to; the link stays."""
         return Path(os.path.realpath(self.path))
 
     @property
@@ -164,7 +164,7 @@ def _clear(staging: Path) -> None:
 
 
 def _no_room(place: OutputPlace, error: OSError) -> UserError | None:
-    """What to tell of a full disk, or of a file larger than may be; None for other errors."""
+    """The error to raise for a full disk or too large a file; None for other errors."""
     is_full, is_too_large = error.errno in _NO_SPACE, error.errno == errno.EFBIG
     if error.errno is None:  # numpy's writer, for one, does not say so
         is_full = shutil.disk_usage(place.staging).free < _LITTLE_SPACE_BYTES
@@ -183,7 +183,7 @@ def _no_room(place: OutputPlace, error: OSError) -> UserError | None:
 def _check_free_space(place: OutputPlace, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(place.staging).free
     files = [path for path in place.staging.rglob("*") if path.is_file()]
-    needed_bytes -= sum(512 * path.stat().st_blocks for path in files)  # of an earlier run
+    needed_bytes -= sum(512 * path.stat().st_blocks for path in files)  # an earlier run wrote them
     if needed_bytes > free_bytes:
         raise UserError(
             f"{place.name} needs {_told(needed_bytes)} but its disk has {_told(free_bytes)} free; "

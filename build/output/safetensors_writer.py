@@ -27,7 +27,7 @@ class SafetensorsWriter:
     """Writes a file whose tensors are known by name and shape beforehand, block by block.
 
     The whole file is allocated at once, so a full disk is found before any work is done. Given
-    `finished` (names that an earlier run wrote and synced) the existing file is gone on with. Peak
+    `finished` (names that an earlier run wrote and synced) the existing file is continued. Peak
     memory: the block being written. `OSError` passes through for the caller to explain.
 
     Written in the given order, the file's SHA-256 costs no second reading.

@@ -24,7 +24,7 @@ def generate(
     defaults: GenerationRequest,
     file: ResultsFile,
 ) -> list[str]:
-    """Answers what `file` lacks; returns what failed, a sentence for each sample."""
+    """Answers what is missing from `file`; returns what failed, a sentence for each sample."""
     todo = [sample for sample in samples if sample.id not in file.finished]
     failures = []
     requests = [sample_request(task, sample, defaults) for sample in todo]

@@ -24,19 +24,43 @@ _ONLY_OF_TASKS = {"split": ("MMMU", "MathVista"), "num_frames": ("VideoMME",)}
 
 def add_flags(parser: ArgumentParser) -> None:
     add_engine_flags(parser)
-    add = parser.add_argument
-    add("--task", required=True, action="once", help=f"one of {', '.join(TASKS)}")
-    add("--input_image_path", type=Path, metavar="DIR", help="its images, videos or parquet files")
-    add("--gt_path", type=Path, nargs="+", default=[], metavar="FILE", help="its questions")
-    add("--output_path", type=Path, metavar="PREFIX", help="of the files of answers")
-    add("--num_partitions", type=natural_int, help="share the records among this many processes")
-    add("--partition_id", type=natural_int, help="which share this is, from 0")
-    add("--num_samples_per_partition", type=positive_int, help="take so many instead of a share")
-    add("--split", help="of MMMU, MathVista and copies from the hub (defaults: docs/evaluation.md)")
+    add = parser.add_argument_group("benchmark").add_argument
+    add("--task", required=True, action="once", help=f"benchmark: one of {', '.join(TASKS)}")
+    add(
+        "--input_image_path",
+        type=Path,
+        metavar="DIR",
+        help="folder of the benchmark's images, videos or parquet files",
+    )
+    add(
+        "--gt_path",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files of the benchmark's questions",
+    )
+    add(
+        "--split",
+        help="split to ask, for MMMU, MathVista and copies from the hub (defaults: "
+        "docs/evaluation.md)",
+    )
     add(
         "--num_frames",
         type=positive_int,
-        help=f"of a video (default {DEFAULT_NUM_FRAMES}), at most the engine's --max_num_images",
+        metavar="N",
+        help=f"frames of each video (default: {DEFAULT_NUM_FRAMES}), at most the engine's "
+        "--max_num_images",
+    )
+    add("--output_path", type=Path, metavar="PREFIX", help="how the files of answers begin")
+    add = parser.add_argument_group("shares", "Several processes answer a benchmark.").add_argument
+    add("--num_partitions", type=natural_int, metavar="N", help="number of shares of the records")
+    add("--partition_id", type=natural_int, metavar="N", help="the share to answer, from 0")
+    add(
+        "--num_samples_per_partition",
+        type=positive_int,
+        metavar="N",
+        help="answer this number of records instead of a whole share",
     )
     add_request_flags(parser, prompt_format="megatron", max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
 

@@ -8,7 +8,7 @@ from nvlm.program.errors import UserError
 def partition_bounds(
     num_records: int, num_partitions: int, partition_id: int, num_samples_per_partition: int = 0
 ) -> tuple[int, int]:
-    """First record and the one behind the last. 0 partitions: everything, as one.
+    """The first record and the one after the last. 0 partitions: everything, as one.
 
     Without `num_samples_per_partition` the records are shared out evenly
     (examples/multimodal/evaluation/evaluation_datasets.py, _get_partition_bounds).

@@ -1,6 +1,6 @@
 """The answers of one partition while they are made: a line each, as they come.
 
-A run that was stopped is gone on with: whole lines stay, the beginning of one that a killed
+A run that was stopped is resumed: whole lines stay, the beginning of one that a killed
 process left is cut off, and samples that failed are asked again.
 """
 

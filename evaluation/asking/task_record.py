@@ -128,11 +128,11 @@ class TaskRecord:
     num_records: int = 0
     # Records of this partition that were no samples.
     num_bad_records: int = 0
-    # Parts that this copy of the data set lacks, whose records nobody can count.
+    # Parts that are missing from this copy of the data set: nobody can count their records.
     num_missing_parts: int = 0
     # The digest of the checkpoint that the engine was built from.
     checkpoint: str = ""
-    # Of the last run that wrote into the file, as 2026-11-30.
+    # Day of the last run that wrote into the file, as 2026-11-30.
     date: str = ""
 
     @classmethod
@@ -162,7 +162,7 @@ class TaskRecord:
     def decisive(self) -> dict[str, Any]:
         """What answers in one file, or in one score, have in common.
 
-        Of the questions it has only the files' names: the data set may move.
+        It names the questions' files without their folder: the data set may move.
         """
         names = [Path(path).name for path in self.data["gt_path"]]
         run = RunRecord(self.engine, self.settings)

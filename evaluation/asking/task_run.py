@@ -100,7 +100,7 @@ class TaskRun:
         )
 
     def check(self, engine: EngineDir) -> None:
-        """All that `run` would refuse, before minutes go into loading the engine; tells what of the
+        """Refuses all that `run` would, before minutes go into loading the engine; logs what of the
         data set is no sample on stderr."""
         self._check_limits(engine)
         record = self._record(engine)
@@ -121,7 +121,7 @@ class TaskRun:
             )
 
     def run(self, runner: Runner) -> int:
-        """Answers what is not answered yet, tells what failed on stderr and returns how many, with
+        """Answers what is not answered yet, logs what failed to stderr and returns how many, with
         what is no sample."""
         path = answers_path(self.output_path, self.task, self.partition_id)
         samples, problems = self.data.samples, self.data.problems
@@ -193,7 +193,7 @@ class TaskRun:
         )
 
     def _require_same(self, file: ResultsFile, path: Path, record: TaskRecord) -> None:
-        """Refuses to go on with answers that something else made."""
+        """Refuses to resume answers that something else made."""
         if not file.finished:
             return
         place = record_path(path)
@@ -209,7 +209,7 @@ class TaskRun:
     def _require_same_samples(
         self, path: Path, file: ResultsFile, earlier: TaskRecord, record: TaskRecord
     ) -> None:
-        """Refuses to go on where an answered sample is no longer what it was: another data set
+        """Refuses to resume where an answered sample is no longer what it was: another data set
         under the same names."""
         for sample in self.data.samples:
             if sample.id not in file.finished:
@@ -228,7 +228,7 @@ class TaskRun:
 
 
 def _require_an_image(data: DataSet, location: Location) -> None:
-    """One that is missing is told with its sample; where all are, the folder is another."""
+    """Names a missing one with its sample; where all are missing, the folder is another."""
     files = [file for sample in data.samples for file in sample.files]
     if files and not any(map(os.path.exists, files)):
         raise UserError(

@@ -31,7 +31,7 @@ def read_mmmu_answers(location: Location) -> dict[str, Record]:
     """id -> question_type and ground_truth, as in the MMMU repository's answer_dict_val.json."""
     answers = {}
     for _, record in _records(location)[0]:
-        with contextlib.suppress(RecordError):  # an answer without a truth is told by its id
+        with contextlib.suppress(RecordError):  # an answer without a truth is named by its id
             answers[field(record, "id", str)] = {
                 "question_type": field(record, "question_type", str),
                 "ground_truth": _ground_truth(record),

@@ -105,12 +105,12 @@ def _realworld_question(record: Record) -> tuple[str, str]:
 
 
 def _list_or_lines(path: Path) -> list[tuple[str, Record]]:
-    """A file of JSON lines is told by its first character."""
+    """Recognises a file of JSON lines by its first character."""
     try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             is_lines = file.read(4096).lstrip().startswith("{")
     except OSError:
-        is_lines = False  # told by the reader
+        is_lines = False  # the reader reports it
     return json_lines(path) if is_lines else json_list(path)
 
 

@@ -1,7 +1,7 @@
 """How each task asks: the wording of Megatron-LM's branch NVLM-1.0, which the card was made with.
 
 Every task has the system message "Answer the questions." (nvlm.inputs.prompt.DEFAULT_SYSTEM). Tasks
-that the branch lacks (SPDocVQA, InfoVQA) are asked as its other short-answer tasks.
+that are not in the branch (SPDocVQA, InfoVQA) are asked as its other short-answer tasks.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ INFO_VQA = Keys(
 
 
 def read_questions(location: Location, keys: Keys) -> DataSet:
-    """Several files are one data set, one behind the other (ChartQA: human and augmented)."""
+    """Several files are one data set, one after the other (ChartQA: human and augmented)."""
     if (packed := packed_records(location, keys.packing, keys.task)) is not None:
         return _samples(packed[0], location.image_dir, keys, packed[1])
     records = [record for path in location.gt_paths for record in json_list(path, "data")]
@@ -199,7 +199,7 @@ def find_image(image_dir: Path, record: Record, key: str) -> ImageSource:
     last part of the name, where the pictures lie in one folder. Raises `RecordError` for a name
     that no file can have."""
     if isinstance(record, dict) and callable(picture := record.get(key)):
-        return picture  # of a packed row
+        return picture  # a packed row's
     name = str(field(record, key, (str, int)))
     names = [f"{name}{suffix}" for suffix in ("", ".jpg", ".png")]
     paths = [named_file(image_dir, {key: name}, key) for name in names]

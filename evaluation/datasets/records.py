@@ -1,4 +1,4 @@
-"""JSON records of a ground-truth file, each read on its own: a bad one is named, the rest go on."""
+"""JSON records of a ground-truth file, each read on its own: a bad one is named alone."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class DataSet:
     """`records`: what each record of the ground truth became, by position: samples, or sentences
-    that say why it is none. `incomplete`: a sentence for each part that the copy of the benchmark
-    lacks, whose records nobody can count."""
+    that say why it is none. `incomplete`: a sentence for each part that is missing from the
+    copy of the benchmark: nobody can count its records."""
 
     records: list[list[Sample | str]]
     incomplete: list[str] = field(default_factory=list)

@@ -50,12 +50,12 @@ def _frames(path: Path, where: str, num_frames: int) -> tuple[Pixels, ...]:
 @dataclass(frozen=True, slots=True)
 class Packets:
     """`number` is nearly always that of the frames. `times`: of the frames in the order of showing;
-    empty where the packets do not tell. `keys`: those of the key frames."""
+    empty where the packets do not say. `keys`: those of the key frames."""
 
     number: int
     times: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
-    frame_bytes: int = 0  # of a frame as RGB
+    frame_bytes: int = 0  # bytes of a frame as RGB
 
 
 def _spaced(number: int, num_frames: int) -> list[int]:
@@ -84,10 +84,10 @@ def _packets(path: Path) -> Packets:
 
 def _seek(path: Path, packets: Packets, wanted: list[int]) -> dict[int, Pixels] | None:
     """The pixels of these frames, or None where the decoder's frames are not the packets', or there
-    are none behind a jump."""
+    are none after a jump."""
     try:
         return _jump(path, packets, wanted)
-    except (OSError, ValueError):  # what the whole video has wrong is told by decoding it
+    except (OSError, ValueError):  # decoding it reports what is wrong with the video
         return None
 
 

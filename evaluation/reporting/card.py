@@ -26,7 +26,7 @@ class Table:
 
 
 def card_table(runs: Sequence[tuple[str, Mapping[str, float]]]) -> Table:
-    """(name, task -> score) of each run; tasks that the card lacks get a column behind its own."""
+    """runs: (name, task -> score) of each. Tasks that are not on the card get columns after its."""
     card = _card()
     in_card = [task for _, task, _ in card["columns"]]
     others = [t for t in TASKS if t not in in_card and any(t in scores for _, scores in runs)]

@@ -2,7 +2,7 @@
 
 Megatron-LM numbers samples without an id of their own (ChartQA, OCRBench) within a partition, so
 its files of several partitions use the same ids for different samples. Their places in the whole
-data set follow where every partition is there and complete; else they cannot be told apart.
+data set follow where every partition is there and complete; else they cannot be distinguished.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def paired_test(gains: Floats, largest: float) -> PairedTest:
 class _SignFlips:
     """The sum of gains whose signs are drawn anew: every signing of a few, 99,999 of many.
 
-    Of n equal gains only the number of pluses counts, which is binomial. A signing's sum of
+    Among n equal gains only the number of pluses counts, which is binomial. A signing's sum of
     (gain - shift) is its sum of gains less shift times its sum of signs, so one set of draws
     serves every shift.
     """

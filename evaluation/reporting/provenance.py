@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from evaluation.asking.answer_lines import FINISH_REASON
 from evaluation.reporting.results import Results
 
-_DIGITS = 8  # of a digest
+_DIGITS = 8  # digits of a digest
 
 
 def made_by(results: Results) -> list[tuple[str, str]]:

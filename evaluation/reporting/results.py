@@ -80,7 +80,7 @@ def _lines(path: Path, flag: str) -> list[tuple[int, bytes]]:
 
 
 def _missing(prefix: Path, task: Task, records: list[TaskRecord], num_lines: int) -> list[str]:
-    """Partitions and samples that the records promise and the files lack."""
+    """Partitions and samples that the records promise and that are missing from the files."""
     if not records:
         return []
     found = {record.partition_id for record in records}

@@ -33,21 +33,25 @@ DEFAULT_GALLERY_SIZE = 12
 
 def add_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--task", nargs="+", help=f"of {', '.join(TASKS)}; without it all that the prefix has")
+    add(
+        "--task",
+        nargs="+",
+        help=f"benchmarks to score, of {', '.join(TASKS)} (default: all that --input_path has)",
+    )
     add(
         "--input_path",
         type=Path,
         action="once",
         required=True,
         metavar="PREFIX",
-        help="--output_path of `generate`",
+        help="how the files of answers begin: --output_path of `generate`",
     )
     add(
         "--gt_path",
         type=Path,
         action="once",
         metavar="FILE",
-        help="answers of MMMU, captions of captioning; all questions of VQAv2's submission",
+        help="answers of MMMU, captions of captioning, or all questions for VQAv2's submission",
     )
     add(
         "--compare",
@@ -56,16 +60,21 @@ def add_flags(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PREFIX",
-        help="other runs: what changed, and is it chance",
+        help="how the answers of other runs begin: report what changed, and whether by chance",
     )
-    add("--report_dir", type=Path, metavar="DIR", help="write report.md and report.html there")
+    add("--report_dir", type=Path, metavar="DIR", help="folder for report.md and report.html")
     add(
         "--gallery_size",
         type=natural_int,
         default=DEFAULT_GALLERY_SIZE,
-        help="samples of each task in the report, with their images",
+        help="samples of each task that the report shows with their images",
     )
-    add("--input_image_path", type=Path, metavar="DIR", help="the images, if they moved")
+    add(
+        "--input_image_path",
+        type=Path,
+        metavar="DIR",
+        help="folder of the images, where they moved since they were asked about",
+    )
     add("--json", action="store_true", help="print one JSON object instead of Markdown")
 
 

@@ -36,7 +36,7 @@ def score_mathvista(lines: dict[SampleId, Line], _: Truth) -> TaskScore:
 
 
 def two_decimals(text: str) -> str:
-    """Decimals are cut behind the second; zeros alone go, and so do % and a last period."""
+    """Cuts decimals after the second; zeros alone go, and so do % and a last period."""
     if match := _DECIMAL.fullmatch(text):
         whole, decimals = match.groups()
         text = f"{whole}.{decimals[:2]}" if int(decimals) else whole
@@ -44,7 +44,7 @@ def two_decimals(text: str) -> str:
 
 
 def announced_number(text: str) -> str:
-    """The number behind "answer is", if a sentence says so."""
+    """The number after "answer is", if a sentence says so."""
     if "e+" not in text and (match := _ANNOUNCED.search(text)):
         return match[1]
     return text

@@ -34,7 +34,7 @@ def is_right(prediction: str, truth: str | list[str]) -> bool:
 
 
 def _candidates(response: str) -> list[Value]:
-    """The ends of the lines behind words that announce an answer, and the numbers in them."""
+    """The ends of the lines after words that announce an answer, and the numbers in them."""
     phrases = _key_phrases(response.strip().strip(".").lower())
     numbers = [match for phrase in phrases for p in _NUMBERS for match in p.findall(phrase)]
     return [value for text in (*phrases, *numbers) for value in _normalize(text)]
@@ -54,7 +54,7 @@ def _key_phrases(response: str) -> list[str]:
 
 
 def _shortest(ends: list[str]) -> str:
-    """The first of the shortest; an empty one gives way to what comes behind it."""
+    """The first of the shortest; an empty one gives way to what comes after it."""
     best = ""
     for end in ends:
         if not best or len(end) < len(best):

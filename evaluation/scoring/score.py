@@ -33,7 +33,7 @@ class TaskScore:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What the answer lines lack: MMMU's answers by id, the captions' annotation file."""
+    """What the answer lines do not have: MMMU's answers by id, the captions' annotation file."""
 
     answers: dict[str, Any] = field(default_factory=dict)
 

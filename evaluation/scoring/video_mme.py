@@ -8,7 +8,7 @@ from collections import defaultdict
 from evaluation.datasets.sample import SampleId
 from evaluation.scoring.score import Line, SampleScore, TaskScore, Truth, mean_percent
 
-# What may announce the letter holds capitals itself. As the reference: its list lacks two commas.
+# What may announce the letter holds capitals itself. The reference's list misses two commas too.
 _ANNOUNCEMENTS = (
     "The best answer is",
     "The correct answer is",

@@ -17,7 +17,7 @@ _HEADER = "nvlm-closed"
 
 def closing_flags(open_apis: Collection[str] = ()) -> list[str]:
     """Flags of tritonserver. Triton lets in who knows the value of a header: it is drawn anew and
-    told to nobody, and ends with a newline, which no header can hold, since `ps` shows it."""
+    given to nobody, and ends with a newline, which no header can hold, since `ps` shows it."""
     closed = ",".join(api for api in CLOSED_APIS if api not in open_apis)
     if not closed:
         return []

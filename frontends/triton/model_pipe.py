@@ -1,6 +1,6 @@
 """The other end of what a model's process says of itself (models/heartbeat.py).
 
-Triton goes on without a model's process, and its health stays good. So each process holds a pipe
+Triton runs on without a model's process, and its health stays good. So each process holds a pipe
 with a name open, for writing: the system closes it with the process, and a line a second says that
 it is not stopped.
 """
@@ -23,7 +23,7 @@ _READ_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Why a server cannot go on. `is_mistake`: of the user, which starting again does not heal.
+    """Why a server must end. `is_mistake`: the user's, which starting again does not fix.
     `is_answered`: whatever was in flight was answered with it."""
 
     told: str
@@ -40,7 +40,7 @@ class ModelPipe:
         os.mkfifo(self.path, 0o600)
         self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
         self._received = b""
-        self._pid: int | None = None  # of who writes, once it has said so
+        self._pid: int | None = None  # pid of the process that writes, once it has sent it
         self._has_left = False
         self._silent_s = 0.0
 

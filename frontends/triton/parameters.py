@@ -19,19 +19,19 @@ _TRITONS_PREFIX = "triton_"
 _SHOWN_CHARACTERS = 100
 
 _OTHER_WORDS = {
-    # Of pictures
+    # pictures
     "image": "image_base64",
     "images": "image_base64",
     "image_data": "image_base64",
     "multi_modal_data": "image_base64",
     "image_url": "image_url_input",
-    # Of the question
+    # the question
     "prompt": "text_input",
     "question": "text_input",
     "text": "text_input",
     "inputs": "text_input",
     "system_prompt": "system",
-    # Of settings
+    # settings
     "max_new_tokens": "max_tokens",
     "max_length": "max_tokens",
     "max_output_len": "max_tokens",

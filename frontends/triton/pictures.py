@@ -39,7 +39,7 @@ def picture_in_url(url: bytes, name: str) -> bytes:
 
 
 def _pixels(tensors: Tensors) -> tuple[ImageSource, ...]:
-    """[1, n, H, W, 3] uint8; image_sizes_input [1, n, 2] tells (height, width) before padding."""
+    """[1, n, H, W, 3] uint8; image_sizes_input [1, n, 2] has (height, width) before padding."""
     images = tensors["image_bytes_input"][0]
     sizes = tensors.get("image_sizes_input")
     if sizes is None or not sizes.size:

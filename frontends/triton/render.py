@@ -1,7 +1,7 @@
 """From an engine directory to a model repository that Triton serves.
 
 One set of templates, two forms: `torch` runs vision and decoder in the process of `nvlm`;
-`tensorrt_llm` has them behind the models `vision` and `tensorrt_llm` (the C++ backend).
+`tensorrt_llm` has them in the models `vision` and `tensorrt_llm` (the C++ backend).
 """
 
 from __future__ import annotations

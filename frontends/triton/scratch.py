@@ -70,7 +70,7 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def remove_regions(prefix: str) -> None:
-    """Of a server that has ended."""
+    """Removes the shared memory of a server that has ended."""
     if _REGIONS.fullmatch(prefix):
         for region in _SHARED.glob(f"{prefix}*"):
             region.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Serves an engine directory with Triton Inference Server until it is told to stop.
+"""Serves an engine directory with Triton Inference Server until it is asked to stop.
 
 python -m frontends.triton.serve --engine_dir D [--http_port N --grpc_port N --metrics_port N]
 """
@@ -29,31 +29,64 @@ _ANSWERED_S = 5.0  # for answers on their way to clients
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser((__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
+    group = parser.add_argument_group
+    add = group("engine").add_argument
     add("--engine_dir", type=Path, required=True, help="made by build_engine.py")
-    add("--form", choices=("auto", "torch", "tensorrt_llm"), default="auto", help="of the models")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--address", default="127.0.0.1", help="to listen on; 0.0.0.0 is every network")
-    add("--http_port", type=positive_int, default=8000)
-    add("--grpc_port", type=positive_int, default=8001)
-    add("--metrics_port", type=positive_int, default=8002)
-    add("--max_queue_size", type=positive_int, default=64, help="requests beside the batch's")
-    add("--num_threads", type=positive_int, help="of each model's torch (default: its own choice)")
-    add("--unary", action="store_true", help="one response a request: no streaming")
-    add("--log_file", type=Path, help="the server's log, appended (default: a temporary file)")
-    add("--startup_timeout_s", type=positive_float, default=900.0)
-    add("--restart", action="store_true", help="start again where a part of the server died")
     add(
-        "--hang_after_s",
-        type=positive_float,
-        help="without progress a part hangs (default: what its work never takes, by the plan)",
+        "--form",
+        choices=("auto", "torch", "tensorrt_llm"),
+        default="auto",
+        help="models of the repository; auto: those of the engine's decoder",
     )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the engine runs; auto: the GPU, if there is one",
+    )
+    add(
+        "--num_threads",
+        type=positive_int,
+        metavar="N",
+        help="torch's CPU threads in each model (default: torch's choice)",
+    )
+    add = group("clients").add_argument
+    add("--address", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network")
+    add("--http_port", type=positive_int, default=8000, metavar="PORT", help="port for HTTP")
+    add("--grpc_port", type=positive_int, default=8001, metavar="PORT", help="port for gRPC")
+    add("--metrics_port", type=positive_int, default=8002, metavar="PORT", help="port for metrics")
+    add(
+        "--max_queue_size",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="requests that may wait, beside those in the batch",
+    )
+    add("--unary", action="store_true", help="one response a request: no streaming")
     add(
         "--open_api",
         nargs="+",
         choices=CLOSED_APIS,
         default=[],
-        help="Triton's APIs that clients may call, beside asking",
+        metavar="API",
+        help=f"Triton's APIs that clients may call beside asking, of {', '.join(CLOSED_APIS)}",
+    )
+    add = group("operation").add_argument
+    add("--log_file", type=Path, help="file to append the log to (default: a temporary file)")
+    add(
+        "--startup_timeout_s",
+        type=positive_float,
+        default=900.0,
+        metavar="SECONDS",
+        help="longest wait until the server has answered a question",
+    )
+    add("--restart", action="store_true", help="start again where a part of the server died")
+    add(
+        "--hang_after_s",
+        type=positive_float,
+        metavar="SECONDS",
+        help="a part without progress for so long hangs (default: what its work never takes, by "
+        "the plan)",
     )
     return parser
 
@@ -97,7 +130,7 @@ def main() -> int:
 def _serve(
     engine: EngineDir, options: ServeOptions, ports: Ports, arguments: argparse.Namespace
 ) -> tuple[End, Path]:
-    """Until the server cannot go on; then why, and its log."""
+    """Waits until the server must end; returns why, and its log."""
     world_size, log = engine.checkpoint_config.world_size, arguments.log_file
     with scratch_folder() as made, ExitStack() as pipes:
         scratch = made.path

@@ -24,12 +24,12 @@ from frontends.triton.program import Program, find_program
 from nvlm.program.errors import UserError
 from nvlm.program.signal_names import how_it_ended
 
-EXIT_TIMEOUT_S = 20  # for requests under way
+EXIT_TIMEOUT_S = 20  # for requests in flight
 STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 20.0
 LOOK_S = 0.5
 # Whether tritonserver itself is alive: asked so often, and given up after so many in a row.
 _ASK_S, _ASK_TIMEOUT_S, _MOST_UNHEARD = 10.0, 2.0, 6
-_FRAME = re.compile(r"\s*\d+# ")  # of the stack that a dying tritonserver prints
+_FRAME = re.compile(r"\s*\d+# ")  # a line of the stack that a dying tritonserver prints
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +218,12 @@ class TritonServer:
         return end
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
-        """Ends requests under way, then the server; kills what takes too long or outlives it."""
+        """Ends requests in flight, then the server; kills what takes too long or outlives it."""
         with suppress(subprocess.TimeoutExpired):
             if self.process.poll() is None and timeout_s:
                 self.process.send_signal(signal.SIGTERM)
             self.process.wait(timeout_s)
-        with suppress(ProcessLookupError):  # a server that dies leaves its backends behind
+        with suppress(ProcessLookupError):  # the backends of a server that dies live on
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for region in self._regions():

@@ -36,7 +36,7 @@ def digest_of(root: Path) -> str:
 
     `root` is the folder that holds both. A module's digest covers those of its imports, and imports
     may form a circle. So every module starts with the digest of its own text, and each round adds
-    the digests of its imports. The rounds end when one tells no more modules apart than the last.
+    the digests of its imports. The rounds end when one distinguishes no more modules than the last.
     """
     paths = {
         _module_name(path.relative_to(root)): path

@@ -15,7 +15,7 @@ from nvlm.program.errors import UserError
 
 DEFAULT_BYTES = 600_000_000
 DEFAULT_PIXELS = 178_956_970
-"""Where Pillow refuses a picture unless it is told otherwise."""
+"""Where Pillow refuses a picture by default."""
 
 BYTES_PER_PIXEL = 4
 """Pillow keeps colours so."""

@@ -1,4 +1,4 @@
-"""What decoding a picture takes in memory, told from its header: pixels, and what the decoder
+"""What decoding a picture takes in memory, by its header: pixels, and what the decoder
 keeps beside them. tests/inputs/test_picture_budget.py measures each format against it."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FRAME_BESIDE = {"PNG": 8, "GIF": 12}
 """More for a frame after the first: what was below it, and what it is laid on."""
 
 _JPEG_2000_BAND = 6  # OpenJPEG's integers of 4 bytes, and their rows
-_COEFFICIENT = 2  # of a progressive JPEG, which libjpeg keeps whole
+_COEFFICIENT = 2  # bytes a coefficient of a progressive JPEG; libjpeg keeps all
 _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 278, 322, 323  # TIFF 6.0
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _ORIENTATION = 258, 277, 274
 

@@ -69,7 +69,7 @@ class PillowPages:
 
     @property
     def number(self) -> int:
-        """Of pages or frames. Where the file is damaged after its first, that one counts."""
+        """The number of pages or frames; 1 where the file is damaged after its first."""
         if self._image.format in _ONE_PICTURE:
             return 1
         try:

@@ -1,7 +1,7 @@
 """The ChatML prompt around a conversation and its images, as token ids.
 
 Two published forms: `hf` (modeling_nvlm_d.py, conversation.py) and `megatron` (Megatron-LM
-examples/multimodal, prompt format qwen2p0). They differ in the newline behind <|im_end|> and in
+examples/multimodal, prompt format qwen2p0). They differ in the newline after <|im_end|> and in
 whether a tile tag is tokenised together with the text before it. `raw` is the content alone,
 without a template.
 
@@ -25,7 +25,7 @@ IMAGE_MARK = "<image>"
 """Stands for the next image in a string that is asked; it never reaches the model."""
 THUMBNAIL_TAG = "<tile_global_thumbnail>"
 
-# (newline behind <|im_end|>, tags tokenised apart from the text before them)
+# (newline after <|im_end|>, tags tokenised apart from the text before them)
 _FORMATS: dict[PromptFormat, tuple[str, bool]] = {
     "hf": ("", False),
     "megatron": ("\n", True),

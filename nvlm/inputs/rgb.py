@@ -41,7 +41,7 @@ def rgb_of(
     `where` names the image in messages. Raises `UserError` for values of no known range.
     """
     if image.mode in _WIDE_MODES:
-        key = image.info.get("transparency")  # of a greyscale PNG: the value that is see-through
+        key = image.info.get("transparency")  # a greyscale PNG's see-through value
         key = key if on_white and isinstance(key, int) else None
         return partial(_from_wide_grey, most=_most(image, where), key=key)
     if on_white and image.has_transparency_data:

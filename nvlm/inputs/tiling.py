@@ -90,7 +90,7 @@ class Tiler:
         return scaling_bytes(width, height, *sides) + tiled
 
     def _sides(self, grid: Grid) -> list[tuple[int, int]]:
-        """Of the stretched picture and, beside several tiles, of the thumbnail."""
+        """Sides of the stretched picture and, beside several tiles, of the thumbnail, in pixels."""
         columns, rows = grid
         size = self.image_size
         thumbnail = [(size, size)] if columns * rows > 1 else []

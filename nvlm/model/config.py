@@ -33,9 +33,9 @@ def exact_div(dividend: int, divisor: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """InternViT and the projector behind it.
+    """InternViT and the projector after it.
 
-    `num_attention_heads` counts real heads; `num_dummy_heads` zero heads are stored behind them.
+    `num_attention_heads` counts real heads; `num_dummy_heads` zero heads are stored after them.
     """
 
     hidden_size: int

@@ -1,6 +1,6 @@
 """One Qwen2 decoder layer and the pieces around it, over flat token rows.
 
-Rows of several requests lie behind one another: [num_tokens, hidden_size]. Attention itself is
+Rows of several requests lie one after another: [num_tokens, hidden_size]. Attention itself is
 passed in (`Attention`), so the layer knows neither caches nor batches; calibration and the runtime
 share it. Names follow the TensorRT-LLM checkpoint. Formulas: Qwen2 technical report
 (arXiv 2407.10671); RMSNorm arXiv 1910.07467; RoPE arXiv 2104.09864; SwiGLU arXiv 2002.05202.

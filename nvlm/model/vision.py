@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
     """float32 inside, cast to x's dtype, then times the weight (InternRMSNorm's order).
 
     `num_real_channels` gives the channels the variance is taken over: all heads together and real
-    ones only, so zero dummy heads behind them do not dilute it.
+    ones only, so zero dummy heads after them do not dilute it.
     """
 
     def __init__(self, size: int, eps: float, num_real_channels: int | None = None) -> None:
@@ -103,7 +103,7 @@ def cut_patches(tiles: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 class Embeddings(nn.Module):
-    """Patches row by row behind the class token, plus learned positions."""
+    """Patches row by row after the class token, plus learned positions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from nvlm.model.number_formats import FP8, UNQUANTIZED
 _CAPABILITY = (9, 0)
 
 MAX_GRAPH_ROWS = 256
-"""Of the largest decode step that is a CUDA graph; larger batches run without."""
+"""Rows of the largest decode step that is a CUDA graph; larger batches run without one."""
 
 
 def has_kernels(device: torch.device) -> bool:

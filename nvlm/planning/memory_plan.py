@@ -1,4 +1,4 @@
-"""One memory plan behind every --dry_run and refusal: bytes of a checkpoint or engine."""
+"""The one memory plan of every --dry_run and refusal: bytes of a checkpoint or engine."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def calibration_bytes(
     config: CheckpointConfig, vision: VisionConfig, num_tiles: int, num_tokens: int
 ) -> int:
     """Disk that calibration takes while it runs: the samples' hidden states before a layer and
-    behind it."""
+    after it."""
     in_vision = 4 * num_tiles * vision.num_positions * vision.hidden_size
     embeddings = 4 * num_tiles * vision.tokens_per_tile * vision.output_size
     in_decoder = TORCH_DTYPES[config.dtype].itemsize * num_tokens * config.decoder.hidden_size

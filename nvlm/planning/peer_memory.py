@@ -14,8 +14,8 @@ from nvlm.planning.limits import EngineLimits
 
 MAX_RANKS = 8
 MAX_PROGRAMS = 128
-"""Of a kernel that waits for other ranks. Fewer than a Hopper GPU's multiprocessors: programs that
-wait are all there at once."""
+"""Programs of a kernel that waits for other ranks. A Hopper GPU has more multiprocessors, so all
+programs that wait run at once."""
 
 _ALIGNMENT = 256
 
@@ -60,5 +60,5 @@ def places(config: CheckpointConfig, limits: EngineLimits) -> dict[str, Place]:
 
 
 def peer_memory_bytes(config: CheckpointConfig, limits: EngineLimits) -> int:
-    """Of every rank."""
+    """Bytes of memory that every rank maps for the others."""
     return -(-places(config, limits)["flags"].end // _ALIGNMENT) * _ALIGNMENT

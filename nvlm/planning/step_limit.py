@@ -40,7 +40,7 @@ class StepLimit:
 
 
 def decoder_step_limit(config: CheckpointConfig, device: torch.device) -> StepLimit:
-    """Of one step of the decoder, by the number of tokens that it computes. Ranks share a CPU."""
+    """The limit of a decoder step, by the number of tokens that it computes. Ranks share a CPU."""
     if device.type == "cuda":
         return StepLimit(decoder_parameter_count(config), 0, _GPU_FLOPS_PER_S)
     num_parameters = config.world_size * decoder_parameter_count(config)
@@ -49,7 +49,7 @@ def decoder_step_limit(config: CheckpointConfig, device: torch.device) -> StepLi
 
 
 def vision_limit(config: VisionConfig, device: torch.device) -> StepLimit:
-    """Of encoding tiles, by their number of positions."""
+    """The limit of encoding tiles, by their number of positions."""
     num_parameters = vision_parameter_count(config)
     if device.type == "cuda":
         return StepLimit(num_parameters, 0, _GPU_FLOPS_PER_S)

@@ -99,7 +99,7 @@ def _gpu(machine: Machine) -> Lack | None:
 
 
 def _hopper(machine: Machine) -> Lack | None:
-    if machine.has_hopper or not machine.capabilities:  # of no GPU, `_gpu` tells
+    if machine.has_hopper or not machine.capabilities:  # `_gpu` reports no GPU
         return None
     found = ", ".join(machine.capabilities)
     return Lack(

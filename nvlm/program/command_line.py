@@ -7,7 +7,7 @@ import errno
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,7 +37,21 @@ _OTHER_WORDS = {
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults that are values; None and switches need none."""
+    """Names defaults that are values; None and switches need none. The usage line has the required
+    flags alone: the groups below it list all."""
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        actions = list(actions)
+        shown = [action for action in actions if action.required or not action.option_strings]
+        if len(actions) > len(shown) + 1:  # more than --help
+            shown.append(argparse.Action([], "flags", nargs="*", metavar="flags"))
+        super().add_usage(usage, shown, groups, prefix)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, []) or isinstance(action.default, Path):
@@ -121,7 +135,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
-        """argparse's own way from a word to a value, but a number is told what it should be."""
+        """argparse's own way from a word to a value; what is no number gets our own error."""
         try:
             return super()._get_value(action, text)
         except argparse.ArgumentError:

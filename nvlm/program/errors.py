@@ -26,9 +26,9 @@ def shown(value: object) -> str:
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us, told in one sentence.
+    """A mistake in what the user gave us, described in one sentence.
 
-    The message says what was found, what was expected and which flag or command mends it. Entry
+    The message says what was found, what was expected and which flag or command fixes it. Entry
     scripts print it on one line and exit with code 2. A picture's base64 is never repeated in it.
     A mistake of ours is an `assert` or any other exception and keeps its traceback.
     """
@@ -38,8 +38,8 @@ class UserError(Exception):
 
 
 class PartDiedError(RuntimeError):
-    """A part of a server ended or hangs, told in one sentence.
+    """A part of a server ended or hangs, described in one sentence.
 
-    Nobody's mistake, and nothing that the program can go on without: it answers what is in flight
+    Nobody's mistake, and the program cannot run without the part: it answers what is in flight
     with this, prints it on one line and exits with code 3. What broke has its traceback in the log.
     """

@@ -62,7 +62,7 @@ def write_text_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with suppress(OSError):  # of a folder that is not there
+        with suppress(OSError):  # the folder is not there
             temporary.unlink()
         raise
 

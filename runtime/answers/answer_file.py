@@ -12,7 +12,7 @@ from nvlm.program.errors import UserError
 from runtime.answers.line_file import LineFile, encode_line
 from runtime.requests.types import GenerationResult
 
-_SAVE_S = 30.0  # of answers that replace others, a killed run loses at most so much
+_SAVE_S = 30.0  # a killed run loses at most so many seconds of answers that replace others
 
 
 def answer_json(result: GenerationResult) -> dict[str, Any]:

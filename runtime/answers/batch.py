@@ -66,7 +66,7 @@ def summary(num_requests: int, output: Path) -> str:
 
 
 def _require_own_ids(lines: list[RequestLine]) -> None:
-    """Two answers of one id could not be told apart."""
+    """Refuses two lines of one id: their answers could not be distinguished."""
     seen: dict[str, int] = {}
     for line in lines:
         is_whole = isinstance(line.id, float) and line.id.is_integer()

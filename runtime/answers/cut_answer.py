@@ -1,4 +1,4 @@
-"""An answer that ends at max_new_tokens need not match its guide, and whoever asked is told."""
+"""An answer that ends at max_new_tokens need not match its guide, and a warning says so."""
 
 from __future__ import annotations
 

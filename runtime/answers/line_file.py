@@ -56,7 +56,7 @@ class LineFile:
         return UserError(f"another process is writing {self.name}; wait for it or choose another")
 
     def read(self) -> tuple[list[bytes], bytes]:
-        """The whole lines, and what stands behind the last newline."""
+        """The whole lines, and what stands after the last newline."""
         try:
             data = self._path.read_bytes()
         except OSError as error:

@@ -64,7 +64,7 @@ class TokenLogprobs:
 class StepOutput:
     """What one step did for one request.
 
-    token_id is None when a stop token came; finish_reason is None while the request goes on. An
+    token_id is None when a stop token came; finish_reason is None while the request runs. An
     answer to which its guide lets nothing be added stops with its last token.
     logits: [vocab_size] float32 of the model, if asked for; settings and guides change copies.
     logprobs: of the token, if asked for. prompt_logprobs: with the first token, one for each of the

@@ -1,7 +1,7 @@
 """What a guide allows for the next token: llguidance over this engine's tokenizer.
 
 `Guidance` compiles what a request asks for, when it is prepared. The executor starts a `Matcher` an
-answer, has `TokenMasks` made of those of a step, and tells each matcher the token that was drawn.
+answer, has `TokenMasks` made of those of a step, and gives each matcher the token that was drawn.
 Nothing here knows logits or requests.
 """
 
@@ -27,8 +27,8 @@ _Result = TypeVar("_Result")
 
 _CACHED_GUIDES = 32
 _STACK_BYTES = 256 << 20
-"""Of the thread that compiles, for llguidance recurses: a chain of 3000 rules overflows 8 MB. The
-longest chain in MAX_GUIDE_BYTES takes a third of this, of which only what is used is memory."""
+"""Stack of the thread that compiles. llguidance recurses: a chain of 3000 rules overflows 8 MB. The
+longest chain in MAX_GUIDE_BYTES takes a third of this. Only what is used takes memory."""
 _MOST_THREADS = 8
 _SHOWN_CHARACTERS = 200
 _UNUSED_KEYWORDS = ("Unimplemented keys: ", "Unknown format: ")
@@ -272,7 +272,7 @@ def _unheld(guide: Guide, what: str) -> str:
 
 def _reason(reason: str) -> str:
     """The line of llguidance's report that says why."""
-    if found := re.search("^error: (.*)$", reason, re.MULTILINE):  # of its parser of expressions
+    if found := re.search("^error: (.*)$", reason, re.MULTILINE):  # of an expression
         return _one_line(found[1])
     return _one_line(reason.partition("\n")[0].rpartition("(in regex): ")[2])
 

@@ -1,7 +1,7 @@
 """What settings change in a row of logits before its token is drawn.
 
 In Hugging Face's order and by its formulas (transformers, generation/logits_process.py): biases,
-repetition penalty, bad words, min_tokens. Presence and frequency penalty, which it lacks, come
+repetition penalty, bad words, min_tokens. Presence and frequency penalty, which are not in it, come
 after the repetition penalty, by OpenAI's formula. A row without such settings is left as it is,
 and a batch without such rows costs nothing.
 
@@ -40,7 +40,7 @@ class _Rows:
 
     sequences: list[Sequence]
     changes: LogitChanges
-    # Of p pairs of a row and a token: which one each of w bad words ends in [w] int64, and the
+    # For w bad words: the one of p pairs of a row and a token that each ends in [w] int64, and the
     # tokens before it [w, longest], filled from the left with -1; None without bad words.
     bad_words: tuple[torch.Tensor, torch.Tensor] | None
     # The pairs of tokens that end an answer with min_tokens [e] int64, and their rows.
@@ -48,8 +48,8 @@ class _Rows:
 
 
 class LogitsProcessors:
-    """Of up to `max_batch_size` sequences at once. Allocates on the device what the first request
-    with a setting needs.
+    """Changes the logits of up to `max_batch_size` sequences at once, as their settings say.
+    Allocates on the device what the first request with a setting needs.
 
     counts: [max_batch_size, vocab_size] int32, once there is a penalty. tails:
     [max_batch_size, longest] int64, the last tokens, once there is a bad word of several tokens.
@@ -61,7 +61,7 @@ class LogitsProcessors:
         self._slots: dict[Sequence, int] = {}
         self._counts: torch.Tensor | None = None
         self._tails: torch.Tensor | None = None
-        self._batch: list[Sequence] = []  # of the last call, with its rows
+        self._batch: list[Sequence] = []  # sequences of the last call
         self._rows: _Rows | None = None
         self._held: tuple[list[bool], torch.Tensor] | None = None  # rows that must not end yet
 

@@ -13,8 +13,8 @@ from runtime.decoder.scheduler import Sequence
 
 @dataclass(frozen=True, slots=True)
 class LogprobRows:
-    """Of m rows: chosen [m], top values [m, k] and top token ids [m, k], likeliest first. They may
-    be on a GPU."""
+    """Log probabilities of m rows: chosen [m], top values [m, k] and top token ids [m, k],
+    likeliest first. They may be on a GPU."""
 
     chosen: torch.Tensor
     top_values: torch.Tensor

@@ -106,7 +106,7 @@ class XgrammarTokenizer:
 
 
 def guide_words(guide: Guide) -> tuple[str, str]:
-    """The member of GuideType, and the guide. Raises `UserError` for what TensorRT-LLM lacks."""
+    """The member of GuideType, and the guide. Raises `UserError` where TensorRT-LLM has none."""
     check_guide(guide, "tensorrt_llm")
     guide_type = GUIDE_KINDS[guide.name].trtllm_type
     assert guide_type is not None, "it was checked"
@@ -148,7 +148,7 @@ def prompt_table(request: DecoderRequest, dtype: torch.dtype) -> torch.Tensor | 
 
 
 def extra_ids(request: DecoderRequest, vocab_size: int) -> list[int]:
-    """A uint64 a prompt token, which tells pictures apart where KV blocks are found again.
+    """A uint64 a prompt token, which distinguishes pictures where KV blocks are found again.
 
     0 is TensorRT-LLM's word for no extra id and stands for text. A row of a picture has the first 8
     bytes of its cache key, little-endian, or 1 where they are 0.

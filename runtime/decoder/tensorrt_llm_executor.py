@@ -210,7 +210,7 @@ def executor_config(trtllm: Any, engine: EngineDir, options: DecoderOptions) -> 
             communication_type=trtllm.CommunicationType.MPI,
             communication_mode=trtllm.CommunicationMode.LEADER,
         ),
-        # Of its two backends the C++ runtime has this one.
+        # The C++ runtime has this one of its two backends.
         guided_decoding_config=guided(guided.GuidedDecodingBackend.XGRAMMAR, **asdict(tokenizer)),
         gather_generation_logits=options.gather_logits,
     )

@@ -1,4 +1,4 @@
-"""What the libraries behind an engine's kernels read from the environment of a process."""
+"""What the libraries under an engine's kernels read from the environment of a process."""
 
 from __future__ import annotations
 

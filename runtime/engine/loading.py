@@ -1,4 +1,4 @@
-"""What keeps a GPU from loading an engine, told in one line."""
+"""What keeps a GPU from loading an engine, in one line."""
 
 from __future__ import annotations
 

@@ -13,5 +13,5 @@ class Fp8Linear:
 
     weight: torch.Tensor  # [out_features, in_features] e4m3
     activation_scale: torch.Tensor  # what the input is quantised with
-    scale: torch.Tensor  # of the sums: the input's scale times the weight's
+    scale: torch.Tensor  # multiplies the sums: the input's scale times the weight's
     bias: torch.Tensor | None = None  # [out_features]

@@ -91,7 +91,7 @@ class Job:
     ) -> None:
         is_told = isinstance(error, UserError | PartDiedError | OSError)
         if isinstance(error, Exception) and not is_told:
-            return  # `_fail` tells where
+            return  # `_fail` says where
         if error is not None:
             self._abort()
         elif self._comm is not None:
@@ -176,7 +176,7 @@ class Job:
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         """An error of ours: the traceback, which rank and where, then the end of all."""
-        if isinstance(error, PeerError):  # the rank that failed tells why, and ends this one
+        if isinstance(error, PeerError):  # the rank that failed says why, and ends this one
             die_of_sigterm()
             time.sleep(_CAUSE_S)
         traceback.print_exception(kind, error, trace)

@@ -23,9 +23,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from runtime.ranks.mpi import Job, PeerError
 from runtime.ranks.watch import interface_addresses
 
-_FOREVER = timedelta(days=365)  # a worker waits for work; runtime/ranks/watch.py tells who died
+_FOREVER = timedelta(days=365)  # a worker waits for work; runtime/ranks/watch.py says who died
 _FRAME_BYTES = 4096  # a message up to this size is one broadcast
-_LENGTH_BYTES = 8  # of a message, at the start of its frame
+_LENGTH_BYTES = 8  # a message's length, at the start of its frame
 _CLOSE = "close"
 
 

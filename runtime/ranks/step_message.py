@@ -1,4 +1,4 @@
-"""What the leader tells the workers of a step: the changes since the step before it.
+"""What the leader sends the workers of a step: the changes since the step before it.
 
 Both sides keep the rows of the last step. A step of the same sequences, each one token further, is
 an `Again`, which names only the blocks that were added. In any other step each sequence is a `Row`:
@@ -22,7 +22,7 @@ class Row:
     new_blocks: list[int]  # after those that it had there
     token_ids: list[int]
     first_position: int
-    num_table_rows: int | None  # of its prompt table, which travels by itself
+    num_table_rows: int | None  # rows of its prompt table, which travels by itself
     num_logits: int
 
 

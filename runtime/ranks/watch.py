@@ -1,4 +1,4 @@
-"""Tells which rank died and in which phase, and ends the others if the launcher does not.
+"""Names the rank that died and its phase, and ends the others if the launcher does not.
 
 A launcher kills the surviving ranks within milliseconds, before they could say anything, so a
 process of its own does: every rank holds a connection to it and sends the names of its phases. The
@@ -89,7 +89,7 @@ class Watch:
         )
 
     def phase(self, name: str) -> None:
-        with suppress(OSError):  # without the watching process the ranks go on unwatched
+        with suppress(OSError):  # without the watching process the ranks run unwatched
             self._connection.sendall(f"{name}\n".encode())
 
     def leave(self) -> None:
@@ -97,7 +97,7 @@ class Watch:
         self.phase(_LEAVE)
 
     def abort(self) -> None:
-        """Before a rank that told why ends them all: who dies of that is not named."""
+        """Called before a rank that said why ends them all: who dies of that is not named."""
         self.phase(_ABORT)
 
     def _end_with_others(self) -> None:
@@ -147,7 +147,7 @@ class _Rank:
 
 
 def watch(listener: socket.socket, num_ranks: int) -> None:
-    """Until every rank left, or one died: then it is named and the others are told to end."""
+    """Until every rank left, or one died: then it is named and the others are ended."""
     ranks: dict[socket.socket, _Rank] = {}
     with selectors.DefaultSelector() as selector:
         listener.settimeout(60)

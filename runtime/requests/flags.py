@@ -16,19 +16,38 @@ from runtime.requests.types import GenerationRequest
 def add_request_flags(
     parser: ArgumentParser, *, prompt_format: PromptFormat, max_new_tokens: int
 ) -> None:
-    """The last two are the program's own defaults."""
-    add = parser.add_argument
+    """Adds the groups "prompt and answer" and "sampling". The last two arguments are the program's
+    own defaults."""
+    add = parser.add_argument_group("prompt and answer").add_argument
     add("--system", action="once", default=DEFAULT_SYSTEM, help="system message")
-    add("--prompt_format", choices=("hf", "megatron"), default=prompt_format, help="template")
-    add("--max_new_tokens", type=positive_int, default=max_new_tokens, help="length of an answer")
-    add("--max_num_tiles", type=positive_int, help="tiles of an image's grid, at most")
+    add(
+        "--prompt_format",
+        choices=("hf", "megatron"),
+        default=prompt_format,
+        help="chat template: Hugging Face's or Megatron-LM's",
+    )
+    add(
+        "--max_new_tokens",
+        type=positive_int,
+        default=max_new_tokens,
+        metavar="N",
+        help="longest answer, in tokens",
+    )
+    add(
+        "--max_num_tiles",
+        type=positive_int,
+        metavar="N",
+        help="most tiles of an image's grid, without the thumbnail (default: the model's)",
+    )
+    add("--stop", nargs="+", default=[], help="strings that end the answer")
+    add = parser.add_argument_group("sampling", "What is not given is off.").add_argument
     for setting in SETTINGS:
         add(f"--{setting.name}", **setting.flag)
-    add("--stop", nargs="+", default=[], help="strings that end the answer")
 
 
 def add_guide_flags(parser: ArgumentParser) -> None:
-    """What the answer must match."""
+    """Adds the group "guided answers": what the answer must match."""
+    add = parser.add_argument_group("guided answers", "Give one of these at most.").add_argument
     forms: dict[str, dict[str, Any]] = {
         "json_schema": {"type": _schema, "metavar": "FILE"},
         "json_object": {"action": "store_true", "default": None},
@@ -36,7 +55,7 @@ def add_guide_flags(parser: ArgumentParser) -> None:
         "grammar": {"type": _grammar, "metavar": "FILE"},
     }
     for kind in GUIDES:
-        parser.add_argument(f"--{kind.name}", help=kind.help, **forms.get(kind.name, {}))
+        add(f"--{kind.name}", help=kind.help, **forms.get(kind.name, {}))
 
 
 def request_of(arguments: argparse.Namespace) -> GenerationRequest:

@@ -30,15 +30,15 @@ class GuideKind:
     name: GuideName  # run.py's flag, the JSON key and the library's keyword
     expected: str  # the value in words
     help: str
-    triton_type: str  # of TensorRT-LLM's tensor guided_decoding_guide_type, or our own beside them
-    trtllm_type: str | None  # of its GuidedDecodingParams.GuideType; None: it cannot do this
+    triton_type: str  # a value of TensorRT-LLM's tensor guided_decoding_guide_type, or ours
+    trtllm_type: str | None  # a member of its GuidedDecodingParams.GuideType; None: it has none
 
 
 GUIDES = (
     GuideKind(
         "json_schema",
         "a JSON schema: an object, or its text",
-        "file of a JSON schema, or the schema, that the answer must match",
+        "JSON schema that the answer must match: a file, or the schema itself",
         triton_type="json_schema",
         trtllm_type="JSON_SCHEMA",
     ),
@@ -66,7 +66,7 @@ GUIDES = (
     GuideKind(
         "grammar",
         "a grammar in llguidance's Lark syntax",
-        "file of a Lark grammar, or the grammar, that the answer must match",
+        "Lark grammar that the answer must follow: a file, or the grammar itself",
         triton_type="grammar",
         trtllm_type=None,  # its grammars are GBNF, another language
     ),

@@ -98,7 +98,7 @@ def _line_id(value: Any) -> Any:
 
 
 def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values Python would keep the last alone."""
+    """Refuses a key that comes twice: Python would keep its last value alone."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]

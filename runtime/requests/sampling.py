@@ -34,8 +34,8 @@ def _switch(**columns: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a request's tokens are chosen, and what is told of them. Its fields are the rows of the
-    table.
+    """How a request's tokens are chosen, and what is returned of them. The fields are the rows of
+    the table.
 
     temperature 0 or top_k 1 is greedy; top_k 0 and top_p 1 switch that filter off. With the same
     seed a request's tokens do not depend on what runs beside it; without one they differ from one
@@ -47,7 +47,8 @@ class SamplingParams:
         minimum=0.0,
         maximum=100.0,
         expected="0 (greedy) to 100",
-        help="0 is greedy (default; 1 with --top_k, --top_p or --min_p)",
+        help="divides the logits; 0 to 100, 0 is greedy (default: 0; 1 with --top_k, --top_p or "
+        "--min_p)",
         triton_type="TYPE_FP32",
         trtllm_keyword="temperature",
         trtllm_tensor="temperature",
@@ -57,7 +58,7 @@ class SamplingParams:
         minimum=0,
         maximum=2**31 - 1,
         expected="0 (off) to 2^31 - 1",
-        help="sample from the k likeliest tokens (decoder tensorrt_llm: 1024 at most)",
+        help="sample from the k likeliest tokens; 0 is off (decoder tensorrt_llm: 1024 at most)",
         triton_type="TYPE_INT32",
         trtllm_keyword="top_k",
         trtllm_tensor="runtime_top_k",
@@ -69,7 +70,7 @@ class SamplingParams:
         minimum=0.0,
         maximum=1.0,
         expected="above 0 and at most 1 (off)",
-        help="sample from the likeliest tokens of this probability",
+        help="sample from the likeliest tokens of this total probability; above 0, 1 is off",
         triton_type="TYPE_FP32",
         trtllm_keyword="top_p",
         trtllm_tensor="runtime_top_p",
@@ -82,7 +83,7 @@ class SamplingParams:
         minimum=0,
         maximum=NUM_SEEDS - 1,
         expected="0 to 2^64 - 1",
-        help="of the sampling (default: drawn anew for each answer, which names it)",
+        help="seed that repeats a sampled answer (default: drawn anew, and the answer names it)",
         triton_type="TYPE_UINT64",
         trtllm_keyword="seed",
         trtllm_tensor="seed",
@@ -92,7 +93,7 @@ class SamplingParams:
         minimum=0.0,
         maximum=1.0,
         expected="0 (off) to 1",
-        help="sample from tokens of at least this part of the likeliest one's probability",
+        help="sample from tokens of at least this part of the likeliest one's probability; 0 to 1",
         triton_type="TYPE_FP32",
         trtllm_keyword="min_p",
         is_filter=True,
@@ -102,7 +103,8 @@ class SamplingParams:
         minimum=0.0,
         maximum=100.0,
         expected="above 0 and at most 100 (1 is off)",
-        help="above 1 makes tokens of prompt and answer less likely, by division (Hugging Face's)",
+        help="divides the logits of tokens in prompt or answer; above 1 makes them less likely "
+        "(Hugging Face's)",
         triton_type="TYPE_FP32",
         trtllm_keyword="repetition_penalty",
         trtllm_tensor="repetition_penalty",
@@ -113,7 +115,7 @@ class SamplingParams:
         minimum=-2.0,
         maximum=2.0,
         expected="-2 to 2 (0 is off)",
-        help="subtracted from the logit of each token that the answer holds (OpenAI's)",
+        help="subtracted once from the logit of each token in the answer; -2 to 2 (OpenAI's)",
         triton_type="TYPE_FP32",
         trtllm_keyword="presence_penalty",
         trtllm_tensor="presence_penalty",
@@ -123,7 +125,8 @@ class SamplingParams:
         minimum=-2.0,
         maximum=2.0,
         expected="-2 to 2 (0 is off)",
-        help="as --presence_penalty, once for each time that the answer holds it",
+        help="subtracted from a token's logit for each time that it is in the answer; -2 to 2 "
+        "(OpenAI's)",
         triton_type="TYPE_FP32",
         trtllm_keyword="frequency_penalty",
         trtllm_tensor="frequency_penalty",
@@ -132,7 +135,7 @@ class SamplingParams:
         (),
         Biases,
         expected="an object of token ids and numbers from -100 to 100",
-        help="added to the logits of these tokens: '{\"151644\": -100}'",
+        help="numbers from -100 to 100, added to the logits of token ids: '{\"151644\": -100}'",
         triton_type="TYPE_STRING",
         is_trtllm_elsewhere=True,  # Request's embedding_bias
     )
@@ -140,7 +143,7 @@ class SamplingParams:
         (),
         Words,
         expected="a list of strings that are not empty",
-        help="strings whose tokens never follow one another, with and without a space before",
+        help="strings that never appear in the answer, with and without a space before",
         triton_type="TYPE_STRING",
         triton_dims=(-1,),
         is_trtllm_elsewhere=True,  # Request's bad_words
@@ -150,7 +153,7 @@ class SamplingParams:
         minimum=0,
         maximum=2**31 - 1,
         expected="0 to max_new_tokens",
-        help="the answer does not end before it has so many tokens",
+        help="the answer has at least so many tokens",
         triton_type="TYPE_INT32",
         trtllm_keyword="min_tokens",
         trtllm_tensor="min_tokens",
@@ -167,7 +170,7 @@ class SamplingParams:
         minimum=1,
         maximum=2**31 - 1,
         expected="1 to the engine's max_batch_size",
-        help="so many answers, the i-th with seed + i; the prompt is computed once",
+        help="number of answers, the i-th with --seed + i; the prompt is computed once",
         triton_type="TYPE_INT32",
         is_trtllm_elsewhere=True,  # so many requests
     )
@@ -181,7 +184,7 @@ class SamplingParams:
         minimum=0,
         maximum=MAX_TOP_LOGPROBS,
         expected=f"0 to {MAX_TOP_LOGPROBS}",
-        help="with --logprobs: also the so many likeliest tokens of each place",
+        help="number of likeliest tokens to list at each place, with --logprobs; 0 to 20",
         triton_type="TYPE_INT32",
     )
     prompt_logprobs: int | None = _row(
@@ -190,7 +193,8 @@ class SamplingParams:
         minimum=0,
         maximum=MAX_TOP_LOGPROBS,
         expected=f"0 to {MAX_TOP_LOGPROBS}",
-        help="give the log probabilities of the prompt's tokens, each with so many likeliest ones",
+        help="give the log probabilities of the prompt's tokens, and so many likeliest tokens at "
+        "each place; 0 to 20",
         triton_type="TYPE_INT32",
     )
 

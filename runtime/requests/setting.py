@@ -18,7 +18,7 @@ MAX_WORDS = 1000
 """So many bad words are compared with a row's last tokens in every step, at most."""
 MAX_BIAS = 100.0  # OpenAI's range
 _MOST_DIGITS = 20
-"""Of a token id in JSON: more than any has, and fewer than Python refuses to make a number of."""
+"""Digits of a token id in JSON: no id has more, and Python makes numbers of more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +31,9 @@ class Setting:
     help: str
     triton_type: str
     triton_dims: tuple[int, ...] = (1,)
-    triton_name: str = ""  # of Triton's input; empty: `name`
-    trtllm_keyword: str | None = None  # of TensorRT-LLM's SamplingConfig
-    trtllm_tensor: str | None = None  # of its C++ backend for Triton
+    triton_name: str = ""  # name of Triton's input; empty: `name`
+    trtllm_keyword: str | None = None  # name in TensorRT-LLM's SamplingConfig
+    trtllm_tensor: str | None = None  # name of the tensor in its C++ backend for Triton
     # TensorRT-LLM has it elsewhere than in SamplingConfig, or it is done without it.
     is_trtllm_elsewhere: bool = False
     trtllm_maximum: int | float | None = None  # what TensorRT-LLM clips it to, with a warning
@@ -70,7 +70,7 @@ class Number(Setting):
     minimum: int | float
     maximum: int | float
     excludes_minimum: bool = False
-    # Of the value; where `neutral` is None, which stands for no value, it must be given.
+    # The value's type. It must be given where `neutral` is None, which stands for no value.
     type: type[int] | type[float]
 
     @property

@@ -45,8 +45,8 @@ class GenerationRequest:
     `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
     beside <|im_end|>.
     `guide` is what the answer must match; it goes with no stop string, which would cut it.
-    Of those that wait, the one with the smallest `priority` is next, of equal ones the one that
-    came first; what runs goes on.
+    The request with the smallest `priority` is the next of those that wait, and of equal ones the
+    first that came. It interrupts none that runs.
 
     A Pillow image becomes pixels at once; a text alone stands for a tuple of one. Raises
     `UserError` for content that is neither text nor an image, and for a field of another type:
@@ -181,7 +181,7 @@ class GenerationRequest:
 
     @property
     def num_images(self) -> int:
-        """Of all turns."""
+        """Images of all turns."""
         return sum(num_images(turn.content) for turn in self.turns)
 
 
@@ -195,7 +195,7 @@ class Timings:
     prefill_ms: float  # from the decoder's queue to the first token
     decode_ms: float
     total_ms: float
-    decode_tokens_per_s: float  # of the tokens after the first
+    decode_tokens_per_s: float  # over the tokens after the first
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class HopperVisionModel:
     def _run(
         self, index: int, hidden: torch.Tensor, normed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream behind layer `index`, and what the next one begins with."""
+        """The residual stream after layer `index`, and what the next one begins with."""
         hidden, added = self._add(self._layers[index], hidden, normed)
         return self._norm(hidden, added, self._layers[index + 1])
 

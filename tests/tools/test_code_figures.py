@@ -11,6 +11,7 @@ from tests.support.command import ROOT
 from tools.code_figures import (
     CodeBase,
     fullest_folder,
+    long_sentences,
     of_docstrings,
     sentences,
     steppers,
@@ -62,6 +63,12 @@ def test_a_table_has_a_row_per_figure_and_a_cell_per_code_base(checkout: Path) -
     assert ["words a sentence, README", "3.5", "3.5"] in rows
     assert fullest_folder(code) == "2 (nanovllm)"
     assert of_docstrings(code) == "1"
+
+
+def test_a_sentence_of_more_than_25_words_is_long(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"{'word ' * 24}end. {'word ' * 25}end.\n")
+    assert long_sentences([page]) == "1 of 2"
 
 
 def test_a_carrier_that_is_gone_asks_for_the_table_to_be_corrected(checkout: Path) -> None:

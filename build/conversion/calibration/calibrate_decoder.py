@@ -40,7 +40,7 @@ def run_layer(
 ) -> None:
     """Hidden states of all sequences, [sum of lengths, hidden_size], from `before` to `after`.
 
-    In the unquantised dtype, window by window: a sequence that a window's edge cuts goes on in the
+    In the unquantised dtype, window by window: a sequence that an edge cuts continues in the
     next one with the keys and values so far, as in chunked prefill. Memory: the layer as given,
     its widest linear in float32, one window's activations, one sequence's keys and values,
     `_SCORE_BYTES` of scores (on a GPU three times).

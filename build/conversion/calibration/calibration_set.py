@@ -76,7 +76,7 @@ class Calibration:
 
     @property
     def is_text_only(self) -> bool:
-        """Whether it tells nothing of vision."""
+        """Whether it has no pictures, so that it measures nothing of vision."""
         if self.cache is not None:
             vision = VISION_LAYER.partition("{")[0]
             return not any(row.linear.startswith(vision) for row in self.cache.linears)

@@ -79,4 +79,4 @@ class RowWriter:
 
 
 NextStates = Callable[[int, tuple[int, ...], torch.dtype], RowFile]
-"""Places the states behind the next unit: (num_rows, row_shape, dtype) -> file."""
+"""Places the states after the next unit: (num_rows, row_shape, dtype) -> file."""

@@ -108,7 +108,7 @@ def _scales(
     number_format: NumberFormat,
     dtype: torch.dtype,
 ) -> dict[str, LinearScales]:
-    """Of each of a layer's linears, by name."""
+    """The scales of each of a layer's linears, by name."""
     result = {}
     for name in weight_amax:
         shared = SHARED_SCALE_LINEARS if name in SHARED_SCALE_LINEARS else (name,)

@@ -43,7 +43,7 @@ def shard(
 class RankFiles:
     """Writes whole tensors of the decoder into the files of the ranks that hold them.
 
-    `layer` None means the tensors before and behind the layers.
+    `layer` None means the tensors before and after the layers.
     """
 
     def __init__(self, config: CheckpointConfig) -> None:

@@ -21,7 +21,7 @@ from nvlm.program.json_files import read_json_object, write_json_atomically
 NOTABLY_MORE = 1.25
 """Times the rounding error of V with a scale of its own, from where on a warning is given."""
 SCALE_ROUNDING = 1 / 64
-"""Of a scale to the numbers of a dtype, the widest of which are a 128th apart."""
+"""Relative rounding of a scale to a dtype, whose widest numbers are a 128th apart."""
 _KV_SCALE = "kv_cache_scaling_factor"
 _BY_HEAD = ("q_head_amax", "k_head_amax", "v_head_amax")
 _MEASURED = ("residual_error", "own_scales_residual_error", "v_error", "v_own_scale_error")

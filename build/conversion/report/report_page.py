@@ -111,7 +111,7 @@ def page(report: QuantizationReport, origin: Origin) -> str:
                 for kind, rows in series.items()
             }
             if not any(points.values()):
-                continue  # of an older version, which did not measure it
+                continue  # an older version did not measure it
             parts.append(f"<h2>{heading}</h2><p>{what}</p>")
             parts.append(line_plot(points, heading, axis, is_log=is_log))
         if title == "Decoder":
@@ -215,7 +215,7 @@ def _table(report: QuantizationReport) -> str:
         for _, column, form in _COLUMNS:
             value = values[column]
             if value is None:
-                text = ""  # of an older version, which did not measure it
+                text = ""  # an older version did not measure it
             else:
                 text = escape(value) if isinstance(value, str) else format(value, form)
             is_bar = column == "output_error"

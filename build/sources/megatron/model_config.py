@@ -31,7 +31,7 @@ Stages = list[list[RankFile]]
 log = logging.getLogger(__name__)
 
 VISION_HEAD_DIM = 128
-"""InternViT-6B's. No shape tells where the real heads end without it."""
+"""InternViT-6B's. Without it no shape shows where the real heads end."""
 
 _VISION_NORM_EPS = 1e-6  # layernorm_epsilon of Megatron's internvit config
 

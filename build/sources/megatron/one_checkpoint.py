@@ -41,7 +41,7 @@ def check_one_checkpoint(stages: Stages) -> None:
 
 def _check_order(files: list[RankFile]) -> None:
     """args.rank is the number of the process that wrote a file. Megatron numbers tensor-parallel
-    ranks first and stages later; converters write all ranks from one process, which tells nothing.
+    ranks first and stages later; converters write all ranks from one process, which shows nothing.
     """
     ranks = [file.args.get("rank") for file in files]
     if not all(isinstance(rank, int) for rank in ranks) or len(set(ranks)) < len(ranks):

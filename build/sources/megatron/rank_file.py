@@ -88,7 +88,7 @@ class RankFile:
             {
                 name: _dense(path, name, value)
                 for name, value in model.items()
-                if not name.endswith("_extra_state")  # of FP8 training
+                if not name.endswith("_extra_state")  # FP8 training's
             },
         )
 

@@ -75,7 +75,7 @@ class Delivery:
 
     def close(self) -> None:
         """Ends the thread. Triton answers no metrics and no `is_cancelled` any more while a model
-        is finalized, so one that waits for such an answer is left behind."""
+        is finalized, so one that waits for such an answer is not joined."""
         self._queue.put(None)
         self._thread.join(_CLOSE_TIMEOUT_S)
 
@@ -97,7 +97,7 @@ class Delivery:
                 logger.exception("an answer could not be sent")
 
     def _tick(self) -> None:
-        """Now and then, looks for clients that are gone and tells the metrics."""
+        """Now and then, looks for clients that are gone and updates the metrics."""
         if (now := time.monotonic()) < self._next_tick:
             return
         self._next_tick = now + _TICK_S

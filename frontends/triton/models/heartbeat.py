@@ -16,7 +16,7 @@ class Heartbeat:
     """A line a second into a pipe, from a thread of its own, until `leave`.
 
     path: the pipe, which somebody reads. Without one, as in a repository that somebody else
-    started, nobody is told.
+    started, nobody is notified.
     """
 
     def __init__(self, path: str) -> None:

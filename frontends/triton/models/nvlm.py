@@ -1,4 +1,4 @@
-"""The model clients call: the loop of runtime/serving behind Triton's Python backend."""
+"""The model that clients call: runtime/serving's loop under Triton's Python backend."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class TritonPythonModel:
 
 
 def _open(parameters: dict[str, str]) -> Runner:
-    """The runner of the form: both executors here, or both behind other models of Triton."""
+    """The runner of the form: both executors here, or both in other models of Triton."""
     engine_dir = Path(parameters["engine_dir"])
     if parameters["form"] == "torch":
         device = resolve_device(parameters["device"])

@@ -30,7 +30,7 @@ from runtime.requests.types import FinishReason
 
 
 class RemoteDecoderExecutor:
-    """A thread for each request under way reads its responses; `step` waits for the next of any."""
+    """A thread for each request in flight reads its responses; `step` waits for the next of any."""
 
     def __init__(self, engine: EngineDir, url: str) -> None:
         self.limits = engine.limits

@@ -10,7 +10,7 @@ import torch
 
 WEIGHT_SCALE = "weights_scaling_factor"
 ACTIVATION_SCALE = "activation_scaling_factor"
-"""TensorRT-LLM's names, behind the linear's own."""
+"""TensorRT-LLM's names, after the linear's own."""
 
 
 def round_up(scale: float, dtype: torch.dtype) -> float:

@@ -22,7 +22,7 @@ from runtime.kernels.dependent_launch import dependent, wait_for_previous
 from runtime.kernels.quantization import quantize, scale_at
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
-_MIN_ROWS = 16  # of a tensor-core product
+_MIN_ROWS = 16  # least rows of a tensor-core product
 _LOG2_E = 1.4426950408889634
 
 
@@ -39,7 +39,7 @@ class Step:
 
 
 def step_for(batch_size: int, cache: torch.dtype = E4M3) -> Step:
-    """Few requests are a matter of latency, many of bytes under way (measured on both GPUs). Keys
+    """Few requests are a matter of latency, many of bytes in flight (measured on both GPUs). Keys
     and values of two bytes take as many bytes."""
     step = Step(128, 4, 3, 1) if batch_size <= 8 else Step(32, 1, 6, 2)
     if cache.itemsize == 1:
@@ -139,7 +139,7 @@ def _decode_attention(
         weights = tl.exp2(scores - new_largest[:, None])
         decay = tl.exp2(largest - new_largest)
         total = total * decay + tl.sum(weights, 1)
-        # Two halves keep 22 bits of each probability, 24 behind the point at least; in bfloat16
+        # Two halves keep 22 bits of each probability, 24 after the point at least; in bfloat16
         # they keep 16, of which the result's rounding keeps 8.
         high = weights.to(wide)
         low = (weights - high.to(tl.float32)).to(wide)

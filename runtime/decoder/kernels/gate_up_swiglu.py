@@ -6,7 +6,7 @@ programs in equal contiguous shares, so every multiprocessor reads the same numb
 that several programs share is added up by whichever ends last, in the programs' order: the result
 depends neither on that nor on the other rows. Weights are the tall operand of the product and the
 few tokens the narrow one, as tensor cores want 64 rows there. A tile's columns are those of gate
-and, behind them, the same ones of up.
+and, after them, the same ones of up.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_ROWS = 16
 
 TILE_COLUMNS = 64
 _DEPTH = 256
-_UNITS_EARLY = 4  # of a program's own, asked for before the kernel before has ended
+_UNITS_EARLY = 4  # a program's own units that it loads before the kernel before has ended
 _SECTOR_BYTES = 32  # what one load brings
 
 

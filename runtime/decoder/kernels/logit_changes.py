@@ -18,8 +18,8 @@ CHUNK = 2048
 
 @dataclass(frozen=True, slots=True)
 class LogitChanges:
-    """Of m rows of a batch of n, on the device. Pairs of a row and a token have a bias or may be
-    banned; no pair comes twice, and they stand in order."""
+    """What changes the logits of m rows in a batch of n, on the device. Pairs of a row and a token
+    have a bias or may be banned; no pair comes twice, and they stand in order."""
 
     rows: torch.Tensor  # [m] int64, in the batch
     places: torch.Tensor  # [n] int32: which of the m a row is; -1 for none

@@ -24,7 +24,7 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True)
 class CacheScale:
-    """Of a layer's keys, or of its values: real = stored * scale."""
+    """The scale of a layer's keys, or of its values: real = stored * scale."""
 
     tensor: torch.Tensor  # float32 without dimensions, on their device
     value: float  # the same number, on the host
@@ -42,7 +42,7 @@ class KVPages:
 
     @property
     def scale_tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Of K and of V."""
+        """The scales of K and of V, without dimensions; None for a cache in `dtype`."""
         k, v = self.k_scale, self.v_scale
         return None if k is None else k.tensor, None if v is None else v.tensor
 

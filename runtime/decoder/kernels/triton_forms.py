@@ -20,8 +20,10 @@ from runtime.kernels.spare_rows import with_spare_rows
 from runtime.kernels.tensor_core_linear import TensorCoreLinear
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-_PLANNED_ROWS = 256  # of a prompt's attention: cuDNN plans their multiples
-_FAST_ROWS = 256  # of a linear. More than a decode step's, whose time is the memory's
+_PLANNED_ROWS = 256  # cuDNN plans multiples of so many rows for a prompt's attention
+_FAST_ROWS = (
+    256  # rows up to which the memory takes a linear's time (docs/decisions/decoder.md, 57)
+)
 
 
 class TritonForms(PlainForms):

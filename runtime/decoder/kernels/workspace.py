@@ -12,7 +12,7 @@ import torch
 _MAX_CROWD = 2
 _ROWS_TIMES_CHANNELS = 64 * 256  # the largest attention tile: rows of a group, channels of a head
 _ROWS_TIMES_COLUMNS = 16 * 64  # a tile of gate and up: tokens, output columns
-_MAX_TILES = 1 << 16  # of output columns, and of (request, KV head) pairs
+_MAX_TILES = 1 << 16  # tiles of output columns, and pairs of a request and a KV head
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,9 @@ class DecodeInputs:
         self._padding[_TABLE:] = padding_block
 
     def fill(self, steps: list[SequenceStep], num_rows: int) -> None:
-        """Each step's one token; `num_rows` - len(steps) rows of padding behind them."""
+        """Each step's one token; `num_rows` - len(steps) rows of padding after them."""
         if self._is_copied is not None:
-            self._is_copied.synchronize()  # of the step before, which may be under way
+            self._is_copied.synchronize()  # the step before may be in flight
         heads = []
         for i, step in enumerate(steps):
             position, blocks = step.first_position, step.blocks

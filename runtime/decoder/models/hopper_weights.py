@@ -52,7 +52,7 @@ def load_hopper_weights(
         return source.read(name).to(device)
 
     def linear(prefix: str, names: tuple[str, ...]) -> Fp8Linear:
-        """`names` behind one another in one weight, with one scale."""
+        """`names` one after another in one weight, with one scale."""
         rows = [infos[f"{name}.weight"].shape[0] for name in names]
         columns = infos[f"{names[0]}.weight"].shape[1]
         dtype = infos[f"{names[0]}.weight"].dtype

@@ -7,7 +7,7 @@ from nvlm.formats.safetensors_reader import TensorSource
 from nvlm.formats.tensor_names import ENGINE_LAYER, KV_CACHE_SCALE
 
 LayerScales = tuple[float, float]
-"""Of K and of V."""
+"""A layer's scale of K and its scale of V."""
 
 
 def read_scales(source: TensorSource, config: CheckpointConfig, layer: int) -> LayerScales | None:

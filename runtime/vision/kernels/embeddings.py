@@ -1,4 +1,4 @@
-"""Triton: pixels normalised and cut into patches, and patches behind the class token with their
+"""Triton: pixels normalised and cut into patches, and patches after the class token with their
 positions. A program takes one patch, or one position."""
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ def _add_merge_norm(
 ):  # fmt: skip
     token, half = tl.program_id(0), side // 2
     tile, y, x = token // (half * half), token // half % half, token % half
-    patch = tl.arange(0, 4)[:, None]  # of the cell: top left, top right, bottom left, bottom right
-    position = 1 + (2 * y + patch // 2) * side + 2 * x + patch % 2  # behind the class token
+    patch = tl.arange(0, 4)[:, None]  # the cell's: top left, top right, bottom left, bottom right
+    position = 1 + (2 * y + patch // 2) * side + 2 * x + patch % 2  # after the class token
     source = (tile.to(tl.int64) * (1 + side * side) + position) * size
     columns = tl.arange(0, BLOCK)[None, :]
     mask = columns < size
