@@ -82,6 +82,10 @@ def open_parts_of_group(
     """Collective. On a worker they are what `group.follow` runs."""
     own = group.job.agree(lambda: create_vision_executor(engine, device))
     vision = ParallelVisionExecutor(own, group, engine.tiling.image_size)
-    cache_fraction = options.kv_cache_free_gpu_memory_fraction if options else None
+    options = options or DecoderOptions()
+    cache_fraction = options.kv_cache_free_gpu_memory_fraction
     model = open_parallel_model(engine, device, group, cache_fraction=cache_fraction)
-    return vision, TorchDecoderExecutor.over(engine, model)
+    # The leader measures steps, which the workers run once they follow.
+    max_step_ms = options.step_bound_ms(device) if group.rank == 0 else 0.0
+    executor = TorchDecoderExecutor.over(engine, model, max_step_ms=max_step_ms, device=device)
+    return vision, executor
