@@ -22,7 +22,9 @@ from frontends.triton.scratch import scratch_folder
 from frontends.triton.server import Ports, TritonServer
 from nvlm.program.command_line import ArgumentParser, positive_float, positive_int, run
 from nvlm.program.errors import PartDiedError, UserError
+from runtime.decoder.executor import require_own_scheduler
 from runtime.engine.engine_dir import EngineDir
+from runtime.serving.launch import add_step_flag
 
 _ANSWERED_S = 5.0  # for answers on their way to clients
 
@@ -38,6 +40,7 @@ def parser() -> ArgumentParser:
     add("--grpc_port", type=positive_int, default=8001)
     add("--metrics_port", type=positive_int, default=8002)
     add("--max_queue_size", type=positive_int, default=64, help="requests beside the batch's")
+    add_step_flag(parser, is_service=True)
     add("--num_threads", type=positive_int, help="of each model's torch (default: its own choice)")
     add("--unary", action="store_true", help="one response a request: no streaming")
     add("--log_file", type=Path, help="the server's log, appended (default: a temporary file)")
@@ -74,8 +77,10 @@ def main() -> int:
         not arguments.unary,
         ports.grpc_url,
         arguments.hang_after_s or 0.0,
+        arguments.max_step_ms,
     )
     world_size = engine.checkpoint_config.world_size
+    require_own_scheduler(engine, arguments.max_step_ms)
     if form == "torch" and world_size > 1:
         raise UserError(
             f"{arguments.engine_dir} was converted for {world_size} ranks, and Triton runs decoder "

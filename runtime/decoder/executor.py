@@ -179,15 +179,11 @@ def create_decoder_executor(
 ) -> DecoderExecutor:
     """The executor, on one rank or TensorRT-LLM's, for the target the engine was built for."""
     if engine.decoder_target == "tensorrt_llm":
-        if options is not None and options.max_step_ms:
-            raise UserError(
-                f"--max_step_ms {options.max_step_ms:g} is of decoder torch, and "
-                f"{engine.directory} was built for decoder tensorrt_llm, which schedules by itself;"
-                " leave it out"
-            )
         from runtime.decoder.tensorrt_llm_executor import TensorrtLlmDecoderExecutor
 
-        return TensorrtLlmDecoderExecutor(engine, device, options or DecoderOptions())
+        options = options or DecoderOptions()
+        require_own_scheduler(engine, options.max_step_ms)
+        return TensorrtLlmDecoderExecutor(engine, device, options)
     if engine.decoder_target == "torch":
         from runtime.decoder.torch_executor import TorchDecoderExecutor
 
@@ -196,6 +192,16 @@ def create_decoder_executor(
         f"{engine.directory} was built for decoder {engine.decoder_target!r}, which this version "
         "does not run; build it again with --decoder torch or tensorrt_llm"
     )
+
+
+def require_own_scheduler(engine: EngineDir, max_step_ms: float | None) -> None:
+    """Refuses a bound that TensorRT-LLM, which schedules by itself, would not keep."""
+    if max_step_ms and engine.decoder_target == "tensorrt_llm":
+        raise UserError(
+            f"--max_step_ms {max_step_ms:g} needs decoder torch, and {engine.directory} was built "
+            "for tensorrt_llm, which schedules by itself; leave it out, or build with --decoder "
+            "torch"
+        )
 
 
 def check_request(

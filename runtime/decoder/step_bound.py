@@ -47,9 +47,8 @@ def _tokens_within(max_ms: float, curve: Curve) -> float:
     for tokens, ms in curve:
         if ms > max_ms:
             return last + (max_ms - last_ms) / (ms - last_ms) * (tokens - last)
-        if ms > last_ms:  # a longer step that took less time says nothing
-            last, last_ms = tokens, ms
-    slope = (last_ms - first_ms) / (last - first) if last > first else last_ms / last
+        last, last_ms = tokens, max(ms, last_ms)  # more tokens never take less time
+    slope = (last_ms - first_ms) / (last - first) if last_ms > first_ms else last_ms / last
     return last + (max_ms - last_ms) / slope
 
 

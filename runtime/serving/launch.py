@@ -5,6 +5,7 @@ The only place that imports runtime/ranks, and only where there are several rank
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 import torch
 
 from nvlm.planning.memory_plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
-from nvlm.program.command_line import ArgumentParser, fraction, resolve_device
+from nvlm.program.command_line import ArgumentParser, fraction, natural_float, resolve_device
 from nvlm.program.launcher import World
-from runtime.decoder.executor import DecoderOptions
+from runtime.decoder.executor import SERVICE_STEP_MS, DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
 from runtime.engine.mapped_files import MappedFiles
@@ -35,8 +36,9 @@ class Program:
     lead: Lead
 
 
-def add_engine_flags(parser: ArgumentParser) -> None:
-    """The flags that say which engine runs, and on what."""
+def add_engine_flags(parser: ArgumentParser, *, is_service: bool = False) -> None:
+    """The flags that say which engine runs, on what and how. is_service: answers are streamed to
+    people who wait for each token."""
     add = parser.add_argument
     add("--engine_dir", type=Path, required=True, help="made by build_engine.py")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -46,6 +48,25 @@ def add_engine_flags(parser: ArgumentParser) -> None:
         help="of a GPU's memory that is free after loading (default: "
         f"{KV_CACHE_FREE_GPU_MEMORY_FRACTION} for decoder tensorrt_llm; what the limits can use "
         "for decoder torch)",
+    )
+    add_step_flag(parser, is_service=is_service)
+
+
+def add_step_flag(parser: ArgumentParser, *, is_service: bool) -> None:
+    default = f"{SERVICE_STEP_MS:g} on a GPU, else 0" if is_service else "0"
+    parser.add_argument(
+        "--max_step_ms",
+        type=natural_float,
+        default=None if is_service else 0.0,
+        help="longest step that holds up an answer for a prompt, by which prompts are cut; 0 is "
+        f"no bound (decoder torch; default: {default})",
+    )
+
+
+def engine_options(arguments: Namespace, *, gather_logits: bool = False) -> DecoderOptions:
+    """What `add_engine_flags` read."""
+    return DecoderOptions(
+        arguments.kv_cache_free_gpu_memory_fraction, gather_logits, arguments.max_step_ms
     )
 
 

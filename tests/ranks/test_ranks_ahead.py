@@ -42,6 +42,7 @@ def test_random_batches_get_the_tokens_of_not_running_ahead(
     assert sum(map(len, waiting["answers"])) > 4 * num_requests
     assert waiting["num_steps_ahead"] == 0
     assert ahead["num_steps_ahead"] > ahead["num_steps"] // 6
+    assert ahead["num_prompts_ahead"] > num_requests // 4
     assert num_ranks > 2 or ahead["num_preemptions"] > 3
 
 
