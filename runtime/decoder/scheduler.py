@@ -174,6 +174,10 @@ class Scheduler:
         )
 
     @property
+    def is_idle(self) -> bool:
+        return not self._running and not self._waiting
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 

@@ -35,8 +35,6 @@ from runtime.engine.engine_dir import EngineDir
 from runtime.engine.loading import loading_on
 from runtime.requests.types import FinishReason
 
-_CPU = torch.device("cpu")
-
 
 class TorchDecoderExecutor:
     """`DecoderExecutor` over one model, which schedules and samples. num_blocks: of the model's KV
@@ -55,6 +53,7 @@ class TorchDecoderExecutor:
         self._config = config
         self._model = model
         self._ahead = model if isinstance(model, AheadModel) else None
+        self._num_blocks = num_blocks
         self._scheduler = Scheduler(limits, num_blocks, bound)
         self._processors: LogitsProcessors | None = None  # from the first request that needs them
         self._in_flight: InFlightStep | None = None
@@ -68,25 +67,26 @@ class TorchDecoderExecutor:
         options = options or DecoderOptions()
         cache_fraction = options.kv_cache_free_gpu_memory_fraction
         opened = open_model(engine, device, cache_fraction=cache_fraction)
-        return cls.over(engine, opened, max_step_ms=options.step_bound_ms(device), device=device)
+        executor = cls.over(engine, opened)
+        with loading_on(device, engine):
+            executor.bound_steps(options.step_bound_ms(device), device)
+        return executor
 
     @classmethod
-    def over(
-        cls,
-        engine: EngineDir,
-        opened: OpenedModel,
-        *,
-        max_step_ms: float = 0.0,
-        device: torch.device = _CPU,
-    ) -> TorchDecoderExecutor:
-        """An engine's executor over a model of its shape. max_step_ms: as in `DecoderOptions`;
-        other than 0 it has steps measured, by the clock of the device."""
-        limits, model, num_blocks = engine.limits, opened.model, opened.num_blocks
-        bound = None
+    def over(cls, engine: EngineDir, opened: OpenedModel) -> TorchDecoderExecutor:
+        """An engine's executor over a model of its shape."""
+        return cls(engine.checkpoint_config, engine.limits, opened.model, opened.num_blocks)
+
+    def bound_steps(self, max_step_ms: float, device: torch.device) -> None:
+        """Bounds the steps in which somebody decodes, by steps that it measures on the model's
+        device; 0 is no bound. While no request is open; what the KV cache holds is forgotten."""
+        idle = self._in_flight is None and self._scheduler.is_idle
+        assert idle, "steps are measured where nobody waits for one"
+        bound, limits = None, self.limits
         if max_step_ms > 0.0:
-            with loading_on(device, engine):
-                bound = measure_step_bound(model, limits, num_blocks, max_step_ms, device)
-        return cls(engine.checkpoint_config, limits, model, num_blocks, bound)
+            num_blocks = self._num_blocks
+            bound = measure_step_bound(self._model, limits, num_blocks, max_step_ms, device)
+        self._scheduler = Scheduler(limits, self._num_blocks, bound)
 
     @property
     def scheduler(self) -> Scheduler:

@@ -19,6 +19,7 @@ from runtime.decoder.executor import DecoderExecutor, DecoderOptions, create_dec
 from runtime.decoder.tensorrt_llm_executor import TensorrtLlmDecoderExecutor
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir
+from runtime.engine.loading import loading_on
 from runtime.engine.open_engine import open_engine
 from runtime.ranks.mpi import Job
 from runtime.ranks.parallel_decoder import open_parallel_model
@@ -85,7 +86,8 @@ def open_parts_of_group(
     options = options or DecoderOptions()
     cache_fraction = options.kv_cache_free_gpu_memory_fraction
     model = open_parallel_model(engine, device, group, cache_fraction=cache_fraction)
-    # The leader measures steps, which the workers run once they follow.
-    max_step_ms = options.step_bound_ms(device) if group.rank == 0 else 0.0
-    executor = TorchDecoderExecutor.over(engine, model, max_step_ms=max_step_ms, device=device)
-    return vision, executor
+    decoder = TorchDecoderExecutor.over(engine, model)
+    if group.rank == 0:  # the workers run the steps that are measured once they follow
+        with loading_on(device, engine):
+            decoder.bound_steps(options.step_bound_ms(device), device)
+    return vision, decoder
