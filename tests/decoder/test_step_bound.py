@@ -6,19 +6,28 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import run
+from frontends.openai import main
+from frontends.triton import serve
 from nvlm.planning.limits import EngineLimits
+from nvlm.program.command_line import ArgumentParser
+from nvlm.program.errors import UserError
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
-from runtime.decoder.executor import DecoderOptions, DecoderRequest
+from runtime.decoder.executor import DecoderOptions, DecoderRequest, create_decoder_executor
 from runtime.decoder.models.step import SequenceStep
 from runtime.decoder.scheduler import Scheduler, Sequence, max_num_blocks
 from runtime.decoder.step_bound import StepBound
 from runtime.decoder.step_times import CONTEXT, measure_step_bound, steps_of
+from runtime.decoder.torch_executor import TorchDecoderExecutor
+from runtime.engine.engine_dir import EngineDir
+from tests.support.decoding import generate
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LIMITS = EngineLimits(
@@ -299,3 +308,42 @@ def test_a_service_on_a_gpu_has_a_bound_of_its_own(
 ) -> None:
     assert DecoderOptions(max_step_ms=asked).step_bound_ms(device) == ms
     assert DecoderOptions().step_bound_ms(device) == 0.0
+
+
+def test_an_engine_that_is_opened_with_a_bound_answers_as_without(engine_dir: Path) -> None:
+    engine = EngineDir.read(engine_dir)
+    rng = random.Random(2)
+    requests = [
+        DecoderRequest([rng.randrange(500) for _ in range(rng.randint(1, 100))], rng.randint(2, 20))
+        for _ in range(20)
+    ]
+    bounded = TorchDecoderExecutor.load(engine, CPU, DecoderOptions(max_step_ms=0.001))
+    found = generate(bounded, requests)
+    assert found == generate(TorchDecoderExecutor.load(engine, CPU), requests)
+    assert bounded.counts().num_tokens_beside > 0
+
+
+def test_a_bound_is_made_while_nobody_asks(engine_dir: Path) -> None:
+    executor = TorchDecoderExecutor.load(EngineDir.read(engine_dir), CPU)
+    executor.submit(DecoderRequest([1, 2], 2))
+    with pytest.raises(AssertionError, match="where nobody waits"):
+        executor.bound_steps(5.0, CPU)
+
+
+def test_a_decoder_that_schedules_by_itself_is_given_no_bound(engine_dir: Path) -> None:
+    engine = replace(EngineDir.read(engine_dir), decoder_target="tensorrt_llm")
+    with pytest.raises(UserError, match="--max_step_ms 9 needs decoder torch"):
+        create_decoder_executor(engine, CPU, DecoderOptions(max_step_ms=9.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "default"),
+    [(run.parser, 0.0), (main.parser, None), (serve.parser, None)],
+    ids=["run.py", "serve.py", "Triton"],
+)
+def test_every_door_takes_the_bound_and_servers_have_one(
+    make: Callable[[], ArgumentParser], default: float | None
+) -> None:
+    words = ["--engine_dir", "E"]
+    assert make().parse_args(words).max_step_ms == default
+    assert make().parse_args([*words, "--max_step_ms", "45"]).max_step_ms == 45.0

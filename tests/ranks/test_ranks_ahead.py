@@ -47,7 +47,9 @@ def test_random_batches_get_the_tokens_of_not_running_ahead(
 
 
 @pytest.mark.parametrize(
-    "flags", [("--streaming",), ("--temperature", 0.8, "--seed", 3)], ids=["streamed", "sampled"]
+    "flags",
+    [("--streaming",), ("--temperature", 0.8, "--seed", 3), ("--max_step_ms", 20)],
+    ids=["streamed", "sampled", "bounded"],
 )
 def test_a_question_captures_graphs_deletes_them_and_ends_without_a_warning(
     workshop: Workshop, tmp_path: Path, flags: tuple[object, ...]
