@@ -12,8 +12,7 @@ from evaluation.reporting import score_command
 from nvlm.program.command_line import ArgumentParser, run
 from nvlm.program.errors import UserError
 from nvlm.program.launcher import end, rank_from
-from runtime.decoder.executor import DecoderOptions
-from runtime.serving.launch import Program, launch
+from runtime.serving.launch import Program, engine_options, launch
 
 COMMANDS = {
     "generate": "answer a benchmark with an engine directory",
@@ -44,9 +43,8 @@ def _parse() -> argparse.Namespace:
 def _parse_generate() -> Program:
     arguments = _parse()
     generate_command.check_flags(arguments)
-    options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
     lead = partial(generate_command.lead, arguments)
-    return Program(arguments.engine_dir, arguments.device, options, lead)
+    return Program(arguments.engine_dir, arguments.device, engine_options(arguments), lead)
 
 
 def main() -> int:

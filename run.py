@@ -28,7 +28,6 @@ from runtime.answers.batch import run_batch, summary
 from runtime.answers.chat import chat
 from runtime.answers.compare import check, differences, record, report_json
 from runtime.answers.cut_answer import warn_if_cut
-from runtime.decoder.executor import DecoderOptions
 from runtime.decoder.xgrammar_schema import check_guide
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.flags import add_guide_flags, add_request_flags, request_of
@@ -38,7 +37,7 @@ from runtime.requests.request_file import RequestLine, read_messages, read_reque
 from runtime.requests.sampling import check_target, non_neutral, require_consistent
 from runtime.requests.show_tiles import write_tiles
 from runtime.requests.types import GenerationRequest, GenerationResult
-from runtime.serving.launch import Program, add_engine_flags, launch
+from runtime.serving.launch import Program, add_engine_flags, engine_options, launch
 from runtime.serving.runner import Runner
 from runtime.serving.ticket import Ticket
 
@@ -267,10 +266,7 @@ def _parse() -> Program:
     _check_flags(arguments)
     if arguments.max_image_pixels is not None:
         set_most_pixels(arguments.max_image_pixels)
-    options = DecoderOptions(
-        arguments.kv_cache_free_gpu_memory_fraction,
-        gather_logits=arguments.compare is not None,
-    )
+    options = engine_options(arguments, gather_logits=arguments.compare is not None)
     return Program(arguments.engine_dir, arguments.device, options, partial(lead, arguments))
 
 

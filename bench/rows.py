@@ -69,7 +69,8 @@ class Interactive:
 
     gap_ms: between consecutive tokens of a text request: p50, p90, p99, max. first_token_ms: of the
     pictures: median, max, first, tenth; empty without pictures, without tenth below ten.
-    num_tokens: the texts' context. num_restarts: texts that ended and came again.
+    num_tokens: the texts' context. num_restarts: texts that ended and came again. max_step_ms: the
+    decoder's, 0 is no bound.
     """
 
     phase: str
@@ -83,10 +84,12 @@ class Interactive:
     num_pictures: int
     first_token_ms: dict[str, float]
     num_restarts: int
+    max_step_ms: float = 0.0
 
     def __str__(self) -> str:
         return (
-            f"{self.phase}, {self.picture_rate:g} pictures/s for {self.seconds:g} s: "
+            f"{self.phase}, {self.picture_rate:g} pictures/s for {self.seconds:g} s, "
+            f"max_step_ms {self.max_step_ms:g}: "
             f"gaps {_told(self.gap_ms)} ms of {self.num_gaps}; "
             f"first token {_told(self.first_token_ms) or 'none'} ms of {self.num_pictures}"
         )

@@ -77,15 +77,16 @@ def picture_request(
     return GenerationRequest.images_first(text, (picture,), max_new_tokens=max_new_tokens)
 
 
-def draw_pictures(folder: Path, number: int, tile_size: int) -> list[Path]:
+def draw_pictures(folder: Path, number: int, tile_size: int, first_seed: int = 0) -> list[Path]:
     """JPEG files of `NUM_TILES` tiles, 1344 x 896 pixels where a tile has 448.
 
-    Each shows different pixels, so that no request finds another's blocks in the KV cache.
+    Each shows different pixels, so that no request finds another's blocks in the KV cache, nor its
+    picture encoded. first_seed: pictures before it show others.
     """
     folder.mkdir(parents=True)
     size = _GRID[0] * tile_size, _GRID[1] * tile_size
     paths = []
-    for seed in range(number):
+    for seed in range(first_seed, first_seed + number):
         colours = np.random.default_rng(seed).integers(256, size=(8, 12, 3), dtype=np.uint8)
         paths.append(folder / f"{seed}.jpg")
         Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(paths[-1], quality=90)

@@ -40,29 +40,39 @@ def picture_tokens(config: VisionConfig) -> int:
 
 
 def measure_interactive(
-    runner: Runner, folder: Path, rates: list[float], seconds: float, context: int
+    runner: Runner,
+    folder: Path,
+    rates: list[float],
+    seconds: float,
+    context: int,
+    max_step_ms: float,
+    *,
+    is_fresh: bool,
 ) -> Iterator[FirstPictures | Interactive]:
     """Starts a server, sends it pictures alone, then measures each rate for `seconds`.
 
-    `runner` must be fresh: what an earlier request has warmed, the first picture would not show.
+    max_step_ms: the decoder's. is_fresh: the runner has answered nobody. If not, no pictures come
+    alone: what an earlier request has warmed, the first of them would not show.
     """
     vision = runner.engine.vision_config
     counts = [int(rate * seconds) for rate in rates]
-    num_tokens, number = picture_tokens(vision), NUM_ALONE + sum(counts)
+    num_alone = NUM_ALONE if is_fresh else 0
+    num_tokens, number = picture_tokens(vision), num_alone + sum(counts)
+    paths = draw_pictures(folder, number, vision.image_size, runner.num_pictures)
     pictures = [
         picture_request(runner, path, num_tokens, PICTURE_ANSWER, seed)
-        for seed, path in enumerate(draw_pictures(folder, number, vision.image_size))
+        for seed, path in enumerate(paths)
     ]
     answer = context // 2
     texts = [text_request(runner, context - answer // 2, answer, seed) for seed in range(NUM_TEXTS)]
     num_layers = runner.engine.checkpoint_config.decoder.num_hidden_layers
     server = Server(runner, max_queue_size=number)
     try:
-        alone = [_first_token_ms(server, picture) for picture in pictures[:NUM_ALONE]]
-        yield FirstPictures(
-            "first pictures", num_layers, 1, num_tokens, alone, alone[0] / alone[-1]
-        )
-        rest = iter(pictures[NUM_ALONE:])
+        if alone := [_first_token_ms(server, picture) for picture in pictures[:num_alone]]:
+            yield FirstPictures(
+                "first pictures", num_layers, 1, num_tokens, alone, alone[0] / alone[-1]
+            )
+        rest = iter(pictures[num_alone:])
         for rate, count in zip(rates, counts, strict=True):
             arriving = [next(rest) for _ in range(count)]
             gaps, waits, num_restarts = _measure_rate(server, texts, arriving, rate, seconds)
@@ -78,6 +88,7 @@ def measure_interactive(
                 len(waits),
                 first_token_summary(waits),
                 num_restarts,
+                max_step_ms,
             )
     finally:
         server.close()

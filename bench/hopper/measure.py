@@ -3,7 +3,8 @@
     python -m bench.hopper decode settings prefill first_token serving interactive vision
         [--shape 72b] [--layers 8,16] [--batch_sizes 1,8,64] [--context 2048] [--prompts 1948,2048]
         [--requests 256] [--answer 128] [--serving 2048/128/256/64] [--picture_rate 0,1,2]
-        [--seconds 15] [--tiles 7] [--precisions bfloat16,FP8] [--profile FILE] [--output FILE]
+        [--max_step_ms 0,30] [--seconds 15] [--tiles 7] [--precisions bfloat16,FP8]
+        [--profile FILE] [--output FILE]
 
 The product's loader loads a synthetic engine (bench/synthetic_engine.py) for each number
 of layers. bench/hopper/phases.py says what each phase is; bench/ranks measures the same on several

@@ -3,7 +3,8 @@
 With several numbers of layers, which are measured in turns, the slope per layer is told too.
 Prompts and tiles come after a pause, and again ("busy") without. serving goes to the executor
 alone; with --serving, through the product's server. interactive comes first: its first picture
-finds what a server finds that has just become ready.
+finds what a server finds that has just become ready. It and --serving are measured for each
+--max_step_ms.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ def add_flags(parser: argparse.ArgumentParser, *, layers: str) -> None:
         help="INPUT/OUTPUT/REQUESTS/AT_A_TIME (0: as many as fit), several with commas",
     )
     add("--picture_rate", default="1.0", help="a second, several with commas")
+    add(
+        "--max_step_ms",
+        default="0",
+        help="of interactive and --serving: longest step beside rows that decode, several with "
+        "commas",
+    )
     add("--seconds", type=float, default=15.0, help="of each picture rate")
     add("--tiles", default="7")
     add("--precisions", default="bfloat16,FP8", help="of vision, for first_token and vision")
@@ -97,14 +104,26 @@ def measure_decoder(
         folder, decoder = Path(name), executors[depths[-1]][0]
         if vision is not None:
             runner = synthetic_runner(folder, engine, vision, decoder)
+        bounds = floats(options.max_step_ms)
         if "interactive" in options.phases:
-            rates = [float(rate) for rate in options.picture_rate.split(",")]
-            yield from measure_interactive(
-                runner, folder / "pictures", rates, options.seconds, options.context
-            )
+            for number, max_step_ms in enumerate(bounds):
+                decoder.bound_steps(max_step_ms, parts.device)
+                yield from measure_interactive(
+                    runner,
+                    folder / f"pictures_{number}",
+                    floats(options.picture_rate),
+                    options.seconds,
+                    options.context,
+                    max_step_ms,
+                    is_fresh=number == 0,
+                )
+        decoder.bound_steps(0.0, parts.device)
         yield from measure_executors(options, executors, engine, parts, ceilings)
-        for index, load in enumerate(options.serving):
-            yield measure_served(runner, load, ceilings, first_seed=10_000 * (1 + index))
+        for max_step_ms in bounds if options.serving else ():
+            decoder.bound_steps(max_step_ms, parts.device)
+            for index, load in enumerate(options.serving):
+                first_seed = 10_000 * (1 + index)
+                yield measure_served(runner, load, ceilings, first_seed, max_step_ms)
 
 
 def measure_executors(
@@ -165,6 +184,10 @@ def synthesize(options: argparse.Namespace, num_ranks: int, num_layers: int) -> 
         max_seq_len=max(lengths) + 64,
         tp_size=num_ranks,
     )
+
+
+def floats(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def numbers(text: str) -> list[int]:

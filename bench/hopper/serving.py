@@ -71,12 +71,14 @@ def measure_serving(
     return _row("serving", config, load, batch_size, counts.total(), seconds, ceilings)
 
 
-def measure_served(runner: Runner, load: Load, ceilings: Ceilings, first_seed: int) -> Row:
+def measure_served(
+    runner: Runner, load: Load, ceilings: Ceilings, first_seed: int, max_step_ms: float = 0.0
+) -> Row:
     """Answers the requests through a server, from the first submission to the last answer.
 
     Where at_a_time is the engine's own limit, all requests are submitted at once and the server
     holds them back. Below it the client does: a new request comes as an old one ends. first_seed:
-    loads of other seeds share no prompt.
+    loads of other seeds share no prompt. max_step_ms: the decoder's, which the row names.
     """
     limit = runner.engine.limits.max_batch_size
     at_a_time = load.at_a_time or limit
@@ -93,7 +95,8 @@ def measure_served(runner: Runner, load: Load, ceilings: Ceilings, first_seed: i
         server.close()
     batch_size = min(load.num_requests, at_a_time)
     config = runner.engine.checkpoint_config
-    return _row("served", config, load, batch_size, num_tokens, seconds, ceilings)
+    phase = "served" + f", {max_step_ms:g} ms a step" * (max_step_ms > 0.0)
+    return _row(phase, config, load, batch_size, num_tokens, seconds, ceilings)
 
 
 def answer_all(

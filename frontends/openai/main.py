@@ -23,8 +23,7 @@ from nvlm.program.command_line import ArgumentParser, port_number, positive_floa
 from nvlm.program.errors import PartDiedError, UserError
 from nvlm.program.launcher import rank_from
 from nvlm.program.process import set_most_pixels, set_picture_types
-from runtime.decoder.executor import DecoderOptions
-from runtime.serving.launch import Program, add_engine_flags, launch
+from runtime.serving.launch import Program, add_engine_flags, engine_options, launch
 from runtime.serving.picture_types import SERVER_PICTURE_TYPES
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
@@ -44,7 +43,7 @@ _SHOWN_FAILED_S = 5.0
 def parser() -> ArgumentParser:
     parser = ArgumentParser((__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add_engine_flags(parser)
+    add_engine_flags(parser, is_service=True)
     add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 is every network")
     add("--port", type=port_number, default=8000, help="0 takes a free one")
     add("--model_name", nargs="+", default=["nvlm-d"], help="names the model answers to")
@@ -227,7 +226,7 @@ def _parse() -> Program:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if arguments.max_image_pixels is not None:
         set_most_pixels(arguments.max_image_pixels)
-    options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
+    options = engine_options(arguments)
     return Program(arguments.engine_dir, arguments.device, options, partial(lead, arguments))
 
 

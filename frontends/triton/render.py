@@ -50,8 +50,8 @@ class ServeOptions:
     """num_threads: of each model's torch, 0 is torch's own choice. grpc_url: where the server will
     listen, by which `nvlm` asks the other models. Without `decoupled` a model answers once and
     cannot stream, as clients of TensorRT-LLM's `decoupled_mode: False` expect. hang_after_s: a
-    thread of `nvlm` without progress hangs, 0 is the plan's limit. pipes: what the models'
-    processes write into, by model."""
+    thread of `nvlm` without progress hangs, 0 is the plan's limit. max_step_ms: as in
+    `DecoderOptions`. pipes: what the models' processes write into, by model."""
 
     form: Form
     device: str = "auto"
@@ -60,6 +60,7 @@ class ServeOptions:
     decoupled: bool = True
     grpc_url: str = "127.0.0.1:8001"
     hang_after_s: float = 0.0
+    max_step_ms: float | None = None
     pipes: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -115,6 +116,7 @@ def _values(
         "triton_queue_size": engine.limits.max_batch_size + options.max_queue_size,
         "grpc_url": options.grpc_url,
         "hang_after_s": options.hang_after_s,
+        "max_step_ms": "auto" if options.max_step_ms is None else options.max_step_ms,
         **{f"pipe_{model}": _quoted(options.pipes.get(model, Path())) for model in PYTHON_MODELS},
         "decoupled": str(options.decoupled).lower(),
         "max_batch_size": engine.limits.max_batch_size,

@@ -22,7 +22,9 @@ from frontends.triton.scratch import scratch_folder
 from frontends.triton.server import Ports, TritonServer
 from nvlm.program.command_line import ArgumentParser, positive_float, positive_int, run
 from nvlm.program.errors import PartDiedError, UserError
+from runtime.decoder.executor import require_own_scheduler
 from runtime.engine.engine_dir import EngineDir
+from runtime.serving.launch import add_step_flag
 
 _ANSWERED_S = 5.0  # for answers on their way to clients
 
@@ -50,6 +52,7 @@ def parser() -> ArgumentParser:
         metavar="N",
         help="torch's CPU threads in each model (default: torch's choice)",
     )
+    add_step_flag(add, is_service=True)
     add = group("clients").add_argument
     add("--address", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network")
     add("--http_port", type=positive_int, default=8000, metavar="PORT", help="port for HTTP")
@@ -107,8 +110,10 @@ def main() -> int:
         not arguments.unary,
         ports.grpc_url,
         arguments.hang_after_s or 0.0,
+        arguments.max_step_ms,
     )
     world_size = engine.checkpoint_config.world_size
+    require_own_scheduler(engine, arguments.max_step_ms)
     if form == "torch" and world_size > 1:
         raise UserError(
             f"{arguments.engine_dir} was converted for {world_size} ranks, and Triton runs decoder "

@@ -175,6 +175,13 @@ def positive_float(text: str) -> float:
     return value
 
 
+def natural_float(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
 def fraction(text: str) -> float:
     value = positive_float(text)
     if value >= 1.0:
@@ -189,6 +196,7 @@ _NUMBERS: dict[Any, tuple[str, str]] = {
     natural_int: ("a whole number from 0", "0"),
     port_number: ("a port from 0 to 65535", "8000"),
     positive_float: ("a positive number", "0.5"),
+    natural_float: ("a number from 0", "0"),
     fraction: ("a number between 0 and 1", "0.5"),
 }
 """What a flag of each type expects, and an example."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -83,13 +83,27 @@ class StepOutput:
     error: Exception | None = None
 
 
+SERVICE_STEP_MS = 30.0
+"""Of a server on a GPU, by decision 144 (docs/decisions/decoder.md)."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderOptions:
     """How an engine is loaded. kv_cache_free_gpu_memory_fraction: of a GPU's memory that is free
-    after loading; None is the decoder's own choice. gather_logits: requests will ask for logits."""
+    after loading; None is the decoder's own choice. gather_logits: requests will ask for logits.
+    max_step_ms: how long a step may take in which requests decode and prompts are computed
+    (`StepBound`); 0 is no bound, None what suits a service on the device."""
 
     kv_cache_free_gpu_memory_fraction: float | None = None
     gather_logits: bool = False
+    max_step_ms: float | None = 0.0
+
+    def step_bound_ms(self, device: torch.device) -> float:
+        """`max_step_ms` on a device; 0 is no bound. A CPU's service has none, since its steps are
+        as long as their tokens are many."""
+        if self.max_step_ms is None:
+            return SERVICE_STEP_MS if device.type == "cuda" else 0.0
+        return self.max_step_ms
 
 
 class DecoderExecutor(Protocol):
@@ -129,21 +143,35 @@ def warm_up(executor: DecoderExecutor) -> None:
         executor.warm_up()
 
 
+WaitCause = Literal["place", "blocks", "equal_prompt", "step"]
+"""What the first request that waits in the decoder lacks: a place in the batch, KV blocks, blocks
+that a request with the same prompt still computes, or room in the step."""
+
+
 @dataclass(frozen=True, slots=True)
-class CacheCounts:
-    """usage: share of the KV blocks that requests hold, 0 to 1. Tokens are those of prompts."""
+class DecoderCounts:
+    """What a decoder has done, and who waits.
+
+    usage: share of the KV blocks that requests hold, 0 to 1. Queried and reused tokens are those of
+    prompts that looked for known blocks. num_tokens_beside: prompt tokens computed in steps in
+    which another request decoded; num_tokens_alone: in all others. waiting: requests by what the
+    first of them waits for.
+    """
 
     usage: float
     num_preemptions: int
     num_queried_tokens: int
     num_reused_tokens: int
+    num_tokens_beside: int
+    num_tokens_alone: int
+    waiting: dict[WaitCause, int]
 
 
 @runtime_checkable
-class CountsCache(Protocol):
-    """An executor that says how its KV cache is used. Any thread may ask."""
+class CountsSteps(Protocol):
+    """An executor that says what its steps did. Any thread may ask."""
 
-    def cache_counts(self) -> CacheCounts: ...
+    def counts(self) -> DecoderCounts: ...
 
 
 def create_decoder_executor(
@@ -153,7 +181,9 @@ def create_decoder_executor(
     if engine.decoder_target == "tensorrt_llm":
         from runtime.decoder.tensorrt_llm_executor import TensorrtLlmDecoderExecutor
 
-        return TensorrtLlmDecoderExecutor(engine, device, options or DecoderOptions())
+        options = options or DecoderOptions()
+        require_own_scheduler(engine, options.max_step_ms)
+        return TensorrtLlmDecoderExecutor(engine, device, options)
     if engine.decoder_target == "torch":
         from runtime.decoder.torch_executor import TorchDecoderExecutor
 
@@ -162,6 +192,16 @@ def create_decoder_executor(
         f"{engine.directory} was built for decoder {engine.decoder_target!r}, which this version "
         "does not run; build it again with --decoder torch or tensorrt_llm"
     )
+
+
+def require_own_scheduler(engine: EngineDir, max_step_ms: float | None) -> None:
+    """Refuses a bound that TensorRT-LLM, which schedules by itself, would not keep."""
+    if max_step_ms and engine.decoder_target == "tensorrt_llm":
+        raise UserError(
+            f"--max_step_ms {max_step_ms:g} needs decoder torch, and {engine.directory} was built "
+            "for tensorrt_llm, which schedules by itself; leave it out, or build with --decoder "
+            "torch"
+        )
 
 
 def check_request(

@@ -15,11 +15,13 @@ from runtime.decoder.scheduler import Sequence
 class UndrawnStep:
     """A forward pass that is launched before the tokens are known that its guides have to see.
 
-    sequences: one each of `logits` [n, vocab_size] float32.
+    sequences: one each of `logits` [n, vocab_size] float32. chunks: those whose prompts the step
+    does not complete.
     """
 
     sequences: list[Sequence]
     logits: torch.Tensor
+    chunks: list[Sequence]
 
 
 @dataclass(eq=False, slots=True)
@@ -51,7 +53,7 @@ class InFlightStep:
         if sequences == self.sequences:
             return token_ids
         row_of = {id(sequence): row for row, sequence in enumerate(self.sequences)}
-        rows = torch.tensor([row_of[id(sequence)] for sequence in sequences])
+        rows = torch.tensor([row_of[id(each)] for each in sequences], dtype=torch.int64)
         return token_ids[rows.to(token_ids.device, non_blocking=True)]
 
     def tolist(self) -> list[int]:

@@ -3,12 +3,13 @@
 Continuous batching (Orca, OSDI 2022) over a paged cache (vLLM, arXiv 2309.06180): before every
 step waiting requests join in order of arrival while there is room; finished ones leave at once.
 A step takes max_num_tokens: first one of each request that decodes, then of prompts, a long one in
-chunks (Sarathi, arXiv 2308.16369). A request joins when its prompt's blocks are free and takes more
-as it grows; where none is left, the one that came last gives up its blocks and waits in front,
-to be computed again. Blocks of a prefix that was computed before are shared (block_allocator.py),
-but for a prompt whose log probabilities are wanted: those need all its logits.
-Where only decoding goes on, a step can be scheduled while the tokens of the one before are still
-being computed (`schedule_ahead`). Knows token counts and identities, not their meaning.
+chunks (Sarathi, arXiv 2308.16369), beside rows that decode as many as its time allows
+(step_bound.py). A request joins when its prompt's blocks are free and takes more as it grows; where
+none is left, the one that came last gives up its blocks and waits in front, to be computed again.
+Blocks of a prefix that was computed before are shared (block_allocator.py), but for a prompt whose
+log probabilities are wanted: those need all its logits. A step can be scheduled while the tokens of
+the one before are still being computed (`schedule_ahead`). Knows token counts and identities, not
+their meaning.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from runtime.decoder.block_allocator import (
     block_key,
     num_blocks_for,
 )
-from runtime.decoder.executor import CacheCounts, DecoderRequest, TokenLogprobs
+from runtime.decoder.executor import DecoderCounts, DecoderRequest, TokenLogprobs, WaitCause
 from runtime.decoder.guidance import Matcher
+from runtime.decoder.step_bound import StepBound
 
 UNKNOWN_TOKEN = -1
 """In the place of a token that is being computed."""
@@ -131,14 +133,21 @@ class Sequence:
 
 
 class Scheduler:
-    def __init__(self, limits: EngineLimits, num_blocks: int) -> None:
-        self._limits = limits
+    """bound: of the time of steps in which somebody decodes; None is none."""
+
+    def __init__(
+        self, limits: EngineLimits, num_blocks: int, bound: StepBound | None = None
+    ) -> None:
+        self._limits, self._bound = limits, bound
         self._allocator = BlockAllocator(num_blocks)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
         self.num_queried_tokens = 0
         self.num_reused_tokens = 0
+        self.num_tokens_beside = 0  # of prompts, computed in steps in which somebody decoded
+        self.num_tokens_alone = 0  # in all others
+        self._waits_for: WaitCause | None = None  # the first that waits, as of the last step
 
     def find(self, request_id: int) -> Sequence | None:
         """A sequence that waits or runs."""
@@ -152,13 +161,21 @@ class Scheduler:
         return self._allocator.num_free
 
     @property
-    def counts(self) -> CacheCounts:
-        return CacheCounts(
+    def counts(self) -> DecoderCounts:
+        num_waiting, cause = len(self._waiting), self._waits_for
+        return DecoderCounts(
             usage=1.0 - self._allocator.num_free / self._allocator.num_blocks,
             num_preemptions=self.num_preemptions,
             num_queried_tokens=self.num_queried_tokens,
             num_reused_tokens=self.num_reused_tokens,
+            num_tokens_beside=self.num_tokens_beside,
+            num_tokens_alone=self.num_tokens_alone,
+            waiting={cause: num_waiting} if cause is not None and num_waiting else {},
         )
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._running and not self._waiting
 
     @property
     def num_running(self) -> int:
@@ -175,49 +192,73 @@ class Scheduler:
     def schedule(self) -> list[Sequence]:
         """The sequences of the next step, in order of arrival. All their tokens are known."""
         assert all(sequence.num_known == sequence.num_tokens for sequence in self._running)
-        budget = self._limits.max_num_tokens
-        for sequence in self._running:
-            sequence.num_scheduled = 0
-        for sequence in sorted(self._running, key=lambda item: item.num_uncached > 1):
-            count = min(sequence.num_uncached, sequence.max_num_scheduled, budget)
+        self._begin_step()
+        num_rows = 0
+        for sequence in [each for each in self._running if each.num_uncached == 1]:
             # A sequence that gave way to one before it runs no more.
-            if sequence in self._running and count > 0 and self._make_room(sequence, count):
-                sequence.num_scheduled = count
-                budget -= count
-        while self._waiting and budget > 0 and self._join(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            sequence.num_scheduled = min(sequence.num_uncached, sequence.max_num_scheduled, budget)
-            self._running.append(sequence)
-            budget -= sequence.num_scheduled
-        return [sequence for sequence in self._running if sequence.num_scheduled > 0]
+            has_room = num_rows < self._limits.max_num_tokens and sequence in self._running
+            if has_room and self._make_room(sequence):
+                sequence.num_scheduled = 1
+                num_rows += 1
+        return self._with_prompts(num_rows)
 
     def schedule_ahead(self) -> list[Sequence]:
         """Schedules the step after one whose tokens are unknown yet: all sequences that it does
-        not complete, each with that one token. None where somebody could join then, a prompt goes
-        on, or blocks run out: what comes next has to wait for those tokens.
+        not complete, each with that one token, and prompts, whose tokens are known, as any step
+        does. Empty where the step has to wait for those tokens: one that waits is sure to find a
+        place then, blocks run out, or log probabilities of a prompt are wanted.
 
         A sequence that turns out to have ended with its token has been scheduled for nothing, and
-        writes behind its end into a block of its own. Who is given that block later writes later.
+        writes after its end into a block of its own. Who is given that block later writes later.
         """
         going_on = [sequence for sequence in self._running if not sequence.is_complete]
-        limits, free = self._limits, self._allocator.num_free
-        num_places = min(limits.max_batch_size, limits.max_num_tokens)
-        if len(going_on) > num_places or (self._waiting and len(going_on) < num_places):
+        decoding = [each for each in going_on if each.num_uncached == 1]
+        if self._waiting and len(going_on) < len(self._running):
             return []
-        if any(not each.num_known == each.num_cached == each.num_tokens - 1 for each in going_on):
+        if any(each.wants_prompt_logprobs for each in (*going_on, *[*self._waiting][:1])):
             return []
-        needed = [num_blocks_for(each.num_tokens) - len(each.blocks) for each in going_on]
-        if sum(needed) > free:
+        needed = [num_blocks_for(each.num_tokens) - len(each.blocks) for each in decoding]
+        if len(decoding) > self._limits.max_num_tokens or sum(needed) > self._allocator.num_free:
             return []
-        for sequence, count in zip(going_on, needed, strict=True):
+        self._begin_step()
+        for sequence, count in zip(decoding, needed, strict=True):
             if count > 0:
                 sequence.blocks += self._allocator.allocate(count)
             sequence.num_scheduled = 1
-        return going_on
+        return self._with_prompts(len(decoding))
+
+    def _begin_step(self) -> None:
+        for sequence in self._running:
+            sequence.num_scheduled = 0
+
+    def _with_prompts(self, num_rows: int) -> list[Sequence]:
+        """Adds chunks of prompts to a step of `num_rows` sequences that decode, first of those that
+        run, whose blocks they have, then of those that join. All that the step runs."""
+        budget = self._limits.max_num_tokens - num_rows
+        if num_rows > 0 and self._bound is not None:
+            budget = min(budget, self._bound.most_prompt_tokens(num_rows))
+        for sequence in self._running:
+            if sequence.num_uncached > 1 and budget > 0:
+                budget -= self._take_chunk(sequence, budget)
+        self._waits_for = None
+        while self._waiting and self._waits_for is None:
+            self._waits_for = "step" if budget == 0 else self._join(self._waiting[0])
+            if self._waits_for is None:
+                sequence = self._waiting.popleft()
+                self._running.append(sequence)
+                budget -= self._take_chunk(sequence, budget)
+        return [sequence for sequence in self._running if sequence.num_scheduled > 0]
+
+    @staticmethod
+    def _take_chunk(sequence: Sequence, budget: int) -> int:
+        count = min(sequence.num_uncached, sequence.max_num_scheduled, budget)
+        sequence.num_scheduled = count
+        return count
 
     def advance(self, sequences: list[Sequence]) -> None:
         """After a step: what was scheduled is cached, and its full blocks can be shared as far as
         their tokens are known."""
+        self._count_prompts(sequences)
         for sequence in sequences:
             sequence.num_cached += sequence.num_scheduled
             sequence.num_scheduled = 0
@@ -240,32 +281,41 @@ class Scheduler:
                 sequence.has_left = True
                 return
 
+    def _count_prompts(self, sequences: list[Sequence]) -> None:
+        counts = [sequence.num_scheduled for sequence in sequences]
+        num_tokens = sum(count for count in counts if count > 1)
+        if 1 in counts:
+            self.num_tokens_beside += num_tokens
+        else:
+            self.num_tokens_alone += num_tokens
+
     def _register(self, sequence: Sequence) -> None:
         end = min(sequence.num_cached, sequence.num_known)
         for index in range(len(sequence.keys), end // TOKENS_PER_BLOCK):
             sequence.keys.append(sequence.key_of(index))
             self._allocator.register(sequence.blocks[index], sequence.keys[index])
 
-    def _join(self, sequence: Sequence) -> bool:
-        """Gives it the blocks of all its tokens, shared as far as its prefix is known."""
+    def _join(self, sequence: Sequence) -> WaitCause | None:
+        """Gives it the blocks of all its tokens, shared as far as its prefix is known; or says what
+        it waits for."""
         if len(self._running) == self._limits.max_batch_size:
-            return False
+            return "place"
         first = sequence.same_prompt
         if first is not None and not (first.has_left or first.is_prompt_computed):
-            return False
+            return "equal_prompt"
         sequence.same_prompt = None
         if not sequence.wants_prompt_logprobs:
             self._share_prefix(sequence)
         needed = num_blocks_for(sequence.num_tokens) - len(sequence.blocks)
         if needed > self._allocator.num_free:
             self._release(sequence)
-            return False
+            return "blocks"
         sequence.blocks += self._allocator.allocate(needed)
         if sequence.num_generated == 0:
             sequence.num_reused = sequence.num_cached
         self.num_queried_tokens += sequence.num_tokens
         self.num_reused_tokens += sequence.num_cached
-        return True
+        return None
 
     def _share_prefix(self, sequence: Sequence) -> None:
         """All full blocks but those of the last token, whose logits have to be computed."""
@@ -278,10 +328,10 @@ class Scheduler:
             sequence.keys.append(key)
         sequence.num_cached = len(sequence.blocks) * TOKENS_PER_BLOCK
 
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Blocks for `count` more tokens, those of the last to come if need be; False if it is
-        itself the last."""
-        needed = num_blocks_for(sequence.num_cached + count) - len(sequence.blocks)
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A block for one more token, if it needs one, of the last to come if need be; False if it
+        is itself the last."""
+        needed = num_blocks_for(sequence.num_tokens) - len(sequence.blocks)
         while needed > self._allocator.num_free:
             last = self._running.pop()
             self._release(last)

@@ -13,7 +13,7 @@ from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.executor import (
-    CacheCounts,
+    DecoderCounts,
     DecoderOptions,
     DecoderRequest,
     StepOutput,
@@ -29,13 +29,16 @@ from runtime.decoder.models.open_model import OpenedModel, open_model
 from runtime.decoder.models.step import AheadModel, DecoderModel, SequenceStep
 from runtime.decoder.sampler import sample_rows
 from runtime.decoder.scheduler import UNKNOWN_TOKEN, Scheduler, Sequence
+from runtime.decoder.step_bound import StepBound
+from runtime.decoder.step_times import measure_step_bound
 from runtime.engine.engine_dir import EngineDir
+from runtime.engine.loading import loading_on
 from runtime.requests.types import FinishReason
 
 
 class TorchDecoderExecutor:
     """`DecoderExecutor` over one model, which schedules and samples. num_blocks: of the model's KV
-    cache."""
+    cache. bound: of the time of steps in which somebody decodes; None is none."""
 
     def __init__(
         self,
@@ -43,13 +46,15 @@ class TorchDecoderExecutor:
         limits: EngineLimits,
         model: DecoderModel,
         num_blocks: int,
+        bound: StepBound | None = None,
     ) -> None:
         assert num_blocks >= num_blocks_for(limits.max_seq_len), "no room for the longest request"
         self.limits = limits
         self._config = config
         self._model = model
         self._ahead = model if isinstance(model, AheadModel) else None
-        self._scheduler = Scheduler(limits, num_blocks)
+        self._num_blocks = num_blocks
+        self._scheduler = Scheduler(limits, num_blocks, bound)
         self._processors: LogitsProcessors | None = None  # from the first request that needs them
         self._in_flight: InFlightStep | None = None
         self._masks: TokenMasks | None = None  # from the first guide on
@@ -59,20 +64,36 @@ class TorchDecoderExecutor:
     def load(
         cls, engine: EngineDir, device: torch.device, options: DecoderOptions | None = None
     ) -> TorchDecoderExecutor:
-        cache_fraction = options.kv_cache_free_gpu_memory_fraction if options else None
-        return cls.over(engine, open_model(engine, device, cache_fraction=cache_fraction))
+        options = options or DecoderOptions()
+        cache_fraction = options.kv_cache_free_gpu_memory_fraction
+        opened = open_model(engine, device, cache_fraction=cache_fraction)
+        executor = cls.over(engine, opened)
+        with loading_on(device, engine):
+            executor.bound_steps(options.step_bound_ms(device), device)
+        return executor
 
     @classmethod
     def over(cls, engine: EngineDir, opened: OpenedModel) -> TorchDecoderExecutor:
         """An engine's executor over a model of its shape."""
         return cls(engine.checkpoint_config, engine.limits, opened.model, opened.num_blocks)
 
+    def bound_steps(self, max_step_ms: float, device: torch.device) -> None:
+        """Bounds the steps in which somebody decodes, by steps that it measures on the model's
+        device; 0 is no bound. While no request is open; what the KV cache holds is forgotten."""
+        idle = self._in_flight is None and self._scheduler.is_idle
+        assert idle, "steps are measured where nobody waits for one"
+        bound, limits = None, self.limits
+        if max_step_ms > 0.0:
+            num_blocks = self._num_blocks
+            bound = measure_step_bound(self._model, limits, num_blocks, max_step_ms, device)
+        self._scheduler = Scheduler(limits, self._num_blocks, bound)
+
     @property
     def scheduler(self) -> Scheduler:
         """For metrics and tests."""
         return self._scheduler
 
-    def cache_counts(self) -> CacheCounts:
+    def counts(self) -> DecoderCounts:
         return self._scheduler.counts
 
     def submit(self, request: DecoderRequest) -> int:
@@ -144,10 +165,13 @@ class TorchDecoderExecutor:
         if not sequences:
             return None
         steps = [SequenceStep.of(sequence) for sequence in sequences]
-        logits = self._ahead.forward_ahead(steps, in_flight.tokens_of(sequences))
-        if any(sequence.matcher is not None for sequence in sequences):
-            return UndrawnStep(sequences, logits)
-        following = self._draw(sequences, logits)
+        unknown = [each for each in sequences if each.num_known < each.num_tokens]
+        logits = self._ahead.forward_ahead(steps, in_flight.tokens_of(unknown))
+        drawing = [sequence for sequence in sequences if sequence.is_last_chunk]
+        if any(sequence.matcher is not None for sequence in drawing):
+            chunks = [sequence for sequence in sequences if not sequence.is_last_chunk]
+            return UndrawnStep(drawing, logits, chunks)
+        following = self._draw(drawing, logits) if drawing else None
         self._scheduler.advance(sequences)
         return following
 
@@ -155,13 +179,11 @@ class TorchDecoderExecutor:
         """Draws for those that the step before has not ended."""
         rows = [row for row, sequence in enumerate(undrawn.sequences) if not sequence.has_left]
         sequences = [undrawn.sequences[row] for row in rows]
-        if not sequences:
-            return None
         logits = undrawn.logits
-        if len(rows) < len(undrawn.sequences):
+        if 0 < len(rows) < len(undrawn.sequences):
             logits = logits[torch.tensor(rows).to(logits.device, non_blocking=True)]
-        following = self._draw(sequences, logits)
-        self._scheduler.advance(sequences)
+        following = self._draw(sequences, logits) if sequences else None
+        self._scheduler.advance([*sequences, *undrawn.chunks])
         return following
 
     def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> InFlightStep:

@@ -19,6 +19,7 @@ from runtime.decoder.executor import DecoderExecutor, DecoderOptions, create_dec
 from runtime.decoder.tensorrt_llm_executor import TensorrtLlmDecoderExecutor
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir
+from runtime.engine.loading import loading_on
 from runtime.engine.open_engine import open_engine
 from runtime.ranks.mpi import Job
 from runtime.ranks.parallel_decoder import open_parallel_model
@@ -82,6 +83,11 @@ def open_parts_of_group(
     """Collective. On a worker they are what `group.follow` runs."""
     own = group.job.agree(lambda: create_vision_executor(engine, device))
     vision = ParallelVisionExecutor(own, group, engine.tiling.image_size)
-    cache_fraction = options.kv_cache_free_gpu_memory_fraction if options else None
+    options = options or DecoderOptions()
+    cache_fraction = options.kv_cache_free_gpu_memory_fraction
     model = open_parallel_model(engine, device, group, cache_fraction=cache_fraction)
-    return vision, TorchDecoderExecutor.over(engine, model)
+    decoder = TorchDecoderExecutor.over(engine, model)
+    if group.rank == 0:  # the workers run the steps that are measured once they follow
+        with loading_on(device, engine):
+            decoder.bound_steps(options.step_bound_ms(device), device)
+    return vision, decoder

@@ -108,21 +108,28 @@ class ParallelModel:
 
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         with self._group.leading("step", self._encoder.encode(steps)):
-            self._group.job.phase(_phase(steps))
-            for step in steps:
-                if step.prompt_table is not None:
-                    self._group.broadcast(step.prompt_table.to(self._own.embedding).contiguous())
+            self._send_tables(steps)
             return self._whole(self._own.forward(steps))
+
+    def _send_tables(self, steps: list[SequenceStep]) -> None:
+        self._group.job.phase(_phase(steps))
+        for step in steps:
+            if step.prompt_table is not None:
+                self._group.broadcast(step.prompt_table.to(self._own.embedding).contiguous())
 
     @torch.inference_mode()
     def _follow(self, message: StepMessage) -> None:
+        self._gather_columns(self._own.forward(self._receive(message)))
+
+    def _receive(self, message: StepMessage) -> list[SequenceStep]:
+        """A step with its prompt tables."""
         steps = self._decoder.decode(message)
         self._group.job.phase(_phase(steps))
         if not isinstance(message, Again):
             for step, row in zip(steps, message, strict=True):
                 if row.num_table_rows is not None:
                     step.prompt_table = self._receive_table(row.num_table_rows)
-        self._gather_columns(self._own.forward(steps))
+        return steps
 
     def _whole(self, columns: torch.Tensor) -> torch.Tensor:
         logits = self._gather_columns(columns)
@@ -155,17 +162,19 @@ class ParallelAheadModel(ParallelModel):
 
     def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
         with self._group.leading("step ahead", self._encoder.encode(steps)):
-            self._group.job.phase("decode")
-            token_ids = self._broadcast_tokens(token_ids)
-            return self._whole(self._own.forward_ahead(steps, token_ids))
+            self._send_tables(steps)
+            return self._whole(self._own.forward_ahead(steps, self._share(token_ids)))
 
     @torch.inference_mode()
     def _follow_ahead(self, message: StepMessage) -> None:
-        steps = self._decoder.decode(message)
-        self._group.job.phase("decode")
-        token_ids = torch.empty(len(steps), dtype=torch.int64, device=self._group.device)
-        token_ids = self._broadcast_tokens(token_ids)
-        self._gather_columns(self._own.forward_ahead(steps, token_ids))
+        steps = self._receive(message)
+        num_unknown = sum(step.is_unknown for step in steps)
+        token_ids = torch.empty(num_unknown, dtype=torch.int64, device=self._group.device)
+        self._gather_columns(self._own.forward_ahead(steps, self._share(token_ids)))
+
+    def _share(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The leader's tokens, if there are any."""
+        return self._broadcast_tokens(token_ids) if len(token_ids) else token_ids
 
 
 def _phase(steps: list[SequenceStep]) -> str:

@@ -5,16 +5,18 @@ The only place that imports runtime/ranks, and only where there are several rank
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nvlm.planning.memory_plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
-from nvlm.program.command_line import ArgumentParser, fraction, resolve_device
+from nvlm.program.command_line import ArgumentParser, fraction, natural_float, resolve_device
 from nvlm.program.launcher import World
-from runtime.decoder.executor import DecoderOptions
+from runtime.decoder.executor import SERVICE_STEP_MS, DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
 from runtime.engine.mapped_files import MappedFiles
@@ -35,17 +37,45 @@ class Program:
     lead: Lead
 
 
-def add_engine_flags(parser: ArgumentParser) -> None:
-    """The flags that say which engine runs, and on what."""
-    add = parser.add_argument
+def add_engine_flags(parser: ArgumentParser, *, is_service: bool = False) -> None:
+    """The flags that say which engine runs, on what and how. is_service: answers are streamed to
+    people who wait for each token."""
+    add = parser.add_argument_group("engine").add_argument
     add("--engine_dir", type=Path, required=True, help="made by build_engine.py")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the engine runs; auto: the GPU, if there is one",
+    )
     add(
         "--kv_cache_free_gpu_memory_fraction",
         type=fraction,
-        help="of a GPU's memory that is free after loading (default: "
+        metavar="SHARE",
+        help="share of the GPU memory left after loading that the KV cache takes (default: "
         f"{KV_CACHE_FREE_GPU_MEMORY_FRACTION} for decoder tensorrt_llm; what the limits can use "
         "for decoder torch)",
+    )
+    add_step_flag(add, is_service=is_service)
+
+
+def add_step_flag(add: Callable[..., Any], *, is_service: bool) -> None:
+    """add: `add_argument` of a parser or a group."""
+    default = f"{SERVICE_STEP_MS:g} on a GPU, else 0" if is_service else "0"
+    add(
+        "--max_step_ms",
+        type=natural_float,
+        default=None if is_service else 0.0,
+        metavar="MS",
+        help="milliseconds that a step may take while a request decodes in it; longer prompts are "
+        f"cut into chunks, and 0 is no bound (decoder torch; default: {default})",
+    )
+
+
+def engine_options(arguments: Namespace, *, gather_logits: bool = False) -> DecoderOptions:
+    """What `add_engine_flags` read."""
+    return DecoderOptions(
+        arguments.kv_cache_free_gpu_memory_fraction, gather_logits, arguments.max_step_ms
     )
 
 

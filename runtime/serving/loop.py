@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,10 +17,10 @@ from queue import SimpleQueue
 from typing import Literal
 
 from nvlm.program.errors import PartDiedError, UserError
-from runtime.decoder.executor import CountsCache, StepOutput
+from runtime.decoder.executor import CountsSteps, StepOutput
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.intake import Intake
-from runtime.serving.metrics import Labels, ServingMetrics
+from runtime.serving.metrics import WAIT_CAUSES, Labels, ServingMetrics
 from runtime.serving.part import Part
 from runtime.serving.stages import Stages
 from runtime.serving.ticket import Draft, Listener, Ticket
@@ -191,16 +192,28 @@ class Loop:
     def samples(self) -> dict[tuple[str, Labels], float]:
         """Every metric as it is now."""
         num_running = len({draft.ticket for draft in self._running.values()})
+        num_waiting = max(0, self.num_open - num_running)
+        waiting: dict[str, int] = dict.fromkeys(WAIT_CAUSES, 0)
+        waiting["place"] = len(self._waiting)
+        waiting["preparation"] = max(0, num_waiting - waiting["place"])
         self.metrics.set("nvlm_requests_running", num_running)
-        self.metrics.set("nvlm_requests_waiting", max(0, self.num_open - num_running))
+        self.metrics.set("nvlm_requests_waiting", num_waiting)
+        self.metrics.set("nvlm_vision_seconds_total", self.stages.vision_s)
         self.metrics.set("nvlm_mm_cache_queries_total", self.stages.num_pictures)
         self.metrics.set("nvlm_mm_cache_hits_total", self.stages.num_known_pictures)
-        if isinstance(self.stages.decoder, CountsCache):
-            counts = self.stages.decoder.cache_counts()
+        if isinstance(self.stages.decoder, CountsSteps):
+            counts = self.stages.decoder.counts()
             self.metrics.set("nvlm_kv_cache_usage_perc", counts.usage)
             self.metrics.set("nvlm_num_preemptions_total", counts.num_preemptions)
             self.metrics.set("nvlm_prefix_cache_queries_total", counts.num_queried_tokens)
             self.metrics.set("nvlm_prefix_cache_hits_total", counts.num_reused_tokens)
+            name = "nvlm_computed_prompt_tokens_total"
+            self.metrics.set(name, counts.num_tokens_beside, label="yes")
+            self.metrics.set(name, counts.num_tokens_alone, label="no")
+            for decoder_cause, number in counts.waiting.items():
+                waiting[decoder_cause] += number
+        for cause, number in waiting.items():
+            self.metrics.set("nvlm_requests_waiting_by_cause", number, label=cause)
         return self.metrics.samples()
 
     def _wait_for_place(self, ticket: Ticket, place: threading.Lock) -> None:
@@ -264,6 +277,7 @@ class Loop:
 
     def _step(self) -> None:
         """What breaks in a step is told to all in it."""
+        begun = time.perf_counter()
         try:
             outputs = self.stages.decoder.step()
             self.has_failed_step = False
@@ -274,6 +288,7 @@ class Loop:
                 self._fail(draft.ticket, error)
             return
         if outputs:
+            self.metrics.observe("nvlm_step_seconds", time.perf_counter() - begun)
             self.metrics.observe("nvlm_decode_batch_size", len(outputs))
         for output in outputs:
             if output.request_id in self._running:  # a stop string may have ended it in this step

@@ -14,9 +14,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_STEP_SECONDS = (
+    *(0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05),
+    *(0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
 _COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
 Labels = tuple[tuple[str, str], ...]
+
+WAIT_CAUSES = ("preparation", "place", "blocks", "equal_prompt", "step")
+"""What a request waits for: threads that prepare and encode it, a place in the batch, and what
+`runtime.decoder.executor.WaitCause` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,18 @@ METRICS: dict[str, Metric] = {
     "nvlm_tiles_total": Metric("counter", "Image tiles encoded"),
     "nvlm_requests_running": Metric("gauge", "Requests in the decoder's batch"),
     "nvlm_requests_waiting": Metric("gauge", "Requests accepted and not yet in the batch"),
+    "nvlm_requests_waiting_by_cause": Metric(
+        "gauge",
+        "Requests that no step computes, by what they wait for",
+        "cause",
+    ),
+    "nvlm_computed_prompt_tokens_total": Metric(
+        "counter", "Prompt tokens computed, by whether another request decoded beside", "beside"
+    ),
+    "nvlm_vision_seconds_total": Metric("counter", "Time in which pictures were encoded"),
+    "nvlm_step_seconds": Metric(
+        "counter", "A step of the decoder, until its tokens are there", buckets=_STEP_SECONDS
+    ),
     "nvlm_queue_seconds": Metric(
         "counter", "Waiting between the steps of a request", buckets=_SECONDS
     ),
@@ -107,9 +127,9 @@ class ServingMetrics:
         with self._lock:
             self._values[name, _labels(name, label)] += amount
 
-    def set(self, name: str, value: float) -> None:
+    def set(self, name: str, value: float, label: str = "") -> None:
         with self._lock:
-            self._values[name, ()] = value
+            self._values[name, _labels(name, label)] = value
 
     def observe(self, name: str, value: float) -> None:
         with self._lock:

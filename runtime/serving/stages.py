@@ -57,6 +57,7 @@ class Stages:
         self._encoding = threading.Lock()  # held by the one thread that encodes images
         self._encoded = EncodedPictures()
         self.num_pictures = self.num_known_pictures = 0  # that were to be encoded; and had been
+        self.vision_s = 0.0  # in which pictures were encoded
         self._table_device = _CPU  # vision's, once it has encoded
 
     def prepare(self, ticket: Ticket) -> None:
@@ -80,6 +81,7 @@ class Stages:
                 begun = time.perf_counter()
                 table = self._prompt_table(images, ticket.cache_keys)
                 ticket.vision_s = time.perf_counter() - begun
+                self.vision_s += ticket.vision_s
         ticket.decoder_request = DecoderRequest(
             token_ids=ticket.prompt_ids,
             max_new_tokens=request.max_new_tokens,

@@ -130,6 +130,23 @@ def test_pictures_arrive_through_the_server_while_texts_decode(
     assert 0 < busy["first_token_ms"]["median"] <= busy["first_token_ms"]["max"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_pictures_and_loads_are_measured_for_each_bound_of_a_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = "--shape tiny --layers 1 --batch_sizes 1 --context 80 --prompts 20"
+    options += " --picture_rate 4 --seconds 0.5 --serving 64/4/6/3 --max_step_ms 0,7.5"
+    measure.main(["interactive", "serving", *options.split()])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["phase"], row.get("max_step_ms")) for row in rows] == [
+        ("first pictures", None),
+        ("interactive", 0.0),
+        ("interactive", 7.5),
+        ("served", None),
+        ("served, 7.5 ms a step", None),
+    ]
+
+
 @pytest.mark.process  # the clients'
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
 def test_the_same_load_comes_alone_and_over_http(

@@ -24,6 +24,7 @@ from nvlm.program.errors import UserError
         (run.parser, "--max_num_tiles", "six", "a positive integer"),
         (run.parser, "--max_image_pixels", "2e8", "a positive integer"),
         (run.parser, "--kv_cache_free_gpu_memory_fraction", "1.5", "a number between 0 and 1"),
+        (run.parser, "--max_step_ms", "-1", "a number from 0; give one, as in --max_step_ms 0"),
         (convert_checkpoint.parser, "--calib_size", "-1", "a positive integer"),
         (build_engine.parser, "--max_batch_size", "8k", "a positive integer"),
         (serve.parser, "--http_port", "http", "a positive integer"),

@@ -162,9 +162,13 @@ def with_stop(request: DecoderRequest, answer: list[int], rng: random.Random) ->
     return replace(request, stop_ids=frozenset({rng.choice(answer)}))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("seed", "max_num_tokens"), [*((seed, 8192) for seed in range(4)), (4, 24), (5, 24)]
+)
 @pytest.mark.long
-def test_steps_ahead_of_the_tokens_change_no_answer(open_executor: Open, seed: int) -> None:
+def test_steps_ahead_of_the_tokens_change_no_answer(
+    open_executor: Open, seed: int, max_num_tokens: int
+) -> None:
     """Answers end by a stop token, by length and by cancellation while the next step is under way,
     requests come meanwhile, and some are sampled or want their logits."""
     rng = random.Random(100 + seed)
@@ -177,7 +181,7 @@ def test_steps_ahead_of_the_tokens_change_no_answer(open_executor: Open, seed: i
     requests[3] = replace(requests[3], sampling=SamplingParams(0.8, 40, 0.9, 7))
     requests[5] = replace(requests[5], return_logits=True)
     expected = alone(open_executor, requests)
-    executor = open_executor()
+    executor = open_executor(max_num_tokens=max_num_tokens)
     waiting, request_of, found = list(range(14)), {}, {}
     cancelled = set()
     while True:

@@ -56,8 +56,10 @@ def open_executor(engine: EngineDir) -> Callable[..., TorchDecoderExecutor]:
     config = engine.checkpoint_config
     weights = load_hopper_weights(open_weights(engine.directory / "llm", config), config, CPU)
 
-    def open_(num_blocks: int | None = None, *, runs_ahead: bool = True) -> TorchDecoderExecutor:
-        chosen = {"max_batch_size": 4, "max_input_len": 128, "max_seq_len": MAX_SEQ_LEN}
+    def open_(
+        num_blocks: int | None = None, *, runs_ahead: bool = True, **limits: int
+    ) -> TorchDecoderExecutor:
+        chosen = {"max_batch_size": 4, "max_input_len": 128, "max_seq_len": MAX_SEQ_LEN, **limits}
         engine_ = replace(engine, limits=replace(engine.limits, **chosen))
         num_blocks = num_blocks or max_num_blocks(engine_.limits)
         model = HopperModel(config, 4, MAX_SEQ_LEN, weights, num_blocks, CPU, PlainForms())
@@ -98,6 +100,7 @@ def test_running_ahead_and_few_blocks_change_no_guided_answer(
 ) -> None:
     alone = [generate(open_executor(runs_ahead=False), [request])[0] for request in requests]
     assert generate(open_executor(), requests) == alone
+    assert generate(open_executor(max_num_tokens=24), requests) == alone
     executor = open_executor(MAX_SEQ_LEN // 32 + 1)
     assert generate(executor, requests) == alone
     assert executor.scheduler.num_preemptions > 0

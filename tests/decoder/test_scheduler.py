@@ -10,7 +10,7 @@ import pytest
 
 from nvlm.planning.limits import EngineLimits
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK, BlockAllocator, num_blocks_for
-from runtime.decoder.executor import DecoderRequest
+from runtime.decoder.executor import DecoderRequest, WaitCause
 from runtime.decoder.scheduler import Scheduler, Sequence
 
 LIMITS = EngineLimits(
@@ -410,3 +410,42 @@ def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
     else:
         pytest.fail("the large request never ran")
     assert step <= 10 + 4, "it waits only for those that ran when it came"
+
+
+def test_what_the_first_that_waits_lacks_is_counted() -> None:
+    def waiting(tested: Scheduler) -> dict[WaitCause, int]:
+        tested.schedule()
+        return tested.counts.waiting
+
+    full = scheduler(max_batch_size=1)
+    for i in range(3):
+        full.add(sequence(i))
+    assert waiting(full) == {"place": 2}
+    for limited, cause in (
+        (scheduler(num_blocks=2), "blocks"),
+        (scheduler(max_num_tokens=50), "step"),
+    ):
+        limited.add(sequence(0, 50, 14))
+        limited.add(sequence(1, 50, 14))
+        assert waiting(limited) == {cause: 1}
+    tested = scheduler(max_num_tokens=150)
+    first, second = sequence(0, 200), sequence(0, 200)
+    second.request_id, second.same_prompt = 1, first
+    tested.add(first)
+    tested.schedule()
+    tested.advance([first])
+    tested.add(second)
+    assert waiting(tested) == {"equal_prompt": 1}
+    tested.advance([first])
+    assert waiting(tested) == {}
+
+
+def test_prompt_tokens_beside_rows_that_decode_are_counted() -> None:
+    tested = scheduler(max_num_tokens=64)
+    tested.add(sequence(0, 100))
+    decode(tested, tested.schedule())
+    decode(tested, tested.schedule())
+    assert (tested.counts.num_tokens_beside, tested.counts.num_tokens_alone) == (0, 100)
+    tested.add(sequence(1, 70))
+    decode(tested, tested.schedule())
+    assert (tested.counts.num_tokens_beside, tested.counts.num_tokens_alone) == (63, 100)

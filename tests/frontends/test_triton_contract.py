@@ -150,6 +150,7 @@ def test_options_reach_the_models(
         decoupled=decoupled,
         num_threads=3,
         hang_after_s=7.5,
+        max_step_ms=25.0,
         pipes=pipes,
     )
     nvlm = configs["nvlm"]
@@ -159,6 +160,7 @@ def test_options_reach_the_models(
         "engine_dir": str(engine_dir.resolve()),
         "form": form,
         "hang_after_s": "7.5",
+        "max_step_ms": "25.0",
         "pipe": str(pipes["nvlm"]),
         "device": "auto",
         "num_threads": "3",

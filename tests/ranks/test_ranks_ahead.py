@@ -42,11 +42,14 @@ def test_random_batches_get_the_tokens_of_not_running_ahead(
     assert sum(map(len, waiting["answers"])) > 4 * num_requests
     assert waiting["num_steps_ahead"] == 0
     assert ahead["num_steps_ahead"] > ahead["num_steps"] // 6
+    assert ahead["num_prompts_ahead"] > num_requests // 4
     assert num_ranks > 2 or ahead["num_preemptions"] > 3
 
 
 @pytest.mark.parametrize(
-    "flags", [("--streaming",), ("--temperature", 0.8, "--seed", 3)], ids=["streamed", "sampled"]
+    "flags",
+    [("--streaming",), ("--temperature", 0.8, "--seed", 3), ("--max_step_ms", 20)],
+    ids=["streamed", "sampled", "bounded"],
 )
 def test_a_question_captures_graphs_deletes_them_and_ends_without_a_warning(
     workshop: Workshop, tmp_path: Path, flags: tuple[object, ...]

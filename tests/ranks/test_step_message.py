@@ -41,7 +41,7 @@ class SendingModel:
         )
 
     def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
-        assert token_ids.shape == (len(steps),)
+        assert token_ids.shape == (sum(step.is_unknown for step in steps),)
         return self.forward(steps)
 
     def _send(self, steps: list[SequenceStep]) -> None:

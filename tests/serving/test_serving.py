@@ -21,6 +21,7 @@ from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.encoded_pictures import EncodedPictures
 from runtime.serving.loop import BusyError
+from runtime.serving.metrics import WAIT_CAUSES
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 from runtime.serving.ticket import Ticket
@@ -147,6 +148,18 @@ def test_concurrent_requests_get_the_answers_they_get_alone(runner: Runner, imag
         assert replace(result, timings=expected[index % 12].timings) == expected[index % 12]
     total, count = (samples[f"nvlm_decode_batch_size_{end}", ()] for end in ("sum", "count"))
     assert total / count > 2
+    assert samples["nvlm_step_seconds_count", ()] == count
+    computed = [
+        samples["nvlm_computed_prompt_tokens_total", (("beside", each),)] for each in ("yes", "no")
+    ]
+    assert all(computed)
+    assert sum(computed) <= samples["nvlm_prompt_tokens_total", ()]
+    assert samples["nvlm_vision_seconds_total", ()] > 0
+    assert {
+        dict(labels)["cause"]: value
+        for (name, labels), value in samples.items()
+        if name == "nvlm_requests_waiting_by_cause"
+    } == dict.fromkeys(WAIT_CAUSES, 0)
 
 
 def test_a_later_short_request_ends_before_an_earlier_long_one(server: Server) -> None:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from nvlm.program import command_line
 from nvlm.program.launcher import World, end, rank_from
 from runtime.decoder.executor import DecoderRequest
+from runtime.decoder.kernels.operands import KVPages
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.all_reduce_norm import CollectiveAllReduceNorm
 from runtime.decoder.models.hopper_model import HopperModel
@@ -30,6 +31,7 @@ from runtime.decoder.models.step import SequenceStep
 from runtime.decoder.models.torch_weights import open_weights
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir
+from runtime.kernels.fp8_linear import Fp8Linear
 from runtime.ranks.mpi import Job
 from runtime.ranks.open_parts import open_engine_on_ranks
 from runtime.ranks.parallel_decoder import ParallelAheadModel, parallel_model
@@ -42,12 +44,46 @@ NUM_BLOCKS = 5  # fewer than the batch can fill
 ROWS = 20
 
 
+class RowByRow(PlainForms):
+    """Every row's bits are its own, whatever shares a step with it: which requests share one
+    depends on when it is scheduled, and a rounding may turn a nearly even choice."""
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        linear: Fp8Linear,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        wide = replace(linear, weight=linear.weight.to(torch.float32))
+        rows = [super(RowByRow, self).linear(row, wide, dtype) for row in x.split(1)]
+        return torch.cat(rows) if out is None else out.copy_(torch.cat(rows))
+
+    def prefill_attention(
+        self,
+        q: torch.Tensor,
+        pages: KVPages,
+        blocks: torch.Tensor,
+        first_position: int,
+        scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        rows = [
+            super(RowByRow, self).prefill_attention(row, pages, blocks, position, scale)
+            for position, row in enumerate(q.split(1), start=first_position)
+        ]
+        return torch.cat([row.view(torch.uint8) for row in rows]).view(rows[0].dtype)
+
+    def head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = weight.to(torch.float32)
+        return torch.cat([super(RowByRow, self).head(row, wide) for row in x.split(1)])
+
+
 class Counting:
     """`DecoderModel` that counts its steps and hides that the model can run ahead."""
 
     def __init__(self, model: ParallelAheadModel) -> None:
         self._model = model
-        self.num_steps = self.num_steps_ahead = 0
+        self.num_steps = self.num_steps_ahead = self.num_prompts_ahead = 0
 
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         self.num_steps += 1
@@ -69,13 +105,14 @@ class CountingAhead(Counting):
 
     def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
         self.num_steps_ahead += 1
+        self.num_prompts_ahead += any(len(step.token_ids) > 1 for step in steps)
         return self._model.forward_ahead(steps, token_ids)
 
 
 def open_on_ranks(engine: EngineDir, group: ProcessGroup) -> ParallelAheadModel:
     config, rank = engine.checkpoint_config, group.rank
     weights = load_hopper_weights(open_weights(engine.directory / "llm", config, rank), config, CPU)
-    forms = PlainForms()
+    forms = RowByRow()
     sums = CollectiveAllReduceNorm(forms, group.all_reduce)
     sizes = BATCH_SIZE, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, forms
     own = HopperModel(config, *sizes, all_reduce_norm=sums)
@@ -125,6 +162,7 @@ def play(engine: EngineDir, model: Counting, requests: list[DecoderRequest]) -> 
         "answers": answers,
         "num_steps": model.num_steps,
         "num_steps_ahead": model.num_steps_ahead,
+        "num_prompts_ahead": model.num_prompts_ahead,
         "num_preemptions": executor.scheduler.num_preemptions,
     }
 

@@ -3,6 +3,7 @@ different after every token."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,8 +50,12 @@ class TableAheadModel(TableModel):
     max_rows_ahead = 64
 
     def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
-        positions = torch.tensor([step.first_position for step in steps])
-        return self._of_token[token_ids] + self._of_position[positions]
+        drawn = iter(token_ids.tolist())
+        known = [
+            replace(step, token_ids=[next(drawn)]) if step.is_unknown else step for step in steps
+        ]
+        assert next(drawn, None) is None, "a token for each that is unknown"
+        return self.forward(known)
 
 
 def open_table_executor(

@@ -22,6 +22,7 @@ from frontends.triton.signature import NVLM_INPUTS
 from nvlm.program.command_line import resolve_device
 from nvlm.program.errors import UserError
 from nvlm.program.process import ignore_pillows_warnings, set_picture_types
+from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.serving.loop import BusyError
 from runtime.serving.picture_types import SERVER_PICTURE_TYPES
@@ -112,7 +113,9 @@ def _open(parameters: dict[str, str]) -> Runner:
     engine_dir = Path(parameters["engine_dir"])
     if parameters["form"] == "torch":
         device = resolve_device(parameters["device"])
-        return Runner.open(engine_dir, device, environment=os.environ)
+        told = parameters["max_step_ms"]
+        options = DecoderOptions(max_step_ms=None if told == "auto" else float(told))
+        return Runner.open(engine_dir, device, options, os.environ)
     engine = EngineDir.read(engine_dir)
     from frontends.triton.models.remote_decoder import RemoteDecoderExecutor
     from frontends.triton.models.remote_vision import RemoteVisionExecutor

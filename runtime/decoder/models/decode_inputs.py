@@ -7,9 +7,12 @@ import numpy as np
 import torch
 
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK, num_blocks_for
+from runtime.decoder.models.host_copy import to_device
 from runtime.decoder.models.step import SequenceStep
 
-_TOKEN, _POSITION, _SLOT, _NUM_HEADS = 0, 1, 2, 3  # the first columns, and how many
+# The first columns, and how many. Positions come first: those of one row are not copied, and a
+# tensor that does not begin at 16 bytes would have Triton compile its kernel anew.
+_POSITION, _TOKEN, _SLOT, _NUM_HEADS = 0, 1, 2, 3
 _TABLE = 4  # where tables begin: a multiple of 16 bytes
 
 
@@ -31,15 +34,18 @@ class DecodeInputs:
         self._padding[_SLOT] = padding_block * TOKENS_PER_BLOCK
         self._padding[_TABLE:] = padding_block
 
-    def fill(self, steps: list[SequenceStep], num_rows: int) -> None:
-        """Each step's one token; `num_rows` - len(steps) rows of padding after them."""
+    def fill(
+        self, steps: list[SequenceStep], num_rows: int, drawn_ids: torch.Tensor | None = None
+    ) -> None:
+        """Each step's one token; `num_rows` - len(steps) rows of padding after them. drawn_ids:
+        [n] int64 on the device, the tokens of the n steps that the host does not know."""
         if self._is_copied is not None:
-            self._is_copied.synchronize()  # the step before may be in flight
+            self._is_copied.synchronize()  # of the step before, which may be in flight
         heads = []
         for i, step in enumerate(steps):
             position, blocks = step.first_position, step.blocks
             place = blocks[position // TOKENS_PER_BLOCK] * TOKENS_PER_BLOCK
-            heads.append((step.token_ids[0], position, place + position % TOKENS_PER_BLOCK))
+            heads.append((position, step.token_ids[0], place + position % TOKENS_PER_BLOCK))
             held, count = self._blocks_of[i]
             if held is not blocks or count != len(blocks):
                 self._rows[i, _TABLE : _TABLE + len(blocks)] = blocks
@@ -52,6 +58,17 @@ class DecodeInputs:
         self._device[:num_rows].copy_(self._host[:num_rows], non_blocking=True)
         if self._is_copied is not None:
             self._is_copied.record()
+        if drawn_ids is not None:
+            self._take_drawn(steps, drawn_ids)
+
+    def _take_drawn(self, steps: list[SequenceStep], drawn_ids: torch.Tensor) -> None:
+        rows = [row for row, step in enumerate(steps) if step.is_unknown]
+        token_ids = self.token_ids(len(steps))
+        if len(rows) == len(steps):
+            token_ids.copy_(drawn_ids)
+        elif rows:
+            places = to_device(torch.tensor(rows), token_ids.device)
+            token_ids[places] = drawn_ids.to(token_ids.dtype)
 
     def token_ids(self, num_rows: int) -> torch.Tensor:
         return self._device[:num_rows, _TOKEN]

@@ -14,6 +14,7 @@ import torch
 from runtime.decoder.kernels.operands import KVPages, TokenRows
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_weights import HopperLayer
+from runtime.decoder.models.host_copy import to_device
 from runtime.decoder.models.step import SequenceStep
 
 
@@ -79,7 +80,7 @@ class PromptAttention:
     ) -> None:
         self._context, self._steps = context, steps
         self._counts = [len(step.token_ids) for step in steps]
-        self._blocks = [torch.tensor(step.blocks).to(positions.device) for step in steps]
+        self._blocks = [to_device(torch.tensor(step.blocks), positions.device) for step in steps]
         self._rows = context.rows(positions, slots)
 
     def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -108,30 +109,6 @@ class MixedAttention:
         return _cat_e4m3(
             [self._decoding.forward(layer, qkv[:n]), self._prompts.forward(layer, qkv[n:])]
         )
-
-
-def attention_of(
-    context: AttentionContext,
-    steps: list[SequenceStep],
-    num_decoding: int,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-) -> HopperAttention:
-    """Makes the attention of a mixture: `num_decoding` steps of one row each, then prompts.
-
-    positions, slots: [T] int64 on the device.
-    """
-    n = num_decoding
-    # A tensor that does not begin at 16 bytes would have Triton compile its kernel anew.
-    prompts = PromptAttention(context, steps[n:], positions[n:], slots[n:].clone())
-    if n == 0:
-        return prompts
-    width = max(len(step.blocks) for step in steps[:n])
-    tables = torch.tensor(
-        [step.blocks + [0] * (width - len(step.blocks)) for step in steps[:n]], dtype=torch.int32
-    ).to(positions.device)
-    decoding = DecodeAttention(context, positions[:n].to(torch.int32), slots[:n], tables)
-    return decoding if n == len(steps) else MixedAttention(n, decoding, prompts)
 
 
 def _cat_e4m3(parts: list[torch.Tensor]) -> torch.Tensor:

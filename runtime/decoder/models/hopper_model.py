@@ -1,8 +1,8 @@
 """The decoder's fast path: FP8 tensor-core linears and fused kernels over the paged KV cache.
 
 A step in which every sequence decodes replays one CUDA graph, padded up to the next batch size
-that has one, and may be asked for before the host knows its tokens; a step with prompts runs launch
-by launch, its decoding rows among it.
+that has one; a step with prompts runs launch by launch, its decoding rows among it. Both may be
+asked for before the host knows the tokens of the rows that decode.
 Design: decisions 48 to 60 (docs/decisions/decoder.md).
 """
 
@@ -22,9 +22,11 @@ from runtime.decoder.models.hopper_attention import (
     AttentionContext,
     DecodeAttention,
     HopperAttention,
-    attention_of,
+    MixedAttention,
+    PromptAttention,
 )
 from runtime.decoder.models.hopper_weights import HopperWeights
+from runtime.decoder.models.host_copy import to_device
 from runtime.decoder.models.kv_cache import PagedKVCache
 from runtime.decoder.models.step import SequenceStep, logit_rows
 
@@ -61,7 +63,8 @@ class HopperModel:
         # The last block is the padding rows', which nobody reads.
         self._cache = PagedKVCache(config, num_blocks + 1, scales or None, device)
         self._batch_sizes = batch_sizes(max_batch_size)
-        self._inputs = DecodeInputs(self._batch_sizes[-1], max_seq_len, num_blocks, device)
+        most_rows = max(self._batch_sizes[-1], max_batch_size)
+        self._inputs = DecodeInputs(most_rows, max_seq_len, num_blocks, device)
         # Made on the CPU, whose powers and cosines are the oracle's.
         cos, sin = rope_tables(torch.arange(max_seq_len), decoder.head_dim, decoder.rope_theta)
         pages = [self._cache.pages(index) for index in range(len(weights.layers))]
@@ -76,22 +79,21 @@ class HopperModel:
     def max_rows_ahead(self) -> int:
         return self._batch_sizes[-1]
 
-    def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
-        return self._decode(steps, token_ids)
-
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
-        if len(steps) <= self._batch_sizes[-1] and all(_decodes(step) for step in steps):
-            return self._decode(steps)
-        return self._prefill(steps)
+        return self._run(steps, None)
 
-    def _decode(
-        self, steps: list[SequenceStep], token_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """token_ids: instead of the steps' own."""
+    def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
+        return self._run(steps, token_ids)
+
+    def _run(self, steps: list[SequenceStep], drawn_ids: torch.Tensor | None) -> torch.Tensor:
+        """drawn_ids: [n] int64, the tokens of the n steps that the host does not know."""
+        if len(steps) <= self._batch_sizes[-1] and all(_decodes(step) for step in steps):
+            return self._decode(steps, drawn_ids)
+        return self._prefill(steps, drawn_ids)
+
+    def _decode(self, steps: list[SequenceStep], drawn_ids: torch.Tensor | None) -> torch.Tensor:
         num_rows = _padded(len(steps))
-        self._inputs.fill(steps, num_rows)
-        if token_ids is not None:
-            self._inputs.token_ids(len(steps)).copy_(token_ids)
+        self._inputs.fill(steps, num_rows, drawn_ids)
         if num_rows in self._graphs:
             graph, logits = self._graphs[num_rows]
             graph.replay()
@@ -101,19 +103,21 @@ class HopperModel:
 
     def _decode_rows(self, num_rows: int) -> torch.Tensor:
         """Logits [num_rows, vocab_size] of what `self._inputs` holds."""
+        hidden = self._weights.embedding[self._inputs.token_ids(num_rows)]
+        attention = self._decode_attention(num_rows)
+        return self._forms.head(self._layers(hidden, attention), self._weights.lm_head)
+
+    def _decode_attention(self, num_rows: int) -> DecodeAttention:
         inputs = self._inputs
-        hidden = self._weights.embedding[inputs.token_ids(num_rows)]
         positions = inputs.positions(num_rows).contiguous()
         slots = inputs.slots(num_rows).to(torch.int64)
-        tables = inputs.block_tables(num_rows)
-        attention = DecodeAttention(self._attention, positions, slots, tables)
-        return self._forms.head(self._layers(hidden, attention), self._weights.lm_head)
+        return DecodeAttention(self._attention, positions, slots, inputs.block_tables(num_rows))
 
     @torch.inference_mode()
     def warm_up(self, max_num_tokens: int, *, use_graphs: bool = False) -> None:
         """Once, on all ranks: captures a graph of every batch size, then runs a step full of
-        prompts as long as they come, and short ones, so that neither compiling nor running out of
-        memory is left to a request."""
+        prompts as long as they come, short ones, and chunks beside a row that decodes, so that
+        neither compiling nor running out of memory is left to a request."""
         if use_graphs:
             self.capture_graphs()
         longest = min(max_num_tokens, self._max_seq_len)
@@ -128,6 +132,15 @@ class HopperModel:
                     for count, blocks_of in zip(counts, blocks, strict=True)
                 ]
             )
+        if self._max_batch_size > 1:
+            for num_tokens in _SHORT_PROMPTS:
+                self._prefill(self._mixture(num_tokens))
+
+    def _mixture(self, num_tokens: int) -> list[SequenceStep]:
+        """A row that decodes, and a later chunk of a prompt that goes on: `num_tokens` in all."""
+        blocks = [self._padding_block]
+        chunk = SequenceStep([0] * (num_tokens - 1), 1, blocks, None, 0)
+        return [SequenceStep([0], 0, blocks, None, 1), chunk]
 
     @torch.inference_mode()
     def warm_up_thread(self, max_num_tokens: int) -> None:
@@ -159,31 +172,42 @@ class HopperModel:
                 logits = self._decode_rows(num_rows)
             self._graphs[num_rows] = graph, logits
 
-    def _prefill(self, steps: list[SequenceStep]) -> torch.Tensor:
+    def _prefill(
+        self, steps: list[SequenceStep], drawn_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Any mixture: rows that decode come first, for they share one attention kernel."""
         order = sorted(range(len(steps)), key=lambda i: not _decodes(steps[i]))
-        ordered = [steps[i] for i in order]
-        num_decoding = sum(_decodes(step) for step in steps)
-        device, counts = self._device, [len(step.token_ids) for step in ordered]
-        positions = torch.cat(
-            [torch.arange(step.first_position, step.end_position) for step in ordered]
-        ).to(device)
-        slots = torch.cat(
-            [
-                self._cache.slots(step.blocks, step.first_position, count)
-                for step, count in zip(ordered, counts, strict=True)
-            ]
-        )
-        hidden = torch.cat([self._embed(step) for step in ordered])
-        attention = attention_of(self._attention, ordered, num_decoding, positions, slots)
-        normed = self._layers(hidden, attention)
+        ordered, device = [steps[i] for i in order], self._device
+        n = sum(_decodes(step) for step in steps)
+        parts: list[torch.Tensor] = []
+        attention: HopperAttention | None = None
+        if n > 0:
+            self._inputs.fill(ordered[:n], n, drawn_ids)
+            parts.append(self._weights.embedding[self._inputs.token_ids(n)])
+            attention = decoding = self._decode_attention(n)
+        if prompts := ordered[n:]:
+            parts += [self._embed(step) for step in prompts]
+            attention = of_prompts = self._prompt_attention(prompts)
+        if n > 0 and prompts:
+            attention = MixedAttention(n, decoding, of_prompts)
+        assert attention is not None, "a step has tokens"
+        normed = self._layers(torch.cat(parts), attention)
         rows = logit_rows(ordered).split([step.num_logits for step in ordered])
         places = {place: i for i, place in enumerate(order)}
         in_order = torch.cat([rows[places[i]] for i in range(len(steps))])  # the steps' own order
-        return self._forms.head(normed[in_order.to(device)], self._weights.lm_head)
+        return self._forms.head(normed[to_device(in_order, device)], self._weights.lm_head)
+
+    def _prompt_attention(self, steps: list[SequenceStep]) -> PromptAttention:
+        positions = [torch.arange(step.first_position, step.end_position) for step in steps]
+        slots = [
+            self._cache.slots(step.blocks, step.first_position, len(step.token_ids))
+            for step in steps
+        ]
+        on_device = (to_device(torch.cat(each), self._device) for each in (positions, slots))
+        return PromptAttention(self._attention, steps, *on_device)
 
     def _embed(self, step: SequenceStep) -> torch.Tensor:
-        token_ids = torch.tensor(step.token_ids).to(self._device, non_blocking=True)
+        token_ids = to_device(torch.tensor(step.token_ids), self._device)
         table = None if step.prompt_table is None else step.prompt_table.to(self._device)
         return embed(token_ids, self._weights.embedding, table, self._dtype)
 

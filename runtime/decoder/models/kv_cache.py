@@ -39,11 +39,12 @@ class PagedKVCache:
         )
 
     def slots(self, blocks: list[int], first: int, count: int) -> torch.Tensor:
-        """Where positions first .. first + count - 1 of a sequence lie: [count] int64."""
+        """Where positions first .. first + count - 1 of a sequence lie: [count] int64, on the
+        host."""
         positions = torch.arange(first, first + count)
         table = torch.tensor(blocks)
         slots = table[positions // TOKENS_PER_BLOCK] * TOKENS_PER_BLOCK
-        return (slots + positions % TOKENS_PER_BLOCK).to(self._storage.device)
+        return slots + positions % TOKENS_PER_BLOCK
 
     def pages(self, layer: int) -> KVPages:
         """K and V as stored."""

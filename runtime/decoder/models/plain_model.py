@@ -52,7 +52,7 @@ class PlainModel:
                 self._cache.slots(step.blocks, step.first_position, count)
                 for step, count in zip(steps, counts, strict=True)
             ]
-        )
+        ).to(self._device)
         cos, sin = rope_tables(positions, decoder.head_dim, decoder.rope_theta)
         attention = PagedAttention(self._cache, steps, slots)
         for index, layer in enumerate(weights.layers):

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from runtime.decoder.scheduler import Sequence
+from runtime.decoder.scheduler import UNKNOWN_TOKEN, Sequence
 
 
 @dataclass(slots=True)
@@ -32,6 +32,11 @@ class SequenceStep:
             table,
             sequence.num_logits,
         )
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether its token is still being computed."""
+        return self.token_ids == [UNKNOWN_TOKEN]
 
     @property
     def end_position(self) -> int:
@@ -73,6 +78,6 @@ class AheadModel(DecoderModel, Protocol):
     def max_rows_ahead(self) -> int: ...
 
     def forward_ahead(self, steps: list[SequenceStep], token_ids: torch.Tensor) -> torch.Tensor:
-        """As `forward`, for up to `max_rows_ahead` sequences that decode. token_ids: [len(steps)]
-        int64 on the device, theirs instead of the steps'."""
+        """As `forward`, where up to `max_rows_ahead` steps have a token that the host does not know
+        (`is_unknown`). token_ids: [number of these] int64 on the device, theirs in order."""
         ...

@@ -1,0 +1,63 @@
+"""How many tokens of prompts a step takes beside requests that decode, so that none waits long.
+
+Made of measured steps (step_times.py). Knows numbers alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
+
+Curve = Sequence[tuple[int, float]]
+"""Prompt tokens and the milliseconds of a step with so many, in rising order of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBound:
+    """max_ms: of a step in which somebody decodes. knots: numbers of rows that decode, rising, and
+    the prompt tokens that such a step takes within max_ms."""
+
+    max_ms: float
+    knots: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, max_ms: float, curves: Mapping[int, Curve]) -> StepBound:
+        """curves: what was measured, by the number of rows that decode; one at least."""
+        assert curves, "no step was measured"
+        return cls(
+            max_ms, tuple((rows, _tokens_within(max_ms, curves[rows])) for rows in sorted(curves))
+        )
+
+    def most_prompt_tokens(self, num_rows: int) -> int:
+        """Whole blocks beside `num_rows` that decode: one at least, so that prompts come to an end
+        whatever a step takes."""
+        most = _between(self.knots, num_rows)
+        return max(1, int(most) // TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
+
+
+def _tokens_within(max_ms: float, curve: Curve) -> float:
+    """Where a curve reaches max_ms: 0 before its first point, and by its mean slope after the last
+    one."""
+    first, first_ms = last, last_ms = curve[0]
+    if first_ms > max_ms:
+        return 0.0
+    for tokens, ms in curve:
+        if ms > max_ms:
+            return last + (max_ms - last_ms) / (ms - last_ms) * (tokens - last)
+        last, last_ms = tokens, max(ms, last_ms)  # more tokens never take less time
+    slope = (last_ms - first_ms) / (last - first) if last_ms > first_ms else last_ms / last
+    return last + (max_ms - last_ms) / slope
+
+
+def _between(knots: tuple[tuple[int, float], ...], at: int) -> float:
+    """Linear between knots, constant outside."""
+    place = bisect_left(knots, (at, 0.0))
+    if place == 0:
+        return knots[0][1]
+    if place == len(knots):
+        return knots[-1][1]
+    (left, low), (right, high) = knots[place - 1], knots[place]
+    return low + (high - low) * (at - left) / (right - left)
