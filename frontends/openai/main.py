@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from frontends.openai.listener import open_listener
+from frontends.openai.supervisor import is_supervised, supervise
 from nvlm.program.command_line import ArgumentParser, port_number, positive_float, positive_int
 from nvlm.program.errors import PartDiedError, UserError
-from nvlm.program.launcher import rank_from
+from nvlm.program.launcher import World, rank_from
 from nvlm.program.process import set_most_pixels, set_picture_types
 from runtime.decoder.executor import DecoderOptions
 from runtime.serving.launch import Program, add_engine_flags, launch
@@ -82,6 +84,7 @@ def parser() -> ArgumentParser:
         type=positive_float,
         help="without progress a part hangs (default: what its work never takes, by the plan)",
     )
+    add("--restart", action="store_true", help="start again where a part of the server died")
     add("--access_log", default="-", help="file of JSON lines, - for stderr, none for no log")
     add("--log_text", action="store_true", help="prompts and answers in the access log")
     return parser
@@ -91,6 +94,8 @@ def lead(
     arguments: argparse.Namespace, device: torch.device, open_runner: Callable[[], Runner]
 ) -> int:
     """What rank 0 does, or the only one."""
+    if arguments.restart and not is_supervised():
+        return supervise(arguments.host, arguments.port)
     from frontends.openai.access_log import open_log
     from frontends.openai.app import application
     from frontends.openai.door import Door
@@ -103,9 +108,9 @@ def lead(
     set_picture_types(SERVER_PICTURE_TYPES)
     open_log(arguments.access_log)
     door = Door(options)
-    address = (arguments.host, arguments.port)
+    listener = open_listener(arguments.host, arguments.port)
     timeouts = Timeouts(arguments.header_timeout_s, arguments.write_timeout_s)
-    http = HttpServer(application(door, guard), address, timeouts)
+    http = HttpServer(application(door, guard), listener, timeouts)
     with http, open_runner() as runner:
         stop = _Stop()
         server = Server(
@@ -126,7 +131,10 @@ def lead(
             while not (stop.is_asked or server.has_failed):
                 stop.wait(_POLL_S)
             if server.has_failed:
-                time.sleep(_SHOWN_FAILED_S)
+                if arguments.restart:
+                    _wait_for_failure(server)
+                else:
+                    time.sleep(_SHOWN_FAILED_S)
                 raise server.failure or PartDiedError("another rank died; the server ends")
             door.drain()
             _drain(door, server, arguments.drain_s)
@@ -134,6 +142,14 @@ def lead(
             door.close()
             server.close()
     return 0
+
+
+def _wait_for_failure(server: Server) -> None:
+    """With --restart probes are told until the next start is ready: this one ends as soon as it
+    knows why."""
+    deadline = time.monotonic() + _SHOWN_FAILED_S
+    while server.failure is None and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def _drain(door: Door, server: Server, drain_s: float) -> None:
@@ -218,6 +234,11 @@ def _require_packages() -> None:
 def _parse() -> Program:
     """On every rank."""
     arguments = parser().parse_args()
+    if arguments.restart and (size := World.from_environment(os.environ).size) > 1:
+        raise UserError(
+            f"--restart starts a server of one process again, found {size} ranks; leave it out, "
+            "and have the job started again by what runs mpirun"
+        )
     if rank_from(os.environ) == 0:
         _require_packages()
     else:
