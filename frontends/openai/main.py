@@ -6,6 +6,7 @@ serve.py calls `main`. Its life: listen, load, answer, drain, end.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ import torch
 
 from frontends.openai.listener import open_listener
 from frontends.openai.supervisor import is_supervised, supervise
+from nvlm.program import startup
 from nvlm.program.command_line import ArgumentParser, port_number, positive_float, positive_int
 from nvlm.program.errors import PartDiedError, UserError
 from nvlm.program.launcher import World, rank_from
@@ -28,6 +30,7 @@ from nvlm.program.process import set_most_pixels, set_picture_types
 from runtime.decoder.executor import DecoderOptions
 from runtime.serving.launch import Program, add_engine_flags, launch
 from runtime.serving.picture_types import SERVER_PICTURE_TYPES
+from runtime.serving.rehearsal import rehearse
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 
@@ -108,6 +111,8 @@ def lead(
     set_picture_types(SERVER_PICTURE_TYPES)
     open_log(arguments.access_log)
     door = Door(options)
+    startup.show()
+    startup.took("importing", startup.process_age_s())
     listener = open_listener(arguments.host, arguments.port)
     timeouts = Timeouts(arguments.header_timeout_s, arguments.write_timeout_s)
     http = HttpServer(application(door, guard), listener, timeouts)
@@ -120,6 +125,9 @@ def lead(
             hang_after_s=arguments.hang_after_s,
         )
         try:
+            rehearse(server)
+            _freeze()
+            startup.took("all of it", startup.process_age_s())
             door.open(server)
             log.info(
                 "ready: http://%s:%d/v1 serves %s on %s, with a page at /; Control-C stops it",
@@ -142,6 +150,14 @@ def lead(
             door.close()
             server.close()
     return 0
+
+
+def _freeze() -> None:
+    """The garbage collector passes over what is there now, torch's objects above all: a full pass
+    stops every thread for a tenth of a second. Triton's process is left as it is: its backend
+    aborts after it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _wait_for_failure(server: Server) -> None:

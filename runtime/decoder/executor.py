@@ -138,6 +138,15 @@ class CacheCounts:
     num_queried_tokens: int
     num_reused_tokens: int
 
+    def since(self, before: CacheCounts) -> CacheCounts:
+        """What was counted after `before`; usage is that of now."""
+        return CacheCounts(
+            self.usage,
+            self.num_preemptions - before.num_preemptions,
+            self.num_queried_tokens - before.num_queried_tokens,
+            self.num_reused_tokens - before.num_reused_tokens,
+        )
+
 
 @runtime_checkable
 class CountsCache(Protocol):

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Literal
 
 from nvlm.program.errors import PartDiedError, UserError
-from runtime.decoder.executor import CountsCache, StepOutput
+from runtime.decoder.executor import CacheCounts, CountsCache, StepOutput
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.intake import Intake
 from runtime.serving.metrics import Labels, ServingMetrics
@@ -49,6 +49,7 @@ class Loop:
                 "or batch is; ask that server, or close what is open first"
             )
         self.metrics = ServingMetrics()
+        self._cache_before = CacheCounts(0.0, 0, 0, 0)  # when it began to count
         self.stages = stages
         self._max_open = max_open
         self._lock = threading.Lock()  # of the next four
@@ -188,6 +189,13 @@ class Loop:
         if self._failure is not None:
             raise PartDiedError("the decoder has failed; start again") from self._failure
 
+    def begin_anew(self) -> None:
+        """Counts from zero, for who has rehearsed; no request is open."""
+        self.metrics = ServingMetrics()
+        self.stages.forget_pictures()
+        if isinstance(self.stages.decoder, CountsCache):
+            self._cache_before = self.stages.decoder.cache_counts()
+
     def samples(self) -> dict[tuple[str, Labels], float]:
         """Every metric as it is now."""
         num_running = len({draft.ticket for draft in self._running.values()})
@@ -196,7 +204,7 @@ class Loop:
         self.metrics.set("nvlm_mm_cache_queries_total", self.stages.num_pictures)
         self.metrics.set("nvlm_mm_cache_hits_total", self.stages.num_known_pictures)
         if isinstance(self.stages.decoder, CountsCache):
-            counts = self.stages.decoder.cache_counts()
+            counts = self.stages.decoder.cache_counts().since(self._cache_before)
             self.metrics.set("nvlm_kv_cache_usage_perc", counts.usage)
             self.metrics.set("nvlm_num_preemptions_total", counts.num_preemptions)
             self.metrics.set("nvlm_prefix_cache_queries_total", counts.num_queried_tokens)
