@@ -154,8 +154,7 @@ def lead(
 
 def _freeze() -> None:
     """The garbage collector passes over what is there now, torch's objects above all: a full pass
-    stops every thread for a tenth of a second. Triton's process is left as it is: its backend
-    aborts after it."""
+    stops every thread for a tenth of a second."""
     gc.collect()
     gc.freeze()
 

@@ -25,7 +25,6 @@ from nvlm.program.process import ignore_pillows_warnings, set_picture_types
 from runtime.engine.engine_dir import EngineDir
 from runtime.serving.loop import BusyError
 from runtime.serving.picture_types import SERVER_PICTURE_TYPES
-from runtime.serving.rehearsal import rehearse
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 
@@ -57,8 +56,6 @@ class TritonPythonModel:
         self._server.watch(self._delivery.part)
         self._num_requests = 0
         self._heartbeat = Heartbeat(parameters["pipe"])
-        if parameters["form"] == "torch":  # other models may not be there yet
-            rehearse(self._server)
 
     def execute(self, requests: list[Any]) -> None:
         """Answers go out as they come, in both transaction policies. Returns at once unless the
