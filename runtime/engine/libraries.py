@@ -6,6 +6,7 @@ from collections.abc import MutableMapping
 
 import torch
 
+from nvlm.formats import layout
 from nvlm.planning import hopper
 from nvlm.program import startup
 from nvlm.program.process import set_up_cublas, set_up_nccl
@@ -27,7 +28,8 @@ def set_up_libraries(
     TensorRT-LLM keeps its own settings."""
     if has_kernels(engine, device):
         set_up_cublas(environment)
-        with startup.phase("copying kept kernels"):
-            use_kernels(engine.directory, kernel_cache(), about_kernels(device))
+        if (engine.directory / layout.KERNELS).is_dir():
+            with startup.phase("copying kept kernels"):
+                use_kernels(engine.directory, kernel_cache(), about_kernels(device))
     if engine.decoder_target == "torch" and engine.checkpoint_config.tp_size > 1:
         set_up_nccl(environment)
