@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -14,6 +17,7 @@ from build.engines.kv_cache import KVCacheDtype, KVCacheScales
 from build.engines.specification import BuildOptions, require_fit, specify
 from build.engines.target import AUTO, require_used
 from nvlm.model.vision import VISION_FORMAT
+from nvlm.planning import hopper
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.targets import Decoder, Vision
 from nvlm.program.command_line import (
@@ -169,9 +173,23 @@ def main() -> None:
         build = BuildRun(overwrite, workers, arguments.timing_cache)
         build_engine(spec, arguments.engine_dir, options, build)
         log.info("engine written to %s", arguments.engine_dir)
+        if "torch" in (spec.decoder, spec.vision) and hopper.has_kernels(device):
+            _compile_kernels(arguments.engine_dir, spec.config.world_size)
     for line in spec.plan.lines():
         log.info(line)
     log.info("%s %.1f GB", "fits" if fits else "does NOT fit", memory_bytes / 1e9)
+
+
+def _compile_kernels(engine_dir: Path, world_size: int) -> None:
+    """By a process that loads the engine as a server does; without them it is whole too."""
+    words = ["-m", "runtime.serving.compile_kernels", "--engine_dir", str(engine_dir)]
+    if world_size > 1:
+        told = shlex.join(["mpirun", "-n", str(world_size), "python", *words])
+        log.info("its kernels are compiled at the first start; `%s` keeps them with it", told)
+        return
+    done = subprocess.run([sys.executable, *words], check=False)
+    if done.returncode != 0:
+        log.warning("its kernels are not kept; they are compiled at the first start")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ MARKS: dict[str, str] = {
     "evaluation/test_evaluation_shares.py": "process",
     "faults/test_both.py": "process",
     "faults/test_http_deaths.py": "process",
+    "faults/test_http_restarts.py": "process",
     "faults/test_kills.py": "process",
     "frontends/test_openai_browser.py": "process",
     "frontends/test_openai_process.py": "process",

@@ -38,6 +38,7 @@ from bench.synthetic_runner import draw_pictures, picture_request, synthetic_run
 from frontends.openai.app import application
 from frontends.openai.door import Door, DoorOptions
 from frontends.openai.http_server import HttpServer
+from frontends.openai.listener import open_listener
 from frontends.openai.protocol import Timeouts
 from nvlm.program.json_files import write_json_atomically
 from nvlm.program.process import set_up_cublas
@@ -144,7 +145,7 @@ def serving(runner: Runner, load: Load) -> Iterator[tuple[Server, int]]:
     server, door = Server(runner, max_queue_size=load.num_requests), Door(DoorOptions())
     door.open(server)
     try:
-        with HttpServer(application(door), ("127.0.0.1", 0), Timeouts()) as http:
+        with HttpServer(application(door), open_listener("127.0.0.1", 0), Timeouts()) as http:
             yield server, http.port
     finally:
         door.close()

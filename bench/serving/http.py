@@ -24,6 +24,7 @@ from bench.serving.http_clients import Answered, Body, drive
 from frontends.openai.app import application
 from frontends.openai.door import Door, DoorOptions
 from frontends.openai.http_server import HttpServer
+from frontends.openai.listener import open_listener
 from frontends.openai.protocol import Timeouts
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.command_line import ArgumentParser, positive_float, positive_int, run
@@ -78,7 +79,7 @@ def serve(engine_dir: Path, step_s: float, pipe: Connection) -> None:
     door = Door(DoorOptions())
     server = Server(runner)
     door.open(server)
-    with HttpServer(application(door), ("127.0.0.1", 0), Timeouts()) as http:
+    with HttpServer(application(door), open_listener("127.0.0.1", 0), Timeouts()) as http:
         pipe.send(http.port)
         pipe.recv()
     server.close()

@@ -11,17 +11,15 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from frontends.openai.protocol import Timeouts, timed
-from nvlm.program.errors import UserError
 
 _MOST_HEADER_BYTES = 64 << 10
-_BACKLOG = 2048
 
 
 class HttpServer:
-    """Listens on `address` from the start; a context that ends with its connections closed."""
+    """Answers on `listener`, which it closes; a context that ends with its connections closed."""
 
-    def __init__(self, app: ASGIApp, address: tuple[str, int], timeouts: Timeouts) -> None:
-        self._socket = _listen(*address)
+    def __init__(self, app: ASGIApp, listener: socket.socket, timeouts: Timeouts) -> None:
+        self._socket = listener
         config = uvicorn.Config(
             app,
             http=timed(timeouts),
@@ -55,15 +53,3 @@ class HttpServer:
 
     def _run(self) -> None:
         asyncio.run(self._server.serve(sockets=[self._socket]))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"cannot listen on {host} port {port}: {reason}; choose another --host or --port"
-        ) from None
-    return listener

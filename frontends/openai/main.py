@@ -6,6 +6,7 @@ serve.py calls `main`. Its life: listen, load, answer, drain, end.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -19,12 +20,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from frontends.openai.listener import open_listener
+from frontends.openai.supervisor import is_supervised, supervise
+from nvlm.program import startup
 from nvlm.program.command_line import ArgumentParser, port_number, positive_float, positive_int
 from nvlm.program.errors import PartDiedError, UserError
-from nvlm.program.launcher import rank_from
+from nvlm.program.launcher import World, rank_from
 from nvlm.program.process import set_most_pixels, set_picture_types
 from runtime.serving.launch import Program, add_engine_flags, engine_options, launch
 from runtime.serving.picture_types import SERVER_PICTURE_TYPES
+from runtime.serving.rehearsal import rehearse
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 
@@ -81,6 +86,7 @@ def parser() -> ArgumentParser:
         type=positive_float,
         help="without progress a part hangs (default: what its work never takes, by the plan)",
     )
+    add("--restart", action="store_true", help="start again where a part of the server died")
     add("--access_log", default="-", help="file of JSON lines, - for stderr, none for no log")
     add("--log_text", action="store_true", help="prompts and answers in the access log")
     return parser
@@ -90,6 +96,8 @@ def lead(
     arguments: argparse.Namespace, device: torch.device, open_runner: Callable[[], Runner]
 ) -> int:
     """What rank 0 does, or the only one."""
+    if arguments.restart and not is_supervised():
+        return supervise(arguments.host, arguments.port)
     from frontends.openai.access_log import open_log
     from frontends.openai.app import application
     from frontends.openai.door import Door
@@ -102,9 +110,11 @@ def lead(
     set_picture_types(SERVER_PICTURE_TYPES)
     open_log(arguments.access_log)
     door = Door(options)
-    address = (arguments.host, arguments.port)
+    startup.show()
+    startup.took("importing", startup.process_age_s())
+    listener = open_listener(arguments.host, arguments.port)
     timeouts = Timeouts(arguments.header_timeout_s, arguments.write_timeout_s)
-    http = HttpServer(application(door, guard), address, timeouts)
+    http = HttpServer(application(door, guard), listener, timeouts)
     with http, open_runner() as runner:
         stop = _Stop()
         server = Server(
@@ -114,6 +124,9 @@ def lead(
             hang_after_s=arguments.hang_after_s,
         )
         try:
+            rehearse(server)
+            _freeze()
+            startup.took("all of it", startup.process_age_s())
             door.open(server)
             log.info(
                 "ready: http://%s:%d/v1 serves %s on %s, with a page at /; Control-C stops it",
@@ -125,7 +138,10 @@ def lead(
             while not (stop.is_asked or server.has_failed):
                 stop.wait(_POLL_S)
             if server.has_failed:
-                time.sleep(_SHOWN_FAILED_S)
+                if arguments.restart:
+                    _wait_for_failure(server)
+                else:
+                    time.sleep(_SHOWN_FAILED_S)
                 raise server.failure or PartDiedError("another rank died; the server ends")
             door.drain()
             _drain(door, server, arguments.drain_s)
@@ -133,6 +149,21 @@ def lead(
             door.close()
             server.close()
     return 0
+
+
+def _freeze() -> None:
+    """The garbage collector passes over what is there now, torch's objects above all: a full pass
+    stops every thread for a tenth of a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def _wait_for_failure(server: Server) -> None:
+    """With --restart probes are told until the next start is ready: this one ends as soon as it
+    knows why."""
+    deadline = time.monotonic() + _SHOWN_FAILED_S
+    while server.failure is None and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def _drain(door: Door, server: Server, drain_s: float) -> None:
@@ -218,6 +249,11 @@ def require_packages() -> None:
 def _parse() -> Program:
     """On every rank."""
     arguments = parser().parse_args()
+    if arguments.restart and (size := World.from_environment(os.environ).size) > 1:
+        raise UserError(
+            f"--restart starts a server of one process again, found {size} ranks; leave it out, "
+            "and have the job started again by what runs mpirun"
+        )
     if rank_from(os.environ) == 0:
         require_packages()
     else:

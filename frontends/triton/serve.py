@@ -17,11 +17,11 @@ from typing import NoReturn
 from frontends.triton.closed import CLOSED_APIS
 from frontends.triton.model_pipe import HANG_AFTER_S, End, ModelPipe
 from frontends.triton.render import ServeOptions, form_of, processes_of, render
-from frontends.triton.restarts import Restarts
 from frontends.triton.scratch import scratch_folder
 from frontends.triton.server import Ports, TritonServer
 from nvlm.program.command_line import ArgumentParser, positive_float, positive_int, run
 from nvlm.program.errors import PartDiedError, UserError
+from nvlm.program.restarts import Restarts
 from runtime.decoder.executor import require_own_scheduler
 from runtime.engine.engine_dir import EngineDir
 from runtime.serving.launch import add_step_flag
@@ -127,9 +127,7 @@ def main() -> int:
             raise UserError(f"{end.told}; {kept}")
         if not arguments.restart:
             raise PartDiedError(f"{end.told}; {kept}")
-        if (refusal := restarts.count()) is not None:
-            raise PartDiedError(f"{end.told}; {refusal}; {kept}")
-        print(f"starting again: {end.told}; {kept}", file=sys.stderr, flush=True)
+        restarts.again(end.told, kept)
 
 
 def _serve(

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from frontends.triton.closed import closing_flags
 from frontends.triton.model_pipe import End, ModelPipe
 from frontends.triton.program import Program, find_program
+from nvlm.program.child import ends_with_us
 from nvlm.program.errors import UserError
 from nvlm.program.signal_names import how_it_ended
 
@@ -154,12 +155,10 @@ class TritonServer:
         self._num_unheard = 0
         if world_size > 1:
             command[0] = _mpirun(world_size)
-        if setpriv := shutil.which("setpriv"):  # ends with us even if we are killed
-            command = [setpriv, "--pdeathsig", "TERM", *command]
         with _open_log(self.log) as file:
             self._log_start = file.tell()
             self.process = subprocess.Popen(
-                command,
+                ends_with_us(command),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -15,6 +15,7 @@
                       model.onnx and model.onnx.data (onnxruntime)
                       model.engine and summary.json (tensorrt, tensorrt_rtx)
         tokenizer/    as published
+        kernels/      about.json and folders of compiled kernels, in no manifest
 
 No other file spells these names. A tokenizer's own files have the same names everywhere, which
 nvlm/inputs/tokenizer.py owns. Hidden files are scaffolding: they go before a directory gets its
@@ -29,6 +30,7 @@ from pathlib import Path
 VISION = "vision"
 LLM = "llm"
 TOKENIZER = "tokenizer"
+KERNELS = "kernels"
 
 # In several of them.
 MANIFEST = "manifest.json"
@@ -56,6 +58,9 @@ SUMMARY = "summary.json"
 # In a checkpoint directory.
 REPORT = "quantization_report.json"
 REPORT_PAGE = "quantization_report.html"
+
+# Below kernels/.
+ABOUT_KERNELS = "about.json"
 
 # In the folder of --timing_cache.
 VISION_TIMINGS = "vision.cache"

@@ -39,7 +39,8 @@ class TiledImage:
     @property
     def cache_key(self) -> bytes:
         """Equal exactly for equal pixels: SHA-256 of the tiles."""
-        return hashlib.sha256(self.tiles.tobytes()).digest()
+        # Without a copy, which would be made under Python's lock.
+        return hashlib.sha256(np.ascontiguousarray(self.tiles).data).digest()
 
 
 @lru_cache

@@ -5,7 +5,7 @@ No string and no image crosses this interface. Implementations share one contrac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Literal, Protocol, runtime_checkable
 
@@ -158,13 +158,24 @@ class DecoderCounts:
     first of them waits for.
     """
 
-    usage: float
-    num_preemptions: int
-    num_queried_tokens: int
-    num_reused_tokens: int
-    num_tokens_beside: int
-    num_tokens_alone: int
-    waiting: dict[WaitCause, int]
+    usage: float = 0.0
+    num_preemptions: int = 0
+    num_queried_tokens: int = 0
+    num_reused_tokens: int = 0
+    num_tokens_beside: int = 0
+    num_tokens_alone: int = 0
+    waiting: dict[WaitCause, int] = field(default_factory=dict)
+
+    def since(self, before: DecoderCounts) -> DecoderCounts:
+        """What was counted after `before`; usage and who waits are those of now."""
+        return replace(
+            self,
+            num_preemptions=self.num_preemptions - before.num_preemptions,
+            num_queried_tokens=self.num_queried_tokens - before.num_queried_tokens,
+            num_reused_tokens=self.num_reused_tokens - before.num_reused_tokens,
+            num_tokens_beside=self.num_tokens_beside - before.num_tokens_beside,
+            num_tokens_alone=self.num_tokens_alone - before.num_tokens_alone,
+        )
 
 
 @runtime_checkable

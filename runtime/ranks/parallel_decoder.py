@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from nvlm.formats.safetensors_reader import TensorSource
+from nvlm.program import startup
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.kv_blocks import count_blocks
 from runtime.decoder.models.open_model import OpenedModel, load_model
@@ -47,18 +48,19 @@ def open_parallel_model(
         from runtime.ranks.peer_all_reduce_norm import PeerAllReduceNorm  # Triton is there
 
         all_reduce_norm = partial(PeerAllReduceNorm, memory)
-    own = job.agree(
-        lambda: load_model(
-            engine,
-            device,
-            num_blocks,
-            source,
-            rank=group.rank,
-            all_reduce=group.all_reduce,
-            all_reduce_norm=all_reduce_norm,
+    with startup.phase("decoder weights"):
+        own = job.agree(
+            lambda: load_model(
+                engine,
+                device,
+                num_blocks,
+                source,
+                rank=group.rank,
+                all_reduce=group.all_reduce,
+                all_reduce_norm=all_reduce_norm,
+            )
         )
-    )
-    with loading_on(device, engine):
+    with startup.phase("decoder kernels and graphs"), loading_on(device, engine):
         own.warm_up(engine.limits.max_num_tokens, use_graphs=use_graphs)
     vocab_size = engine.checkpoint_config.decoder.vocab_size
     return OpenedModel(parallel_model(own, group, vocab_size, memory), num_blocks)

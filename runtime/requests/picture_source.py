@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import re
 from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -16,6 +17,7 @@ from nvlm.program.errors import UserError
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{512,}={0,2}")  # no path is so long without a dot
 _SHOWN_CHARACTERS = 200
+_PIECE_CHARACTERS = 1 << 18
 
 
 def picture_source(name: str, folder: Path = Path()) -> Path | bytes:
@@ -55,12 +57,33 @@ def decode_base64(data: bytes, name: str) -> bytes:
             )
         data = unquote_to_bytes(data)
     try:
-        return base64.b64decode(b"".join(data.split()), validate=True)
+        return _decoded(data)
     except binascii.Error as error:
         raise UserError(
             f"{name} is not base64 ({error}), expected letters, digits, + and /, filled up with =; "
             "encode the whole file again"
         ) from None
+
+
+def _decoded(data: bytes) -> bytes:
+    """In pieces, between which other threads get Python's lock: of 64 MB a whole would keep it for
+    a tenth of a second. Raises `binascii.Error` as the whole does."""
+    decoded = io.BytesIO()
+    rest, is_padded = b"", False
+    try:
+        for start in range(0, len(data), _PIECE_CHARACTERS):
+            rest += b"".join(data[start : start + _PIECE_CHARACTERS].split())
+            end = len(rest) - len(rest) % 4
+            if end and is_padded:
+                raise binascii.Error("data after the padding")
+            is_padded = rest[:end].endswith(b"=")
+            decoded.write(base64.b64decode(rest[:end], validate=True))
+            rest = rest[end:]
+        if rest:
+            raise binascii.Error("too few characters")
+    except binascii.Error:
+        return base64.b64decode(b"".join(data.split()), validate=True)
+    return decoded.getvalue()
 
 
 def _local_path(url: str) -> Path:

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from typing import Literal
 
 from nvlm.program.errors import PartDiedError, UserError
-from runtime.decoder.executor import CountsSteps, StepOutput
+from runtime.decoder.executor import CountsSteps, DecoderCounts, StepOutput
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
 from runtime.serving.intake import Intake
 from runtime.serving.metrics import WAIT_CAUSES, Labels, ServingMetrics
@@ -50,6 +50,7 @@ class Loop:
                 "or batch is; ask that server, or close what is open first"
             )
         self.metrics = ServingMetrics()
+        self._counts_before = DecoderCounts()  # when it began to count
         self.stages = stages
         self._max_open = max_open
         self._lock = threading.Lock()  # of the next four
@@ -189,6 +190,13 @@ class Loop:
         if self._failure is not None:
             raise PartDiedError("the decoder has failed; start again") from self._failure
 
+    def begin_anew(self) -> None:
+        """Counts from zero, for who has rehearsed; no request is open."""
+        self.metrics = ServingMetrics()
+        self.stages.forget_pictures()
+        if isinstance(self.stages.decoder, CountsSteps):
+            self._counts_before = self.stages.decoder.counts()
+
     def samples(self) -> dict[tuple[str, Labels], float]:
         """Every metric as it is now."""
         num_running = len({draft.ticket for draft in self._running.values()})
@@ -202,7 +210,7 @@ class Loop:
         self.metrics.set("nvlm_mm_cache_queries_total", self.stages.num_pictures)
         self.metrics.set("nvlm_mm_cache_hits_total", self.stages.num_known_pictures)
         if isinstance(self.stages.decoder, CountsSteps):
-            counts = self.stages.decoder.counts()
+            counts = self.stages.decoder.counts().since(self._counts_before)
             self.metrics.set("nvlm_kv_cache_usage_perc", counts.usage)
             self.metrics.set("nvlm_num_preemptions_total", counts.num_preemptions)
             self.metrics.set("nvlm_prefix_cache_queries_total", counts.num_queried_tokens)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nvlm.program import startup
 from nvlm.program.command_line import resolve_device
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderExecutor, DecoderOptions
@@ -72,7 +73,8 @@ class Runner(Stages):
         sets what cuBLAS reads before its first product on a GPU; None leaves it as it is.
         """
         device = _device(device)
-        engine = open_engine(Path(engine_dir), device)
+        with startup.phase("the engine's files"):
+            engine = open_engine(Path(engine_dir), device)
         if environment is not None:
             set_up_libraries(engine, device, environment)
         mapped = MappedFiles.of(engine, device)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from nvlm.program import startup
 from runtime.decoder.executor import warm_up
 from runtime.requests.types import GenerationRequest
 from runtime.serving.loop import Loop
@@ -117,6 +118,10 @@ class Server:
         """Every metric as it is now."""
         return self._loop.samples()
 
+    def begin_anew(self) -> None:
+        """Counts from zero, before the first client asks (rehearsal.py)."""
+        self._loop.begin_anew()
+
     def watch(self, part: Part) -> None:
         """Watches a thread of a door's own with the server's."""
         self._parts.append(part)
@@ -134,7 +139,8 @@ class Server:
         """Nobody waits for a decoder that has ended. One that broke in a step is asked for another:
         a GPU that is gone fails every step from then on."""
         try:
-            warm_up(self.runner.decoder)
+            with startup.phase("the decoder's thread"):
+                warm_up(self.runner.decoder)
             self._is_prepared.set()
             while not self._loop.is_stopping:
                 self._loop.turn()

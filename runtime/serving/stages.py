@@ -44,7 +44,7 @@ class Stages:
         device: torch.device = _CPU,
         mapped: MappedFiles | None = None,
     ) -> None:
-        self.engine = engine
+        self.engine, self.device = engine, device
         self.mapped = mapped or MappedFiles(engine, ())
         self.step_limit = decoder_step_limit(engine.checkpoint_config, device)
         self._vision_limit = vision_limit(engine.vision_config, device)
@@ -102,6 +102,12 @@ class Stages:
         """How long encoding a ticket's images never takes."""
         num_tiles = sum(image.num_tiles for image in ticket.images)
         return self._vision_limit.seconds(num_tiles * self.engine.vision_config.num_positions)
+
+    def forget_pictures(self) -> None:
+        """As if none had been encoded; none is being encoded."""
+        self._encoded = EncodedPictures()
+        self.num_pictures = self.num_known_pictures = 0
+        self.vision_s = 0.0
 
     def probe(self) -> None:
         """One step of the decoder for nobody, while it has nothing else to do. Raises what breaks

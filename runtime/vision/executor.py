@@ -11,6 +11,7 @@ from nvlm.formats import layout
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.memory_plan import may_widen, vision_parameter_count
 from nvlm.planning.tensorrt_package import PACKAGES, load_tensorrt
+from nvlm.program import startup
 from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.loading import loading_on
@@ -40,24 +41,28 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
         from runtime.vision.onnxruntime_executor import OnnxRuntimeVisionExecutor
 
         path = engine.vision_checkpoint.directory / layout.GRAPH
-        return OnnxRuntimeVisionExecutor(path, max_num_tiles)
+        with startup.phase("vision"):
+            return OnnxRuntimeVisionExecutor(path, max_num_tiles)
     if engine.vision_executor == "torch":
         from runtime.vision.torch_executor import TorchVisionExecutor
 
         num_parameters = vision_parameter_count(engine.vision_config)
         widen = may_widen(num_parameters, device, total_memory_bytes(device))
         with loading_on(device, engine):
-            model = engine.vision_checkpoint.load(engine.vision_precision, device, widen=widen)
-            executor = TorchVisionExecutor(model, max_num_tiles)
-            executor.warm_up()
+            with startup.phase("vision weights"):
+                model = engine.vision_checkpoint.load(engine.vision_precision, device, widen=widen)
+            with startup.phase("vision kernels and graphs"):
+                executor = TorchVisionExecutor(model, max_num_tiles)
+                executor.warm_up()
         return executor
     if engine.vision_executor in PACKAGES:
         from runtime.vision.tensorrt_executor import TensorrtVisionExecutor
 
         package = load_tensorrt(engine.vision_executor)
-        return TensorrtVisionExecutor(
-            package, engine.vision_checkpoint.directory / layout.ENGINE, device
-        )
+        with startup.phase("vision"):
+            return TensorrtVisionExecutor(
+                package, engine.vision_checkpoint.directory / layout.ENGINE, device
+            )
     raise UserError(
         f"{engine.directory} was built for vision executor {engine.vision_executor!r}, which this "
         "version does not run; build it again with --vision onnxruntime or torch"

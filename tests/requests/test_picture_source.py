@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from nvlm.program.errors import UserError
+from runtime.requests import picture_source as module
 from runtime.requests.picture_source import picture_source
 from tests.support.asking import Images, answered, ask, batch, run_refused
 from tests.support.command import RUN, run_command
@@ -190,3 +193,38 @@ def test_the_largest_picture_is_chosen_by_a_flag(
     flags = ("--prompt", "hi", "--image", path, "--max_image_pixels")
     run_refused(engine_dir, tmp_path, *flags, 100_000, fragments=("more than 100,000 pixels",))
     assert answer_of(engine_dir, *flags[2:], 900_000)[1] > 1
+
+
+@pytest.mark.parametrize("piece", [4, 8, 12])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"QUJD",
+        b"QUJDREVGR0hJSktM",
+        b"QUJDREVGR0hJSg==",
+        b"QUJDREVGR0hJSks=",
+        b"QU JD\r\nREVG\tR0hJ SktM",
+        b"QUJD=UVGR0hJSktM",
+        b"QUI=REVG",
+        b"QQ==QUJD",
+        b"QUJDREVG=",
+        b"QUJDREVGR",
+        b"QUJDREV",
+        b"=",
+        b"QU!DREVG",
+        b"QUJDREVGR0h\xffSktM",
+    ],
+)
+def test_base64_in_pieces_is_read_or_refused_as_a_whole(
+    data: bytes, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(decode: Callable[[], bytes]) -> bytes | str:
+        try:
+            return decode()
+        except binascii.Error as error:
+            return str(error)
+
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", piece)
+    whole = of(lambda: base64.b64decode(b"".join(data.split()), validate=True))
+    assert of(lambda: module._decoded(data)) == whole

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nvlm.formats import layout
 from nvlm.planning import hopper
 from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderOptions
+from runtime.engine import libraries
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
 from runtime.serving.launch import Program, launch
@@ -39,6 +41,23 @@ def test_cublas_gets_no_workspace_where_torch_has_kernels_unless_the_user_says_s
     other = replace(engine, decoder_target="tensorrt_llm")
     assert environment_of(other, CUDA) == {}
     assert environment_of(replace(other, vision_executor="torch"), CUDA) == CUBLAS
+
+
+def test_kernels_that_an_engine_keeps_are_copied_where_torch_has_kernels(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[tuple[Path, Path]] = []
+    monkeypatch.setattr(hopper, "has_kernels", lambda device: device.type == "cuda")
+    monkeypatch.setattr(libraries, "about_kernels", lambda _: {})
+    monkeypatch.setattr(libraries, "kernel_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(libraries, "use_kernels", lambda *places: copied.append(places[:2]))
+    engine = replace(EngineDir.read(engine_dir), directory=tmp_path)
+    environment_of(engine, CUDA)
+    (tmp_path / layout.KERNELS).mkdir()
+    environment_of(engine, CPU)
+    assert copied == []
+    environment_of(engine, CUDA)
+    assert copied == [(tmp_path, tmp_path / "cache")]
 
 
 def test_nccl_is_set_up_for_ranks_of_torch(engine_dir: Path) -> None:

@@ -42,7 +42,7 @@ TorchDecoderExecutor.step = lambda self: threading.Event().wait()
 
 
 TRITON_MODEL = Path("frontends") / "triton" / "models" / "nvlm.py"
-HTTP_SERVER = Path("frontends") / "openai" / "main.py"
+HTTP_SERVER = Path("frontends") / "openai" / "door.py"  # which a supervisor does not import
 
 
 class Sabotaged:

@@ -12,6 +12,7 @@ from nvlm.formats import layout
 from nvlm.formats.safetensors_reader import TensorSource
 from nvlm.model.decoder import AllReduce
 from nvlm.planning import hopper
+from nvlm.program import startup
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.all_reduce_norm import AllReduceNorm, CollectiveAllReduceNorm
 from runtime.decoder.models.hopper_model import HopperModel
@@ -43,8 +44,9 @@ def open_model(
     default the engine's file. use_graphs: on the fast path, of its decode steps. cache_fraction:
     as in `count_blocks`."""
     num_blocks = count_blocks(engine, device, cache_fraction=cache_fraction)
-    model = load_model(engine, device, num_blocks, source)
-    with loading_on(device, engine):
+    with startup.phase("decoder weights"):
+        model = load_model(engine, device, num_blocks, source)
+    with startup.phase("decoder kernels and graphs"), loading_on(device, engine):
         model.warm_up(engine.limits.max_num_tokens, use_graphs=use_graphs)
     return OpenedModel(model, num_blocks)
 
