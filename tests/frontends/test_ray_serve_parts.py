@@ -148,7 +148,7 @@ def test_a_replica_gets_the_flags_of_serve_py_and_a_port_of_its_own(
     assert not options.is_autoscaled
     python, program, *flags = options.command
     assert (python, program) == (sys.executable, str(ROOT / "serve.py"))
-    from frontends.openai.main import parser
+    from frontends.openai.flags import parser
 
     arguments = parser().parse_args(flags)
     assert arguments.engine_dir == engine_dir.resolve()
