@@ -33,7 +33,12 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser((__doc__ or "").partition("\n")[0], "python -m frontends.triton.serve")
     group = parser.add_argument_group
     add = group("engine").add_argument
-    add("--engine_dir", type=Path, required=True, help="made by build_engine.py")
+    add(
+        "--engine_dir",
+        type=Path,
+        required=True,
+        help="engine directory, made by build_engine.py",
+    )
     add(
         "--form",
         choices=("auto", "torch", "tensorrt_llm"),
