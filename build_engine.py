@@ -89,8 +89,8 @@ def parser() -> ArgumentParser:
         "--max_num_tokens",
         type=positive_int,
         metavar="N",
-        help="most tokens of all requests in one step (default: 8192, or a longer --max_input_len); "
-        "clipped to --max_batch_size x --max_seq_len",
+        help="most tokens of all requests in one step (default: 8192, or a longer "
+        "--max_input_len); clipped to --max_batch_size x --max_seq_len",
     )
     add(
         "--memory_gb",
