@@ -185,8 +185,8 @@ def _compile_kernels(engine_dir: Path, world_size: int) -> None:
     """By a process that loads the engine as a server does; without them it is whole too."""
     words = ["-m", "runtime.serving.compile_kernels", "--engine_dir", str(engine_dir)]
     if world_size > 1:
-        told = shlex.join(["mpirun", "-n", str(world_size), "python", *words])
-        log.info("its kernels are compiled at the first start; `%s` keeps them with it", told)
+        command = shlex.join(["mpirun", "-n", str(world_size), "python", *words])
+        log.info("its kernels are compiled at the first start; `%s` keeps them with it", command)
         return
     done = subprocess.run([sys.executable, *words], check=False)
     if done.returncode != 0:

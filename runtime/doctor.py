@@ -84,13 +84,13 @@ class Directory:
         else:
             engine = EngineDir.read(path)
             config, found = engine.checkpoint_config, engine.scale_dtype()
-        told = what_differs(path, found, config)
-        return cls(str(path), kind, found, config.kv_cache_name, told)
+        warning = what_differs(path, found, config)
+        return cls(str(path), kind, found, config.kv_cache_name, warning)
 
     def line(self) -> str:
         scales = f"scales in {self.scale_dtype}" if self.scale_dtype else "linears without scales"
-        told = f"{self.kind} {self.path}: {scales}, KV cache {self.kv_cache}"
-        return f"{self.warning} (KV cache {self.kv_cache})" if self.warning else told
+        text = f"{self.kind} {self.path}: {scales}, KV cache {self.kv_cache}"
+        return f"{self.warning} (KV cache {self.kv_cache})" if self.warning else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +154,15 @@ def lines(findings: Findings) -> list[str]:
     ]
     driver = f"NVIDIA driver {findings.driver}" if findings.driver else "no NVIDIA driver"
     packages = [f"  {name:<14}{version or '-'}" for name, version in findings.packages.items()]
-    told = [f"Python {findings.python}, {findings.memory_gb} GB memory, {driver}"]
-    told += [f"GPU {i}: {gpu}" for i, gpu in enumerate(gpus)] or ["no GPU that torch sees"]
-    told += ["packages", *packages, "targets of build_engine.py"]
+    printed = [f"Python {findings.python}, {findings.memory_gb} GB memory, {driver}"]
+    printed += [f"GPU {i}: {gpu}" for i, gpu in enumerate(gpus)] or ["no GPU that torch sees"]
+    printed += ["packages", *packages, "targets of build_engine.py"]
     for target in findings.targets:
-        told.append(f"  {target.flag:<24}{'no' if target.lacks else 'ready'}")
-        told += [f"    {lack.missing}: {lack.mend}" for lack in target.lacks]
+        printed.append(f"  {target.flag:<24}{'no' if target.lacks else 'ready'}")
+        printed += [f"    {lack.missing}: {lack.mend}" for lack in target.lacks]
     if findings.directories:
-        told += ["directories", *(f"  {each.line()}" for each in findings.directories)]
-    return told
+        printed += ["directories", *(f"  {each.line()}" for each in findings.directories)]
+    return printed
 
 
 def main() -> None:

@@ -152,11 +152,11 @@ def same_bits(found: Run, expected: Run) -> dict[str, int]:
 def same_tokens(found: list[Guest], expected: list[Guest]) -> dict[str, Any]:
     """Compares the tokens of those who were answered, or left, in both."""
     pairs = [
-        (index, a.told, b.told) for index, (a, b) in enumerate(zip(found, expected, strict=True))
+        (index, a.heard, b.heard) for index, (a, b) in enumerate(zip(found, expected, strict=True))
     ]
-    told = [(index, a, b) for index, a, b in pairs if a is not None and b is not None]
-    different = [index for index, a, b in told if a != b]
-    return {"num_answers": len(told), "different": different}
+    both = [(index, a, b) for index, a, b in pairs if a is not None and b is not None]
+    different = [index for index, a, b in both if a != b]
+    return {"num_answers": len(both), "different": different}
 
 
 def main(arguments: list[str] | None = None) -> None:

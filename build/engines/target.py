@@ -14,7 +14,7 @@ from nvlm.formats.kv_cache import AS_STORED
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model.vision import VISION_FORMAT
 from nvlm.planning.memory_plan import vision_weight_bytes
-from nvlm.planning.targets import Decoder, Machine, Vision, decoder_lacks, told, vision_lacks
+from nvlm.planning.targets import Decoder, Machine, Vision, decoder_lacks, in_one_line, vision_lacks
 from nvlm.program.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,8 @@ def choose_decoder(
     if asked != AUTO:
         if lacks := decoder_lacks(asked, target.machine):
             raise UserError(
-                f"--decoder {asked} is not possible here: {told(lacks)}; or use --decoder torch"
+                f"--decoder {asked} is not possible here: {in_one_line(lacks)}; "
+                "or use --decoder torch"
             )
         return asked
     if lacks := decoder_lacks("tensorrt_llm", target.machine):
@@ -102,7 +103,8 @@ def choose_vision(
             machine = Machine(is_cross=True)
         if lacks := vision_lacks(asked, machine):
             raise UserError(
-                f"--vision {asked} is not possible here: {told(lacks)}; or use --vision torch"
+                f"--vision {asked} is not possible here: {in_one_line(lacks)}; "
+                "or use --vision torch"
             )
         return asked
     if machine.has_hopper and not vision_lacks("tensorrt", machine):

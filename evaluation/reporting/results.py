@@ -17,7 +17,7 @@ from evaluation.scoring.score import Line
 from evaluation.tasks import Task
 from nvlm.program.errors import UserError
 
-_MOST_TOLD = 100
+_MAX_NAMED = 100
 """Partitions that are missing are named one by one, so many of them."""
 
 
@@ -88,9 +88,9 @@ def _missing(prefix: Path, task: Task, records: list[TaskRecord], num_lines: int
     lacking = (partition_id for partition_id in range(number) if partition_id not in found)
     problems = [
         f"{prefix}-{task.name} lacks partition {partition_id} of {number}"
-        for partition_id in islice(lacking, _MOST_TOLD)
+        for partition_id in islice(lacking, _MAX_NAMED)
     ]
-    if number - len(found) > _MOST_TOLD:
+    if number - len(found) > _MAX_NAMED:
         problems.append(f"{prefix}-{task.name} lacks {number - len(found)} of {number} partitions")
     problems += [
         f"{prefix}-{task.name} partition {record.partition_id} was made by another engine or with "

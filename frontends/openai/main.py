@@ -41,7 +41,7 @@ log = logging.getLogger("nvlm.serve")
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 _POLL_S = 0.1
 _SHOWN_FAILED_S = 5.0
-"""A decoder that failed is told to probes for so long before the program ends."""
+"""Probes see a decoder that failed for so long before the program ends."""
 
 
 def lead(
@@ -111,8 +111,8 @@ def _freeze() -> None:
 
 
 def _wait_for_failure(server: Server) -> None:
-    """With --restart probes are told until the next start is ready: this one ends as soon as it
-    knows why."""
+    """With --restart probes see the failure until the next start is ready, so this process ends as
+    soon as it knows the reason."""
     deadline = time.monotonic() + _SHOWN_FAILED_S
     while server.failure is None and time.monotonic() < deadline:
         time.sleep(_POLL_S)

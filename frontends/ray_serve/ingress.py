@@ -120,15 +120,15 @@ class _Ingress:
         await send({"type": "http.response.body", "body": b""})
 
     async def _metrics(self, send: Send) -> None:
-        told: list[tuple[str, str]] = []
+        pages: list[tuple[str, str]] = []
         with suppress(RayError, DeploymentUnavailableError, TimeoutError):
             found = await self._replicas.broadcast("metrics").results_async(
                 timeout_s=_METRICS_S, return_exceptions=True
             )
-            told = [each for each in found if isinstance(each, tuple)]
+            pages = [each for each in found if isinstance(each, tuple)]
         headers = [(b"content-type", CONTENT_TYPE.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": merged(told)})
+        await send({"type": "http.response.body", "body": merged(pages)})
 
 
 async def _head(pieces: AsyncIterator[Any]) -> Head:

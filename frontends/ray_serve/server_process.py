@@ -64,8 +64,8 @@ class ServerProcess:
         for line in self._process.stderr:
             if self.port is None:
                 self._last_lines.append(line.rstrip())
-            if told := _READY.match(line):
-                self.port = int(told[1])
+            if ready := _READY.match(line):
+                self.port = int(ready[1])
                 self._is_ready_or_over.set()
             sys.stderr.write(line)
         self._is_ready_or_over.set()

@@ -138,10 +138,10 @@ def main() -> int:
         end, log = _serve(engine, options, ports, arguments)
         kept = f"its log is kept in {log}"
         if end.is_mistake:
-            raise UserError(f"{end.told}; {kept}")
+            raise UserError(f"{end.reason}; {kept}")
         if not arguments.restart:
-            raise PartDiedError(f"{end.told}; {kept}")
-        restarts.again(end.told, kept)
+            raise PartDiedError(f"{end.reason}; {kept}")
+        restarts.again(end.reason, kept)
 
 
 def _serve(

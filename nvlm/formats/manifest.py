@@ -48,8 +48,8 @@ _HASH_CHUNK_BYTES = 4 << 20
 _SMALL_FILE_BYTES = 16 << 20  # files up to this size are hashed at every load
 
 
-def told(kind: Kind) -> str:
-    """With its article."""
+def with_article(kind: Kind) -> str:
+    """The kind with its article."""
     return f"a {kind}" if kind == "checkpoint" else f"an {kind}"
 
 
@@ -145,8 +145,8 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     if not path.is_file():
         if _looks_like_model(directory):
             raise UserError(
-                f"{directory} is a model as published, not {told(kind)} directory; make one of it "
-                f"with {_TAKES_A_MODEL[kind].format(directory)}"
+                f"{directory} is a model as published, not {with_article(kind)} directory; "
+                f"make one of it with {_TAKES_A_MODEL[kind].format(directory)}"
             )
         raise UserError(
             f"{directory} has no {MANIFEST}, so it is not a finished {kind} directory; {mend}"

@@ -57,7 +57,7 @@ def vision_lacks(target: Vision, machine: Machine) -> list[Lack]:
     return _lacks(_VISION_NEEDS[target], machine)
 
 
-def told(lacks: list[Lack]) -> str:
+def in_one_line(lacks: list[Lack]) -> str:
     """All of them in one line."""
     return "; ".join(f"{lack.missing}: {lack.mend}" for lack in lacks)
 

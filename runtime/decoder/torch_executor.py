@@ -233,7 +233,7 @@ class TorchDecoderExecutor:
     def _land(self, in_flight: InFlightStep) -> list[StepOutput]:
         """Waits for the tokens, and hands them to those who have not left meanwhile."""
         token_ids = in_flight.tolist()
-        told = zip(
+        rows = zip(
             in_flight.sequences,
             token_ids,
             in_flight.logits,
@@ -242,7 +242,7 @@ class TorchDecoderExecutor:
         )
         return [
             self._take(sequence, token_id, logits, logprobs)
-            for sequence, token_id, logits, logprobs in told
+            for sequence, token_id, logits, logprobs in rows
             if not sequence.has_left
         ]
 

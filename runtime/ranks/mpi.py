@@ -89,8 +89,8 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        is_told = isinstance(error, UserError | PartDiedError | OSError)
-        if isinstance(error, Exception) and not is_told:
+        is_reported = isinstance(error, UserError | PartDiedError | OSError)
+        if isinstance(error, Exception) and not is_reported:
             return  # `_fail` says where
         if error is not None:
             self._abort()

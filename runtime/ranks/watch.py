@@ -102,9 +102,9 @@ class Watch:
 
     def _end_with_others(self) -> None:
         try:
-            while told := self._connection.recv(1):
+            while received := self._connection.recv(1):
                 self.has_lost_rank = True
-                if told == _END:
+                if received == _END:
                     os._exit(self._end_code)
         except OSError:
             return

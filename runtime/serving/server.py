@@ -2,7 +2,7 @@
 
 A picture that is decoded or encoded stops nobody's tokens, and what is accepted and not yet
 answered is bounded. A thread that dies or hangs ends the server: its requests are answered with
-the reason, and whoever opened it is told.
+the reason, and `on_end` is called with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _REST_PER_PROBE = 100.0  # a probe takes a hundredth of the time, at most
 
 
 def _nobody(_: Exception) -> None:
-    """Whoever asks `failure` needs not be told."""
+    """The default `on_end`: whoever asks `failure` needs no call."""
 
 
 class Server:
@@ -151,10 +151,10 @@ class Server:
             logger.exception("the decoder's thread ended")
             self._loop.part.error = error
             # Before it is ready, whoever opens the server gets what happened itself.
-            told = died(self._loop.part)
+            reason = died(self._loop.part)
             if isinstance(error, Exception) and not self._is_prepared.is_set():
-                told = error
-            self._loop.stop(told)
+                reason = error
+            self._loop.stop(reason)
         finally:
             self._is_prepared.set()
 

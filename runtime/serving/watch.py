@@ -1,4 +1,4 @@
-"""Watches a server's threads: one that is dead, or hangs, is told once.
+"""Watches a server's threads, and reports each that is dead or hangs once.
 
 Dead ones are seen at the next look. One that hangs has made no progress in as many looks as its
 limit has. Looks are counted, not seconds: where the machine sleeps, or is too busy to look, no time
@@ -96,13 +96,13 @@ class Watch:
 
 
 def died(part: Part) -> Exception:
-    """What is told of a part whose thread has ended, or is about to."""
+    """The error that reports a part whose thread has ended, or is about to."""
     if isinstance(part.error, UserError):
         return part.error
     why = "" if part.error is None else f": {type(part.error).__name__}: {part.error}"
-    told = PartDiedError(f"{part.name} has ended{why}")
-    told.__cause__ = part.error
-    return told
+    error = PartDiedError(f"{part.name} has ended{why}")
+    error.__cause__ = part.error
+    return error
 
 
 def _log_place(part: Part) -> None:
