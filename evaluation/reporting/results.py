@@ -85,10 +85,10 @@ def _missing(prefix: Path, task: Task, records: list[TaskRecord], num_lines: int
         return []
     found = {record.partition_id for record in records}
     number = records[0].num_partitions
-    lacking = (partition_id for partition_id in range(number) if partition_id not in found)
+    missing = (partition_id for partition_id in range(number) if partition_id not in found)
     problems = [
         f"{prefix}-{task.name} lacks partition {partition_id} of {number}"
-        for partition_id in islice(lacking, _MAX_NAMED)
+        for partition_id in islice(missing, _MAX_NAMED)
     ]
     if number - len(found) > _MAX_NAMED:
         problems.append(f"{prefix}-{task.name} lacks {number - len(found)} of {number} partitions")

@@ -170,11 +170,11 @@ def test_what_a_checkpoint_or_a_target_cannot_give_is_refused(
     refused(half, "needs a checkpoint in bfloat16, and .* is in float16", kv_cache_dtype="bfloat16")
     both: dict[str, Any] = {"kv_cache_dtype": "bfloat16", "kv_cache_scales": "own"}
     refused(checkpoint_dir, "--kv_cache_scales own needs an FP8 KV cache", **both)
-    for options, mend in (
+    for options, fix in (
         ({"kv_cache_dtype": "bfloat16"}, "convert with --kv_cache_quant_algo none"),
         ({"kv_cache_scales": "own"}, "leave it out"),
     ):
-        told = f"found --kv_cache_.*; use --decoder torch, or {mend}"
+        told = f"found --kv_cache_.*; use --decoder torch, or {fix}"
         refused(checkpoint_dir, told, decoder="tensorrt_llm", **options)
 
 
