@@ -37,7 +37,7 @@ from runtime.engine.engine_dir import EngineDir
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What is held behind it, in bytes. used_bytes: of the GPU, by the driver's count; torch holds
+    """What is held after it, in bytes. used_bytes: of the GPU, by the driver's count; torch holds
     peak_bytes of them in tensors at its most, and reserves reserved_bytes for them."""
 
     name: str

@@ -4,7 +4,7 @@
         [--output FILE]
 
 Starts `mpirun run.py` (a question, a batch, --streaming, sampling) and `mpirun evaluate.py
-generate` in turns with the trained small model, whose engine the folder gets if it lacks it. After
+generate` in turns with the trained small model, whose engine is built in the folder first. After
 the first turn come the failures, one by one, each in a batch that decodes: a rank killed, an error
 on a rank, SIGTERM to the launcher, Control-C to its group. Each is printed with its exit code and
 the seconds until no process of it is left. `--output` is written after every job. The last line is

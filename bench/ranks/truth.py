@@ -3,9 +3,9 @@
     mpirun -n 2 python -m bench.ranks.truth --folder D [--per_task 40] [--steps 1000]
         [--device cuda|cpu]
 
-Makes what the folder lacks, as bench/hopper/truth.py does, and an engine for these ranks with the
-scales of the one for one rank. Then opens it by the product's door (runtime/ranks/open_parts.py)
-once for each of:
+Makes what is missing in the folder, as bench/hopper/truth.py does, and an engine for these ranks
+with the scales of the one for one rank. Then opens it by the product's door
+(runtime/ranks/open_parts.py) once for each of:
 
 - as built: the answers beside those of the leader's device alone, and beside the folder's answers
   of a CPU, if it holds some;

@@ -98,7 +98,7 @@ def staged_directory(
             refusal = _no_room(place, error) if isinstance(error, OSError) else None
             is_bad_input = is_at_work and isinstance(error, UserError)
             if not is_bad_input and is_worth_keeping(staging):
-                log.warning("%s keeps what is done; the same command goes on with it", staging)
+                log.warning("%s keeps what is done; the same command resumes with it", staging)
             else:
                 shutil.rmtree(staging, ignore_errors=True)
             if refusal is not None:

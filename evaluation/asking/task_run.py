@@ -113,9 +113,9 @@ class TaskRun:
             with ResultsFile(path, self.task, self.data.samples) as file:
                 self._require_same(file, path, record)
         _tell(self.data.problems)
-        if packages := missing(self.task.scored_with):
+        if names := missing(self.task.scored_with):
             print(
-                f"answers of {self.task.name} cannot be scored here without {' and '.join(packages)}"
+                f"answers of {self.task.name} cannot be scored here without {' and '.join(names)}"
                 " (requirements/evaluation.txt, docs/evaluation.md)",
                 file=sys.stderr,
             )

@@ -19,8 +19,8 @@ _END_S = 20.0
 class ServerProcess:
     """Started with the constructor; it ends with this process, however that one ends.
 
-    command: serve.py with its flags, under mpirun where it has several ranks. Its log goes on to
-    stderr. Any thread may call the methods.
+    command: serve.py with its flags, under mpirun where it has several ranks. Its log goes
+    to stderr. Any thread may call the methods.
     """
 
     def __init__(self, command: Sequence[str]) -> None:

@@ -144,8 +144,8 @@ def warm_up(executor: DecoderExecutor) -> None:
 
 
 WaitCause = Literal["place", "blocks", "equal_prompt", "step"]
-"""What the first request that waits in the decoder lacks: a place in the batch, KV blocks, blocks
-that a request with the same prompt still computes, or room in the step."""
+"""What the decoder's first waiting request waits for: a place in the batch, KV blocks, blocks that
+a request with the same prompt still computes, or room in the step."""
 
 
 @dataclass(frozen=True, slots=True)

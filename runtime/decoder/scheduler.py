@@ -44,7 +44,7 @@ def max_num_blocks(limits: EngineLimits) -> int:
 @dataclass(eq=False, slots=True)
 class Sequence:
     """A request on its way: `num_cached` of its tokens are in the cache, or will be after the steps
-    that are under way, whose tokens are unknown; the next step computes `num_scheduled` more.
+    in flight, whose tokens are unknown; the next step computes `num_scheduled` more.
     image_keys: one a prompt token (image_ids.py), none for text alone. `keys` are those of its
     blocks that are full and registered. matcher: of its guide, if it has one."""
 

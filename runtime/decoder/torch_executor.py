@@ -127,9 +127,9 @@ class TorchDecoderExecutor:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Launches the step after the one it returns first, where that one's tokens need not be
-        known for it: the device goes on while the host hands them out. Where a guide has to see
-        those tokens, it goes on with the forward pass, and draws when the masks are there."""
+        """Returns a step's tokens, and launches the step after it first where that needs no known
+        tokens: the device computes while the host hands them out. Where a guide has to see those
+        tokens, it launches the forward pass first, and draws when the masks are there."""
         while True:
             if self._in_flight is None:
                 self._in_flight = self._launch()
@@ -146,7 +146,7 @@ class TorchDecoderExecutor:
                 return outputs
 
     def _launch(self) -> InFlightStep | None:
-        """The next step that draws tokens, after chunks of prompts that go on."""
+        """The next step that draws tokens, after chunks of unfinished prompts."""
         while sequences := self._scheduler.schedule():
             drawing = [sequence for sequence in sequences if sequence.is_last_chunk]
             logits = self._model.forward([SequenceStep.of(sequence) for sequence in sequences])

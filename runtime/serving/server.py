@@ -43,8 +43,9 @@ class Server:
     At most max_batch_size + `max_queue_size` requests are open; `num_preparing` threads decode
     images, each holding one picture (up to MAX_IMAGE_PIXELS) at a time.
 
-    on_end: hears once, from another thread, why the server cannot go on, when all that was open has
-    been answered with it: a `UserError`, as for an engine that was changed, else a `PartDiedError`.
+    on_end: is called once, from another thread, with the reason why the server ends, after all open
+    requests were answered with it: a `UserError`, as for an engine that was changed, else a
+    `PartDiedError`.
     hang_after_s: without progress a thread hangs; None is the plan's limit for its work.
     """
 

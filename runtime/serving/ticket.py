@@ -158,7 +158,7 @@ class Draft:
 
     def choice(self) -> Choice:
         """Once it is whole."""
-        assert self.finish_reason is not None, "the answer goes on"
+        assert self.finish_reason is not None, "the answer is not finished"
         return Choice(
             self.stream.text,
             self.token_ids,

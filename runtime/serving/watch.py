@@ -62,7 +62,7 @@ class Watch:
             self._thread.join()
 
     def look(self) -> Exception | None:
-        """Why the server cannot go on, if it cannot."""
+        """Why the server must end, if it must."""
         for part in tuple(self._parts):
             if part.thread is not None and not part.thread.is_alive():
                 return died(part)

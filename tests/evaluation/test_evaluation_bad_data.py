@@ -74,7 +74,7 @@ def test_a_missing_or_broken_image_is_named_and_asked_again_later(
     assert "2 failed" in result.stderr
     scored = run_command(*SCORE, "--input_path", tmp_path / "out", "--json")
     assert scored.exit_code == SOME_FAILED
-    assert "has 1 of 3 answers; run.py with the same flags goes on" in scored.stderr
+    assert "has 1 of 3 answers; run the same command again to resume" in scored.stderr
     lost.write_bytes(picture)
     again = run_task(float32_engine_dir, made, tmp_path / "out")
     assert "2 of 3 samples answered, 1 of them now" in again.stderr
@@ -396,7 +396,7 @@ def test_mmmu_without_its_answers_is_one_line(tmp_path: Path) -> None:
     one_line_error(run_command(*SCORE, *flags), "give the MMMU repository's answer_dict_val.json")
     gt = write_json(tmp_path / "answers.json", {})
     result = run_command(*SCORE, *flags, "--gt_path", gt)
-    one_line_error(result, "lacks validation_Art_1 and 0 more")
+    one_line_error(result, "has no validation_Art_1 and 0 more")
 
 
 @pytest.mark.parametrize(
@@ -682,7 +682,7 @@ def test_partitions_that_are_missing_are_told(tmp_path: Path, float32_engine_dir
     result = run_command(*SCORE, "--input_path", tmp_path / "out", "--json")
     assert result.exit_code == SOME_FAILED
     for partition in (0, 2):
-        assert f"out-OCRBench lacks partition {partition} of 3" in result.stderr
+        assert f"out-OCRBench is missing partition {partition} of 3" in result.stderr
 
 
 def test_records_that_were_no_samples_are_told_beside_the_score(
@@ -697,7 +697,7 @@ def test_records_that_were_no_samples_are_told_beside_the_score(
     scored = run_command(*SCORE, *flags)
     assert scored.exit_code == SOME_FAILED
     assert (
-        "lacks records of the data set that were no samples when run.py read them: 1"
+        "is missing records of the data set that were no samples when they were read: 1"
         in scored.stderr
     )
     assert len(json.loads(scored.stdout)["tasks"]["OCRBench"]["problems"]) == 1

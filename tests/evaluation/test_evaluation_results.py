@@ -429,7 +429,7 @@ def test_vqa_v2_is_submitted_with_all_questions_of_test2015(tmp_path: Path) -> N
     gt.write_text(json.dumps({"questions": [{"question_id": i} for i in (8, 9)]}))
     refused = run_command(*SCORE, *flags, "--gt_path", gt)
     assert refused.exit_code == 2
-    assert "lacks the question 7 that was answered" in refused.stderr
+    assert "has no question 7, which was answered" in refused.stderr
     write_answers(tmp_path / "run", "VQAv2", [short(7, "yes", "yes")])
     public = run_command(*SCORE, *flags, "--gt_path", gt)
     assert public.exit_code == 2
