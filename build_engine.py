@@ -182,7 +182,7 @@ def main() -> None:
 
 
 def _compile_kernels(engine_dir: Path, world_size: int) -> None:
-    """By a process that loads the engine as a server does; without them it is whole too."""
+    """Compiles in a process that loads the engine as a server does; the engine is whole without."""
     words = ["-m", "runtime.serving.compile_kernels", "--engine_dir", str(engine_dir)]
     if world_size > 1:
         command = shlex.join(["mpirun", "-n", str(world_size), "python", *words])

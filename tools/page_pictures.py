@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _save(screenshot: bytes, path: Path) -> None:
-    """In 256 colours: a photo takes a quarter of the bytes."""
+    """Saves in 256 colours: a photo takes a quarter of the bytes."""
     with Image.open(io.BytesIO(screenshot)) as image:
         image.convert("RGB").quantize(256).save(path, optimize=True)
 

@@ -103,7 +103,7 @@ def _test(case: ET.Element) -> Test:
 
 
 def rooms(tests: Sequence[Test]) -> list[Room]:
-    """In the order of their names."""
+    """The rooms in the order of their names."""
     made = []
     for name in sorted({test.room for test in tests}):
         inside = [test for test in tests if test.room == name]

@@ -168,12 +168,12 @@ def _kill_rank(rank: int, _: subprocess.Popen[str], mark: Path) -> None:
 
 
 def _terminate(process: subprocess.Popen[str], _: Path) -> None:
-    """As a scheduler does."""
+    """Sends SIGTERM, as a scheduler does."""
     process.send_signal(signal.SIGTERM)
 
 
 def _interrupt(process: subprocess.Popen[str], _: Path) -> None:
-    """As a terminal does."""
+    """Sends Control-C, as a terminal does."""
     os.killpg(process.pid, signal.SIGINT)
 
 

@@ -78,7 +78,7 @@ class NotAhead:
 def opening(
     *, use_graphs: bool = True, is_ahead: bool = True, checksums: Checksums | None = None
 ) -> Iterator[None]:
-    """In the block the product's door opens the decoder so."""
+    """Makes the product open the decoder so, while the block runs."""
 
     def open_changed(
         engine: EngineDir, device: torch.device, group: ProcessGroup, **named: Any

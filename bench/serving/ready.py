@@ -54,7 +54,7 @@ class Start:
 
 
 def questions() -> dict[str, list[Body]]:
-    """Of each kind, in the order in which they are asked."""
+    """Questions of each kind, in the order in which they are asked."""
     numbers = range(NUM_QUESTIONS)
     return {
         "picture": [

@@ -169,5 +169,5 @@ def build_decoder(
 
 
 def num_workers(wanted: int, world_size: int, num_gpus: Callable[[], int]) -> int:
-    """At most one a rank and one a GPU."""
+    """Number of builders: at most one a rank and one a GPU."""
     return max(1, min(wanted, world_size, num_gpus()))

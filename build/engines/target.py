@@ -46,7 +46,7 @@ _FLAG_TARGETS = {
 
 @dataclass(frozen=True, slots=True)
 class TargetMachine:
-    """Where the engine will run."""
+    """The device and its memory on which the engine will run."""
 
     device: torch.device
     memory_bytes: int

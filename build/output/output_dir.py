@@ -192,7 +192,7 @@ def _check_free_space(place: OutputPlace, needed_bytes: int) -> None:
 
 
 def _size(num_bytes: int) -> str:
-    """In the largest unit that does not round it to nothing."""
+    """`num_bytes` in the largest unit that does not round it to nothing."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size / 10:
             return f"{num_bytes / size:.1f} {unit}"

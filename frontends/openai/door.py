@@ -62,11 +62,11 @@ class Door:
         self._reported: set[str] = set()
 
     def open(self, server: Server) -> None:
-        """From now on requests are answered."""
+        """Answers requests from now on."""
         self._server = server
 
     def drain(self) -> None:
-        """From now on requests are refused; those that were accepted are answered."""
+        """Refuses requests from now on. Those that were accepted are answered."""
         self._is_draining = True
 
     def close(self) -> None:

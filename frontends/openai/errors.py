@@ -9,7 +9,7 @@ from runtime.serving.loop import BusyError
 
 RETRY_AFTER_S = 1
 MOST_CHARACTERS = 1000
-"""Of a message: it may quote what a client sent."""
+"""A longer message is cut: it may quote what a client sent."""
 
 
 class ApiError(Exception):

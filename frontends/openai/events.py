@@ -32,7 +32,7 @@ class Usage:
 
     @classmethod
     def of(cls, tickets: Iterable[Ticket]) -> Usage:
-        """Of requests that are prepared, so far."""
+        """Counts the usage so far of requests that are prepared."""
         tickets = list(tickets)
         reused = [each.num_reused_tokens for each in tickets]
         known = [each for each in reused if each is not None]

@@ -199,7 +199,7 @@ def require_packages() -> None:
 
 
 def _parse() -> Program:
-    """On every rank."""
+    """Reads the command line. Every rank does."""
     arguments = parser().parse_args()
     if arguments.restart and (size := World.from_environment(os.environ).size) > 1:
         raise UserError(

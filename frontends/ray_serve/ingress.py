@@ -34,7 +34,7 @@ from frontends.ray_serve.replica import Asked, Head
 log = logging.getLogger(__name__)
 
 _PLACE_S = 5.0
-"""For a replica to take a request. None does while all are being started."""
+"""Seconds in which a replica must take a request. None does while all are being started."""
 _METRICS_S = 5.0
 _NOT_PASSED = frozenset(
     {"connection", "content-length", "expect", "host", "origin", "transfer-encoding"}

@@ -16,7 +16,7 @@ from runtime.engine.engine_dir import EngineDir
 
 _SERVER = Path(__file__).resolve().parents[2] / "serve.py"
 _TARGET_OF_BATCH = 0.7
-"""Of a batch's places: what is left answers bursts (docs/scaling.md)."""
+"""Share of a batch's places that scaling fills. The rest answers bursts (docs/scaling.md)."""
 _MOST_CALLS_BESIDE = 256
 """serve.py itself refuses what is more than its queue, long before Ray would hold it back."""
 

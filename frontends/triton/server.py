@@ -118,7 +118,7 @@ def _mpirun(world_size: int) -> str:
 
 
 def _open_log(path: Path) -> BinaryIO:
-    """For appending; what it holds is kept."""
+    """Opens the log for appending; what it holds is kept."""
     try:
         return open(path, "ab")
     except OSError as error:

@@ -124,7 +124,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return found
 
     def _flags(self) -> set[str]:
-        """Those of its subcommands too."""
+        """Its flags, and those of its subcommands."""
         names = set(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):

@@ -84,7 +84,7 @@ class StepOutput:
 
 
 SERVICE_STEP_MS = 30.0
-"""Of a server on a GPU, by decision 144 (docs/decisions/decoder.md)."""
+"""The default --max_step_ms of a server on a GPU: decision 144 (docs/decisions/decoder.md)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class InFlightStep:
         return values
 
     def logprobs_of_rows(self) -> list[TokenLogprobs | None]:
-        """After `tolist`: one for each sequence, None where it asks for none."""
+        """One for each sequence, None where it asks for none. Call it after `tolist`."""
         found: list[TokenLogprobs | None] = [None] * len(self.sequences)
         if self.logprobs is not None:
             wanted = [self.sequences[row].request.sampling for row in self.logprob_rows]

@@ -33,7 +33,7 @@ class LogprobRows:
         return self.chosen, self.top_values, self.top_ids
 
     def tolist(self, num_top: Items[int]) -> list[TokenLogprobs]:
-        """As many of the likeliest for each row as it wants."""
+        """Lists for each row as many of the likeliest tokens as it wants."""
         chosen, values, ids = (tensor.tolist() for tensor in self.tensors)
         return [
             TokenLogprobs(

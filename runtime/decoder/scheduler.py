@@ -29,7 +29,7 @@ from runtime.decoder.guidance import Matcher
 from runtime.decoder.step_bound import StepBound
 
 UNKNOWN_TOKEN = -1
-"""In the place of a token that is being computed."""
+"""Stands for a token that is being computed."""
 
 MAX_PROMPT_LOGITS = 256
 """Of a prompt whose log probabilities are wanted, so many tokens in a step: their logits are 156 MB
@@ -100,7 +100,7 @@ class Sequence:
 
     @property
     def max_num_scheduled(self) -> int:
-        """Of its own tokens in a step."""
+        """The most of its own tokens that a step may compute."""
         return MAX_PROMPT_LOGITS if self.wants_prompt_logprobs else self.max_num_tokens
 
     @property

@@ -90,7 +90,7 @@ class TorchDecoderExecutor:
 
     @property
     def scheduler(self) -> Scheduler:
-        """For metrics and tests."""
+        """The scheduler, for metrics and tests."""
         return self._scheduler
 
     def counts(self) -> DecoderCounts:

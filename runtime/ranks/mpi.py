@@ -185,6 +185,6 @@ class Job:
         end(1)
 
     def _abort(self) -> None:
-        """Before `end` with a code other than 0."""
+        """Call this before `end` with a code other than 0."""
         if self._watch is not None:
             self._watch.abort()

@@ -93,7 +93,7 @@ class Watch:
             self._connection.sendall(f"{name}\n".encode())
 
     def leave(self) -> None:
-        """Before a rank ends as it should."""
+        """Call this before a rank ends in order."""
         self.phase(_LEAVE)
 
     def abort(self) -> None:

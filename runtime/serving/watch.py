@@ -106,7 +106,7 @@ def died(part: Part) -> Exception:
 
 
 def _log_place(part: Part) -> None:
-    """Where its thread stands, for who has to find out why it does."""
+    """Logs where the thread of `part` stands, for whoever has to find out why."""
     ident = None if part.thread is None else part.thread.ident
     frame = None if ident is None else sys._current_frames().get(ident)
     if frame is not None:

@@ -260,7 +260,7 @@ def _mm_processor_kwargs(value: Any) -> Settings:
 
 
 def _as(name: str) -> Read:
-    """Of a field that is a setting under another name."""
+    """Reads a field that is a setting under another name."""
     return lambda value: {name: value}
 
 
