@@ -169,8 +169,8 @@ def test_a_missing_parquet_file_is_told_before_and_counted_after(
     result = run_command(*GENERATE, *common, *flags, "--output_path", tmp_path / "out")
     assert result.exit_code == 1
     part = "test-00001-of-00002.parquet"
-    told = f"{tmp_path / 'data'} is missing {part}, which the names of the others"
-    assert result.stderr.startswith(told)
+    message = f"{tmp_path / 'data'} is missing {part}, which the names of the others"
+    assert result.stderr.startswith(message)
     assert "records that are no samples: 0; missing parts of the data set: 1" in result.stderr
 
 
@@ -188,8 +188,8 @@ def test_the_names_of_parquet_files_state_their_number(
 ) -> None:
     found = missing_files([tmp_path / name for name in names])
     assert len(found) == len(missing)
-    for told, name in zip(found, missing, strict=True):
-        assert told.startswith(f"{tmp_path} is missing {name}")
+    for message, name in zip(found, missing, strict=True):
+        assert message.startswith(f"{tmp_path} is missing {name}")
 
 
 def test_a_caption_without_its_image_is_named(tmp_path: Path) -> None:

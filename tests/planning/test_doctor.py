@@ -87,9 +87,9 @@ def test_it_runs_as_a_module_and_prints_json() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)["targets"]
-    assert len(told) == 6
-    lacks = {target["flag"]: target["lacks"] for target in told}
+    body = json.loads(done.stdout)["targets"]
+    assert len(body) == 6
+    lacks = {target["flag"]: target["lacks"] for target in body}
     assert lacks["--decoder torch"] == []
     for lack in lacks["--decoder tensorrt_llm"]:
         assert lack.keys() == {"missing", "mend"}
