@@ -205,7 +205,7 @@ def test_compare_says_which_engine_is_older(
     older_engine: Path, engine_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = ("--prompt", "What?", "--device", "cpu", "--max_new_tokens", 2, "--json")
-    for engine, reference, message in (
+    for engine, reference, older in (
         (engine_dir, older_engine, [older_engine]),
         (older_engine, engine_dir, [older_engine]),
         (engine_dir, engine_dir, []),
@@ -214,8 +214,8 @@ def test_compare_says_which_engine_is_older(
         result = run_command(RUN, "--engine_dir", engine, "--compare", reference, *asked)
         assert result.exit_code == 0, result.stderr
         found = [line for line in caplog.messages if "float32 scales" in line]
-        assert len(found) == len(message)
-        for line, each in zip(found, message, strict=True):
+        assert len(found) == len(older)
+        for line, each in zip(found, older, strict=True):
             assert line.startswith(f"{each} {OLDER}")
             assert "convert again" in line
 
