@@ -18,7 +18,7 @@ from tests.support.command import ROOT
 
 PRODUCT = ("nvlm", "build", "runtime", "frontends", "evaluation", "tools", "bench")
 OWNERS = {Path(layout.__file__), Path(tokenizer.__file__)}
-FOLDERS = {layout.VISION, layout.LLM, layout.TOKENIZER}
+FOLDERS = {layout.VISION, layout.LLM, layout.TOKENIZER, layout.KERNELS}
 NAMES = [value for name, value in vars(layout).items() if name.isupper()]
 FILES = {*NAMES, layout.decoder_config_file("tensorrt_llm"), *tokenizer.PUBLISHED_FILES} - FOLDERS
 RANKS = re.compile(r"(rank.*)?\.(safetensors|engine)")

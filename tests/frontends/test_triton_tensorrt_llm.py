@@ -40,6 +40,7 @@ from tests.support.triton_server import (
     tensors,
 )
 
+MAX_QUEUE_SIZE = 8
 DOUBLE = Path(__file__).parents[1] / "data" / "tensorrt_llm_double" / "1" / "model.py"
 
 
@@ -79,7 +80,11 @@ def server(float32_engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     http, grpc, metrics = free_ports(3)
     ports = Ports("127.0.0.1", http, grpc, metrics)
     options = ServeOptions(
-        "tensorrt_llm", device="cpu", num_threads=1, max_queue_size=8, grpc_url=ports.grpc_url
+        "tensorrt_llm",
+        device="cpu",
+        num_threads=1,
+        max_queue_size=MAX_QUEUE_SIZE,
+        grpc_url=ports.grpc_url,
     )
     render(EngineDir.read(float32_engine_dir), repository, options)
     put_double(repository)
@@ -320,16 +325,19 @@ def test_unary_calls_fail_with_a_grpc_status_code(server: Served) -> None:
         assert "the double refuses" in message
 
 
-def test_a_full_server_is_unavailable_by_its_grpc_status_code(server: Served) -> None:
-    """Asked for long answers by one client, which sends all its requests before one is answered."""
-    num_calls = 32
+def test_a_full_server_is_unavailable_by_its_grpc_status_code(
+    server: Served, runner: Runner
+) -> None:
+    """Asked at once for twice as many long answers as it has places: in the batch, in the model's
+    queue, and as many again in Triton's."""
+    num_calls = 2 * 2 * (runner.engine.limits.max_batch_size + MAX_QUEUE_SIZE)
     statuses: queue.Queue[str] = queue.Queue()
 
     def answered(result: object, error: InferenceServerException | None) -> None:
         statuses.put("OK" if error is None else str(error.status()))
 
     with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
-        inputs = tensors("How?", 400, min_tokens=400)
+        inputs = tensors("How?", 300, min_tokens=300)
         for _ in range(num_calls):
             client.async_infer("nvlm_unary", inputs, answered, client_timeout=ANSWER_TIMEOUT_S)
         found = {statuses.get(timeout=ANSWER_TIMEOUT_S) for _ in range(num_calls)}
