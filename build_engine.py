@@ -63,33 +63,34 @@ def parser() -> ArgumentParser:
         type=positive_int,
         default=8,
         metavar="N",
-        help="requests decoded together",
+        help="most requests that are decoded together",
     )
     add(
         "--max_num_images",
         type=positive_int,
         default=1,
         metavar="N",
-        help="images of a request",
+        help="most images of a request",
     )
     add(
         "--max_input_len",
         type=positive_int,
         metavar="N",
-        help="tokens of a prompt, images included (default: from --max_num_images)",
+        help="most tokens of a prompt, images included (default: from --max_num_images)",
     )
     add(
         "--max_seq_len",
         type=positive_int,
         metavar="N",
-        help="tokens of a prompt and its answer (default: --max_input_len and an answer of 1024)",
+        help="most tokens of a prompt and its answer (default: --max_input_len and an answer of "
+        "1024)",
     )
     add(
         "--max_num_tokens",
         type=positive_int,
         metavar="N",
-        help="tokens of all requests in one step (default: 8192, or a longer --max_input_len); "
-        "clipped to --max_batch_size x --max_seq_len",
+        help="most tokens of all requests in one step (default: 8192, or a longer "
+        "--max_input_len); clipped to --max_batch_size x --max_seq_len",
     )
     add(
         "--memory_gb",
@@ -108,8 +109,8 @@ def parser() -> ArgumentParser:
         "--kv_cache_scales",
         choices=get_args(KVCacheScales),
         default="one",
-        help="scales of an FP8 KV cache; one: the checkpoint's, of K and V; own: a scale each, for "
-        "decoder torch alone",
+        help="scales of an FP8 KV cache; one: the checkpoint's single scale for K and V; own: a "
+        "scale for K and one for V (decoder torch only)",
     )
     add = group("TensorRT and TensorRT-LLM").add_argument
     add(
@@ -181,11 +182,11 @@ def main() -> None:
 
 
 def _compile_kernels(engine_dir: Path, world_size: int) -> None:
-    """By a process that loads the engine as a server does; without them it is whole too."""
+    """Compiles in a process that loads the engine as a server does; the engine is whole without."""
     words = ["-m", "runtime.serving.compile_kernels", "--engine_dir", str(engine_dir)]
     if world_size > 1:
-        told = shlex.join(["mpirun", "-n", str(world_size), "python", *words])
-        log.info("its kernels are compiled at the first start; `%s` keeps them with it", told)
+        command = shlex.join(["mpirun", "-n", str(world_size), "python", *words])
+        log.info("its kernels are compiled at the first start; `%s` keeps them with it", command)
         return
     done = subprocess.run([sys.executable, *words], check=False)
     if done.returncode != 0:

@@ -174,7 +174,7 @@ def dry_run(
 
 
 def export_checkpoint(arguments: Namespace, choice: Choice) -> None:
-    """From a finished checkpoint directory, whose choices stand."""
+    """Exports from a finished checkpoint directory, whose choices stand."""
     source = CheckpointSource(arguments.checkpoint_dir)
     warn_of_projector(source.config.vision.projector_norm_eps, choice.is_text_only)
     output_format = choice.made(None)

@@ -206,9 +206,9 @@ def compare(
         check(engine_dir, requests)
         engine = EngineDir.read(engine_dir)
         config = engine.checkpoint_config
-        told = what_differs(engine_dir, engine.scale_dtype(), config)
-        if told is not None:
-            log.warning(told)
+        warning = what_differs(engine_dir, engine.scale_dtype(), config)
+        if warning is not None:
+            log.warning(warning)
         caches.append(config.kv_cache_name)
     asked = list(requests.values())
     with open_runner() as runner:

@@ -42,11 +42,11 @@ class Report:
         rows = []
         for row in measured:
             values = row.to_json()
-            told = str(row)
+            text = str(row)
             if self._one is not None:
                 values["speed_up"] = speed_up = _speed_up(row, self._one)
-                told += "" if speed_up is None else f" {speed_up:.2f} times one"
-            print(told, flush=True)
+                text += "" if speed_up is None else f" {speed_up:.2f} times one"
+            print(text, flush=True)
             rows.append(row)
             self._measured.append(row)
             self._rows.append(values)

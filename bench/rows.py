@@ -90,8 +90,8 @@ class Interactive:
         return (
             f"{self.phase}, {self.picture_rate:g} pictures/s for {self.seconds:g} s, "
             f"max_step_ms {self.max_step_ms:g}: "
-            f"gaps {_told(self.gap_ms)} ms of {self.num_gaps}; "
-            f"first token {_told(self.first_token_ms) or 'none'} ms of {self.num_pictures}"
+            f"gaps {_percentiles(self.gap_ms)} ms of {self.num_gaps}; "
+            f"first token {_percentiles(self.first_token_ms) or 'none'} ms of {self.num_pictures}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -112,5 +112,5 @@ def first_token_summary(waits: list[float]) -> dict[str, float]:
     return found | ({"tenth": waits[9]} if len(waits) > 9 else {})
 
 
-def _told(values: dict[str, float]) -> str:
+def _percentiles(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.1f}" for name, value in values.items())

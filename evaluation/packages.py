@@ -24,7 +24,7 @@ def require_package(module: str, package: str, purpose: str) -> ModuleType:
 
 
 def missing(needs: tuple[str, ...]) -> list[str]:
-    """Those of packages, and of `java`, that are not here."""
+    """The names of those packages, and of `java`, that are missing here."""
     return [
         need
         for need in needs

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -23,12 +23,12 @@ from nvlm.formats.scale_dtype import scale_dtype, what_differs
 from nvlm.planning.device_memory import total_memory_bytes
 from nvlm.planning.targets import (
     Decoder,
-    Lack,
     Machine,
+    Missing,
     Vision,
     compute_capability,
-    decoder_lacks,
-    vision_lacks,
+    missing_for_decoder,
+    missing_for_vision,
 )
 from nvlm.program.command_line import ArgumentParser, run
 from nvlm.program.errors import UserError
@@ -50,10 +50,10 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """lacks: everything that keeps it from being built and run here."""
+    """missing: everything that keeps it from being built and run here."""
 
     flag: str
-    lacks: list[Lack]
+    missing: list[Missing]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +84,13 @@ class Directory:
         else:
             engine = EngineDir.read(path)
             config, found = engine.checkpoint_config, engine.scale_dtype()
-        told = what_differs(path, found, config)
-        return cls(str(path), kind, found, config.kv_cache_name, told)
+        warning = what_differs(path, found, config)
+        return cls(str(path), kind, found, config.kv_cache_name, warning)
 
     def line(self) -> str:
         scales = f"scales in {self.scale_dtype}" if self.scale_dtype else "linears without scales"
-        told = f"{self.kind} {self.path}: {scales}, KV cache {self.kv_cache}"
-        return f"{self.warning} (KV cache {self.kv_cache})" if self.warning else told
+        text = f"{self.kind} {self.path}: {scales}, KV cache {self.kv_cache}"
+        return f"{self.warning} (KV cache {self.kv_cache})" if self.warning else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,14 @@ def examine(directories: Sequence[Path] = ()) -> Findings:
 def targets(gpus: list[Gpu]) -> list[Target]:
     machine = Machine(tuple(gpu.compute_capability for gpu in gpus))
     return [
-        *(Target(f"--decoder {name}", decoder_lacks(name, machine)) for name in get_args(Decoder)),
-        *(Target(f"--vision {name}", vision_lacks(name, machine)) for name in get_args(Vision)),
+        *(
+            Target(f"--decoder {name}", missing_for_decoder(name, machine))
+            for name in get_args(Decoder)
+        ),
+        *(
+            Target(f"--vision {name}", missing_for_vision(name, machine))
+            for name in get_args(Vision)
+        ),
     ]
 
 
@@ -154,15 +160,25 @@ def lines(findings: Findings) -> list[str]:
     ]
     driver = f"NVIDIA driver {findings.driver}" if findings.driver else "no NVIDIA driver"
     packages = [f"  {name:<14}{version or '-'}" for name, version in findings.packages.items()]
-    told = [f"Python {findings.python}, {findings.memory_gb} GB memory, {driver}"]
-    told += [f"GPU {i}: {gpu}" for i, gpu in enumerate(gpus)] or ["no GPU that torch sees"]
-    told += ["packages", *packages, "targets of build_engine.py"]
+    printed = [f"Python {findings.python}, {findings.memory_gb} GB memory, {driver}"]
+    printed += [f"GPU {i}: {gpu}" for i, gpu in enumerate(gpus)] or ["no GPU that torch sees"]
+    printed += ["packages", *packages, "targets of build_engine.py"]
     for target in findings.targets:
-        told.append(f"  {target.flag:<24}{'no' if target.lacks else 'ready'}")
-        told += [f"    {lack.missing}: {lack.mend}" for lack in target.lacks]
+        printed.append(f"  {target.flag:<24}{'no' if target.missing else 'ready'}")
+        printed += [f"    {each.what}: {each.fix}" for each in target.missing]
     if findings.directories:
-        told += ["directories", *(f"  {each.line()}" for each in findings.directories)]
-    return told
+        printed += ["directories", *(f"  {each.line()}" for each in findings.directories)]
+    return printed
+
+
+def to_json(findings: Findings) -> dict[str, Any]:
+    """As `--json` prints it. Its keys `lacks` and `mend` stay as scripts know them."""
+    values = asdict(findings)
+    for target in values["targets"]:
+        target["lacks"] = [
+            {"missing": each["what"], "mend": each["fix"]} for each in target.pop("missing")
+        ]
+    return values
 
 
 def main() -> None:
@@ -174,7 +190,7 @@ def main() -> None:
     arguments = parser.parse_args()
     findings = examine(arguments.directories)
     if arguments.json:
-        print(json.dumps(asdict(findings)))
+        print(json.dumps(to_json(findings)))
     else:
         print("\n".join(lines(findings)))
 

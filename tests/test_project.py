@@ -183,14 +183,14 @@ def test_the_hashed_wheels_are_those_for_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "told"),
+    ("device", "message"),
     [
         ("cpu", "requirements/cpu.txt"),
         ("cuda", "requirements/cuda.txt"),
         ("tpu", "expected cpu or"),
     ],
 )
-def test_make_setup_takes_the_device(device: str, told: str, tmp_path: Path) -> None:
+def test_make_setup_takes_the_device(device: str, message: str, tmp_path: Path) -> None:
     make = shutil.which("make")
     assert make is not None
     done = subprocess.run(
@@ -200,5 +200,5 @@ def test_make_setup_takes_the_device(device: str, told: str, tmp_path: Path) -> 
         text=True,
         check=False,
     )
-    assert told in (done.stdout + done.stderr), done.stderr
+    assert message in (done.stdout + done.stderr), done.stderr
     assert done.returncode == (0 if device != "tpu" else 2)

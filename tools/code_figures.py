@@ -196,7 +196,7 @@ def words_a_sentence(paths: list[Path]) -> str:
 
 
 def long_sentences(paths: list[Path]) -> str:
-    """Those of more than 25 words, among all."""
+    """How many of the sentences have more than 25 words."""
     lengths = sentence_lengths(paths)
     return f"{sum(length > 25 for length in lengths)} of {len(lengths)}"
 

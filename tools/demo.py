@@ -110,9 +110,9 @@ def main() -> None:
         is_right = line["text"] == expected
         right += is_right
         tiles = "".join(draw_grid((columns, rows)) for columns, rows in line["grids"])
-        told = " | ".join(line["text"].splitlines())
+        answer = " | ".join(line["text"].splitlines())
         verdict = "right" if is_right else f"wrong, it is {' | '.join(expected.splitlines())}"
-        print(f"{picture or 'no picture'}\n{tiles}    {question}\n    -> {told}   ({verdict})\n")
+        print(f"{picture or 'no picture'}\n{tiles}    {question}\n    -> {answer}   ({verdict})\n")
     print(f"{right} of {len(asked)} answers are right.\n")
     scan, question, _ = SCANS[1]
     ask = (*place, "--image", scan, "--prompt", question)

@@ -44,8 +44,8 @@ def asked_of_pip(source: Path) -> dict[str, Any]:
     command += ["--disable-pip-version-check", "--report", "-", "--requirement", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        told = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise UserError(f"pip cannot resolve {source}: {told}; see that it reaches its index")
+        reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise UserError(f"pip cannot resolve {source}: {reason}; see that it reaches its index")
     report: dict[str, Any] = json.loads(done.stdout)
     return report
 

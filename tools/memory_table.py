@@ -53,9 +53,9 @@ def table(max_batch_size: int, max_num_images: int, vision_precision: str) -> li
                 *(plan.decoder_weight_bytes, plan.vision_weight_bytes),
                 *(plan.prompt_table_bytes, plan.workspace_bytes, plan.kv_cache_bytes),
             )
-            told = " | ".join(f"{size / 1e9:.1f}" for size in sizes)
+            columns = " | ".join(f"{size / 1e9:.1f}" for size in sizes)
             fits = "yes" if plan.fits(memory_bytes) else "no"
-            rows.append(f"| {name} | {tp_size} | {told} | {plan.kv_cache_tokens:,} | {fits} |")
+            rows.append(f"| {name} | {tp_size} | {columns} | {plan.kv_cache_tokens:,} | {fits} |")
     return rows
 
 

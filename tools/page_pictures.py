@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _save(screenshot: bytes, path: Path) -> None:
-    """In 256 colours: a photo takes a quarter of the bytes."""
+    """Saves in 256 colours: a photo takes a quarter of the bytes."""
     with Image.open(io.BytesIO(screenshot)) as image:
         image.convert("RGB").quantize(256).save(path, optimize=True)
 
@@ -104,8 +104,8 @@ def _ask(page: Page, question: str) -> None:
     num = page.locator(".timings:not(:empty)").count()
     page.locator("#question").fill(question)
     page.keyboard.press("Enter")
-    told = "num => document.querySelectorAll('.timings:not(:empty)').length > num"
-    page.wait_for_function(told, arg=num)
+    has_timings = "num => document.querySelectorAll('.timings:not(:empty)').length > num"
+    page.wait_for_function(has_timings, arg=num)
     page.wait_for_function("() => document.getElementById('ask').textContent === 'Ask'")
 
 

@@ -103,7 +103,7 @@ def _test(case: ET.Element) -> Test:
 
 
 def rooms(tests: Sequence[Test]) -> list[Room]:
-    """In the order of their names."""
+    """The rooms in the order of their names."""
     made = []
     for name in sorted({test.room for test in tests}):
         inside = [test for test in tests if test.room == name]
@@ -115,7 +115,7 @@ def rooms(tests: Sequence[Test]) -> list[Room]:
 
 def page(tests: Sequence[Test]) -> Iterator[str]:
     """The lines of tests/durations.md."""
-    told = rooms(tests)
+    measured = rooms(tests)
     yield "# How long the tests take"
     yield ""
     yield (
@@ -126,16 +126,16 @@ def page(tests: Sequence[Test]) -> Iterator[str]:
     yield ""
     yield "| room | tests | seconds | budget | of these in `make check` |"
     yield "|---|---:|---:|---:|---:|"
-    for room in told:
+    for room in measured:
         over = " (over)" if room.is_over else ""
         yield (
             f"| {room.name} | {room.num_tests} | {room.seconds:.1f} | {room.budget_s}{over}"
             f" | {room.check_seconds:.1f} |"
         )
     yield (
-        f"| all | {len(tests)} | {sum(room.seconds for room in told):.1f}"
-        f" | {sum(room.budget_s for room in told)}"
-        f" | {sum(room.check_seconds for room in told):.1f} |"
+        f"| all | {len(tests)} | {sum(room.seconds for room in measured):.1f}"
+        f" | {sum(room.budget_s for room in measured)}"
+        f" | {sum(room.check_seconds for room in measured):.1f} |"
     )
     yield ""
     yield f"## The {NUM_SLOWEST} slowest"

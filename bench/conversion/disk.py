@@ -118,8 +118,8 @@ def measure_disk(folder: Path, repeats: int) -> dict[str, Any]:
         cpu["copy"].append(time.process_time() - cpu_start)
         copied.unlink()
         for name, times in runs.items():
-            told = f"{times[-1]:.1f} s ({cpu[name][-1]:.1f} s of CPU), {repeat + 1} of {repeats}"
-            print(f"{name} {told}", file=sys.stderr)
+            text = f"{times[-1]:.1f} s ({cpu[name][-1]:.1f} s of CPU), {repeat + 1} of {repeats}"
+            print(f"{name} {text}", file=sys.stderr)
     rates = {name: read_bytes / 1e9 / statistics.median(times) for name, times in runs.items()}
     return {
         "read_bytes": read_bytes,

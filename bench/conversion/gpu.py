@@ -97,8 +97,8 @@ def _watched(device: torch.device) -> Iterator[dict[str, int]]:
 def _used_bytes() -> int:
     """What all processes use of the first GPU's memory."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
-    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return int(told) << 20
+    printed = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return int(printed) << 20
 
 
 def file_system_of(path: Path) -> str:
@@ -196,8 +196,11 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
         for depth, model in models.items():
             converted = convert(model, output, device, *flags)
             seconds[str(depth)] = converted.measured.seconds
-            told = {who: f"{size / 1e9:.2f} GB" for who, size in converted.device_bytes.items()}
-            own = f"{converted.measured.peak_bytes / 1e9:.2f} GB, on the device {told or 'nothing'}"
+            on_device = {
+                who: f"{size / 1e9:.2f} GB" for who, size in converted.device_bytes.items()
+            }
+            own = f"{converted.measured.peak_bytes / 1e9:.2f} GB"
+            own += f", on the device {on_device or 'nothing'}"
             print(
                 f"{flags[0]}, {depth} layers: {seconds[str(depth)]:.1f} s, {own}", file=sys.stderr
             )

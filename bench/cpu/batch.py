@@ -113,8 +113,8 @@ def main() -> None:
             "same_answers": all(before.texts == after.texts for before, after in rounds),
         }
         print(f"before   {medians[0]:8.2f} s, {arguments.num_requests / medians[0]:.2f} requests/s")
-        told = "the same answers" if result["same_answers"] else "OTHER ANSWERS"
-        print(f"ratio    {result['after_by_before']:8.3f}, the middle one of the pairs; {told}")
+        verdict = "the same answers" if result["same_answers"] else "OTHER ANSWERS"
+        print(f"ratio    {result['after_by_before']:8.3f}, the middle one of the pairs; {verdict}")
     json.dump(result, sys.stdout)
     print()
 

@@ -43,7 +43,7 @@ _HIGHEST_PRIORITY = -5  # CUDA takes the nearest that it has
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """Of the decoder and of vision; None is the default stream. context: keeps vision's alive."""
+    """Streams of decoder and vision; None is the default one. context: keeps vision's alive."""
 
     decoder: torch.cuda.Stream | None = None
     vision: torch.cuda.Stream | None = None

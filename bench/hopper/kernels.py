@@ -3,7 +3,7 @@
     python -m bench.hopper.kernels [--shape 72b|tiny] [--batch_sizes 1,8,64] [--context 2048]
 
 The device's copy rate is measured first, in the same run; a kernel's bytes (each input read once,
-each output written once) over its time are told as a share of it. The FP8 linears are timed with
+each output written once) over its time are given as a share of it. The FP8 linears are timed with
 both ways to add, beside float64. Times are medians of CUDA graph replays over buffers larger than
 the cache. On a CPU the plain forms run, which only shows that the program works. The last line is
 JSON.

@@ -37,7 +37,7 @@ from runtime.engine.engine_dir import EngineDir
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What is held behind it, in bytes. used_bytes: of the GPU, by the driver's count; torch holds
+    """What is held after it, in bytes. used_bytes: of the GPU, by the driver's count; torch holds
     peak_bytes of them in tensors at its most, and reserves reserved_bytes for them."""
 
     name: str
@@ -48,8 +48,8 @@ class Stage:
 
     def __str__(self) -> str:
         sizes = self.peak_bytes, self.reserved_bytes, self.used_bytes
-        told = "".join(f"{size / 1e9:9.3f} GB" for size in sizes)
-        return f"{self.name:<16}{self.seconds:7.1f} s{told}"
+        columns = "".join(f"{size / 1e9:9.3f} GB" for size in sizes)
+        return f"{self.name:<16}{self.seconds:7.1f} s{columns}"
 
 
 def measure(engine: EngineDir, device: torch.device) -> tuple[list[Stage], int]:
@@ -103,7 +103,7 @@ def _used(device: torch.device) -> int:
     return total - free
 
 
-def _told(plan: EnginePlan, stages: list[Stage], num_tokens: int) -> list[str]:
+def _plan_lines(plan: EnginePlan, stages: list[Stage], num_tokens: int) -> list[str]:
     weights = plan.decoder_weight_bytes + plan.vision_weight_bytes
     rest = stages[-1].used_bytes - weights - num_tokens * plan.kv_bytes_per_token
     planned = plan.workspace_bytes + plan.prompt_table_bytes
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print(f"{'':<25}{'peak':>10}{'reserved':>12}{'used':>12}")
     stages, num_tokens = measure(engine, device)
-    print("\n".join(_told(plan, stages, num_tokens)))
+    print("\n".join(_plan_lines(plan, stages, num_tokens)))
     found: dict[str, Any] = {
         "machine": describe() | describe_gpu(device),
         "plan": plan.to_json(),

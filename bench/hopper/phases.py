@@ -1,6 +1,6 @@
 """The phases of the product, on whatever opens its parts (bench/hopper/parts.py), and their flags.
 
-With several numbers of layers, which are measured in turns, the slope per layer is told too.
+With several numbers of layers, which are measured in turns, the slope per layer is given too.
 Prompts and tiles come after a pause, and again ("busy") without. serving goes to the executor
 alone; with --serving, through the product's server. interactive comes first: its first picture
 finds what a server finds that has just become ready. It and --serving are measured for each

@@ -24,7 +24,7 @@ def kernel_seconds(
     is_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_gpu
     if is_gpu:
-        torch.cuda.synchronize()  # a step may be under way, which is none of `work`'s
+        torch.cuda.synchronize()  # a step may be in flight, which is none of `work`'s
     with profile(activities=activities) as found:
         work()
         if is_gpu:

@@ -2,9 +2,9 @@
 
     python -m bench.hopper.truth --folder D [--per_task 40] [--device cuda|cpu]
 
-Makes what the folder lacks: the FP8 engine, the questions with their pictures, and the CPU's
-answers with logits (reference.pt), which take minutes and may be made on another machine. Then
-asks on the device: as built, one question at a time, with prompts in chunks, and without CUDA
+Makes what is missing in the folder: the FP8 engine, the questions with their pictures, and the
+CPU's answers with logits (reference.pt), which take minutes and may be made on another machine.
+Then asks on the device: as built, one question at a time, with prompts in chunks, and without CUDA
 graphs. Answers are compared token by token, logits as long as both have seen the same tokens.
 The last line is JSON.
 """

@@ -102,7 +102,7 @@ def ask_ours(engine_dir: Path, asked: list[dict[str, str]], device: torch.device
 
 
 def ask_vllm(export: Path, asked: list[dict[str, str]], system: str) -> list[Answer]:
-    """In this process, which vLLM keeps until it ends."""
+    """Asks vLLM in this process, which vLLM holds until the process ends."""
     from PIL import Image
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 

@@ -12,7 +12,7 @@ FIRST = {"first, FP8": "FP8", "first, bfloat16": "bfloat16"}
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """Those that the file has rows for: one of ranks may have decode and prefill only."""
+    """The phases that the file has rows for: a file of ranks may have decode and prefill only."""
     phases = ("decode", *PROMPTS, *FIRST, "serving")
     rows = [row for row in values["rows"] if row["phase"] in phases]
     num_layers = max((row["num_layers"] for row in rows), default=0)

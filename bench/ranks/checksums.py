@@ -46,7 +46,7 @@ class Checksums:
         self._num_added += 1
 
     def join(self, group: ProcessGroup) -> None:
-        """Before the first step, on every rank: workers answer `num_different`."""
+        """Lets workers answer `num_different`. Call it on every rank before the first step."""
         self._group = group
         group.on("checksums", lambda _: group.gather_columns(self.table))
 

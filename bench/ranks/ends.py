@@ -4,10 +4,10 @@
         [--output FILE]
 
 Starts `mpirun run.py` (a question, a batch, --streaming, sampling) and `mpirun evaluate.py
-generate` in turns with the trained small model, whose engine the folder gets if it lacks it. After
+generate` in turns with the trained small model, whose engine is built in the folder first. After
 the first turn come the failures, one by one, each in a batch that decodes: a rank killed, an error
-on a rank, SIGTERM to the launcher, Control-C to its group. Each is told with its exit code and the
-seconds until no process of it is left. `--output` is written after every job. The last line is
+on a rank, SIGTERM to the launcher, Control-C to its group. Each is printed with its exit code and
+the seconds until no process of it is left. `--output` is written after every job. The last line is
 JSON, and the exit code is 1 where a job did not end as docs/ranks.md says.
 """
 
@@ -49,7 +49,7 @@ from tools.tiny.evaluation import write_requests
 
 _PER_TASK = 2  # questions of a batch
 _NUM_LINES = 20_000  # of a batch that is still decoding when something happens to it
-_TOLD_LINES = 12  # of stderr, where a job did not end as it should
+_STDERR_LINES = 12  # of stderr, where a job did not end as it should
 _RANK_VARIABLES = (b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
 
 Happens = Callable[[subprocess.Popen[str], Path], None]
@@ -71,9 +71,9 @@ class Ended:
     stderr: str
 
     def __str__(self) -> str:
-        told = f"{self.name:<22}code {self.code}, {self.seconds:6.1f} s"
-        told += f", {self.num_left} processes left" if self.num_left else ""
-        return told + ("" if self.is_right else f"  WRONG\n{self.stderr}")
+        line = f"{self.name:<22}code {self.code}, {self.seconds:6.1f} s"
+        line += f", {self.num_left} processes left" if self.num_left else ""
+        return line + ("" if self.is_right else f"  WRONG\n{self.stderr}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,8 @@ def end_of(
             time.sleep(0.05)
         seconds = time.monotonic() - start
         is_right = code is not None and codes(code) and not left
-        told = "" if is_right else "\n".join(stderr.splitlines()[-_TOLD_LINES:])
-        return Ended(name, code, seconds, len(left), is_right, told)
+        shown_stderr = "" if is_right else "\n".join(stderr.splitlines()[-_STDERR_LINES:])
+        return Ended(name, code, seconds, len(left), is_right, shown_stderr)
 
 
 def programs(engine: Path, folder: Path, device: str) -> dict[str, list[object]]:
@@ -168,12 +168,12 @@ def _kill_rank(rank: int, _: subprocess.Popen[str], mark: Path) -> None:
 
 
 def _terminate(process: subprocess.Popen[str], _: Path) -> None:
-    """As a scheduler does."""
+    """Sends SIGTERM, as a scheduler does."""
     process.send_signal(signal.SIGTERM)
 
 
 def _interrupt(process: subprocess.Popen[str], _: Path) -> None:
-    """As a terminal does."""
+    """Sends Control-C, as a terminal does."""
     os.killpg(process.pid, signal.SIGINT)
 
 

@@ -29,7 +29,7 @@ class Guest:
     answer: Answer | None = None
 
     @property
-    def told(self) -> tuple[str, list[int]] | None:
+    def heard(self) -> tuple[str, list[int]] | None:
         """What it was answered, or heard before it left; None while it waits for more."""
         if self.answer is not None:
             if self.answer.error is not None:

@@ -34,7 +34,7 @@ class Ranks:
         return self._decoder
 
     def close(self) -> None:
-        """On the leader: ends the workers' `follow`."""
+        """Ends the workers' `follow`. The leader calls it."""
         if self._decoder is None:
             self._group.close()
         else:

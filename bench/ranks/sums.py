@@ -152,8 +152,8 @@ def measure(
                 row["us"]["floor of one shot"] = 1e6 * read / copy_bytes_per_s
             rows.append(row)
             if group.rank == 0:
-                told = ", ".join(f"{name} {us:.2f}" for name, us in row["us"].items())
-                print(f"{num_rows:>5} rows, us: {told}", flush=True)
+                times = ", ".join(f"{name} {us:.2f}" for name, us in row["us"].items())
+                print(f"{num_rows:>5} rows, us: {times}", flush=True)
     return rows
 
 

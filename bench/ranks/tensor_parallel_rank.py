@@ -144,7 +144,7 @@ def time_steps(
 
 
 def time_reduction(group: ProcessGroup, rows: int, columns: int, dtype: torch.dtype) -> float:
-    """Microseconds of one, launched one behind another."""
+    """Microseconds of one, launched one after another."""
     x = torch.zeros(rows, columns, dtype=dtype, device=group.device)
     num = 200 if group.device.type == "cuda" else 20
     for _ in range(num // 4):

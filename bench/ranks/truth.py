@@ -3,9 +3,9 @@
     mpirun -n 2 python -m bench.ranks.truth --folder D [--per_task 40] [--steps 1000]
         [--device cuda|cpu]
 
-Makes what the folder lacks, as bench/hopper/truth.py does, and an engine for these ranks with the
-scales of the one for one rank. Then opens it by the product's door (runtime/ranks/open_parts.py)
-once for each of:
+Makes what is missing in the folder, as bench/hopper/truth.py does, and an engine for these ranks
+with the scales of the one for one rank. Then opens it by the product's door
+(runtime/ranks/open_parts.py) once for each of:
 
 - as built: the answers beside those of the leader's device alone, and beside the folder's answers
   of a CPU, if it holds some;
@@ -78,7 +78,7 @@ class NotAhead:
 def opening(
     *, use_graphs: bool = True, is_ahead: bool = True, checksums: Checksums | None = None
 ) -> Iterator[None]:
-    """In the block the product's door opens the decoder so."""
+    """Makes the product open the decoder so, while the block runs."""
 
     def open_changed(
         engine: EngineDir, device: torch.device, group: ProcessGroup, **named: Any
@@ -152,11 +152,11 @@ def same_bits(found: Run, expected: Run) -> dict[str, int]:
 def same_tokens(found: list[Guest], expected: list[Guest]) -> dict[str, Any]:
     """Compares the tokens of those who were answered, or left, in both."""
     pairs = [
-        (index, a.told, b.told) for index, (a, b) in enumerate(zip(found, expected, strict=True))
+        (index, a.heard, b.heard) for index, (a, b) in enumerate(zip(found, expected, strict=True))
     ]
-    told = [(index, a, b) for index, a, b in pairs if a is not None and b is not None]
-    different = [index for index, a, b in told if a != b]
-    return {"num_answers": len(told), "different": different}
+    both = [(index, a, b) for index, a, b in pairs if a is not None and b is not None]
+    different = [index for index, a, b in both if a != b]
+    return {"num_answers": len(both), "different": different}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -61,7 +61,7 @@ class _Clock:
 
 
 def measure_engine(runner: Runner, requests: list[GenerationRequest]) -> Taken:
-    """For the requests, whose images are tiles already."""
+    """Times the requests alone, whose images are tiles already."""
     clock = _Clock()
     for _, result in runner.generate_batch(requests):
         if isinstance(result, Exception):
@@ -72,7 +72,7 @@ def measure_engine(runner: Runner, requests: list[GenerationRequest]) -> Taken:
 def measure_task(
     runner: Runner, samples: list[Sample], defaults: GenerationRequest, output: Path
 ) -> Taken:
-    """For the task, from files to lines."""
+    """Times the task, from files to lines."""
     output.unlink(missing_ok=True)
     clock = _Clock()
     with ResultsFile(output, TASK, samples) as file:

@@ -14,7 +14,8 @@ from functools import partial
 import torch
 
 from bench.serving.http import InstantDecoder
-from frontends.openai.main import lead, parser
+from frontends.openai.flags import parser
+from frontends.openai.main import lead
 from nvlm.program.command_line import ArgumentParser, run
 from runtime.decoder.executor import DecoderOptions
 from runtime.serving.launch import Program, launch

@@ -93,9 +93,9 @@ async def _client(port: int, bodies: Iterator[Body], answers: list[Answered]) ->
             answers.append(await _read_events(reader, begun))
             continue
         length = int(headers.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-        told = await reader.readexactly(length)
-        assert headers.startswith(b"HTTP/1.1 200"), told
-        answer, first_ms = json.loads(told), 1e3 * (time.perf_counter() - begun)
+        content = await reader.readexactly(length)
+        assert headers.startswith(b"HTTP/1.1 200"), content
+        answer, first_ms = json.loads(content), 1e3 * (time.perf_counter() - begun)
         text = answer["choices"][0]["message"]["content"]
         answers.append(Answered(first_ms, *_used(answer["usage"]), len(text), 1))
     writer.close()
@@ -110,10 +110,10 @@ async def _read_events(reader: asyncio.StreamReader, begun: float) -> Answered:
         for event in chunk.split(b"\n\n"):
             if not event.startswith(b"data: {"):
                 continue
-            told = json.loads(event[6:])
-            num_events += len(told["choices"])
-            num_characters += sum(len(each["delta"]["content"]) for each in told["choices"])
-            if (usage := told.get("usage")) is not None:
+            data = json.loads(event[6:])
+            num_events += len(data["choices"])
+            num_characters += sum(len(each["delta"]["content"]) for each in data["choices"])
+            if (usage := data.get("usage")) is not None:
                 used = _used(usage)
     await reader.readline()
     return Answered(first_ms, *used, num_characters, num_events)

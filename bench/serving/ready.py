@@ -54,7 +54,7 @@ class Start:
 
 
 def questions() -> dict[str, list[Body]]:
-    """Of each kind, in the order in which they are asked."""
+    """Questions of each kind, in the order in which they are asked."""
     numbers = range(NUM_QUESTIONS)
     return {
         "picture": [
@@ -86,11 +86,11 @@ def _serving(root: Path, flags: list[str], log: Path) -> Iterator[tuple[float, i
     with open(log, "wb") as stderr:
         process = subprocess.Popen(words, cwd=root, stdin=subprocess.DEVNULL, stderr=stderr)
     try:
-        while not (told := _READY.search(log.read_text())):
+        while not (ready := _READY.search(log.read_text())):
             assert process.poll() is None, log.read_text()
             assert time.perf_counter() < begun + _START_S, "serve.py is not ready"
             time.sleep(0.02)
-        yield time.perf_counter() - begun, int(told[1]), log
+        yield time.perf_counter() - begun, int(ready[1]), log
     finally:
         process.terminate()
         process.wait(_STOP_S)

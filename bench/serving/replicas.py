@@ -79,7 +79,7 @@ def _tokens(port: int) -> dict[str, float]:
 
 
 def _cpu_seconds() -> dict[str, float]:
-    """Of Ray's processes on a token's way, all of a kind together. serve.py's is not among them."""
+    """Processor seconds by kind of Ray's processes on a token's way; serve.py's do not count."""
     found = dict.fromkeys(_ON_THE_WAY, 0.0)
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):

@@ -35,7 +35,7 @@ JSON_TYPE = {"content-type": "application/json"}
 TIMEOUT_S = 120
 RETRY_S = 0.05
 MAX_QUEUE_SIZE = 8
-"""Fewer places than clients: some are told to come again."""
+"""Fewer places than clients: some get 429 and ask again."""
 MOST_GROWTH = 0.05
 WARM_SHARE = 0.25  # of the time, until memory is compared
 MAX_FAULTS = 20
@@ -116,7 +116,7 @@ WRONG: tuple[tuple[bytes, int], ...] = (
 
 
 class Client:
-    """One of many: question after question until it is told to end."""
+    """One of many: question after question until it must end."""
 
     def __init__(self, port: int, questions: list[Question], findings: Findings, seed: int) -> None:
         self._port, self._questions, self._findings = port, questions, findings
@@ -157,11 +157,11 @@ class Client:
                 time.sleep(pause_s)
         *events, end, rest = data.decode().split("\n\n")
         assert (end, rest) == ("data: [DONE]", ""), data[-300:]
-        told = [json.loads(event.removeprefix("data: ")) for event in events]
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events]
         texts = [""] * len(question.alone)
-        for choice in (choice for each in told for choice in each["choices"]):
+        for choice in (choice for each in chunks for choice in each["choices"]):
             texts[choice["index"]] += choice["delta"]["content"]
-        self._compare(question, texts, told[-1]["usage"]["completion_tokens"])
+        self._compare(question, texts, chunks[-1]["usage"]["completion_tokens"])
 
     def read_slowly(self) -> None:
         self.ask_stream(self._draw.randint(16, 256), pause_s=0.01)
@@ -185,12 +185,12 @@ class Client:
             while True:
                 connection.request("POST", PATH, data, JSON_TYPE)
                 response = connection.getresponse()
-                told = response.read()
+                body = response.read()
                 if response.status != 429:
                     break
                 self._busy()
-        assert response.status == expected, f"{response.status} {told[:200]!r} for {data[:80]!r}"
-        assert json.loads(told)["error"]["message"], told
+        assert response.status == expected, f"{response.status} {body[:200]!r} for {data[:80]!r}"
+        assert json.loads(body)["error"]["message"], body
         self._findings.count("wrong")
 
     def _accepted(self, connection: http.client.HTTPConnection, body: Body) -> Any:
@@ -215,8 +215,8 @@ class Client:
         self._findings.count("answers")
         self._findings.count("tokens", num_tokens)
         if texts != question.alone:
-            told = json.dumps(question.body)[-200:]
-            self._findings.fault(f"{texts} is not {question.alone}, what it is alone: {told}")
+            asked = json.dumps(question.body)[-200:]
+            self._findings.fault(f"{texts} is not {question.alone}, what it is alone: {asked}")
 
 
 class _Connection(http.client.HTTPConnection):

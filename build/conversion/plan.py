@@ -78,7 +78,7 @@ class ConversionPlan:
         return {**asdict(self), "output_bytes": self.output_bytes}
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The plan as lines for people."""
         ranks = " + ".join(f"{size / 1e9:.2f}" for size in self.rank_bytes)
         lines = [
             f"reads {self.input_bytes / 1e9:.2f} GB, writes {self.output_bytes / 1e9:.2f} GB",

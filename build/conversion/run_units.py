@@ -34,7 +34,7 @@ def run_units(
     """Makes `files` (tensors by file name); returns what the manifest says of them."""
     done, todo = units[: journal.num_done], units[journal.num_done :]
     if done:
-        log.info("going on behind %s, %d of %d steps", done[-1].name, len(done), len(units))
+        log.info("resuming after %s, %d of %d steps", done[-1].name, len(done), len(units))
     states = done[-1].states if done else None
     _keep_only(staging, {staging / name for name in files}, states)
     for name in files:

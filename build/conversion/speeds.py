@@ -36,7 +36,7 @@ def measure_speeds(model_dir: Path, output_dir: Path, device: torch.device) -> S
 
 
 def _write_speed(fd: int) -> float:
-    """To the disk, not to the page cache."""
+    """Measures writes to the disk, not to the page cache."""
     data = memoryview(os.urandom(_CHUNK_BYTES))
     start = time.perf_counter()
     for _ in range(_SAMPLE_BYTES // _CHUNK_BYTES):

@@ -89,9 +89,9 @@ def plugin_config(config: CheckpointConfig, optimize_for: OptimizeFor) -> Any:
         try:
             plugins = PluginConfig(**settings)
         except ValueError as error:  # Pydantic's, which names the field
-            told = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"tensorrt_llm {package.__version__} refuses our plugin settings ({told}); "
+                f"tensorrt_llm {package.__version__} refuses our plugin settings ({reason}); "
                 f"{INSTALL}"
             ) from None
     for name, value in settings.items():
@@ -169,5 +169,5 @@ def build_decoder(
 
 
 def num_workers(wanted: int, world_size: int, num_gpus: Callable[[], int]) -> int:
-    """At most one a rank and one a GPU."""
+    """Number of builders: at most one a rank and one a GPU."""
     return max(1, min(wanted, world_size, num_gpus()))

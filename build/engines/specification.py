@@ -178,10 +178,10 @@ def require_fit(spec: EngineSpec, memory_bytes: int) -> None:
         "prompt table": plan.prompt_table_bytes,
         "workspace": plan.workspace_bytes,
     }
-    told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     raise UserError(
-        f"a rank needs {needed / 1e9:.1f} GB ({told}, and a KV cache for one request) but its GPU "
-        f"has {memory_bytes / 1e9:.1f} GB; convert with a larger --tp_size or lower "
+        f"a rank needs {needed / 1e9:.1f} GB ({listed}, and a KV cache for one request) but its "
+        f"GPU has {memory_bytes / 1e9:.1f} GB; convert with a larger --tp_size or lower "
         "--max_batch_size, --max_num_images or --max_num_tokens"
     )
 

@@ -14,7 +14,14 @@ from nvlm.formats.kv_cache import AS_STORED
 from nvlm.formats.vision_checkpoint import VisionCheckpoint
 from nvlm.model.vision import VISION_FORMAT
 from nvlm.planning.memory_plan import vision_weight_bytes
-from nvlm.planning.targets import Decoder, Machine, Vision, decoder_lacks, told, vision_lacks
+from nvlm.planning.targets import (
+    Decoder,
+    Machine,
+    Vision,
+    in_one_line,
+    missing_for_decoder,
+    missing_for_vision,
+)
 from nvlm.program.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -39,7 +46,7 @@ _FLAG_TARGETS = {
 
 @dataclass(frozen=True, slots=True)
 class TargetMachine:
-    """Where the engine will run."""
+    """The device and its memory on which the engine will run."""
 
     device: torch.device
     memory_bytes: int
@@ -66,21 +73,22 @@ def choose_decoder(
         if asked == "tensorrt_llm":
             own = config.kv_cache.scales
             flag = "--kv_cache_scales own" if own else f"--kv_cache_dtype {config.dtype}"
-            mend = "leave it out" if own else "convert with --kv_cache_quant_algo none"
+            fix = "leave it out" if own else "convert with --kv_cache_quant_algo none"
             raise UserError(
                 "--decoder tensorrt_llm has the KV cache that the checkpoint says, found "
-                f"{flag}; use --decoder torch, or {mend}"
+                f"{flag}; use --decoder torch, or {fix}"
             )
         log.info("decoder: torch (the KV cache is not as the checkpoint says)")
         return "torch"
     if asked != AUTO:
-        if lacks := decoder_lacks(asked, target.machine):
+        if missing := missing_for_decoder(asked, target.machine):
             raise UserError(
-                f"--decoder {asked} is not possible here: {told(lacks)}; or use --decoder torch"
+                f"--decoder {asked} is not possible here: {in_one_line(missing)}; "
+                "or use --decoder torch"
             )
         return asked
-    if lacks := decoder_lacks("tensorrt_llm", target.machine):
-        log.info("decoder: torch (%s)", "; ".join(lack.missing for lack in lacks))
+    if missing := missing_for_decoder("tensorrt_llm", target.machine):
+        log.info("decoder: torch (%s)", "; ".join(each.what for each in missing))
         return "torch"
     log.info("decoder: tensorrt_llm (it is installed and the GPU is Hopper)")
     return "tensorrt_llm"
@@ -100,19 +108,20 @@ def choose_vision(
     if asked != AUTO:
         if asked == "tensorrt_rtx" and compute_capability is not None:
             machine = Machine(is_cross=True)
-        if lacks := vision_lacks(asked, machine):
+        if missing := missing_for_vision(asked, machine):
             raise UserError(
-                f"--vision {asked} is not possible here: {told(lacks)}; or use --vision torch"
+                f"--vision {asked} is not possible here: {in_one_line(missing)}; "
+                "or use --vision torch"
             )
         return asked
-    if machine.has_hopper and not vision_lacks("tensorrt", machine):
+    if machine.has_hopper and not missing_for_vision("tensorrt", machine):
         log.info("vision: tensorrt (it is installed and the GPU is Hopper)")
         return "tensorrt"
     graph_bytes = vision_weight_bytes(checkpoint.config, "float32")
     sizes = f"its float32 graph has {graph_bytes / 1e9:.1f} GB"
     memory = f"half of {target.memory_bytes / 1e9:.1f} GB memory"
-    if lacks := vision_lacks("onnxruntime", machine):
-        against = "; ".join(lack.missing for lack in lacks)
+    if missing := missing_for_vision("onnxruntime", machine):
+        against = "; ".join(each.what for each in missing)
     elif target.device.type != "cpu":
         against = f"it runs on {target.device}, where ONNX Runtime's CPU kernels do not"
     elif precision not in (None, *ONNX_PRECISIONS):

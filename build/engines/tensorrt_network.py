@@ -23,13 +23,13 @@ def parse_onnx(trt: Any, builder: Any, logger: Any, path: Path) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        told = "; ".join(
+        reasons = "; ".join(
             f"node {error.node_name() or '?'} ({error.node_operator()}): {error.desc()}"
             for error in errors
         )
         raise TensorrtBuildError(
             f"{path.name} cannot be parsed by {trt.__name__} {trt.__version__}: "
-            f"{told or '; '.join(logger.errors)}"
+            f"{reasons or '; '.join(logger.errors)}"
         )
     return network
 

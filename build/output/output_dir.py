@@ -80,8 +80,8 @@ def staged_directory(
         except OSError as error:
             with suppress(OSError, ValueError):
                 place.staging.rmdir()  # made just now, if it is empty
-            if (told := _no_room(place, error)) is not None:
-                raise told from error
+            if (refusal := _no_room(place, error)) is not None:
+                raise refusal from error
             raise UserError(
                 f"{place.name} cannot be written: {error.strerror or error} ({error.filename}); "
                 "choose another directory"
@@ -95,14 +95,14 @@ def staged_directory(
             check_replaceable(place)  # something may have come there since
             _replace(place)
         except BaseException as error:
-            told = _no_room(place, error) if isinstance(error, OSError) else None
+            refusal = _no_room(place, error) if isinstance(error, OSError) else None
             is_bad_input = is_at_work and isinstance(error, UserError)
             if not is_bad_input and is_worth_keeping(staging):
-                log.warning("%s keeps what is done; the same command goes on with it", staging)
+                log.warning("%s keeps what is done; the same command resumes with it", staging)
             else:
                 shutil.rmtree(staging, ignore_errors=True)
-            if told is not None:
-                raise told from error
+            if refusal is not None:
+                raise refusal from error
             raise
 
 
@@ -120,8 +120,8 @@ def check_replaceable(place: OutputPlace) -> None:
     if not manifest.is_ours(final, place.kind):
         raise UserError(
             f"{place.name} has files but no {layout.MANIFEST} of "
-            f"{manifest.told(place.kind)} directory, so it is not overwritten; choose another "
-            "directory"
+            f"{manifest.with_article(place.kind)} directory, so it is not overwritten; choose "
+            "another directory"
         )
 
 
@@ -186,13 +186,13 @@ def _check_free_space(place: OutputPlace, needed_bytes: int) -> None:
     needed_bytes -= sum(512 * path.stat().st_blocks for path in files)  # an earlier run wrote them
     if needed_bytes > free_bytes:
         raise UserError(
-            f"{place.name} needs {_told(needed_bytes)} but its disk has {_told(free_bytes)} free; "
+            f"{place.name} needs {_size(needed_bytes)} but its disk has {_size(free_bytes)} free; "
             "free some space or choose another disk"
         )
 
 
-def _told(num_bytes: int) -> str:
-    """In the largest unit that does not round it to nothing."""
+def _size(num_bytes: int) -> str:
+    """`num_bytes` in the largest unit that does not round it to nothing."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size / 10:
             return f"{num_bytes / size:.1f} {unit}"

@@ -52,8 +52,15 @@ def add_flags(parser: ArgumentParser) -> None:
         help=f"frames of each video (default: {DEFAULT_NUM_FRAMES}), at most the engine's "
         "--max_num_images",
     )
-    add("--output_path", type=Path, metavar="PREFIX", help="how the files of answers begin")
-    add = parser.add_argument_group("shares", "Several processes answer a benchmark.").add_argument
+    add(
+        "--output_path",
+        type=Path,
+        metavar="PREFIX",
+        help="how the names of the answer files begin, such as /results/fp8",
+    )
+    add = parser.add_argument_group(
+        "shares", "Several processes answer a benchmark together."
+    ).add_argument
     add("--num_partitions", type=natural_int, metavar="N", help="number of shares of the records")
     add("--partition_id", type=natural_int, metavar="N", help="the share to answer, from 0")
     add(

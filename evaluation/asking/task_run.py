@@ -24,7 +24,7 @@ from runtime.requests.sampling import check_target, non_neutral
 from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
 
-_MAX_TOLD = 20
+_MAX_NAMED = 20
 DEFAULT_NUM_FRAMES = 8
 
 
@@ -73,9 +73,9 @@ class TaskRun:
         data = task.read(location)
         if not data.samples:
             where = " and ".join(map(str, location.gt_paths or (location.image_dir,)))
-            told = data.problems[0] if data.problems else "it has no record"
+            problem = data.problems[0] if data.problems else "it has no record"
             raise UserError(
-                f"--task {task.name} found no sample in {where}: {told}; give the files that "
+                f"--task {task.name} found no sample in {where}: {problem}; give the files that "
                 "docs/evaluation.md names for this task"
             )
         _require_an_image(data, location)
@@ -113,9 +113,9 @@ class TaskRun:
             with ResultsFile(path, self.task, self.data.samples) as file:
                 self._require_same(file, path, record)
         _tell(self.data.problems)
-        if lacking := missing(self.task.scored_with):
+        if names := missing(self.task.scored_with):
             print(
-                f"answers of {self.task.name} cannot be scored here without {' and '.join(lacking)}"
+                f"answers of {self.task.name} cannot be scored here without {' and '.join(names)}"
                 " (requirements/evaluation.txt, docs/evaluation.md)",
                 file=sys.stderr,
             )
@@ -238,7 +238,7 @@ def _require_an_image(data: DataSet, location: Location) -> None:
 
 
 def _tell(problems: list[str]) -> None:
-    for problem in problems[:_MAX_TOLD]:
+    for problem in problems[:_MAX_NAMED]:
         print(problem, file=sys.stderr)
-    if len(problems) > _MAX_TOLD:
-        print(f"... and {len(problems) - _MAX_TOLD} more", file=sys.stderr)
+    if len(problems) > _MAX_NAMED:
+        print(f"... and {len(problems) - _MAX_NAMED} more", file=sys.stderr)

@@ -47,8 +47,8 @@ def _records(location: Location) -> tuple[list[tuple[str, Record]], list[str]]:
         paths = parquet_files(location.image_dir / subject, split)
         if not paths:
             incomplete.append(
-                f"{location.image_dir} lacks {subject}/{split}-*.parquet, one of {len(SUBJECTS)} "
-                "subjects; download it"
+                f"{location.image_dir} is missing {subject}/{split}-*.parquet, one of "
+                f"{len(SUBJECTS)} subjects; download it"
             )
         incomplete += missing_files(paths)
         for path in paths:

@@ -39,8 +39,8 @@ def missing_files(paths: Iterable[Path]) -> list[str]:
         if name := _SHARD.fullmatch(path.name):
             numbers[path.parent, name["split"], int(name["count"])].add(int(name["number"]))
     return [
-        f"{folder} lacks {split}-{number:05}-of-{count:05}.parquet, which the names of the others "
-        "promise; download it"
+        f"{folder} is missing {split}-{number:05}-of-{count:05}.parquet, which the names of the "
+        "others promise; download it"
         for (folder, split, count), found in numbers.items()
         for number in range(count)
         if number not in found

@@ -101,7 +101,7 @@ def read_vqa_v2(location: Location) -> DataSet:
     if isinstance(questions, dict) and "annotations" in questions and "questions" not in questions:
         raise UserError(
             f"--gt_path {location.gt_paths[0]} holds annotations, expected the questions file first"
-            " and the annotations file behind it"
+            " and the annotations file after it"
         )
     if not (isinstance(questions, dict) and "questions" in questions):
         return read_questions(location, VQA_V2)

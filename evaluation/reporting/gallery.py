@@ -142,7 +142,7 @@ def _sheet(images: list[TiledImage]) -> Image.Image:
 
 
 def _rows(sheets: list[Image.Image]) -> Image.Image:
-    """At most four in a row, each as wide and high as the largest."""
+    """Draws at most four in a row, each as wide and high as the largest."""
     columns = min(len(sheets), _SHEETS_IN_A_ROW)
     width, height = (max(sheet.size[axis] for sheet in sheets) for axis in (0, 1))
     size = (columns * width, math.ceil(len(sheets) / columns) * height)

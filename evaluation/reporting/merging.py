@@ -52,18 +52,18 @@ def merge(task: Task, found: list[FoundLine], has_records: bool) -> Merged:
         ordered = sorted(lines, key=lambda i: (isinstance(i, str), i))
         return Merged({i: lines[i] for i in ordered}, len(found) - len(lines))
     first, second = clash
-    told = (
+    problem = (
         f"{second.place} and {first.place} answer different {task.name} samples of the same id "
         f"{shown(first.id)}"
     )
     if has_records or (offsets := _offsets(found)) is None:
         raise UserError(
-            f"{told}; score the files one by one (--task and --input_path FILE), or give all "
+            f"{problem}; score the files one by one (--task and --input_path FILE), or give all "
             "partitions, each whole"
         )
     numbered = [(_numbered(line, offsets), line) for line in found]
     if _clash(task, numbered) is not None:
-        raise UserError(f"{told}; they are of several runs, score those apart")
+        raise UserError(f"{problem}; they are of several runs, score those apart")
     lines = {i: line.line for i, line in reversed(numbered)}
     return Merged({i: {**lines[i], "sample_id": i} for i in sorted(lines)}, len(found) - len(lines))
 

@@ -40,10 +40,10 @@ def _empty_answers(score: TaskScore) -> str | None:
     num_right = sum(sample.value > 0 and _says_nothing(sample) for sample in samples)
     if not num_empty and not num_right:
         return None
-    told = f"Empty answers: {num_empty:,} of {len(samples):,}"
+    text = f"Empty answers: {num_empty:,} of {len(samples):,}"
     if not num_right:
-        return told
-    return f"{told}; right by the reference's rules though they say nothing: {num_right:,}"
+        return text
+    return f"{text}; right by the reference's rules though they say nothing: {num_right:,}"
 
 
 def _says_nothing(sample: SampleScore) -> bool:

@@ -18,8 +18,8 @@ def made_by(results: Results) -> list[tuple[str, str]]:
     checkpoints = (each.checkpoint[:_DIGITS] for each in results.records)
     facts = {
         "engine": repr(record.engine),
-        "checkpoint": _told(checkpoints),
-        "date": _told(each.date for each in results.records),
+        "checkpoint": _joined(checkpoints),
+        "date": _joined(each.date for each in results.records),
         "weights": f"{settings['quant_algo'] or settings['dtype']}, decoder {settings['decoder']}",
         "KV cache": settings["kv_cache_quant_algo"] or settings["dtype"],
         "vision": settings["vision"],
@@ -31,7 +31,7 @@ def made_by(results: Results) -> list[tuple[str, str]]:
     return list(facts.items())
 
 
-def _told(values: Iterable[str]) -> str:
+def _joined(values: Iterable[str]) -> str:
     return ", ".join(sorted({value or "unknown" for value in values}))
 
 
@@ -41,6 +41,6 @@ def cut(results: Results) -> str:
     known = [reason for reason in reasons if reason is not None]
     if not known:
         return "unknown: the lines have no finish_reason"
-    told = f"{sum(reason == 'length' for reason in known):,} of {len(known):,} answers"
+    text = f"{sum(reason == 'length' for reason in known):,} of {len(known):,} answers"
     unknown = len(reasons) - len(known)
-    return f"{told}, of {unknown:,} unknown" if unknown else told
+    return f"{text}, of {unknown:,} unknown" if unknown else text

@@ -131,7 +131,7 @@ def _task_markdown(task: TaskReport, report: Report) -> str:
     results = task.results
     facts = "; ".join(f"{name} {value}" for name, value in made_by(results))
     lines = [f"## {task.name}\n", headline(task) + "\n", f"Made by: {facts}.\n"]
-    if bullets := [f"- {told}\n" for told in (*task.problems, *task.notes)]:
+    if bullets := [f"- {bullet}\n" for bullet in (*task.problems, *task.notes)]:
         lines.append("".join(bullets))
     if task.score and task.score.details:
         lines.append(
@@ -140,7 +140,9 @@ def _task_markdown(task: TaskReport, report: Report) -> str:
             )
         )
     for name, comparison in report.compared(task):
-        lines.append(report.against(name) + told(comparison, results.task.unit) + "\n")
+        lines.append(
+            report.against(name) + comparison_sentence(comparison, results.task.unit) + "\n"
+        )
         if comparison.changes:
             lines.append(_changes(task, comparison, report.name, name))
     return "\n".join(lines)
@@ -154,7 +156,7 @@ def headline(task: TaskReport) -> str:
     return f"{task.score.value:.2f}{percent}{unit} over {scope(task.results)}"
 
 
-def told(comparison: Comparison, unit: str) -> str:
+def comparison_sentence(comparison: Comparison, unit: str) -> str:
     """The comparison in a sentence."""
     if comparison.p_value < 0.05:
         how_sure = "chance alone would hardly do this"

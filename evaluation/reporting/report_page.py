@@ -15,8 +15,8 @@ from evaluation.reporting.report import (
     TaskReport,
     change_columns,
     change_rows,
+    comparison_sentence,
     headline,
-    told,
 )
 from nvlm.program.html_policy import policy_tag
 
@@ -72,7 +72,7 @@ def _task(task: TaskReport, report: Report) -> str:
     facts = "; ".join(f"{name} {value}" for name, value in made_by(task.results))
     parts.append(f'<p class="note">{escape(facts)}</p>')
     for name, comparison in report.compared(task):
-        sentence = report.against(name) + told(comparison, task.results.task.unit)
+        sentence = report.against(name) + comparison_sentence(comparison, task.results.task.unit)
         parts.append(_difference(comparison, sentence))
     parts += [f'<p class="note">{escape(note)}</p>' for note in task.notes]
     parts.append(_problems(task.problems))

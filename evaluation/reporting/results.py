@@ -17,14 +17,15 @@ from evaluation.scoring.score import Line
 from evaluation.tasks import Task
 from nvlm.program.errors import UserError
 
-_MOST_TOLD = 100
+_MAX_NAMED = 100
 """Partitions that are missing are named one by one, so many of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """`lines` in the order of their ids; `records`: of the files that run.py wrote; `problems`: a
-    sentence for each line that is no answer and for what is missing."""
+    """The answers of a task. `lines` are in the order of their ids. `records` are of the files that
+    `evaluate.py generate` wrote. `problems` has a sentence for each line that is no answer and for
+    what is missing."""
 
     prefix: Path
     task: Task
@@ -85,13 +86,15 @@ def _missing(prefix: Path, task: Task, records: list[TaskRecord], num_lines: int
         return []
     found = {record.partition_id for record in records}
     number = records[0].num_partitions
-    lacking = (partition_id for partition_id in range(number) if partition_id not in found)
+    missing = (partition_id for partition_id in range(number) if partition_id not in found)
     problems = [
-        f"{prefix}-{task.name} lacks partition {partition_id} of {number}"
-        for partition_id in islice(lacking, _MOST_TOLD)
+        f"{prefix}-{task.name} is missing partition {partition_id} of {number}"
+        for partition_id in islice(missing, _MAX_NAMED)
     ]
-    if number - len(found) > _MOST_TOLD:
-        problems.append(f"{prefix}-{task.name} lacks {number - len(found)} of {number} partitions")
+    if number - len(found) > _MAX_NAMED:
+        problems.append(
+            f"{prefix}-{task.name} is missing {number - len(found)} of {number} partitions"
+        )
     problems += [
         f"{prefix}-{task.name} partition {record.partition_id} was made by another engine or with "
         f"other settings than partition {records[0].partition_id}"
@@ -100,18 +103,18 @@ def _missing(prefix: Path, task: Task, records: list[TaskRecord], num_lines: int
     ]
     if num_bad := sum(record.num_bad_records for record in records):
         problems.append(
-            f"{prefix}-{task.name} lacks records of the data set that were no samples when run.py "
-            f"read them: {num_bad}; mend the data set and run the same command again"
+            f"{prefix}-{task.name} is missing records of the data set that were no samples when "
+            f"they were read: {num_bad}; fix the data set and run the same command again"
         )
     if num_parts := max(record.num_missing_parts for record in records):
         problems.append(
-            f"{prefix}-{task.name} was asked of a data set that lacks parts: {num_parts}; download "
-            "them and run the same command again"
+            f"{prefix}-{task.name} was asked of a data set with missing parts: {num_parts}; "
+            "download them and run the same command again"
         )
     expected = sum(record.num_samples for record in records)
     if num_lines < expected:
         problems.append(
-            f"{prefix}-{task.name} has {num_lines} of {expected} answers; run.py with the same "
-            "flags goes on with the rest"
+            f"{prefix}-{task.name} has {num_lines} of {expected} answers; run the same "
+            "command again to resume with the rest"
         )
     return problems

@@ -44,14 +44,15 @@ def add_flags(parser: ArgumentParser) -> None:
         action="once",
         required=True,
         metavar="PREFIX",
-        help="how the files of answers begin: --output_path of `generate`",
+        help="how the names of the answer files begin: --output_path of `generate`",
     )
     add(
         "--gt_path",
         type=Path,
         action="once",
         metavar="FILE",
-        help="answers of MMMU, captions of captioning, or all questions for VQAv2's submission",
+        help="file for one task: MMMU's answers, captioning's captions, or all questions of VQAv2 "
+        "for a submission",
     )
     add(
         "--compare",
@@ -60,11 +61,13 @@ def add_flags(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PREFIX",
-        help="how the answers of other runs begin: report what changed, and whether by chance",
+        help="--output_path of other runs to compare with: the report shows which answers changed, "
+        "and whether by chance",
     )
     add("--report_dir", type=Path, metavar="DIR", help="folder for report.md and report.html")
     add(
         "--gallery_size",
+        metavar="N",
         type=natural_int,
         default=DEFAULT_GALLERY_SIZE,
         help="samples of each task that the report shows with their images",

@@ -66,7 +66,7 @@ def _with_all_questions(lines: dict[SampleId, Line], gt_path: Path) -> dict[Samp
         found[question_id] = lines.get(question_id, {"answer": ""})
     if unknown := lines.keys() - found.keys():
         raise UserError(
-            f"--gt_path {gt_path} lacks the question {min(unknown, key=str)} that was answered, "
+            f"--gt_path {gt_path} has no question {min(unknown, key=str)}, which was answered, "
             f"and {len(unknown) - 1} more; give {_ALL_OF_VQA_V2}"
         )
     return found
@@ -77,6 +77,6 @@ def write_result(path: Path, value: Any) -> None:
         write_text_atomically(path, json.dumps(value, indent=4, sort_keys=True) + "\n")
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror}; mend that, or copy the answers to where "
+            f"{path} cannot be written: {error.strerror}; fix that, or copy the answers to where "
             "it can and give their --input_path"
         ) from None

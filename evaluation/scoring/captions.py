@@ -26,7 +26,7 @@ def _tokenized(
     try:
         found = tokenize({i: [{"caption": text} for text in texts] for i, texts in lines.items()})
     except OSError as error:  # it writes beside its jar
-        raise UserError(f"CIDEr's tokenizer cannot run: {error}; mend that") from None
+        raise UserError(f"CIDEr's tokenizer cannot run: {error}; fix that") from None
     if [*map(len, found.values())] != [*map(len, lines.values())]:  # nor looks at Java's exit code
         raise UserError(
             f"CIDEr's tokenizer gave back {sum(map(len, found.values()))} of "

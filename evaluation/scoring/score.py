@@ -9,7 +9,7 @@ from typing import Any
 from evaluation.datasets.sample import SampleId
 
 Line = dict[str, Any]
-"""An answer line as run.py (or Megatron-LM) wrote it."""
+"""An answer line as `evaluate.py generate` (or Megatron-LM) wrote it."""
 
 
 @dataclass(frozen=True, slots=True)

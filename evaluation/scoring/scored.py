@@ -52,7 +52,7 @@ def read_truth(results: Results, gt_path: Path | None) -> Truth:
         answers = _mmmu_answers(results, gt_path)
         if missing := [i for i in results.lines if str(i) not in answers]:
             raise UserError(
-                f"the ground truth of MMMU lacks {missing[0]} and {len(missing) - 1} more; give "
+                f"the ground truth of MMMU has no {missing[0]} and {len(missing) - 1} more; give "
                 "the MMMU repository's answer_dict_val.json as --gt_path"
             )
         return Truth(answers)

@@ -109,6 +109,8 @@ async def _refusal(request: Request, error: Exception) -> Response:
 
 async def _http_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = {404: "there is no such path", 405: "this path takes another method"}
-    message = f"{told.get(error.status_code, error.detail)}: {request.method} {request.url.path}"
+    messages = {404: "there is no such path", 405: "this path takes another method"}
+    message = (
+        f"{messages.get(error.status_code, error.detail)}: {request.method} {request.url.path}"
+    )
     return response_of(ApiError(error.status_code, message, headers=dict(error.headers or {})))

@@ -122,7 +122,7 @@ class Endpoint:
 
 
 def refused(error: Exception, record: Record) -> ApiError:
-    """What the client is told; the log has the traceback of what is ours."""
+    """What the client gets; the log has the traceback of what is ours."""
     refusal = api_error(error, record.request_id)
     if refusal.status == 500:
         logger.error("request %s failed", record.request_id, exc_info=error)
@@ -150,8 +150,8 @@ async def _stream(events: Events, record: Record, headers: dict[str, str], send:
         async for event in events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
     except Exception as error:
-        told = json.dumps(refused(error, record).body)
-        event = f"data: {told}\n\n".encode()
+        body = json.dumps(refused(error, record).body)
+        event = f"data: {body}\n\n".encode()
         await send({"type": "http.response.body", "body": event, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
 

@@ -62,11 +62,11 @@ class Door:
         self._reported: set[str] = set()
 
     def open(self, server: Server) -> None:
-        """From now on requests are answered."""
+        """Answers requests from now on."""
         self._server = server
 
     def drain(self) -> None:
-        """From now on requests are refused; those that were accepted are answered."""
+        """Refuses requests from now on. Those that were accepted are answered."""
         self._is_draining = True
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class Door:
 
     def hold(self, num_bytes: int, stack: ExitStack) -> None:
         """Counts bytes of a body until `stack` ends. Raises `BusyError` where all open calls have
-        more than may be in memory; the only one may always go on."""
+        more than may be in memory; the only one may always continue."""
         self._num_open_bytes += num_bytes
         stack.callback(self._let_go, num_bytes)
         if self._num_open_bytes > self.options.max_open_bytes and self.num_calls > 1:

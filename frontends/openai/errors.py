@@ -9,11 +9,11 @@ from runtime.serving.loop import BusyError
 
 RETRY_AFTER_S = 1
 MOST_CHARACTERS = 1000
-"""Of a message: it may quote what a client sent."""
+"""A longer message is cut: it may quote what a client sent."""
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer. `param` names the field that is wrong."""
+    """What a client gets instead of an answer. `param` names the field that is wrong."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ def not_ready(message: str) -> ApiError:
 
 
 def api_error(error: Exception, request_id: str) -> ApiError:
-    """What a client is told of an exception. Of ours it learns no more than where to look."""
+    """What a client gets for an exception. For one of ours it learns only where to look."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):

@@ -32,7 +32,7 @@ class Usage:
 
     @classmethod
     def of(cls, tickets: Iterable[Ticket]) -> Usage:
-        """Of requests that are prepared, so far."""
+        """Counts the usage so far of requests that are prepared."""
         tickets = list(tickets)
         reused = [each.num_reused_tokens for each in tickets]
         known = [each for each in reused if each is not None]
@@ -44,14 +44,14 @@ class Usage:
 
     @property
     def body(self) -> dict[str, Any]:
-        told: dict[str, Any] = {
+        usage: dict[str, Any] = {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_tokens,
         }
         if self.num_reused_tokens is not None:
-            told["prompt_tokens_details"] = {"cached_tokens": self.num_reused_tokens}
-        return told
+            usage["prompt_tokens_details"] = {"cached_tokens": self.num_reused_tokens}
+        return usage
 
 
 def record_result(call: Call, result: GenerationResult) -> None:
@@ -138,10 +138,10 @@ class Chunks:
 
     def last(self, asked: Iterable[Asked], more: Mapping[str, Any] | None = None) -> bytes:
         """The end of a stream, with a chunk of its usage and of `more`, if asked for."""
-        told = dict(more or {})
+        fields = dict(more or {})
         if self.options.includes_usage:
-            told["usage"] = _usage(asked)
-        return event({**self._body([]), **told}) + DONE if told else DONE
+            fields["usage"] = _usage(asked)
+        return event({**self._body([]), **fields}) + DONE if fields else DONE
 
     def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -15,19 +15,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from frontends.openai.flags import parser
 from frontends.openai.listener import open_listener
 from frontends.openai.supervisor import is_supervised, supervise
 from nvlm.program import startup
-from nvlm.program.command_line import ArgumentParser, port_number, positive_float, positive_int
 from nvlm.program.errors import PartDiedError, UserError
 from nvlm.program.launcher import World, rank_from
 from nvlm.program.process import set_most_pixels, set_picture_types
-from runtime.serving.launch import Program, add_engine_flags, engine_options, launch
+from runtime.serving.launch import Program, engine_options, launch
 from runtime.serving.picture_types import SERVER_PICTURE_TYPES
 from runtime.serving.rehearsal import rehearse
 from runtime.serving.runner import Runner
@@ -42,54 +41,7 @@ log = logging.getLogger("nvlm.serve")
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 _POLL_S = 0.1
 _SHOWN_FAILED_S = 5.0
-"""A decoder that failed is told to probes for so long before the program ends."""
-
-
-def parser() -> ArgumentParser:
-    parser = ArgumentParser((__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
-    add_engine_flags(parser, is_service=True)
-    add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 is every network")
-    add("--port", type=port_number, default=8000, help="0 takes a free one")
-    add("--model_name", nargs="+", default=["nvlm-d"], help="names the model answers to")
-    add("--api_key_file", type=Path, help="keys, one a line; clients send one as Bearer token")
-    add(
-        "--allowed_host",
-        nargs="+",
-        default=[],
-        help="names in the Host header (default: this "
-        "machine's own where --host is one of them, else any)",
-    )
-    add("--allowed_origin", nargs="+", default=[], help="web pages that may ask, as https://host")
-    add(
-        "--allowed_media_domain", nargs="+", default=[], help="hosts that pictures are fetched from"
-    )
-    add("--max_media_bytes", type=positive_int, default=32 << 20, help="of a fetched picture")
-    add("--media_timeout_s", type=positive_float, default=10.0)
-    add("--max_image_pixels", type=positive_int, help="largest picture (default: 178,956,970)")
-    add("--max_body_bytes", type=positive_int, default=64 << 20, help="of a request")
-    add(
-        "--max_open_bytes",
-        type=positive_int,
-        default=1 << 30,
-        help="of all requests that are not answered yet",
-    )
-    add("--max_queue_size", type=positive_int, default=64, help="requests beside the batch's")
-    add("--num_preparing", type=positive_int, default=2, help="threads that decode pictures")
-    add("--num_threads", type=positive_int, help="of torch (default: its own choice)")
-    add("--header_timeout_s", type=positive_float, default=15.0, help="for a request's headers")
-    add("--body_timeout_s", type=positive_float, default=60.0, help="for a request's body")
-    add("--write_timeout_s", type=positive_float, default=60.0, help="while a client reads nothing")
-    add("--drain_s", type=positive_float, default=30.0, help="for open requests at SIGTERM")
-    add(
-        "--hang_after_s",
-        type=positive_float,
-        help="without progress a part hangs (default: what its work never takes, by the plan)",
-    )
-    add("--restart", action="store_true", help="start again where a part of the server died")
-    add("--access_log", default="-", help="file of JSON lines, - for stderr, none for no log")
-    add("--log_text", action="store_true", help="prompts and answers in the access log")
-    return parser
+"""Probes see a decoder that failed for so long before the program ends."""
 
 
 def lead(
@@ -159,8 +111,8 @@ def _freeze() -> None:
 
 
 def _wait_for_failure(server: Server) -> None:
-    """With --restart probes are told until the next start is ready: this one ends as soon as it
-    knows why."""
+    """With --restart probes see the failure until the next start is ready, so this process ends as
+    soon as it knows the reason."""
     deadline = time.monotonic() + _SHOWN_FAILED_S
     while server.failure is None and time.monotonic() < deadline:
         time.sleep(_POLL_S)
@@ -247,7 +199,7 @@ def require_packages() -> None:
 
 
 def _parse() -> Program:
-    """On every rank."""
+    """Reads the command line. Every rank does."""
     arguments = parser().parse_args()
     if arguments.restart and (size := World.from_environment(os.environ).size) > 1:
         raise UserError(

@@ -146,4 +146,7 @@ def _get() -> dict[str, Any]:
 
 def _refusals() -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    return {status: {"description": told, "content": content} for status, told in _STATUSES.items()}
+    return {
+        status: {"description": description, "content": content}
+        for status, description in _STATUSES.items()
+    }

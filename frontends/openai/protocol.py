@@ -1,5 +1,5 @@
-"""uvicorn's HTTP/1.1 with the timeouts it lacks: for headers that never end, and for a client that
-never reads its answer."""
+"""uvicorn's HTTP/1.1 with two timeouts that uvicorn has not: for headers that never end, and for a
+client that never reads its answer."""
 
 from __future__ import annotations
 

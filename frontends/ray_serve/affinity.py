@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _PROMPT_CHARACTERS = 1024
-"""Of a prompt without a template, which grows at its end: about eight KV blocks."""
+"""Characters to hash of a prompt without a template, which grows at its end: some eight blocks."""
 
 
 def affinity_key(data: bytes) -> str | None:

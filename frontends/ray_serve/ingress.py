@@ -34,7 +34,7 @@ from frontends.ray_serve.replica import Asked, Head
 log = logging.getLogger(__name__)
 
 _PLACE_S = 5.0
-"""For a replica to take a request. None does while all are being started."""
+"""Seconds in which a replica must take a request. None does while all are being started."""
 _METRICS_S = 5.0
 _NOT_PASSED = frozenset(
     {"connection", "content-length", "expect", "host", "origin", "transfer-encoding"}
@@ -120,15 +120,15 @@ class _Ingress:
         await send({"type": "http.response.body", "body": b""})
 
     async def _metrics(self, send: Send) -> None:
-        told: list[tuple[str, str]] = []
+        pages: list[tuple[str, str]] = []
         with suppress(RayError, DeploymentUnavailableError, TimeoutError):
             found = await self._replicas.broadcast("metrics").results_async(
                 timeout_s=_METRICS_S, return_exceptions=True
             )
-            told = [each for each in found if isinstance(each, tuple)]
+            pages = [each for each in found if isinstance(each, tuple)]
         headers = [(b"content-type", CONTENT_TYPE.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": merged(told)})
+        await send({"type": "http.response.body", "body": merged(pages)})
 
 
 async def _head(pieces: AsyncIterator[Any]) -> Head:

@@ -20,7 +20,7 @@ _PACKAGES = ("ray", "fastapi", "aiohttp")  # of `ray[serve]`; `ray` alone has no
 def main() -> int:
     flags = sys.argv[1:]
     arguments = parser().parse_args(flags)
-    read_options(flags, num_cluster_gpus=0)  # a mistake is told before a cluster is started
+    read_options(flags, num_cluster_gpus=0)  # refuses a mistake before a cluster is started
     require_packages()
     if any(find_spec(name) is None for name in _PACKAGES):
         raise UserError(

@@ -10,20 +10,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 
-def merged(told: Iterable[tuple[str, str]]) -> bytes:
-    """told: the name of a replica, and what its /metrics says."""
+def merged(pages: Iterable[tuple[str, str]]) -> bytes:
+    """pages: the name of a replica and the text of its /metrics, for each."""
     registry = CollectorRegistry()
-    registry.register(_Exporter(tuple(told)))
+    registry.register(_Exporter(tuple(pages)))
     return generate_latest(registry)
 
 
 class _Exporter(Collector):
-    def __init__(self, told: tuple[tuple[str, str], ...]) -> None:
-        self._told = told
+    def __init__(self, pages: tuple[tuple[str, str], ...]) -> None:
+        self._pages = pages
 
     def collect(self) -> Iterable[Metric]:
         families: dict[str, Metric] = {}
-        for replica, text in self._told:
+        for replica, text in self._pages:
             for family in text_string_to_metric_families(text):
                 kept = families.setdefault(
                     family.name, Metric(family.name, family.documentation, family.type)

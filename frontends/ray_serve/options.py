@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from frontends.openai.main import parser as server_parser
+from frontends.openai import flags as server_flags
 from nvlm.program.command_line import ArgumentParser, natural_int, positive_float, positive_int
 from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
 
 _SERVER = Path(__file__).resolve().parents[2] / "serve.py"
 _TARGET_OF_BATCH = 0.7
-"""Of a batch's places: what is left answers bursts (docs/scaling.md)."""
+"""Share of a batch's places that scaling fills. The rest answers bursts (docs/scaling.md)."""
 _MOST_CALLS_BESIDE = 256
 """serve.py itself refuses what is more than its queue, long before Ray would hold it back."""
 
@@ -48,8 +48,10 @@ class Options:
 
 def parser() -> ArgumentParser:
     """serve.py's flags and those of the replicas."""
-    made = server_parser()
-    made.description = "Replicas of serve.py on a Ray cluster, behind one address."
+    made = server_flags.parser(
+        "Serves an engine directory with replicas of serve.py on a Ray cluster, at one address.",
+        "python -m frontends.ray_serve",
+    )
     _add_flags(made)
     return made
 
@@ -100,21 +102,76 @@ def read_options(flags: Sequence[str], num_cluster_gpus: float) -> Options:
 
 
 def _add_flags(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--address", default="local", help="of the Ray cluster; local starts one here, auto joins")
-    add("--num_replicas", type=positive_int, default=1, help="engines, each with its own GPUs")
-    add("--min_replicas", type=positive_int, help="scale by load from here (default: all)")
-    add("--max_replicas", type=positive_int, help="scale by load up to here (default: no scaling)")
+    add = parser.add_argument_group(
+        "replicas", "A replica is a serve.py with an engine of its own."
+    ).add_argument
+    add(
+        "--address",
+        default="local",
+        help="address of the Ray cluster; local starts a Ray on this machine, auto joins the one "
+        "that runs here",
+    )
+    add(
+        "--num_replicas",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="number of replicas to start",
+    )
+    add(
+        "--min_replicas",
+        type=positive_int,
+        metavar="N",
+        help="fewest replicas when they are scaled by load (default: --num_replicas)",
+    )
+    add(
+        "--max_replicas",
+        type=positive_int,
+        metavar="N",
+        help="most replicas when they are scaled by load (default: --num_replicas, or a larger "
+        "--min_replicas)",
+    )
     add(
         "--target_ongoing_requests",
         type=positive_float,
-        help="open requests a replica, which scaling aims at (default: 0.7 of the engine's batch)",
+        metavar="N",
+        help="open requests of a replica that scaling aims at (default: 0.7 of the engine's batch)",
     )
-    add("--upscale_delay_s", type=positive_float, default=30.0, help="of more load before it acts")
-    add("--downscale_delay_s", type=positive_float, default=600.0, help="of less load")
-    add("--num_gpus", type=natural_int, help="of a replica (default: its engine's ranks; 0: CPU)")
-    add("--num_cpus", type=natural_int, default=1, help="that Ray counts for a replica")
-    add("--num_ingresses", type=positive_int, default=2, help="processes that route requests")
+    add(
+        "--upscale_delay_s",
+        type=positive_float,
+        default=30.0,
+        metavar="SECONDS",
+        help="seconds of too much load after which a replica is added",
+    )
+    add(
+        "--downscale_delay_s",
+        type=positive_float,
+        default=600.0,
+        metavar="SECONDS",
+        help="seconds of too little load after which a replica is removed",
+    )
+    add(
+        "--num_gpus",
+        type=natural_int,
+        metavar="N",
+        help="GPUs of each replica: one for each rank of its engine, or 0 for the CPU (default: "
+        "one a rank if the cluster has GPUs, else 0)",
+    )
+    add(
+        "--num_cpus",
+        type=natural_int,
+        default=1,
+        metavar="N",
+        help="CPUs that Ray reserves for each replica",
+    )
+    add(
+        "--num_ingresses",
+        type=positive_int,
+        default=2,
+        metavar="N",
+        help="processes that route requests to replicas",
+    )
 
 
 def _launcher(num_ranks: int) -> tuple[str, ...]:

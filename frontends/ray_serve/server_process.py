@@ -19,8 +19,8 @@ _END_S = 20.0
 class ServerProcess:
     """Started with the constructor; it ends with this process, however that one ends.
 
-    command: serve.py with its flags, under mpirun where it has several ranks. Its log goes on to
-    stderr. Any thread may call the methods.
+    command: serve.py with its flags, under mpirun where it has several ranks. Its log goes
+    to stderr. Any thread may call the methods.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -64,8 +64,8 @@ class ServerProcess:
         for line in self._process.stderr:
             if self.port is None:
                 self._last_lines.append(line.rstrip())
-            if told := _READY.match(line):
-                self.port = int(told[1])
+            if ready := _READY.match(line):
+                self.port = int(ready[1])
                 self._is_ready_or_over.set()
             sys.stderr.write(line)
         self._is_ready_or_over.set()

@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 
 _END_S = 10.0
-"""For a server whose clients have all gone, which frees its GPUs; then it is killed."""
+"""Time in which a server whose clients have all gone frees its GPUs; then it is killed."""
 
 
 def main() -> int:

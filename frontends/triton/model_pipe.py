@@ -26,7 +26,7 @@ class End:
     """Why a server must end. `is_mistake`: the user's, which starting again does not fix.
     `is_answered`: whatever was in flight was answered with it."""
 
-    told: str
+    reason: str
     is_mistake: bool = False
     is_answered: bool = False
 
@@ -85,8 +85,8 @@ class ModelPipe:
         end = time.monotonic() + _ZOMBIE_S
         while time.monotonic() < end:
             with suppress(OSError):
-                told = how_a_zombie_ended(Path(f"/proc/{self._pid}/stat").read_text())
-                if told is not None:
-                    return told
+                ended = how_a_zombie_ended(Path(f"/proc/{self._pid}/stat").read_text())
+                if ended is not None:
+                    return ended
             time.sleep(0.01)
         return "by a signal that cannot be read any more"

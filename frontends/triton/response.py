@@ -55,8 +55,8 @@ def _last(result: GenerationResult, index: int, *, whole: bool) -> dict[str, NDA
         total = sum(each.logprob for each in choice.logprobs)
         arrays["cum_log_probs"] = np.array([[total]], np.float32)
     if result.prompt_logprobs is not None:
-        told = [None if each is None else asdict(each) for each in result.prompt_logprobs]
-        arrays["prompt_logprobs"] = _json(told)
+        tokens = [None if each is None else asdict(each) for each in result.prompt_logprobs]
+        arrays["prompt_logprobs"] = _json(tokens)
     if len(result.choices) > 1:
         arrays["choices"] = _json([asdict(each) for each in result.choices])
     return arrays

@@ -30,10 +30,15 @@ _ANSWERED_S = 5.0  # for answers on their way to clients
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser((__doc__ or "").partition("\n")[0])
+    parser = ArgumentParser((__doc__ or "").partition("\n")[0], "python -m frontends.triton.serve")
     group = parser.add_argument_group
     add = group("engine").add_argument
-    add("--engine_dir", type=Path, required=True, help="made by build_engine.py")
+    add(
+        "--engine_dir",
+        type=Path,
+        required=True,
+        help="engine directory, made by build_engine.py",
+    )
     add(
         "--form",
         choices=("auto", "torch", "tensorrt_llm"),
@@ -75,21 +80,30 @@ def parser() -> ArgumentParser:
         help=f"Triton's APIs that clients may call beside asking, of {', '.join(CLOSED_APIS)}",
     )
     add = group("operation").add_argument
-    add("--log_file", type=Path, help="file to append the log to (default: a temporary file)")
+    add(
+        "--log_file",
+        type=Path,
+        metavar="FILE",
+        help="file to append the log to (default: a temporary file)",
+    )
     add(
         "--startup_timeout_s",
         type=positive_float,
         default=900.0,
         metavar="SECONDS",
-        help="longest wait until the server has answered a question",
+        help="seconds in which the server must have started and answered a question",
     )
-    add("--restart", action="store_true", help="start again where a part of the server died")
+    add(
+        "--restart",
+        action="store_true",
+        help="start the server again after a part of it died, three times in ten minutes at most",
+    )
     add(
         "--hang_after_s",
         type=positive_float,
         metavar="SECONDS",
-        help="a part without progress for so long hangs (default: what its work never takes, by "
-        "the plan)",
+        help="seconds without progress after which the server counts as hung (default: computed "
+        "from the engine's plan)",
     )
     return parser
 
@@ -124,10 +138,10 @@ def main() -> int:
         end, log = _serve(engine, options, ports, arguments)
         kept = f"its log is kept in {log}"
         if end.is_mistake:
-            raise UserError(f"{end.told}; {kept}")
+            raise UserError(f"{end.reason}; {kept}")
         if not arguments.restart:
-            raise PartDiedError(f"{end.told}; {kept}")
-        restarts.again(end.told, kept)
+            raise PartDiedError(f"{end.reason}; {kept}")
+        restarts.again(end.reason, kept)
 
 
 def _serve(

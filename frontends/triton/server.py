@@ -118,7 +118,7 @@ def _mpirun(world_size: int) -> str:
 
 
 def _open_log(path: Path) -> BinaryIO:
-    """For appending; what it holds is kept."""
+    """Opens the log for appending; what it holds is kept."""
     try:
         return open(path, "ab")
     except OSError as error:
@@ -182,8 +182,8 @@ class TritonServer:
         while not self._answers("health/ready", 5):
             self._close_regions()
             if (code := self.process.poll()) is not None:
-                told = f", {how_it_ended(code)}" if code < 0 else ""
-                raise UserError(f"tritonserver ended while starting{told}: {self.last_error()}")
+                how = f", {how_it_ended(code)}" if code < 0 else ""
+                raise UserError(f"tritonserver ended while starting{how}: {self.last_error()}")
             if time.monotonic() > deadline:
                 raise UserError(
                     f"tritonserver is not ready after {timeout_s:g} s: {self.last_error()}; a "
@@ -201,8 +201,8 @@ class TritonServer:
             if (end := pipe.look(since_last_s)) is not None:
                 return end
         if (code := self.process.poll()) is not None:
-            told = "" if code < 0 else f": {self.last_error()}"
-            return End(f"tritonserver was ended {how_it_ended(code)}{told}")
+            last_error = "" if code < 0 else f": {self.last_error()}"
+            return End(f"tritonserver was ended {how_it_ended(code)}{last_error}")
         if now - self._asked > _ASK_S:
             self._asked = now
             self._num_unheard = 0 if self._answers("health/live") else self._num_unheard + 1
@@ -261,8 +261,8 @@ class TritonServer:
             with self._urlopen(request, timeout_s) as response:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
-            told = error.read().decode(errors="replace")
-            raise UserError(f"tritonserver is up but cannot answer: {told}") from None
+            answer = error.read().decode(errors="replace")
+            raise UserError(f"tritonserver is up but cannot answer: {answer}") from None
         except OSError as error:
             raise UserError(f"tritonserver is up but does not answer: {error}") from None
         if answer.get("num_tokens") != 1 and answer.get("finish_reason") != "stop":
@@ -273,7 +273,9 @@ class TritonServer:
         text = self.log.read_bytes()[self._log_start :].decode(errors="replace")
         lines = [line for line in text.splitlines() if line.strip() and not _FRAME.match(line)]
         lines = lines or ["it wrote no log"]
-        told = [line for line in lines if re.match(r"E\d{4} ", line) and "failed to load" in line]
-        errors = told or [line for line in lines if line.startswith("error:")] or lines
+        failures = [
+            line for line in lines if re.match(r"E\d{4} ", line) and "failed to load" in line
+        ]
+        errors = failures or [line for line in lines if line.startswith("error:")] or lines
         line = re.sub(r"^E\d{4} \S+ \d+ \S+ ", "", errors[-1].strip())
         return line.split("\\n\\nAt:")[0].strip('"')

@@ -64,8 +64,8 @@ def new_tokens(
     ids: list[int] = outputs["output_ids"][0, 0, :length].tolist()
     if "output_log_probs" not in outputs or not ids:
         return [(token_id, None) for token_id in ids]
-    told = outputs["output_log_probs"].reshape(-1)[-len(ids) :].tolist()
-    return [(each, TokenLogprobs(logprob)) for each, logprob in zip(ids, told, strict=True)]
+    logprobs = outputs["output_log_probs"].reshape(-1)[-len(ids) :].tolist()
+    return [(each, TokenLogprobs(logprob)) for each, logprob in zip(ids, logprobs, strict=True)]
 
 
 def _word_list(words: tuple[tuple[int, ...], ...]) -> NDArray[Any]:

@@ -86,7 +86,7 @@ class CheckpointConfig:
 
     @property
     def kv_cache_name(self) -> str:
-        """For people and records: "FP8", "FP8, K and V by own scales" or the dtype."""
+        """The KV cache's name in records: "FP8", "FP8, K and V by own scales" or the dtype."""
         if self.kv_cache_format is UNQUANTIZED:
             return self.dtype
         own = ", K and V by own scales" if self.kv_cache.scales else ""

@@ -48,8 +48,8 @@ _HASH_CHUNK_BYTES = 4 << 20
 _SMALL_FILE_BYTES = 16 << 20  # files up to this size are hashed at every load
 
 
-def told(kind: Kind) -> str:
-    """With its article."""
+def with_article(kind: Kind) -> str:
+    """The kind with its article."""
     return f"a {kind}" if kind == "checkpoint" else f"an {kind}"
 
 
@@ -141,20 +141,20 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
         raise UserError(f"{directory} {what}; give what {command} made")
     program, flag, _ = command.split(maxsplit=2)
     # Nothing here says who made it, so nothing is said of deleting it.
-    mend = f"make one in a new directory with {program} {flag}"
+    fix = f"make one in a new directory with {program} {flag}"
     if not path.is_file():
         if _looks_like_model(directory):
             raise UserError(
-                f"{directory} is a model as published, not {told(kind)} directory; make one of it "
-                f"with {_TAKES_A_MODEL[kind].format(directory)}"
+                f"{directory} is a model as published, not {with_article(kind)} directory; "
+                f"make one of it with {_TAKES_A_MODEL[kind].format(directory)}"
             )
         raise UserError(
-            f"{directory} has no {MANIFEST}, so it is not a finished {kind} directory; {mend}"
+            f"{directory} has no {MANIFEST}, so it is not a finished {kind} directory; {fix}"
         )
     try:
         values = read_json_object(path)
     except UserError as error:
-        raise UserError(f"{error}; {mend}") from None
+        raise UserError(f"{error}; {fix}") from None
     found = values.get("kind"), values.get("format_version")
     if isinstance(found[0], str) and found[0] in _MADE_BY and found[0] != kind:
         raise UserError(
@@ -164,12 +164,12 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
     if found != (kind, FORMAT_VERSION):
         raise UserError(
             f"{path} is of kind {shown(found[0])} and format {shown(found[1])}, expected kind "
-            f"{kind!r} and format {FORMAT_VERSION}; {mend}"
+            f"{kind!r} and format {FORMAT_VERSION}; {fix}"
         )
     try:
         manifest = _parse(values)
     except (TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({shown(error)}); {mend}") from None
+        raise UserError(f"{path} is damaged ({shown(error)}); {fix}") from None
     for name, entry in manifest.files.items():
         _check_file(directory / name, entry, entry.size_bytes <= _SMALL_FILE_BYTES, command)
     return manifest
@@ -223,13 +223,13 @@ def verify_all(directory: Path, kind: Kind) -> Manifest:
 
 
 def _check_file(path: Path, entry: FileEntry, hashed: bool, command: str) -> None:
-    mend = f"make the directory again with {command} --overwrite"
+    fix = f"make the directory again with {command} --overwrite"
     if not path.is_file():
-        raise UserError(f"{path} is missing, though the manifest names it; {mend}")
+        raise UserError(f"{path} is missing, though the manifest names it; {fix}")
     size_bytes = path.stat().st_size
     if size_bytes != entry.size_bytes:
         raise UserError(
-            f"{path} has {size_bytes} bytes, the manifest says {entry.size_bytes}; {mend}"
+            f"{path} has {size_bytes} bytes, the manifest says {entry.size_bytes}; {fix}"
         )
     if hashed and sha256_of(path) != entry.sha256:
-        raise UserError(f"{path} has changed since it was made (SHA-256 differs); {mend}")
+        raise UserError(f"{path} has changed since it was made (SHA-256 differs); {fix}")

@@ -164,13 +164,13 @@ ENGINE_LAYER_TENSORS = (
 )
 
 ENGINE_FIRST_TENSORS = (EngineTensor("transformer.vocab_embedding.weight", (EMBED_TOKENS,)),)
-"""On the first pipeline stage."""
+"""Tensors of the first pipeline stage alone."""
 
 ENGINE_LAST_TENSORS = (
     EngineTensor("transformer.ln_f.weight", (FINAL_NORM,)),
     EngineTensor("lm_head.weight", (LM_HEAD,), "column"),
 )
-"""On the last pipeline stage."""
+"""Tensors of the last pipeline stage alone."""
 
 ENGINE_TOP_TENSORS = ENGINE_FIRST_TENSORS + ENGINE_LAST_TENSORS
 

@@ -32,5 +32,5 @@ def as_its_own_error(where: str, what_is_wrong: str, remedy: str) -> Iterator[No
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error)
         lines = reason.splitlines() or [""]
-        told = lines[0].split("<_io.")[0].strip()[:_SHOWN_CHARACTERS] or type(error).__name__
-        raise UserError(f"{where} {what_is_wrong} ({told}); {remedy}") from None
+        reason = lines[0].split("<_io.")[0].strip()[:_SHOWN_CHARACTERS] or type(error).__name__
+        raise UserError(f"{where} {what_is_wrong} ({reason}); {remedy}") from None

@@ -176,8 +176,8 @@ def _indices(
         yield from range(number)
         return
     if not 1 <= rules.page <= number:
-        told = "1 page" if number == 1 else f"{number} pages or frames"
-        raise UserError(f"{where} has {told}, expected a page {rules.page}; choose another")
+        found = "1 page" if number == 1 else f"{number} pages or frames"
+        raise UserError(f"{where} has {found}, expected a page {rules.page}; choose another")
     yield rules.page - 1
 
 

@@ -34,9 +34,9 @@ def is_heic(head: bytes) -> bool:
 def remedy(head: bytes) -> str:
     """What helps somebody whose file is no picture: the end of a message."""
     start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    for beginnings, told in _NO_PICTURES:
+    for beginnings, advice in _NO_PICTURES:
         if start.startswith(tuple(beginning.lower() for beginning in beginnings)):
-            return told
+            return advice
     is_avi = (head[:4], head[8:12]) == (b"RIFF", b"AVI ")
     if is_avi or (_brands(head) and not _brands(head) & _PICTURE_BRANDS):
         return "it is a video; give frames of it"

@@ -180,7 +180,7 @@ class EnginePlan:
         return {**values, "total_bytes": self.total_bytes, "limits": self.limits.to_json()}
 
     def lines(self) -> list[str]:
-        """For people, largest things first named."""
+        """The plan as lines for people, the largest parts first."""
         rows = [
             ("decoder weights", self.decoder_weight_bytes),
             ("vision weights", self.vision_weight_bytes),

@@ -37,81 +37,81 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Lack:
+class Missing:
     """What keeps a target from a machine, and what to do about it."""
 
-    missing: str
-    mend: str
+    what: str
+    fix: str
 
 
 def compute_capability(device: torch.device | int) -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
-def decoder_lacks(target: Decoder, machine: Machine) -> list[Lack]:
+def missing_for_decoder(target: Decoder, machine: Machine) -> list[Missing]:
     """Everything that keeps `target` from being built and run on `machine`."""
-    return _lacks(_DECODER_NEEDS[target], machine)
+    return _missing(_DECODER_NEEDS[target], machine)
 
 
-def vision_lacks(target: Vision, machine: Machine) -> list[Lack]:
-    return _lacks(_VISION_NEEDS[target], machine)
+def missing_for_vision(target: Vision, machine: Machine) -> list[Missing]:
+    return _missing(_VISION_NEEDS[target], machine)
 
 
-def told(lacks: list[Lack]) -> str:
+def in_one_line(missing: list[Missing]) -> str:
     """All of them in one line."""
-    return "; ".join(f"{lack.missing}: {lack.mend}" for lack in lacks)
+    return "; ".join(f"{each.what}: {each.fix}" for each in missing)
 
 
-Need = Callable[[Machine], Lack | None]
+Need = Callable[[Machine], Missing | None]
 
 
-def _lacks(needs: tuple[Need, ...], machine: Machine) -> list[Lack]:
-    return [lack for need in needs if (lack := need(machine)) is not None]
+def _missing(needs: tuple[Need, ...], machine: Machine) -> list[Missing]:
+    return [found for need in needs if (found := need(machine)) is not None]
 
 
 def _package(name: str, install: str) -> Need:
-    def need(_: Machine) -> Lack | None:
+    def need(_: Machine) -> Missing | None:
         if importlib.util.find_spec(name) is not None:
             return None
-        return Lack(f"{name} is not installed", install)
+        return Missing(f"{name} is not installed", install)
 
     return need
 
 
-def _tensorrt_llm(_: Machine) -> Lack | None:
+def _tensorrt_llm(_: Machine) -> Missing | None:
     if not tensorrt_llm_package.is_installed():
-        return Lack("tensorrt_llm is not installed", tensorrt_llm_package.INSTALL)
+        return Missing("tensorrt_llm is not installed", tensorrt_llm_package.INSTALL)
     version = tensorrt_llm_package.installed_version()
     if version is None or tensorrt_llm_package.is_supported(version):
         return None
     expected = tensorrt_llm_package.SUPPORTED
-    return Lack(
+    return Missing(
         f"tensorrt_llm {version} is installed, expected {expected}", tensorrt_llm_package.INSTALL
     )
 
 
-def _gpu(machine: Machine) -> Lack | None:
+def _gpu(machine: Machine) -> Missing | None:
     if machine.capabilities:
         return None
-    return Lack(
+    return Missing(
         "torch sees or may use no GPU", "run on the one it is for, with a CUDA build of torch"
     )
 
 
-def _hopper(machine: Machine) -> Lack | None:
+def _hopper(machine: Machine) -> Missing | None:
     if machine.has_hopper or not machine.capabilities:  # `_gpu` reports no GPU
         return None
     found = ", ".join(machine.capabilities)
-    return Lack(
+    return Missing(
         f"the GPU has compute capability {found}, its FP8 engines are for Hopper ({HOPPER})",
         "run on an H100, H200 or GH200",
     )
 
 
-def _rtx_gpu(machine: Machine) -> Lack | None:
+def _rtx_gpu(machine: Machine) -> Missing | None:
     if machine.is_cross or any(found != HOPPER for found in machine.capabilities):
         return None
-    return Lack(
+    return Missing(
         "it runs on RTX GPUs only (Turing to Blackwell, not Hopper), and torch sees none",
         "build here for one of those with --compute_capability, and run there",
     )

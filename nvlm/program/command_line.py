@@ -37,8 +37,8 @@ _OTHER_WORDS = {
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names defaults that are values; None and switches need none. The usage line has the required
-    flags alone: the groups below it list all."""
+    """Names a default that is one value. None and switches need none, and a flag of several values
+    names its own. The usage line has the required flags alone: the groups below it list all."""
 
     def add_usage(
         self,
@@ -54,7 +54,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().add_usage(usage, shown, groups, prefix)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, []) or isinstance(action.default, Path):
+        if action.default in (None, False) or isinstance(action.default, (list, Path)):
             return action.help
         return super()._get_help_string(action)
 
@@ -124,7 +124,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return found
 
     def _flags(self) -> set[str]:
-        """Those of its subcommands too."""
+        """Its flags, and those of its subcommands."""
         names = set(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):

@@ -151,8 +151,10 @@ class StrictReader:
         for key in [*expected, *self.values]:
             found, wanted = self.values.get(key, ...), expected.get(key, ...)
             if found != wanted:
-                told = ["absent" if value is ... else shown(value) for value in (found, wanted)]
-                raise UserError(f"{self._where(key)} is {told[0]}, expected {told[1]}")
+                is_now, should_be = (
+                    "absent" if value is ... else shown(value) for value in (found, wanted)
+                )
+                raise UserError(f"{self._where(key)} is {is_now}, expected {should_be}")
 
     def string(self, key: str) -> str:
         value = self._get(key)

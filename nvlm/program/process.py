@@ -133,7 +133,7 @@ def set_up_signals() -> None:
 
 
 def die_of_sigterm() -> None:
-    """From now on SIGTERM ends the process at once and without a word."""
+    """Lets SIGTERM end the process at once and without a word, from now on."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -19,8 +19,8 @@ class Restarts:
         self._clock = clock
         self._times: list[float] = []
 
-    def again(self, told: str, *notes: str) -> None:
-        """Counts another start, and says on stderr why there is one: `told`, then `notes`.
+    def again(self, reason: str, *notes: str) -> None:
+        """Counts another start, and says on stderr why there is one: `reason`, then `notes`.
 
         Raises `PartDiedError` where there were too many.
         """
@@ -31,6 +31,6 @@ class Restarts:
                 f"that was start {MOST + 1} within {WITHIN_S / 60:.0f} minutes, and another one "
                 "would not help"
             )
-            raise PartDiedError("; ".join((told, refusal, *notes)))
+            raise PartDiedError("; ".join((reason, refusal, *notes)))
         self._times.append(now)
-        print("starting again:", "; ".join((told, *notes)), file=sys.stderr, flush=True)
+        print("starting again:", "; ".join((reason, *notes)), file=sys.stderr, flush=True)

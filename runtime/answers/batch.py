@@ -21,7 +21,7 @@ from runtime.requests.request_file import RequestLine
 from runtime.requests.types import GenerationRequest
 from runtime.serving.runner import Runner
 
-_MAX_TOLD = 20
+_MAX_NAMED = 20
 
 
 def run_batch(runner: Runner, lines: list[RequestLine], output: Path) -> int:
@@ -57,8 +57,8 @@ def summary(num_requests: int, output: Path) -> str:
     failed = failed_ids(output)
     if not failed:
         return f"{requests}, 0 failed"
-    ids = ", ".join(shortened(json.dumps(each, ensure_ascii=False)) for each in failed[:_MAX_TOLD])
-    more = f" and {len(failed) - _MAX_TOLD} more" if len(failed) > _MAX_TOLD else ""
+    ids = ", ".join(shortened(json.dumps(each, ensure_ascii=False)) for each in failed[:_MAX_NAMED])
+    more = f" and {len(failed) - _MAX_NAMED} more" if len(failed) > _MAX_NAMED else ""
     return (
         f"{requests}, {len(failed)} failed: {'id' if len(failed) == 1 else 'ids'} {ids}{more} in "
         f"{output}; run the same command to ask again"

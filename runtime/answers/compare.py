@@ -71,16 +71,16 @@ class Difference:
 
     def line(self) -> str:
         if self.first_differing_token is None:
-            told = "1 token" if self.num_tokens == 1 else f"all {self.num_tokens} tokens"
-            told += " equal"
+            text = "1 token" if self.num_tokens == 1 else f"all {self.num_tokens} tokens"
+            text += " equal"
         else:
-            told = f"token {self.first_differing_token} of {self.num_tokens} differs"
+            text = f"token {self.first_differing_token} of {self.num_tokens} differs"
             if self.margin is not None:
-                told += f" (preferred by {self.margin:.1f} x the largest logit difference)"
+                text += f" (preferred by {self.margin:.1f} x the largest logit difference)"
         for name, error in (("vision", self.vision_error), ("logits", self.logit_error)):
             if error is not None:
-                told += f", {name} {error:.1e}"
-        return told
+                text += f", {name} {error:.1e}"
+        return text
 
 
 class _RowsFile:

@@ -117,11 +117,11 @@ def require_same(then: dict[str, Any], now: dict[str, Any], path: Path, flag: st
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value then, value now) of each setting that differs; "unset" where it is neutral."""
 
-    def told(values: dict[str, Any], name: str) -> str:
+    def value_in(values: dict[str, Any], name: str) -> str:
         return shown(values[name]) if name in values else "unset"
 
     return [
-        (name, told(then, name), told(now, name))
+        (name, value_in(then, name), value_in(now, name))
         for name in {**now, **then}
         if then.get(name, MISSING) != now.get(name, MISSING)
     ]
@@ -176,7 +176,7 @@ def settings_of(request: GenerationRequest) -> dict[str, Any]:
 
     A setting at its neutral value is left out, so a setting that is added later changes nothing.
     """
-    told = {}
+    settings = {}
     for each in fields(request):
         if each.name in ("content", "history", "sampling", "guide"):
             continue
@@ -187,30 +187,30 @@ def settings_of(request: GenerationRequest) -> dict[str, Any]:
         if each.name in _ALWAYS or value != default:
             value = sorted(value) if isinstance(value, frozenset) else value
             value = asdict(value) if isinstance(value, PictureRules) else value
-            told[each.name] = list(value) if isinstance(value, tuple) else value
+            settings[each.name] = list(value) if isinstance(value, tuple) else value
     guide = request.guide
     if guide is not None:
-        told[guide.name] = guide.text or True
-    return {**told, **non_neutral(request.sampling)}
+        settings[guide.name] = guide.text or True
+    return {**settings, **non_neutral(request.sampling)}
 
 
 def _digest(line: RequestLine) -> str:
     """A digest of what decides the answer: what is asked, the images' names as the line has them,
     and every setting. Neither the folder nor the order of the fields counts."""
-    told: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     if isinstance(line.request, GenerationRequest):
         *history, question = (
-            (turn.role, [_told(part, line.folder) for part in turn.content])
+            (turn.role, [_content_of(part, line.folder) for part in turn.content])
             for turn in line.request.turns
         )
-        told = {"content": question[1], **settings_of(line.request)}
+        content = {"content": question[1], **settings_of(line.request)}
         if history:  # left out otherwise, as in records older than conversations
-            told["history"] = history
-    text = json.dumps(told, sort_keys=True)
+            content["history"] = history
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]
 
 
-def _told(part: Any, folder: Path) -> Any:
+def _content_of(part: Any, folder: Path) -> Any:
     """Text as it is, an image as an object."""
     if isinstance(part, bytes):
         return {"image_sha256": hashlib.sha256(part).hexdigest()}
@@ -254,8 +254,8 @@ def _fault_in(
         kinds = dict if isinstance(expected, Mapping) else expected
         if not isinstance(value, kinds) or isinstance(value, bool):
             names = kinds if isinstance(kinds, tuple) else (kinds,)
-            told = " or ".join(kind.__name__ for kind in names)
-            return f"has {key} {shown(value)}, expected {told}"
+            expected_types = " or ".join(kind.__name__ for kind in names)
+            return f"has {key} {shown(value)}, expected {expected_types}"
         if isinstance(expected, Mapping):
             inner: dict[str, Any] = values[key]
             fault = _fault_in(inner, expected, optional, key in _MAY_HOLD_MORE)

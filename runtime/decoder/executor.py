@@ -84,7 +84,7 @@ class StepOutput:
 
 
 SERVICE_STEP_MS = 30.0
-"""Of a server on a GPU, by decision 144 (docs/decisions/decoder.md)."""
+"""The default --max_step_ms of a server on a GPU: decision 144 (docs/decisions/decoder.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +144,8 @@ def warm_up(executor: DecoderExecutor) -> None:
 
 
 WaitCause = Literal["place", "blocks", "equal_prompt", "step"]
-"""What the first request that waits in the decoder lacks: a place in the batch, KV blocks, blocks
-that a request with the same prompt still computes, or room in the step."""
+"""What the decoder's first waiting request waits for: a place in the batch, KV blocks, blocks that
+a request with the same prompt still computes, or room in the step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,14 +67,14 @@ class InFlightStep:
         return values
 
     def logprobs_of_rows(self) -> list[TokenLogprobs | None]:
-        """After `tolist`: one for each sequence, None where it asks for none."""
+        """One for each sequence, None where it asks for none. Call it after `tolist`."""
         found: list[TokenLogprobs | None] = [None] * len(self.sequences)
         if self.logprobs is not None:
             wanted = [self.sequences[row].request.sampling for row in self.logprob_rows]
-            told = (self._host_logprobs or self.logprobs).tolist(
+            wanted_logprobs = (self._host_logprobs or self.logprobs).tolist(
                 [each.top_logprobs for each in wanted]
             )
-            for row, logprobs in zip(self.logprob_rows, told, strict=True):
+            for row, logprobs in zip(self.logprob_rows, wanted_logprobs, strict=True):
                 found[row] = logprobs
         return found
 

@@ -33,7 +33,7 @@ class LogprobRows:
         return self.chosen, self.top_values, self.top_ids
 
     def tolist(self, num_top: Items[int]) -> list[TokenLogprobs]:
-        """As many of the likeliest for each row as it wants."""
+        """Lists for each row as many of the likeliest tokens as it wants."""
         chosen, values, ids = (tensor.tolist() for tensor in self.tensors)
         return [
             TokenLogprobs(
@@ -69,8 +69,8 @@ def _take_prompt(sequence: Sequence, rows: torch.Tensor, vocab_size: int) -> Non
     followers = sequence.request.token_ids[first : first + len(rows)]
     targets = torch.tensor(followers, dtype=torch.int64).clamp(max=vocab_size - 1)
     found = LogprobRows.of(rows[: len(followers)], targets.to(rows.device), num_top)
-    told = found.tolist([num_top] * len(followers))
+    listed = found.tolist([num_top] * len(followers))
     sequence.prompt_logprobs += [
         logprobs if token_id < vocab_size else None
-        for token_id, logprobs in zip(followers, told, strict=True)
+        for token_id, logprobs in zip(followers, listed, strict=True)
     ]

@@ -29,7 +29,7 @@ from runtime.decoder.guidance import Matcher
 from runtime.decoder.step_bound import StepBound
 
 UNKNOWN_TOKEN = -1
-"""In the place of a token that is being computed."""
+"""Stands for a token that is being computed."""
 
 MAX_PROMPT_LOGITS = 256
 """Of a prompt whose log probabilities are wanted, so many tokens in a step: their logits are 156 MB
@@ -44,7 +44,7 @@ def max_num_blocks(limits: EngineLimits) -> int:
 @dataclass(eq=False, slots=True)
 class Sequence:
     """A request on its way: `num_cached` of its tokens are in the cache, or will be after the steps
-    that are under way, whose tokens are unknown; the next step computes `num_scheduled` more.
+    in flight, whose tokens are unknown; the next step computes `num_scheduled` more.
     image_keys: one a prompt token (image_ids.py), none for text alone. `keys` are those of its
     blocks that are full and registered. matcher: of its guide, if it has one."""
 
@@ -100,7 +100,7 @@ class Sequence:
 
     @property
     def max_num_scheduled(self) -> int:
-        """Of its own tokens in a step."""
+        """The most of its own tokens that a step may compute."""
         return MAX_PROMPT_LOGITS if self.wants_prompt_logprobs else self.max_num_tokens
 
     @property

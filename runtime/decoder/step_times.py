@@ -61,10 +61,10 @@ def measure_step_bound(
     if not curves:
         return None
     bound = StepBound.of(max_ms, curves)
-    told = ", ".join(f"{bound.most_prompt_tokens(rows)} beside {rows}" for rows in curves)
+    bounds = ", ".join(f"{bound.most_prompt_tokens(rows)} beside {rows}" for rows in curves)
     log.info(
         "prompt tokens of a step within %g ms: %s that decode (measured in %.1f s)",
-        *(max_ms, told, time.perf_counter() - begun),
+        *(max_ms, bounds, time.perf_counter() - begun),
     )
     return bound
 

@@ -170,8 +170,8 @@ class TensorrtLlmDecoderExecutor:
         logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
         if request.sampling.logprobs and token_ids:
             # All that it has so far, of which the last are these tokens'.
-            told = result.log_probs[0][-len(token_ids) :]
-            logprobs = [TokenLogprobs(float(logprob)) for logprob in told]
+            values = result.log_probs[0][-len(token_ids) :]
+            logprobs = [TokenLogprobs(float(logprob)) for logprob in values]
         for token_id, row, logprob in zip(token_ids, rows, logprobs, strict=False):
             if token_id in request.stop_ids:
                 return [*outputs, StepOutput(request_id, None, "stop", row)]

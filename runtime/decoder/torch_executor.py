@@ -90,7 +90,7 @@ class TorchDecoderExecutor:
 
     @property
     def scheduler(self) -> Scheduler:
-        """For metrics and tests."""
+        """The scheduler, for metrics and tests."""
         return self._scheduler
 
     def counts(self) -> DecoderCounts:
@@ -127,9 +127,9 @@ class TorchDecoderExecutor:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Launches the step after the one it returns first, where that one's tokens need not be
-        known for it: the device goes on while the host hands them out. Where a guide has to see
-        those tokens, it goes on with the forward pass, and draws when the masks are there."""
+        """Returns a step's tokens, and launches the step after it first where that needs no known
+        tokens: the device computes while the host hands them out. Where a guide has to see those
+        tokens, it launches the forward pass first, and draws when the masks are there."""
         while True:
             if self._in_flight is None:
                 self._in_flight = self._launch()
@@ -146,7 +146,7 @@ class TorchDecoderExecutor:
                 return outputs
 
     def _launch(self) -> InFlightStep | None:
-        """The next step that draws tokens, after chunks of prompts that go on."""
+        """The next step that draws tokens, after chunks of unfinished prompts."""
         while sequences := self._scheduler.schedule():
             drawing = [sequence for sequence in sequences if sequence.is_last_chunk]
             logits = self._model.forward([SequenceStep.of(sequence) for sequence in sequences])
@@ -233,7 +233,7 @@ class TorchDecoderExecutor:
     def _land(self, in_flight: InFlightStep) -> list[StepOutput]:
         """Waits for the tokens, and hands them to those who have not left meanwhile."""
         token_ids = in_flight.tolist()
-        told = zip(
+        rows = zip(
             in_flight.sequences,
             token_ids,
             in_flight.logits,
@@ -242,7 +242,7 @@ class TorchDecoderExecutor:
         )
         return [
             self._take(sequence, token_id, logits, logprobs)
-            for sequence, token_id, logits, logprobs in told
+            for sequence, token_id, logits, logprobs in rows
             if not sequence.has_left
         ]
 

@@ -79,10 +79,11 @@ def keep_kernels(cache: Path, engine_dir: Path, about: About) -> int:
 
 
 def use_kernels(engine_dir: Path, cache: Path, about: About) -> int:
-    """Copies what an engine keeps and Triton's `cache` lacks, each key's folder at once; how many.
+    """Copies the kernels of an engine that are missing in Triton's `cache`. Returns their number.
 
-    Of an engine without kernels, with other ones than `about` says, or with files that others may
-    write, none. A cache that cannot be written is Triton's to report.
+    It copies each key's folder at once. It copies none from an engine without kernels, with other
+    ones than `about` says, or with files that others may write. Triton reports a cache that cannot
+    be written.
     """
     place = engine_dir / layout.KERNELS
     try:

@@ -65,7 +65,7 @@ class LoadAhead:
             )  # fmt: skip
 
     def join(self) -> None:
-        """Before a capture ends."""
+        """Call this before a capture ends."""
         if self._branch is not None and self._is_open:
             torch.cuda.current_stream().wait_stream(self._branch)
             self._is_open = False

@@ -89,8 +89,8 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        is_told = isinstance(error, UserError | PartDiedError | OSError)
-        if isinstance(error, Exception) and not is_told:
+        is_reported = isinstance(error, UserError | PartDiedError | OSError)
+        if isinstance(error, Exception) and not is_reported:
             return  # `_fail` says where
         if error is not None:
             self._abort()
@@ -185,6 +185,6 @@ class Job:
         end(1)
 
     def _abort(self) -> None:
-        """Before `end` with a code other than 0."""
+        """Call this before `end` with a code other than 0."""
         if self._watch is not None:
             self._watch.abort()

@@ -122,7 +122,7 @@ class ProcessGroup:
         return x
 
     def _exchange(self, operation: Callable[..., object], x: torch.Tensor, rank: int) -> None:
-        """As a batch of one: torch warns of NCCL's sends and receives outside a batch."""
+        """Exchanges a batch of one: torch warns of NCCL's sends and receives outside a batch."""
         with _with_peers():
             for work in dist.batch_isend_irecv([dist.P2POp(operation, x, rank)]):
                 work.wait()
@@ -138,8 +138,9 @@ class ProcessGroup:
 
     @contextmanager
     def leading(self, name: str, message: object) -> Iterator[None]:
-        """On the leader: workers do `name` with `message` while the block does the leader's part.
-        One at a time, from any thread."""
+        """Lets workers do `name` with `message` while the block does the leader's part.
+
+        The leader calls it, from any thread; one block runs at a time."""
         with self._lock:
             if self._is_broken:
                 raise PeerError("an earlier failure left the ranks at different places")
@@ -149,7 +150,7 @@ class ProcessGroup:
             self._is_broken = False
 
     def follow(self) -> None:
-        """On a worker: does what the leader leads, until it closes."""
+        """Does what the leader leads, until it closes. A worker calls it."""
         while True:
             name, message = self._receive_message()
             if name == _CLOSE:
@@ -158,7 +159,7 @@ class ProcessGroup:
             self._work[name](message)
 
     def close(self) -> None:
-        """On the leader: ends the workers' `follow`, unless a failure is ending them anyway."""
+        """Ends the workers' `follow`, unless a failure is ending them. The leader calls it."""
         if not self._is_broken:
             with self.leading(_CLOSE, None):
                 self._end()

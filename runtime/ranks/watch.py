@@ -93,7 +93,7 @@ class Watch:
             self._connection.sendall(f"{name}\n".encode())
 
     def leave(self) -> None:
-        """Before a rank ends as it should."""
+        """Call this before a rank ends in order."""
         self.phase(_LEAVE)
 
     def abort(self) -> None:
@@ -102,9 +102,9 @@ class Watch:
 
     def _end_with_others(self) -> None:
         try:
-            while told := self._connection.recv(1):
+            while received := self._connection.recv(1):
                 self.has_lost_rank = True
-                if told == _END:
+                if received == _END:
                     os._exit(self._end_code)
         except OSError:
             return

@@ -48,14 +48,14 @@ def add_request_flags(
 def add_guide_flags(parser: ArgumentParser) -> None:
     """Adds the group "guided answers": what the answer must match."""
     add = parser.add_argument_group("guided answers", "Give one of these at most.").add_argument
-    forms: dict[str, dict[str, Any]] = {
+    keywords: dict[str, dict[str, Any]] = {
         "json_schema": {"type": _schema, "metavar": "FILE"},
         "json_object": {"action": "store_true", "default": None},
         "choice": {"nargs": "+"},
         "grammar": {"type": _grammar, "metavar": "FILE"},
     }
     for kind in GUIDES:
-        add(f"--{kind.name}", help=kind.help, **forms.get(kind.name, {}))
+        add(f"--{kind.name}", help=kind.help, **keywords.get(kind.name, {}))
 
 
 def request_of(arguments: argparse.Namespace) -> GenerationRequest:

@@ -223,7 +223,7 @@ class SamplingParams:
         return replace(self, seed=secrets.randbits(_DRAWN_SEED_BITS))
 
     def with_seed_of(self, index: int) -> SamplingParams:
-        """Those of the answer `index` of n."""
+        """The settings of the answer `index` of n."""
         if self.seed is None or index == 0:
             return self
         return replace(self, seed=(self.seed + index) % NUM_SEEDS)

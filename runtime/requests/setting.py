@@ -170,7 +170,7 @@ class Biases(Setting):
 
 
 def _json_object(text: str) -> Any:
-    """For argparse, which puts the flag before the message."""
+    """A JSON object. Its errors are for argparse, which puts the flag before the message."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

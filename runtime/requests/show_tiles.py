@@ -62,7 +62,7 @@ def _draw_image(image: TiledImage) -> Image.Image:
 
 
 def _font(tag: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """As large as the tag fits over its tile, 16 pixels at most."""
+    """The font in which the tag just fits over its tile, 16 pixels high at most."""
     for size in range(16, 6, -1):
         font = ImageFont.load_default(size)
         if font.getlength(tag) <= width:

@@ -62,7 +62,7 @@ def lead(
 
 
 def _parse(cache: Path) -> Program:
-    """On every rank."""
+    """Reads the command line. Every rank does."""
     parser = ArgumentParser((__doc__ or "").partition("\n")[0])
     add_engine_flags(parser)
     arguments = parser.parse_args()

@@ -95,7 +95,7 @@ class Intake:
         def run() -> None:
             try:
                 work(part, *queues)
-            except BaseException as error:  # a ticket is lost, and whoever watches is told
+            except BaseException as error:  # a ticket is lost, and the watch learns why
                 logger.exception("%s ended", name)
                 part.error = error
 

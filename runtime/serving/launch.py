@@ -41,7 +41,7 @@ def add_engine_flags(parser: ArgumentParser, *, is_service: bool = False) -> Non
     """The flags that say which engine runs, on what and how. is_service: answers are streamed to
     people who wait for each token."""
     add = parser.add_argument_group("engine").add_argument
-    add("--engine_dir", type=Path, required=True, help="made by build_engine.py")
+    add("--engine_dir", type=Path, required=True, help="engine directory, made by build_engine.py")
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),

@@ -65,7 +65,7 @@ class Loop:
         self._running: dict[int, Draft] = {}  # by the decoder's id
         self._when_idle: Callable[[], None] | None = None
         self.part = Part("the decoder's thread")  # which thread that is, who takes the turns says
-        self.has_failed_step = False  # the last one; what broke was told to all in it
+        self.has_failed_step = False  # the last one; all in it got the error
         self._intake = Intake(stages, num_preparing, self.deliver)
 
     @property
@@ -284,7 +284,7 @@ class Loop:
         )
 
     def _step(self) -> None:
-        """What breaks in a step is told to all in it."""
+        """An error in a step goes to all requests in it."""
         begun = time.perf_counter()
         try:
             outputs = self.stages.decoder.step()

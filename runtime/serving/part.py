@@ -27,7 +27,7 @@ class Part:
 
     @property
     def is_stuck(self) -> bool:
-        """Of a failed server: whether its thread may never end."""
+        """Whether the thread of a failed server may never end."""
         return self.is_at_work and self.thread is not None and self.thread.is_alive()
 
     def rest(self) -> None:

@@ -50,7 +50,7 @@ def require_server_types(request: GenerationRequest) -> None:
 
 
 def require_server_type(data: bytes, name: str) -> None:
-    """Raises `UserError` for a file of another type. An empty one is told where it is read."""
+    """Raises `UserError` for a file of another type. The reader reports an empty one."""
     head = data[:HEAD_BYTES]
     is_read = any(matches(head) for matches in SERVER_PICTURE_TYPES.values())
     if data and (not is_read or is_heic(head) or is_pdf(head)):

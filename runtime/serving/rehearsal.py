@@ -47,7 +47,7 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
     {"json_object": True},
     {"regex": "[a-z]+"},
 )
-"""Of a request each: a decoder that refuses one refuses that alone."""
+"""The settings of one request each: a decoder that refuses one setting refuses only that."""
 
 
 def rehearse(server: Server, limit_s: float = LIMIT_S) -> None:
@@ -77,7 +77,7 @@ def _rounds(runner: Runner) -> Iterator[list[GenerationRequest]]:
 
 
 def _columns(runner: Runner) -> list[int]:
-    """Of the pictures. On a GPU every number of tiles has a graph of its own."""
+    """Columns of tiles of each picture. On a GPU every number of tiles has a graph of its own."""
     most = runner.engine.tiling.max_num_tiles
     return list(range(1, most + 1)) if runner.device.type == "cuda" else sorted({1, most})
 

@@ -2,7 +2,7 @@
 
 A picture that is decoded or encoded stops nobody's tokens, and what is accepted and not yet
 answered is bounded. A thread that dies or hangs ends the server: its requests are answered with
-the reason, and whoever opened it is told.
+the reason, and `on_end` is called with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _REST_PER_PROBE = 100.0  # a probe takes a hundredth of the time, at most
 
 
 def _nobody(_: Exception) -> None:
-    """Whoever asks `failure` needs not be told."""
+    """The default `on_end`: whoever asks `failure` needs no call."""
 
 
 class Server:
@@ -43,8 +43,9 @@ class Server:
     At most max_batch_size + `max_queue_size` requests are open; `num_preparing` threads decode
     images, each holding one picture (up to MAX_IMAGE_PIXELS) at a time.
 
-    on_end: hears once, from another thread, why the server cannot go on, when all that was open has
-    been answered with it: a `UserError`, as for an engine that was changed, else a `PartDiedError`.
+    on_end: is called once, from another thread, with the reason why the server ends, after all open
+    requests were answered with it: a `UserError`, as for an engine that was changed, else a
+    `PartDiedError`.
     hang_after_s: without progress a thread hangs; None is the plan's limit for its work.
     """
 
@@ -151,10 +152,10 @@ class Server:
             logger.exception("the decoder's thread ended")
             self._loop.part.error = error
             # Before it is ready, whoever opens the server gets what happened itself.
-            told = died(self._loop.part)
+            reason = died(self._loop.part)
             if isinstance(error, Exception) and not self._is_prepared.is_set():
-                told = error
-            self._loop.stop(told)
+                reason = error
+            self._loop.stop(reason)
         finally:
             self._is_prepared.set()
 

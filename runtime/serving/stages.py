@@ -172,5 +172,5 @@ class Stages:
 
 def bad_word_ids(tokenizer: Tokenizer, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     """The tokens of each word, at the beginning of a text and after a space."""
-    forms = [form for word in words for form in (word, f" {word.lstrip(' ')}")]
-    return tuple(dict.fromkeys(tuple(tokenizer.encode(form)) for form in forms))
+    texts = [text for word in words for text in (word, f" {word.lstrip(' ')}")]
+    return tuple(dict.fromkeys(tuple(tokenizer.encode(text)) for text in texts))

@@ -131,7 +131,7 @@ class Draft:
         if self.first_token is None:
             self.first_token = self.last_token
         if output.prompt_logprobs is not None:
-            self.ticket.prompt_logprobs = self._told_of_prompt(output.prompt_logprobs)
+            self.ticket.prompt_logprobs = self._prompt_logprobs_of(output.prompt_logprobs)
         if output.num_reused_tokens is not None and self.index == 0:
             self.ticket.num_reused_tokens = output.num_reused_tokens
         text = ""
@@ -141,7 +141,7 @@ class Draft:
             may_stop = len(self.token_ids) >= self.ticket.request.sampling.min_tokens
             text = self.stream.push(output.token_id, may_stop=may_stop)
             if output.logprobs is not None:
-                logprobs = (self._told(output.token_id, output.logprobs),)
+                logprobs = (self._token_logprob(output.token_id, output.logprobs),)
                 self.logprobs += logprobs
         self.finish_reason = "stop" if self.stream.stopped else output.finish_reason
         if self.finish_reason is None:
@@ -158,7 +158,7 @@ class Draft:
 
     def choice(self) -> Choice:
         """Once it is whole."""
-        assert self.finish_reason is not None, "the answer goes on"
+        assert self.finish_reason is not None, "the answer is not finished"
         return Choice(
             self.stream.text,
             self.token_ids,
@@ -168,11 +168,14 @@ class Draft:
             self.logprobs if self.ticket.request.sampling.logprobs else None,
         )
 
-    def _told_of_prompt(self, found: list[TokenLogprobs | None]) -> list[TokenLogprob | None]:
+    def _prompt_logprobs_of(self, found: list[TokenLogprobs | None]) -> list[TokenLogprob | None]:
         pairs = zip(self.ticket.prompt_ids, found, strict=True)
-        return [None if each is None else self._told(token_id, each) for token_id, each in pairs]
+        return [
+            None if each is None else self._token_logprob(token_id, each)
+            for token_id, each in pairs
+        ]
 
-    def _told(self, token_id: int, found: TokenLogprobs) -> TokenLogprob:
+    def _token_logprob(self, token_id: int, found: TokenLogprobs) -> TokenLogprob:
         likeliest = [LikelyToken(each, self._text(each), logprob) for each, logprob in found.top]
         return TokenLogprob(token_id, self._text(token_id), found.logprob, likeliest)
 

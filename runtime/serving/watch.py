@@ -1,4 +1,4 @@
-"""Watches a server's threads: one that is dead, or hangs, is told once.
+"""Watches a server's threads, and reports each that is dead or hangs once.
 
 Dead ones are seen at the next look. One that hangs has made no progress in as many looks as its
 limit has. Looks are counted, not seconds: where the machine sleeps, or is too busy to look, no time
@@ -62,7 +62,7 @@ class Watch:
             self._thread.join()
 
     def look(self) -> Exception | None:
-        """Why the server cannot go on, if it cannot."""
+        """Why the server must end, if it must."""
         for part in tuple(self._parts):
             if part.thread is not None and not part.thread.is_alive():
                 return died(part)
@@ -96,17 +96,17 @@ class Watch:
 
 
 def died(part: Part) -> Exception:
-    """What is told of a part whose thread has ended, or is about to."""
+    """The error that reports a part whose thread has ended, or is about to."""
     if isinstance(part.error, UserError):
         return part.error
     why = "" if part.error is None else f": {type(part.error).__name__}: {part.error}"
-    told = PartDiedError(f"{part.name} has ended{why}")
-    told.__cause__ = part.error
-    return told
+    error = PartDiedError(f"{part.name} has ended{why}")
+    error.__cause__ = part.error
+    return error
 
 
 def _log_place(part: Part) -> None:
-    """Where its thread stands, for who has to find out why it does."""
+    """Logs where the thread of `part` stands, for whoever has to find out why."""
     ident = None if part.thread is None else part.thread.ident
     frame = None if ident is None else sys._current_frames().get(ident)
     if frame is not None:

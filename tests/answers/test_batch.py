@@ -633,8 +633,8 @@ class TestFailedLines:
     def test_the_summary_names_them_and_the_file(self, tmp_path: Path) -> None:
         output = tmp_path / "out.jsonl"
         self.failing(tmp_path, 1, 4)
-        told = f'6 requests, 2 failed: ids "id1", "id4" in {output}; run the same command to ask'
-        assert summary(6, output) == f"{told} again"
+        message = f'6 requests, 2 failed: ids "id1", "id4" in {output}; run the same command to ask'
+        assert summary(6, output) == f"{message} again"
         self.failing(tmp_path)
         assert summary(6, output) == "6 requests, 0 failed"
         lines = [{"prompt": f"q{i}"} for i in range(30)]

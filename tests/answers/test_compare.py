@@ -150,10 +150,10 @@ def test_only_what_both_saw_alike_is_compared() -> None:
 
 
 def test_one_token_is_no_plural() -> None:
-    for num_tokens, told in ((1, "1 token equal"), (2, "all 2 tokens equal")):
+    for num_tokens, message in ((1, "1 token equal"), (2, "all 2 tokens equal")):
         answer = run_of([7] * num_tokens, [[0.0, 1.0]] * num_tokens)
         (found,) = differences(answer, answer)
-        assert found.line().startswith(told)
+        assert found.line().startswith(message)
 
 
 def test_an_answer_that_ends_early_differs_where_it_ends() -> None:

@@ -175,8 +175,8 @@ def test_a_batch_ends_with_one_line_and_a_rerun_believes_it_no_more(
             ),
         )
         result = run_command(*command, tmp_path / "out")
-    told = one_line_error(result, RANK, "answers since then are refused", "build_engine.py")
-    assert "hard link" in told
+    got = one_line_error(result, RANK, "answers since then are refused", "build_engine.py")
+    assert "hard link" in got
     found = (tmp_path / "out").read_bytes().splitlines()
     expected = (tmp_path / "expected").read_bytes().splitlines()
     assert 0 < len(found) < NUM_REQUESTS

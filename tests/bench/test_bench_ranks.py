@@ -41,7 +41,7 @@ def test_two_ranks_go_through_the_phases_of_one(tmp_path: Path) -> None:
     phases = ("decode", "prefill", "first_token", "serving", "interactive")
     files = ("--one", one, "--output", output, "--profile", profile)
     load = ("--serving", "64/3/4/2", "--picture_rate", 4, "--seconds", 0.5, "--precisions", "FP8")
-    found, told = program(2, tmp_path, "bench.ranks", *phases, *TINY, *load, *files)
+    found, printed = program(2, tmp_path, "bench.ranks", *phases, *TINY, *load, *files)
     measured = {row["phase"]: row for row in found["rows"]}
     assert measured.keys() == {
         *("decode", "prefill", "prefill, busy", "prefill, new", "first, FP8", "served"),
@@ -55,7 +55,7 @@ def test_two_ranks_go_through_the_phases_of_one(tmp_path: Path) -> None:
     }
     (first,) = (row for row in found["rows"] if row["phase"] == "decode" and row["batch_size"] == 1)
     assert speed_ups == {("decode", 1): 5.0 / first["ms"]}
-    assert told.count(" times one\n") == 1
+    assert printed.count(" times one\n") == 1
     assert json.loads(output.read_text()) == found
     assert "2 layers, prompt of 40 tokens" in profile.read_text()
 

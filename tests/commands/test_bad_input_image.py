@@ -221,16 +221,16 @@ def test_a_refused_image_is_told_what_was_expected(
 
 
 @pytest.mark.parametrize(
-    ("num_images", "told"), [(1, "the image is not"), (2, "image 2 of 2 is not")]
+    ("num_images", "message"), [(1, "the image is not"), (2, "image 2 of 2 is not")]
 )
 def test_bytes_that_are_no_image_are_told_by_their_number(
-    engine_dir: Path, images: Images, num_images: int, told: str
+    engine_dir: Path, images: Images, num_images: int, message: str
 ) -> None:
     """As a client of Triton sends them; the last is damaged."""
     good = images("pixel_1x1.png").read_bytes()
     sources = (*[good] * (num_images - 1), b"no picture")
     engine = EngineDir.read(engine_dir)
-    with pytest.raises(UserError, match=f"^{told}"):
+    with pytest.raises(UserError, match=f"^{message}"):
         prepare(
             engine,
             Tokenizer(engine_dir / "tokenizer"),

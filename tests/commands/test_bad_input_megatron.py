@@ -491,10 +491,10 @@ def somewhere(place: str, evil: object) -> Edit:
 def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(
     tmp_path: Path, hf_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
 ) -> None:
-    evil, told = HOSTILE[name]
+    evil, message = HOSTILE[name]
     monkeypatch.chdir(tmp_path)
     write_megatron(hf_dir, tmp_path / "megatron", Layout(2), somewhere(place, evil))
-    convert_refused(tmp_path / "megatron", hf_dir, fragments=("mp_rank_01", FILE, told))
+    convert_refused(tmp_path / "megatron", hf_dir, fragments=("mp_rank_01", FILE, message))
     assert not Path("ran").exists()
 
 

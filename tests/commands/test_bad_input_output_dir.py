@@ -97,7 +97,7 @@ def test_a_foreign_directory_with_a_manifest_of_its_own_is_never_overwritten(
 
 
 @pytest.mark.parametrize(
-    ("free", "told"),
+    ("free", "message"),
     [
         (0, "0 bytes"),
         (99, "99 bytes"),
@@ -107,12 +107,12 @@ def test_a_foreign_directory_with_a_manifest_of_its_own_is_never_overwritten(
     ],
 )
 def test_little_space_is_not_told_as_nothing(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, told: str
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, message: str
 ) -> None:
     usage = shutil._ntuple_diskusage(free, 0, free)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     where = ("--model_dir", model_dir, "--output_dir", tmp_path / "new")
-    line = refused(tmp_path, CONVERT, *where, *PLAIN, fragments=(f"has {told} free",))
+    line = refused(tmp_path, CONVERT, *where, *PLAIN, fragments=(f"has {message} free",))
     (needed,) = re.findall(r"needs ([0-9.]+) [kM]B", line)
     assert float(needed) > 0
 

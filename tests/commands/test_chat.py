@@ -95,7 +95,7 @@ def test_clear_forgets_and_quit_ends(engine_dir: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("/help", "there is no /help, expected /image PATH, /clear, /quit; a question that"),
         ("/image", "/image names no picture"),
@@ -110,14 +110,14 @@ def test_clear_forgets_and_quit_ends(engine_dir: Path, monkeypatch: pytest.Monke
     ids=lambda value: str(value)[:20].encode(errors="replace").decode(),
 )
 def test_a_line_that_is_refused_changes_nothing(
-    engine_dir: Path, monkeypatch: pytest.MonkeyPatch, line: str, told: str
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
     """One line on stderr; the conversation goes on as if it had not been."""
     expected = talk(engine_dir, monkeypatch, "Hello", "So?").stdout
     found = talk(engine_dir, monkeypatch, "Hello", line, "So?")
     assert found.stdout == expected
     (error,) = errors(found)
-    assert told in error
+    assert message in error
     assert found.exit_code == 1
 
 
@@ -220,7 +220,7 @@ def test_a_terminal_is_asked_and_answered(engine_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--prompt", "a", "--chat"), "give either --prompt or --input_file, --messages or --chat"),
         (("--prompt", "a", "--messages", "m"), "give either"),
@@ -232,9 +232,9 @@ def test_a_terminal_is_asked_and_answered(engine_dir: Path) -> None:
     ids=str,
 )
 def test_flags_that_do_not_go_together_are_refused(
-    engine_dir: Path, tmp_path: Path, flags: tuple[str, ...], told: str
+    engine_dir: Path, tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
-    run_refused(engine_dir, tmp_path, *flags, fragments=(told,))
+    run_refused(engine_dir, tmp_path, *flags, fragments=(message,))
 
 
 def test_messages_of_a_file_are_asked(engine_dir: Path, images: Images, tmp_path: Path) -> None:

@@ -206,9 +206,9 @@ def test_the_root_directory_is_no_output_place(checkpoint_dir: Path) -> None:
     assert "mount point" in result.stderr
 
 
-@pytest.mark.parametrize(("command", "told"), [((), 130), (("nohup",), 0)], ids=["ssh", "nohup"])
+@pytest.mark.parametrize(("command", "code"), [((), 130), (("nohup",), 0)], ids=["ssh", "nohup"])
 def test_a_closed_terminal_ends_a_program_unless_it_is_to_be_ignored(
-    command: tuple[str, ...], told: int
+    command: tuple[str, ...], code: int
 ) -> None:
     program = (
         "import os, signal\n"
@@ -218,4 +218,4 @@ def test_a_closed_terminal_ends_a_program_unless_it_is_to_be_ignored(
     done = subprocess.run(
         [*command, sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False
     )
-    assert done.returncode == told, done.stderr
+    assert done.returncode == code, done.stderr

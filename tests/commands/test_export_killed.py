@@ -43,7 +43,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(flags: Flags, tmp_
         running = background(CONVERT, *arguments, log=log, watched=watched, kill_at=kill_at)
         result = running.wait()
         assert result.exit_code in (-signal.SIGKILL, 0)
-        resumed |= "going on behind" in result.stderr
+        resumed |= "resuming after" in result.stderr
         if result.exit_code == 0:
             assert tree(place) == whole
             shutil.rmtree(place)

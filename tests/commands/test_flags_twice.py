@@ -37,7 +37,7 @@ def test_a_second_parse_begins_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parser", "words", "told"),
+    ("parser", "words", "message"),
     [
         (run.parser, [*RUN, "--prompt", "r"], "--prompt is given twice, with 'q' and 'r'"),
         (run.parser, ["--input_file", "a", "--input_file=b"], "--input_file is given twice"),
@@ -60,9 +60,9 @@ def test_a_second_parse_begins_anew() -> None:
     ids=["prompt", "file", "system", "score", "convert", "page", "compare", "task", "scored"],
 )
 def test_a_second_question_is_refused(
-    parser: type[ArgumentParser], words: list[str], told: str
+    parser: type[ArgumentParser], words: list[str], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         parser().parse_args(words)
 
 

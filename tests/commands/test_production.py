@@ -295,8 +295,8 @@ class TestBuild:
                 super().__init__(**named | {"use_fused_mlp": False})
 
         monkeypatch.setattr(plugin, "PluginConfig", Deaf)
-        told = "setting use_fused_mlp of tensorrt_llm 1.2.1 reads as False, expected True; pip"
-        with pytest.raises(UserError, match=told):
+        message = "setting use_fused_mlp of tensorrt_llm 1.2.1 reads as False, expected True; pip"
+        with pytest.raises(UserError, match=message):
             specify(checkpoint(workshop, 1), OPTIONS, CUDA, GPU_BYTES)
 
     def test_the_output_timing_cache_is_always_a_path(
@@ -718,7 +718,7 @@ class TestStrictness:
         )
 
     @pytest.mark.parametrize(
-        ("shape", "dtype", "device", "extra", "told"),
+        ("shape", "dtype", "device", "extra", "message"),
         [
             ((2, 128), torch.bfloat16, "cpu", [0, 7, 7, 0], "on the GPU"),
             ((2, 128), torch.float16, "cuda", [0, 7, 7, 0], "doesn't match model weight"),
@@ -737,10 +737,10 @@ class TestStrictness:
         dtype: torch.dtype,
         device: str,
         extra: list[int] | None,
-        told: str,
+        message: str,
     ) -> None:
         table = torch.zeros(shape, dtype=dtype, device=device)
-        with pytest.raises((AssertionError, RuntimeError), match=told):
+        with pytest.raises((AssertionError, RuntimeError), match=message):
             executor.enqueue_request(self.request(doubles, table, extra))
 
     def test_an_end_id_brings_no_row_of_logits_and_a_stop_word_does(
@@ -942,7 +942,7 @@ class TestRanks:
         assert result.exit_code == 0, result.stderr
         found = [json.loads(line)["token_ids"] for line in answered.read_text().splitlines()]
         assert found == answers(reference, requests())
-        assert [rank.told for rank in ranks] == [""] * (tp_size - 1)
+        assert [rank.printed for rank in ranks] == [""] * (tp_size - 1)
 
     def test_compare_closes_the_ranks_before_the_reference_is_loaded(
         self, built: Any, doubles: Doubles, reference: Runner, tmp_path: Path
@@ -963,7 +963,7 @@ class TestRanks:
         with mpirun(doubles.executor, 2, command(*flags), tmp_path) as ranks:
             result = run_command(RUN, *flags)
         one_line_error(result, "none.jpg")
-        assert ranks[0].told == ""
+        assert ranks[0].printed == ""
 
     def test_a_rank_that_dies_is_an_error_and_no_wait_for_ever(
         self, built: Any, doubles: Doubles, tmp_path: Path

@@ -174,12 +174,12 @@ def sequence(request_id: int, num_prompt_tokens: int, **sampling: int) -> Sequen
 def launch(tested: Scheduler, *, is_ahead: bool = False) -> list[tuple[int, int]]:
     """A step whose tokens stay unknown: who is in it, with how many tokens."""
     scheduled = tested.schedule_ahead() if is_ahead else tested.schedule()
-    told = [(each.request_id, each.num_scheduled) for each in scheduled]
+    found = [(each.request_id, each.num_scheduled) for each in scheduled]
     for each in scheduled:
         if each.is_last_chunk:
             each.token_ids.append(UNKNOWN_TOKEN)
     tested.advance(scheduled)
-    return told
+    return found
 
 
 class TestScheduledAhead:

@@ -196,7 +196,7 @@ def nested(depth: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("json_schema", "{", "json_schema is no schema"),
         ("json_schema", "[1]", "expected an object"),
@@ -218,9 +218,9 @@ def nested(depth: int) -> str:
     ],
 )
 def test_what_cannot_be_followed_is_refused_in_one_line(
-    name: GuideName, value: Any, told: str
+    name: GuideName, value: Any, message: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(told)) as raised:
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
         compiled(name, value)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 500

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run
-from frontends.openai import main
+from frontends.openai import flags
 from frontends.triton import serve
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.command_line import ArgumentParser
@@ -338,7 +338,7 @@ def test_a_decoder_that_schedules_by_itself_is_given_no_bound(engine_dir: Path) 
 
 @pytest.mark.parametrize(
     ("make", "default"),
-    [(run.parser, 0.0), (main.parser, None), (serve.parser, None)],
+    [(run.parser, 0.0), (flags.parser, None), (serve.parser, None)],
     ids=["run.py", "serve.py", "Triton"],
 )
 def test_every_door_takes_the_bound_and_servers_have_one(

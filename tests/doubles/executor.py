@@ -222,10 +222,10 @@ class _Executor:
         logits = None if output.logits is None else output.logits[None, None][: len(tokens)]
         response = _response(number, tokens, [reason], is_final, logits)
         if request.output_config.return_log_probs:
-            told = self._log_probs.setdefault(number, [])
+            found = self._log_probs.setdefault(number, [])
             if output.logprobs is not None:
-                told.append(output.logprobs.logprob)
-            response.result.log_probs = [list(told)]
+                found.append(output.logprobs.logprob)
+            response.result.log_probs = [list(found)]
         return response
 
     def _read(self, request: Any) -> DecoderRequest:

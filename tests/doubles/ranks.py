@@ -83,7 +83,7 @@ class Rank:
     log: Path
 
     @property
-    def told(self) -> str:
+    def printed(self) -> str:
         """Its stdout and stderr."""
         return self.log.read_text()
 
@@ -113,7 +113,7 @@ def mpirun(
             yield ranks
             for rank in ranks:
                 rank.process.join(_TIMEOUT_S)
-                assert rank.process.exitcode == 0, rank.told
+                assert rank.process.exitcode == 0, rank.printed
         finally:
             for rank in ranks:
                 rank.process.kill()

@@ -74,7 +74,7 @@ def test_a_missing_or_broken_image_is_named_and_asked_again_later(
     assert "2 failed" in result.stderr
     scored = run_command(*SCORE, "--input_path", tmp_path / "out", "--json")
     assert scored.exit_code == SOME_FAILED
-    assert "has 1 of 3 answers; run.py with the same flags goes on" in scored.stderr
+    assert "has 1 of 3 answers; run the same command again to resume" in scored.stderr
     lost.write_bytes(picture)
     again = run_task(float32_engine_dir, made, tmp_path / "out")
     assert "2 of 3 samples answered, 1 of them now" in again.stderr
@@ -92,7 +92,7 @@ def test_broken_records_and_repeated_ids_are_named_and_left_out(
     result = run_task(float32_engine_dir, made, tmp_path / "out")
     assert result.exit_code == SOME_FAILED
     where = made.gt_paths[0]
-    for told in (
+    for message in (
         f"{where} line 2 is not JSON",
         f"{where} line 3 has no 'answer'",
         f"{where} line 4 has the id 4 of {where} line 1, which counts",
@@ -101,11 +101,11 @@ def test_broken_records_and_repeated_ids_are_named_and_left_out(
         "1 of 1 samples answered",
         "0 failed; records that are no samples: 5",
     ):
-        assert told in result.stderr, told
+        assert message in result.stderr, message
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "is not valid JSON"),
         ("{}", "holds no list of records, expected a list or an object with a list 'data'"),
@@ -114,16 +114,16 @@ def test_broken_records_and_repeated_ids_are_named_and_left_out(
     ],
 )
 def test_a_ground_truth_file_that_is_none_is_refused(
-    content: str, told: str, tmp_path: Path, float32_engine_dir: Path
+    content: str, message: str, tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     made = text_vqa(tmp_path)
     made.gt_paths[0].write_text(content)
-    one_line_error(run_task(float32_engine_dir, made, tmp_path / "out"), told)
+    one_line_error(run_task(float32_engine_dir, made, tmp_path / "out"), message)
     assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--num_partitions", "2", "--partition_id", "2"), "expected 0 to 1 (--num_partitions 2)"),
         (("--partition_id", "1"), "--partition_id 1 goes with --num_partitions"),
@@ -146,15 +146,15 @@ def test_a_ground_truth_file_that_is_none_is_refused(
     ],
 )
 def test_a_wrong_flag_is_one_line(
-    flags: tuple[str, ...], told: str, tmp_path: Path, float32_engine_dir: Path
+    flags: tuple[str, ...], message: str, tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     made = ocrbench(tmp_path)
-    one_line_error(run_task(float32_engine_dir, made, tmp_path / "out", *flags), told)
+    one_line_error(run_task(float32_engine_dir, made, tmp_path / "out", *flags), message)
     assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(
-    ("task", "flags", "told"),
+    ("task", "flags", "message"),
     [
         ("ImageNet", (), "--task ImageNet is unknown, expected one of captioning, TextVQA"),
         ("MathVista", (), "--gt_path does not go with --task MathVista: the parquet"),
@@ -162,10 +162,10 @@ def test_a_wrong_flag_is_one_line(
     ],
 )
 def test_a_wrong_task_is_one_line(
-    task: str, flags: tuple[str, ...], told: str, tmp_path: Path, float32_engine_dir: Path
+    task: str, flags: tuple[str, ...], message: str, tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     made = replace(ocrbench(tmp_path), task=task)
-    one_line_error(run_task(float32_engine_dir, made, tmp_path / "out", *flags), told)
+    one_line_error(run_task(float32_engine_dir, made, tmp_path / "out", *flags), message)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -195,8 +195,8 @@ def test_run_says_where_benchmarks_are(flags: tuple[str, ...], tmp_path: Path) -
     """Whatever else of the command is missing or no longer run.py's."""
     for others in ((), ("--engine_dir", tmp_path, "--output_path", tmp_path / "x")):
         for words in ((*flags, *others), (*others, *flags)):
-            told = "benchmarks are `evaluate.py generate --task TextVQA`"
-            one_line_error(run_command(RUN, *words), told)
+            message = "benchmarks are `evaluate.py generate --task TextVQA`"
+            one_line_error(run_command(RUN, *words), message)
 
 
 @pytest.mark.parametrize("words", [(), ("--input_path", "x"), ("--task", "AI2D"), ("scores",)])
@@ -206,12 +206,12 @@ def test_evaluate_names_its_commands(words: tuple[str, ...]) -> None:
 
 def test_folders_without_parquet_are_refused(float32_engine_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    for task, told in (
+    for task, message in (
         ("MMMU", "has no <subject>/validation-*.parquet; give a copy of the data set MMMU/MMMU"),
         ("MathVista", "has no testmini-*.parquet"),
     ):
         made = Benchmark(task, tmp_path, (), {})
-        one_line_error(run_task(float32_engine_dir, made, tmp_path / "out"), told)
+        one_line_error(run_task(float32_engine_dir, made, tmp_path / "out"), message)
     (tmp_path / "testmini-0.parquet").write_bytes(b"PAR1 no")
     made = Benchmark("MathVista", tmp_path, (), {})
     result = run_task(float32_engine_dir, made, tmp_path / "out")
@@ -269,11 +269,11 @@ def test_a_task_that_cannot_be_scored_does_not_take_the_others_along(tmp_path: P
     assert result.exit_code == 2
     report = json.loads(result.stdout)
     assert {name: task["score"] for name, task in report["tasks"].items()} == {"AI2D": 100.0}
-    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert told == [f"error: {failure}" for failure in report["failures"]]
-    assert len(told) == 2
-    assert told[0].startswith("error: captioning is not scored: captioning has no captions of")
-    assert told[1].startswith("error: VQAv2 is not scored: ")
+    printed = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert printed == [f"error: {failure}" for failure in report["failures"]]
+    assert len(printed) == 2
+    assert printed[0].startswith("error: captioning is not scored: captioning has no captions of")
+    assert printed[1].startswith("error: VQAv2 is not scored: ")
     for failure in report["failures"]:
         assert failure in (tmp_path / "report" / "report.md").read_text()
         assert escape(failure) in (tmp_path / "report" / "report.html").read_text()
@@ -312,7 +312,7 @@ MCQ = {"index2ans": {"A": "x"}, "all_choices": ["A"]}
 
 
 @pytest.mark.parametrize(
-    ("task", "line", "told"),
+    ("task", "line", "message"),
     [
         ("TextVQA", {"sample_id": 2, "answer": "a"}, "has no 'gt_answer'"),
         ("TextVQA", short([2], "a", "a"), "has sample_id [2], expected int or str"),
@@ -338,7 +338,7 @@ MCQ = {"index2ans": {"A": "x"}, "all_choices": ["A"]}
     ],
 )
 def test_a_line_that_its_scorer_cannot_read_is_left_out(
-    task: str, line: dict[str, Any], told: str, tmp_path: Path
+    task: str, line: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = write_answers(tmp_path / "run", task, [line])
     with pytest.raises(UserError, match=f"no {task} answer to score: .* line 1 is no {task}"):
@@ -356,7 +356,7 @@ def test_a_line_that_its_scorer_cannot_read_is_left_out(
     results = read_results(tmp_path / "run", TASKS[task])
     assert list(results.lines) == [1]
     (problem,) = results.problems
-    assert problem.startswith(f"{path} line 2 is no {task} answer and is left out: it {told}")
+    assert problem.startswith(f"{path} line 2 is no {task} answer and is left out: it {message}")
 
 
 def test_a_single_truth_counts_as_a_list(tmp_path: Path) -> None:
@@ -372,8 +372,8 @@ def test_evaluate_without_answers_is_one_line(tmp_path: Path) -> None:
     one_line_error(result, "has no MMMU answers")
     (tmp_path / "other.json").write_text('{\n"merged": []}')
     result = run_command(*SCORE, "--input_path", tmp_path / "other.json", "--task", "MMMU")
-    told = "left out; give the --output_path of evaluate.py generate, or"
-    one_line_error(result, "line 1 is not JSON and is", told)
+    message = "left out; give the --output_path of evaluate.py generate, or"
+    one_line_error(result, "line 1 is not JSON and is", message)
     write_answers(tmp_path / "run", "MMMU", [])
     write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
     result = run_command(
@@ -396,11 +396,11 @@ def test_mmmu_without_its_answers_is_one_line(tmp_path: Path) -> None:
     one_line_error(run_command(*SCORE, *flags), "give the MMMU repository's answer_dict_val.json")
     gt = write_json(tmp_path / "answers.json", {})
     result = run_command(*SCORE, *flags, "--gt_path", gt)
-    one_line_error(result, "lacks validation_Art_1 and 0 more")
+    one_line_error(result, "has no validation_Art_1 and 0 more")
 
 
 @pytest.mark.parametrize(
-    ("truth", "told"),
+    ("truth", "message"),
     [
         ([], "holds no answers by id, expected an object"),
         ({"validation_Art_1": "A"}, "entry validation_Art_1 is a str, expected an object"),
@@ -408,11 +408,11 @@ def test_mmmu_without_its_answers_is_one_line(tmp_path: Path) -> None:
         ({"validation_Art_1": {"ground_truth": [1]}}, "expected a list of strings"),
     ],
 )
-def test_a_truth_of_mmmu_that_is_none_is_one_line(truth: Any, told: str, tmp_path: Path) -> None:
+def test_a_truth_of_mmmu_that_is_none_is_one_line(truth: Any, message: str, tmp_path: Path) -> None:
     line = {"sample_id": "validation_Art_1", "text": "B", "prediction": "B"}
     write_answers(tmp_path / "run", "MMMU", [{**line, "question_type": "open"}])
     gt = write_json(tmp_path / "answers.json", truth)
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_truth(read_results(tmp_path / "run", TASKS["MMMU"]), gt)
 
 
@@ -474,7 +474,7 @@ def test_questions_without_answers_among_others_are_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("task", "record", "told"),
+    ("task", "record", "message"),
     [
         ("AI2D", {"image": "a", "question_id": 1, "question": "?", "answer": ""}, "has answer ''"),
         (
@@ -499,14 +499,14 @@ def test_questions_without_answers_among_others_are_named(tmp_path: Path) -> Non
     ],
 )
 def test_a_public_truth_that_is_none_is_named(
-    task: str, record: dict[str, Any], told: str, tmp_path: Path
+    task: str, record: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     text = json.dumps(record if task == "AI2D" else [record])
     gt = tmp_path / "gt.json"
     gt.write_text(text)
     found = TASKS[task].read(Location(tmp_path, (gt,)))
     assert found.samples == []
-    assert told in found.problems[0]
+    assert message in found.problems[0]
 
 
 def test_a_video_question_with_another_letter_is_named(tmp_path: Path) -> None:
@@ -595,8 +595,8 @@ def test_another_data_set_under_the_same_names_is_noticed(
         key, value = {"question": ("question", "Why?"), "truth": ("answers", ["7"])}[what]
         write_json(made.gt_paths[0], [records[0], {**records[1], key: value}, records[2]])
     result = run_task(float32_engine_dir, made, tmp_path / "out")
-    told = "the size of its image" if what == "image" else "its question or ground truth"
-    one_line_error(result, f"an answer to sample 1 of another data set: {told} was different")
+    message = "the size of its image" if what == "image" else "its question or ground truth"
+    one_line_error(result, f"an answer to sample 1 of another data set: {message} was different")
     assert path.read_bytes() == before
     other = ocrbench(tmp_path / "other")
     again = run_task(float32_engine_dir, other, tmp_path / "out")
@@ -618,7 +618,7 @@ def test_a_record_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"task": {"num_samples": None}}, "has num_samples None, expected int"),
         ({"engine": {}}, "has no 'digest'"),
@@ -632,7 +632,7 @@ def test_a_record_of_another_format_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_record_changed_by_hand_is_one_line(
-    changed: dict[str, Any], told: str, tmp_path: Path
+    changed: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = write_answers(tmp_path / "run", "AI2D", [short(1, "A", "A")])
     run_record("AI2D").write(record_path(path))
@@ -640,7 +640,7 @@ def test_a_record_changed_by_hand_is_one_line(
     changed = {**changed, "task": {**values["task"], **changed.get("task", {})}}
     write_json(record_path(path), {**values, **changed})
     result = run_command(*SCORE, "--input_path", tmp_path / "run")
-    one_line_error(result, "run.json is no record of a run by this version: it", told)
+    one_line_error(result, "run.json is no record of a run by this version: it", message)
 
 
 def test_a_truncated_record_is_one_line_and_nothing_is_lost(
@@ -682,7 +682,7 @@ def test_partitions_that_are_missing_are_told(tmp_path: Path, float32_engine_dir
     result = run_command(*SCORE, "--input_path", tmp_path / "out", "--json")
     assert result.exit_code == SOME_FAILED
     for partition in (0, 2):
-        assert f"out-OCRBench lacks partition {partition} of 3" in result.stderr
+        assert f"out-OCRBench is missing partition {partition} of 3" in result.stderr
 
 
 def test_records_that_were_no_samples_are_told_beside_the_score(
@@ -697,7 +697,7 @@ def test_records_that_were_no_samples_are_told_beside_the_score(
     scored = run_command(*SCORE, *flags)
     assert scored.exit_code == SOME_FAILED
     assert (
-        "lacks records of the data set that were no samples when run.py read them: 1"
+        "is missing records of the data set that were no samples when they were read: 1"
         in scored.stderr
     )
     assert len(json.loads(scored.stdout)["tasks"]["OCRBench"]["problems"]) == 1

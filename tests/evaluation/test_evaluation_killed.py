@@ -71,9 +71,9 @@ def test_killed_at_random_moments_a_run_answers_every_sample_once(
     assert killed_after == sorted(killed_after), f"seed {seed}: answers were lost"
     result = start(float32_engine_dir, made, prefix).wait()
     assert result.exit_code == 0, result.stderr
-    told = f"seed {seed}, killed after {killed_after} answers"
-    assert f"{NUM_SAMPLES} of {NUM_SAMPLES} samples answered" in result.stderr, told
+    message = f"seed {seed}, killed after {killed_after} answers"
+    assert f"{NUM_SAMPLES} of {NUM_SAMPLES} samples answered" in result.stderr, message
     lines, expected = (answers_of(place).read_text().splitlines() for place in (prefix, whole))
     ids = [json.loads(line)["sample_id"] for line in lines]
-    assert sorted(ids) == list(range(NUM_SAMPLES)), told
-    assert sorted(lines) == sorted(expected), told
+    assert sorted(ids) == list(range(NUM_SAMPLES)), message
+    assert sorted(lines) == sorted(expected), message

@@ -239,7 +239,7 @@ def test_what_only_looks_like_a_list_stays_text(tmp_path: Path, cell: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("x.tsv", "question\tanswer\n1\t2\n", "has no column image nor index"),
         ("x.tsv", 'index\timage\tquestion\n1\t2\t"open', "is not a whole TSV file"),
@@ -248,12 +248,12 @@ def test_what_only_looks_like_a_list_stays_text(tmp_path: Path, cell: str) -> No
     ],
 )
 def test_a_damaged_file_is_one_line(
-    tmp_path: Path, float32_engine_dir: Path, name: str, content: str, told: str
+    tmp_path: Path, float32_engine_dir: Path, name: str, content: str, message: str
 ) -> None:
     (tmp_path / name).write_text(content)
     common = ("--engine_dir", float32_engine_dir, "--device", "cpu")
     flags = ("--task", "ChartQA", "--gt_path", tmp_path / name, "--output_path", tmp_path / "out")
-    one_line_error(run_command(*GENERATE, *common, *flags), told)
+    one_line_error(run_command(*GENERATE, *common, *flags), message)
 
 
 def test_a_tsv_is_answered_and_scored_by_the_commands(
@@ -310,7 +310,7 @@ def test_a_video_is_found_with_any_suffix(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ({"question": "?"}, "has no 'answer'"),
         ({"question": "?", "answer": "  "}, "expected one or more"),
@@ -320,12 +320,12 @@ def test_a_video_is_found_with_any_suffix(tmp_path: Path, suffix: str) -> None:
     ],
 )
 def test_a_line_of_ones_own_that_is_no_question_is_named(
-    tmp_path: Path, line: dict[str, Any], told: str
+    tmp_path: Path, line: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "mine.jsonl").write_text(json.dumps(line) + "\n")
     (problem,) = read("custom", tmp_path, tmp_path / "mine.jsonl").problems
     assert problem.startswith(f"{tmp_path / 'mine.jsonl'} line 1 ")
-    assert told in problem
+    assert message in problem
 
 
 def test_pictures_of_ones_own_questions_come_first_in_order(tmp_path: Path) -> None:

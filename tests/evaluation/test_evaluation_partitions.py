@@ -107,22 +107,22 @@ def test_a_mistake_is_told_before_the_engine_is_loaded(
     engine = float32_engine_dir
     if mistake == "settings":
         assert run_task(engine, made, tmp_path / "out").exit_code == 0
-        flags, told = ("--max_new_tokens", "9"), "made with max_new_tokens 2 and this run has 9"
+        flags, message = ("--max_new_tokens", "9"), "made with max_new_tokens 2 and this run has 9"
     elif mistake == "line":
         write_answers(tmp_path / "out", "OCRBench", [short(99, "?", "?")])
-        told = "line 1 is no OCRBench answer to a sample of this partition"
+        message = "line 1 is no OCRBench answer to a sample of this partition"
     elif mistake == "frames":
         pytest.importorskip("av")
         made, flags = video_mme(tmp_path / "video"), ("--num_frames", "4")
-        told = "asks about 4 images at once and the engine takes 3"
+        message = "asks about 4 images at once and the engine takes 3"
     elif mistake == "folder":
         flags = ("--input_image_path", made.gt_paths[0].parent)
-        told = "has none of the 3 files that are asked about, such as"
+        message = "has none of the 3 files that are asked about, such as"
     else:
-        engine, told = tmp_path, "manifest.json"
+        engine, message = tmp_path, "manifest.json"
     before = {path: path.read_bytes() for path in tmp_path.glob("out*")}
     with patch.object(Runner, "open", side_effect=AssertionError("loaded")):
-        one_line_error(run_task(engine, made, tmp_path / "out", *flags), told)
+        one_line_error(run_task(engine, made, tmp_path / "out", *flags), message)
     assert {path: path.read_bytes() for path in tmp_path.glob("out*")} == before
 
 

@@ -75,8 +75,8 @@ def test_what_scoring_lacks_is_told_before_answers_are_made(
     common = ("--engine_dir", float32_engine_dir, *COMMON)
     done = run_command(*GENERATE, *common, *made.run_flags, "--output_path", tmp_path / "out")
     assert done.exit_code == 0
-    told = "answers of SPDocVQA cannot be scored here without rapidfuzz"
-    assert done.stderr.startswith(told), done.stderr
+    message = "answers of SPDocVQA cannot be scored here without rapidfuzz"
+    assert done.stderr.startswith(message), done.stderr
 
 
 def test_java_is_looked_for_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_missing_subjects_of_mmmu_are_named(tmp_path: Path) -> None:
     found = read("MMMU", tmp_path)
     assert len(found.samples) == 2
     assert found.problems == [
-        f"{tmp_path} lacks {subject}/validation-*.parquet, one of 30 subjects; download it"
+        f"{tmp_path} is missing {subject}/validation-*.parquet, one of 30 subjects; download it"
         for subject in ("Art", "Sociology")
     ]
     assert len(MMMU_SUBJECTS) == 30
@@ -168,8 +168,9 @@ def test_a_missing_parquet_file_is_told_before_and_counted_after(
     flags = ("--task", "RealWorldQA", "--input_image_path", tmp_path)
     result = run_command(*GENERATE, *common, *flags, "--output_path", tmp_path / "out")
     assert result.exit_code == 1
-    told = f"{tmp_path / 'data'} lacks test-00001-of-00002.parquet, which the names of the others"
-    assert result.stderr.startswith(told)
+    part = "test-00001-of-00002.parquet"
+    message = f"{tmp_path / 'data'} is missing {part}, which the names of the others"
+    assert result.stderr.startswith(message)
     assert "records that are no samples: 0; missing parts of the data set: 1" in result.stderr
 
 
@@ -187,8 +188,8 @@ def test_the_names_of_parquet_files_state_their_number(
 ) -> None:
     found = missing_files([tmp_path / name for name in names])
     assert len(found) == len(missing)
-    for told, name in zip(found, missing, strict=True):
-        assert told.startswith(f"{tmp_path} lacks {name}")
+    for message, name in zip(found, missing, strict=True):
+        assert message.startswith(f"{tmp_path} is missing {name}")
 
 
 def test_a_caption_without_its_image_is_named(tmp_path: Path) -> None:

@@ -54,13 +54,13 @@ def test_what_is_wrong_with_the_data_is_told_once(
     answers = tmp_path / "out-OCRBench-dprank=0-partition=0.jsonl"
     if what == "data":
         made.gt_paths[0].write_text("{")
-        code, told = 2, "is not valid JSON"
+        code, message = 2, "is not valid JSON"
     elif what == "record":
         answers.write_text('{"sample_id": 0, "answer": "?"}\n')
-        code, told = 2, "is missing, so what made them is unknown"
+        code, message = 2, "is missing, so what made them is unknown"
     else:
         (made.image_dir / "IIIT5K" / "a.png").unlink()
-        code, told = 1, "OCRBench sample 0: image"
+        code, message = 1, "OCRBench sample 0: image"
     engine = engine_of(workshop, 2, FP32)
     flags = ("--device", "cpu", *made.run_flags, "--max_new_tokens", 2)
     words = command(
@@ -75,7 +75,7 @@ def test_what_is_wrong_with_the_data_is_told_once(
     )
     result = finished(words, tmp_path)
     assert result.returncode == code, result.stderr
-    assert result.stderr.count(told) == 1, result.stderr
+    assert result.stderr.count(message) == 1, result.stderr
     assert "Traceback" not in result.stderr
     assert "died" not in result.stderr
     if what == "image":

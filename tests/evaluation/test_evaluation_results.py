@@ -138,9 +138,9 @@ def test_a_comparison_says_when_not_the_engines_alone_differ(tmp_path: Path) -> 
     result = run_command(*SCORE, *flags, tmp_path / "b")
     assert result.exit_code == 0, result.stderr
     assert "engines alone" not in result.stdout
-    told = "Not the engines alone differ: max_new_tokens 128 against 16."
-    assert told in run_command(*SCORE, *flags, tmp_path / "c").stdout
-    assert told in (tmp_path / "report" / "report.html").read_text()
+    message = "Not the engines alone differ: max_new_tokens 128 against 16."
+    assert message in run_command(*SCORE, *flags, tmp_path / "c").stdout
+    assert message in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_several_runs_stand_on_one_page_each_with_its_own_test(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_comparison_says_when_it_is_not_of_the_same_samples(what: str, tmp_pat
         if what not in ("question", "truth"):
             record.write(record_path(path))
     flags = ("--input_path", tmp_path / "a", "--compare", tmp_path / "b")
-    told = {
+    found = {
         "image": "the image of 1 of 2 samples",
         "folder": "perhaps the images, /a against /b",
         "question": "the question of 1 of 2 samples",
@@ -263,7 +263,7 @@ def test_a_comparison_says_when_it_is_not_of_the_same_samples(what: str, tmp_pat
         "split": "split None against 'test'",
     }[what]
     (note,) = evaluated(*flags)["tasks"]["AI2D"]["notes"]
-    assert note == f"Not the engines alone differ: {told}."
+    assert note == f"Not the engines alone differ: {found}."
 
 
 def test_another_template_or_folder_alone_is_not_another_question(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_vqa_v2_is_submitted_with_all_questions_of_test2015(tmp_path: Path) -> N
     gt.write_text(json.dumps({"questions": [{"question_id": i} for i in (8, 9)]}))
     refused = run_command(*SCORE, *flags, "--gt_path", gt)
     assert refused.exit_code == 2
-    assert "lacks the question 7 that was answered" in refused.stderr
+    assert "has no question 7, which was answered" in refused.stderr
     write_answers(tmp_path / "run", "VQAv2", [short(7, "yes", "yes")])
     public = run_command(*SCORE, *flags, "--gt_path", gt)
     assert public.exit_code == 2

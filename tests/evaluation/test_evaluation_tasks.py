@@ -208,8 +208,8 @@ def test_answers_of_another_engine_are_not_mixed_in(
     result = run_task(engine_dir, made, tmp_path / "out")
     assert result.exit_code == 2
     folders = (float32_engine_dir.resolve(), engine_dir.resolve())
-    told = r"made with engine {} \([0-9a-f]{{8}}\) and this run has {} \([0-9a-f]{{8}}\); choose"
-    assert re.search(told.format(*(re.escape(str(folder)) for folder in folders)), result.error)
+    message = r"made with engine {} \([0-9a-f]{{8}}\) and this run has {} \([0-9a-f]{{8}}\); choose"
+    assert re.search(message.format(*(re.escape(str(folder)) for folder in folders)), result.error)
     assert "choose another --output_path" in result.error
     longer = run_task(float32_engine_dir, made, tmp_path / "out", "--max_new_tokens", "9")
     assert "made with max_new_tokens 128 and this run has 9" in longer.error

@@ -23,13 +23,13 @@ def run_together(commands: Mapping[str, Sequence[str]]) -> int:
         for name, words in commands.items():
             started[name] = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         with ThreadPoolExecutor(len(started)) as pool:
-            told = list(pool.map(lambda process: process.communicate()[0], started.values()))
+            printed = list(pool.map(lambda process: process.communicate()[0], started.values()))
     finally:
         for process in started.values():
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    for (name, process), found in zip(started.items(), told, strict=True):
+    for (name, process), found in zip(started.items(), printed, strict=True):
         print(f"{name}: {found.strip()}", flush=True)
         if process.returncode:
             print(f"{name} ended with code {process.returncode}", file=sys.stderr)

@@ -45,11 +45,11 @@ class HttpDoor:
         question = choice.choice(self._asked)
         with self._asking(json.dumps({**question.body, "stream": True}).encode()) as response:
             events = response.read().decode().split("\n\n")
-        told = [event.removeprefix("data: ") for event in events if event]
-        if not told or told[-1] != "[DONE]" or any('"error"' in each for each in told):
-            raise GoneError(str(told[-1:]))
+        found = [event.removeprefix("data: ") for event in events if event]
+        if not found or found[-1] != "[DONE]" or any('"error"' in each for each in found):
+            raise GoneError(str(found[-1:]))
         texts = [""] * len(question.alone)
-        for each in (each for event in told[:-1] for each in json.loads(event)["choices"]):
+        for each in (each for event in found[:-1] for each in json.loads(event)["choices"]):
             texts[each["index"]] += each["delta"]["content"]
         return _differs(texts, question)
 

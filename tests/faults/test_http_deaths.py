@@ -31,7 +31,7 @@ def assert_told(death: Death, limit_s: float = 0.0, *, is_brief: bool = False) -
 
 
 @pytest.mark.parametrize(
-    ("order", "flags", "told", "limit_s"),
+    ("order", "flags", "message", "limit_s"),
     [
         (END_DECODER, (), "the decoder's thread has ended: SystemExit", 0.0),
         pytest.param(
@@ -49,13 +49,13 @@ def test_the_decoders_thread(
     tmp_path: Path,
     order: str,
     flags: tuple[object, ...],
-    told: str,
+    message: str,
     limit_s: float,
 ) -> None:
     death, log = sabotage_decoder(float32_engine_dir, tmp_path, NUM_CLIENTS, order, *flags)
     assert_told(death, limit_s)
     (error,) = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert told in error
+    assert message in error
 
 
 @needs_mpi

@@ -103,13 +103,13 @@ class TritonDoor:
         return _differs(answer.get("text_output", str(answer)), expected)
 
     def _invalid(self, choice: random.Random) -> str | None:
-        changed, told = choice.choice(INVALID)
+        changed, message = choice.choice(INVALID)
         fields = {"text_input": "x", "max_tokens": 4, **changed}
         text, number = fields.pop("text_input"), fields.pop("max_tokens")
         try:
             answer = self._call("nvlm", tensors(text, number, **fields))
         except InferenceServerException as error:
-            return None if told in str(error) else f"{changed} was refused with {error}"
+            return None if message in str(error) else f"{changed} was refused with {error}"
         return f"{changed} was answered with {answer!r}"
 
     def _invalid_json(self, choice: random.Random) -> str | None:

@@ -297,16 +297,18 @@ def test_only_what_the_code_means_makes_an_engine_stale_and_a_conversion_start_o
     shutil.copytree(other / "new.partial", other / "again.partial")
 
     rewrite_without_meaning(project)
-    told = make_engine(project, model_dir, made)
-    assert re.findall(r"(\w+) is up to date", told) == ["checkpoint", "engine"], told
+    printed = make_engine(project, model_dir, made)
+    assert re.findall(r"(\w+) is up to date", printed) == ["checkpoint", "engine"], printed
     command = [sys.executable, "convert_checkpoint.py", *map(str, source), "--output_dir"]
-    told = program([*command, str(other / "new")], project)
-    assert "of 8 steps" in told, told
-    assert "starting over" not in told
+    printed = program([*command, str(other / "new")], project)
+    assert "of 8 steps" in printed, printed
+    assert "starting over" not in printed
 
     change_an_operator(project)
-    told = make_engine(project, model_dir, made)
-    assert re.findall(r"(checkpoint|engine) written to", told) == ["checkpoint", "engine"], told
-    told = program([*command, str(other / "again")], project)
-    assert "is of other arguments, input or versions: starting over" in told
+    printed = make_engine(project, model_dir, made)
+    assert re.findall(r"(checkpoint|engine) written to", printed) == ["checkpoint", "engine"], (
+        printed
+    )
+    printed = program([*command, str(other / "again")], project)
+    assert "is of other arguments, input or versions: starting over" in printed
     assert (other / "again").is_dir()

@@ -44,10 +44,10 @@ def test_each_name_is_written_once() -> None:
     files += ROOT.glob("*.py")
     assert len(files) > 200
     found = {
-        f"{path.relative_to(ROOT)}, {told}"
+        f"{path.relative_to(ROOT)}, {spelling}"
         for path in files
         if path not in OWNERS
-        for told in second_spellings(path.read_text())
+        for spelling in second_spellings(path.read_text())
     }
     assert not found, sorted(found)
 

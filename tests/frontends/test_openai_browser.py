@@ -187,9 +187,9 @@ def test_a_picture_is_dropped_and_its_number_streams_in(served: Served, look: Lo
     pieces = [each for each in page.evaluate("pieces") if each]
     assert len(pieces) > 1, "it comes in pieces"
     assert all("1642".startswith(each) for each in pieces)
-    told = page.locator(".answer .timings").inner_text()
+    printed = page.locator(".answer .timings").inner_text()
     for name in ("tiling ", "vision ", "first token ", " tokens/s", " tokens in", " out"):
-        assert name in told
+        assert name in printed
 
 
 def test_a_second_turn_shows_a_second_picture(served: Served, look: Look) -> None:
@@ -292,8 +292,8 @@ def test_what_is_copied_asks_the_same_question(served: Served, look: Look, tmp_p
         copied[kind].write_text(looked.page.evaluate("navigator.clipboard.readText()"))
     expected = said(served, [user(NUMBER, "Read the number, it isn't \\n hard.")])
     run: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, "check": True}
-    told = subprocess.run(["/bin/sh", copied["curl"]], **run).stdout
-    assert json.loads(told)["choices"][0]["message"]["content"] == expected
+    printed = subprocess.run(["/bin/sh", copied["curl"]], **run).stdout
+    assert json.loads(printed)["choices"][0]["message"]["content"] == expected
     pytest.importorskip("openai", reason="requirements/test.txt is not installed")
     assert subprocess.run([sys.executable, copied["python"]], **run).stdout.strip() == expected
 

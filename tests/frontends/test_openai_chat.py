@@ -355,7 +355,7 @@ def test_more_pictures_than_the_engine_takes_are_refused(client: Client, images:
 
 
 def test_what_is_no_json_object_is_refused(client: Client) -> None:
-    for data, told in (
+    for data, message in (
         (b"", "Expecting value"),
         (b"{", "Expecting property name"),
         (b"[1]", "no JSON object"),
@@ -369,7 +369,7 @@ def test_what_is_no_json_object_is_refused(client: Client) -> None:
         reply = client.post(CHAT, data)
         assert reply.status == 400, data[:20]
         assert reply.error["message"].startswith("the body "), reply.error
-        assert told in reply.error["message"], reply.error
+        assert message in reply.error["message"], reply.error
 
 
 def test_unknown_fields_are_ignored_and_reported(client: Client) -> None:
@@ -420,9 +420,9 @@ def test_text_is_continued_without_a_template(client: Client, runner: Runner) ->
 
 
 def test_tokens_become_text_again(client: Client) -> None:
-    told = client.post("/tokenize", {"prompt": "Grüße, 世界", "return_token_strs": True}).json()
-    assert told["count"] == len(told["tokens"]) == len(told["token_strs"])
-    back = client.post("/detokenize", {"tokens": told["tokens"]}).json()
+    body = client.post("/tokenize", {"prompt": "Grüße, 世界", "return_token_strs": True}).json()
+    assert body["count"] == len(body["tokens"]) == len(body["token_strs"])
+    back = client.post("/detokenize", {"tokens": body["tokens"]}).json()
     assert back == {"prompt": "Grüße, 世界"}
     assert client.post("/detokenize", {"tokens": [-1]}).error["param"] == "tokens"
     assert client.post("/tokenize", {}).status == 400
@@ -456,9 +456,9 @@ def test_tokenize_and_detokenize_report_unknown_fields(client: Client) -> None:
 
 
 def test_the_model_says_how_much_it_takes(client: Client, runner: Runner) -> None:
-    told = client.get("/v1/models").json()
-    assert [entry["id"] for entry in told["data"]] == ["nvlm-d", "gpt-4o"]
-    assert told["data"][0]["max_model_len"] == runner.engine.limits.max_seq_len
+    body = client.get("/v1/models").json()
+    assert [entry["id"] for entry in body["data"]] == ["nvlm-d", "gpt-4o"]
+    assert body["data"][0]["max_model_len"] == runner.engine.limits.max_seq_len
     assert client.get("/v1/models/gpt-4o").json()["id"] == "gpt-4o"
     assert client.get("/v1/models/other").error["code"] == "model_not_found"
 
@@ -499,10 +499,10 @@ def test_several_answers_and_log_probabilities(client: Client) -> None:
     assert first["message"]["content"] != second["message"]["content"]
     assert reply.json()["usage"]["completion_tokens"] == 12
     for choice in (first, second):
-        told = choice["logprobs"]["content"]
-        data = b"".join(bytes(each["bytes"]) for each in told)
+        listed = choice["logprobs"]["content"]
+        data = b"".join(bytes(each["bytes"]) for each in listed)
         assert data.decode(errors="replace") == choice["message"]["content"]
-        for each in told:
+        for each in listed:
             assert each["logprob"] <= 0
             assert len(each["top_logprobs"]) == 2
             assert each["top_logprobs"][0]["logprob"] >= each["top_logprobs"][1]["logprob"]
@@ -517,8 +517,8 @@ def test_several_answers_and_log_probabilities(client: Client) -> None:
         assert [piece["delta"].get("role") for piece in pieces][:2] == ["assistant", None]
         said = "".join(piece["delta"]["content"] for piece in pieces)
         assert said == choice["message"]["content"]
-        told = [each for piece in pieces for each in piece["logprobs"]["content"]]
-        assert told == choice["logprobs"]["content"]
+        listed = [each for piece in pieces for each in piece["logprobs"]["content"]]
+        assert listed == choice["logprobs"]["content"]
         reasons = [piece["finish_reason"] for piece in pieces]
         assert reasons == [None] * (len(pieces) - 1) + ["length"]
 
@@ -560,9 +560,9 @@ def test_completions_have_log_probabilities_of_their_own(client: Client) -> None
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
     chunks = client.post("/v1/completions", {**body, "seed": 4, "stream": True}).events()
     for choice in choices:
-        told = choice["logprobs"]
-        assert len(told["tokens"]) == len(told["token_logprobs"]) == 4
-        assert told["text_offset"][0] == 0
+        listed = choice["logprobs"]
+        assert len(listed["tokens"]) == len(listed["token_logprobs"]) == 4
+        assert listed["text_offset"][0] == 0
         pieces = [
             each
             for chunk in chunks
@@ -572,14 +572,14 @@ def test_completions_have_log_probabilities_of_their_own(client: Client) -> None
         assert "".join(piece["text"] for piece in pieces) == choice["text"]
         for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
             found = [each for piece in pieces for each in piece["logprobs"][name]]
-            assert found == told[name]
+            assert found == listed[name]
 
 
 def test_log_probabilities_of_the_prompt_are_told_once(client: Client) -> None:
     reply = client.post(CHAT, chat(user("Hello"), prompt_logprobs=1))
-    told = reply.json()["prompt_logprobs"]
-    assert told[0] is None
-    assert len(told) == reply.json()["usage"]["prompt_tokens"]
+    body = reply.json()["prompt_logprobs"]
+    assert body[0] is None
+    assert len(body) == reply.json()["usage"]["prompt_tokens"]
     refused(client, chat(user("Hello"), prompt_logprobs=1, stream=True), "prompt_logprobs")
 
 
@@ -640,10 +640,10 @@ def test_cached_tokens_are_those_that_an_earlier_request_computed(client: Client
         options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
         reply = client.post(CHAT, chat(user(words), **options))
         usages.append((reply.events()[-1] if stream else reply.json())["usage"])
-    told = [usage.pop("prompt_tokens_details")["cached_tokens"] for usage in usages]
+    found = [usage.pop("prompt_tokens_details")["cached_tokens"] for usage in usages]
     assert usages[0] == usages[1] == usages[2]
     whole = (usages[0]["prompt_tokens"] - 1) // 32 * 32
-    assert told[0] < 32 < whole == told[1] == told[2]
+    assert found[0] < 32 < whole == found[1] == found[2]
     reply = client.post("/v1/completions", {"prompt": [words, words], "max_tokens": 2})
     reply = client.post("/v1/completions", {"prompt": [words, words], "max_tokens": 2})
     used = reply.json()["usage"]

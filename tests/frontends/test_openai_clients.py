@@ -114,11 +114,11 @@ def test_aiperf_measures_streams_with_pictures(
     )
     found = tmp_path / "out" / "profile_export_aiperf.json"
     assert found.exists(), output[-5000:]
-    told = json.loads(found.read_text())
-    assert told["request_count"]["avg"] == NUM_REQUESTS
-    assert not told["error_summary"]
-    assert told["time_to_first_token"]["avg"] > 0
-    assert told["usage_prompt_tokens"]["min"] > 256, "a picture was left out"
+    body = json.loads(found.read_text())
+    assert body["request_count"]["avg"] == NUM_REQUESTS
+    assert not body["error_summary"]
+    assert body["time_to_first_token"]["avg"] > 0
+    assert body["usage_prompt_tokens"]["min"] > 256, "a picture was left out"
     assert answered(served) - before == NUM_REQUESTS
     metrics = (tmp_path / "out" / "server_metrics_export.csv").read_text()
     assert "nvlm_num_requests_running" in metrics

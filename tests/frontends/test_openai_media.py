@@ -104,7 +104,7 @@ def test_a_picture_is_fetched_from_a_named_host(
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("loop", "redirects more than 3 times"),
         ("away", "evil.example are not fetched"),
@@ -116,9 +116,11 @@ def test_a_picture_is_fetched_from_a_named_host(
         ("slow", "TimeoutError|only in part"),
     ],
 )
-def test_what_does_not_come_is_refused(rules: MediaRules, port: int, path: str, told: str) -> None:
+def test_what_does_not_come_is_refused(
+    rules: MediaRules, port: int, path: str, message: str
+) -> None:
     begun = time.monotonic()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         rules.fetch(f"http://localhost:{port}/{path}")
     assert time.monotonic() - begun < 3
 

@@ -110,12 +110,12 @@ def check(client: Client, number: int) -> None:
     if draw.random() < 0.2:
         data = damaged(data, draw)
     reply = client.post(path, data)
-    told = f"mutation {number}: {path} {data[:500]!r} gave {reply.status} {reply.body[:300]!r}"
-    assert reply.status in STATUSES, told
+    message = f"mutation {number}: {path} {data[:500]!r} gave {reply.status} {reply.body[:300]!r}"
+    assert reply.status in STATUSES, message
     if reply.status != 200:
-        assert reply.error["message"], told
+        assert reply.error["message"], message
     elif reply.headers["content-type"].startswith("text/event-stream"):
-        assert b'"error":' not in reply.body, told
+        assert b'"error":' not in reply.body, message
 
 
 def test_mutated_bodies_are_answered_or_refused(client: Client) -> None:

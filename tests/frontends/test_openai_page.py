@@ -140,9 +140,9 @@ def test_the_tiles_are_the_pixels_that_the_vision_encoder_gets(
     settings = {} if most is None else {"max_num_tiles": most}
     ticket = Ticket(GenerationRequest.images_first("", tuple(paths), **settings))
     runner.prepare(ticket)
-    told = client.post("/v1/tiles", asked(*map(part, paths), mm_processor_kwargs=settings)).json()
-    assert told["tokens_per_tile"] == runner.engine.vision_config.tokens_per_tile
-    for shown, image in zip(told["pictures"], ticket.images, strict=True):
+    body = client.post("/v1/tiles", asked(*map(part, paths), mm_processor_kwargs=settings)).json()
+    assert body["tokens_per_tile"] == runner.engine.vision_config.tokens_per_tile
+    for shown, image in zip(body["pictures"], ticket.images, strict=True):
         assert shown["grid"] == list(image.grid)
         assert [tile["tag"] for tile in shown["tiles"]] == tile_tags(image.num_tiles)
         for tile, expected in zip(shown["tiles"], image.tiles, strict=True):
@@ -177,9 +177,9 @@ def test_tiles_of_what_is_no_question_are_refused_as_a_question_is(client: Clien
 def test_the_model_says_how_many_tiles_and_pictures_it_takes(
     client: Client, runner: Runner
 ) -> None:
-    (told,) = client.get("/v1/models").json()["data"]
-    assert told["max_num_tiles"] == runner.engine.tiling.max_num_tiles
-    assert told["max_num_images"] == runner.engine.limits.max_num_images
+    (card,) = client.get("/v1/models").json()["data"]
+    assert card["max_num_tiles"] == runner.engine.tiling.max_num_tiles
+    assert card["max_num_images"] == runner.engine.limits.max_num_images
 
 
 def test_timings_come_where_they_are_asked_for(client: Client, images: Images) -> None:

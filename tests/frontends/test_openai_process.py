@@ -84,8 +84,8 @@ def test_the_openai_package_reads_a_picture(client: openai.OpenAI) -> None:
 def test_the_example_for_curl_asks_any_question(trained: Served) -> None:
     command = ["bash", ROOT / "examples/openai_curl.sh", SCAN, 'Read the "number".\n\\']
     environment = {**os.environ, "SERVER": trained.url}
-    told = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
-    assert json.loads(told)["choices"], told
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    assert json.loads(printed)["choices"], printed
 
 
 def test_the_openai_package_gets_several_answers_with_log_probabilities(

@@ -257,10 +257,10 @@ def test_replicas_come_with_the_load(application: Application) -> None:
 
 
 def test_more_than_the_cluster_has_is_one_line(application: Application) -> None:
-    for flags, told in (
+    for flags, message in (
         (("--num_gpus", 1), "1 replicas with 1 GPUs each need 1, and the cluster has 0"),
         (("--num_replicas", 9), "9 replicas with 1 CPUs each need 9, and the cluster has 3"),
     ):
         done = application.deploy(*flags)
         assert done.returncode == 2, done.stderr
-        assert told in done.stderr.splitlines()[-1]
+        assert message in done.stderr.splitlines()[-1]

@@ -126,8 +126,8 @@ def test_a_key_spills_over_once_its_replicas_batch_is_full() -> None:
 
 def test_metrics_of_all_replicas_have_their_names() -> None:
     head = "# HELP nvlm_x_total Counted\n# TYPE nvlm_x_total counter\n"
-    told = head + 'nvlm_x_total{{outcome="stop"}} {}\n'
-    both = merged([("a", told.format(1)), ("b", told.format(2))]).decode().splitlines()
+    page = head + 'nvlm_x_total{{outcome="stop"}} {}\n'
+    both = merged([("a", page.format(1)), ("b", page.format(2))]).decode().splitlines()
     assert both == [
         "# HELP nvlm_x_total Counted",
         "# TYPE nvlm_x_total counter",
@@ -148,7 +148,7 @@ def test_a_replica_gets_the_flags_of_serve_py_and_a_port_of_its_own(
     assert not options.is_autoscaled
     python, program, *flags = options.command
     assert (python, program) == (sys.executable, str(ROOT / "serve.py"))
-    from frontends.openai.main import parser
+    from frontends.openai.flags import parser
 
     arguments = parser().parse_args(flags)
     assert arguments.engine_dir == engine_dir.resolve()
@@ -167,7 +167,7 @@ def test_a_replica_has_its_engines_ranks_on_a_cluster_with_gpus(engine_dir: Path
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--num_gpus", "2"], "--num_gpus is 2, expected 1, one for each rank"),
         (["--min_replicas", "3", "--max_replicas", "2"], "--max_replicas is 2, expected 3 or more"),
@@ -175,9 +175,9 @@ def test_a_replica_has_its_engines_ranks_on_a_cluster_with_gpus(engine_dir: Path
     ],
 )
 def test_flags_that_make_no_sense_are_refused(
-    engine_dir: Path, flags: list[str], told: str
+    engine_dir: Path, flags: list[str], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told.replace("(", r"\(")):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
         read_options(["--engine_dir", str(engine_dir), *flags], num_cluster_gpus=8)
 
 
@@ -188,7 +188,7 @@ def test_a_missing_engine_or_ray_is_one_line(engine_dir: Path, tmp_path: Path) -
         "import importlib.util as u\nfind = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'ray' else find(name, *a)\n"
     )
-    for engine, told in ((tmp_path / "none", "none"), (engine_dir, "requirements/ray.txt")):
+    for engine, message in ((tmp_path / "none", "none"), (engine_dir, "requirements/ray.txt")):
         done = subprocess.run(
             [sys.executable, "-m", "frontends.ray_serve", "--engine_dir", str(engine)],
             cwd=ROOT,
@@ -198,7 +198,7 @@ def test_a_missing_engine_or_ray_is_one_line(engine_dir: Path, tmp_path: Path) -
             check=False,
         )
         assert done.returncode == 2, done.stderr
-        assert told in done.stderr
+        assert message in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
 
 

@@ -195,7 +195,7 @@ def good_text(triton_server: Served) -> str:
 def test_a_bad_request_is_refused_in_a_sentence_and_the_next_one_works(
     triton_server: Served, good_text: str, make: Make, request: pytest.FixtureRequest
 ) -> None:
-    fragment = {name: told for name, _, told in BAD}[request.node.callspec.id]
+    fragment = {name: message for name, _, message in BAD}[request.node.callspec.id]
     answer = ask(triton_server, make())
     assert answer.error is not None, answer.text
     assert fragment in answer.error
@@ -205,14 +205,14 @@ def test_a_bad_request_is_refused_in_a_sentence_and_the_next_one_works(
 
 @pytest.mark.parametrize("model", ["nvlm", "ensemble"])
 def test_http_tells_a_code_and_a_sentence(triton_server: Served, model: str) -> None:
-    for fields, told in (
+    for fields, message in (
         ({"text_input": "x"}, "max_tokens"),
         ({"text_input": "x", "max_tokens": -1}, "expected 1 or more"),
         ({"text_input": "x", "max_tokens": 4, "image_url_input": "http://x/"}, "fetches nothing"),
     ):
         answer = triton_server.generate(model, **fields)
         assert answer["status"] == 400
-        assert told in answer["error"]
+        assert message in answer["error"]
 
 
 def test_nothing_is_fetched_on_a_clients_word(triton_server: Served) -> None:

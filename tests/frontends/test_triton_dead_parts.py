@@ -101,8 +101,8 @@ def assert_ended(serving: Serving, group: int, *fragments: str) -> None:
     for fragment in fragments:
         assert fragment in errors[0]
     assert "Traceback" not in errors[0]
-    told = errors[0].partition("; its log")[0]  # whose name is drawn
-    assert not re.search(r"\d# |0x[0-9a-f]", told), "a stack frame"
+    found = errors[0].partition("; its log")[0]  # whose name is drawn
+    assert not re.search(r"\d# |0x[0-9a-f]", found), "a stack frame"
     kept_log(errors[0])
     assert running_in_group(group) == []
     assert list(Path("/dev/shm").glob(f"nvlm_{serving.process.pid}_*")) == []
@@ -139,7 +139,7 @@ def test_a_dead_process_is_noticed_and_no_request_is_left_without_an_answer(
 
 
 @pytest.mark.parametrize(
-    ("order", "flags", "told"),
+    ("order", "flags", "message"),
     [
         (END_DECODER, (), "the decoder's thread has ended: SystemExit"),
         (
@@ -151,7 +151,7 @@ def test_a_dead_process_is_noticed_and_no_request_is_left_without_an_answer(
     ids=["dead", "hangs"],
 )
 def test_so_is_the_decoders_thread(
-    float32_engine_dir: Path, tmp_path: Path, order: str, flags: tuple[object, ...], told: str
+    float32_engine_dir: Path, tmp_path: Path, order: str, flags: tuple[object, ...], message: str
 ) -> None:
     sabotaged = Sabotaged(tmp_path)
     with serving(float32_engine_dir, tmp_path, *flags, cwd=sabotaged.folder) as server:
@@ -160,7 +160,7 @@ def test_so_is_the_decoders_thread(
             sabotaged.order(order)
             for request in asked:
                 request.result(WAIT_S)
-        assert_ended(server, group, told)
+        assert_ended(server, group, message)
 
 
 @pytest.mark.slow
@@ -186,8 +186,10 @@ def test_with_restart_a_server_comes_back_and_answers_as_before(
         before = server.served.generate(**question)["text_output"]
         for number in range(2, 5):
             os.kill(server.model_process, signal.SIGKILL)
-            told = server.wait_for("starting again: .* was ended by SIGKILL.*kept in", number - 1)
-            kept_log(server.log.read_text()[told.start() :].splitlines()[0])
+            printed = server.wait_for(
+                "starting again: .* was ended by SIGKILL.*kept in", number - 1
+            )
+            kept_log(server.log.read_text()[printed.start() :].splitlines()[0])
             server.wait_for("ready: ", number)
             assert server.served.generate(**question)["text_output"] == before
         group = server.tritonserver
@@ -217,6 +219,6 @@ def test_an_engine_that_is_changed_ends_the_server_as_a_mistake(
             file.seek(-50_000, os.SEEK_END)
             file.write(bytes(50_000))
         assert server.process.wait(WAIT_S) == EXIT_USER_ERROR
-        told = server.wait_for(r"error: .*its log is kept in .*")[0]
-        assert f"{rank} was changed or replaced while" in told
-        kept_log(told)
+        printed = server.wait_for(r"error: .*its log is kept in .*")[0]
+        assert f"{rank} was changed or replaced while" in printed
+        kept_log(printed)

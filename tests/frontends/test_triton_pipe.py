@@ -36,7 +36,7 @@ def test_silence_is_counted_between_signs_of_life(pipe: ModelPipe) -> None:
             assert pipe.look(9.0) is None
         end = pipe.look(9.0)
         assert end is not None
-        assert "no sign of life for 10 s" in end.told
+        assert "no sign of life for 10 s" in end.reason
         assert not end.is_answered
 
 
@@ -77,7 +77,7 @@ def test_a_process_that_is_gone_is_told_with_the_name_of_its_signal(
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
     end = pipe.look(0.5) or pipe.look(0.5)
     assert end is not None
-    assert f"the process of model nvlm was ended by {number.name}" in end.told
+    assert f"the process of model nvlm was ended by {number.name}" in end.reason
     process.wait()
 
 

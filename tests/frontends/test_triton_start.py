@@ -41,9 +41,9 @@ def ended(engine_dir: Path, *flags: object) -> Result:
 
 def kept_log(error: str) -> str:
     """What the server's log held, from the copy that the error names; which it removes."""
-    told = re.search(r"its log is kept in (\S+)$", error)
-    assert told is not None, error
-    path = Path(told[1])
+    printed = re.search(r"its log is kept in (\S+)$", error)
+    assert printed is not None, error
+    path = Path(printed[1])
     text = path.read_text(errors="replace")
     path.unlink()
     return text
@@ -98,9 +98,9 @@ def test_a_server_that_dies_is_told_and_its_log_kept(engine_dir: Path, tmp_path:
     os.kill(triton, signal.SIGKILL)
     assert process.wait(150) == EXIT_PART_DIED
     assert running_in_group(triton) == [], "its backends are left behind"
-    told = re.search(r"^error: tritonserver was ended by SIGKILL.*$", log.read_text(), re.M)
-    assert told is not None, log.read_text()
-    assert "Started GRPCInferenceService" in kept_log(told[0])
+    printed = re.search(r"^error: tritonserver was ended by SIGKILL.*$", log.read_text(), re.M)
+    assert printed is not None, log.read_text()
+    assert "Started GRPCInferenceService" in kept_log(printed[0])
 
 
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 130)])
@@ -268,14 +268,14 @@ class TestReadiness:
             server.wait_until_ready(5)
 
     @pytest.mark.parametrize(
-        ("status", "body", "told"),
+        ("status", "body", "message"),
         [
             (400, b'{"error": "no such table"}', "is up but cannot answer: .*no such table"),
             (200, b'{"num_tokens": 7}', "is up but answers .*7.*expected one token"),
         ],
     )
-    def test_an_error_and_nonsense_are_told(self, status: int, body: bytes, told: str) -> None:
-        with answering(status, body) as server, pytest.raises(UserError, match=told):
+    def test_an_error_and_nonsense_are_told(self, status: int, body: bytes, message: str) -> None:
+        with answering(status, body) as server, pytest.raises(UserError, match=message):
             server.wait_until_ready(5)
 
     def test_no_proxy_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:

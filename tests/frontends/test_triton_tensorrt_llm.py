@@ -314,15 +314,15 @@ def test_unary_calls_fail_with_a_grpc_status_code(server: Served) -> None:
                 lambda: client.infer("nvlm_unary", inputs, client_timeout=ANSWER_TIMEOUT_S)
             )
 
-        code, told = status(tensors("x", -4))
-        assert (code, told) == (
+        code, message = status(tensors("x", -4))
+        assert (code, message) == (
             "StatusCode.INVALID_ARGUMENT",
             "max_tokens is -4, expected 1 or more",
         )
         assert status(tensors("x", 4, image_bytes=[b"no"]))[0] == "StatusCode.INVALID_ARGUMENT"
-        code, told = status(tensors("x", 4, temperature=99.0))
+        code, message = status(tensors("x", 4, temperature=99.0))
         assert code == "StatusCode.INTERNAL"
-        assert "the double refuses" in told
+        assert "the double refuses" in message
 
 
 def test_a_full_server_is_unavailable_by_its_grpc_status_code(

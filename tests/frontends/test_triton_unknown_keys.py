@@ -37,13 +37,13 @@ UNKNOWN: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize("model", ["nvlm", "ensemble"])
-@pytest.mark.parametrize(("key", "value", "told"), UNKNOWN, ids=[key for key, *_ in UNKNOWN])
+@pytest.mark.parametrize(("key", "value", "message"), UNKNOWN, ids=[key for key, *_ in UNKNOWN])
 def test_an_unknown_key_is_refused_by_name_with_the_nearest_known_one(
-    triton_server: Served, model: str, key: str, value: Any, told: str
+    triton_server: Served, model: str, key: str, value: Any, message: str
 ) -> None:
     found = triton_server.generate(model, **QUESTION, **{key: value})
     assert found.get("status") == 400, found
-    assert f"{key} is no input of this server; {told}" in found["error"]
+    assert f"{key} is no input of this server; {message}" in found["error"]
     assert len(found["error"]) < 300, "it repeats the picture"
 
 

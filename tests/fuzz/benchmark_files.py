@@ -89,7 +89,7 @@ def open_truth_files(folder: Path) -> Opened:
             for sample in data.samples:
                 assert isinstance(sample.text, str)
                 assert (sample.num_image_bytes or 1) > 0
-            assert all(len(told) < 1500 for told in data.problems)
+            assert all(len(message) < 1500 for message in data.problems)
             if not ids:
                 raise UserError("every record is refused")
         finally:

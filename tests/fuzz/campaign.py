@@ -87,10 +87,10 @@ def try_kind(kind: str, seed: int, seconds: float, folder: Path) -> Tally:
 
 def _run_worker(tally: Tally, seed: int, seconds: float, place: Path) -> float:
     """Returns how long it tried cases."""
-    told = place.with_suffix(".stderr")
+    log = place.with_suffix(".stderr")
     command = [sys.executable, "-m", "tests.fuzz.worker", tally.kind, str(seed), str(seconds)]
     with (
-        open(told, "wb") as stderr,
+        open(log, "wb") as stderr,
         subprocess.Popen([*command, str(place)], stdout=subprocess.PIPE, stderr=stderr) as process,
         selectors.DefaultSelector() as selector,
     ):
@@ -116,16 +116,16 @@ def _run_worker(tally: Tally, seed: int, seconds: float, place: Path) -> float:
                 process.kill()
                 tally.hangs += 1
                 is_trying = False
-    _add_faults(tally, told)
+    _add_faults(tally, log)
     if process.returncode < 0 and is_trying:
         tally.ends[f"signal {-process.returncode}"] += 1
     elif begun is None or process.returncode > 0:
-        raise RuntimeError(f"the worker of {tally.kind} failed: {told.read_text()[-2000:]}")
+        raise RuntimeError(f"the worker of {tally.kind} failed: {log.read_text()[-2000:]}")
     return time.monotonic() - (begun or heard)
 
 
-def _add_faults(tally: Tally, told: Path) -> None:
-    for line in told.read_text(errors="replace").splitlines():
+def _add_faults(tally: Tally, log: Path) -> None:
+    for line in log.read_text(errors="replace").splitlines():
         if line.startswith('{"error"'):
             fault = json.loads(line)
             tally.faults[f"{fault['error']} at {' < '.join(reversed(fault['frames']))}"] += 1
@@ -156,8 +156,8 @@ def table(tallies: list[Tally]) -> str:
         total.hangs += tally.hangs
         total.peak_bytes = max(total.peak_bytes, tally.peak_bytes)
     rows.append(_row(total))
-    told = [f"{number} x {fault}" for fault, number in total.faults.most_common()]
-    return "\n".join([*rows, *told])
+    faults = [f"{number} x {fault}" for fault, number in total.faults.most_common()]
+    return "\n".join([*rows, *faults])
 
 
 def _row(tally: Tally) -> str:

@@ -88,8 +88,8 @@ def _tell(error: Exception, case: Any, place: Path) -> None:
     kept = place.parent / f"{place.name}-{sha256(repr(frames).encode()).hexdigest()[:8]}.pickle"
     if not kept.exists():
         kept.write_bytes(pickle.dumps(case))
-    told = {"error": f"{type(error).__name__}: {error}"[:200], "frames": frames, "case": kept.name}
-    print(json.dumps(told), file=sys.stderr, flush=True)
+    fault = {"error": f"{type(error).__name__}: {error}"[:200], "frames": frames, "case": kept.name}
+    print(json.dumps(fault), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

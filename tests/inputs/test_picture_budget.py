@@ -238,16 +238,16 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-class Told:
+class Budget:
     @contextmanager
     def held(self, num_bytes, where):
         self.num_bytes = num_bytes
         yield
 
 def tile(path):
-    told = Told()
-    next(make_of_pages(Tiler(56, 6), path, budget=told))
-    return told.num_bytes
+    budget = Budget()
+    next(make_of_pages(Tiler(56, 6), path, budget=budget))
+    return budget.num_bytes
 
 picture._STRIP_PIXELS = rgb._PART_PIXELS = 1 << 16
 for copied in (1 << 24, 0):  # both ways of scaling
@@ -256,8 +256,8 @@ for copied in (1 << 24, 0):  # both ways of scaling
         tile(path)  # what is loaded once
         Path("/proc/self/clear_refs").write_text("5")
         before = peak()
-        told = tile(path)
-        print(path.name, peak() - before, told)
+        granted = tile(path)
+        print(path.name, peak() - before, granted)
 """
 
 
@@ -279,9 +279,9 @@ def test_reading_takes_no_more_than_the_headers_promise(tmp_path: Path) -> None:
     ).stdout
     assert len(found.splitlines()) == 2 * len(FORMS)
     for line in found.splitlines():
-        name, taken, told = line.split()
+        name, taken, granted = line.split()
         size = (tmp_path / name).stat().st_size
-        assert int(taken) <= int(told) + size + (2 << 20), line
+        assert int(taken) <= int(granted) + size + (2 << 20), line
 
 
 @pytest.mark.usefixtures("small_budget")

@@ -173,7 +173,7 @@ def test_ink_that_white_paper_hides_is_told(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (FORMS["grey12_in_16"], "16-bit values of at most 4080: they are read as 0 to 4095"),
         (lambda: array(grey(np.uint16) * 64), "16-bit values of at most 16320: they are read as 0"),
@@ -186,10 +186,10 @@ def test_ink_that_white_paper_hides_is_told(caplog: pytest.LogCaptureFixture) ->
     ids=["12_in_16", "14_in_16", "10_in_32", "percent"],
 )
 def test_values_that_leave_their_range_half_empty_are_told(
-    data: Callable[[], bytes], told: str, caplog: pytest.LogCaptureFixture
+    data: Callable[[], bytes], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     load_image(data(), "the scan")
-    assert f"the scan holds {told}" in caplog.text
+    assert f"the scan holds {message}" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_page_of_a_pdf_is_drawn_at_the_size_that_tiles_need(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("package", "head", "told"),
+    ("package", "head", "message"),
     [
         ("pillow_heif", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC, which needs .*JPEG"),
         ("pillow_heif", b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "is HEIC, which needs .*JPEG"),
@@ -311,10 +311,10 @@ def test_a_page_of_a_pdf_is_drawn_at_the_size_that_tiles_need(tmp_path: Path) ->
     ],
 )
 def test_an_optional_package_that_is_missing_is_named(
-    package: str, head: bytes, told: str, monkeypatch: pytest.MonkeyPatch
+    package: str, head: bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(UserError, match=rf"^the image {told}") as refused:
+    with pytest.raises(UserError, match=rf"^the image {message}") as refused:
         load_image(head + bytes(64))
     assert "requirements/pictures.txt" in str(refused.value)
 

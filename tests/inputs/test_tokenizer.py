@@ -75,7 +75,7 @@ def changed_tokenizer(folder: Path, tokenizer_dir: Path, change: Callable[[Any],
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda v: v["model"].update(dropout=0.1), "dropout 0.1, which tokenises at random"),
         (lambda v: v["model"].update(dropout=True), "dropout True"),
@@ -91,9 +91,9 @@ def changed_tokenizer(folder: Path, tokenizer_dir: Path, change: Callable[[Any],
     ],
 )
 def test_a_tokenizer_that_would_make_other_prompts_is_refused(
-    model_dir: Path, tmp_path: Path, change: Callable[[Any], object], told: str
+    model_dir: Path, tmp_path: Path, change: Callable[[Any], object], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         Tokenizer(changed_tokenizer(tmp_path, model_dir, change))
 
 

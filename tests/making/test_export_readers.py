@@ -38,11 +38,11 @@ def load(workshop: Workshop, name: str, model_dir: Path) -> Any:
     if not folder.exists():
         chosen = HuggingFaceFormat(COMPRESSED_TENSORS, model_dir, is_text_only=True)
         convert(HuggingFaceSource(model_dir), folder, FP8, CPU, output_format=chosen)
-    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["mismatched_keys"]
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
     # vLLM's alone: transformers does not quantise queries.
-    assert all(name.endswith(".self_attn.q_scale") for name in told["unexpected_keys"])
+    assert all(name.endswith(".self_attn.q_scale") for name in info["unexpected_keys"])
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.float8_e4m3fn
     return model.eval()
 

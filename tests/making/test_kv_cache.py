@@ -117,14 +117,14 @@ def test_the_doctor_and_a_benchmarks_record_say_which(engines: dict[str, EngineD
 
 def test_compare_says_which_of_both(engines: dict[str, EngineDir]) -> None:
     flags = ("--prompt", "What?", "--max_new_tokens", 3, "--device", "cpu")
-    for name, told in NAMES.items():
+    for name, message in NAMES.items():
         result = run_command(
             RUN,
             *("--engine_dir", engines[name].directory, "--compare", engines["FP8"].directory),
             *flags,
         )
         assert result.exit_code == 0, result.stderr
-        assert f"KV cache {told}, reference FP8\n" in result.stdout
+        assert f"KV cache {message}, reference FP8\n" in result.stdout
 
 
 def test_an_engine_as_its_checkpoint_says_is_written_as_before(
@@ -137,14 +137,14 @@ def test_an_engine_as_its_checkpoint_says_is_written_as_before(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (BF16, "--kv_cache_dtype fp8 needs KV scales"),
         (replace(FP8, kv_cache_quant_algo=None), "--kv_cache_dtype fp8 needs KV scales"),
     ],
 )
 def test_fp8_without_scales_is_refused(
-    workshop: Workshop, model_dir: Path, tmp_path: Path, options: Any, told: str
+    workshop: Workshop, model_dir: Path, tmp_path: Path, options: Any, message: str
 ) -> None:
     name = f"checkpoint_{options.quant_algo}_{options.kv_cache_quant_algo}"
     checkpoint = workshop.checkpoint(name, model_dir, options)
@@ -153,12 +153,12 @@ def test_fp8_without_scales_is_refused(
         *("--checkpoint_dir", checkpoint, "--engine_dir", tmp_path / "engine"),
         *("--device", "cpu", "--kv_cache_dtype", "fp8"),
     )
-    one_line_error(result, told, str(checkpoint), "--kv_cache_quant_algo FP8")
+    one_line_error(result, message, str(checkpoint), "--kv_cache_quant_algo FP8")
     assert list(tmp_path.iterdir()) == []
 
 
-def refused(checkpoint: Path, told: str, **options: Any) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def refused(checkpoint: Path, message: str, **options: Any) -> None:
+    with pytest.raises(UserError, match=message) as error:
         specify(checkpoint, BuildOptions(vision="torch", **options), CPU, MEMORY_BYTES)
     assert "\n" not in str(error.value)
 
@@ -170,16 +170,16 @@ def test_what_a_checkpoint_or_a_target_cannot_give_is_refused(
     refused(half, "needs a checkpoint in bfloat16, and .* is in float16", kv_cache_dtype="bfloat16")
     both: dict[str, Any] = {"kv_cache_dtype": "bfloat16", "kv_cache_scales": "own"}
     refused(checkpoint_dir, "--kv_cache_scales own needs an FP8 KV cache", **both)
-    for options, mend in (
+    for options, fix in (
         ({"kv_cache_dtype": "bfloat16"}, "convert with --kv_cache_quant_algo none"),
         ({"kv_cache_scales": "own"}, "leave it out"),
     ):
-        told = f"found --kv_cache_.*; use --decoder torch, or {mend}"
-        refused(checkpoint_dir, told, decoder="tensorrt_llm", **options)
+        message = f"found --kv_cache_.*; use --decoder torch, or {fix}"
+        refused(checkpoint_dir, message, decoder="tensorrt_llm", **options)
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "message"),
     [
         ("kv_cache.format", "int8", "kv_cache.format is 'int8'"),
         ("kv_cache.scales", [[0.1, 0.2]], "kv_cache.scales is"),
@@ -189,12 +189,12 @@ def test_what_a_checkpoint_or_a_target_cannot_give_is_refused(
     ],
 )
 def test_an_engine_of_damaged_scales_is_refused(
-    fresh: Workshop, checkpoint_dir: Path, path: str, value: object, told: str
+    fresh: Workshop, checkpoint_dir: Path, path: str, value: object, message: str
 ) -> None:
     engine = fresh.engine("engine", checkpoint_dir, vision="torch", kv_cache_scales="own")
     edit_json(engine / "llm" / "config.json", path, value)
     sealed_again(engine)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         EngineDir.read(engine)
 
 

@@ -120,11 +120,11 @@ def test_what_is_no_model_is_named_for_what_it_is(
 
 def test_a_folder_of_the_hubs_cache_is_told_its_snapshot(model_dir: Path, tmp_path: Path) -> None:
     folder = hub_cache(model_dir, tmp_path)
-    told = ("the hub's cache", f"--model_dir {folder / 'snapshots' / REVISION}")
+    message = ("the hub's cache", f"--model_dir {folder / 'snapshots' / REVISION}")
     where = ("--model_dir", folder, "--output_dir", tmp_path / "new", *PLAIN)
-    refused(tmp_path, CONVERT, *where, fragments=told)
+    refused(tmp_path, CONVERT, *where, fragments=message)
     (folder / "refs" / "main").unlink()
-    refused(tmp_path, CONVERT, *where, fragments=told)
+    refused(tmp_path, CONVERT, *where, fragments=message)
 
 
 def test_a_path_that_is_mistyped_is_no_repository(tmp_path: Path) -> None:

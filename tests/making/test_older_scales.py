@@ -187,8 +187,10 @@ def test_the_plan_says_what_scales_are_rounded_to(
     flags = ("--model_dir", model_dir, "--output_dir", tmp_path / "out", "--dry_run")
     result = run_command(CONVERT, *flags)
     assert json.loads(result.stdout)["scale_dtype"] == "bfloat16"
-    told = "scales of linears are amax / 448, rounded up to bfloat16, to which TensorRT-LLM casts"
-    assert told in caplog.text
+    message = (
+        "scales of linears are amax / 448, rounded up to bfloat16, to which TensorRT-LLM casts"
+    )
+    assert message in caplog.text
     caplog.clear()
     result = run_command(CONVERT, *flags, "--quant_algo", "none")
     assert json.loads(result.stdout)["scale_dtype"] is None
@@ -203,7 +205,7 @@ def test_compare_says_which_engine_is_older(
     older_engine: Path, engine_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = ("--prompt", "What?", "--device", "cpu", "--max_new_tokens", 2, "--json")
-    for engine, reference, told in (
+    for engine, reference, older in (
         (engine_dir, older_engine, [older_engine]),
         (older_engine, engine_dir, [older_engine]),
         (engine_dir, engine_dir, []),
@@ -212,8 +214,8 @@ def test_compare_says_which_engine_is_older(
         result = run_command(RUN, "--engine_dir", engine, "--compare", reference, *asked)
         assert result.exit_code == 0, result.stderr
         found = [line for line in caplog.messages if "float32 scales" in line]
-        assert len(found) == len(told)
-        for line, each in zip(found, told, strict=True):
+        assert len(found) == len(older)
+        for line, each in zip(found, older, strict=True):
             assert line.startswith(f"{each} {OLDER}")
             assert "convert again" in line
 

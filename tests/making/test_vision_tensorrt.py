@@ -308,12 +308,12 @@ class TestBuilds:
         where = ("--checkpoint_dir", checkpoint_dir, "--engine_dir", tmp_path / "engine")
         rtx = ("--vision", "tensorrt_rtx", "--compute_capability", capability, "--device", "cpu")
         asked = ("--vision_precision", precision) if precision else ()
-        told = (
+        message = (
             f"in {precision or 'bfloat16'} needs compute capability {least} or more",
             f"for {capability};",
             f"use --vision_precision {fixes}",
         )
-        line = refused(tmp_path, BUILD, *where, *rtx, *asked, *dry_run, fragments=told)
+        line = refused(tmp_path, BUILD, *where, *rtx, *asked, *dry_run, fragments=message)
         assert line.endswith(f"--vision_precision {fixes}")
 
     @pytest.mark.parametrize(

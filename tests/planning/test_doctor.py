@@ -24,11 +24,11 @@ def found(
     """What each target lacks on a machine with these GPUs and packages."""
     names = {"onnx", "onnxscript", *installed}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in names else None)
-    return {target.flag: [lack.missing for lack in target.lacks] for target in targets(gpus)}
+    return {target.flag: [each.what for each in target.missing] for target in targets(gpus)}
 
 
 def ready(gpus: list[Gpu], installed: set[str], monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    return {flag for flag, lacks in found(gpus, installed, monkeypatch).items() if not lacks}
+    return {flag for flag, missing in found(gpus, installed, monkeypatch).items() if not missing}
 
 
 def test_targets_follow_gpu_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,13 +43,13 @@ def test_targets_follow_gpu_and_packages(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_everything_that_a_target_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacks = found([], set(), monkeypatch)
+    missing = found([], set(), monkeypatch)
     no_gpu, packages = "torch sees or may use no GPU", ("tensorrt_llm", "tensorrt")
-    assert lacks["--decoder tensorrt_llm"] == [
+    assert missing["--decoder tensorrt_llm"] == [
         no_gpu,
         *(f"{name} is not installed" for name in packages),
     ]
-    assert lacks["--vision tensorrt"] == [no_gpu, "tensorrt is not installed"]
+    assert missing["--vision tensorrt"] == [no_gpu, "tensorrt is not installed"]
     (hopper,) = found([ADA], {"tensorrt", "tensorrt_llm"}, monkeypatch)["--decoder tensorrt_llm"]
     assert "compute capability 8.9" in hopper
 
@@ -72,8 +72,8 @@ def test_what_is_missing_comes_with_what_mends_it() -> None:
     printed = "\n".join(lines(findings))
     for target in findings.targets:
         assert target.flag in printed
-        for lack in target.lacks:
-            assert f"{lack.missing}: {lack.mend}" in printed
+        for each in target.missing:
+            assert f"{each.what}: {each.fix}" in printed
 
 
 @pytest.mark.process
@@ -87,9 +87,9 @@ def test_it_runs_as_a_module_and_prints_json() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)["targets"]
-    assert len(told) == 6
-    lacks = {target["flag"]: target["lacks"] for target in told}
+    body = json.loads(done.stdout)["targets"]
+    assert len(body) == 6
+    lacks = {target["flag"]: target["lacks"] for target in body}
     assert lacks["--decoder torch"] == []
     for lack in lacks["--decoder tensorrt_llm"]:
         assert lack.keys() == {"missing", "mend"}

@@ -95,6 +95,6 @@ def test_a_stopped_rank_hangs_the_decoder_and_its_clients_are_told(
     result = after_signal(workshop, tmp_path, signal.SIGSTOP)
     assert result.returncode == EXIT_PART_DIED, result.stderr
     assert "4 clients were told" in result.stderr
-    told = "error: the decoder's thread has made no progress for 10 s"
-    assert told in result.stderr
+    message = "error: the decoder's thread has made no progress for 10 s"
+    assert message in result.stderr
     assert "died in phase" not in result.stderr, "rank 1 died of the end of the others"

@@ -61,8 +61,10 @@ def test_a_question_captures_graphs_deletes_them_and_ends_without_a_warning(
     result = finished(words, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
-    told = result.stderr  # of two processes, whose lines may run into each other
-    assert [told.count(f"graphs are {what}") for what in ("captured", "deleted")] == [2, 2]
+    printed = result.stderr  # of two processes, whose lines may run into each other
+    assert [printed.count(f"graphs are {what}") for what in ("captured", "deleted")] == [2, 2]
     assert [
-        line for line in told.splitlines() if "arning" in line or "[W" in line or "[Gloo]" in line
+        line
+        for line in printed.splitlines()
+        if "arning" in line or "[W" in line or "[Gloo]" in line
     ] == []

@@ -41,10 +41,10 @@ def test_a_job_whose_every_process_is_killed_leaves_no_segment(tmp_path: Path) -
         assert process.stderr is not None
         watchdog = threading.Timer(120, os.killpg, (process.pid, signal.SIGKILL))
         watchdog.start()
-        told = next((line for line in process.stderr if line.startswith("segments:")), None)
+        printed = next((line for line in process.stderr if line.startswith("segments:")), None)
         watchdog.cancel()
-        assert told is not None, "the job ended before its ranks met"
-    names = [Path(word).name for word in told.split() if PREFIX in word]
+        assert printed is not None, "the job ended before its ranks met"
+    names = [Path(word).name for word in printed.split() if PREFIX in word]
     if not names:
         pytest.skip("this MPI library is not MPICH")
     assert [name for name in names if (SHARED / name).exists()] == []

@@ -73,7 +73,7 @@ def test_two_guides_are_refused_by_their_names(door: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("json_schema", [], r"json_schema is \[\], expected a JSON schema"),
         ("json_schema", 5, "json_schema is 5, expected a JSON schema"),
@@ -90,9 +90,9 @@ def test_two_guides_are_refused_by_their_names(door: Any) -> None:
         ("grammar", " ", "grammar is ' '"),
     ],
 )
-def test_bad_values_are_refused_in_one_line(name: str, value: Any, told: str) -> None:
+def test_bad_values_are_refused_in_one_line(name: str, value: Any, message: str) -> None:
     for door in (of_library, of_line):
-        with pytest.raises(UserError, match=told) as raised:
+        with pytest.raises(UserError, match=message) as raised:
             door({name: value})
         assert "\n" not in str(raised.value)
         assert len(str(raised.value)) < 500
@@ -137,7 +137,7 @@ def test_a_choice_is_an_expression_that_matches_its_texts_alone() -> None:
 
 def test_a_run_record_tells_guides_apart() -> None:
     asked = {name: GenerationRequest.images_first("q", **{name: GIVEN[name]}) for name in GIVEN}
-    told = {name: settings_of(request) for name, request in asked.items()}
-    assert all(name in settings for name, settings in told.items())
-    assert told["json_object"]["json_object"] is True
+    found = {name: settings_of(request) for name, request in asked.items()}
+    assert all(name in settings for name, settings in found.items())
+    assert found["json_object"]["json_object"] is True
     assert not settings_of(GenerationRequest.images_first("q")).keys() & GIVEN.keys()

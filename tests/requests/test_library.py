@@ -60,7 +60,7 @@ def test_sampling_settings_are_given_by_their_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"max_tokens": 5}, "no setting 'max_tokens', .*; did you mean 'max_new_tokens'?"),
         ({"temprature": 1.0}, "did you mean 'temperature'?"),
@@ -79,8 +79,8 @@ def test_sampling_settings_are_given_by_their_names() -> None:
         ({"page": "2"}, "page is '2', expected a number from 1 or \"all\""),
     ],
 )
-def test_a_setting_that_is_none_is_refused_by_name(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_setting_that_is_none_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         GenerationRequest.images_first("q", **settings)
 
 

@@ -55,7 +55,7 @@ def test_an_image_stands_at_its_mark_and_first_without_one(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "num_images", "told"),
+    ("prompt", "num_images", "message"),
     [
         ("<image>", 0, "the number of <image> in the text is 1 and that of images 0"),
         ("<image>", 2, "is 1 and that of images 2, expected the same"),
@@ -63,14 +63,14 @@ def test_an_image_stands_at_its_mark_and_first_without_one(
     ],
 )
 def test_marks_and_images_that_differ_in_number_are_refused(
-    prompt: str, num_images: int, told: str
+    prompt: str, num_images: int, message: str
 ) -> None:
     images = [A] * num_images
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         question(prompt, images)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         conversation([user(prompt)], images)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         conversation([user(prompt), assistant("x"), user("y")], images)
 
 
@@ -144,18 +144,18 @@ BAD: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("messages", "told"), BAD, ids=[told for _, told in BAD])
+@pytest.mark.parametrize(("messages", "message"), BAD, ids=[message for _, message in BAD])
 def test_what_is_no_conversation_is_refused_in_a_line(
-    messages: Any, told: str, tmp_path: Path
+    messages: Any, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as error:
         conversation(messages)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     if messages is not None:
         with pytest.raises(UserError) as error:
             request_from_json({"messages": messages}, Path(), GenerationRequest(()))
-        assert told in str(error.value)
+        assert message in str(error.value)
     (tmp_path / "m.json").write_text(json.dumps(messages))
     with pytest.raises(UserError) as error:
         read_messages(tmp_path / "m.json", (), has_system=False)
@@ -164,16 +164,16 @@ def test_what_is_no_conversation_is_refused_in_a_line(
 
 def test_what_stands_beside_messages_is_refused() -> None:
     turns = [system("s"), user("a")]
-    for line, told in (
+    for line, message in (
         ({"messages": turns, "prompt": "p"}, "prompt stands beside messages"),
         ({"messages": turns, "system": "t"}, "system stands beside messages with a system"),
         ({"messages": turns, "images": ["a.png"] * 2}, None),
         ({"messages": [user([text("a")])], "images": ["a.png"]}, "is 0 and that of images 1"),
     ):
-        if told is None:  # a single question has its images first
+        if message is None:  # a single question has its images first
             assert request_from_json(line, Path(), GenerationRequest(())).num_images == 2
             continue
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             request_from_json(line, Path(), GenerationRequest(()))
     with pytest.raises(UserError, match="messages is given beside a question"):
         GenerationRequest.of("p", messages=turns)

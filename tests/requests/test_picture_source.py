@@ -79,7 +79,7 @@ def test_another_picture_in_a_data_url_is_another_request(
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("https://example.org/a.png", "is an address, and nothing is fetched from https: here"),
         ("HTTP://example.org/a.png", "is an address"),
@@ -94,10 +94,10 @@ def test_another_picture_in_a_data_url_is_another_request(
         ("QUJD" * 200, "image QUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJD... (800 characters) is base64"),
     ],
 )
-def test_what_is_not_here_is_told_what_helps(name: str, told: str) -> None:
+def test_what_is_not_here_is_told_what_helps(name: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
         picture_source(name)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

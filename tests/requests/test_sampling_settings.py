@@ -77,8 +77,8 @@ def request_of(values: dict[str, Any]) -> Any:
 
 
 def test_help_names_it(table: Any) -> None:
-    told = " ".join(import_module("run").parser().format_help().split())
-    assert "--crispness CRISPNESS how crisp an answer is" in told
+    message = " ".join(import_module("run").parser().format_help().split())
+    assert "--crispness CRISPNESS how crisp an answer is" in message
 
 
 def test_the_flag_reaches_the_request(table: Any) -> None:
@@ -96,7 +96,7 @@ def test_a_json_line_takes_it(table: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         ("very", "crispness is 'very', expected float"),
         (True, "crispness is True, expected float"),
@@ -105,8 +105,8 @@ def test_a_json_line_takes_it(table: Any) -> None:
         (float("nan"), "crispness is nan, expected 0 to 2"),
     ],
 )
-def test_a_json_line_with_a_wrong_value_is_refused(table: Any, value: object, told: str) -> None:
-    with pytest.raises(UserError, match=f"^{told}$"):
+def test_a_json_line_with_a_wrong_value_is_refused(table: Any, value: object, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}$"):
         request_of({"prompt": "hi", "crispness": value})
 
 

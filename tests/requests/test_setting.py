@@ -77,7 +77,7 @@ def test_what_is_held_is_told_as_json_has_it_and_read_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"bad_words": [""]}, "bad_words is [''], expected a list of strings that are not empty"),
         ({"bad_words": {"a": 1}}, "bad_words is {'a': 1}, expected a list of strings"),
@@ -100,12 +100,12 @@ def test_what_is_held_is_told_as_json_has_it_and_read_back() -> None:
     ],
 )
 def test_a_value_of_another_kind_is_refused_in_a_sentence(
-    values: dict[str, Any], told: str
+    values: dict[str, Any], message: str
 ) -> None:
     for ask in (of_json, lambda **given: SamplingParams(**given)):
         with pytest.raises(UserError) as refused:
             ask(**values)
-        assert str(refused.value).startswith(told)
+        assert str(refused.value).startswith(message)
 
 
 @pytest.mark.parametrize("text", ["{", "3", "[1, 2]"])

@@ -35,7 +35,7 @@ def add_one(x, BLOCK: tl.constexpr):
     tl.store(place, tl.load(place) + 1.0)
 
 hits = []
-triton.knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])
+triton.knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
 source = ASTSource(add_one, {"x": "*fp32", "BLOCK": "constexpr"}, {(1,): 128})
 kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
 print(json.dumps([hits, len(kernel.asm["cubin"])]))

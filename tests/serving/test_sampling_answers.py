@@ -73,9 +73,9 @@ def test_n_answers_are_those_of_n_requests_with_the_seeds_after_it(
     assert len({tuple(choice.token_ids) for choice in result.choices}) > 1
     assert result.num_tokens == sum(len(choice.token_ids) for choice in result.choices)
     assert (result.text, result.seed) == (result.choices[0].text, seeds[0])
-    told = answer_json(result)
-    assert [choice["seed"] for choice in told["choices"]] == seeds
-    assert "prompt_logprobs" not in told
+    body = answer_json(result)
+    assert [choice["seed"] for choice in body["choices"]] == seeds
+    assert "prompt_logprobs" not in body
 
 
 def test_the_prompt_of_n_answers_is_computed_once(runner: Runner, images: Images) -> None:
@@ -119,13 +119,13 @@ def test_logprobs_of_the_prompt_come_with_the_whole_answer(runner: Runner, image
     path = images("landscape_800x450.png")
     runner.generate("Well?", path, **asked)
     result = runner.generate("Well?", path, prompt_logprobs=1, **asked)
-    told = result.prompt_logprobs
-    assert told is not None
-    assert len(told) == result.num_prompt_tokens
-    assert told[0] is None
+    listed = result.prompt_logprobs
+    assert listed is not None
+    assert len(listed) == result.num_prompt_tokens
+    assert listed[0] is None
     num_rows = result.num_tiles * runner.engine.vision_config.tokens_per_tile
-    assert sum(each is None for each in told) == 1 + num_rows
-    assert all(each.logprob < 0 and len(each.top_logprobs) == 1 for each in told if each)
+    assert sum(each is None for each in listed) == 1 + num_rows
+    assert all(each.logprob < 0 and len(each.top_logprobs) == 1 for each in listed if each)
     assert result.token_ids == runner.generate("Well?", path, **asked).token_ids
 
 
@@ -161,7 +161,7 @@ def test_a_bad_word_is_not_written_with_a_space_or_without(runner: Runner) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"top_logprobs": 2}, "top_logprobs is 2 without logprobs; ask for logprobs too"),
         ({"n": 2}, "n is 2 and the sampling is greedy, which gives one answer 2 times; give"),
@@ -174,9 +174,9 @@ def test_a_bad_word_is_not_written_with_a_space_or_without(runner: Runner) -> No
     ],
 )
 def test_settings_that_contradict_are_refused_in_one_line(
-    runner: Runner, settings: dict[str, Any], told: str
+    runner: Runner, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         runner.generate("Well?", **settings)
     assert "\n" not in str(refused.value)
     assert runner.generate("Well?", max_new_tokens=1).num_tokens == 1

@@ -1,4 +1,4 @@
-"""A thread of a server that dies or hangs: seen, told once, and nobody waits in vain."""
+"""A thread of a server that dies or hangs: seen, reported once, and nobody waits in vain."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def runner(float32_engine_dir: Path) -> Runner:
     return Runner.open(float32_engine_dir, torch.device("cpu"))
 
 
-class Told:
+class OnEnd:
     """What `on_end` hears."""
 
     def __init__(self) -> None:
@@ -128,8 +128,8 @@ def let_go() -> Iterator[threading.Event]:
     event.set()
 
 
-def serve(runner: Runner, told: Told, hang_after_s: float | None = None) -> Server:
-    return Server(runner, on_end=told, hang_after_s=hang_after_s, look_s=LOOK_S)
+def serve(runner: Runner, on_end: OnEnd, hang_after_s: float | None = None) -> Server:
+    return Server(runner, on_end=on_end, hang_after_s=hang_after_s, look_s=LOOK_S)
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("the test's"), SystemExit(3)])
@@ -148,13 +148,13 @@ def test_with_the_decoders_thread_dead_all_are_answered_and_the_server_says_why(
 
     monkeypatch.setattr(runner.decoder, "step", fail)
     monkeypatch.setattr(runner, "probe", probe)
-    told = Told()
-    server = serve(runner, told)
+    on_end = OnEnd()
+    server = serve(runner, on_end)
     ends = Ends(server, *"abcdefghijkl")
     may_fail.set()
     for heard in ends.errors():
         assert heard is failure or "the decoder's thread has ended" in str(heard)
-    error = told.wait()
+    error = on_end.wait()
     assert isinstance(error, PartDiedError)
     assert "the decoder's thread has ended" in str(error)
     assert server.failure is error
@@ -162,7 +162,7 @@ def test_with_the_decoders_thread_dead_all_are_answered_and_the_server_says_why(
     with pytest.raises(RuntimeError, match="the decoder has failed"):
         Ends(server, "later")
     server.close()
-    assert told.is_silent, "told once"
+    assert on_end.is_silent, "called once"
 
 
 def test_a_decoder_that_hangs_is_told_and_nobody_waits_for_it(
@@ -173,11 +173,11 @@ def test_a_decoder_that_hangs_is_told_and_nobody_waits_for_it(
         return []
 
     monkeypatch.setattr(runner.decoder, "step", hang)
-    told = Told()
-    server = serve(runner, told, hang_after_s=HANG_S)
+    on_end = OnEnd()
+    server = serve(runner, on_end, hang_after_s=HANG_S)
     errors = Ends(server, "a", "b").errors()
     assert all(isinstance(error, PartDiedError) for error in errors)
-    assert "the decoder's thread has made no progress" in str(told.wait())
+    assert "the decoder's thread has made no progress" in str(on_end.wait())
     server.close()  # returns
 
 
@@ -196,11 +196,11 @@ def test_so_are_the_threads_that_prepare(
         let_go.wait(WAIT_S)
 
     monkeypatch.setattr(runner, stage, fail)
-    told = Told()
-    server = serve(runner, told, hang_after_s=HANG_S)
+    on_end = OnEnd()
+    server = serve(runner, on_end, hang_after_s=HANG_S)
     (error,) = Ends(server, "a").errors()
     assert isinstance(error, PartDiedError)
-    assert "the thread that prepares texts has" in str(told.wait())
+    assert "the thread that prepares texts has" in str(on_end.wait())
     server.close()
 
 
@@ -215,12 +215,12 @@ def test_a_step_that_fails_is_its_requests_alone_if_the_next_one_works(
         return step()
 
     monkeypatch.setattr(runner.decoder, "step", fails_once)
-    told = Told()
-    server = serve(runner, told)
+    on_end = OnEnd()
+    server = serve(runner, on_end)
     (error,) = Ends(server, "a").errors()
     assert str(error) == "the test's failure"
     assert Ends(server, "b").errors() == [None]
-    assert told.is_silent
+    assert on_end.is_silent
     server.close()
 
 
@@ -233,11 +233,11 @@ def test_a_decoder_that_fails_every_step_ends_the_server(
         raise RuntimeError("the test's failure")
 
     monkeypatch.setattr(runner.decoder, "step", fail)
-    told = Told()
-    server = serve(runner, told)
+    on_end = OnEnd()
+    server = serve(runner, on_end)
     (error,) = Ends(server, "a").errors()
     assert error is not None
-    assert "the decoder's thread has ended: RuntimeError" in str(told.wait())
+    assert "the decoder's thread has ended: RuntimeError" in str(on_end.wait())
     server.close()
 
 
@@ -253,13 +253,13 @@ def test_a_server_that_rests_takes_a_step_for_nobody_and_none_while_it_works(
         probed.set()
 
     monkeypatch.setattr(runner, "probe", note)
-    told = Told()
-    server = serve(runner, told)
+    on_end = OnEnd()
+    server = serve(runner, on_end)
     assert Ends(server, "a").errors() == [None]
     assert probed.wait(WAIT_S)
     assert Ends(server, "b").errors() == [None], "a probe leaves nothing behind"
     assert set(num_open_at_probes) == {0}
-    assert told.is_silent
+    assert on_end.is_silent
     server.close()
 
 
@@ -270,9 +270,9 @@ def test_what_breaks_in_such_a_step_ends_the_server(
         raise RuntimeError("the GPU has fallen off the bus")
 
     monkeypatch.setattr(runner.decoder, "step", fail)
-    told = Told()
-    server = serve(runner, told)
-    assert "fallen off" in str(told.wait())
+    on_end = OnEnd()
+    server = serve(runner, on_end)
+    assert "fallen off" in str(on_end.wait())
     server.close()
 
 
@@ -285,8 +285,8 @@ def test_an_engine_that_is_changed_ends_the_server_as_the_users_mistake(
         raise UserError("the engine was changed")
 
     monkeypatch.setattr(runner.mapped, "require_unchanged", changed)
-    told = Told()
-    server = serve(runner, told)
-    error = told.wait()
+    on_end = OnEnd()
+    server = serve(runner, on_end)
+    error = on_end.wait()
     assert isinstance(error, UserError)
     server.close()

@@ -30,10 +30,10 @@ class Reply:
     @property
     def error(self) -> dict[str, Any]:
         """OpenAI's error object, whose form is checked."""
-        told = self.json()
-        assert set(told) == {"error"}, told
-        error: dict[str, Any] = told["error"]
-        assert set(error) == {"message", "type", "param", "code"}, told
+        body = self.json()
+        assert set(body) == {"error"}, body
+        error: dict[str, Any] = body["error"]
+        assert set(error) == {"message", "type", "param", "code"}, body
         return error
 
     def events(self) -> list[dict[str, Any]]:

@@ -123,15 +123,15 @@ def one_line_error(result: Result, *fragments: str) -> str:
 
     Progress bars may stand before the line. Returns it.
     """
-    told = f"exit code {result.exit_code}\nstdout: {result.stdout}\nstderr: {result.stderr}"
-    assert result.exit_code == EXIT_USER_ERROR, told
-    assert result.stdout == "", told
-    assert "Traceback" not in result.stderr, told
-    assert "Warning" not in result.stderr, told
+    message = f"exit code {result.exit_code}\nstdout: {result.stdout}\nstderr: {result.stderr}"
+    assert result.exit_code == EXIT_USER_ERROR, message
+    assert result.stdout == "", message
+    assert "Traceback" not in result.stderr, message
+    assert "Warning" not in result.stderr, message
     # A progress bar that was interrupted leaves its carriage return, not a newline.
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, told
-    assert result.error == lines[0], told
+    assert len(lines) == 1, message
+    assert result.error == lines[0], message
     for fragment in fragments:
         assert fragment in lines[0], f"{fragment!r} is not in\n{lines[0]}"
     return lines[0]

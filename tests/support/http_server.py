@@ -65,11 +65,11 @@ class Served:
 
 def wait_until_ready(process: subprocess.Popen[str], log: Path) -> Served:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not (told := _READY.search(log.read_text())):
+    while not (ready := _READY.search(log.read_text())):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
-    return Served(process, log, int(told[1]))
+    return Served(process, log, int(ready[1]))
 
 
 @contextmanager

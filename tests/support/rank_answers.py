@@ -124,8 +124,8 @@ def main() -> None:
         with Runner.open(one, CPU) as runner:
             reference, expected = ask(runner, requests)
         rows = [asdict(difference) for difference in differences(ours, reference)]
-        told = {"many": found, "one": expected, "differences": rows}
-        (directory / "found.json").write_text(json.dumps(told))
+        got = {"many": found, "one": expected, "differences": rows}
+        (directory / "found.json").write_text(json.dumps(got))
 
 
 if __name__ == "__main__":

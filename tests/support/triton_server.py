@@ -120,17 +120,17 @@ def serving(engine_dir: Path, folder: Path, *flags: object) -> Iterator[Served]:
     process, ports = start(engine_dir, log, *flags)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not (told := re.search(r"^ready: .*; log (\S+);", log.read_text(), re.MULTILINE)):
+        while not (ready := re.search(r"^ready: .*; log (\S+);", log.read_text(), re.MULTILINE)):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
-        yield Served(process, *ports, Path(told[1]))
+        yield Served(process, *ports, Path(ready[1]))
     finally:
         process.send_signal(signal.SIGINT)
         code = process.wait(60)
     assert code == 130, log.read_text()
     assert log.read_text().splitlines()[-1] == "interrupted"
-    assert not Path(told[1]).exists(), "the scratch directory is left"
+    assert not Path(ready[1]).exists(), "the scratch directory is left"
     left = set(_SHARED.glob(f"nvlm_{process.pid}_*")) - before
     assert not left, "shared memory is left"
 

@@ -113,8 +113,8 @@ def test_bad_input_is_told_in_one_line(
 ) -> None:
     report = checkpoint_dir / "quantization_report.json"
     two = workshop.checkpoint("bf16_two_ranks", model_dir, replace(BF16, tp_size=2))
-    for checkpoint, told in ((checkpoint_dir, "--quant_algo FP8"), (two, "2 ranks")):
-        with pytest.raises(UserError, match=told):
+    for checkpoint, message in ((checkpoint_dir, "--quant_algo FP8"), (two, "2 ranks")):
+        with pytest.raises(UserError, match=message):
             ask(tmp_path, "--checkpoint_dir", checkpoint, "--report", report)
     with pytest.raises(UserError, match="as --report"):
         ask(tmp_path, "--checkpoint_dir", bf16_checkpoint, "--report", tmp_path / "none.json")

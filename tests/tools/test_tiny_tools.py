@@ -79,7 +79,7 @@ def test_evaluation_fonts_are_no_training_fonts() -> None:
 
 def test_training_refuses_a_folder_that_lacks_fonts(tmp_path: Path) -> None:
     (tmp_path / "roboto-latin-400-normal.woff2").touch()
-    with pytest.raises(UserError, match="lacks 124 of the 125 training families, open-sans"):
+    with pytest.raises(UserError, match="is missing 124 of the 125 training families, open-sans"):
         training_font_files(tmp_path)
 
 

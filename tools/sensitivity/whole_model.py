@@ -106,7 +106,7 @@ class WholeModel:
         first_layer: int = 0,
         inputs: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Hidden states behind the layers from `first_layer` on. inputs: gets each layer's."""
+        """Hidden states after the layers from `first_layer` on. inputs: gets each layer's."""
         ends = first_position + len(hidden)
         positions = torch.arange(first_position, ends, device=self._device)
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)

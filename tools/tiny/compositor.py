@@ -240,7 +240,7 @@ def draw(
 
 
 def _hide_unreadable(label: Tensor, lines: DeviceLines, grid: Grid, num_points: int) -> Tensor:
-    """Characters too small to be told apart in the thumbnail are not asked for there."""
+    """Characters too small to distinguish in the thumbnail are not asked for there."""
     columns, rows = grid
     if columns * rows == 1:
         return label

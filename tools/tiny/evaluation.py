@@ -324,10 +324,10 @@ def main() -> None:
     if arguments.score:
         print(json.dumps(score(arguments.score), indent=2))
         uncut = score(arguments.score, lambda sample: not may_be_cut(sample))
-        told = ", ".join(
+        shares = ", ".join(
             f"{task} {uncut[task]:.2f}" for task in ("word", "two_lines") if task in uncut
         )
-        print(f"without words that begin a training word: {told}")
+        print(f"without words that begin a training word: {shares}")
 
 
 if __name__ == "__main__":

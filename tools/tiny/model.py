@@ -1,7 +1,7 @@
 """The small NVLM-D while it is trained, and its export to the published layout.
 
 Vision is the project's own `VisionModel` without dummy heads, the decoder Hugging Face's Qwen2. The
-linears called `*_labels` serve dense training losses and are left behind.
+linears called `*_labels` serve dense training losses and are not exported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TINY = Shape(
     vocab_size=512,
 )
 NO_INDEX = 2 * MAX_CHARACTERS
-"""Class of image tokens that lie on no character, behind those of both lines."""
+"""Class of image tokens that lie on no character, after those of both lines."""
 NUM_TILE_LABELS = 7
 NUM_COLOURS = len(COLOURS)
 TOKEN_LABELS = (NUM_LABELS, NO_INDEX + 1, NUM_TILE_LABELS, NUM_COLOURS)
@@ -122,7 +122,7 @@ def export(model: TinyNVLM, model_dir: Path) -> None:
 
 
 def _with_dummy_heads(tensor: StoredTensor, value: Tensor) -> Tensor:
-    """Zero rows behind the real heads of q, k and v, zero columns of the projection."""
+    """Zero rows after the real heads of q, k and v, zero columns of the projection."""
     if value.shape == tensor.shape:
         return value
     padded = torch.zeros(tensor.shape)

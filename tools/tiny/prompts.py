@@ -20,7 +20,7 @@ from tools.tiny.scene import SceneBatch, SceneSampler
 
 MAX_ANSWER = 16
 _ROOM = 72
-"""Tokens behind the last image: the longest question, the assistant's header and an answer."""
+"""Tokens after the last image: the longest question, the assistant's header and an answer."""
 MEGATRON_SYSTEM = "Follow the user's instruction and answer questions."
 _FORMATS: tuple[tuple[PromptFormat, str], ...] = (
     ("hf", DEFAULT_SYSTEM),
@@ -38,7 +38,7 @@ _PROBES = 6
 class TrainingBatch:
     """scenes is None for text-only questions; a batch without token_ids has pages.
 
-    token_ids [B, T]; answer_rows [B, A] whose hidden state predicts `targets` [B, A], -100 behind
+    token_ids [B, T]; answer_rows [B, A] whose hidden state predicts `targets` [B, A], -100 after
     the end; tile_order [B, tiles]: which tile stands at each place of the prompt; first_rows:
     position of each place's first image token.
     """
@@ -104,7 +104,7 @@ class PromptEncoder:
         batch.token_ids = token_ids
 
     def add_probes(self, batch: TrainingBatch, random: np.random.Generator) -> None:
-        """Digits behind the answers, where no answer sees them, for a dense loss."""
+        """Digits after the answers, where no answer sees them, for a dense loss."""
         assert batch.scenes is not None
         assert batch.token_ids is not None
         assert batch.answer_rows is not None

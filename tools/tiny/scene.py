@@ -36,8 +36,8 @@ _WHICH_TILE_SHARE = 0.7  # of the questions on tiles
 class Lines:
     """One printed line per row of each array, N rows; `empty` rows draw nothing.
 
-    characters [N, 8] index CHARACTERS, behind the last -1; starts [N, 9] em of each character's
-    left edge, the line's end behind the last, then FAR; centre [N, 2] (x, y); em [N, 2] pixels of
+    characters [N, 8] index CHARACTERS, after the last -1; starts [N, 9] em of each character's
+    left edge, the line's end after the last, then FAR; centre [N, 2] (x, y); em [N, 2] pixels of
     an em in x and y; angle [N] radians; font [N]; colour [N, 3] in 0..1; colour_name [N] indexes
     questions.COLOURS.
     """

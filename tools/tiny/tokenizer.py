@@ -1,6 +1,6 @@
 """The small model's tokenizer: Qwen2's structure, words of the questions whole, answers by letter.
 
-Merges exist only for words behind a space (as questions have them) and for the pieces of the tile
+Merges exist only for words after a space (as questions have them) and for the pieces of the tile
 tags, so text to be read or copied is one token per character and reading is not spelling. Every
 tile tag has four tokens: `<tile`, `_`, the number, `>` or `<tile`, `_global`, `_thumbnail`, `>`.
 """

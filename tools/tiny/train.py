@@ -3,7 +3,7 @@
     python -m tools.tiny.train --fonts_dir D --output_dir D --minutes 24 [--seed N] [--init_from D]
 
 First pages of text teach the vision encoder letters (a dense loss: each patch names the character
-at its centre), then scenes with questions train the whole model, the dense losses going on beside.
+at its centre), then scenes with questions train the whole model, with the dense losses still on.
 The output directory gets the model every few minutes and log.jsonl, a line every 100 steps.
 """
 
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--fonts_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--init_from", type=Path, help="go on from these weights")
+    parser.add_argument("--init_from", type=Path, help="start from these weights")
     parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--num_tiles", type=int, default=840, help="tiles a step")
     parser.add_argument("--num_workers", type=int, default=12)

@@ -97,7 +97,7 @@ def probe_layer(
 
 
 def _stored(x: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """As it comes out of a cache with this scale."""
+    """The values as they come out of a cache with this scale."""
     return x if scale is None else FP8.dequantize(FP8.quantize(x, scale), scale)
 
 

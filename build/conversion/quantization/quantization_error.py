@@ -13,7 +13,7 @@ from nvlm.model.number_formats import LinearScales, NumberFormat
 
 @dataclass(frozen=True, slots=True)
 class QuantizationError:
-    """As in `LinearReport`."""
+    """The errors that `LinearReport` names."""
 
     weight_error: float
     output_error: float

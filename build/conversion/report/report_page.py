@@ -161,10 +161,10 @@ def _attention(report: QuantizationReport) -> str:
     }
     plot = line_plot(series, "q, k, v amax", "amax", is_log=True)
     warning = report.warning()
-    told = f"<p><b>{escape(warning)}</b></p>" if warning else ""
+    note = f"<p><b>{escape(warning)}</b></p>" if warning else ""
     return (
         "<h2>Queries, keys and values</h2><p>amax after bias and RoPE; the KV cache's scale "
-        f"covers the largest of the three</p>{told}{plot}{_cache(report)}"
+        f"covers the largest of the three</p>{note}{plot}{_cache(report)}"
     )
 
 

@@ -66,13 +66,13 @@ async def _whole(call: Call, asked: list[Asked], model: str) -> dict[str, Any]:
         assert result is not None, "nothing else is heard of an answer that is not streamed"
         record_result(call, result)
         for choice in result.choices:
-            told = {
+            body = {
                 "index": len(choices),
                 "text": choice.text,
                 "logprobs": of_completion(choice.logprobs),
                 "finish_reason": choice.finish_reason,
             }
-            choices.append(with_seed(told, choice.seed))
+            choices.append(with_seed(body, choice.seed))
             if result.prompt_logprobs is not None:
                 choices[-1]["prompt_logprobs"] = of_prompt(result.prompt_logprobs)
     return {

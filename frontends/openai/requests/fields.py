@@ -260,7 +260,7 @@ def _mm_processor_kwargs(value: Any) -> Settings:
 
 
 def _as(name: str) -> Read:
-    """Of a field that is a setting under another name."""
+    """Reads a field that is a setting under another name."""
     return lambda value: {name: value}
 
 
@@ -309,7 +309,7 @@ FIELDS: tuple[Field, ...] = (
     Field("logit_bias", ("object",), neutral=({},)),
     Field("bad_words", ("array",), neutral=([],)),
     _integer("n", 1, minimum=1),
-    # What is told of the tokens
+    # What the answer says of its tokens
     Field("logprobs", ("boolean",), neutral=(False,), **_CHAT),
     _integer("top_logprobs", 0, minimum=0, **_CHAT),
     _integer("logprobs", read=_logprobs_of_completions, minimum=0, **_COMPLETIONS),

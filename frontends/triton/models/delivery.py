@@ -64,7 +64,7 @@ class Delivery:
             self._queue.put((client, answer))
 
     def watch(self, client: Client, ticket: Ticket) -> None:
-        """From now on the request is cancelled when its client goes away."""
+        """Cancels the request when its client goes away, from now on."""
         self._queue.put((client, ticket))
 
     def flush(self) -> None:

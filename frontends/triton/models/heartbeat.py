@@ -33,7 +33,7 @@ class Heartbeat:
         self._tell({"end": str(error), "is_mistake": isinstance(error, UserError)})
 
     def leave(self) -> None:
-        """Before the process ends as it should."""
+        """Call this before the process ends in order."""
         self._has_left.set()
         self._tell({"leaves": True})
 

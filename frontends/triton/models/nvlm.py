@@ -113,8 +113,8 @@ def _open(parameters: dict[str, str]) -> Runner:
     engine_dir = Path(parameters["engine_dir"])
     if parameters["form"] == "torch":
         device = resolve_device(parameters["device"])
-        told = parameters["max_step_ms"]
-        options = DecoderOptions(max_step_ms=None if told == "auto" else float(told))
+        max_step_ms = parameters["max_step_ms"]
+        options = DecoderOptions(max_step_ms=None if max_step_ms == "auto" else float(max_step_ms))
         return Runner.open(engine_dir, device, options, os.environ)
     engine = EngineDir.read(engine_dir)
     from frontends.triton.models.remote_decoder import RemoteDecoderExecutor

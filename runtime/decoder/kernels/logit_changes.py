@@ -85,10 +85,10 @@ def change_logits(
     chosen[pairs] += changes.biases
     if counts is not None:
         repetition, presence, frequency = changes.penalties[:, :, None]
-        told = counts[changes.slots]
+        counted = counts[changes.slots]
         divided = torch.where(chosen < 0, chosen * repetition, chosen / repetition)
-        chosen = torch.where(told > 0, divided, chosen)
-        num_drawn = told // DRAWN
+        chosen = torch.where(counted > 0, divided, chosen)
+        num_drawn = counted // DRAWN
         chosen -= num_drawn * frequency + (num_drawn > 0) * presence
     chosen[pairs] += bans
     changed = logits.clone()

@@ -125,7 +125,7 @@ class PlainForms:
         columns] of one-byte numbers, may come into a cache meanwhile. Here nothing."""
 
     def join_ahead(self) -> None:
-        """After the last `load_ahead` of a step."""
+        """Call this after the last `load_ahead` of a step."""
 
     def head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Float32 logits of x [T, hidden_size] and the head [vocab_size, hidden_size]."""

@@ -137,7 +137,7 @@ class HopperModel:
                 self._prefill(self._mixture(num_tokens))
 
     def _mixture(self, num_tokens: int) -> list[SequenceStep]:
-        """A row that decodes, and a later chunk of a prompt that goes on: `num_tokens` in all."""
+        """A row that decodes, and a later chunk of a prompt: `num_tokens` in all."""
         blocks = [self._padding_block]
         chunk = SequenceStep([0] * (num_tokens - 1), 1, blocks, None, 0)
         return [SequenceStep([0], 0, blocks, None, 1), chunk]

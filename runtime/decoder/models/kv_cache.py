@@ -39,7 +39,7 @@ class PagedKVCache:
         )
 
     def slots(self, blocks: list[int], first: int, count: int) -> torch.Tensor:
-        """Where positions first .. first + count - 1 of a sequence lie: [count] int64, on the
+        """The slots of positions first .. first + count - 1 of a sequence: [count] int64, on the
         host."""
         positions = torch.arange(first, first + count)
         table = torch.tensor(blocks)

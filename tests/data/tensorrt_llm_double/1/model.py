@@ -176,8 +176,8 @@ class TritonPythonModel:
                             pb_utils.Tensor("sequence_length", np.ones((1, 1), np.int32)),
                         ]
                         if output.logprobs is not None:
-                            told = np.array([[[output.logprobs.logprob]]], np.float32)
-                            tensors.append(pb_utils.Tensor("output_log_probs", told))
+                            listed = np.array([[[output.logprobs.logprob]]], np.float32)
+                            tensors.append(pb_utils.Tensor("output_log_probs", listed))
                         sender.send(pb_utils.InferenceResponse(tensors))
                     if output.finish_reason is not None:
                         del self._senders[output.request_id]
