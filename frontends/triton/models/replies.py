@@ -63,7 +63,9 @@ def error_response(error: Exception) -> Any:
     """A code and a sentence."""
     if isinstance(error, CancelledError):
         return _error("cancelled by the client", "CANCELLED")
-    if isinstance(error, BusyError | EngineChangedError | PartDiedError):  # another server, or this one soon
+    if isinstance(
+        error, BusyError | EngineChangedError | PartDiedError
+    ):  # another server, or this one soon
         return _error(str(error), "UNAVAILABLE")
     if isinstance(error, UserError):
         return _error(str(error), "INVALID_ARG")
