@@ -20,8 +20,8 @@ from typing import Any
 
 from bench.serving.http import cpu_seconds
 from bench.serving.http_clients import Answered, Body, drive
-from frontends.ray_serve.cluster import LOCAL, connected, deploy
-from frontends.ray_serve.options import Options, read_options
+from frontends.ray_serve.cluster import connected, deploy
+from frontends.ray_serve.options import LOCAL, Options, read_options
 from nvlm.program.command_line import ArgumentParser, port_number, positive_float, positive_int, run
 from tests.support.metrics import samples_at
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nvlm.program.errors import UserError, shortened
-from runtime.serving.loop import BusyError
+from runtime.engine.mapped_files import EngineChangedError
+from runtime.serving.loop import BusyError, StoppingError
 
 RETRY_AFTER_S = 1
 MOST_CHARACTERS = 1000
@@ -61,6 +62,10 @@ def api_error(error: Exception, request_id: str) -> ApiError:
     """What a client gets for an exception. For one of ours it learns only where to look."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, StoppingError):
+        return not_ready(str(error))
+    if isinstance(error, EngineChangedError):  # the operator's mistake, not the client's
+        return not_ready("the server's engine was changed, and its log says how; ask another")
     if isinstance(error, BusyError):
         headers = {"retry-after": str(RETRY_AFTER_S)}
         return ApiError(429, str(error), code="queue_full", headers=headers)

@@ -15,7 +15,7 @@ from types import FrameType
 
 from frontends.openai.listener import INHERITED, open_listener
 from nvlm.program.child import ends_with_us
-from nvlm.program.command_line import EXIT_INTERRUPTED, EXIT_PART_DIED
+from nvlm.program.command_line import EXIT_PART_DIED
 from nvlm.program.restarts import Restarts
 from nvlm.program.signal_names import how_it_ended
 
@@ -37,8 +37,10 @@ def supervise(host: str, port: int) -> int:
         while True:
             code = forwarding.run(listener)
             has_died = code == EXIT_PART_DIED or code < 0
+            if forwarding.is_stopping and code < 0:
+                raise KeyboardInterrupt  # a signal ended it before it listened to signals
             if forwarding.is_stopping or not has_died:
-                return code if code >= 0 else EXIT_INTERRUPTED
+                return code
             restarts.again(f"the server ended {how_it_ended(code)}")
 
 
@@ -74,6 +76,9 @@ class _Forwarding:
         return self._process.wait()
 
     def _forward(self, number: int, _: FrameType | None) -> None:
+        """Control-C as SIGTERM, which means the same to a server: one that is still importing would
+        print where it is."""
         self.is_stopping = True
+        number = signal.SIGTERM if number == signal.SIGINT else number
         if self._process is not None:
             self._process.send_signal(number)

@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from frontends.openai.access_log import open_log
 from frontends.openai.main import rules
 from frontends.ray_serve import ingress
-from frontends.ray_serve.options import Options, read_options
+from frontends.ray_serve.options import Options, flags_of, read_options
 from frontends.ray_serve.replica import Replica
 from frontends.ray_serve.router import AffinityRouter
 
@@ -57,8 +57,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     """For a config file of `serve deploy` and KubeRay, whose `args` are flags without dashes."""
     import ray
 
-    flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    return application(read_options(flags, ray.cluster_resources().get("GPU", 0)))
+    return application(read_options(flags_of(arguments), ray.cluster_resources().get("GPU", 0)))
 
 
 def _scale(options: Options) -> dict[str, Any]:

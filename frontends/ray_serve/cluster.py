@@ -13,12 +13,11 @@ import ray
 from ray import serve
 
 from frontends.ray_serve.app import application
-from frontends.ray_serve.options import Options
+from frontends.ray_serve.options import LOCAL, Options
 from nvlm.program.errors import UserError
 
 _ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = "nvlm"
-LOCAL = "local"
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import signal
 import sys
 import threading
 from importlib.util import find_spec
 
-from frontends.openai.main import require_packages
-from frontends.ray_serve.options import Options, parser, read_options
+from frontends.openai.listener import open_listener
+from frontends.openai.main import require_packages, rules
+from frontends.ray_serve.options import LOCAL, Options, read_options
 from nvlm.program.errors import UserError
 
 log = logging.getLogger("nvlm.ray_serve")
@@ -19,14 +21,14 @@ _PACKAGES = ("ray", "fastapi", "aiohttp")  # of `ray[serve]`; `ray` alone has no
 
 def main() -> int:
     flags = sys.argv[1:]
-    arguments = parser().parse_args(flags)
-    read_options(flags, num_cluster_gpus=0)  # refuses a mistake before a cluster is started
+    arguments = read_options(flags, num_cluster_gpus=0).arguments
     require_packages()
+    _require_sense(arguments)
     if any(find_spec(name) is None for name in _PACKAGES):
         raise UserError(
             "Ray Serve is not installed; pip install -r requirements/ray.txt on every machine"
         )
-    from frontends.ray_serve.cluster import LOCAL, connected, deploy, remove
+    from frontends.ray_serve.cluster import connected, deploy, remove
 
     with connected(arguments.address) as resources:
         options = read_options(flags, resources.get("GPU", 0))
@@ -45,6 +47,16 @@ def main() -> int:
             log.info("stopping: what was accepted is answered first")
             remove()
     return 0
+
+
+def _require_sense(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for what an ingress or a proxy would stumble over, in a long log."""
+    from frontends.openai.access_log import open_log
+
+    rules(arguments)
+    open_log(arguments.access_log)
+    if arguments.address == LOCAL:
+        open_listener(arguments.host, arguments.port).close()
 
 
 def _replicas(options: Options) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from frontends.openai import flags as server_flags
 from nvlm.program.command_line import ArgumentParser, natural_int, positive_float, positive_int
 from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
 
+LOCAL = "local"
+"""The address of a cluster that the program starts for itself."""
 _SERVER = Path(__file__).resolve().parents[2] / "serve.py"
 _TARGET_OF_BATCH = 0.7
 """Share of a batch's places that scaling fills. The rest answers bursts (docs/scaling.md)."""
@@ -62,6 +65,9 @@ def read_options(flags: Sequence[str], num_cluster_gpus: float) -> Options:
     num_cluster_gpus: with none, and without --num_gpus, replicas run on the CPU.
     """
     arguments = parser().parse_args(flags)
+    if arguments.port == 0:
+        raise UserError("--port is 0, expected the one port of Ray's proxies; give one, as in 8000")
+    _make_absolute(arguments)
     own = ArgumentParser("")
     _add_flags(own)
     _, of_server = own.parse_known_args(flags)
@@ -101,13 +107,25 @@ def read_options(flags: Sequence[str], num_cluster_gpus: float) -> Options:
     )
 
 
+def flags_of(arguments: Mapping[str, Any]) -> list[str]:
+    """The command line of a config file's `args`: a switch is true, and a list has the values of
+    one flag. false and null leave a flag out."""
+    flags: list[str] = []
+    for name, value in arguments.items():
+        if value is None or value is False:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
 def _add_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group(
         "replicas", "A replica is a serve.py with an engine of its own."
     ).add_argument
     add(
         "--address",
-        default="local",
+        default=LOCAL,
         help="address of the Ray cluster; local starts a Ray on this machine, auto joins the one "
         "that runs here",
     )
@@ -187,12 +205,19 @@ def _launcher(num_ranks: int) -> tuple[str, ...]:
     return found, "-n", str(num_ranks)
 
 
-def _server_command(arguments: argparse.Namespace, flags: Sequence[str]) -> tuple[str, ...]:
-    """The last of a flag counts. Paths are absolute: a replica starts in another folder."""
-    paths = ["--engine_dir", str(arguments.engine_dir.resolve())]
+def _make_absolute(arguments: argparse.Namespace) -> None:
+    """Ingresses and replicas start in other folders."""
+    arguments.engine_dir = arguments.engine_dir.resolve()
     if arguments.api_key_file is not None:
-        paths += ["--api_key_file", str(arguments.api_key_file.resolve())]
+        arguments.api_key_file = arguments.api_key_file.resolve()
     if arguments.access_log not in ("-", "none"):
-        paths += ["--access_log", str(Path(arguments.access_log).resolve())]
+        arguments.access_log = str(Path(arguments.access_log).resolve())
+
+
+def _server_command(arguments: argparse.Namespace, flags: Sequence[str]) -> tuple[str, ...]:
+    """The last of a flag counts."""
+    paths = ["--engine_dir", str(arguments.engine_dir), "--access_log", arguments.access_log]
+    if arguments.api_key_file is not None:
+        paths += ["--api_key_file", str(arguments.api_key_file)]
     own = ["--host", "127.0.0.1", "--port", "0"]
     return (sys.executable, str(_SERVER), *flags, *paths, *own)

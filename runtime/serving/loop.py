@@ -34,6 +34,10 @@ class BusyError(UserError):
     """The loop has as many requests as it takes; the same request may succeed later."""
 
 
+class StoppingError(BusyError):
+    """The loop stops; the same request may succeed at another server."""
+
+
 class Loop:
     """`submit`, `accept`, `deliver`, `cancel` and `stop` may be called by any thread, `turn` by one
     at a time.
@@ -385,5 +389,5 @@ class Loop:
             self.cancel(ticket)
 
 
-def _stopping() -> BusyError:
-    return BusyError("the server is stopping; ask another")
+def _stopping() -> StoppingError:
+    return StoppingError("the server is stopping; ask another")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from runtime.decoder.executor import StepOutput
+from runtime.engine.mapped_files import EngineChangedError
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 from tests.support.asgi import Client
@@ -128,6 +129,34 @@ def test_a_full_queue_asks_to_come_again(client: Client, server: Server, steps: 
     steps.go()
     assert {call.wait().status for call in calls} == {200}
     assert client.post(CHAT, chat()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (None, "the server is stopping; ask another"),
+        (
+            EngineChangedError("/fast/engine/llm/rank0 was changed"),
+            "the server's engine was changed",
+        ),
+    ],
+    ids=["a second signal", "an engine that was changed"],
+)
+def test_what_a_server_cannot_finish_is_asked_elsewhere(
+    client: Client, server: Server, steps: Steps, reason: Exception | None, told: str
+) -> None:
+    """It is no mistake of the client's, and no path of the server's is told."""
+    steps.hold()
+    call = client.begin_post(CHAT, chat())
+    assert eventually(lambda: server.num_open == 1)
+    if reason is None:
+        threading.Thread(target=server.close).start()
+    else:
+        server._loop.stop(reason)
+    reply = call.wait()
+    assert (reply.status, reply.error["code"]) == (503, "not_ready")
+    assert reply.error["message"].startswith(told)
+    assert int(reply.headers["retry-after"]) >= 1
 
 
 def test_bodies_in_memory_are_bounded_over_all_open_calls(server: Server, steps: Steps) -> None:

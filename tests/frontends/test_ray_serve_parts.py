@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ pytest.importorskip("prometheus_client", reason="requirements/serving.txt is not
 
 from frontends.ray_serve.affinity import affinity_key, ranks
 from frontends.ray_serve.metrics import merged
-from frontends.ray_serve.options import read_options
+from frontends.ray_serve.options import flags_of, read_options
 from frontends.ray_serve.server_process import ServerProcess
 from nvlm.program.errors import UserError
 from tests.support.command import ROOT
@@ -143,7 +144,8 @@ def test_a_replica_gets_the_flags_of_serve_py_and_a_port_of_its_own(
     monkeypatch.chdir(tmp_path)
     engine = os.path.relpath(engine_dir)
     given = ["--engine_dir", engine, "--num_replicas", "3", "--port", "80", "--max_queue_size", "5"]
-    options = read_options([*given, "--log_text", "--access_log", "log"], num_cluster_gpus=0)
+    given += ["--log_text", "--access_log", "log", "--api_key_file", "keys"]
+    options = read_options(given, num_cluster_gpus=0)
     assert (options.min_replicas, options.max_replicas, options.num_gpus) == (3, 3, 0)
     assert not options.is_autoscaled
     python, program, *flags = options.command
@@ -151,10 +153,12 @@ def test_a_replica_gets_the_flags_of_serve_py_and_a_port_of_its_own(
     from frontends.openai.flags import parser
 
     arguments = parser().parse_args(flags)
-    assert arguments.engine_dir == engine_dir.resolve()
+    for each in (arguments, options.arguments):  # an ingress starts in another folder too
+        assert each.engine_dir == engine_dir.resolve()
+        assert each.access_log == str(tmp_path / "log")
+        assert each.api_key_file == tmp_path / "keys"
     assert (arguments.host, arguments.port) == ("127.0.0.1", 0)
     assert (arguments.max_queue_size, arguments.log_text) == (5, True)
-    assert arguments.access_log == str(tmp_path / "log")
 
 
 def test_a_replica_has_its_engines_ranks_on_a_cluster_with_gpus(engine_dir: Path) -> None:
@@ -171,6 +175,7 @@ def test_a_replica_has_its_engines_ranks_on_a_cluster_with_gpus(engine_dir: Path
     [
         (["--num_gpus", "2"], "--num_gpus is 2, expected 1, one for each rank"),
         (["--min_replicas", "3", "--max_replicas", "2"], "--max_replicas is 2, expected 3 or more"),
+        (["--port", "0"], "--port is 0, expected"),
         (["--num_replica", "2"], "unrecognized arguments: --num_replica"),
     ],
 )
@@ -179,6 +184,40 @@ def test_flags_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         read_options(["--engine_dir", str(engine_dir), *flags], num_cluster_gpus=8)
+
+
+def test_a_config_file_has_switches_and_lists() -> None:
+    asked = {"num_replicas": 2, "log_text": True, "restart": False, "host": None}
+    asked["model_name"] = ["first", "second"]
+    flags = ["--num_replicas", "2", "--log_text", "--model_name", "first", "second"]
+    assert flags_of(asked) == flags
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "flags",
+    [("--api_key_file", "/none"), ("--access_log", "/none/log"), ("--allowed_origin", "page")],
+)
+def test_a_mistake_of_a_servers_flag_is_told_before_a_cluster_is_started(
+    engine_dir: Path, flags: tuple[str, ...]
+) -> None:
+    words = [sys.executable, "-m", "frontends.ray_serve", "--engine_dir", engine_dir, "--port", "1"]
+    done = subprocess.run([*words, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {flags[0]} ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.process
+def test_a_port_that_is_taken_is_told_before_a_cluster_is_started(engine_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = [sys.executable, "-m", "frontends.ray_serve", "--engine_dir", engine_dir]
+        done = subprocess.run(
+            [*words, "--port", port], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: cannot listen on 127.0.0.1 port {port}: ")
 
 
 @pytest.mark.process

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
+from nvlm.program.command_line import EXIT_INTERRUPTED
 from nvlm.program.errors import PartDiedError
 from nvlm.program.restarts import MOST, WITHIN_S, Restarts
+from tests.support.command import ROOT
 
 
 def test_starts_are_counted_within_a_while(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,3 +24,30 @@ def test_starts_are_counted_within_a_while(capsys: pytest.CaptureFixture[str]) -
         restarts.again("a part died", "its log is kept")
     now = WITHIN_S
     restarts.again("a part died")
+
+
+_IMPORTS_FOR_LONG = """
+import time
+from frontends.openai.supervisor import is_supervised, supervise
+from nvlm.program.command_line import run
+if is_supervised():
+    print("importing", flush=True)
+    time.sleep(60)
+run(lambda: supervise("127.0.0.1", 0))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_supervised_server_that_is_still_importing_is_interrupted_in_a_word(
+    number: signal.Signals,
+) -> None:
+    words = [sys.executable, "-c", _IMPORTS_FOR_LONG]
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+    assert (process.returncode, told) == (EXIT_INTERRUPTED, "interrupted\n")

@@ -9,6 +9,7 @@ import triton_python_backend_utils as pb_utils
 
 from frontends.triton.response import output_arrays
 from nvlm.program.errors import PartDiedError, UserError
+from runtime.engine.mapped_files import EngineChangedError
 from runtime.requests.types import Answer, GenerationResult
 from runtime.serving.loop import BusyError
 
@@ -62,7 +63,9 @@ def error_response(error: Exception) -> Any:
     """A code and a sentence."""
     if isinstance(error, CancelledError):
         return _error("cancelled by the client", "CANCELLED")
-    if isinstance(error, BusyError | PartDiedError):  # another server, or this one soon
+    if isinstance(
+        error, BusyError | EngineChangedError | PartDiedError
+    ):  # another server, or this one soon
         return _error(str(error), "UNAVAILABLE")
     if isinstance(error, UserError):
         return _error(str(error), "INVALID_ARG")
