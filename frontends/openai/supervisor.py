@@ -53,7 +53,8 @@ class _Forwarding:
 
     def __enter__(self) -> _Forwarding:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            # nohup has SIGHUP ignored, and a shell's `&` SIGINT: a server listens to SIGINT still.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._forward)
         return self
 

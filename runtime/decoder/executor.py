@@ -5,6 +5,7 @@ No string and no image crosses this interface. Implementations share one contrac
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Literal, Protocol, runtime_checkable
@@ -92,11 +93,19 @@ class DecoderOptions:
     """How an engine is loaded. kv_cache_free_gpu_memory_fraction: of a GPU's memory that is free
     after loading; None is the decoder's own choice. gather_logits: requests will ask for logits.
     max_step_ms: how long a step may take in which requests decode and prompts are computed
-    (`StepBound`); 0 is no bound, None what suits a service on the device."""
+    (`StepBound`); 0 is no bound, None what suits a service on the device. Raises `UserError` for a
+    negative or endless one."""
 
     kv_cache_free_gpu_memory_fraction: float | None = None
     gather_logits: bool = False
     max_step_ms: float | None = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_step_ms is not None and not 0.0 <= self.max_step_ms < math.inf:
+            raise UserError(
+                f"max_step_ms is {self.max_step_ms:g}, expected milliseconds from 0; give 0 for no "
+                "bound"
+            )
 
     def step_bound_ms(self, device: torch.device) -> float:
         """`max_step_ms` on a device; 0 is no bound. A CPU's service has none, since its steps are

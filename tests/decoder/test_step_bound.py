@@ -3,6 +3,7 @@ waits for first tokens out."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -308,6 +309,12 @@ def test_a_service_on_a_gpu_has_a_bound_of_its_own(
 ) -> None:
     assert DecoderOptions(max_step_ms=asked).step_bound_ms(device) == ms
     assert DecoderOptions().step_bound_ms(device) == 0.0
+
+
+@pytest.mark.parametrize("ms", [-1.0, math.nan, math.inf])
+def test_a_bound_that_is_no_time_is_refused(ms: float) -> None:
+    with pytest.raises(UserError, match=f"^max_step_ms is {ms:g}, expected milliseconds from 0"):
+        DecoderOptions(max_step_ms=ms)
 
 
 def test_an_engine_that_is_opened_with_a_bound_answers_as_without(engine_dir: Path) -> None:

@@ -39,10 +39,12 @@ run(lambda: supervise("127.0.0.1", 0))
 
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("shell", [(), ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")])
 def test_a_supervised_server_that_is_still_importing_is_interrupted_in_a_word(
-    number: signal.Signals,
+    number: signal.Signals, shell: tuple[str, ...]
 ) -> None:
-    words = [sys.executable, "-c", _IMPORTS_FOR_LONG]
+    """Also where a shell started it with `&`, which has SIGINT ignored."""
+    words = [*shell, sys.executable, "-c", _IMPORTS_FOR_LONG]
     with subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
