@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import socket
 import sys
 import threading
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from nvlm.program.errors import UserError
 
 log = logging.getLogger("nvlm.ray_serve")
 
+_CONNECT_S = 5.0
 _PACKAGES = ("ray", "fastapi", "aiohttp")  # of `ray[serve]`; `ray` alone has not the others
 
 
@@ -57,6 +59,21 @@ def _require_sense(arguments: argparse.Namespace) -> None:
     open_log(arguments.access_log)
     if arguments.address == LOCAL:
         open_listener(arguments.host, arguments.port).close()
+    else:
+        _require_cluster(arguments.address)
+
+
+def _require_cluster(address: str) -> None:
+    """Raises `UserError` for HOST:PORT where nothing listens; Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # auto, or what Ray refuses at once
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--address {address}: there is no Ray cluster ({error}); start one with `ray start`"
+        ) from None
 
 
 def _replicas(options: Options) -> str:

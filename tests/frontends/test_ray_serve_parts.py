@@ -221,6 +221,19 @@ def test_a_port_that_is_taken_is_told_before_a_cluster_is_started(engine_dir: Pa
 
 
 @pytest.mark.process
+def test_an_address_without_a_cluster_is_one_line(engine_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    words = [sys.executable, "-m", "frontends.ray_serve", "--engine_dir", engine_dir]
+    done = subprocess.run(
+        [*words, "--address", address], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --address {address}: there is no Ray cluster (")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.process
 def test_a_missing_engine_or_ray_is_one_line(engine_dir: Path, tmp_path: Path) -> None:
     hidden = tmp_path / "sitecustomize.py"
     hidden.write_text(
