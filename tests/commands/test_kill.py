@@ -322,7 +322,7 @@ def test_a_stopped_command_cleans_up(
     assert result.exit_code not in (0, -signal_number), "ignored, or ended without cleaning up"
     assert "Traceback" not in result.stderr
     if name == CONVERT:
-        assert "new.partial keeps what is done; the same command goes on" in result.stderr
+        assert "new.partial keeps what is done; the same command resumes with it" in result.stderr
         assert list(making_.place.parent.iterdir()) == [making_.staging]
     else:
         assert list(making_.place.parent.iterdir()) == []
