@@ -1,6 +1,6 @@
 """What replicas of a Ray Serve application add, and what Ray costs a token.
 
-    python -m bench.serving.replicas --engine_dir work/demo/engine [--num_replicas 2 --seconds 20]
+    python -m bench.serving.replicas --engine_dir work/demo/engine [--num_replicas 2 --seconds 64]
 
 Each replica is serve.py with a decoder whose step takes --step_ms, so that cores shared by all do
 not count. Every question is another conversation. Prints tokens/s of one replica and of several,
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--engine_dir", type=Path, required=True, help="its batch bounds streams")
     parser.add_argument("--num_replicas", type=positive_int, default=2)
     parser.add_argument("--step_ms", type=float, default=100.0, help="a step of a decoder takes")
-    parser.add_argument("--seconds", type=positive_float, default=20.0)
+    parser.add_argument("--seconds", type=positive_float, default=64.0, help="of measuring")
     parser.add_argument("--port", type=port_number, default=8100)
     arguments = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
