@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nvlm.program.command_line import ArgumentParser, port_number, positive_float, positive_int
-from runtime.serving.launch import add_engine_flags
+from runtime.serving.launch import add_engine_flags, add_queue_flag
 
 _DESCRIPTION = "Step 3 as a server: answers OpenAI's API over HTTP with an engine directory."
 
@@ -106,13 +106,7 @@ def _add_limit_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group(
         "limits", "A request beyond them is refused, or its connection is closed."
     ).add_argument
-    add(
-        "--max_queue_size",
-        type=positive_int,
-        default=64,
-        metavar="N",
-        help="requests that may wait, beside those in the batch",
-    )
+    add_queue_flag(add)
     add(
         "--max_body_bytes",
         type=positive_int,

@@ -20,10 +20,10 @@ import aiohttp
 from ray import serve
 
 from frontends.ray_serve.server_process import ServerProcess
+from nvlm.program.command_line import EXIT_PART_DIED
 
 log = logging.getLogger(__name__)
 
-EXIT_SERVER_ENDED = 3
 _PROBE_S = 0.5
 _PROBE_TIMEOUT_S = 10.0
 
@@ -123,4 +123,4 @@ class Replica:
         """Ray then sends nothing here, and starts another."""
         if not self._is_closing:
             log.error("this replica ends: %s", reason)
-            os._exit(EXIT_SERVER_ENDED)
+            os._exit(EXIT_PART_DIED)

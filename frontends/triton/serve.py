@@ -24,7 +24,7 @@ from nvlm.program.errors import PartDiedError, UserError
 from nvlm.program.restarts import Restarts
 from runtime.decoder.executor import require_own_scheduler
 from runtime.engine.engine_dir import EngineDir
-from runtime.serving.launch import add_step_flag
+from runtime.serving.launch import add_place_flags, add_queue_flag, add_step_flag
 
 _ANSWERED_S = 5.0  # for answers on their way to clients
 
@@ -33,23 +33,12 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser((__doc__ or "").partition("\n")[0], "python -m frontends.triton.serve")
     group = parser.add_argument_group
     add = group("engine").add_argument
-    add(
-        "--engine_dir",
-        type=Path,
-        required=True,
-        help="engine directory, made by build_engine.py",
-    )
+    add_place_flags(add)
     add(
         "--form",
         choices=("auto", "torch", "tensorrt_llm"),
         default="auto",
         help="models of the repository; auto: those of the engine's decoder",
-    )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where the engine runs; auto: the GPU, if there is one",
     )
     add(
         "--num_threads",
@@ -63,13 +52,7 @@ def parser() -> ArgumentParser:
     add("--http_port", type=positive_int, default=8000, metavar="PORT", help="port for HTTP")
     add("--grpc_port", type=positive_int, default=8001, metavar="PORT", help="port for gRPC")
     add("--metrics_port", type=positive_int, default=8002, metavar="PORT", help="port for metrics")
-    add(
-        "--max_queue_size",
-        type=positive_int,
-        default=64,
-        metavar="N",
-        help="requests that may wait, beside those in the batch",
-    )
+    add_queue_flag(add)
     add("--unary", action="store_true", help="one response a request: no streaming")
     add(
         "--open_api",

@@ -22,9 +22,8 @@ from nvlm.planning import hopper
 from nvlm.program.command_line import ArgumentParser, run
 from nvlm.program.errors import UserError
 from nvlm.program.launcher import end, rank_from
-from runtime.decoder.executor import DecoderOptions
 from runtime.engine.kept_kernels import about_kernels, keep_kernels
-from runtime.serving.launch import Program, add_engine_flags, launch
+from runtime.serving.launch import Program, add_engine_flags, engine_options, launch
 from runtime.serving.rehearsal import rehearse
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
@@ -64,9 +63,9 @@ def lead(
 def _parse(cache: Path) -> Program:
     """Reads the command line. Every rank does."""
     parser = ArgumentParser((__doc__ or "").partition("\n")[0])
-    add_engine_flags(parser)
+    add_engine_flags(parser, is_service=True)
     arguments = parser.parse_args()
-    options = DecoderOptions(arguments.kv_cache_free_gpu_memory_fraction)
+    options = engine_options(arguments)
     return Program(arguments.engine_dir, arguments.device, options, partial(lead, arguments, cache))
 
 

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from nvlm.planning.memory_plan import KV_CACHE_FREE_GPU_MEMORY_FRACTION
-from nvlm.program.command_line import ArgumentParser, fraction, natural_float, resolve_device
+from nvlm.program.command_line import (
+    ArgumentParser,
+    fraction,
+    natural_float,
+    positive_int,
+    resolve_device,
+)
 from nvlm.program.launcher import World
 from runtime.decoder.executor import SERVICE_STEP_MS, DecoderOptions
 from runtime.engine.engine_dir import EngineDir
@@ -25,6 +31,9 @@ from runtime.serving.runner import Runner
 Lead = Callable[[torch.device, Callable[[], Runner]], int]
 """What rank 0 does, or the only one: takes the device and what opens its runner there, returns the
 exit code."""
+
+Add = Callable[..., Any]
+"""`add_argument` of a parser or a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +50,7 @@ def add_engine_flags(parser: ArgumentParser, *, is_service: bool = False) -> Non
     """The flags that say which engine runs, on what and how. is_service: answers are streamed to
     people who wait for each token."""
     add = parser.add_argument_group("engine").add_argument
-    add("--engine_dir", type=Path, required=True, help="engine directory, made by build_engine.py")
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where the engine runs; auto: the GPU, if there is one",
-    )
+    add_place_flags(add)
     add(
         "--kv_cache_free_gpu_memory_fraction",
         type=fraction,
@@ -59,8 +62,29 @@ def add_engine_flags(parser: ArgumentParser, *, is_service: bool = False) -> Non
     add_step_flag(add, is_service=is_service)
 
 
-def add_step_flag(add: Callable[..., Any], *, is_service: bool) -> None:
-    """add: `add_argument` of a parser or a group."""
+def add_place_flags(add: Add) -> None:
+    """The flags that say which engine runs, and where."""
+    add("--engine_dir", type=Path, required=True, help="engine directory, made by build_engine.py")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the engine runs; auto: the GPU, if there is one",
+    )
+
+
+def add_queue_flag(add: Add) -> None:
+    """The flag of both servers that bounds what waits."""
+    add(
+        "--max_queue_size",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="requests that may wait, beside those in the batch",
+    )
+
+
+def add_step_flag(add: Add, *, is_service: bool) -> None:
     default = f"{SERVICE_STEP_MS:g} on a GPU, else 0" if is_service else "0"
     add(
         "--max_step_ms",
