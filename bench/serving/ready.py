@@ -9,7 +9,6 @@ Pictures differ, so that none is found in a cache. The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
@@ -31,7 +30,8 @@ from bench.checkout import checkout
 from bench.machine import describe, describe_gpu
 from bench.photos import PHOTO
 from bench.serving.http_clients import Body, drive
-from nvlm.program.command_line import positive_int, resolve_device
+from nvlm.program.command_line import ArgumentParser, positive_int, resolve_device, run
+from runtime.engine.engine_dir import EngineDir
 
 ROOT = Path(__file__).parents[2]
 NUM_QUESTIONS = 10
@@ -116,17 +116,14 @@ def _picture(number: int) -> dict[str, Any]:
 
 def _summary(starts: list[Start]) -> dict[str, Any]:
     """Medians over the starts."""
-
-    def median(values: list[float]) -> float:
-        return statistics.median(values)
-
-    rows: dict[str, Any] = {"ready_s": median([start.ready_s for start in starts])}
+    rows: dict[str, Any] = {"ready_s": statistics.median([start.ready_s for start in starts])}
     rows["spent_s"] = {
-        name: median([start.spent_s[name] for start in starts]) for name in starts[0].spent_s
+        name: statistics.median([start.spent_s[name] for start in starts])
+        for name in starts[0].spent_s
     }
     for kind in starts[0].first_ms:
-        first = median([start.first_ms[kind][0] for start in starts])
-        tenth = median([start.first_ms[kind][-1] for start in starts])
+        first = statistics.median([start.first_ms[kind][0] for start in starts])
+        tenth = statistics.median([start.first_ms[kind][-1] for start in starts])
         rows[kind] = {"first_ms": first, "tenth_ms": tenth, "ratio": first / tenth}
     return rows
 
@@ -143,12 +140,13 @@ def _print(name: str, rows: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser((__doc__ or "").partition("\n")[0])
     parser.add_argument("--engine_dir", type=Path, required=True)
     parser.add_argument("--before", type=checkout, help="another checkout, to compare with")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=positive_int, default=3, help="starts of each")
     given = parser.parse_args()
+    EngineDir.read(given.engine_dir)  # refuses what serve.py would refuse, in one line
     flags = ["--engine_dir", str(given.engine_dir.resolve()), "--device", given.device]
     roots = {"after": ROOT}
     if given.before is not None:
@@ -166,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -62,12 +62,13 @@ def lead(
     set_picture_types(SERVER_PICTURE_TYPES)
     open_log(arguments.access_log)
     door = Door(options)
-    startup.show()
-    startup.took("importing", startup.process_age_s())
     listener = open_listener(arguments.host, arguments.port)
+    startup.show()
+    imported_s = startup.process_age_s()
     timeouts = Timeouts(arguments.header_timeout_s, arguments.write_timeout_s)
     http = HttpServer(application(door, guard), listener, timeouts)
     with http, open_runner() as runner:
+        startup.took("importing", imported_s)  # not before a mistake, which is one line
         stop = _Stop()
         server = Server(
             runner,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.serving import ready
+from nvlm.program.errors import UserError
 
 
 @pytest.mark.process
@@ -23,3 +24,11 @@ def test_first_and_tenth_of_each_kind_and_what_start_up_was_spent_on(
     for kind in ready.questions():
         assert found[kind]["first_ms"] > 0.0
         assert found[kind]["tenth_ms"] > 0.0
+
+
+def test_a_missing_engine_is_one_line_before_a_server_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ready", "--engine_dir", str(tmp_path / "none")])
+    with pytest.raises(UserError, match=r"none does not exist; give what build_engine\.py"):
+        ready.main()

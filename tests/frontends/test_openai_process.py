@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -277,3 +278,24 @@ def test_a_rank_that_is_killed_is_unhealthy_before_the_end(
         for pid in asleep:
             os.kill(pid, signal.SIGCONT)
         assert process.wait(30) != 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--engine_dir", "none"), "error: none does not exist"),
+        (("--engine_dir", "none", "--host", "300.1.1.1"), "error: cannot listen on 300.1.1.1"),
+    ],
+)
+def test_a_mistake_is_all_that_serve_prints(flags: tuple[str, ...], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "serve.py", *flags, "--port", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
