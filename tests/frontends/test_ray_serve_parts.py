@@ -272,12 +272,17 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
+def pid_in(path: Path) -> int:
+    """The number that a server writes. The file is empty for a moment."""
+    assert eventually(lambda: path.exists() and path.read_text() != "")
+    return int(path.read_text())
+
+
 @pytest.mark.process
 def test_a_servers_port_is_known_once_it_is_ready(program: Path, tmp_path: Path) -> None:
     process = ServerProcess([sys.executable, str(program)])
     assert process.wait_until_ready() == 4321
-    assert eventually(lambda: (tmp_path / "pid").exists())
-    pid = int((tmp_path / "pid").read_text())
+    pid = pid_in(tmp_path / "pid")
     process.close()
     assert process.wait() == -signal.SIGTERM % 256
     assert eventually(lambda: not Path(f"/proc/{pid}").exists(), 5)
@@ -297,8 +302,7 @@ def test_a_server_ends_with_a_starter_that_was_killed(program: Path, tmp_path: P
         f"ServerProcess([sys.executable, {str(program)!r}]).wait_until_ready(); time.sleep(99)"
     )
     starter = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
-    assert eventually(lambda: (tmp_path / "pid").exists())
-    pid = int((tmp_path / "pid").read_text() or 0)
+    pid = pid_in(tmp_path / "pid")
     starter.kill()
     starter.wait()
     assert eventually(lambda: not Path(f"/proc/{pid}").exists(), 10)
