@@ -43,11 +43,10 @@ _HIGHEST_PRIORITY = -5  # CUDA takes the nearest that it has
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """Streams of decoder and vision; None is the default one. context: keeps vision's alive."""
+    """Streams of decoder and vision; None is the default one."""
 
     decoder: torch.cuda.Stream | None = None
     vision: torch.cuda.Stream | None = None
-    context: Any = None
 
     @classmethod
     def of(cls, way: str, num_sms: int) -> Streams:
@@ -56,11 +55,33 @@ class Streams:
         if way == "priority":
             return cls(torch.cuda.Stream(priority=_HIGHEST_PRIORITY), torch.cuda.Stream())
         if way == "green":
-            from torch.cuda.green_contexts import GreenContext
-
-            context: Any = GreenContext.create(num_sms=num_sms)
-            return cls(vision=context.Stream(), context=context)
+            return cls(vision=_green_stream(num_sms))
         return cls()
+
+
+def _green_stream(num_sms: int) -> torch.cuda.Stream:
+    """A stream of a green context, whose kernels use at least `num_sms` multiprocessors.
+
+    The calls are those of the CUDA driver, section Green Contexts; the context is never closed.
+    """
+    from cuda.bindings import driver
+
+    def checked(answer: tuple[Any, ...]) -> Any:
+        error, *values = answer
+        assert error == driver.CUresult.CUDA_SUCCESS, f"CUDA answers {error}"
+        return values[0]
+
+    torch.cuda.current_stream().synchronize()  # the device's own context exists then
+    device = checked(driver.cuDeviceGet(torch.cuda.current_device()))
+    sms = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
+    every = checked(driver.cuDeviceGetDevResource(device, sms))
+    (part,) = checked(driver.cuDevSmResourceSplitByCount(1, every, 0, num_sms))
+    description = checked(driver.cuDevResourceGenerateDesc([part], 1))
+    flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+    context = checked(driver.cuGreenCtxCreate(description, device, flags))
+    non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+    stream = checked(driver.cuGreenCtxStreamCreate(context, non_blocking, 0))
+    return torch.cuda.ExternalStream(int(stream))
 
 
 @contextmanager
