@@ -9,16 +9,25 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
+from nvlm.planning.hopper import CHUNK_SIZES
 
 Curve = Sequence[tuple[int, float]]
 """Prompt tokens and the milliseconds of a step with so many, in rising order of tokens."""
+
+_UNIT = CHUNK_SIZES[0]  # whose multiples have graphs
+_SLACK = 1.1
+
+
+def limit_ms(max_ms: float, least_ms: float) -> float:
+    """What a step may take of which even the fewest prompt tokens take `least_ms`. Where that is
+    more than max_ms, more tokens at nearly the same cost are better than many such steps."""
+    return max(max_ms, _SLACK * least_ms)
 
 
 @dataclass(frozen=True, slots=True)
 class StepBound:
     """max_ms: of a step in which somebody decodes. knots: numbers of rows that decode, rising, and
-    the prompt tokens that such a step takes within max_ms."""
+    the prompt tokens that such a step takes within `limit_ms`."""
 
     max_ms: float
     knots: tuple[tuple[int, float], ...]
@@ -32,24 +41,22 @@ class StepBound:
         )
 
     def most_prompt_tokens(self, num_rows: int) -> int:
-        """Whole blocks beside `num_rows` that decode: one at least, so that prompts come to an end
-        whatever a step takes."""
+        """A multiple of `CHUNK_SIZES[0]` beside `num_rows` that decode: one at least, so that
+        prompts come to an end whatever a step takes."""
         most = _between(self.knots, num_rows)
-        return max(1, int(most) // TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
+        return max(1, int(most) // _UNIT) * _UNIT
 
 
 def _tokens_within(max_ms: float, curve: Curve) -> float:
-    """Where a curve reaches max_ms: 0 before its first point, and by its mean slope after the last
-    one."""
+    """Where a curve reaches its `limit_ms`, by its mean slope after the last point."""
     first, first_ms = last, last_ms = curve[0]
-    if first_ms > max_ms:
-        return 0.0
+    most_ms = limit_ms(max_ms, first_ms)
     for tokens, ms in curve:
-        if ms > max_ms:
-            return last + (max_ms - last_ms) / (ms - last_ms) * (tokens - last)
+        if ms > most_ms:
+            return last + (most_ms - last_ms) / (ms - last_ms) * (tokens - last)
         last, last_ms = tokens, max(ms, last_ms)  # more tokens never take less time
     slope = (last_ms - first_ms) / (last - first) if last_ms > first_ms else last_ms / last
-    return last + (max_ms - last_ms) / slope
+    return last + (most_ms - last_ms) / slope
 
 
 def _between(knots: tuple[tuple[int, float], ...], at: int) -> float:

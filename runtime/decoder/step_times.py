@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle, islice
 
 import torch
 
+from nvlm.planning.hopper import CHUNK_SIZES
 from nvlm.planning.limits import EngineLimits
-from runtime.decoder.block_allocator import TOKENS_PER_BLOCK, num_blocks_for
+from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.models.step import DecoderModel, SequenceStep
-from runtime.decoder.step_bound import StepBound
+from runtime.decoder.step_bound import StepBound, limit_ms
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +44,22 @@ def measure_step_bound(
     """The bound that keeps steps within `max_ms`. None where no prompt ever shares a step: a batch
     has one place. time_ms: the milliseconds of some work, by default the device's own clock.
 
-    Twice as many prompt tokens are measured as before, until a step takes longer than max_ms."""
+    Measures the sizes that have graphs, then twice as many prompt tokens each time, until a step
+    takes too long."""
     begun = time.perf_counter()
     timed = time_ms or (_time_on_gpu if device.type == "cuda" else _time_on_cpu)
     most_rows = limits.max_batch_size - 1
     curves = {}
     for num_rows in sorted({*(each for each in _ROWS if each < most_rows), most_rows} - {0}):
-        num_tokens, curve = TOKENS_PER_BLOCK, list[tuple[int, float]]()
-        while steps := steps_of(num_rows, num_tokens, limits, num_blocks):
+        curve = list[tuple[int, float]]()
+        for num_tokens in _sizes():
+            steps = steps_of(num_rows, num_tokens, limits, num_blocks)
+            if not steps:
+                break
             ms = _median_ms(timed, partial(model.forward, steps))
             curve.append((num_tokens, ms))
-            if ms > max_ms:
+            if ms > limit_ms(max_ms, curve[0][1]):
                 break
-            num_tokens *= 2
         if curve:
             curves[num_rows] = curve
     if not curves:
@@ -67,6 +71,14 @@ def measure_step_bound(
         *(max_ms, bounds, time.perf_counter() - begun),
     )
     return bound
+
+
+def _sizes() -> Iterator[int]:
+    yield from CHUNK_SIZES
+    num_tokens = CHUNK_SIZES[-1]
+    while True:
+        num_tokens *= 2
+        yield num_tokens
 
 
 def steps_of(

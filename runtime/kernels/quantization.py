@@ -43,10 +43,13 @@ def _scale_quantize(x, scale, y, factor, size, BLOCK: tl.constexpr):
     tl.store(y + index, quantize(rounded, tl.load(scale)), mask)
 
 
-def scale_quantize(x: torch.Tensor, factor: float, scale: torch.Tensor) -> torch.Tensor:
-    """e4m3 of x * factor, rounded to x's type in between. x: contiguous."""
+def scale_quantize(
+    x: torch.Tensor, factor: float, scale: torch.Tensor, y: torch.Tensor | None = None
+) -> torch.Tensor:
+    """e4m3 of x * factor, rounded to x's type in between, in y if it is given. Both contiguous."""
+    y = torch.empty_like(x, dtype=E4M3) if y is None else y
     assert x.is_contiguous()
-    y = torch.empty_like(x, dtype=E4M3)
+    assert y.is_contiguous()
     block = 2048
     grid = (triton.cdiv(x.numel(), block),)
     _scale_quantize[grid](x, scale, y, factor, x.numel(), BLOCK=block, num_warps=4)

@@ -192,11 +192,11 @@ class TestScheduledAhead:
         assert launch(tested, is_ahead=True) == [(0, 1), (1, 20), (2, 19)]
 
     def test_the_bound_holds_there_too(self) -> None:
-        tested = Scheduler(LIMITS, 20, StepBound(30.0, ((1, 32.0),)))
+        tested = Scheduler(LIMITS, 20, StepBound(30.0, ((1, 64.0),)))
         tested.add(sequence(0, 10))
         launch(tested)
         tested.add(sequence(1, 100))
-        assert launch(tested, is_ahead=True) == [(0, 1), (1, 32)]
+        assert launch(tested, is_ahead=True) == [(0, 1), (1, 64)]
 
     def test_a_last_token_of_a_prompt_is_known_and_counts_as_one_that_decodes(self) -> None:
         tested = Scheduler(replace(LIMITS, max_num_tokens=40), 20)

@@ -84,6 +84,7 @@ def token(position: int, blocks: list[int]) -> SequenceStep:
 
 
 A, B, C, D = [3, 0, 9], [5, 1], [7], [2, 4, 6]
+E, F = [8, 10, 11, 12, 13], [14, 15, 16, 17, 18]
 TABLE = torch.randn(20, 128, generator=torch.Generator().manual_seed(1))
 PICTURE = SequenceStep([1, 2, *range(512, 532), 3], 0, D, TABLE, 1)
 SCENES = {
@@ -101,6 +102,16 @@ SCENES = {
         [prompt(0, 50, A), prompt(0, 64, B)],
         [prompt(0, 20, C, is_last=False), token(50, A), PICTURE],
         [token(51, A), prompt(20, 5, C), token(23, D)],
+    ],
+    "chunks of several prompts": [
+        [prompt(0, 70, A, is_last=False), prompt(0, 33, E), prompt(0, 60, F, is_last=False)],
+        [prompt(60, 40, F), token(33, E), prompt(70, 25, A)],
+        [token(100, F), token(34, E), token(95, A)],
+    ],
+    "more rows than a graph has": [
+        [prompt(0, 50, A)],
+        [prompt(0, 150, E), token(50, A), prompt(0, 140, F)],
+        [token(150, E), token(51, A), token(140, F)],
     ],
 }
 
@@ -173,9 +184,10 @@ def test_what_attention_takes_begins_at_16_bytes(
     models: tuple[DecoderModel, HopperModel], calls: list[tuple[str, list[torch.Tensor]]]
 ) -> None:
     """Triton would compile its kernel anew for one that does not."""
-    for steps in SCENES["decoding beside prompts"]:
-        models[1].forward(steps)
-    names = {"rope_append", "decode_attention", "prefill_attention"}
+    for name in ("decoding beside prompts", "more rows than a graph has"):
+        for steps in SCENES[name]:
+            models[1].forward(steps)
+    names = {"rope_append", "decode_attention", "prefill_attention", "chunk_attention"}
     assert {name for name, _ in calls} >= names
     for name, tensors in calls:
         places = [x.data_ptr() % 16 if x.dim() else 0 for x in tensors]

@@ -13,7 +13,7 @@ import torch
 
 from nvlm.model.decoder import rope_tables
 from nvlm.model.number_formats import fp8
-from runtime.decoder.kernels.operands import CacheScale, KVPages, Norm, TokenRows
+from runtime.decoder.kernels.operands import CacheScale, ChunkTiles, KVPages, Norm, TokenRows
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.kernels.fp8_linear import Fp8Linear
 from tests.conftest import HAS_HOPPER
@@ -409,6 +409,46 @@ def test_prefill_attention_equals_its_plain_form(
     assert relative_error(found, expected) < PREFILL_ATTENTION
     found = FORMS.prefill_attention(*arguments, scalar(0.01))
     assert relative_error(found.float(), 100 * expected.float()) < E4M3_ROUNDING
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@CACHES
+def test_chunk_attention_equals_its_plain_form(
+    heads: int, kv_heads: int, head_dim: int, stored: torch.dtype
+) -> None:
+    """Chunks of several sequences, at their beginnings and later, and rows that are nobody's."""
+    chunks = [(0, 1), (0, 20), (37, 9), (63, 2), (70, 40)]  # first position, rows
+    max_blocks, num_rows, spare = 5, sum(rows for _, rows in chunks), 3
+    order = torch.randperm(len(chunks) * max_blocks, generator=torch.Generator().manual_seed(1))
+    tables = order.view(len(chunks), max_blocks).to(torch.int32).to(DEVICE)
+    caches = [cache(len(order), kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3)]
+    for kept in caches:  # what no chunk has written yet
+        for table, (first_position, rows) in zip(tables, chunks, strict=True):
+            for position in range(first_position + rows, max_blocks * 32):
+                kept.view(torch.uint8)[table[position // 32], :, position % 32] = NAN_BYTE
+    for num_tokens in (8, 16):
+        tiles = ChunkTiles(tiles_of(chunks, num_tokens, 16).to(DEVICE), num_tokens)
+        q = randn(num_rows + spare, heads, head_dim)
+        for scale, tolerance in ((None, PREFILL_ATTENTION), (scalar(0.01), E4M3_AFTER_ATTENTION)):
+            dtype = DTYPE if scale is None else fp8.E4M3
+            outs = []
+            for forms in (FORMS, PLAIN):
+                outs.append(torch.ones(len(q), heads * head_dim, device=DEVICE).to(dtype))
+                forms.chunk_attention(q, tiles, tables, pages(caches, 0.02), scale, outs[-1])
+            found, expected = (out.float() for out in outs)
+            assert relative_error(found[:num_rows], expected[:num_rows]) < tolerance
+            assert (found[num_rows:] == 1).all()
+
+
+def tiles_of(chunks: list[tuple[int, int]], num_tokens: int, num_tiles: int) -> torch.Tensor:
+    """Every chunk in pieces of `num_tokens` rows, and tiles without rows after them."""
+    tiles, row = [], 0
+    for sequence, (first_position, num_rows) in enumerate(chunks):
+        for begin in range(0, num_rows, num_tokens):
+            count = min(num_tokens, num_rows - begin)
+            tiles.append((row + begin, count, first_position + begin, sequence))
+        row += num_rows
+    return torch.tensor(tiles + [(0, 0, 0, 0)] * (num_tiles - len(tiles)), dtype=torch.int32)
 
 
 def test_planning_calls_what_prompts_of_every_length_call_later(

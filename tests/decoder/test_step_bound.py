@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import run
 from frontends.openai import flags
 from frontends.triton import serve
+from nvlm.planning.hopper import CHUNK_SIZES
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.command_line import ArgumentParser
 from nvlm.program.errors import UserError
@@ -39,7 +40,7 @@ LIMITS = EngineLimits(
     max_num_images=1,
     max_multimodal_len=0,
 )
-SIZES = [32 * 2**i for i in range(9)]
+SIZES = [*CHUNK_SIZES, *(512 * 2**i for i in range(5))]
 
 Times = Callable[[int, int], float]
 """Rows that decode and prompt tokens to milliseconds."""
@@ -141,15 +142,15 @@ def test_prompts_are_whole_while_nobody_decodes() -> None:
     assert simulation.steps == [[(0, 1948)]]
 
 
-def test_a_bound_below_every_step_lets_prompts_take_a_block_a_step() -> None:
+def test_a_bound_below_every_step_lets_prompts_take_what_costs_hardly_more() -> None:
     simulation = Simulation(h200, bound_of(h200, 1.0))
     text = simulation.ask(10, 300)
     simulation.step()
     prompt = simulation.ask(640, 4)
     while not prompt.times:
         simulation.step()
-    assert [dict(step).get(1) for step in simulation.steps[1:]] == [TOKENS_PER_BLOCK] * 20
-    assert len(text.times) == 21, "and stop nobody"
+    assert [dict(step).get(1) for step in simulation.steps[1:]] == [CHUNK_SIZES[0]] * 10
+    assert len(text.times) == 11, "and stop nobody"
 
 
 @settings(max_examples=60, deadline=None)
@@ -164,7 +165,7 @@ def test_a_bound_below_every_step_lets_prompts_take_a_block_a_step() -> None:
 def test_no_step_takes_longer_than_the_bound_and_all_prompts_end(
     seed: int, max_ms: float, fixed_ms: float, row_ms: float, token_ms: float, weights_ms: float
 ) -> None:
-    """Whatever the machine's times, but where a block alone takes longer."""
+    """Whatever the machine's times, but where the fewest tokens alone take longer."""
 
     def times(num_rows: int, num_tokens: int) -> float:
         return fixed_ms + row_ms * num_rows + max(weights_ms, token_ms * num_tokens)
@@ -183,8 +184,8 @@ def test_no_step_takes_longer_than_the_bound_and_all_prompts_end(
     for step, duration in zip(simulation.steps, simulation.durations, strict=True):
         counts = [count for _, count in step]
         if 1 in counts:
-            least = times(counts.count(1), TOKENS_PER_BLOCK)
-            assert duration <= max(max_ms * 1.01, least)
+            least = times(counts.count(1), CHUNK_SIZES[0])
+            assert duration <= 1.01 * max(max_ms, 1.1 * least)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -204,20 +205,25 @@ def test_a_bound_that_no_step_reaches_changes_no_step(seed: int) -> None:
 
 
 class TestStepBound:
-    def test_whole_blocks_as_many_as_fit_between_what_was_measured(self) -> None:
+    def test_sizes_of_graphs_as_many_as_fit_between_what_was_measured(self) -> None:
         bound = StepBound.of(30.0, {1: [(32, 20.0), (64, 20.0), (256, 25.0), (512, 45.0)]})
         assert bound.most_prompt_tokens(1) == 320
 
     def test_rows_between_those_measured_take_what_lies_between(self) -> None:
-        bound = StepBound.of(30.0, {8: [(32, 10.0), (1024, 30.0)], 64: [(32, 10.0), (128, 30.0)]})
+        bound = StepBound.of(30.0, {8: [(64, 10.0), (1024, 30.0)], 64: [(64, 10.0), (128, 30.0)]})
         found = [bound.most_prompt_tokens(rows) for rows in (1, 8, 36, 64, 200)]
         assert found == [1024, 1024, 576, 128, 128]
 
     def test_beyond_what_was_measured_the_slope_goes_on(self) -> None:
-        assert StepBound.of(50.0, {1: [(32, 10.0), (64, 20.0)]}).most_prompt_tokens(1) == 160
+        assert StepBound.of(50.0, {1: [(64, 10.0), (128, 20.0)]}).most_prompt_tokens(1) == 320
 
-    def test_one_block_is_the_least(self) -> None:
-        assert StepBound.of(5.0, {1: [(32, 10.0), (64, 20.0)]}).most_prompt_tokens(9) == 32
+    def test_the_fewest_tokens_are_the_least(self) -> None:
+        assert StepBound.of(5.0, {1: [(64, 10.0), (128, 20.0)]}).most_prompt_tokens(9) == 64
+
+    def test_where_the_fewest_take_too_long_so_many_come_as_take_hardly_longer(self) -> None:
+        """Such steps cost what launching them costs, however few tokens are in them."""
+        launched = [(64, 46.0), (128, 46.5), (256, 48.0), (512, 80.0)]
+        assert StepBound.of(30.0, {8: launched}).most_prompt_tokens(8) == 256
 
     def test_more_tokens_never_take_less_time(self) -> None:
         noisy = StepBound.of(30.0, {1: [(32, 20.0), (64, 12.0), (128, 19.9), (256, 40.0)]})
@@ -283,7 +289,9 @@ class TestMeasuring:
         limits = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
         _, model = self.measured(1e6, max_num_tokens=max_num_tokens, **limits)
         num_blocks = max_num_blocks(replace(LIMITS, **limits))
-        assert bool(model.steps) == (max_num_tokens > 32)
+        fits = max_num_tokens > CHUNK_SIZES[0]
+        fits &= max_seq_len >= CHUNK_SIZES[0] or max_batch_size > 2
+        assert bool(model.steps) == fits
         for steps in model.steps:
             assert len(steps) <= max_batch_size
             assert sum(len(step.token_ids) for step in steps) <= max_num_tokens

@@ -66,12 +66,14 @@ class RowByRow(PlainForms):
         blocks: torch.Tensor,
         first_position: int,
         scale: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = [
             super(RowByRow, self).prefill_attention(row, pages, blocks, position, scale)
             for position, row in enumerate(q.split(1), start=first_position)
         ]
-        return torch.cat([row.view(torch.uint8) for row in rows]).view(rows[0].dtype)
+        found = torch.cat([row.view(torch.uint8) for row in rows])
+        return found.view(rows[0].dtype) if out is None else out.copy_(found.view(rows[0].dtype))
 
     def head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         wide = weight.to(torch.float32)

@@ -23,7 +23,7 @@ from runtime.kernels.quantization import quantize, scale_at
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
 _MIN_ROWS = 16  # least rows of a tensor-core product
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def step_for(batch_size: int, cache: torch.dtype = E4M3) -> Step:
 
 
 @triton.jit
-def _widened(values, ON_GPU: tl.constexpr):
+def widened(values, ON_GPU: tl.constexpr):
     """e4m3 in float16, four at a time. As assembly because the compiler would otherwise have the
     tensor cores' layout first, and gather values out of shared memory byte by byte."""
     if not ON_GPU:
@@ -144,7 +144,7 @@ def _decode_attention(
         high = weights.to(wide)
         low = (weights - high.to(tl.float32)).to(wide)
         if is_fp8:
-            v = _widened(v, ON_GPU)
+            v = widened(v, ON_GPU)
         acc = tl.dot(low, v, tl.dot(high, v, acc * decay[:, None]))
         largest = new_largest
 
@@ -188,15 +188,16 @@ def _decode_attention(
             merged *= (v_unit / tl.where(is_query, sum_of_weights, 1.0))[:, None]
             first = (request * KV_HEADS + kv_head) * GROUP * HEAD_DIM
             target = out + first + query[:, None] * HEAD_DIM + channel[None, :]
-            _store(merged, scale, target, is_channel, plain.dtype, QUANTIZE)
+            store_attended(merged, scale, target, is_channel, plain.dtype, QUANTIZE)
     else:
         factors = v_unit / total
         places = out + (request * KV_HEADS * GROUP + head)[:, None] * HEAD_DIM + channel[None, :]
-        _store(acc * factors[:, None], scale, places, q_mask, plain.dtype, QUANTIZE)
+        store_attended(acc * factors[:, None], scale, places, q_mask, plain.dtype, QUANTIZE)
 
 
 @triton.jit
-def _store(attended, scale, target, mask, dtype: tl.constexpr, QUANTIZE: tl.constexpr):
+def store_attended(attended, scale, target, mask, dtype: tl.constexpr, QUANTIZE: tl.constexpr):
+    """Rounds to `dtype`, then with QUANTIZE to e4m3."""
     attended = attended.to(dtype)
     if QUANTIZE:
         tl.store(target, quantize(attended.to(tl.float32), tl.load(scale)), mask)
@@ -213,18 +214,20 @@ def decode_attention(
     scale: torch.Tensor | None,
     workspace: Workspace,
     step: Step | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     _, kv_heads, block_size, head_dim = pages.k.shape
     batch_size, heads = len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads
     group, step = heads // kv_heads, step or step_for(len(qkv), pages.k.dtype)
-    dtype = qkv.dtype if scale is None else E4M3
-    out = empty_with_spare_rows(batch_size, heads * head_dim, dtype=dtype, device=qkv.device)
+    if out is None:
+        dtype = qkv.dtype if scale is None else E4M3
+        out = empty_with_spare_rows(batch_size, heads * head_dim, dtype=dtype, device=qkv.device)
     splits = workspace.num_splits(batch_size * kv_heads, step.crowd, step.max_splits)
     _decode_attention[(batch_size, kv_heads, splits)](
         qkv, rows.cos, rows.sin, rows.slots, pages.k, pages.v, block_tables, positions,
         *pages.scale_tensors, scale, out,
         workspace.partial_sums, workspace.stats, workspace.counters,
-        _LOG2_E * head_dim**-0.5, block_tables.stride(0),
+        LOG2_E * head_dim**-0.5, block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,
         QUANTIZE=scale is not None, NUM_SPLITS=splits, GROUP_ROWS=triton.next_power_of_2(group),
         BLOCK_ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),

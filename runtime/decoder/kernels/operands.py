@@ -23,6 +23,14 @@ class TokenRows:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkTiles:
+    """How chunks of prompts are divided among the programs of attention."""
+
+    rows: torch.Tensor  # [n, 4] int32: first row, rows (0: none), position of the first, sequence
+    num_tokens: int  # the most rows of a tile
+
+
+@dataclass(frozen=True, slots=True)
 class CacheScale:
     """The scale of a layer's keys, or of its values: real = stored * scale."""
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from nvlm.model.decoder import apply_rope, causal_attention, rms_norm
 from nvlm.model.number_formats import fp8
-from runtime.decoder.kernels.operands import CacheScale, KVPages, Norm, TokenRows
+from runtime.decoder.kernels.operands import CacheScale, ChunkTiles, KVPages, Norm, TokenRows
 from runtime.kernels.fp8_linear import Fp8Linear
 
 
@@ -84,9 +84,10 @@ class PlainForms:
         positions: torch.Tensor,
         pages: KVPages,
         scale: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`rope_append`, then one query row a request over its positions up to the row's own:
-        [T, heads * head_dim], e4m3 with `scale`.
+        [T, heads * head_dim], e4m3 with `scale`, in `out` if it is given.
 
         block_tables: [T, max_blocks] int32; positions: [T] int32.
         """
@@ -96,7 +97,7 @@ class PlainForms:
             k, v = _sequence(pages, table.long(), position + 1)
             attended.append(causal_attention(query[None], k, v, position))
         values = torch.cat(attended).flatten(1).to(q.dtype)
-        return values if scale is None else fp8.quantize(values, scale)
+        return _placed(values if scale is None else fp8.quantize(values, scale), out)
 
     def prefill_attention(
         self,
@@ -105,15 +106,36 @@ class PlainForms:
         blocks: torch.Tensor,
         first_position: int,
         scale: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rows at first_position, ... of one sequence over its positions up to theirs:
-        [T, heads * head_dim], e4m3 with `scale`.
+        [T, heads * head_dim], e4m3 with `scale`, in `out` if it is given.
 
         q: [T, heads, head_dim]; blocks: [num_blocks of the sequence] int64, in order.
         """
         k, v = _sequence(pages, blocks, first_position + len(q))
         attended = causal_attention(q, k, v, first_position).flatten(1).to(q.dtype)
-        return attended if scale is None else fp8.quantize(attended, scale)
+        return _placed(attended if scale is None else fp8.quantize(attended, scale), out)
+
+    def chunk_attention(
+        self,
+        q: torch.Tensor,
+        tiles: ChunkTiles,
+        block_tables: torch.Tensor,
+        pages: KVPages,
+        scale: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Rows of several sequences, each over its sequence's positions up to its own; rows of no
+        tile stay as they are. Writes `out` [T, heads * head_dim], e4m3 with `scale`.
+
+        q: [T, heads, head_dim]; block_tables: [sequences, max_blocks] int32.
+        """
+        for first_row, num_rows, first_position, sequence in tiles.rows.tolist():
+            if num_rows > 0:
+                rows = slice(first_row, first_row + num_rows)
+                blocks = block_tables[sequence].long()
+                self.prefill_attention(q[rows], pages, blocks, first_position, scale, out[rows])
 
     def plan_prefill_attention(
         self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, max_num_tokens: int
@@ -141,6 +163,13 @@ def _sequence(
         for cache, factor in ((pages.k, pages.k_factor), (pages.v, pages.v_factor))
     )
     return k, v
+
+
+def _placed(found: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    if out is None:
+        return found
+    out.view(torch.uint8).copy_(found.view(torch.uint8))
+    return out
 
 
 def _stored(x: torch.Tensor, scale: CacheScale | None) -> torch.Tensor:

@@ -8,7 +8,13 @@ from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention.bias import causal_lower_right
 
-from runtime.decoder.kernels import decode_attention, elementwise, gate_up_swiglu, rope
+from runtime.decoder.kernels import (
+    chunk_attention,
+    decode_attention,
+    elementwise,
+    gate_up_swiglu,
+    rope,
+)
 from runtime.decoder.kernels.operands import KVPages, TokenRows
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.kernels.widen_pages import widen_pages
@@ -29,6 +35,7 @@ _FAST_ROWS = (
 class TritonForms(PlainForms):
     add_rms_norm = staticmethod(elementwise.add_rms_norm)
     rope_append = staticmethod(rope.rope_append)
+    chunk_attention = staticmethod(chunk_attention.chunk_attention)
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -65,9 +72,10 @@ class TritonForms(PlainForms):
         positions: torch.Tensor,
         pages: KVPages,
         scale: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return decode_attention.decode_attention(
-            qkv, rows, block_tables, positions, pages, scale, self._workspace
+            qkv, rows, block_tables, positions, pages, scale, self._workspace, out=out
         )
 
     def prefill_attention(
@@ -77,6 +85,7 @@ class TritonForms(PlainForms):
         blocks: torch.Tensor,
         first_position: int,
         scale: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """By torch, over keys and values that are gathered and widened; stored numbers are exact in
         q's type, so their scales are put on the softmax and on the result. Whole prompts are given
@@ -94,8 +103,8 @@ class TritonForms(PlainForms):
             attended = _attend_up_to(q, k[:, :end], v[:, :end], softmax_scale)
         rows = attended[0, :, :num_rows].transpose(0, 1).reshape(num_rows, heads * head_dim)
         if scale is None:
-            return rows * pages.v_factor
-        return scale_quantize(rows.contiguous(), pages.v_factor, scale)
+            return torch.mul(rows, pages.v_factor, out=out)
+        return scale_quantize(rows.contiguous(), pages.v_factor, scale, out)
 
     def plan_prefill_attention(
         self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, max_num_tokens: int

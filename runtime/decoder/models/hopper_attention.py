@@ -1,7 +1,8 @@
 """Attention of the fast path: rows of qkv in, the e4m3 rows of the next linear out.
 
-Every form appends K and V to the paged cache first. Rows that decode share one kernel, prompts
-take one call each. What a form needs of a step is made once and serves every layer.
+Every form appends K and V to the paged cache first. Rows that decode share one kernel, chunks of
+prompts in a graph another, prompts elsewhere take one call each. What a form needs of a step is
+made once and serves every layer.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from typing import Protocol
 
 import torch
 
-from runtime.decoder.kernels.operands import KVPages, TokenRows
+from nvlm.model.number_formats.fp8 import E4M3
+from runtime.decoder.kernels.operands import ChunkTiles, KVPages, TokenRows
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_weights import HopperLayer
 from runtime.decoder.models.host_copy import to_device
 from runtime.decoder.models.step import SequenceStep
+from runtime.kernels.spare_rows import empty_with_spare_rows
 
 
 class HopperAttention(Protocol):
-    def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """qkv: [T, (heads + 2 kv_heads) head_dim] in `dtype`, after bias and before RoPE. Returns
-        e4m3 [T, heads * head_dim]."""
+    def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
+        """qkv: [T, (heads + 2 kv_heads) head_dim] in `dtype`, after bias and before RoPE. Writes
+        `out` [T, heads * head_dim]: e4m3, or `dtype` where the next linear takes that."""
         ...
 
 
@@ -38,6 +41,17 @@ class AttentionContext:
 
     def rows(self, positions: torch.Tensor, slots: torch.Tensor) -> TokenRows:
         return TokenRows(self.cos[positions], self.sin[positions], slots)
+
+    def scale(self, layer: int) -> torch.Tensor | None:
+        """What the next linear's input is quantised with."""
+        return self.layers[layer].dense.activation_scale
+
+    def attended(self, attention: HopperAttention, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        dtype = qkv.dtype if self.scale(layer) is None else E4M3
+        width = self.layers[layer].dense.weight.shape[1]
+        out = empty_with_spare_rows(len(qkv), width, dtype=dtype, device=qkv.device)
+        attention.forward(layer, qkv, out)
+        return out
 
 
 class DecodeAttention:
@@ -57,12 +71,37 @@ class DecodeAttention:
         self._context, self._positions, self._tables = context, positions, tables
         self._rows = context.rows(positions, slots)
 
-    def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+    def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
         context = self._context
-        scale = context.layers[layer].dense.activation_scale
-        return context.forms.decode_attention(
-            qkv, self._rows, self._tables, self._positions, context.pages[layer], scale
+        pages, scale = context.pages[layer], context.scale(layer)
+        context.forms.decode_attention(
+            qkv, self._rows, self._tables, self._positions, pages, scale, out
         )
+
+
+class ChunkAttention:
+    """`HopperAttention` of chunks of prompts that share one launch.
+
+    positions: [T] int32; slots: [T] int64; tiles: what each program takes; tables: [chunks,
+    max_blocks] int32.
+    """
+
+    def __init__(
+        self,
+        context: AttentionContext,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        tiles: ChunkTiles,
+        tables: torch.Tensor,
+    ) -> None:
+        self._context, self._tiles, self._tables = context, tiles, tables
+        self._rows = context.rows(positions, slots)
+
+    def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
+        forms, pages = self._context.forms, self._context.pages[layer]
+        q = forms.rope_append(qkv, self._rows, pages)
+        scale = self._context.scale(layer)
+        forms.chunk_attention(q, self._tiles, self._tables, pages, scale, out)
 
 
 class PromptAttention:
@@ -83,35 +122,26 @@ class PromptAttention:
         self._blocks = [to_device(torch.tensor(step.blocks), positions.device) for step in steps]
         self._rows = context.rows(positions, slots)
 
-    def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+    def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
         forms, pages = self._context.forms, self._context.pages[layer]
-        scale = self._context.layers[layer].dense.activation_scale
+        scale = self._context.scale(layer)
         q = forms.rope_append(qkv, self._rows, pages)
-        parts = [
-            forms.prefill_attention(queries, pages, blocks, step.first_position, scale)
-            for step, queries, blocks in zip(
-                self._steps, q.split(self._counts), self._blocks, strict=True
-            )
-        ]
-        return _cat_e4m3(parts)
+        parts = zip(
+            self._steps, q.split(self._counts), self._blocks, out.split(self._counts), strict=True
+        )
+        for step, queries, blocks, rows in parts:
+            forms.prefill_attention(queries, pages, blocks, step.first_position, scale, rows)
 
 
 class MixedAttention:
     """`HopperAttention` of rows that decode and, after those, prompts."""
 
     def __init__(
-        self, num_decoding: int, decoding: DecodeAttention, prompts: PromptAttention
+        self, num_decoding: int, decoding: HopperAttention, prompts: HopperAttention
     ) -> None:
         self._num_decoding, self._decoding, self._prompts = num_decoding, decoding, prompts
 
-    def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+    def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
         n = self._num_decoding
-        return _cat_e4m3(
-            [self._decoding.forward(layer, qkv[:n]), self._prompts.forward(layer, qkv[n:])]
-        )
-
-
-def _cat_e4m3(parts: list[torch.Tensor]) -> torch.Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+        self._decoding.forward(layer, qkv[:n], out[:n])
+        self._prompts.forward(layer, qkv[n:], out[n:])

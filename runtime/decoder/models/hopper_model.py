@@ -1,25 +1,29 @@
 """The decoder's fast path: FP8 tensor-core linears and fused kernels over the paged KV cache.
 
 A step in which every sequence decodes replays one CUDA graph, padded up to the next batch size
-that has one; a step with prompts runs launch by launch, its decoding rows among it. Both may be
-asked for before the host knows the tokens of the rows that decode.
-Design: decisions 48 to 60 (docs/decisions/decoder.md).
+that has one. So does a step with short chunks of prompts, up to head and embedding. Longer ones
+run launch by launch. All may be asked for before the host knows the tokens of the rows that decode.
+Design: decisions 48 to 60 and 148 (docs/decisions/decoder.md).
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.decoder import embed, rope_tables
 from nvlm.model.dtypes import TORCH_DTYPES
-from nvlm.planning.hopper import MAX_GRAPH_ROWS
+from nvlm.planning.hopper import CHUNK_SIZES, MAX_GRAPH_ROWS
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.all_reduce_norm import AllReduceNorm, OneRank
+from runtime.decoder.models.chunk_inputs import MAX_CHUNKS, ChunkInputs
 from runtime.decoder.models.decode_inputs import DecodeInputs
 from runtime.decoder.models.hopper_attention import (
     AttentionContext,
+    ChunkAttention,
     DecodeAttention,
     HopperAttention,
     MixedAttention,
@@ -29,8 +33,10 @@ from runtime.decoder.models.hopper_weights import HopperWeights
 from runtime.decoder.models.host_copy import to_device
 from runtime.decoder.models.kv_cache import PagedKVCache
 from runtime.decoder.models.step import SequenceStep, logit_rows
+from runtime.decoder.models.step_graphs import StepGraphs, StepSize
 
 _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, MAX_GRAPH_ROWS + 1, 32))
+_MIXED_SIZES = (0, 8, 16, 32, 64, 128)  # rows that decode beside chunks; the largest batch too
 _ROWS_WITHOUT_CONTEXT = 2  # whose attention reads so little that the memory has time
 _SHORT_PROMPTS = (2, 16)  # Triton compiles anew for a number of rows that 16 divides
 
@@ -73,7 +79,17 @@ class HopperModel:
         )
         self._padding_block = num_blocks
         self._max_batch_size, self._max_seq_len = max_batch_size, max_seq_len
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._chunks = ChunkInputs(
+            max_seq_len, num_blocks, decoder.hidden_size, self._dtype, device
+        )
+        self._graphs = StepGraphs(device)
+
+    @property
+    def _mixed_sizes(self) -> list[int]:
+        """Rows that decode in the graphs with chunks; 0 are prompts alone."""
+        largest = self._batch_sizes[-1]
+        beside = [*(size for size in _MIXED_SIZES if 0 < size < largest), largest]
+        return [0, *beside] if self._max_batch_size > 1 else [0]
 
     @property
     def max_rows_ahead(self) -> int:
@@ -94,11 +110,8 @@ class HopperModel:
     def _decode(self, steps: list[SequenceStep], drawn_ids: torch.Tensor | None) -> torch.Tensor:
         num_rows = _padded(len(steps))
         self._inputs.fill(steps, num_rows, drawn_ids)
-        if num_rows in self._graphs:
-            graph, logits = self._graphs[num_rows]
-            graph.replay()
-        else:
-            logits = self._decode_rows(num_rows)
+        size = StepSize(num_rows)
+        logits = self._graphs.run(size) if size in self._graphs else self._decode_rows(num_rows)
         return logits[: len(steps)]
 
     def _decode_rows(self, num_rows: int) -> torch.Tensor:
@@ -115,9 +128,9 @@ class HopperModel:
 
     @torch.inference_mode()
     def warm_up(self, max_num_tokens: int, *, use_graphs: bool = False) -> None:
-        """Once, on all ranks: captures a graph of every batch size, then runs a step full of
-        prompts as long as they come, short ones, and chunks beside a row that decodes, so that
-        neither compiling nor running out of memory is left to a request."""
+        """Once, on all ranks: captures a graph of every size, then launches a step full of prompts
+        as long as they come, short ones, and chunks beside a row that decodes, so that neither
+        compiling nor running out of memory is left to a request."""
         if use_graphs:
             self.capture_graphs()
         longest = min(max_num_tokens, self._max_seq_len)
@@ -126,21 +139,21 @@ class HopperModel:
         full = full[: self._max_batch_size]
         for counts in (full, *([short] for short in _SHORT_PROMPTS if short < longest)):
             blocks = [[self._padding_block] * num_blocks_for(count) for count in counts]
-            self._prefill(
-                [
-                    SequenceStep([0] * count, 0, blocks_of, None, 1)
-                    for count, blocks_of in zip(counts, blocks, strict=True)
-                ]
-            )
+            prompts = [
+                SequenceStep([0] * count, 0, blocks_of, None, 1)
+                for count, blocks_of in zip(counts, blocks, strict=True)
+            ]
+            normed = self._launched([], prompts)
+            self._forms.head(normed[: len(prompts)], self._weights.lm_head)
         if self._max_batch_size > 1:
             for num_tokens in _SHORT_PROMPTS:
-                self._prefill(self._mixture(num_tokens))
+                self._launched(*self._mixture(num_tokens))
 
-    def _mixture(self, num_tokens: int) -> list[SequenceStep]:
+    def _mixture(self, num_tokens: int) -> tuple[list[SequenceStep], list[SequenceStep]]:
         """A row that decodes, and a later chunk of a prompt: `num_tokens` in all."""
         blocks = [self._padding_block]
         chunk = SequenceStep([0] * (num_tokens - 1), 1, blocks, None, 0)
-        return [SequenceStep([0], 0, blocks, None, 1), chunk]
+        return [SequenceStep([0], 0, blocks, None, 1)], [chunk]
 
     @torch.inference_mode()
     def warm_up_thread(self, max_num_tokens: int) -> None:
@@ -150,52 +163,105 @@ class HopperModel:
         self._forms.plan_prefill_attention(heads, kv_heads, head_dim, self._dtype, num_tokens)
 
     def close(self) -> None:
-        """Ends the steps in flight and deletes the graphs, which hold the ranks' reductions."""
-        if self._graphs:
-            torch.cuda.synchronize(self._device)
-            self._graphs.clear()
-            torch.cuda.synchronize(self._device)
+        """Ends the steps in flight and deletes the graphs."""
+        self._graphs.clear()
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Captures a graph of every batch size, ranks' reductions included.
-
-        Largest first, so that the smaller ones find their memory in its pool."""
-        pool = torch.cuda.graph_pool_handle()
+        """Captures a graph of every size, ranks' reductions included."""
+        self._chunks.fill([])
         for num_rows in reversed(self._batch_sizes):
             self._inputs.fill([], num_rows)
-            self._decode_rows(num_rows)  # compiles, and lets the libraries allocate
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads (NCCL's watchdog, vision) may call CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self._decode_rows(num_rows)
-            self._graphs[num_rows] = graph, logits
+            for num_chunk_rows in reversed(CHUNK_SIZES):
+                size = StepSize(num_rows, num_chunk_rows)
+                if num_rows in self._mixed_sizes:
+                    self._graphs.capture(size, partial(self._mixed_rows, size))
+            self._graphs.capture(StepSize(num_rows), partial(self._decode_rows, num_rows))
+        for num_chunk_rows in reversed(CHUNK_SIZES):
+            size = StepSize(0, num_chunk_rows)
+            self._graphs.capture(size, partial(self._mixed_rows, size))
 
     def _prefill(
         self, steps: list[SequenceStep], drawn_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Any mixture: rows that decode come first, for they share one attention kernel."""
         order = sorted(range(len(steps)), key=lambda i: not _decodes(steps[i]))
-        ordered, device = [steps[i] for i in order], self._device
+        ordered = [steps[i] for i in order]
         n = sum(_decodes(step) for step in steps)
-        parts: list[torch.Tensor] = []
+        decoding, prompts = ordered[:n], ordered[n:]
+        size = self._size_of(decoding, prompts)
+        if size is None:
+            normed, num_padding = self._launched(decoding, prompts, drawn_ids), 0
+        else:
+            self._inputs.fill(decoding, size.num_decoding, drawn_ids)
+            self._fill_chunks(prompts)
+            has_graph = size in self._graphs
+            normed = self._graphs.run(size) if has_graph else self._mixed_rows(size)
+            num_padding = size.num_decoding - n  # before the prompts' rows
+        rows = logit_rows(ordered)
+        rows[n:] += num_padding
+        of_steps = rows.split([step.num_logits for step in ordered])
+        places = {place: i for i, place in enumerate(order)}
+        in_order = torch.cat([of_steps[places[i]] for i in range(len(steps))])
+        return self._forms.head(normed[to_device(in_order, self._device)], self._weights.lm_head)
+
+    def _size_of(
+        self, decoding: list[SequenceStep], prompts: list[SequenceStep]
+    ) -> StepSize | None:
+        """The smallest that holds a step with prompts; None where none does."""
+        num_rows = sum(len(step.token_ids) for step in prompts)
+        most_rows, most_chunk_rows = self._mixed_sizes[-1], CHUNK_SIZES[-1]
+        if not 0 < len(prompts) <= MAX_CHUNKS or num_rows > most_chunk_rows:
+            return None
+        if len(decoding) > most_rows:
+            return None
+        return StepSize(
+            next(size for size in self._mixed_sizes if size >= len(decoding)),
+            next(size for size in CHUNK_SIZES if size >= num_rows),
+        )
+
+    def _fill_chunks(self, prompts: list[SequenceStep]) -> None:
+        self._chunks.fill(prompts)
+        embeddings = torch.cat([self._embed(step) for step in prompts])
+        self._chunks.embeddings[: len(embeddings)] = embeddings
+
+    def _mixed_rows(self, size: StepSize) -> torch.Tensor:
+        """Normed rows of what `self._inputs` and `self._chunks` hold."""
+        n, num_rows, chunks = size.num_decoding, size.num_chunk_rows, self._chunks
+        attention: HopperAttention = ChunkAttention(
+            self._attention,
+            chunks.positions(num_rows),
+            chunks.slots(num_rows).to(torch.int64),
+            chunks.tiles(num_rows),
+            chunks.block_tables,
+        )
+        hidden = chunks.embeddings[:num_rows]
+        if n > 0:
+            attention = MixedAttention(n, self._decode_attention(n), attention)
+            decoding = self._weights.embedding[self._inputs.token_ids(n)]
+            hidden = torch.cat([decoding, hidden])
+        return self._layers(hidden, attention)
+
+    def _launched(
+        self,
+        decoding: list[SequenceStep],
+        prompts: list[SequenceStep],
+        drawn_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Normed rows, launch by launch."""
+        n, parts = len(decoding), list[torch.Tensor]()
         attention: HopperAttention | None = None
         if n > 0:
-            self._inputs.fill(ordered[:n], n, drawn_ids)
+            self._inputs.fill(decoding, n, drawn_ids)
             parts.append(self._weights.embedding[self._inputs.token_ids(n)])
-            attention = decoding = self._decode_attention(n)
-        if prompts := ordered[n:]:
+            attention = of_rows = self._decode_attention(n)
+        if prompts:
             parts += [self._embed(step) for step in prompts]
             attention = of_prompts = self._prompt_attention(prompts)
         if n > 0 and prompts:
-            attention = MixedAttention(n, decoding, of_prompts)
+            attention = MixedAttention(n, of_rows, of_prompts)
         assert attention is not None, "a step has tokens"
-        normed = self._layers(torch.cat(parts), attention)
-        rows = logit_rows(ordered).split([step.num_logits for step in ordered])
-        places = {place: i for i, place in enumerate(order)}
-        in_order = torch.cat([rows[places[i]] for i in range(len(steps))])  # the steps' own order
-        return self._forms.head(normed[to_device(in_order, device)], self._weights.lm_head)
+        return self._layers(torch.cat(parts), attention)
 
     def _prompt_attention(self, steps: list[SequenceStep]) -> PromptAttention:
         positions = [torch.arange(step.first_position, step.end_position) for step in steps]
@@ -221,7 +287,7 @@ class HopperModel:
             qkv = forms.linear(normed, layer.qkv, self._dtype)
             if len(hidden) <= _ROWS_WITHOUT_CONTEXT:
                 forms.load_ahead(layer.dense.weight)
-            attended = attention.forward(index, qkv)
+            attended = self._attention.attended(attention, index, qkv)
             hidden, normed = sums.linear_add_rms_norm(
                 attended, layer.dense, hidden, layer.post_norm, layer.gate_up.activation_scale
             )

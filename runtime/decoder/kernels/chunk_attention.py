@@ -1,0 +1,128 @@
+"""Triton: attention of chunks of prompts over the paged cache, all chunks of a step in one launch.
+
+A program takes a tile of one sequence's rows, with all query heads of one KV head, over the
+positions up to theirs. Which rows those are stands in device memory, so that a CUDA graph serves
+every division of its rows. FlashAttention-2: arXiv 2307.08691.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime.decoder.kernels.decode_attention import LOG2_E, store_attended, widened
+from runtime.decoder.kernels.operands import ChunkTiles, KVPages
+from runtime.kernels.dependent_launch import dependent, wait_for_previous
+from runtime.kernels.quantization import scale_at
+
+_MIN_ROWS = 16  # least rows of a tensor-core product
+
+
+@triton.jit
+def _attend(
+    queries, row_position, largest, total, acc, begin, end, num_positions, table, k_cache, v_cache,
+    kv_head, exponent_scale, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, IS_FP8: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, ON_GPU: tl.constexpr,
+):  # fmt: skip
+    """Adds the positions of steps begin to end - 1. With IS_CAUSAL a row sees no later ones, else
+    all rows see all of them."""
+    token, channel = tl.arange(0, BLOCK_TOKENS), tl.arange(0, BLOCK_DIM)
+    inside = (kv_head * TOKENS + token % TOKENS) * HEAD_DIM  # a block
+    is_channel = channel < HEAD_DIM
+    for step in range(begin, end):
+        position = step * BLOCK_TOKENS + token
+        is_cached = position < num_positions
+        block = tl.load(table + position // TOKENS, is_cached, other=0).to(tl.int64)
+        place = (block * (KV_HEADS * TOKENS * HEAD_DIM) + inside)[:, None] + channel[None, :]
+        mask = is_channel[None, :]
+        if IS_CAUSAL:  # what stands after the last position may be NaN
+            mask = is_cached[:, None] & mask
+        k = tl.load(k_cache + place, mask, other=0.0)
+        v = tl.load(v_cache + place, mask, other=0.0)
+        if IS_FP8:
+            k, v = widened(k, ON_GPU), widened(v, ON_GPU)
+        scores = tl.dot(queries, tl.trans(k)) * exponent_scale
+        if IS_CAUSAL:
+            scores = tl.where(position[None, :] <= row_position[:, None], scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_largest[:, None])
+        decay = tl.exp2(largest - new_largest)
+        total = total * decay + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
+        largest = new_largest
+    return largest, total, acc
+
+
+# The stride is that of a step's widest table: it must not decide what is compiled.
+@triton.jit(do_not_specialize=["table_stride"])
+def _chunk_attention(
+    q, tiles, block_tables, k_cache, v_cache, k_scale, v_scale, scale, out, exponent_scale,
+    table_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TOKENS: tl.constexpr, QUANTIZE: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):  # fmt: skip
+    # The last tiles of a chunk see most: they begin first.
+    kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    row, channel = tl.arange(0, TILE_TOKENS * GROUP_ROWS), tl.arange(0, BLOCK_DIM)
+    token, head = row // GROUP_ROWS, row % GROUP_ROWS
+    k_unit, v_unit = scale_at(k_scale), scale_at(v_scale)
+    wait_for_previous(ON_GPU)
+    first_row, num_rows = tl.load(tiles + 4 * tile), tl.load(tiles + 4 * tile + 1)
+    first_position, sequence = tl.load(tiles + 4 * tile + 2), tl.load(tiles + 4 * tile + 3)
+    if num_rows > 0:
+        is_row = (token < num_rows) & (head < GROUP)
+        mask = is_row[:, None] & (channel < HEAD_DIM)[None, :]
+        index = (first_row + token).to(tl.int64) * KV_HEADS + kv_head
+        place = ((index * GROUP + head) * HEAD_DIM)[:, None] + channel[None, :]
+        plain = tl.load(q + place, mask, other=0.0)
+        is_fp8: tl.constexpr = k_scale is not None
+        # As in decode_attention.py: float16 loses nothing of e4m3 and nothing that queries need.
+        queries = plain.to(tl.float16) if is_fp8 else plain
+        largest = tl.full((TILE_TOKENS * GROUP_ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((TILE_TOKENS * GROUP_ROWS,), tl.float32)
+        acc = tl.zeros((TILE_TOKENS * GROUP_ROWS, BLOCK_DIM), tl.float32)
+        table = block_tables + sequence * table_stride
+        row_position = first_position + token
+        num_positions = first_position + num_rows
+        num_open = (first_position + 1) // BLOCK_TOKENS  # steps whose positions every row sees
+        num_steps = tl.cdiv(num_positions, BLOCK_TOKENS)
+        largest, total, acc = _attend(
+            queries, row_position, largest, total, acc, 0, num_open, num_positions, table,
+            k_cache, v_cache, kv_head, exponent_scale * k_unit, KV_HEADS, HEAD_DIM, TOKENS,
+            BLOCK_DIM, BLOCK_TOKENS, is_fp8, False, ON_GPU,
+        )  # fmt: skip
+        largest, total, acc = _attend(
+            queries, row_position, largest, total, acc, num_open, num_steps, num_positions, table,
+            k_cache, v_cache, kv_head, exponent_scale * k_unit, KV_HEADS, HEAD_DIM, TOKENS,
+            BLOCK_DIM, BLOCK_TOKENS, is_fp8, True, ON_GPU,
+        )  # fmt: skip
+        attended = acc * (v_unit / total)[:, None]
+        store_attended(attended, scale, out + place, mask, plain.dtype, QUANTIZE)
+
+
+def chunk_attention(
+    q: torch.Tensor,
+    tiles: ChunkTiles,
+    block_tables: torch.Tensor,
+    pages: KVPages,
+    scale: torch.Tensor | None,
+    out: torch.Tensor,
+    num_tokens: int = 64,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> None:
+    _, kv_heads, block_size, head_dim = pages.k.shape
+    group = q.shape[1] // kv_heads
+    group_rows = triton.next_power_of_2(group)
+    tile_tokens = max(tiles.num_tokens, _MIN_ROWS // group_rows)
+    _chunk_attention[(kv_heads, len(tiles.rows))](
+        q, tiles.rows, block_tables, pages.k, pages.v, *pages.scale_tensors, scale, out,
+        LOG2_E * head_dim**-0.5, block_tables.stride(0),
+        KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,
+        QUANTIZE=scale is not None, GROUP_ROWS=group_rows, TILE_TOKENS=tile_tokens,
+        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_TOKENS=num_tokens,
+        num_warps=num_warps, num_stages=num_stages, **dependent(q.device),
+    )  # fmt: skip
