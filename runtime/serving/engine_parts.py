@@ -27,9 +27,9 @@ def open_parts(
 def vision_slice_ms(
     engine: EngineDir, device: torch.device, options: DecoderOptions | None
 ) -> float:
-    """How long a picture may hold up the decoder's steps at a time; 0: while it is encoded.
+    """Milliseconds that a slice of vision may take between two steps; 0 is no slices.
 
-    TensorRT-LLM's steps are never held up: they run on streams of their own."""
+    TensorRT-LLM's steps run on streams of their own, so nothing has to come between them."""
     if options is None or engine.decoder_target != "torch":
         return 0.0
     return _SLICE_SHARE * options.step_bound_ms(device)

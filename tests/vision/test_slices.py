@@ -33,7 +33,7 @@ on_a_hopper_gpu = pytest.mark.skipif(not HAS_HOPPER, reason="CUDA graphs need a 
 
 @pytest.fixture(scope="module")
 def deep(workshop: Workshop) -> VisionCheckpoint:
-    """Of `NUM_LAYERS` layers."""
+    """A checkpoint with `NUM_LAYERS` layers."""
     model_dir = workshop.model("vision-deep", replace(TINY, vision_num_hidden_layers=NUM_LAYERS))
     return VisionCheckpoint.read(
         workshop.checkpoint("vision-deep-bf16", model_dir, BF16) / "vision"
@@ -128,7 +128,7 @@ def test_graphs_of_slices_give_the_bits_of_those_without(
 def test_a_slice_takes_no_longer_than_asked(
     num_tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the 72B model's size."""
+    """The model has the 72B model's size."""
     engine = synthetic_engine("72b", 1, max_batch_size=1, max_seq_len=64)
     executor = load_vision(engine, "FP8", CUDA, SLICE_MS)
     tiles = random_tiles(engine.vision_config, num_tiles, seed=0)
