@@ -2,10 +2,12 @@
 
     python -m bench.hopper.beside WAY [--shape 72b] [--layers 80] [--batch_size 8] [--context 2048]
         [--tiles 7] [--precision FP8] [--rate 1.0] [--seconds 10] [--num_sms 32]
+        [--slice_ms 10]
 
 WAY, one a process, since graphs keep what they were captured with:
     whole     all tiles of a picture in one pass, on the decoder's stream
     tiles     one tile after the other on that stream, with a step between two
+    slices    all tiles in slices of --slice_ms on that stream, as servers encode (decision 147)
     stream    all tiles in one pass, on a stream of their own
     priority  the same, while the decoder's stream has the highest priority
     green     the same, on a green context of --num_sms multiprocessors
@@ -33,11 +35,12 @@ from bench.hopper.vision import random_tiles
 from bench.machine import describe, describe_gpu
 from bench.rows import gap_percentiles
 from bench.synthetic_engine import DECODERS, synthetic_engine
+from nvlm.program.process import set_up_log
 from runtime.decoder.executor import DecoderRequest
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.vision.executor import VisionExecutor
 
-WAYS = ("whole", "tiles", "stream", "priority", "green")
+WAYS = ("whole", "tiles", "slices", "stream", "priority", "green")
 _HIGHEST_PRIORITY = -5  # CUDA takes the nearest that it has
 
 
@@ -167,9 +170,10 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         max_batch_size=options.batch_size,
         max_seq_len=2 * options.context + 64,
     )
+    slice_ms = options.slice_ms if options.way == "slices" else 0.0
     parts = OneDevice(device, use_graphs=device.type == "cuda")
     with on(streams.vision):
-        vision = parts.vision(engine, options.precision)
+        vision = parts.vision(engine, options.precision, slice_ms)
     tiles = random_tiles(engine.vision_config, options.tiles, seed=0)
     at_once = 1 if options.way == "tiles" else options.tiles
     encoder = Encoder(vision, tiles, at_once, streams.vision, options.rate)
@@ -196,6 +200,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "batch_size": options.batch_size,
         "tiles": options.tiles,
         "num_sms": options.num_sms if options.way == "green" else None,
+        "slice_ms": slice_ms or None,
         "encode_alone_ms": 1e3 * alone,
         "encode_ms": gap_percentiles([1e3 * each for each in encoder.seconds]),
         "num_pictures": len(encoder.seconds),
@@ -218,6 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--rate", type=float, default=1.0, help="pictures a second")
     add("--seconds", type=float, default=10.0)
     add("--num_sms", type=int, default=32, help="multiprocessors of the way green")
+    add("--slice_ms", type=float, default=10.0, help="milliseconds of a slice of the way slices")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda" and options.way not in ("whole", "tiles"):
@@ -231,4 +237,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    set_up_log(0)  # how vision was cut
     main()

@@ -20,8 +20,9 @@ class Parts(Protocol):
     device: torch.device
     num_ranks: int
 
-    def vision(self, engine: EngineDir, precision: str) -> VisionExecutor:
-        """On ranks the one that was opened last encodes."""
+    def vision(self, engine: EngineDir, precision: str, slice_ms: float = 0.0) -> VisionExecutor:
+        """slice_ms: as of `create_vision_executor`. On ranks there are no slices, and the one that
+        was opened last encodes."""
         ...
 
     def decoder(self, engine: EngineDir) -> TorchDecoderExecutor: ...
@@ -36,8 +37,8 @@ class OneDevice:
         self.device = device
         self._use_graphs = use_graphs
 
-    def vision(self, engine: EngineDir, precision: str) -> VisionExecutor:
-        executor = load_vision(engine, precision, self.device)
+    def vision(self, engine: EngineDir, precision: str, slice_ms: float = 0.0) -> VisionExecutor:
+        executor = load_vision(engine, precision, self.device, slice_ms)
         executor.warm_up()
         return executor
 
@@ -47,6 +48,9 @@ class OneDevice:
         return TorchDecoderExecutor.over(engine, opened)
 
 
-def load_vision(engine: EngineDir, precision: str, device: torch.device) -> TorchVisionExecutor:
+def load_vision(
+    engine: EngineDir, precision: str, device: torch.device, slice_ms: float = 0.0
+) -> TorchVisionExecutor:
     model = engine.vision_checkpoint.load(precision, device, source=vision_source(engine, device))
-    return TorchVisionExecutor(model, engine.tiling.max_tiles_per_image)
+    max_num_tiles = engine.tiling.max_tiles_per_image
+    return TorchVisionExecutor(model, max_num_tiles, slice_ms=slice_ms)

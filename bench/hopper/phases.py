@@ -28,7 +28,10 @@ from bench.report import Measured, Report
 from bench.rows import Row
 from bench.synthetic_engine import DECODERS, VISIONS, synthetic_engine
 from bench.synthetic_runner import synthetic_runner
+from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
+from runtime.serving.engine_parts import vision_slice_ms
+from runtime.vision.executor import VisionExecutor
 
 DECODER_PHASES = {"decode", "prefill", "first_token", "serving", "interactive", "settings"}
 PHASES = (*sorted(DECODER_PHASES), "vision")
@@ -92,8 +95,9 @@ def measure_decoder(
     """
     depths, vision = numbers(options.layers), None
     executors: Executors = {}
+    bounds = floats(options.max_step_ms)
     if "interactive" in options.phases or options.serving:
-        vision = parts.vision(synthesize(options, parts.num_ranks, depths[-1]), "FP8")
+        vision = open_vision(parts, synthesize(options, parts.num_ranks, depths[-1]), bounds[0])
     for num_layers in depths:
         engine = synthesize(options, parts.num_ranks, num_layers)
         start = time.perf_counter()
@@ -104,10 +108,11 @@ def measure_decoder(
         folder, decoder = Path(name), executors[depths[-1]][0]
         if vision is not None:
             runner = synthetic_runner(folder, engine, vision, decoder)
-        bounds = floats(options.max_step_ms)
         if "interactive" in options.phases:
             for number, max_step_ms in enumerate(bounds):
                 decoder.bound_steps(max_step_ms, parts.device)
+                if number > 0:
+                    runner.vision = open_vision(parts, engine, max_step_ms)
                 yield from measure_interactive(
                     runner,
                     folder / f"pictures_{number}",
@@ -124,6 +129,12 @@ def measure_decoder(
             for index, load in enumerate(options.serving):
                 first_seed = 10_000 * (1 + index)
                 yield measure_served(runner, load, ceilings, first_seed, max_step_ms)
+
+
+def open_vision(parts: Parts, engine: EngineDir, max_step_ms: float) -> VisionExecutor:
+    """Opens vision in the slices of a server with that bound."""
+    options = DecoderOptions(max_step_ms=max_step_ms)
+    return parts.vision(engine, "FP8", vision_slice_ms(engine, parts.device, options))
 
 
 def measure_executors(

@@ -23,7 +23,9 @@ class Ranks:
         group.on("open vision", lambda message: self._open_vision(*message))
         group.on("open decoder", self._open_decoder)
 
-    def vision(self, engine: EngineDir, precision: str) -> ParallelVisionExecutor:
+    def vision(
+        self, engine: EngineDir, precision: str, slice_ms: float = 0.0
+    ) -> ParallelVisionExecutor:
         with self._group.leading("open vision", (engine, precision)):
             return self._open_vision(engine, precision)
 

@@ -93,8 +93,8 @@ class DecoderOptions:
     """How an engine is loaded. kv_cache_free_gpu_memory_fraction: of a GPU's memory that is free
     after loading; None is the decoder's own choice. gather_logits: requests will ask for logits.
     max_step_ms: how long a step may take in which requests decode and prompts are computed
-    (`StepBound`); 0 is no bound, None what suits a service on the device. Raises `UserError` for a
-    negative or endless one."""
+    (`StepBound`), from which the slices of vision follow too; 0 is no bound, None what suits a
+    service on the device. Raises `UserError` for a negative or endless one."""
 
     kv_cache_free_gpu_memory_fraction: float | None = None
     gather_logits: bool = False

@@ -9,6 +9,10 @@ from runtime.decoder.executor import DecoderExecutor, DecoderOptions, create_dec
 from runtime.engine.engine_dir import EngineDir
 from runtime.vision.executor import VisionExecutor, create_vision_executor
 
+_SLICE_SHARE = 1 / 3
+"""Of a step's bound, for a slice of vision. The rest is a decode step's: with 8 rows it takes 20 of
+30 ms on an H200. Decision 147 (docs/decisions/serving.md)."""
+
 
 def open_parts(
     engine: EngineDir, device: torch.device, options: DecoderOptions | None = None
@@ -16,8 +20,19 @@ def open_parts(
     """Vision first: the decoder's KV cache takes its share of what is then free."""
     if engine.decoder_target == "torch":
         _require_current(device)
-    vision = create_vision_executor(engine, device)
+    vision = create_vision_executor(engine, device, vision_slice_ms(engine, device, options))
     return vision, create_decoder_executor(engine, device, options)
+
+
+def vision_slice_ms(
+    engine: EngineDir, device: torch.device, options: DecoderOptions | None
+) -> float:
+    """Milliseconds that a slice of vision may take between two steps; 0 is no slices.
+
+    TensorRT-LLM's steps run on streams of their own, so nothing has to come between them."""
+    if options is None or engine.decoder_target != "torch":
+        return 0.0
+    return _SLICE_SHARE * options.step_bound_ms(device)
 
 
 def _require_current(device: torch.device) -> None:

@@ -92,7 +92,8 @@ def add_step_flag(add: Add, *, is_service: bool) -> None:
         default=None if is_service else 0.0,
         metavar="MS",
         help="milliseconds that a step may take while a request decodes in it; longer prompts are "
-        f"cut into chunks, and 0 is no bound (decoder torch; default: {default})",
+        "cut into chunks, pictures are encoded in slices of a third of it, and 0 is no bound "
+        f"(decoder torch; default: {default})",
     )
 
 

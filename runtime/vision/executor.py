@@ -29,8 +29,13 @@ class VisionExecutor(Protocol):
     def close(self) -> None: ...
 
 
-def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExecutor:
-    """The executor the engine was built for; heavy imports happen in the chosen branch only."""
+def create_vision_executor(
+    engine: EngineDir, device: torch.device, slice_ms: float = 0.0
+) -> VisionExecutor:
+    """The executor the engine was built for; heavy imports happen in the chosen branch only.
+
+    slice_ms: on a GPU, `encode` waits after each slice of at most so many milliseconds, so that
+    what other threads launch comes between; 0 is no slices. On a CPU there are none."""
     max_num_tiles = engine.tiling.max_tiles_per_image
     if engine.vision_executor == "onnxruntime":
         if importlib.util.find_spec("onnxruntime") is None:
@@ -52,7 +57,7 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
             with startup.phase("vision weights"):
                 model = engine.vision_checkpoint.load(engine.vision_precision, device, widen=widen)
             with startup.phase("vision kernels and graphs"):
-                executor = TorchVisionExecutor(model, max_num_tiles)
+                executor = TorchVisionExecutor(model, max_num_tiles, slice_ms=slice_ms)
                 executor.warm_up()
         return executor
     if engine.vision_executor in PACKAGES:
@@ -61,7 +66,10 @@ def create_vision_executor(engine: EngineDir, device: torch.device) -> VisionExe
         package = load_tensorrt(engine.vision_executor)
         with startup.phase("vision"):
             return TensorrtVisionExecutor(
-                package, engine.vision_checkpoint.directory / layout.ENGINE, device
+                package,
+                engine.vision_checkpoint.directory / layout.ENGINE,
+                device,
+                in_slices=slice_ms > 0.0,
             )
     raise UserError(
         f"{engine.directory} was built for vision executor {engine.vision_executor!r}, which this "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from typing import cast
 
 import torch
@@ -14,16 +15,13 @@ from runtime.kernels.fp8_linear import Fp8Linear
 from runtime.vision.kernels.operands import ScaledDelta
 from runtime.vision.kernels.plain_forms import PlainForms
 
-_FIRST_LAYERS = 1
-"""Layers of `begin`: enough to keep a GPU busy while the host launches the rest."""
-
 _GRANULARITY = 16
 """Tensor cores want rows of a multiple of so many numbers."""
 
 
 class HopperVisionModel:
     """tiles [num_tiles, S, S, 3] uint8 -> image embeddings, as `VisionModel` gives them for the
-    normalised tiles, over that module's weights. In two parts, each of which can be a CUDA graph.
+    normalised tiles, over that module's weights.
 
     forms: the kernels, or their plain torch twins on any device.
     """
@@ -42,30 +40,32 @@ class HopperVisionModel:
         self._kernel = nn.functional.pad(kernel, (0, -kernel.shape[1] % _GRANULARITY))
 
     def __call__(self, tiles: torch.Tensor) -> torch.Tensor:
-        return self.finish(*self.begin(tiles))
+        (embeddings,) = self.in_slices(tiles, ())
+        return embeddings
 
-    def begin(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream [num_tiles, positions, hidden_size] before one of the first layers,
-        and what that layer begins with."""
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def in_slices(self, tiles: torch.Tensor, ends: Container[int]) -> Iterator[torch.Tensor]:
+        """Encodes slice by slice, each of which can be a CUDA graph. A slice ends after as many
+        layers as are in `ends`, from 1 to num_layers - 1; the last one ends with the projector.
+
+        Yields the residual stream [num_tiles, positions, hidden_size] after each slice but the
+        last, then the image embeddings. Holds what the next slice reads until it has run.
+        """
         hidden = self._embed(tiles)
         normed = self._norm(hidden, None, self._layers[0])[1]
-        for index in range(self._num_first):
-            hidden, normed = self._run(index, hidden, normed)
-        return hidden, normed
-
-    def finish(self, hidden: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
         last = len(self._layers) - 1
-        for index in range(self._num_first, last):
+        for index in range(last):
             hidden, normed = self._run(index, hidden, normed)
+            if index + 1 in ends:
+                yield hidden
         hidden, added = self._add(self._layers[last], hidden, normed)
         norm = self._model.mlp1[0]
         assert isinstance(norm, nn.LayerNorm)
         merged = self._forms.add_merge_norm(hidden, added, norm, self._model.patches_per_side)
-        return cast(torch.Tensor, self._model.mlp1[1:](merged))
-
-    @property
-    def _num_first(self) -> int:
-        return min(_FIRST_LAYERS, len(self._layers) - 1)
+        yield cast(torch.Tensor, self._model.mlp1[1:](merged))
 
     def _embed(self, tiles: torch.Tensor) -> torch.Tensor:
         embeddings = self._model.vision_model.embeddings

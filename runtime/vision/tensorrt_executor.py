@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,17 @@ from runtime.vision.executor import check_tiles
 
 INPUT, OUTPUT = "tiles", "image_embeddings"
 
+log = logging.getLogger(__name__)
+
 
 class TensorrtVisionExecutor:
-    """Nothing is copied to the host and nothing waits but the stream torch works on."""
+    """Nothing is copied to the host. Nothing waits but the stream torch works on, and `encode`
+    between two slices. TensorRT runs a pass whole, so a slice is a tile, however long that takes.
+    """
 
-    def __init__(self, trt: Any, path: Path, device: torch.device) -> None:
+    def __init__(
+        self, trt: Any, path: Path, device: torch.device, *, in_slices: bool = False
+    ) -> None:
         """`trt`: the module that built `path`."""
         self._device = device
         self._logger = make_logger(trt)
@@ -40,12 +47,21 @@ class TensorrtVisionExecutor:
         _, _, largest = engine.get_tensor_profile_shape(INPUT, 0)
         self.max_num_tiles: int = largest[0]
         self._image_size: int = largest[3]
+        self._in_slices = in_slices
+        if in_slices:
+            log.info("vision is encoded tile by tile, between decode steps")
 
     @torch.inference_mode()
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
         check_tiles(tiles, self._image_size)
         tiles = normalize(tiles.to(self._device)).to(self._input_dtype)
-        return torch.cat([self._run(batch) for batch in tiles.split(self.max_num_tiles)])
+        batches = tiles.split(1 if self._in_slices else self.max_num_tiles)
+        embeddings = [self._run(batches[0])]
+        for batch in batches[1:]:
+            if self._in_slices:
+                torch.cuda.current_stream(self._device).synchronize()
+            embeddings.append(self._run(batch))
+        return torch.cat(embeddings)
 
     def _run(self, tiles: torch.Tensor) -> torch.Tensor:
         """tiles: [num_tiles, 3, S, S] contiguous on the device, within the profile."""

@@ -64,13 +64,14 @@ def test_decode_steps_are_measured_beside_pictures(
     assert 0 < row["beside_step_ms"]["p50"] <= row["beside_step_ms"]["max"]
 
 
-def test_a_way_that_needs_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("way", ["green", "slices"])
+def test_a_way_that_needs_a_gpu_is_refused(way: str, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit) as ended:
-        beside.main(["green"])
+        beside.main([way])
     assert ended.value.code == 2
-    assert "green needs a GPU" in capsys.readouterr().err
+    assert f"{way} needs a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")

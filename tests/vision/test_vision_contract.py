@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from build.engines.specification import BuildOptions, specify
 from nvlm.program.errors import UserError
 from runtime.engine.engine_dir import EngineDir
 from runtime.vision.executor import VisionExecutor, create_vision_executor
+from tests.doubles.cuda import STREAM
 from tests.doubles.tensorrt_llm import installed
 
 IMAGE_SIZE, TOKENS_PER_TILE, HIDDEN_SIZE = 56, 4, 128
@@ -23,6 +25,7 @@ MAX_NUM_TILES = 7  # six and a thumbnail
 @dataclass(frozen=True, slots=True)
 class Implementation:
     """tolerance: how far batching may move an embedding; 0.016 is bfloat16's step above 2.
+    slice_ms: as of `create_vision_executor`.
 
     Torch on the machine of development moves none by a bit.
     """
@@ -31,6 +34,7 @@ class Implementation:
     precision: str
     device: str
     tolerance: float
+    slice_ms: float = 0.0
 
 
 IMPLEMENTATIONS = {
@@ -39,8 +43,10 @@ IMPLEMENTATIONS = {
     "torch FP8": Implementation("torch", "FP8", "cpu", 0.05),
     "onnxruntime float32": Implementation("onnxruntime", "float32", "cpu", 1e-5),
     "TensorRT double float16": Implementation("tensorrt", "float16", "cuda", 0.01),
+    "TensorRT double, slices": Implementation("tensorrt", "float16", "cuda", 0.01, 10.0),
     "torch bfloat16 cuda": Implementation("torch", "bfloat16", "cuda", 0.1),
     "torch FP8 cuda": Implementation("torch", "FP8", "cuda", 0.2),
+    "torch FP8, slices, cuda": Implementation("torch", "FP8", "cuda", 0.2, 0.1),
 }
 
 
@@ -84,7 +90,8 @@ def executor(
         )
         checkpoint_dir = request.getfixturevalue("checkpoint_dir")
         spec = specify(checkpoint_dir, options, torch.device("cuda"), 80 << 30)
-        build_engine(spec, engine_dir, options)
+        if not engine_dir.exists():
+            build_engine(spec, engine_dir, options)
     else:
         engine_dir = workshop.engine(
             f"engine_vision_{implementation.precision}",
@@ -95,7 +102,8 @@ def executor(
     engine = EngineDir.read(engine_dir)
     assert engine.vision_executor == implementation.vision
     assert engine.vision_precision == implementation.precision
-    executor = create_vision_executor(engine, torch.device(implementation.device))
+    device = torch.device(implementation.device)
+    executor = create_vision_executor(engine, device, implementation.slice_ms)
     yield executor
     executor.close()
 
@@ -214,6 +222,22 @@ def test_what_is_no_pixels_is_refused(executor: VisionExecutor) -> None:
     """Normalised tiles above all, which other interfaces take."""
     with pytest.raises(UserError, match=r"tiles are torch.float32, expected torch.uint8"):
         executor.encode(random_tiles(1).to(torch.float32))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "implementation", [IMPLEMENTATIONS["TensorRT double, slices"]], indirect=True
+)
+def test_a_slice_of_tensorrt_is_a_tile_that_waits_for_the_one_before(
+    executor: VisionExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[int | str]()
+    run = executor._run  # type: ignore[attr-defined]
+    stream = SimpleNamespace(cuda_stream=STREAM, synchronize=lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(executor, "_run", lambda tiles: calls.append(len(tiles)) or run(tiles))
+    executor.encode(random_tiles(3))
+    assert calls == [1, "wait", 1, "wait", 1]
 
 
 def test_refused_tiles_leave_the_executor_usable(executor: VisionExecutor) -> None:
