@@ -62,6 +62,7 @@ def models(
     oracle = PlainModel(config, load_weights(source, config, CPU), NUM_BLOCKS, CPU)
     weights = load_hopper_weights(source, config, CPU)
     fast = HopperModel(config, MAX_BATCH_SIZE, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, Watched())  # type: ignore[arg-type]
+    fast.capture_graphs()
     return oracle, fast
 
 

@@ -24,8 +24,9 @@ import json, re, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.decoder.kernels import all_reduce_norm, change_logits, decode_attention, elementwise
-from runtime.decoder.kernels import gate_up_swiglu, rank_exchange, rope, widen_pages
+from runtime.decoder.kernels import all_reduce_norm, change_logits, chunk_attention
+from runtime.decoder.kernels import decode_attention, elementwise, gate_up_swiglu
+from runtime.decoder.kernels import rank_exchange, rope, widen_pages
 from runtime.kernels import load_ahead, quantization
 from runtime.vision.kernels import elementwise as vision, embeddings, merging
 
@@ -123,6 +124,12 @@ for splits, batch_size, name in ((16, 1, ""), (1, 64, ""), (16, 1, " bf16"), (1,
          "NUM_SPLITS": splits, "BLOCK_ROWS": 16, "BLOCK_DIM": 128, "ON_GPU": True,
          "BLOCK_TOKENS": step.num_tokens, "GROUP_ROWS": 8, **(no_scales if name else {})},
         types, num_warps=step.num_warps, num_stages=step.num_stages)
+    found[f"chunk_attention{name}"] = compile_(chunk_attention._chunk_attention,
+        {"KV_HEADS": 8, "GROUP": 8, "HEAD_DIM": 128, "TOKENS": 32, "QUANTIZE": True,
+         "GROUP_ROWS": 8, "TILE_TOKENS": 16, "BLOCK_DIM": 128,
+         "BLOCK_TOKENS": chunk_attention._BLOCK_TOKENS, "ON_GPU": True,
+         **(no_scales if name else {})},
+        {"q": BF16, "tiles": I32} | types, num_warps=8, num_stages=2)
 print(json.dumps(found))
 """
 
@@ -139,7 +146,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    assert len(found) == 28
+    assert len(found) == 30
     for name, kernel in found.items():
         assert kernel["cubin_bytes"] > 0, name
         assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, name
@@ -150,6 +157,9 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
         if name.startswith("decode_attention"):
             assert kernel["cp_async"] > 0, f"{name} does not load ahead"
             assert kernel["bytes_one_by_one"] == 0, f"{name} gathers values by bytes"
+        if name.startswith("chunk_attention"):
+            assert kernel["wgmma"] > 0, f"{name} misses Hopper's tensor cores"
+            assert kernel["cp_async"] > 0, f"{name} does not load ahead"
         if name == "gate_up_swiglu":
             assert kernel["wgmma"] > 0, f"{name} misses Hopper's tensor cores"
             assert kernel["cp_async"] > 0, f"{name} does not load ahead"

@@ -67,8 +67,9 @@ class ChunkInputs:
             host[start : start + len(blocks)] = blocks
             row += count
         flat = host[2 * most : self._first_table].reshape(-1, _FIELDS)
-        flat[: len(tiles)] = tiles
-        flat[len(tiles) :] = 0
+        flat[:] = 0
+        if tiles:
+            flat[: len(tiles)] = tiles
         used = self._first_table + len(steps) * self._width
         self._device[:used].copy_(self._host[:used], non_blocking=True)
         if self._is_copied is not None:
