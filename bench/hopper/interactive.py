@@ -22,6 +22,7 @@ from bench.rows import (
 from bench.synthetic_runner import NUM_TILES, draw_pictures, picture_request, text_request
 from nvlm.model.config import VisionConfig
 from runtime.requests.types import Answer, GenerationRequest
+from runtime.serving.rehearsal import rehearse
 from runtime.serving.runner import Runner
 from runtime.serving.server import Server
 from runtime.serving.ticket import Ticket
@@ -49,7 +50,8 @@ def measure_interactive(
     *,
     is_fresh: bool,
 ) -> Iterator[FirstPictures | Interactive]:
-    """Starts a server, sends it pictures alone, then measures each rate for `seconds`.
+    """Starts a server, which rehearses as `serve.py` does before it is ready, sends it pictures
+    alone, then measures each rate for `seconds`.
 
     max_step_ms: the decoder's. is_fresh: the runner has answered nobody. If not, no pictures come
     alone: what an earlier request has warmed, the first of them would not show.
@@ -68,6 +70,8 @@ def measure_interactive(
     num_layers = runner.engine.checkpoint_config.decoder.num_hidden_layers
     server = Server(runner, max_queue_size=number)
     try:
+        if is_fresh:
+            rehearse(server)
         if alone := [_first_token_ms(server, picture) for picture in pictures[:num_alone]]:
             yield FirstPictures(
                 "first pictures", num_layers, 1, num_tokens, alone, alone[0] / alone[-1]

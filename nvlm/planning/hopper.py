@@ -14,7 +14,7 @@ _CAPABILITY = (9, 0)
 MAX_GRAPH_ROWS = 256
 """Rows of the largest decode step that is a CUDA graph; larger batches run without one."""
 
-CHUNK_SIZES = (64, 128, 192, 256)
+CHUNK_SIZES = (*range(64, 257, 32),)
 """Rows of chunks of prompts, padding among them, of the steps with prompts that are CUDA graphs.
 Launching the kernels of a 72B model one by one takes as long as 300 rows do."""
 

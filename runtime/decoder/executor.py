@@ -84,7 +84,7 @@ class StepOutput:
     error: Exception | None = None
 
 
-SERVICE_STEP_MS = 30.0
+SERVICE_STEP_MS = 33.0
 """The default --max_step_ms of a server on a GPU: decision 144 (docs/decisions/decoder.md)."""
 
 

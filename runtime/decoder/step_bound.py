@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nvlm.planning.hopper import CHUNK_SIZES
+from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 
 Curve = Sequence[tuple[int, float]]
 """Prompt tokens and the milliseconds of a step with so many, in rising order of tokens."""
 
-_UNIT = CHUNK_SIZES[0]  # whose multiples have graphs
 _SLACK = 1.1
 
 
@@ -41,10 +41,10 @@ class StepBound:
         )
 
     def most_prompt_tokens(self, num_rows: int) -> int:
-        """A multiple of `CHUNK_SIZES[0]` beside `num_rows` that decode: one at least, so that
-        prompts come to an end whatever a step takes."""
-        most = _between(self.knots, num_rows)
-        return max(1, int(most) // _UNIT) * _UNIT
+        """Whole blocks beside `num_rows` that decode: `CHUNK_SIZES[0]` at least, so that prompts
+        come to an end whatever a step takes."""
+        most = int(_between(self.knots, num_rows))
+        return max(CHUNK_SIZES[0], most // TOKENS_PER_BLOCK * TOKENS_PER_BLOCK)
 
 
 def _tokens_within(max_ms: float, curve: Curve) -> float:

@@ -22,7 +22,7 @@ from tests.support.kv_caches import KV_CACHES, kv_cache_engine
 from tests.support.tolerances import KERNEL_LOGITS, relative_error
 
 CPU = torch.device("cpu")
-NUM_BLOCKS, MAX_BATCH_SIZE, MAX_SEQ_LEN = 24, 5, 192
+NUM_BLOCKS, MAX_BATCH_SIZE, MAX_SEQ_LEN = 24, 5, 320
 
 
 class Watched:
@@ -85,7 +85,7 @@ def token(position: int, blocks: list[int]) -> SequenceStep:
 
 
 A, B, C, D = [3, 0, 9], [5, 1], [7], [2, 4, 6]
-E, F = [8, 10, 11, 12, 13], [14, 15, 16, 17, 18]
+E, F = [8, *range(10, 18)], [18, 19, 20, 21, 22]
 TABLE = torch.randn(20, 128, generator=torch.Generator().manual_seed(1))
 PICTURE = SequenceStep([1, 2, *range(512, 532), 3], 0, D, TABLE, 1)
 SCENES = {
@@ -111,8 +111,8 @@ SCENES = {
     ],
     "more rows than a graph has": [
         [prompt(0, 50, A)],
-        [prompt(0, 150, E), token(50, A), prompt(0, 140, F)],
-        [token(150, E), token(51, A), token(140, F)],
+        [prompt(0, 280, E), token(50, A), prompt(0, 140, F)],
+        [token(280, E), token(51, A), token(140, F)],
     ],
 }
 

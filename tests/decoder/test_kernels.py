@@ -13,7 +13,14 @@ import torch
 
 from nvlm.model.decoder import rope_tables
 from nvlm.model.number_formats import fp8
-from runtime.decoder.kernels.operands import CacheScale, ChunkTiles, KVPages, Norm, TokenRows
+from runtime.decoder.kernels.operands import (
+    CacheScale,
+    ChunkTiles,
+    KVPages,
+    Norm,
+    TokenRows,
+    tile_tokens,
+)
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.kernels.fp8_linear import Fp8Linear
 from tests.conftest import HAS_HOPPER
@@ -39,6 +46,8 @@ from runtime.decoder.kernels.gate_up_swiglu import gate_up_swiglu  # noqa: E402
 from runtime.decoder.kernels.triton_forms import TritonForms  # noqa: E402
 from runtime.decoder.kernels.widen_pages import widen_pages  # noqa: E402
 from runtime.decoder.kernels.workspace import Workspace  # noqa: E402
+from runtime.decoder.models.chunk_inputs import tiles_of  # noqa: E402
+from runtime.decoder.models.step import SequenceStep  # noqa: E402
 from runtime.kernels.quantization import scale_quantize  # noqa: E402
 from runtime.kernels.spare_rows import (  # noqa: E402
     SPARE_ROWS,
@@ -385,26 +394,21 @@ def test_a_request_of_a_batch_attends_as_it_does_alone(stored: torch.dtype) -> N
         assert relative_error(alone[0], together[i]) < KERNEL_BF16
 
 
-@pytest.mark.parametrize(
-    ("first_position", "num_rows"), [(0, 1), (0, 255), (0, 256), (0, 300), (40, 1), (70, 280)]
-)
+@pytest.mark.parametrize("num_rows", [1, 255, 256, 300])
 @CACHES
-def test_prefill_attention_equals_its_plain_form(
-    first_position: int, num_rows: int, stored: torch.dtype
-) -> None:
-    """Whatever lies behind the rows, and on the blocks behind the positions."""
+def test_prefill_attention_equals_its_plain_form(num_rows: int, stored: torch.dtype) -> None:
+    """Whatever lies after the rows, and on the blocks after the positions."""
     heads, kv_heads, head_dim = 4, 2, 64
-    end = first_position + num_rows
     blocks = torch.randperm(12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     caches = [cache(12, kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3)]
     for kept in caches:
-        for position in range(end, 12 * 32):
+        for position in range(num_rows, 12 * 32):
             kept.view(torch.uint8)[blocks[position // 32], :, position % 32] = NAN_BYTE
     shape = (num_rows, heads, head_dim)
     q = empty_with_spare_rows(*shape, dtype=DTYPE, device=DEVICE)
     with_spare_rows(q, num_rows + SPARE_ROWS).fill_(float("nan"))
     q.copy_(randn(*shape))
-    arguments = (q, pages(caches, 0.02), blocks, first_position)
+    arguments = (q, pages(caches, 0.02), blocks)
     found, expected = (each.prefill_attention(*arguments, None) for each in (FORMS, PLAIN))
     assert relative_error(found, expected) < PREFILL_ATTENTION
     found = FORMS.prefill_attention(*arguments, scalar(0.01))
@@ -426,29 +430,21 @@ def test_chunk_attention_equals_its_plain_form(
         for table, (first_position, rows) in zip(tables, chunks, strict=True):
             for position in range(first_position + rows, max_blocks * 32):
                 kept.view(torch.uint8)[table[position // 32], :, position % 32] = NAN_BYTE
-    for num_tokens in (8, 16):
-        tiles = ChunkTiles(tiles_of(chunks, num_tokens, 16).to(DEVICE), num_tokens)
-        q = randn(num_rows + spare, heads, head_dim)
-        for scale, tolerance in ((None, PREFILL_ATTENTION), (scalar(0.01), E4M3_AFTER_ATTENTION)):
-            dtype = DTYPE if scale is None else fp8.E4M3
-            outs = []
-            for forms in (FORMS, PLAIN):
-                outs.append(torch.ones(len(q), heads * head_dim, device=DEVICE).to(dtype))
-                forms.chunk_attention(q, tiles, tables, pages(caches, 0.02), scale, outs[-1])
-            found, expected = (out.float() for out in outs)
-            assert relative_error(found[:num_rows], expected[:num_rows]) < tolerance
-            assert (found[num_rows:] == 1).all()
-
-
-def tiles_of(chunks: list[tuple[int, int]], num_tokens: int, num_tiles: int) -> torch.Tensor:
-    """Every chunk in pieces of `num_tokens` rows, and tiles without rows after them."""
-    tiles, row = [], 0
-    for sequence, (first_position, num_rows) in enumerate(chunks):
-        for begin in range(0, num_rows, num_tokens):
-            count = min(num_tokens, num_rows - begin)
-            tiles.append((row + begin, count, first_position + begin, sequence))
-        row += num_rows
-    return torch.tensor(tiles + [(0, 0, 0, 0)] * (num_tiles - len(tiles)), dtype=torch.int32)
+    num_tokens = tile_tokens(heads // kv_heads)
+    steps = [SequenceStep([0] * rows, first, [], None, 0) for first, rows in chunks]
+    of_nobody = torch.zeros(2, 4, dtype=torch.int32)
+    rows_of_tiles = torch.cat([tiles_of(steps, num_tokens), of_nobody])
+    tiles = ChunkTiles(rows_of_tiles.to(DEVICE), num_tokens)
+    q = randn(num_rows + spare, heads, head_dim)
+    for scale, tolerance in ((None, PREFILL_ATTENTION), (scalar(0.01), E4M3_AFTER_ATTENTION)):
+        dtype = DTYPE if scale is None else fp8.E4M3
+        outs = []
+        for forms in (FORMS, PLAIN):
+            outs.append(torch.ones(len(q), heads * head_dim, device=DEVICE).to(dtype))
+            forms.chunk_attention(q, tiles, tables, pages(caches, 0.02), scale, outs[-1])
+        found, expected = (out.float() for out in outs)
+        assert relative_error(found[:num_rows], expected[:num_rows]) < tolerance
+        assert (found[num_rows:] == 1).all()
 
 
 def test_planning_calls_what_prompts_of_every_length_call_later(
@@ -470,7 +466,7 @@ def test_planning_calls_what_prompts_of_every_length_call_later(
     for num_rows in (256, 300, 600):
         q = empty_with_spare_rows(num_rows, heads, head_dim, dtype=DTYPE, device=DEVICE)
         blocks = torch.arange(num_rows // 32 + 1, device=DEVICE)
-        FORMS.prefill_attention(q.fill_(0), pages(caches, 0.02), blocks, 0, None)
+        FORMS.prefill_attention(q.fill_(0), pages(caches, 0.02), blocks, None)
     assert called == planned
 
 

@@ -127,7 +127,7 @@ for splits, batch_size, name in ((16, 1, ""), (1, 64, ""), (16, 1, " bf16"), (1,
     found[f"chunk_attention{name}"] = compile_(chunk_attention._chunk_attention,
         {"KV_HEADS": 8, "GROUP": 8, "HEAD_DIM": 128, "TOKENS": 32, "QUANTIZE": True,
          "GROUP_ROWS": 8, "TILE_TOKENS": 16, "BLOCK_DIM": 128,
-         "BLOCK_TOKENS": chunk_attention._BLOCK_TOKENS, "ON_GPU": True,
+         "BLOCK_TOKENS": chunk_attention._BLOCK_BYTES // dtype.itemsize, "ON_GPU": True,
          **(no_scales if name else {})},
         {"q": BF16, "tiles": I32} | types, num_warps=8, num_stages=2)
 print(json.dumps(found))

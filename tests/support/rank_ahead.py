@@ -59,17 +59,17 @@ class RowByRow(PlainForms):
         rows = [super(RowByRow, self).linear(row, wide, dtype) for row in x.split(1)]
         return torch.cat(rows) if out is None else out.copy_(torch.cat(rows))
 
-    def prefill_attention(
-        self,
+    @staticmethod
+    def _attended(
         q: torch.Tensor,
         pages: KVPages,
         blocks: torch.Tensor,
         first_position: int,
         scale: torch.Tensor | None,
-        out: torch.Tensor | None = None,
+        out: torch.Tensor | None,
     ) -> torch.Tensor:
         rows = [
-            super(RowByRow, self).prefill_attention(row, pages, blocks, position, scale)
+            PlainForms._attended(row, pages, blocks, position, scale, None)
             for position, row in enumerate(q.split(1), start=first_position)
         ]
         found = torch.cat([row.view(torch.uint8) for row in rows])

@@ -16,8 +16,7 @@ from runtime.decoder.kernels.operands import ChunkTiles, KVPages
 from runtime.kernels.dependent_launch import dependent, wait_for_previous
 from runtime.kernels.quantization import scale_at
 
-_MIN_ROWS = 16  # least rows of a tensor-core product
-_BLOCK_TOKENS = 128  # positions of a step; with 8 warps and 2 stages the fastest on an H200
+_BLOCK_BYTES = 128  # a channel's, of the positions of a step: the fastest on an H200
 
 
 @triton.jit
@@ -114,13 +113,13 @@ def chunk_attention(
 ) -> None:
     _, kv_heads, block_size, head_dim = pages.k.shape
     group = q.shape[1] // kv_heads
-    group_rows = triton.next_power_of_2(group)
-    tile_tokens = max(tiles.num_tokens, _MIN_ROWS // group_rows)
+    num_tokens = _BLOCK_BYTES // pages.k.itemsize
     _chunk_attention[(kv_heads, len(tiles.rows))](
         q, tiles.rows, block_tables, pages.k, pages.v, *pages.scale_tensors, scale, out,
         LOG2_E * head_dim**-0.5, block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,
-        QUANTIZE=scale is not None, GROUP_ROWS=group_rows, TILE_TOKENS=tile_tokens,
-        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_TOKENS=_BLOCK_TOKENS,
+        QUANTIZE=scale is not None, GROUP_ROWS=triton.next_power_of_2(group),
+        TILE_TOKENS=tiles.num_tokens, BLOCK_TOKENS=num_tokens,
+        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
         num_warps=8, num_stages=2, **dependent(q.device),
     )  # fmt: skip

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+_TILE_QUERIES = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -22,12 +24,18 @@ class TokenRows:
     slots: torch.Tensor  # [T] int64, block * TOKENS_PER_BLOCK + place in the block
 
 
+def tile_tokens(group: int) -> int:
+    """Rows of a tile, each with the `group` query heads that share a KV head: 128 products of a
+    query at most, padding among them."""
+    return max(1, _TILE_QUERIES >> (group - 1).bit_length())
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkTiles:
     """How chunks of prompts are divided among the programs of attention."""
 
     rows: torch.Tensor  # [n, 4] int32: first row, rows (0: none), position of the first, sequence
-    num_tokens: int  # the most rows of a tile
+    num_tokens: int  # the most rows of a tile, `tile_tokens`
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,15 +104,25 @@ class PlainForms:
         q: torch.Tensor,
         pages: KVPages,
         blocks: torch.Tensor,
-        first_position: int,
         scale: torch.Tensor | None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Rows at first_position, ... of one sequence over its positions up to theirs:
-        [T, heads * head_dim], e4m3 with `scale`, in `out` if it is given.
+        """All rows of a prompt, each over the positions up to its own: [T, heads * head_dim], e4m3
+        with `scale`, in `out` if it is given.
 
         q: [T, heads, head_dim]; blocks: [num_blocks of the sequence] int64, in order.
         """
+        return self._attended(q, pages, blocks, 0, scale, out)
+
+    @staticmethod
+    def _attended(
+        q: torch.Tensor,
+        pages: KVPages,
+        blocks: torch.Tensor,
+        first_position: int,
+        scale: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
         k, v = _sequence(pages, blocks, first_position + len(q))
         attended = causal_attention(q, k, v, first_position).flatten(1).to(q.dtype)
         return _placed(attended if scale is None else fp8.quantize(attended, scale), out)
@@ -135,7 +145,7 @@ class PlainForms:
             if num_rows > 0:
                 rows = slice(first_row, first_row + num_rows)
                 blocks = block_tables[sequence].long()
-                self.prefill_attention(q[rows], pages, blocks, first_position, scale, out[rows])
+                self._attended(q[rows], pages, blocks, first_position, scale, out[rows])
 
     def plan_prefill_attention(
         self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, max_num_tokens: int

@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
-from torch.nn.attention.bias import causal_lower_right
 
 from runtime.decoder.kernels import (
     chunk_attention,
@@ -83,24 +82,17 @@ class TritonForms(PlainForms):
         q: torch.Tensor,
         pages: KVPages,
         blocks: torch.Tensor,
-        first_position: int,
         scale: torch.Tensor | None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """By torch, over keys and values that are gathered and widened; stored numbers are exact in
-        q's type, so their scales are put on the softmax and on the result. Whole prompts are given
-        so many rows more that there are few shapes to plan."""
+        q's type, so their scales are put on the softmax and on the result. Prompts are given so
+        many rows more that there are few shapes to plan."""
         num_rows, heads, head_dim = q.shape
-        end = first_position + num_rows
-        is_planned = first_position == 0 and num_rows >= _PLANNED_ROWS
-        granularity = _PLANNED_ROWS if is_planned else pages.k.shape[2]
-        num_positions = -(-end // granularity) * granularity
-        k, v = widen_pages(pages, blocks, end, num_positions, q.dtype)
+        num_positions = -(-num_rows // _PLANNED_ROWS) * _PLANNED_ROWS
+        k, v = widen_pages(pages, blocks, num_rows, num_positions, q.dtype)
         softmax_scale = head_dim**-0.5 * pages.k_factor
-        if is_planned:
-            attended = _attend_whole(with_spare_rows(q, num_positions), k, v, softmax_scale)
-        else:
-            attended = _attend_up_to(q, k[:, :end], v[:, :end], softmax_scale)
+        attended = _attend_whole(with_spare_rows(q, num_positions), k, v, softmax_scale)
         rows = attended[0, :, :num_rows].transpose(0, 1).reshape(num_rows, heads * head_dim)
         if scale is None:
             return torch.mul(rows, pages.v_factor, out=out)
@@ -138,18 +130,4 @@ def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
         )[0]
     return nn.functional.scaled_dot_product_attention(
         *inputs, is_causal=True, scale=scale, enable_gqa=True
-    )
-
-
-def _attend_up_to(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """As `_attend_whole`, for the last rows of more positions: by FlashAttention, which needs no
-    plan. Causal means to it that the last query sees the last key, however many there are."""
-    inputs = q.transpose(0, 1)[None], k[None], v[None]
-    if q.device.type == "cuda":
-        return torch.ops.aten._scaled_dot_product_flash_attention(
-            *inputs, is_causal=True, scale=scale
-        )[0]
-    mask = causal_lower_right(q.shape[0], k.shape[1])
-    return nn.functional.scaled_dot_product_attention(
-        *inputs, attn_mask=mask, scale=scale, enable_gqa=True
     )

@@ -1,8 +1,8 @@
 """Attention of the fast path: rows of qkv in, the e4m3 rows of the next linear out.
 
 Every form appends K and V to the paged cache first. Rows that decode share one kernel, chunks of
-prompts in a graph another, prompts elsewhere take one call each. What a form needs of a step is
-made once and serves every layer.
+prompts another, long whole prompts take one call each. What a form needs of a step is made once
+and serves every layer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Protocol
 import torch
 
 from nvlm.model.number_formats.fp8 import E4M3
-from runtime.decoder.kernels.operands import ChunkTiles, KVPages, TokenRows
+from runtime.decoder.kernels.operands import ChunkTiles, KVPages, TokenRows, tile_tokens
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_weights import HopperLayer
 from runtime.decoder.models.host_copy import to_device
 from runtime.decoder.models.step import SequenceStep
+from runtime.kernels.branch import Branch
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
 
@@ -38,6 +39,12 @@ class AttentionContext:
     pages: list[KVPages]
     cos: torch.Tensor
     sin: torch.Tensor
+    branch: Branch
+
+    @property
+    def tile_tokens(self) -> int:
+        _, kv_heads, _, head_dim = self.pages[0].k.shape
+        return tile_tokens(self.layers[0].dense.weight.shape[1] // head_dim // kv_heads)
 
     def rows(self, positions: torch.Tensor, slots: torch.Tensor) -> TokenRows:
         return TokenRows(self.cos[positions], self.sin[positions], slots)
@@ -105,7 +112,7 @@ class ChunkAttention:
 
 
 class PromptAttention:
-    """`HopperAttention` of prompts or chunks of them, one `step` each.
+    """`HopperAttention` of whole prompts, one `step` each.
 
     positions, slots: [T] int64, of the steps' rows in order.
     """
@@ -117,7 +124,7 @@ class PromptAttention:
         positions: torch.Tensor,
         slots: torch.Tensor,
     ) -> None:
-        self._context, self._steps = context, steps
+        self._context = context
         self._counts = [len(step.token_ids) for step in steps]
         self._blocks = [to_device(torch.tensor(step.blocks), positions.device) for step in steps]
         self._rows = context.rows(positions, slots)
@@ -126,22 +133,40 @@ class PromptAttention:
         forms, pages = self._context.forms, self._context.pages[layer]
         scale = self._context.scale(layer)
         q = forms.rope_append(qkv, self._rows, pages)
-        parts = zip(
-            self._steps, q.split(self._counts), self._blocks, out.split(self._counts), strict=True
-        )
-        for step, queries, blocks, rows in parts:
-            forms.prefill_attention(queries, pages, blocks, step.first_position, scale, rows)
+        parts = zip(q.split(self._counts), self._blocks, out.split(self._counts), strict=True)
+        for queries, blocks, rows in parts:
+            forms.prefill_attention(queries, pages, blocks, scale, rows)
 
 
 class MixedAttention:
-    """`HopperAttention` of rows that decode and, after those, prompts."""
+    """`HopperAttention` of rows that decode, and after those of prompts, which run beside them: the
+    former wait for the memory, the latter compute."""
 
     def __init__(
-        self, num_decoding: int, decoding: HopperAttention, prompts: HopperAttention
+        self,
+        context: AttentionContext,
+        num_decoding: int,
+        decoding: HopperAttention,
+        prompts: HopperAttention,
     ) -> None:
-        self._num_decoding, self._decoding, self._prompts = num_decoding, decoding, prompts
+        self._branch, self._num_decoding = context.branch, num_decoding
+        self._decoding, self._prompts = decoding, prompts
 
     def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
         n = self._num_decoding
-        self._decoding.forward(layer, qkv[:n], out[:n])
+        with self._branch.beside():
+            self._decoding.forward(layer, qkv[:n], out[:n])
         self._prompts.forward(layer, qkv[n:], out[n:])
+        self._branch.join()
+
+
+class PartedAttention:
+    """`HopperAttention` of two kinds of rows, one after the other. num_first: rows of the first."""
+
+    def __init__(self, num_first: int, first: HopperAttention, rest: HopperAttention) -> None:
+        self._num_first, self._first, self._rest = num_first, first, rest
+
+    def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
+        n = self._num_first
+        self._first.forward(layer, qkv[:n], out[:n])
+        self._rest.forward(layer, qkv[n:], out[n:])

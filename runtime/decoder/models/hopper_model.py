@@ -8,6 +8,7 @@ Design: decisions 48 to 60 and 148 (docs/decisions/decoder.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -17,9 +18,15 @@ from nvlm.model.decoder import embed, rope_tables
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.planning.hopper import CHUNK_SIZES, MAX_GRAPH_ROWS
 from runtime.decoder.block_allocator import num_blocks_for
+from runtime.decoder.kernels.operands import ChunkTiles
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.all_reduce_norm import AllReduceNorm, OneRank
-from runtime.decoder.models.chunk_inputs import MAX_CHUNKS, ChunkInputs
+from runtime.decoder.models.chunk_inputs import (
+    MAX_CHUNKS,
+    ChunkInputs,
+    tables_of,
+    tiles_of,
+)
 from runtime.decoder.models.decode_inputs import DecodeInputs
 from runtime.decoder.models.hopper_attention import (
     AttentionContext,
@@ -27,13 +34,15 @@ from runtime.decoder.models.hopper_attention import (
     DecodeAttention,
     HopperAttention,
     MixedAttention,
+    PartedAttention,
     PromptAttention,
 )
 from runtime.decoder.models.hopper_weights import HopperWeights
 from runtime.decoder.models.host_copy import to_device
 from runtime.decoder.models.kv_cache import PagedKVCache
-from runtime.decoder.models.step import SequenceStep, logit_rows
+from runtime.decoder.models.step import SequenceStep, logit_rows, positions_of, slots_of
 from runtime.decoder.models.step_graphs import StepGraphs, StepSize
+from runtime.kernels.branch import Branch
 
 _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, MAX_GRAPH_ROWS + 1, 32))
 _MIXED_SIZES = (0, 8, 16, 32, 64, 128)  # rows that decode beside chunks; the largest batch too
@@ -75,12 +84,17 @@ class HopperModel:
         cos, sin = rope_tables(torch.arange(max_seq_len), decoder.head_dim, decoder.rope_theta)
         pages = [self._cache.pages(index) for index in range(len(weights.layers))]
         self._attention = AttentionContext(
-            forms, weights.layers, pages, cos.to(device), sin.to(device)
+            forms, weights.layers, pages, cos.to(device), sin.to(device), Branch(device)
         )
         self._padding_block = num_blocks
         self._max_batch_size, self._max_seq_len = max_batch_size, max_seq_len
         self._chunks = ChunkInputs(
-            max_seq_len, num_blocks, decoder.hidden_size, self._dtype, device
+            max_seq_len,
+            num_blocks,
+            self._attention.tile_tokens,
+            decoder.hidden_size,
+            self._dtype,
+            device,
         )
         self._graphs = StepGraphs(device)
 
@@ -184,8 +198,8 @@ class HopperModel:
     def _prefill(
         self, steps: list[SequenceStep], drawn_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Any mixture: rows that decode come first, for they share one attention kernel."""
-        order = sorted(range(len(steps)), key=lambda i: not _decodes(steps[i]))
+        """Any mixture: rows that decode come first, then chunks, then long whole prompts."""
+        order = sorted(range(len(steps)), key=lambda i: _kind(steps[i]))
         ordered = [steps[i] for i in order]
         n = sum(_decodes(step) for step in steps)
         decoding, prompts = ordered[:n], ordered[n:]
@@ -237,7 +251,7 @@ class HopperModel:
         )
         hidden = chunks.embeddings[:num_rows]
         if n > 0:
-            attention = MixedAttention(n, self._decode_attention(n), attention)
+            attention = MixedAttention(self._attention, n, self._decode_attention(n), attention)
             decoding = self._weights.embedding[self._inputs.token_ids(n)]
             hidden = torch.cat([decoding, hidden])
         return self._layers(hidden, attention)
@@ -259,18 +273,33 @@ class HopperModel:
             parts += [self._embed(step) for step in prompts]
             attention = of_prompts = self._prompt_attention(prompts)
         if n > 0 and prompts:
-            attention = MixedAttention(n, of_rows, of_prompts)
+            attention = MixedAttention(self._attention, n, of_rows, of_prompts)
         assert attention is not None, "a step has tokens"
         return self._layers(torch.cat(parts), attention)
 
-    def _prompt_attention(self, steps: list[SequenceStep]) -> PromptAttention:
-        positions = [torch.arange(step.first_position, step.end_position) for step in steps]
-        slots = [
-            self._cache.slots(step.blocks, step.first_position, len(step.token_ids))
-            for step in steps
-        ]
-        on_device = (to_device(torch.cat(each), self._device) for each in (positions, slots))
-        return PromptAttention(self._attention, steps, *on_device)
+    def _prompt_attention(self, steps: list[SequenceStep]) -> HopperAttention:
+        chunks = [step for step in steps if not _is_long_prompt(step)]
+        prompts = steps[len(chunks) :]
+        if not prompts:
+            return self._chunk_attention(chunks)
+        positions, slots = self._on_device(positions_of(prompts), slots_of(prompts))
+        of_prompts = PromptAttention(self._attention, prompts, positions, slots)
+        if not chunks:
+            return of_prompts
+        num_rows = sum(len(step.token_ids) for step in chunks)
+        return PartedAttention(num_rows, self._chunk_attention(chunks), of_prompts)
+
+    def _chunk_attention(self, steps: list[SequenceStep]) -> ChunkAttention:
+        tile_tokens = self._attention.tile_tokens
+        positions, slots, tiles, tables = self._on_device(
+            positions_of(steps), slots_of(steps), tiles_of(steps, tile_tokens), tables_of(steps)
+        )
+        return ChunkAttention(
+            self._attention, positions, slots, ChunkTiles(tiles, tile_tokens), tables
+        )
+
+    def _on_device(self, *values: torch.Tensor) -> Iterator[torch.Tensor]:
+        return (to_device(each, self._device) for each in values)
 
     def _embed(self, step: SequenceStep) -> torch.Tensor:
         token_ids = to_device(torch.tensor(step.token_ids), self._device)
@@ -308,6 +337,16 @@ def batch_sizes(max_batch_size: int) -> list[int]:
 
 def _padded(num_rows: int) -> int:
     return next(size for size in _BATCH_SIZES if size >= num_rows)
+
+
+def _kind(step: SequenceStep) -> int:
+    """Rows that decode share one attention kernel, chunks another."""
+    return 0 if _decodes(step) else 2 if _is_long_prompt(step) else 1
+
+
+def _is_long_prompt(step: SequenceStep) -> bool:
+    """A whole one, of more rows than chunks in a graph have."""
+    return step.first_position == 0 and len(step.token_ids) > CHUNK_SIZES[-1]
 
 
 def _decodes(step: SequenceStep) -> bool:

@@ -38,14 +38,6 @@ class PagedKVCache:
             device=device,
         )
 
-    def slots(self, blocks: list[int], first: int, count: int) -> torch.Tensor:
-        """The slots of positions first .. first + count - 1 of a sequence: [count] int64, on the
-        host."""
-        positions = torch.arange(first, first + count)
-        table = torch.tensor(blocks)
-        slots = table[positions // TOKENS_PER_BLOCK] * TOKENS_PER_BLOCK
-        return slots + positions % TOKENS_PER_BLOCK
-
     def pages(self, layer: int) -> KVPages:
         """K and V as stored."""
         scales: list[CacheScale | None] = [None, None]

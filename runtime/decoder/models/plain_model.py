@@ -11,7 +11,7 @@ import torch
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.decoder import causal_attention, embed, rms_norm, rope_tables
 from runtime.decoder.models.kv_cache import PagedKVCache
-from runtime.decoder.models.step import SequenceStep, logit_rows
+from runtime.decoder.models.step import SequenceStep, logit_rows, positions_of, slots_of
 from runtime.decoder.models.torch_weights import DecoderWeights
 
 
@@ -42,17 +42,8 @@ class PlainModel:
 
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         weights, decoder = self._weights, self._decoder
-        counts = [len(step.token_ids) for step in steps]
         hidden = torch.cat([self._embed(step) for step in steps])  # [T, hidden_size]
-        positions = torch.cat(
-            [torch.arange(step.first_position, step.end_position) for step in steps]
-        ).to(self._device)
-        slots = torch.cat(
-            [
-                self._cache.slots(step.blocks, step.first_position, count)
-                for step, count in zip(steps, counts, strict=True)
-            ]
-        ).to(self._device)
+        positions, slots = (each(steps).to(self._device) for each in (positions_of, slots_of))
         cos, sin = rope_tables(positions, decoder.head_dim, decoder.rope_theta)
         attention = PagedAttention(self._cache, steps, slots)
         for index, layer in enumerate(weights.layers):

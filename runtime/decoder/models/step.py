@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.decoder.scheduler import UNKNOWN_TOKEN, Sequence
 
 
@@ -51,6 +52,22 @@ def logit_rows(steps: list[SequenceStep]) -> torch.Tensor:
         end += len(step.token_ids)
         rows += range(end - step.num_logits, end)
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def positions_of(steps: list[SequenceStep]) -> torch.Tensor:
+    """Of all tokens, one step after the other: [T] int64 on the host."""
+    return torch.cat([torch.arange(step.first_position, step.end_position) for step in steps])
+
+
+def slots_of(steps: list[SequenceStep]) -> torch.Tensor:
+    """Where their keys and values stand, block * TOKENS_PER_BLOCK and the place in the block: [T]
+    int64 on the host."""
+    slots = []
+    for step in steps:
+        positions = torch.arange(step.first_position, step.end_position)
+        blocks = torch.tensor(step.blocks)[positions // TOKENS_PER_BLOCK]
+        slots.append(blocks * TOKENS_PER_BLOCK + positions % TOKENS_PER_BLOCK)
+    return torch.cat(slots)
 
 
 class DecoderModel(Protocol):
