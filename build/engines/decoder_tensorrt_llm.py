@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DecoderBuildOptions:
-    """workers: ranks built at a time, one GPU each. timing_cache: read if there, and written."""
+    """How to compile the decoder."""
 
-    optimize_for: OptimizeFor
-    workers: int
-    timing_cache: Path | None = None
+    optimize_for: OptimizeFor  # what the plugins are tuned for
+    workers: int  # ranks built at a time, one GPU each
+    timing_cache: Path | None = None  # file that is read, if there, and written
 
 
 def plugin_settings(config: CheckpointConfig, optimize_for: OptimizeFor) -> dict[str, Any]:

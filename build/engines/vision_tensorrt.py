@@ -36,13 +36,13 @@ class TileProfile:
 
 @dataclass(frozen=True, slots=True)
 class TensorrtOptions:
-    """compute_capability: "8.9" and the like, for `tensorrt_rtx` only; None is this machine's GPU.
-    timing_cache: file that is read, if there, and written."""
+    """How to compile vision."""
 
-    profile: TileProfile
+    profile: TileProfile  # tiles a pass: least, best and most
+    # "8.9" and the like, for `tensorrt_rtx` only; None: this machine's GPU.
     compute_capability: str | None = None
-    timing_cache: Path | None = None
-    keep_onnx: bool = False
+    timing_cache: Path | None = None  # file that is read, if there, and written
+    keep_onnx: bool = False  # leave the exported ONNX beside the engine
 
 
 def build_vision(

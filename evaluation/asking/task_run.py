@@ -30,17 +30,17 @@ DEFAULT_NUM_FRAMES = 8
 
 @dataclass(frozen=True, slots=True)
 class TaskRun:
-    """`data`: the records of one partition, of `num_records`; `request`: how they are asked."""
+    """One partition of a benchmark to answer."""
 
-    task: Task
-    location: Location
-    data: DataSet
-    num_records: int
-    request: GenerationRequest
-    output_path: Path
-    partition_id: int
-    num_partitions: int
-    num_samples_per_partition: int
+    task: Task  # row of the benchmark
+    location: Location  # where its data lies
+    data: DataSet  # records of the partition
+    num_records: int  # of the whole data set
+    request: GenerationRequest  # how each record is asked
+    output_path: Path  # how the names of the answer files begin
+    partition_id: int  # from 0
+    num_partitions: int  # of the whole data set
+    num_samples_per_partition: int  # 0: the records are shared out evenly
 
     @classmethod
     def read(cls, arguments: argparse.Namespace, request: GenerationRequest) -> TaskRun:

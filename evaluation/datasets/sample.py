@@ -13,13 +13,13 @@ SampleId = int | str
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`content` is the user's turn, images in line; `fields` go into the output line as they are:
-    the ground truth and what the scorer needs beside the answer. `video`: the images are its."""
+    """One question of a benchmark."""
 
-    id: SampleId
-    content: tuple[str | ImageSource, ...]
+    id: SampleId  # as the benchmark has it
+    content: tuple[str | ImageSource, ...]  # the user's turn, images in line
+    # Go into the output line as they are: the truth, and what the scorer needs beside the answer.
     fields: dict[str, Any]
-    video: Path | None = None
+    video: Path | None = None  # the images are its frames; None: they are pictures
 
     @property
     def images(self) -> list[ImageSource]:
@@ -73,7 +73,7 @@ class DataSet:
 class Location:
     """Where a benchmark lies: --input_image_path, --gt_path, --split, --num_frames."""
 
-    image_dir: Path
-    gt_paths: tuple[Path, ...] = ()
-    split: str | None = None
-    num_frames: int = 8
+    image_dir: Path  # images, videos or parquet files
+    gt_paths: tuple[Path, ...] = ()  # files of the questions
+    split: str | None = None  # None: the task's own
+    num_frames: int = 8  # of each video

@@ -38,25 +38,26 @@ _MOST_SHOWN = 128
 class Record:
     """What the access log says of a call beside its path and status. No text and no picture."""
 
-    request_id: str = field(default_factory=lambda: secrets.token_hex(12))
-    client_request_id: str | None = None
+    request_id: str = field(default_factory=lambda: secrets.token_hex(12))  # ours
+    client_request_id: str | None = None  # the header X-Request-Id, if it has one
+    # Of the request, or of all prompts; None: it has no answer.
     num_prompt_tokens: int | None = None
-    num_tokens: int = 0
-    num_tiles: int | None = None
-    finish_reason: str | None = None
+    num_tokens: int = 0  # of all its answers
+    num_tiles: int | None = None  # of all images; None: it has no answer
+    finish_reason: str | None = None  # of the last answer, or cancelled
     error: str | None = None  # the code or the field that is wrong
     text: dict[str, Any] = field(default_factory=dict)  # only where the operator asks for it
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`stack` ends with the call; what it holds is cancelled then."""
+    """One HTTP request while it is answered."""
 
-    door: Door
-    body: Body
-    record: Record
-    stack: ExitStack
-    created: int = field(default_factory=lambda: int(time.time()))
+    door: Door  # what all calls share
+    body: Body  # as JSON
+    record: Record  # for the access log
+    stack: ExitStack  # ends with the call; what it holds is cancelled then
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix time in seconds
 
     def name(self, prefix: str) -> str:
         """The id of an answer."""

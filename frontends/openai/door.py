@@ -35,13 +35,14 @@ _NUM_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class DoorOptions:
-    """models: the names that the model answers to, the first of which it calls itself."""
+    """What the command line chooses of the door."""
 
+    # Names that the model answers to, the first of which it calls itself.
     models: tuple[str, ...] = ("nvlm-d",)
-    media: MediaRules = field(default_factory=MediaRules)
-    max_body_bytes: int = 64 << 20
+    media: MediaRules = field(default_factory=MediaRules)  # which pictures may be fetched
+    max_body_bytes: int = 64 << 20  # of one call
     max_open_bytes: int = 1 << 30  # of the bodies of all open calls
-    body_timeout_s: float = 60.0
+    body_timeout_s: float = 60.0  # from the headers to the end of the body
     logs_text: bool = False  # prompts and answers in the access log
 
 

@@ -35,10 +35,12 @@ _FRAME = re.compile(r"\s*\d+# ")  # a line of the stack that a dying tritonserve
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    address: str = "127.0.0.1"
-    http: int = 8000
-    grpc: int = 8001
-    metrics: int = 8002
+    """Where a server listens."""
+
+    address: str = "127.0.0.1"  # of an interface
+    http: int = 8000  # port
+    grpc: int = 8001  # port
+    metrics: int = 8002  # port
 
     @property
     def host(self) -> str:

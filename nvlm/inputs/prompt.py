@@ -54,7 +54,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Special:
-    name: str
+    name: str  # a token that the tokenizer has whole, such as <|im_end|>
 
 
 class _Break:

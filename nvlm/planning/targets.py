@@ -40,8 +40,8 @@ class Machine:
 class Missing:
     """What keeps a target from a machine, and what to do about it."""
 
-    what: str
-    fix: str
+    what: str  # as a phrase, such as "no package tensorrt"
+    fix: str  # what the user does about it, as an imperative
 
 
 def compute_capability(device: torch.device | int) -> str:

@@ -26,19 +26,17 @@ class UndrawnStep:
 
 @dataclass(eq=False, slots=True)
 class InFlightStep:
-    """sequences: those that draw, each one of `token_ids` [n] int64, which may be on a GPU.
-    logits: of those that ask for them. logprobs: of those that ask for them, whose rows are
-    `logprob_rows`."""
+    """A step whose tokens the host does not know yet."""
 
-    sequences: list[Sequence]
-    logits: list[torch.Tensor | None]
-    token_ids: torch.Tensor
-    logprobs: LogprobRows | None = None
-    logprob_rows: list[int] = field(default_factory=list)
+    sequences: list[Sequence]  # those that draw a token
+    logits: list[torch.Tensor | None]  # of those that ask for them, else None; [vocab_size] each
+    token_ids: torch.Tensor  # [n] int64, one a sequence; may be on a GPU
+    logprobs: LogprobRows | None = None  # of the sequences that ask for them
+    logprob_rows: list[int] = field(default_factory=list)  # which sequences those are
     # On the host, once `_copied` has happened:
     _host_ids: torch.Tensor | None = None
-    _host_logprobs: LogprobRows | None = None
-    _copied: torch.cuda.Event | None = None
+    _host_logprobs: LogprobRows | None = None  # copy in pinned memory, as above
+    _copied: torch.cuda.Event | None = None  # both copies are complete
 
     def tokens_of(self, sequences: list[Sequence]) -> torch.Tensor:
         """The tokens of some sequences, on the device, for the step that is launched upon them.

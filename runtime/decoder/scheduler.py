@@ -43,25 +43,27 @@ def max_num_blocks(limits: EngineLimits) -> int:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request on its way: `num_cached` of its tokens are in the cache, or will be after the steps
-    in flight, whose tokens are unknown; the next step computes `num_scheduled` more.
-    image_keys: one a prompt token (image_ids.py), none for text alone. `keys` are those of its
-    blocks that are full and registered. matcher: of its guide, if it has one."""
+    """A request on its way.
 
-    request_id: int
-    request: DecoderRequest
-    max_num_tokens: int
-    token_ids: list[int]
+    Steps in flight count: what they compute is in the cache, though their tokens are unknown.
+    """
+
+    request_id: int  # as `submit` returned it
+    request: DecoderRequest  # what was asked
+    max_num_tokens: int  # of prompt and answer
+    token_ids: list[int]  # of prompt and answer, as far as they are known
+    # One a prompt token (image_ids.py); empty for text alone.
     image_keys: list[bytes] = field(default_factory=list)
-    matcher: Matcher | None = None
-    num_cached: int = 0
+    matcher: Matcher | None = None  # of its guide, if it has one
+    num_cached: int = 0  # tokens that are in the cache, or will be after the steps in flight
     num_reused: int = 0  # tokens of its prompt that earlier requests had computed
-    num_scheduled: int = 0
-    blocks: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    has_left: bool = False
+    num_scheduled: int = 0  # tokens that the next step computes
+    blocks: list[int] = field(default_factory=list)  # that it holds, in order
+    keys: list[bytes] = field(default_factory=list)  # of its blocks that are full and registered
+    has_left: bool = False  # ended or cancelled: its place is free
     changes_logits: bool = False  # a setting does (logits_processors.py)
     same_prompt: Sequence | None = None  # the request whose blocks this one waits for
+    # So far, if asked for.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property

@@ -29,7 +29,7 @@ class GuideKind:
 
     name: GuideName  # run.py's flag, the JSON key and the library's keyword
     expected: str  # the value in words
-    help: str
+    help: str  # of run.py's flag
     triton_type: str  # a value of TensorRT-LLM's tensor guided_decoding_guide_type, or ours
     trtllm_type: str | None  # a member of its GuidedDecodingParams.GuideType; None: it has none
 

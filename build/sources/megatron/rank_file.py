@@ -47,12 +47,12 @@ class _Placeholder:
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
-    """`args`: Megatron's arguments that are plain values. `tensors`: of the model, mapped."""
+    """What one rank's file holds."""
 
-    path: Path
-    args: dict[str, Any]
-    iteration: int | None
-    tensors: dict[str, torch.Tensor]
+    path: Path  # of the file
+    args: dict[str, Any]  # Megatron's arguments that are plain values
+    iteration: int | None  # of training; None: the file does not say
+    tensors: dict[str, torch.Tensor]  # of the model, mapped
 
     @classmethod
     def read(cls, path: Path) -> RankFile:

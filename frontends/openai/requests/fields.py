@@ -39,17 +39,18 @@ _RUNTIME_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A row. `read` makes runtime settings of a value; None: `name` is the setting's name, or the
-    field is read where it is used (`is_setting` False)."""
+    """A row."""
 
-    name: str
-    kinds: tuple[Kind, ...]
+    name: str  # JSON key
+    kinds: tuple[Kind, ...]  # JSON types that the value may have
+    # Makes runtime settings of a value; None: `name` is the setting's, or it is read where it is
+    # used.
     read: Read | None = None
     neutral: tuple[Any, ...] = ()  # values that ask for nothing, beside null
-    is_setting: bool = True
-    endpoints: tuple[str, ...] = ("chat", "completions")
-    minimum: int | None = None
-    help: str = ""
+    is_setting: bool = True  # False: the field is read where it is used
+    endpoints: tuple[str, ...] = ("chat", "completions")  # that take it
+    minimum: int | None = None  # smallest number; None: any
+    help: str = ""  # description in the OpenAPI document
 
     def check(self, value: Any) -> Any:
         """The value, a whole number as an int. Raises `FieldError` for one of another kind."""

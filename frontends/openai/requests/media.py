@@ -50,12 +50,14 @@ def domains_of(names: Iterable[str]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class MediaRules:
-    """domains: hosts by their exact names, with a port where it is not the scheme's."""
+    """Which pictures a server fetches."""
 
+    # Hosts by their exact names, with a port where it is not the scheme's.
     domains: frozenset[str] = frozenset()
-    max_bytes: int = 32 << 20
+    max_bytes: int = 32 << 20  # of one picture
     timeout_s: float = 10.0  # of all, redirects included
-    max_redirects: int = 3
+    max_redirects: int = 3  # of one picture
+    # Whether an address may be asked; by default only public ones.
     is_allowed: Callable[[str], bool] = field(default=is_public)
 
     def fetch(self, url: str) -> bytes:
