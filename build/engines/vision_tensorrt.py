@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TileProfile:
-    """The numbers of tiles an engine takes: any from `smallest` to `largest`, tuned for `usual`."""
+    """How many tiles an engine takes at once."""
 
-    smallest: int
-    usual: int
-    largest: int
+    smallest: int  # least number
+    usual: int  # the number that it is tuned for
+    largest: int  # most
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,11 +48,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """`records`: what each record of the ground truth became, by position: samples, or sentences
-    that say why it is none. `incomplete`: a sentence for each part that is missing from the
-    copy of the benchmark: nobody can count its records."""
+    """What the ground truth became."""
 
+    # By position in the file: samples, or sentences that say why it is none.
     records: list[list[Sample | str]]
+    # A sentence for each part that is missing from the copy of the benchmark: nobody can count its
+    # records.
     incomplete: list[str] = field(default_factory=list)
 
     @property

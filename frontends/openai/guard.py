@@ -41,12 +41,11 @@ def own_names() -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """key_digests: SHA-256 of the keys, empty where none is needed. hosts: names in Host that are
-    served, None for any. origins: of other pages that may ask."""
+    """Who may ask."""
 
-    key_digests: tuple[bytes, ...] = ()
-    hosts: frozenset[str] | None = None
-    origins: frozenset[str] = frozenset()
+    key_digests: tuple[bytes, ...] = ()  # SHA-256 of the keys; empty: none is needed
+    hosts: frozenset[str] | None = None  # names in Host that are served; None: any
+    origins: frozenset[str] = frozenset()  # of other pages that may ask
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
         """Raises `ApiError` for a request that is not served."""

@@ -61,14 +61,12 @@ def _module_name(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Import:
-    """Our module `module`, or `name` in it.
+    """A module of ours, or a name in it, as a file imports it."""
 
-    `local` is the name that it gets. It is "" where every use is replaced by a place of its own,
-    as for a module: its name follows the path.
-    """
-
-    module: str
-    name: str = ""
+    module: str  # dotted path
+    name: str = ""  # in the module; empty: the module itself
+    # The name that it gets. Empty: every use is replaced by a place of its own, as for a module,
+    # whose name follows the path.
     local: str = ""
 
     @property

@@ -80,14 +80,13 @@ SERVICE_STEP_MS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class DecoderOptions:
-    """How an engine is loaded. kv_cache_free_gpu_memory_fraction: of a GPU's memory that is free
-    after loading; None is the decoder's own choice. gather_logits: requests will ask for logits.
-    max_step_ms: how long a step may take in which requests decode and prompts are computed
-    (`StepBound`); 0 is no bound, None what suits a service on the device. Raises `UserError` for a
-    negative or endless one."""
+    """How an engine is loaded. Raises `UserError` for a negative or endless `max_step_ms`."""
 
+    # Of a GPU's memory that is free after loading. None: the decoder's own choice.
     kv_cache_free_gpu_memory_fraction: float | None = None
-    gather_logits: bool = False
+    gather_logits: bool = False  # requests will ask for logits
+    # How long a step may take in which requests decode and prompts are computed (`StepBound`). 0:
+    # no bound; None: what suits a service on the device.
     max_step_ms: float | None = 0.0
 
     def __post_init__(self) -> None:

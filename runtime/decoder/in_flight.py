@@ -13,15 +13,11 @@ from runtime.decoder.scheduler import Sequence
 
 @dataclass(frozen=True, slots=True)
 class UndrawnStep:
-    """A forward pass that is launched before the tokens are known that its guides have to see.
+    """A forward pass that is launched before the tokens are known that its guides have to see."""
 
-    sequences: one each of `logits` [n, vocab_size] float32. chunks: those whose prompts the step
-    does not complete.
-    """
-
-    sequences: list[Sequence]
-    logits: torch.Tensor
-    chunks: list[Sequence]
+    sequences: list[Sequence]  # those that draw, one a row of `logits`
+    logits: torch.Tensor  # [n, vocab_size] float32
+    chunks: list[Sequence]  # sequences whose prompts the step does not complete
 
 
 @dataclass(eq=False, slots=True)

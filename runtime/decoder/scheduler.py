@@ -32,7 +32,7 @@ UNKNOWN_TOKEN = -1
 """Stands for a token that is being computed."""
 
 MAX_PROMPT_LOGITS = 256
-"""Of a prompt whose log probabilities are wanted, so many tokens in a step: their logits are 156 MB
+"""Most tokens of a step from a prompt whose log probabilities are wanted: their logits are 156 MB
 at the 72B model's vocabulary."""
 
 

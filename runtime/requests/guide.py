@@ -76,10 +76,10 @@ GUIDE_KINDS = {kind.name: kind for kind in GUIDES}
 
 @dataclass(frozen=True, slots=True)
 class Guide:
-    """`name` is a row of the table. text: the schema or the choices as JSON, the expression or the
-    grammar; empty for json_object."""
+    """What one answer must match."""
 
-    name: GuideName
+    name: GuideName  # a row of the table
+    # The schema or the choices as JSON, the expression or the grammar; empty for json_object.
     text: str = ""
 
     @classmethod

@@ -206,16 +206,16 @@ class LikelyToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob(LikelyToken):
-    """top_logprobs: the likeliest tokens of its place, likeliest first."""
+    """A token of the answer or the prompt, and its rivals."""
 
-    top_logprobs: list[LikelyToken]
+    top_logprobs: list[LikelyToken]  # the likeliest tokens of its place, likeliest first
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One of the `n` answers to a request."""
 
-    text: str  # without the string that ended it
+    text: str  # without the stop string, unless `sampling` keeps it
     token_ids: list[int]  # without the end token
     finish_reason: FinishReason  # why it ended
     boxes: list[Box]  # regions that the text names
@@ -241,7 +241,9 @@ class GenerationResult:
     # One for each token of the prompt, None for the first, which nothing foretells, and for
     # pictures' rows. None: not asked for.
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    num_reused_tokens: int | None = field(default=None, compare=False)  # the answer is the same
+    # Of the prompt, tokens that earlier requests had computed; None: the decoder does not say. Two
+    # answers that differ in it alone are equal.
+    num_reused_tokens: int | None = field(default=None, compare=False)
     choices: tuple[Choice, ...] = ()  # all n answers
 
 

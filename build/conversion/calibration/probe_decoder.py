@@ -47,8 +47,7 @@ class ProbeAttention:
     counts: tuple[int, ...]  # rows of each sequence
     key_scale: float | None = None  # of FP8; None: K is not quantised
     value_scale: float | None = None  # of FP8; None: V is not quantised
-    values: list[torch.Tensor] = field(default_factory=list)
-    """V as it came, of each run."""
+    values: list[torch.Tensor] = field(default_factory=list)  # V as it came, of each run
 
     def forward(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
