@@ -174,7 +174,7 @@ class TestBuild:
     def test_timings_of_an_earlier_build_are_read_by_the_next(
         self, workshop: Workshop, doubles: Doubles, tmp_path: Path
     ) -> None:
-        """Of the decoder; test_vision_tensorrt says so of the vision engine."""
+        """This is the decoder; test_vision_tensorrt has the vision engine."""
         options = replace(OPTIONS, vision="torch", vision_precision=None)
         spec = specify(checkpoint(workshop, 1), options, CUDA, GPU_BYTES)
         cache = str(tmp_path / "timings" / "llm.cache")
@@ -968,7 +968,7 @@ class TestRanks:
     def test_a_rank_that_dies_is_an_error_and_no_wait_for_ever(
         self, built: Any, doubles: Doubles, tmp_path: Path
     ) -> None:
-        """Of the double: else a worker that does nothing would pass above."""
+        """It is the double's: else a worker that does nothing would pass above."""
         path = built(2)
         with (
             pytest.raises(RuntimeError, match="rank 1 has ended"),

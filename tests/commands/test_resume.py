@@ -19,7 +19,7 @@ from tests.conftest import CPU, FP8
 from tests.support.command import CONVERT, background, one_line_error, run_command, tree
 
 UNITS = 1 + 2 + 1 + 1 + 2 + 1
-"""Of the tiny model: ViT embeddings, 2 layers, projector; decoder embedding, 2 layers, head."""
+"""The tiny model's: ViT embeddings, 2 layers, projector; decoder embedding, 2 layers, head."""
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ CACHES = pytest.mark.parametrize("stored", [fp8.E4M3, DTYPE], ids=["e4m3", "dtyp
 
 
 NAN_BYTE = 0xFF
-"""Of NaN in every type."""
+"""A byte of NaN in every type."""
 
 HEADS = [(2, 2, 64), (8, 1, 128), (40, 2, 96), (6, 3, 80)]  # groups of 1 to 20
 

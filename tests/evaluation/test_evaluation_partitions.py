@@ -127,7 +127,7 @@ def test_a_mistake_is_told_before_the_engine_is_loaded(
 
 
 def test_shares_are_those_of_numpys_linspace() -> None:
-    """Of which only the two that count are computed: a record may say a trillion partitions."""
+    """Only the two edges that count are computed: a record may say a trillion partitions."""
     for num_records in (0, 1, 7, 900, 12_345):
         for number in (1, 2, 3, 7, 64, 1000):
             edges = [int(edge) for edge in np.linspace(0, num_records, number + 1)]

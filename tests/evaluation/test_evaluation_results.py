@@ -111,7 +111,7 @@ def test_mmmu_test_gives_a_submission_and_validation_a_score(tmp_path: Path) -> 
 
 
 def test_a_comparison_tells_what_changed_and_whether_it_is_chance(tmp_path: Path) -> None:
-    """Of 100 samples eight become wrong and one right: McNemar's exact p is 2 (1 + 9) / 2^9."""
+    """Eight of 100 samples become wrong and one right: McNemar's exact p is 2 (1 + 9) / 2^9."""
     ours = [short(i, "x" if i < 8 or i >= 60 else "yes", "yes") for i in range(100)]
     theirs = [short(i, "yes" if 1 <= i < 60 or i == 0 else "y", "yes") for i in range(100)]
     ours[70] = short(70, "yes", "yes")
@@ -346,7 +346,7 @@ def test_answers_that_say_nothing_are_counted(tmp_path: Path) -> None:
 
 
 def of_partition(number: int, answer: str) -> dict[str, Any]:
-    """Of Megatron-LM: the id counts within the partition, the truth says which sample it is."""
+    """Megatron-LM's line: the id counts within the partition, the truth says which sample it is."""
     return {**short(number, answer, answer), "prompt": f"Which is {answer}?"}
 
 

@@ -78,7 +78,7 @@ def test_frames_found_by_jumps_are_those_of_decoding_all(
 
 
 def test_a_long_video_is_not_decoded_whole(tmp_path: Path) -> None:
-    """Of 90 frames in groups of 12, three need those before them in their groups alone."""
+    """Three of 90 frames in groups of 12 need only the frames before them in their groups."""
     path = tmp_path / "v.mp4"
     write_video(path, "mpeg4", {})
     num_decoded = 0

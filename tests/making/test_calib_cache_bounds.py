@@ -99,7 +99,7 @@ def test_an_amax_that_is_not_its_scales_is_refused(
     name: str,
     factor: float,
 ) -> None:
-    """Of one row: a linear that shares its scale may have any smaller amax of its input."""
+    """One row is changed: a linear that shares its scale may have any smaller amax of its input."""
     rows = [row for row in report["linears"] if row["linear"].startswith(part)]
     row = next(row for row in rows if "dense" in row["linear"] or "proj" in row["linear"])
     row[name] *= factor

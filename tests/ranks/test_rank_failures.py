@@ -39,7 +39,7 @@ def engine(workshop: Workshop) -> Path:
 
 @pytest.fixture(scope="module")
 def ahead_engine(workshop: Workshop) -> Path:
-    """Of the fast path, whose steps are in flight."""
+    """An engine of the fast path, whose steps are in flight."""
     return engine_of(workshop, 2, FP8)
 
 

@@ -110,7 +110,7 @@ def test_what_is_neither_text_nor_an_image_is_refused(image: Any) -> None:
 
 
 def test_a_pillow_image_is_the_picture_of_its_file(images: Images) -> None:
-    """Of every golden picture, whatever its mode and orientation."""
+    """Every golden picture is tried, whatever its mode and orientation."""
     folder = images("x").parent
     paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".png", ".jpg", ".tif")]
     assert len(paths) > 10

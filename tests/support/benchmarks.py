@@ -703,7 +703,7 @@ def short(sample_id: int | str, answer: str, *truths: str) -> dict[str, Any]:
 
 
 def run_record(task: str, engine: str = "1", **settings: Any) -> TaskRecord:
-    """Of one sample, with these settings beside the usual ones."""
+    """A record of one sample, with these settings beside the usual ones."""
     usual = {
         "quant_algo": None,
         "kv_cache_quant_algo": None,
