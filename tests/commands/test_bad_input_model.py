@@ -324,7 +324,7 @@ def test_a_tensor_missing_from_the_index_is_named(
     convert_refused(own_model, tmp_path, fragments=(INDEX, f"no tensor {name}"))
 
 
-def test_a_tensor_missing_from_a_single_file_is_told_of_that_file(
+def test_a_tensor_missing_from_a_single_file_is_reported_of_that_file(
     own_model: Path, tmp_path: Path
 ) -> None:
     tensors: dict[str, torch.Tensor] = {}
@@ -612,7 +612,7 @@ MENDS = re.compile(r"\b(expected|again|give|use|copy|download|choose)\b")
         "tokenizer_without_vocabulary",
     ],
 )
-def test_a_refused_model_is_told_what_was_expected_or_what_mends_it(
+def test_a_refused_model_is_reported_with_what_was_expected_or_what_fixes_it(
     own_model: Path, tmp_path: Path, damage: Damage
 ) -> None:
     damage(own_model)
@@ -623,7 +623,7 @@ def test_a_refused_model_is_told_what_was_expected_or_what_mends_it(
 @pytest.mark.parametrize(
     "content", [None, "", "{}\n", "[]\n", "{\n", '{"prompt": "x", "images": 1}\n']
 )
-def test_refused_calibration_data_is_told_what_was_expected_in_words(
+def test_refused_calibration_data_is_reported_with_what_was_expected_in_words(
     model_dir: Path, tmp_path: Path, content: str | None
 ) -> None:
     path = tmp_path / "calibration.jsonl"

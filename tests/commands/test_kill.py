@@ -344,7 +344,7 @@ def full_disk_error(name: str, arguments: tuple[object, ...], disk: Path) -> Non
         assert len(list(disk.iterdir())) == len(left)
 
 
-def test_a_disk_too_small_is_told_before_any_work(model_dir: Path, mount: Mount) -> None:
+def test_a_disk_too_small_is_reported_before_any_work(model_dir: Path, mount: Mount) -> None:
     disk = mount("size=300k")
     start = ("--model_dir", model_dir, "--device", "cpu")
     result = run_command(CONVERT, *start, "--output_dir", disk / "new")
@@ -353,7 +353,7 @@ def test_a_disk_too_small_is_told_before_any_work(model_dir: Path, mount: Mount)
     assert list(disk.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_during_conversion_is_told(
+def test_a_disk_that_fills_up_during_conversion_is_reported(
     model_dir: Path, calibration: Path, mount: Mount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Someone else takes the space that was free at the start: every step meets a full disk."""
@@ -371,7 +371,7 @@ def test_a_disk_that_fills_up_during_conversion_is_told(
         assert tree(disk / "new") == tree(room)
 
 
-def test_a_disk_without_room_for_file_names_is_told_during_conversion(
+def test_a_disk_without_room_for_file_names_is_reported_during_conversion(
     model_dir: Path, calibration: Path, mount: Mount
 ) -> None:
     """Enough bytes, too few inodes: each file in turn is the one too many."""
@@ -399,7 +399,7 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_file_larger_than_may_be_is_told(
+def test_a_file_larger_than_may_be_is_reported(
     model_dir: Path, checkpoint_dir: Path, tmp_path: Path, name: str
 ) -> None:
     converts = (CONVERT, "--model_dir", model_dir, "--quant_algo", "none", "--output_dir")
@@ -414,7 +414,7 @@ def test_a_file_larger_than_may_be_is_told(
 
 
 @pytest.mark.parametrize("options", ["size={}k", "size=100m,nr_inodes={}"])
-def test_a_full_disk_is_told_during_the_build(
+def test_a_full_disk_is_reported_during_the_build(
     checkpoint_dir: Path, mount: Mount, options: str
 ) -> None:
     start = ("--checkpoint_dir", checkpoint_dir, "--vision", "torch")
@@ -432,14 +432,14 @@ def test_a_full_disk_is_told_during_the_build(
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_during_the_onnx_export(checkpoint_dir: Path, mount: Mount) -> None:
+def test_a_full_disk_is_reported_during_the_onnx_export(checkpoint_dir: Path, mount: Mount) -> None:
     start = ("--checkpoint_dir", checkpoint_dir, "--vision", "onnxruntime")
     for kilobytes in (8, 100, 1000, 1500):
         full_disk_error(BUILD, start, mount(f"size={kilobytes}k"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_read_only_disk_is_told(
+def test_a_read_only_disk_is_reported(
     model_dir: Path, checkpoint_dir: Path, mount: Mount, name: str
 ) -> None:
     disk = mount("size=300k,ro")
@@ -449,7 +449,7 @@ def test_a_read_only_disk_is_told(
     one_line_error(result, flag, "cannot be written", "Read-only file system")
 
 
-def test_a_full_disk_is_told_for_the_answers_of_a_batch(
+def test_a_full_disk_is_reported_for_the_answers_of_a_batch(
     engine_dir: Path, tmp_path: Path, mount: Mount
 ) -> None:
     """What was answered stays, whole lines only count, and a rerun goes on from there."""
@@ -469,7 +469,7 @@ def test_a_full_disk_is_told_for_the_answers_of_a_batch(
     assert all("text" in answer for answer in answers)
 
 
-def test_a_full_disk_behind_stdout_is_told(engine_dir: Path) -> None:
+def test_a_full_disk_that_stdout_goes_to_is_reported(engine_dir: Path) -> None:
     """`run.py ... > answer.txt`: an answer that was not written is no success."""
     with open("/dev/full", "w") as full:
         result = run_process(RUN, *ask(engine_dir, "--prompt", "hi"), stdout=full.fileno())

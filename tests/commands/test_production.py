@@ -270,7 +270,7 @@ class TestBuild:
         autos = {name for name, value in settings.items() if value == "auto"}
         assert found == settings | dict.fromkeys(autos, "bfloat16")
 
-    def test_a_plugin_setting_that_the_installed_class_lacks_is_refused_before_anything_is_compiled(
+    def test_a_plugin_setting_unknown_to_the_installed_class_is_refused_before_anything_is_compiled(
         self,
         workshop: Workshop,
         doubles: Doubles,
@@ -349,7 +349,7 @@ class TestAnswers:
         assert answers(runner, requests()) == expected
         assert len({tuple(tokens) for tokens in expected}) == len(expected)
 
-    def test_two_pictures_with_equal_token_ids_are_told_apart_and_the_same_one_is_known_again(
+    def test_two_pictures_with_equal_token_ids_are_distinguished_and_the_same_one_is_known_again(
         self, runner: Runner, doubles: Doubles, tmp_path: Path
     ) -> None:
         """The double fails when (token id, extra id) pairs agree and tables do not."""
@@ -395,7 +395,7 @@ class TestAnswers:
         assert all(pieces[:-1])
         assert "".join(pieces) == whole
 
-    def test_a_cancelled_request_gives_nothing_more_and_the_others_go_on(
+    def test_a_cancelled_request_gives_nothing_more_and_the_others_continue(
         self, runner: Runner, reference: Runner
     ) -> None:
         kept, gone = requests()[0], requests()[1]
@@ -785,7 +785,7 @@ class TestStrictness:
         assert not hasattr(plugins, "gemm_plugins")
         assert (plugins.gemm_plugin, plugins.nccl_plugin) == (None, "bfloat16")
 
-    def test_a_call_behind_the_end(self, built: Any, doubles: Doubles) -> None:
+    def test_a_call_after_the_end(self, built: Any, doubles: Doubles) -> None:
         create_decoder_executor(EngineDir.read(built()), CUDA).close()
         executor = doubles.executor.executors[-1]
         with pytest.raises(RuntimeError, match="Shutdown called"):

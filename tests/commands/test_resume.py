@@ -144,7 +144,7 @@ def test_a_torn_line_of_the_journal_is_not_believed(
     assert tree(place) == whole
 
 
-def test_a_disk_too_full_to_go_on_loses_nothing(
+def test_a_disk_too_full_to_resume_loses_nothing(
     flags: tuple[object, ...],
     whole: dict[str, str],
     tmp_path: Path,

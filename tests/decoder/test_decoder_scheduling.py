@@ -130,7 +130,7 @@ def test_the_same_picture_is_computed_once_and_another_anew(open_executor: Open)
     assert reused == [0, whole, text, whole, text, text]
 
 
-def test_out_of_blocks_and_cancelled_the_engine_goes_on(open_executor: Open) -> None:
+def test_out_of_blocks_and_cancelled_the_engine_continues(open_executor: Open) -> None:
     rng = random.Random(1)
     executor = open_executor(BLOCKS_OF_LONGEST, max_num_tokens=24)
     free = executor.scheduler.num_free_blocks
@@ -249,7 +249,7 @@ def test_a_step_that_fails_as_it_draws_can_be_taken_again(
     assert executor.scheduler.num_free_blocks == 4 * BLOCKS_OF_LONGEST
 
 
-def test_the_fast_path_is_asked_before_its_tokens_are_known_and_goes_on_after_a_failure(
+def test_the_fast_path_is_asked_before_its_tokens_are_known_and_continues_after_a_failure(
     engine_dir: Path,
 ) -> None:
     engine = EngineDir.read(engine_dir)

@@ -117,7 +117,7 @@ class TestShortOfMemory:
 
     pytestmark = needs_gpu
 
-    def test_alone_a_gpu_that_is_taken_is_told_and_the_engine_loads_once_it_is_free(
+    def test_alone_a_gpu_that_is_taken_is_reported_and_the_engine_loads_once_it_is_free(
         self, engine_dir: Path
     ) -> None:
         torch.cuda.empty_cache()
@@ -214,7 +214,7 @@ def test_the_fraction_on_a_cpu_is_refused(engine_dir: Path) -> None:
         TorchDecoderExecutor.load(EngineDir.read(engine_dir), CPU, options)
 
 
-def test_a_machine_without_a_compiler_is_told_what_to_install(
+def test_a_machine_without_a_compiler_is_reported_with_what_to_install(
     engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton says "Failed to find C compiler" there."""

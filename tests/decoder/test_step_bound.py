@@ -126,7 +126,7 @@ def pictures_arrive(bound: StepBound | None, every_ms: float) -> tuple[list[Requ
 
 
 @pytest.mark.parametrize("every_ms", [1000.0, 500.0])
-def test_answers_go_on_within_the_bound_while_pictures_come(every_ms: float) -> None:
+def test_answers_continue_within_the_bound_while_pictures_come(every_ms: float) -> None:
     texts, waits = pictures_arrive(bound_of(h200, 30.0), every_ms)
     assert max(max(text.gaps) for text in texts) <= 30.0
     assert sorted(waits)[len(waits) // 2] < 400.0, "a prompt takes most of each step"
@@ -213,7 +213,7 @@ class TestStepBound:
         found = [bound.most_prompt_tokens(rows) for rows in (1, 8, 36, 64, 200)]
         assert found == [1024, 1024, 576, 128, 128]
 
-    def test_beyond_what_was_measured_the_slope_goes_on(self) -> None:
+    def test_beyond_what_was_measured_the_slope_continues(self) -> None:
         assert StepBound.of(50.0, {1: [(32, 10.0), (64, 20.0)]}).most_prompt_tokens(1) == 160
 
     def test_one_block_is_the_least(self) -> None:

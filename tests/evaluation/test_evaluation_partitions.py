@@ -48,7 +48,7 @@ def spoil(made: Benchmark, position: int) -> Any:
     return records
 
 
-def test_a_bad_record_is_told_by_its_share_and_mended_there(
+def test_a_bad_record_is_reported_by_its_share_and_corrected_there(
     tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     made = ocrbench(tmp_path)
@@ -99,7 +99,7 @@ def test_a_data_set_that_grew_is_not_shared_out_anew(
 
 
 @pytest.mark.parametrize("mistake", ["settings", "line", "frames", "folder", "engine"])
-def test_a_mistake_is_told_before_the_engine_is_loaded(
+def test_a_mistake_is_reported_before_the_engine_is_loaded(
     mistake: str, tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     made = ocrbench(tmp_path)

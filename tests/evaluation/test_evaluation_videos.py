@@ -96,7 +96,7 @@ def test_a_long_video_is_not_decoded_whole(tmp_path: Path) -> None:
     assert num_decoded == 1 + 9 + 6
 
 
-def test_an_error_behind_a_jump_falls_back(tmp_path: Path) -> None:
+def test_an_error_after_a_jump_falls_back(tmp_path: Path) -> None:
     path = tmp_path / "v.mp4"
     write_video(path, "mpeg4", {})
     expected = frames(path, 3)

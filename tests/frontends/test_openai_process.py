@@ -227,7 +227,9 @@ def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(random: Served) 
     assert served.process.wait(20) == 0
 
 
-def test_sigterm_waits_no_longer_than_it_is_told(float32_engine_dir: Path, tmp_path: Path) -> None:
+def test_sigterm_waits_no_longer_than_the_flag_says(
+    float32_engine_dir: Path, tmp_path: Path
+) -> None:
     with serving(float32_engine_dir, tmp_path, "--drain_s", "0.2") as served:
         connection = raw(served.port, http(long_question()))
         served.wait_for_sample("nvlm_num_requests_running", 1)

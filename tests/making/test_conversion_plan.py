@@ -63,7 +63,7 @@ def test_an_index_without_a_tensor_is_refused(index_only: Path, tmp_path: Path) 
     one_line_error(run_command(CONVERT, *flags), *fragments)
 
 
-def test_images_larger_than_the_context_are_told_as_the_configs_mistake(
+def test_images_larger_than_the_context_are_reported_as_the_configs_mistake(
     index_only: Path, tmp_path: Path
 ) -> None:
     """No flag mends it: one image is the least."""

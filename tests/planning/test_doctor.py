@@ -42,7 +42,7 @@ def test_targets_follow_gpu_and_packages(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ready([ADA], {"tensorrt_rtx"}, monkeypatch) == torch_targets | rtx
 
 
-def test_everything_that_a_target_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_that_is_missing_for_a_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = found([], set(), monkeypatch)
     no_gpu, packages = "torch sees or may use no GPU", ("tensorrt_llm", "tensorrt")
     assert missing["--decoder tensorrt_llm"] == [
@@ -66,7 +66,7 @@ def test_another_tensorrt_llm_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> N
         assert ("--decoder tensorrt_llm" in ready([H100], installed, monkeypatch)) == is_ready
 
 
-def test_what_is_missing_comes_with_what_mends_it() -> None:
+def test_what_is_missing_comes_with_what_fixes_it() -> None:
     findings = examine()
     assert findings.packages["torch"] == torch.__version__
     printed = "\n".join(lines(findings))

@@ -88,7 +88,7 @@ def test_a_killed_rank_ends_the_server_and_is_named(workshop: Workshop, tmp_path
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_hangs_the_decoder_and_its_clients_are_told(
+def test_a_stopped_rank_hangs_the_decoder_and_its_clients_get_an_error(
     workshop: Workshop, tmp_path: Path
 ) -> None:
     """Nobody waits for it: neither clients, nor the launcher, nor the runner that is closed."""

@@ -75,7 +75,7 @@ def test_the_decoders_thread_is_prepared_before_requests_come(
     assert set(stepping) == set(prepared)
 
 
-def test_a_decoder_that_cannot_begin_is_told_where_the_server_starts(
+def test_a_decoder_that_cannot_begin_is_reported_where_the_server_starts(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
@@ -172,7 +172,7 @@ def test_a_later_short_request_ends_before_an_earlier_long_one(server: Server) -
     assert short.ended_at < long.ended_at
 
 
-def test_the_smallest_priority_is_next_and_what_runs_goes_on(
+def test_the_smallest_priority_is_next_and_what_runs_continues(
     server: Server, runner: Runner
 ) -> None:
     running = [Listener() for _ in range(runner.engine.limits.max_batch_size)]
@@ -308,7 +308,7 @@ def test_a_bad_request_ends_alone(server: Server, images: Images) -> None:
     assert server.samples()["nvlm_requests_total", (("outcome", "refused"),)] == 2
 
 
-def test_a_step_that_fails_is_told_to_all_in_it_and_the_server_goes_on(
+def test_a_step_that_fails_is_reported_to_all_in_it_and_the_server_continues(
     server: Server, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> list[StepOutput]:
