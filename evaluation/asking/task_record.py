@@ -79,7 +79,7 @@ _OPTIONAL = frozenset(
         "date",
     }
 )
-"""A setting that may be neutral, and what the first records lacked."""
+"""A setting that may be neutral, and what the first records did not have."""
 
 
 def _fault(values: dict[str, Any]) -> str | None:

@@ -112,7 +112,7 @@ class TaskRun:
         if path.exists():
             with ResultsFile(path, self.task, self.data.samples) as file:
                 self._require_same(file, path, record)
-        _tell(self.data.problems)
+        _print_problems(self.data.problems)
         if names := missing(self.task.scored_with):
             print(
                 f"answers of {self.task.name} cannot be scored here without {' and '.join(names)}"
@@ -134,7 +134,7 @@ class TaskRun:
             failures = generate(runner, self.task, samples, self.request, file)
             num_new = len(file.finished) - before
         seconds = time.perf_counter() - started
-        _tell(failures)
+        _print_problems(failures)
         incomplete = self.data.incomplete
         print(
             f"{path}: {len(file.finished)} of {len(samples)} samples answered, {num_new} of "
@@ -237,7 +237,7 @@ def _require_an_image(data: DataSet, location: Location) -> None:
         )
 
 
-def _tell(problems: list[str]) -> None:
+def _print_problems(problems: list[str]) -> None:
     for problem in problems[:_MAX_NAMED]:
         print(problem, file=sys.stderr)
     if len(problems) > _MAX_NAMED:

@@ -213,11 +213,11 @@ class Scheduler:
         A sequence that turns out to have ended with its token has been scheduled for nothing, and
         writes after its end into a block of its own. Who is given that block later writes later.
         """
-        going_on = [sequence for sequence in self._running if not sequence.is_complete]
-        decoding = [each for each in going_on if each.num_uncached == 1]
-        if self._waiting and len(going_on) < len(self._running):
+        unfinished = [sequence for sequence in self._running if not sequence.is_complete]
+        decoding = [each for each in unfinished if each.num_uncached == 1]
+        if self._waiting and len(unfinished) < len(self._running):
             return []
-        if any(each.wants_prompt_logprobs for each in (*going_on, *[*self._waiting][:1])):
+        if any(each.wants_prompt_logprobs for each in (*unfinished, *[*self._waiting][:1])):
             return []
         needed = [num_blocks_for(each.num_tokens) - len(each.blocks) for each in decoding]
         if len(decoding) > self._limits.max_num_tokens or sum(needed) > self._allocator.num_free:

@@ -188,12 +188,12 @@ def _read(key: selectors.SelectorKey, ranks: dict[socket.socket, _Rank]) -> bool
 
 def _end(connections: list[socket.socket]) -> None:
     """Those that the launcher leaves alive hear of it at once: a server answers no more."""
-    _tell(connections, _LOST)
+    _send(connections, _LOST)
     threading.Event().wait(_GRACE_S)
-    _tell(connections, _END)
+    _send(connections, _END)
 
 
-def _tell(connections: list[socket.socket], what: bytes) -> None:
+def _send(connections: list[socket.socket], what: bytes) -> None:
     for connection in connections:
         with suppress(OSError):
             connection.sendall(what)

@@ -307,7 +307,7 @@ class TestWriting:
     def test_requests_that_share_an_id_are_refused_before_anything_is_asked(
         self, tmp_path: Path, ids: list[Any]
     ) -> None:
-        """Their answers could not be told apart. A line without an id has its number."""
+        """Their answers could not be distinguished. A line without an id has its number."""
         lines = [{"id": each, "prompt": "q"} if each else {"prompt": "q"} for each in ids]
         runner = EchoRunner()
         with pytest.raises(UserError, match=r"^lines 1 and 2 of --input_file have the same id "):

@@ -217,7 +217,7 @@ def test_a_refused_image_is_reported_with_what_was_expected(
     if content is not None:
         path.write_bytes(content)
     line = run_refused(engine_dir, tmp_path, "--image", path, "--prompt", "hi")
-    assert re.search(r"\b(expected|give|again)\b", line), f"this tells only what was found:\n{line}"
+    assert re.search(r"\b(expected|give|again)\b", line), f"this says only what was found:\n{line}"
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_an_answer_is_utf_8_whatever_the_locale(engine_dir: Path, how: tuple[str
     flags = ask(engine_dir, "--prompt", "Hello", "--max_new_tokens", "64")
     flags += ("--temperature", "3", "--seed", "0")
     expected = run_command(RUN, *flags, "--json")
-    assert not expected.stdout.isascii(), "this test needs an answer that ASCII lacks"
+    assert not expected.stdout.isascii(), "this test needs an answer beyond ASCII"
     found = run_process(RUN, *flags, *how, environment={"PYTHONIOENCODING": "ascii"})
     assert found.exit_code == 0, found.stderr
     text = json.loads(found.stdout)["text"] if how == ("--json",) else found.stdout[:-1]

@@ -1,4 +1,4 @@
-"""Flags that are mistyped, and numbers that are none: told with what helps."""
+"""Flags that are mistyped, and numbers that are none: refused with what helps."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def built(workshop: Workshop, doubles: Doubles) -> Any:
 
 @pytest.fixture(scope="module")
 def reference(workshop: Workshop) -> Runner:
-    """The torch decoder behind the same float16 graph in ONNX Runtime, on one rank."""
+    """The torch decoder after the same float16 graph in ONNX Runtime, on one rank."""
     options = {"decoder": "torch", "vision": "onnxruntime", "vision_precision": "float16"}
     path = workshop.engine(
         "engine_8_heads_torch", checkpoint(workshop, 1), max_num_images=3, **options
@@ -436,7 +436,7 @@ class TestAnswers:
         monkeypatch: pytest.MonkeyPatch,
         includes_end_token: bool,
     ) -> None:
-        """Whichever way the executor tells it."""
+        """Whichever way the executor says it."""
         monkeypatch.setattr(doubles.executor, "includes_end_token", includes_end_token)
         decoder = create_decoder_executor(EngineDir.read(built()), CUDA)
         request = DecoderRequest(list(range(9)), max_new_tokens=12)

@@ -441,7 +441,7 @@ class TestCancel:
         "too long",
         "virtual id without a table",
         "negative id",
-        "id behind the table",
+        "id after the table",
         "max_new_tokens 0",
         "max_new_tokens negative",
     ],

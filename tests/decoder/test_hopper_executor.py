@@ -91,7 +91,7 @@ class TestOnAGpu:
     def test_answers_of_a_batch_are_the_cpus_up_to_ties(
         self, engine_dir: Path, limits: dict[str, int]
     ) -> None:
-        """A tie that falls otherwise changes all that follows, so the first tokens tell."""
+        """A tie that falls otherwise changes all that follows, so the first tokens decide."""
         requests = [DecoderRequest(prompt, 8) for prompt in prompts(24)]
         found = generate(load(engine_dir, CUDA, max_batch_size=8, **limits), requests)
         oracle = load(engine_dir, CPU)

@@ -392,7 +392,7 @@ def test_a_request_of_a_batch_attends_as_it_does_alone(stored: torch.dtype) -> N
 def test_prefill_attention_equals_its_plain_form(
     first_position: int, num_rows: int, stored: torch.dtype
 ) -> None:
-    """Whatever lies behind the rows, and on the blocks behind the positions."""
+    """Whatever lies after the rows, and in the blocks after the positions."""
     heads, kv_heads, head_dim = 4, 2, 64
     end = first_position + num_rows
     blocks = torch.randperm(12, generator=torch.Generator().manual_seed(1)).to(DEVICE)

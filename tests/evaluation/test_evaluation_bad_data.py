@@ -1,4 +1,4 @@
-"""Bad benchmarks and bad answers: named, counted, and the rest goes on."""
+"""Bad benchmarks and bad answers: named, counted, and the rest continues."""
 
 from __future__ import annotations
 
@@ -570,9 +570,9 @@ def test_a_corrected_data_set_resumes_and_another_is_not_mixed_in(
     broken = run_task(float32_engine_dir, made, tmp_path / "out")
     assert broken.exit_code == SOME_FAILED
     write_json(made.gt_paths[0], records)
-    mended = run_task(float32_engine_dir, made, tmp_path / "out")
-    assert mended.exit_code == 0, mended.stderr
-    assert "3 of 3 samples answered, 1 of them now" in mended.stderr
+    corrected = run_task(float32_engine_dir, made, tmp_path / "out")
+    assert corrected.exit_code == 0, corrected.stderr
+    assert "3 of 3 samples answered, 1 of them now" in corrected.stderr
     other = replace(made, gt_paths=(write_json(tmp_path / "other.json", records),))
     result = run_task(float32_engine_dir, other, tmp_path / "out")
     one_line_error(result, "made with gt_path ['OCRBench.json'] and this run has ['other.json']")
@@ -690,7 +690,7 @@ def test_partitions_that_are_missing_are_reported(tmp_path: Path, float32_engine
 def test_records_that_were_no_samples_are_reported_beside_the_score(
     tmp_path: Path, float32_engine_dir: Path
 ) -> None:
-    """run.py named them, perhaps days ago; mended, nothing is told any more."""
+    """run.py named them, perhaps days ago; once corrected, nothing is reported any more."""
     made = ocrbench(tmp_path)
     records = json.loads(made.gt_paths[0].read_text())
     write_json(made.gt_paths[0], [*records[:2], {**records[2], "type": "Music"}])

@@ -1,4 +1,4 @@
-"""Shares of a benchmark: cut at positions of the records, each told of its own records only, and
+"""Shares of a benchmark: cut at positions of the records, each reports on its own records only, and
 never mixed with other shares; what is refused is refused before the engine is loaded."""
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def test_a_bad_record_is_reported_by_its_share_and_corrected_there(
     assert [ids(prefix, k) for k in (0, 1)] == [[1], [2, 3]]
     write_json(made.gt_paths[0], records)
     for partition, num_new in ((0, 1), (1, 0)):
-        mended = run_task(float32_engine_dir, made, prefix, *share(partition, 2))
-        assert mended.exit_code == 0, mended.stderr
-        assert f"2 of 2 samples answered, {num_new} of them now" in mended.stderr
+        corrected = run_task(float32_engine_dir, made, prefix, *share(partition, 2))
+        assert corrected.exit_code == 0, corrected.stderr
+        assert f"2 of 2 samples answered, {num_new} of them now" in corrected.stderr
     assert [ids(prefix, k) for k in (0, 1)] == [[0, 1], [2, 3]]
 
 

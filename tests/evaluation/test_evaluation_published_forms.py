@@ -1,5 +1,5 @@
 """Benchmarks in the forms in which they are published, where there is more than one, and copies of
-them that lack a part."""
+them without a part."""
 
 from __future__ import annotations
 

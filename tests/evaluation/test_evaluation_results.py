@@ -144,7 +144,7 @@ def test_a_comparison_says_when_not_the_engines_alone_differ(tmp_path: Path) -> 
 
 
 def test_several_runs_stand_on_one_page_each_with_its_own_test(tmp_path: Path) -> None:
-    """As BF16, FP8 with a BF16 cache, FP8 with an FP8 cache; the middle one lacks a task."""
+    """As BF16, FP8 with a BF16 cache, FP8 with an FP8 cache; the middle one has a task less."""
     answers = {"fp8": "BBCB", "fp8_bf16_kv": "BBBB", "bf16": "ABBB"}
     for name, letters in answers.items():
         lines = [short(i, letter, "B") for i, letter in enumerate(letters)]

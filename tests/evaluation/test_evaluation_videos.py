@@ -53,7 +53,7 @@ def frames(path: Path, number: int) -> tuple[video_frames.Pixels, ...]:
         ("plain.mp4", "mpeg4", {}, True),
         ("plain.webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}, True),
         ("plain.avi", "mjpeg", {}, True),
-        # Where packets do not tell which frame is theirs, or frames are not there after a jump.
+        # Where packets do not say which frame is theirs, or frames are not there after a jump.
         ("refresh.mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=12"}, False),
         ("stream.ts", "libx264", {}, False),
         ("b_frames.avi", "mpeg4", {"bf": "2"}, False),

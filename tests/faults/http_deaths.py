@@ -118,4 +118,4 @@ def await_zombie(pid: int) -> int:
         if state == "Z":
             return int(fields[48])  # proc(5): field 52
         time.sleep(0.02)
-    raise AssertionError("the leader goes on")
+    raise AssertionError("the leader continues")

@@ -52,7 +52,7 @@ class KillableMaking:
     def is_done(self) -> bool:
         if not self.making.place.exists():
             return False
-        self.making.assert_rerun_mends()  # whole, with nothing beside it
+        self.making.assert_rerun_fixes()  # whole, with nothing beside it
         return True
 
     def forget(self) -> None:

@@ -1,4 +1,4 @@
-"""Programs killed at random moments: the same command goes on to the same bytes and answers."""
+"""Programs killed at random moments: the same command resumes to the same bytes and answers."""
 
 from __future__ import annotations
 

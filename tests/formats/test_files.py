@@ -405,7 +405,7 @@ class TestOutputDirectory:
         stale = tmp_path / "engine.partial"
         (stale / "deep").mkdir(parents=True)
         (stale / "deep" / "half.bin").write_text("half")
-        (stale / ".unfinished").touch()  # what tells ours from a user's
+        (stale / ".unfinished").touch()  # what distinguishes ours from a user's
         (stale / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / "mine").write_text("mine")

@@ -275,7 +275,7 @@ def test_a_rank_that_is_killed_is_unhealthy_before_the_end(
             assert time.monotonic() < deadline, "a rank is dead and nobody knows"
         assert served.health() == 503
         while Path(f"/proc/{leader}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-            assert time.monotonic() < deadline, "the leader goes on"
+            assert time.monotonic() < deadline, "the leader continues"
             time.sleep(0.05)
         for pid in asleep:
             os.kill(pid, signal.SIGCONT)

@@ -97,7 +97,7 @@ def test_a_server_that_dies_is_reported_and_its_log_kept(engine_dir: Path, tmp_p
     (triton,) = [int(child) for child in children]
     os.kill(triton, signal.SIGKILL)
     assert process.wait(150) == EXIT_PART_DIED
-    assert running_in_group(triton) == [], "its backends are left behind"
+    assert running_in_group(triton) == [], "its backends are left"
     printed = re.search(r"^error: tritonserver was ended by SIGKILL.*$", log.read_text(), re.M)
     assert printed is not None, log.read_text()
     assert "Started GRPCInferenceService" in kept_log(printed[0])
@@ -129,10 +129,10 @@ def test_a_log_file_is_kept_and_appended_to(engine_dir: Path, tmp_path: Path) ->
     """SIGTERM ends a server that serves with 0 too."""
     log = tmp_path / "triton.log"
     log.write_text("from before\n")
-    process, _ = start(engine_dir, tmp_path / "told", "--log_file", log)
+    process, _ = start(engine_dir, tmp_path / "output", "--log_file", log)
     end = time.monotonic() + 150
-    while f"log {log};" not in (tmp_path / "told").read_text():
-        assert time.monotonic() < end, (tmp_path / "told").read_text()
+    while f"log {log};" not in (tmp_path / "output").read_text():
+        assert time.monotonic() < end, (tmp_path / "output").read_text()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0

@@ -56,7 +56,7 @@ def array(values: NDArray[Any], kind: str = "TIFF") -> bytes:
 
 
 def black_and_alpha(mode: str = "RGBA") -> Image.Image:
-    """Every pixel is black, only alpha tells the number."""
+    """Every pixel is black, only alpha shows the number."""
     image = Image.new("RGBA", SIZE, (0, 0, 0, 0))
     image.putalpha(ink())
     return image.convert(mode)

@@ -270,7 +270,7 @@ def plain_checkpoint(workshop: Workshop, hf_dir: Path) -> dict[str, str]:
 
 
 def converted(model_dir: Path, tokenizer_dir: Path, output: Path, *flags: object) -> dict[str, str]:
-    """Digests of what convert_checkpoint.py made, but of the manifest (which tells the source)."""
+    """Digests of what convert_checkpoint.py made, but of the manifest (which names the source)."""
     where = ("--model_dir", model_dir, "--tokenizer_dir", tokenizer_dir, "--output_dir", output)
     result = run_command(CONVERT, *where, *flags)
     assert result.exit_code == 0, result.stderr

@@ -21,7 +21,7 @@ ADA = Gpu("NVIDIA L40S", 48.0, "8.9")
 def found(
     gpus: list[Gpu], installed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, list[str]]:
-    """What each target lacks on a machine with these GPUs and packages."""
+    """What is missing for each target on a machine with these GPUs and packages."""
     names = {"onnx", "onnxscript", *installed}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in names else None)
     return {target.flag: [each.what for each in target.missing] for target in targets(gpus)}
@@ -89,7 +89,7 @@ def test_it_runs_as_a_module_and_prints_json() -> None:
     assert done.returncode == 0, done.stderr
     body = json.loads(done.stdout)["targets"]
     assert len(body) == 6
-    lacks = {target["flag"]: target["lacks"] for target in body}
-    assert lacks["--decoder torch"] == []
-    for lack in lacks["--decoder tensorrt_llm"]:
-        assert lack.keys() == {"missing", "mend"}
+    missing = {target["flag"]: target["lacks"] for target in body}
+    assert missing["--decoder torch"] == []
+    for each in missing["--decoder tensorrt_llm"]:
+        assert each.keys() == {"missing", "mend"}

@@ -1,4 +1,4 @@
-"""A server on ranks of which one dies or stops: noticed, told, and nothing goes on without it."""
+"""A server on ranks of which one dies or stops: noticed, reported, and nothing runs without it."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_stopped_rank_hangs_the_decoder_and_its_clients_get_an_error(
     """Nobody waits for it: neither clients, nor the launcher, nor the runner that is closed."""
     result = after_signal(workshop, tmp_path, signal.SIGSTOP)
     assert result.returncode == EXIT_PART_DIED, result.stderr
-    assert "4 clients were told" in result.stderr
+    assert "4 clients got the error" in result.stderr
     message = "error: the decoder's thread has made no progress for 10 s"
     assert message in result.stderr
     assert "died in phase" not in result.stderr, "rank 1 died of the end of the others"

@@ -1,4 +1,4 @@
-"""What names a picture: paths, data: and file: URLs; addresses are told to be such."""
+"""What names a picture: paths, data: and file: URLs; addresses are named as such."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def test_the_two_prompt_formats_differ(runner: Runner, images: Images) -> None:
     path = images("landscape_800x450.png")
     published = runner.generate(ask("x", path))
     megatron = runner.generate(ask("x", path, prompt_format="megatron"))
-    # A newline behind each of two <|im_end|>; the tag apart may change the token count too.
+    # A newline after each of two <|im_end|>; the tag apart may change the token count too.
     assert megatron.num_prompt_tokens >= published.num_prompt_tokens + 2
 
 

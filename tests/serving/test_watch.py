@@ -257,7 +257,7 @@ def test_a_server_that_rests_takes_a_step_for_nobody_and_none_while_it_works(
     server = serve(runner, on_end)
     assert Ends(server, "a").errors() == [None]
     assert probed.wait(WAIT_S)
-    assert Ends(server, "b").errors() == [None], "a probe leaves nothing behind"
+    assert Ends(server, "b").errors() == [None], "a probe leaves nothing"
     assert set(num_open_at_probes) == {0}
     assert on_end.is_silent
     server.close()

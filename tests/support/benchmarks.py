@@ -193,7 +193,7 @@ def vqa_v2(folder: Path) -> Benchmark:
 
 
 def chart_qa(folder: Path) -> Benchmark:
-    """Two files, one behind the other; the id is the position in both."""
+    """Two files, one after the other; the id is the position in both."""
     write_picture(folder / "png" / "two_col_21.png", "105")
     write_picture(folder / "png" / "multi_col_7.png", "7310")
     human = write_json(
