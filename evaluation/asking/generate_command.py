@@ -61,13 +61,17 @@ def add_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group(
         "shares", "Several processes answer a benchmark together."
     ).add_argument
-    add("--num_partitions", type=natural_int, metavar="N", help="number of shares of the records")
-    add("--partition_id", type=natural_int, metavar="N", help="the share to answer, from 0")
+    add(
+        "--num_partitions", type=natural_int, metavar="N", help="shares of the records (default: 1)"
+    )
+    add(
+        "--partition_id", type=natural_int, metavar="N", help="share to answer, from 0 (default: 0)"
+    )
     add(
         "--num_samples_per_partition",
         type=positive_int,
         metavar="N",
-        help="answer this number of records instead of a whole share",
+        help="answer this number of records instead of a whole share (default: off)",
     )
     add_request_flags(parser, prompt_format="megatron", max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
 
