@@ -20,7 +20,7 @@ from nvlm.inputs.images import Page, PictureRules
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.command_line import ArgumentParser, positive_int, run
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.launcher import end, rank_from
 from nvlm.program.process import set_most_pixels
 from runtime.answers.answer_file import answer_json
@@ -133,7 +133,7 @@ def _page(text: str) -> Page:
     if text == "all":
         return "all"
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a page's number from 1 nor all")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is neither a page's number from 1 nor all")
     return int(text)
 
 

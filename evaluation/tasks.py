@@ -62,7 +62,7 @@ from evaluation.scoring.short_answers import (
     vqa_accuracy_official,
 )
 from evaluation.scoring.video_mme import score_video_mme
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """Megatron-LM's default. Its script for NVLM-D says 16, which cuts OCRBench's formulas short."""
@@ -211,7 +211,7 @@ def find_task(name: str) -> Task:
     by_lower_case = {task.lower(): task for task in TASKS}
     found = by_lower_case.get(lowered) or _ALIASES.get(lowered)
     if found is None:
-        raise UserError(f"--task {name} is unknown, expected one of {', '.join(TASKS)}")
+        raise UserError(f"--task {shown(name)} is unknown, expected one of {', '.join(TASKS)}")
     return TASKS[found]
 
 

@@ -180,7 +180,7 @@ def to_json(findings: Findings) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = ArgumentParser(__doc__ or "")
+    parser = ArgumentParser((__doc__ or "").partition("\n")[0], "python -m runtime.doctor")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "directories", type=Path, nargs="*", metavar="DIR", help="a checkpoint or an engine"

@@ -92,7 +92,9 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def check_flags(arguments: argparse.Namespace, tasks: list[Task]) -> None:
     if arguments.gt_path and len(tasks) > 1:
-        raise UserError("--gt_path goes with one --task")
+        raise UserError(
+            f"--gt_path goes with one --task, found {len(tasks)}; give the task whose file it is"
+        )
     if arguments.gt_path and not tasks[0].scored_with_gt_path:
         takers = [task.name for task in TASKS.values() if task.scored_with_gt_path]
         raise UserError(

@@ -23,7 +23,7 @@ from frontends.openai.client import ClientGoneError, read_body, unless_gone
 from frontends.openai.door import Door
 from frontends.openai.errors import ApiError, api_error
 from frontends.openai.requests.fields import Body, placed, text_field, unknown
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.serving.loop import BusyError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Events = AsyncGenerator[bytes, None]
 _MOST_CALLS_BESIDE = 256
 """Bodies that are read beside the requests that the server takes."""
-_MOST_SHOWN = 128
+_ID_CHARACTERS = 128
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ class Endpoint:
                 body = await self._body(Request(scope, receive), stack)
                 call = Call(door, body, record, stack)
                 client_id = text_field(body, "request_id") or _header(scope, b"x-request-id")
-                record.client_request_id = client_id and client_id[:_MOST_SHOWN]
+                record.client_request_id = client_id and client_id[:_ID_CHARACTERS]
                 ignored = unknown(body, self._fields)
                 door.report_ignored(ignored)
                 await unless_gone(receive, self._answer(call, ignored, scope, receive, send))
@@ -113,7 +113,7 @@ class Endpoint:
             raise BusyError("the server reads as many requests as it can; try again later")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            found = f"is {kind[:_MOST_SHOWN]!r}" if kind else "is missing"
+            found = f"is {shown(kind)}" if kind else "is missing"
             raise ApiError(
                 415, f"the content type {found}, expected application/json; send JSON, and say so"
             )

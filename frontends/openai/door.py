@@ -17,7 +17,7 @@ from frontends.openai.requests.fields import Settings
 from frontends.openai.requests.media import MediaRules
 from frontends.openai.requests.messages import Turn, messages_of, pictures_of
 from frontends.openai.requests.pictures import Picture
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.requests.messages import ImageSource
 from runtime.requests.types import GenerationRequest
 from runtime.serving.loop import BusyError
@@ -117,7 +117,7 @@ class Door:
         if name not in self.options.models:
             raise ApiError(
                 404,
-                f"there is no model {name[:100]!r}, expected {' or '.join(self.options.models)}",
+                f"there is no model {shown(name)}, expected {' or '.join(self.options.models)}",
                 param="model",
                 code="model_not_found",
             )

@@ -15,11 +15,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from frontends.openai.errors import ApiError
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 
-_SHOWN_CHARACTERS = 100
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version"})
 """Probes and Prometheus need no key, and name a machine by its address."""
@@ -55,7 +54,7 @@ class Guard:
         if self.hosts is not None and _name(host) not in self.hosts:
             raise ApiError(
                 403,
-                f"the Host header is {host[:_SHOWN_CHARACTERS]!r}, expected one of "
+                f"the Host header is {shown(host)}, expected one of "
                 f"{', '.join(sorted(self.hosts))}; the operator names others by --allowed_host",
                 code="host_not_allowed",
             )
@@ -63,7 +62,7 @@ class Guard:
         if origin is not None and not self.is_allowed_origin(origin, host):
             raise ApiError(
                 403,
-                f"pages of the Origin {origin[:_SHOWN_CHARACTERS]!r} may not ask; the operator "
+                f"pages of the Origin {shown(origin)} may not ask; the operator "
                 "names them by --allowed_origin",
                 code="origin_not_allowed",
             )

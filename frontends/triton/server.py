@@ -22,7 +22,7 @@ from frontends.triton.closed import closing_flags
 from frontends.triton.model_pipe import End, ModelPipe
 from frontends.triton.program import Program, find_program
 from nvlm.program.child import ends_with_us
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.signal_names import how_it_ended
 
 EXIT_TIMEOUT_S = 20  # for requests in flight
@@ -264,11 +264,11 @@ class TritonServer:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
             answer = error.read().decode(errors="replace")
-            raise UserError(f"tritonserver is up but cannot answer: {answer}") from None
+            raise UserError(f"tritonserver is up but cannot answer: {shown(answer)}") from None
         except OSError as error:
             raise UserError(f"tritonserver is up but does not answer: {error}") from None
         if answer.get("num_tokens") != 1 and answer.get("finish_reason") != "stop":
-            raise UserError(f"tritonserver is up but answers {answer}, expected one token")
+            raise UserError(f"tritonserver is up but answers {shown(answer)}, expected one token")
 
     def last_error(self) -> str:
         """What the log says last of an error, without Triton's own prefix and trace."""

@@ -193,8 +193,8 @@ def create_decoder_executor(
 
         return TorchDecoderExecutor.load(engine, device, options)
     raise UserError(
-        f"{engine.directory} was built for decoder {engine.decoder_target!r}, which this version "
-        "does not run; build it again with --decoder torch or tensorrt_llm"
+        f"{engine.directory} was built for decoder {shown(engine.decoder_target)}, which this "
+        "version does not run; build it again with --decoder torch or tensorrt_llm"
     )
 
 

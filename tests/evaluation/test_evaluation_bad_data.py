@@ -156,7 +156,7 @@ def test_a_wrong_flag_is_one_line(
 @pytest.mark.parametrize(
     ("task", "flags", "message"),
     [
-        ("ImageNet", (), "--task ImageNet is unknown, expected one of captioning, TextVQA"),
+        ("ImageNet", (), "--task 'ImageNet' is unknown, expected one of captioning, TextVQA"),
         ("MathVista", (), "--gt_path does not go with --task MathVista: the parquet"),
         ("VideoMME", ("--max_num_tiles", "2"), "--max_num_tiles does not go with --task VideoMME"),
     ],
