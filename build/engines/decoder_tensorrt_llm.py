@@ -18,7 +18,7 @@ from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.planning.limits import EngineLimits
 from nvlm.planning.tensorrt_llm_package import INSTALL, load_tensorrt_llm, stdout_to_stderr
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, cut
 
 OptimizeFor = Literal["latency", "throughput"]
 DEFAULT_OPTIMIZE_FOR: OptimizeFor = "throughput"
@@ -89,7 +89,7 @@ def plugin_config(config: CheckpointConfig, optimize_for: OptimizeFor) -> Any:
         try:
             plugins = PluginConfig(**settings)
         except ValueError as error:  # Pydantic's, which names the field
-            reason = " ".join(str(error).split())[:200]
+            reason = cut(" ".join(str(error).split()))
             raise UserError(
                 f"tensorrt_llm {package.__version__} refuses our plugin settings ({reason}); "
                 f"{INSTALL}"

@@ -83,9 +83,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
         task.name == "custom" or all(map(is_packed, arguments.gt_path))
     )
     if arguments.input_image_path is None and not has_own_folder:
-        raise UserError("--task needs --input_image_path")
+        raise UserError("--task needs --input_image_path; give the folder of its images")
     if arguments.output_path is None:
-        raise UserError("--task needs --output_path")
+        raise UserError("--task needs --output_path; give how the names of its answers begin")
     is_copy = not arguments.gt_path and (
         task.gt_file == "packed" and _holds_parquet(arguments.input_image_path)
     )

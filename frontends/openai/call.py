@@ -173,7 +173,7 @@ def _object(data: bytes) -> Body:
             400, "the body has a number of too many digits; send a shorter one"
         ) from None
     if not isinstance(found, dict):
-        raise ApiError(400, "the body is no JSON object")
+        raise ApiError(400, f"the body is no JSON object but {shown(found)}; send an object")
     return found
 
 

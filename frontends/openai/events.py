@@ -102,9 +102,13 @@ class StreamOptions:
     def of(cls, body: Body) -> StreamOptions:
         is_streamed, options = flag(body, "stream"), object_field(body, "stream_options")
         if options and not is_streamed:
-            raise FieldError("stream_options", "stream_options goes with stream true")
+            raise FieldError(
+                "stream_options", "stream_options goes with stream true; send both, or leave it out"
+            )
         if is_streamed and body.get("prompt_logprobs") is not None:
-            raise FieldError("prompt_logprobs", "prompt_logprobs goes with stream false")
+            raise FieldError(
+                "prompt_logprobs", "prompt_logprobs goes with stream false; leave one out"
+            )
         for name in ("include_usage", "continuous_usage_stats"):
             if not isinstance(options.get(name, False), bool | None):
                 raise FieldError(

@@ -33,7 +33,7 @@ def double(value: float) -> float:
     """Double."""
     return value * 2
 
-def rounded(value, width):
+def told(value, width):
     return f"{value!r:>{width}} " "and {" f"{value = }" "" f"{value:}", lambda x: [*x, ...], -1
 
 async def several(values):
@@ -51,7 +51,7 @@ def shown(value):
         case {"a": [1, *rest], **others} if rest:
             return others
         case str() | None:
-            return nvlm.numbers.rounded(value, 3)
+            return nvlm.numbers.told(value, 3)
         case _:
             pass
     try:
@@ -153,7 +153,7 @@ def test_what_has_no_meaning_does_not_count(
         ("build/make.py", "import double, half", "import half as double, double as half"),
         ("build/make.py", "import numbers\n", "import text as numbers\n"),
         ("build/make.py", "from nvlm.text import", "from nvlm.numbers import"),
-        ("nvlm/text.py", "nvlm.numbers.rounded", "nvlm.text.rounded"),
+        ("nvlm/text.py", "nvlm.numbers.told", "nvlm.text.told"),
         ("build/make.py", "value: float = 0.5", "value: float = numbers"),
         ("build/make.py", "def make(self)", "def make(self, numbers)"),
     ],

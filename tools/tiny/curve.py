@@ -59,7 +59,9 @@ def draw(runs: list[list[dict[str, Any]]]) -> Figure:
         axes.legend(ncols=len(names) // 2 + 1, fontsize="small")
         axes.grid(alpha=0.3)
     losses.set(yscale="log", ylabel="loss, nats")
-    scores.set(ylim=(0, 1.02), xlabel="training step", ylabel="share of right answers, validation fonts")
+    scores.set(
+        ylim=(0, 1.02), xlabel="training step", ylabel="share of right answers, validation fonts"
+    )
     return figure
 
 

@@ -141,7 +141,10 @@ class QuantizationReport:
         attentions = [row for row in self.attentions if row.layer.startswith(prefix)]
         linears = self.linears_of(prefix)
         if len(attentions) != 1 or not linears:
-            raise UserError(f"--calib_cache has no {prefix[:-1]}: it is of another model")
+            raise UserError(
+                f"--calib_cache has no {prefix[:-1]}: it is of another model; give the report of "
+                "these weights"
+            )
         return linears, attentions[0]
 
     def linears_of(self, prefix: str) -> list[LinearReport]:
