@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from tests.support.command import ROOT
@@ -86,4 +87,17 @@ def test_no_docstring_begins_with_of() -> None:
             continue
         texts = (doc.value for doc in docstrings(ast.parse(source)))
         found += [f"{path.relative_to(ROOT)}: {text}" for text in texts if str(text)[:3] == "Of "]
+    assert found == []
+
+
+def test_names_of_functions_use_the_words_of_the_field() -> None:
+    """report for tell, fix for mend, resume or continue for go on, in flight for under way."""
+    own = re.compile(r"(^|_)(told|tells?|mend|mends|mended|lacks|goes_on|go_on|under_way)(_|$)")
+    found = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in ROOT.rglob("*.py")
+        if ".venv" not in path.parts
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and own.search(node.name)
+    ]
     assert found == []

@@ -574,7 +574,7 @@ def test_line_separators_inside_a_calibration_string_end_no_line(
 # Flags.
 
 
-MENDS = re.compile(r"\b(expected|again|give|use|copy|download|choose)\b")
+FIXES = re.compile(r"\b(expected|again|give|use|copy|download|choose)\b")
 
 
 @pytest.mark.parametrize(
@@ -617,7 +617,7 @@ def test_a_refused_model_is_reported_with_what_was_expected_or_what_fixes_it(
 ) -> None:
     damage(own_model)
     line = convert_refused(own_model, tmp_path)
-    assert MENDS.search(line), f"this says only what was found:\n{line}"
+    assert FIXES.search(line), f"this says only what was found:\n{line}"
 
 
 @pytest.mark.parametrize(
@@ -630,7 +630,7 @@ def test_refused_calibration_data_is_reported_with_what_was_expected_in_words(
     if content is not None:
         path.write_text(content)
     line = convert_refused(model_dir, tmp_path, "--calib_data", path)
-    assert MENDS.search(line), f"this says only what was found:\n{line}"
+    assert FIXES.search(line), f"this says only what was found:\n{line}"
     assert "Error" not in line, f"the name of a Python exception helps no user:\n{line}"
 
 
