@@ -20,7 +20,7 @@ from nvlm.inputs.images import Page, PictureRules
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.command_line import ArgumentParser, positive_int, run
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.launcher import end, rank_from
 from nvlm.program.process import set_most_pixels
 from runtime.answers.answer_file import answer_json
@@ -133,7 +133,7 @@ def _page(text: str) -> Page:
     if text == "all":
         return "all"
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a page's number from 1 nor all")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is neither a page's number from 1 nor all")
     return int(text)
 
 
@@ -159,7 +159,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         if arguments.compare and vars(arguments)[name]:
             raise UserError(f"--compare prints a report; it takes no --{name}, leave that out")
     if not arguments.compare and (arguments.input_file is None) != (arguments.output_file is None):
-        raise UserError("--input_file and --output_file go together")
+        raise UserError("--input_file and --output_file go together; give both")
     if arguments.streaming and (arguments.json or arguments.input_file):
         raise UserError("--streaming prints text; it does not go with --json or --input_file")
     if arguments.input_file and (arguments.image or (arguments.json and not arguments.compare)):
@@ -187,7 +187,9 @@ def _asked(
         if isinstance(line.request, UserError):
             raise line.request
         if line.request.sampling.n > 1:
-            raise UserError(f"--compare takes one answer a request, and line {line.number} has n")
+            raise UserError(
+                f"--compare takes one answer a request, and line {line.number} has n; leave it out"
+            )
         asked[f"{arguments.input_file} line {line.number}"] = line.request
     asked = asked or {"the request": request}
     # Both engines draw with one seed.

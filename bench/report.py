@@ -1,4 +1,4 @@
-"""What a run of phases tells: its rows as they come, what a layer adds, and JSON of it all."""
+"""What a run of phases measured: its rows as they come, what a layer adds, and JSON of it all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Report:
         self._rows: list[dict[str, Any]] = []
         print(ceilings, flush=True)
 
-    def tell(self, measured: Iterable[Measured]) -> None:
+    def show(self, measured: Iterable[Measured]) -> None:
         """The rows, printed as they come, then what a layer adds."""
         rows = []
         for row in measured:

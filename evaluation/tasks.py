@@ -62,7 +62,7 @@ from evaluation.scoring.short_answers import (
     vqa_accuracy_official,
 )
 from evaluation.scoring.video_mme import score_video_mme
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """Megatron-LM's default. Its script for NVLM-D says 16, which cuts OCRBench's formulas short."""
@@ -70,28 +70,24 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`name` is Megatron-LM's spelling, `form` that of its answer lines.
+    """A row."""
 
-    `gt_file` "packed": there is a --gt_path, or a copy from the hub that holds the truth. Such data
-    sets have a `default_split`. `max_num_tiles`: None for the engine's own number.
-    `submission`: what the benchmark's server takes. `scored_with_gt_path`: the truth is or may be
-    missing from the lines, or the server wants questions that were not asked. `scored_with`:
-    packages, and `java`, that the scorer needs.
-    """
-
-    name: str
-    read: Callable[[Location], DataSet]
-    score: Scorer
-    form: LineForm = ANSWER_LINE
+    name: str  # Megatron-LM's spelling
+    read: Callable[[Location], DataSet]  # makes samples of files
+    score: Scorer  # of its lines
+    form: LineForm = ANSWER_LINE  # of its answer lines
+    # "packed": a --gt_path, or a copy from the hub that holds the truth.
     gt_file: Literal["needed", "packed", "none"] = "needed"
-    max_num_tiles: int | None = None
-    unit: str = "%"
-    default_split: str | None = None
-    merged_form: MergedForm = whole_lines
-    submission: MergedForm | None = None
-    has_one_truth: bool = False
+    max_num_tiles: int | None = None  # None: the engine's own number
+    unit: str = "%"  # of the score
+    default_split: str | None = None  # of a data set that may be packed
+    merged_form: MergedForm = whole_lines  # of all partitions in one file
+    submission: MergedForm | None = None  # what the benchmark's server takes; None: it has none
+    has_one_truth: bool = False  # a sample has one right answer
+    # The truth is or may be missing from the lines, or the server wants questions that were not
+    # asked.
     scored_with_gt_path: bool = False
-    scored_with: tuple[str, ...] = ()
+    scored_with: tuple[str, ...] = ()  # packages, and `java`, that the scorer needs
 
 
 TASKS = {
@@ -215,7 +211,7 @@ def find_task(name: str) -> Task:
     by_lower_case = {task.lower(): task for task in TASKS}
     found = by_lower_case.get(lowered) or _ALIASES.get(lowered)
     if found is None:
-        raise UserError(f"--task {name} is unknown, expected one of {', '.join(TASKS)}")
+        raise UserError(f"--task {shown(name)} is unknown, expected one of {', '.join(TASKS)}")
     return TASKS[found]
 
 

@@ -5,7 +5,7 @@
         --gt_path /data/chartqa/test_human.json --output_path /results/fp8
 
 The other flags are those of `evaluate.py generate`. Every machine needs the environment, the
-engine, the data and --output_path at the same paths. Run again with as many shares, it goes on
+engine, the data and --output_path at the same paths. Run again with as many shares, it resumes
 with what is missing.
 """
 
@@ -21,7 +21,7 @@ import ray
 PROGRAM = str(Path(__file__).resolve().parents[1] / "evaluate.py")
 
 
-@ray.remote(max_retries=3)  # a machine that went away: another goes on where its share stopped
+@ray.remote(max_retries=3)  # a machine that went away: another resumes its share
 def answer(flags: list[str], share: int, num_shares: int) -> int:
     """The exit code of `evaluate.py generate`."""
     own = ["--num_partitions", str(num_shares), "--partition_id", str(share)]

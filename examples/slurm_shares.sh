@@ -7,7 +7,7 @@
 #       --output_path /results/fp8
 #
 # The flags are those of `evaluate.py generate`. Every machine needs this checkout, the engine, the
-# data and --output_path at the same paths. Submitted again with as many tasks, it goes on with what
+# data and --output_path at the same paths. Submitted again with as many tasks, it resumes with what
 # is missing. PYTHON: the environment's, .venv/bin/python by default.
 #SBATCH --job-name=nvlm-shares
 #SBATCH --requeue

@@ -43,30 +43,28 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    name: str
-    memory_gb: float
-    compute_capability: str
+    name: str  # as CUDA has it
+    memory_gb: float  # 10^9 bytes
+    compute_capability: str  # as "9.0"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """missing: everything that keeps it from being built and run here."""
+    """What an engine may be built for."""
 
-    flag: str
-    missing: list[Missing]
+    flag: str  # of build_engine.py, with its value
+    missing: list[Missing]  # everything that keeps it from being built and run here
 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """A checkpoint or an engine. scale_dtype: what its linears' scales are numbers of, if they have
-    any; kv_cache: what keys and values are held in; warning: what follows where an older version
-    wrote them."""
+    """A checkpoint or an engine."""
 
-    path: str
-    kind: Kind
-    scale_dtype: str | None
-    kv_cache: str
-    warning: str | None
+    path: str  # as the user gave it
+    kind: Kind  # checkpoint or engine
+    scale_dtype: str | None  # what its linears' scales are numbers of; None: they have none
+    kv_cache: str  # what keys and values are held in
+    warning: str | None  # what follows where an older version wrote the scales
 
     @classmethod
     def read(cls, path: Path) -> Directory:
@@ -95,13 +93,13 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    python: str
-    memory_gb: float
-    driver: str | None
-    gpus: list[Gpu]
-    packages: dict[str, str | None]
-    targets: list[Target]
-    directories: list[Directory]
+    python: str  # its version
+    memory_gb: float  # 10^9 bytes
+    driver: str | None  # version of NVIDIA's; None: there is none
+    gpus: list[Gpu]  # in CUDA's order
+    packages: dict[str, str | None]  # versions by distribution; None: not installed
+    targets: list[Target]  # in the order of build_engine.py's flags
+    directories: list[Directory]  # those asked about
 
 
 def examine(directories: Sequence[Path] = ()) -> Findings:
@@ -182,7 +180,7 @@ def to_json(findings: Findings) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = ArgumentParser(__doc__ or "")
+    parser = ArgumentParser((__doc__ or "").partition("\n")[0], "python -m runtime.doctor")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "directories", type=Path, nargs="*", metavar="DIR", help="a checkpoint or an engine"

@@ -60,10 +60,19 @@ def table(max_batch_size: int, max_num_images: int, vision_precision: str) -> li
 
 
 def main() -> None:
-    parser = ArgumentParser(__doc__ or "")
-    parser.add_argument("--max_batch_size", type=positive_int, default=8)
-    parser.add_argument("--max_num_images", type=positive_int, default=1)
-    parser.add_argument("--vision_precision", choices=("bfloat16", "FP8"), default="bfloat16")
+    parser = ArgumentParser((__doc__ or "").partition("\n")[0], "python -m tools.memory_table")
+    parser.add_argument(
+        "--max_batch_size", type=positive_int, default=8, metavar="N", help="requests in a step"
+    )
+    parser.add_argument(
+        "--max_num_images", type=positive_int, default=1, metavar="N", help="images of a request"
+    )
+    parser.add_argument(
+        "--vision_precision",
+        choices=("bfloat16", "FP8"),
+        default="bfloat16",
+        help="number format of vision",
+    )
     arguments = parser.parse_args()
     print(
         "\n".join(

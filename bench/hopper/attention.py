@@ -118,13 +118,13 @@ def main(arguments: list[str] | None = None) -> None:
             rows = measure(kv_heads, batch_size, options.context, device, workspace)
             for place, row in enumerate(rows):
                 if place < options.num_best or row["is_chosen"]:
-                    _tell(row, rate)
+                    _print_row(row, rate)
             found += rows
     json.dump({"machine": machine, "copy_bytes_per_s": rate, "attention": found}, sys.stdout)
     print()
 
 
-def _tell(row: dict[str, Any], rate: float) -> None:
+def _print_row(row: dict[str, Any], rate: float) -> None:
     print(
         f"kv_heads {row['kv_heads']} rows {row['batch_size']:<3} {1e3 * row['ms']:7.2f} us "
         f"(bytes {1e6 * row['bytes'] / rate:6.2f})  {row['num_tokens']:>3} positions, "

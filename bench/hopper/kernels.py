@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"copy {rate / 1e12:.3f} TB/s")
     rows: list[dict[str, Any]] = []
 
-    def tell(num_rows: int, found: dict[str, tuple[float, int]]) -> None:
+    def show(num_rows: int, found: dict[str, tuple[float, int]]) -> None:
         for name, (ms, moved) in found.items():
             share = moved / (1e-3 * ms) / rate
             print(f"rows {num_rows:<4} {name:<44}{1e3 * ms:9.2f} us {share:7.1%} of the copy rate")
@@ -192,9 +192,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     shape = SHAPES[options.shape]
     for batch_size in map(int, options.batch_sizes.split(",")):
-        tell(batch_size, measure(shape, batch_size, options.context, device, forms))
+        show(batch_size, measure(shape, batch_size, options.context, device, forms))
     for num_rows in map(int, filter(None, options.prompts.split(","))):
-        tell(num_rows, measure_linears(shape, num_rows, device, forms))
+        show(num_rows, measure_linears(shape, num_rows, device, forms))
     json.dump({"machine": machine, "copy_bytes_per_s": rate, "kernels": rows}, sys.stdout)
     print()
 

@@ -78,12 +78,12 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
 
 def measure(options: argparse.Namespace, parts: Parts, ceilings: Ceilings, report: Report) -> None:
     if DECODER_PHASES & {*options.phases}:
-        report.tell(measure_decoder(options, parts, ceilings))
+        report.show(measure_decoder(options, parts, ceilings))
     if "vision" in options.phases:
         engine = synthesize(options, parts.num_ranks, 1)
         for precision in options.precisions.split(","):
             for num_tiles in numbers(options.tiles):
-                report.tell(measure_vision(parts, engine, precision, num_tiles, ceilings))
+                report.show(measure_vision(parts, engine, precision, num_tiles, ceilings))
 
 
 def measure_decoder(

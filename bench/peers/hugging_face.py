@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     ceilings = measure_ceilings(device)
     version = {"transformers": transformers.__version__}
     report = Report(describe() | describe_gpu(device) | version, ceilings)
-    report.tell(measure(options, ceilings, device))
+    report.show(measure(options, ceilings, device))
     print(json.dumps(report.to_json()))
 
 

@@ -5,7 +5,7 @@
 
 Weights are quantised by vLLM as it loads them, activations by scales of the moment; CUDA graphs, no
 prefix cache, greedy tokens. A decode step is the difference of two `generate` calls over the
-difference of their tokens; a prompt is a call for one token, and what vLLM's processes tell each
+difference of their tokens; a prompt is a call for one token, and what vLLM's processes send each
 other is in it. All numbers of layers are loaded and measured in turns. With --tp_size vLLM starts a
 process for each GPU by itself, without mpirun; rates and shares are then of one GPU. The last line
 is JSON.
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
             num_layers: Peer(vllm, options, num_layers, memory, Path(folder, str(num_layers)))
             for num_layers, memory in share.items()
         }
-        report.tell(measure(peers, options, ceilings))
+        report.show(measure(peers, options, ceilings))
         peers.clear()
         gc.collect()  # whatever vLLM's processes say at their end comes before the JSON
     print(json.dumps(report.to_json()))

@@ -106,7 +106,7 @@ def checked_sum(
 
 @contextmanager
 def checking(checksums: Checksums, group: ProcessGroup) -> Iterator[None]:
-    """On every rank: decoders that ranks of `group` load in the block tell `checksums` of every
+    """On every rank: decoders that ranks of `group` load in the block give `checksums` of every
     sum."""
     checksums.join(group)
     wraps: dict[str, Callable[[Any, Checksums], Any]] = {

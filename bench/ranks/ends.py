@@ -190,7 +190,7 @@ def process_of_rank(rank: int, mark: Path) -> int | None:
 
 
 class Jobs:
-    """Starts jobs one after the other and tells how each ended."""
+    """Starts jobs one after the other and says how each ended."""
 
     def __init__(self, options: argparse.Namespace, machine: dict[str, Any]) -> None:
         self._options, self._machine = options, machine

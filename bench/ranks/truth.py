@@ -186,7 +186,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
 def truth(options: argparse.Namespace, device: torch.device, job: Job) -> None:
     is_leader, found = job.world.rank == 0, dict[str, Any]()
 
-    def tell(name: str, values: dict[str, Any]) -> None:
+    def show(name: str, values: dict[str, Any]) -> None:
         found[name] = values
         print(name, json.dumps(values), flush=True)
 
@@ -205,22 +205,22 @@ def truth(options: argparse.Namespace, device: torch.device, job: Job) -> None:
     ranks = Ranks(job, engine, device)
     built = ranks.record(requests)
     if built is not None and one is not None:
-        tell("as built, beside one", compared(built, one))
+        show("as built, beside one", compared(built, one))
         stored = options.folder / f"reference_{options.per_task}.pt"
         if stored.exists():
             expected = torch.load(stored, weights_only=False)
-            tell("as built, beside the CPU", compared(built, expected))
-            tell("one, beside the CPU", compared(one, expected))
+            show("as built, beside the CPU", compared(built, expected))
+            show("one, beside the CPU", compared(one, expected))
     eager = ranks.record(requests, use_graphs=False)
     if built is not None and eager is not None:
-        tell("without graphs, beside as built", same_bits(eager, built))
+        show("without graphs, beside as built", same_bits(eager, built))
     joined, counts = ranks.serve(requests, options.steps, is_ahead=True)
     if is_leader:
-        tell("sums of joining", counts)
+        show("sums of joining", counts)
     waited, counts = ranks.serve(requests, options.steps, is_ahead=False)
     if is_leader:
-        tell("sums of joining, not ahead", counts)
-        tell("joining, beside not ahead", same_tokens(joined, waited))
+        show("sums of joining, not ahead", counts)
+        show("joining, beside not ahead", same_tokens(joined, waited))
         machine = describe() | describe_gpu(device) | {"tp_size": job.world.size}
         print(json.dumps({"machine": machine, **found}))
 

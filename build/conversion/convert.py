@@ -51,18 +51,17 @@ TENSORRT_LLM = TensorRTLLMFormat()
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What the command line chooses. calib_cache: an earlier conversion's report, instead of
-    calibration."""
+    """What the command line chooses."""
 
-    quant_algo: str | None = "FP8"
-    kv_cache_quant_algo: str | None = "FP8"
-    dtype: str = "bfloat16"
-    calib_data: Path = BUILT_IN
-    calib_size: int = 16
-    calib_cache: Path | None = None
-    tp_size: int = 1
-    pp_size: int = 1
-    exclude_modules: tuple[str, ...] = ()
+    quant_algo: str | None = "FP8"  # of linears: "FP8"; None: none
+    kv_cache_quant_algo: str | None = "FP8"  # of keys and values: "FP8"; None: none
+    dtype: str = "bfloat16"  # of what is not quantised
+    calib_data: Path = BUILT_IN  # JSON lines of samples
+    calib_size: int = 16  # samples to measure, at most
+    calib_cache: Path | None = None  # an earlier conversion's report, instead of calibration
+    tp_size: int = 1  # tensor parallel ranks
+    pp_size: int = 1  # pipeline parallel ranks
+    exclude_modules: tuple[str, ...] = ()  # patterns of linears that stay in `dtype`
 
     @property
     def is_quantised(self) -> bool:

@@ -52,10 +52,10 @@ Run = Callable[[Read, OutputFiles], dict[str, Any]]
 class DecoderStep:
     """Makes the units; the calibration samples run through the layers, if there are any."""
 
-    config: CheckpointConfig
-    calibration: Calibration
-    device: torch.device
-    folder: OutputFolder
+    config: CheckpointConfig  # of the checkpoint that is made
+    calibration: Calibration  # empty: nothing runs through the layers
+    device: torch.device  # where the samples run
+    folder: OutputFolder  # takes the tensors
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,10 +20,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Journal:
-    """`records`: what the finished units recorded, in their order."""
+    """The lines that say which units are done."""
 
-    path: Path
-    made_from: dict[str, Any]
+    path: Path  # the file that is appended to
+    made_from: dict[str, Any]  # what the units depend on; a journal of anything else starts over
+    # What the finished units recorded, in their order.
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @property

@@ -28,23 +28,20 @@ from nvlm.model.number_formats import LinearScales, NumberFormat
 class Rows:
     """A tensor as it is stored: blocks of consecutive rows, and how many rows there are."""
 
-    blocks: Iterator[torch.Tensor]
-    num_rows: int
+    blocks: Iterator[torch.Tensor]  # [some rows, ...] each, in order
+    num_rows: int  # of all blocks
 
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
-    """A decoder layer on its way to the disk.
+    """A decoder layer on its way to the disk."""
 
-    rows: of a published source of an engine tensor, each asked for once, in the order of
-    `ENGINE_LAYER_TENSORS`. scales: of each quantised linear, by its name in `DECODER_LINEARS`.
-    attention: where something was calibrated.
-    """
-
-    index: int
+    index: int  # of the layer, from 0
+    # Of a published source of an engine tensor; each is asked for once, in the order of
+    # `ENGINE_LAYER_TENSORS`.
     rows: Callable[[EngineTensor, str], Rows]
-    scales: Mapping[str, LinearScales]
-    attention: AttentionReport | None
+    scales: Mapping[str, LinearScales]  # of each quantised linear, by its name in `DECODER_LINEARS`
+    attention: AttentionReport | None  # None: nothing was calibrated
 
 
 class OutputFolder(Protocol):

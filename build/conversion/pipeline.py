@@ -26,8 +26,8 @@ _PAGE_BYTES = 4096
 class Buffers:
     """What may wait between the threads; with 0 one tensor is read ahead, one block written."""
 
-    read_ahead_bytes: int = 512 << 20
-    write_behind_bytes: int = 256 << 20
+    read_ahead_bytes: int = 512 << 20  # tensors that wait for the computation
+    write_behind_bytes: int = 256 << 20  # blocks that wait for the disk
 
 
 DEFAULT_BUFFERS = Buffers()

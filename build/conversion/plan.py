@@ -32,43 +32,38 @@ _USABLE_SHARE = 0.95  # share of a GPU, beside its driver and libraries
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """Bytes and float32 operations a second, measured where the conversion will run."""
+    """Speeds of the machine on which the conversion will run, measured there."""
 
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-    flops: float
+    read_bytes_per_s: float  # from the model's disk
+    write_bytes_per_s: float  # to the output's disk
+    flops: float  # float32 operations a second
 
 
 @dataclass(frozen=True, slots=True)
 class GpuFit:
-    """A rank's weights, vision included, on one GPU of a kind, and what is left for the cache.
+    """A rank's weights, vision included, on one GPU of a kind, and what is left for the cache."""
 
-    requests: how many fit at each context length, by length; none where the weights do not fit.
-    """
-
-    gpu: str
-    tp_size: int
-    weight_bytes: int
-    cache_tokens: int
+    gpu: str  # name of the kind
+    tp_size: int  # ranks, one a GPU
+    weight_bytes: int  # on one GPU
+    cache_tokens: int  # of the KV cache; 0: the weights do not fit
+    # How many fit, by context length in tokens; empty: the weights do not fit.
     requests: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """`calibration_disk_bytes` are there only while it runs; times are None if not measured.
+    """What a conversion will take and make."""
 
-    scale_dtype: what the linears' scales are rounded up to; None where they have none.
-    """
-
-    input_bytes: int
-    rank_bytes: list[int]
-    vision_bytes: int
-    calibration_disk_bytes: int
-    peak_memory_bytes: int
-    streaming_seconds: float | None
-    calibration_seconds: float | None
-    gpus: list[GpuFit]
-    scale_dtype: str | None
+    input_bytes: int  # of tensors that are read
+    rank_bytes: list[int]  # of each rank's file
+    vision_bytes: int  # of the vision file
+    calibration_disk_bytes: int  # there only while it runs
+    peak_memory_bytes: int  # without the page cache
+    streaming_seconds: float | None  # reading and writing; None: not measured
+    calibration_seconds: float | None  # None: not measured
+    gpus: list[GpuFit]  # which machines the result fits
+    scale_dtype: str | None  # what the linears' scales are rounded up to; None: they have none
 
     @property
     def output_bytes(self) -> int:

@@ -42,8 +42,8 @@ _BY_NAME = {tensor.name: tensor for tensor in ENGINE_LAYER_TENSORS}
 
 @dataclass(frozen=True, slots=True)
 class TensorRTLLMFormat:
-    kind: Kind = "checkpoint"
-    needs_vision_scales: bool = False
+    kind: Kind = "checkpoint"  # of the directory's manifest
+    needs_vision_scales: bool = False  # the ViT's linears are not stored quantised
 
     def arguments(self, source: WeightSource) -> dict[str, Any]:
         return {}
@@ -61,11 +61,11 @@ class TensorRTLLMFormat:
 class TensorRTLLMFolder:
     """The ViT stays in `dtype`; its scales stand in a file of their own."""
 
-    source: WeightSource
-    vision: VisionConfig
-    config: CheckpointConfig
-    vision_format: NumberFormat = UNQUANTIZED
-    has_vision: bool = True
+    source: WeightSource  # the published weights
+    vision: VisionConfig  # shape of the ViT as it is written
+    config: CheckpointConfig  # of the decoder
+    vision_format: NumberFormat = UNQUANTIZED  # of the ViT's linears, which stay in `dtype`
+    has_vision: bool = True  # always, in this format
 
     def files(self) -> dict[str, dict[str, TensorInfo]]:
         files = {_VISION_FILE: vision_tensors(self.vision, TORCH_DTYPES[self.config.dtype])}

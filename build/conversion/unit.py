@@ -13,14 +13,10 @@ from build.sources.source import Read
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One layer, or what stands before or after the layers.
+    """One layer, or what stands before or after the layers."""
 
-    reads: published names, in the order `run` reads them. writes: (file, tensor) pairs. states:
-    what the next unit finds on disk, if samples run. `run` returns what the journal keeps.
-    """
-
-    name: str
-    reads: tuple[str, ...]
-    writes: tuple[tuple[str, str], ...]
-    run: Callable[[Read, OutputFiles], dict[str, Any]]
-    states: RowFile | None = None
+    name: str  # in the journal
+    reads: tuple[str, ...]  # published names, in the order `run` reads them
+    writes: tuple[tuple[str, str], ...]  # (file, tensor) pairs
+    run: Callable[[Read, OutputFiles], dict[str, Any]]  # does it; returns what the journal keeps
+    states: RowFile | None = None  # what the next unit finds on disk; None: no samples run

@@ -43,17 +43,17 @@ _TILES_PER_WINDOW = 7
 
 @dataclass(frozen=True, slots=True)
 class VisionStep:
-    """`published` has the dummy heads, `config` has them only where they are kept.
+    """Makes the units of the ViT and the projector.
 
     The calibration samples' tiles run through the cast weights in float32.
     """
 
-    published: VisionConfig
-    config: VisionConfig
-    dtype: torch.dtype
-    calibration: Calibration
-    device: torch.device
-    folder: OutputFolder
+    published: VisionConfig  # shape with the dummy heads
+    config: VisionConfig  # shape as written: with dummy heads only where they are kept
+    dtype: torch.dtype  # of the written weights
+    calibration: Calibration  # empty: nothing runs through the layers
+    device: torch.device  # where the tiles run
+    folder: OutputFolder  # takes the tensors
 
     def units(self, next_states: NextStates) -> list[Unit]:
         """Embeddings, layers, projector; the last one's states are the image embeddings,

@@ -26,11 +26,11 @@ _NO_LINK = (errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EMLI
 
 @dataclass(frozen=True, slots=True)
 class BuildRun:
-    """How to build, which changes nothing about what is built. timing_cache: a directory."""
+    """How to build, which changes nothing about what is built."""
 
-    overwrite: bool = False
-    workers: int = 1
-    timing_cache: Path | None = None
+    overwrite: bool = False  # replace a finished engine
+    workers: int = 1  # ranks compiled at a time
+    timing_cache: Path | None = None  # directory of TensorRT's measurements; None: nothing is kept
 
 
 def build_engine(

@@ -18,7 +18,7 @@ from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.planning.limits import EngineLimits
 from nvlm.planning.tensorrt_llm_package import INSTALL, load_tensorrt_llm, stdout_to_stderr
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, cut
 
 OptimizeFor = Literal["latency", "throughput"]
 DEFAULT_OPTIMIZE_FOR: OptimizeFor = "throughput"
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DecoderBuildOptions:
-    """workers: ranks built at a time, one GPU each. timing_cache: read if there, and written."""
+    """How to compile the decoder."""
 
-    optimize_for: OptimizeFor
-    workers: int
-    timing_cache: Path | None = None
+    optimize_for: OptimizeFor  # what the plugins are tuned for
+    workers: int  # ranks built at a time, one GPU each
+    timing_cache: Path | None = None  # file that is read, if there, and written
 
 
 def plugin_settings(config: CheckpointConfig, optimize_for: OptimizeFor) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def plugin_config(config: CheckpointConfig, optimize_for: OptimizeFor) -> Any:
         try:
             plugins = PluginConfig(**settings)
         except ValueError as error:  # Pydantic's, which names the field
-            reason = " ".join(str(error).split())[:200]
+            reason = cut(" ".join(str(error).split()))
             raise UserError(
                 f"tensorrt_llm {package.__version__} refuses our plugin settings ({reason}); "
                 f"{INSTALL}"

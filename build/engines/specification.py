@@ -43,37 +43,38 @@ MAX_TILES_PER_PASS = 56
 class BuildOptions:
     """What the command line chooses; None is derived from the model or the machine."""
 
-    decoder: Decoder | Auto = AUTO
-    vision: Vision | Auto = AUTO
-    vision_precision: str | None = None
-    max_batch_size: int = 8
-    max_num_images: int = 1
-    max_input_len: int | None = None
-    max_seq_len: int | None = None
-    max_num_tokens: int | None = None
+    decoder: Decoder | Auto = AUTO  # what runs the decoder; auto: what this machine can
+    vision: Vision | Auto = AUTO  # what runs vision; auto: what this machine can
+    vision_precision: str | None = None  # a type or FP8
+    max_batch_size: int = 8  # requests in a step
+    max_num_images: int = 1  # images of a request
+    max_input_len: int | None = None  # tokens of a prompt
+    max_seq_len: int | None = None  # tokens of prompt and answer
+    max_num_tokens: int | None = None  # tokens that a step computes
+    # What keys and values are held in; auto: as the checkpoint says.
     kv_cache_dtype: KVCacheDtype = "auto"
-    kv_cache_scales: KVCacheScales = "one"
-    optimize_for: OptimizeFor = DEFAULT_OPTIMIZE_FOR
+    kv_cache_scales: KVCacheScales = "one"  # one for K and V, or one each
+    optimize_for: OptimizeFor = DEFAULT_OPTIMIZE_FOR  # what decoder tensorrt_llm is tuned for
+    # Of another GPU than this machine's, such as "8.9", for tensorrt_rtx.
     compute_capability: str | None = None
-    keep_onnx: bool = False
+    keep_onnx: bool = False  # leave the exported ONNX in the engine
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """config: with the engine's own KV cache. packages: versions of what an engine depends on; it
-    runs with no others."""
+    """All that an engine will be, once nothing is left to choose."""
 
-    checkpoint_dir: Path
-    checkpoint: manifest.Manifest
-    config: CheckpointConfig
-    vision_checkpoint: VisionCheckpoint
-    decoder: Decoder
-    vision: Vision
-    vision_precision: str
-    limits: EngineLimits
-    plan: EnginePlan
-    max_num_tiles: int
-    packages: dict[str, str]
+    checkpoint_dir: Path  # where the weights are
+    checkpoint: manifest.Manifest  # its manifest
+    config: CheckpointConfig  # of the decoder, with the engine's own KV cache
+    vision_checkpoint: VisionCheckpoint  # of vision
+    decoder: Decoder  # target of the decoder
+    vision: Vision  # target of vision
+    vision_precision: str  # a type or FP8
+    limits: EngineLimits  # what requests may hold
+    plan: EnginePlan  # the memory that it takes
+    max_num_tiles: int  # tiles of the largest pass of vision
+    packages: dict[str, str]  # versions of what the engine depends on; it runs with no others
 
 
 def specify(

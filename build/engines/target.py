@@ -48,8 +48,8 @@ _FLAG_TARGETS = {
 class TargetMachine:
     """The device and its memory on which the engine will run."""
 
-    device: torch.device
-    memory_bytes: int
+    device: torch.device  # a CPU or a GPU
+    memory_bytes: int  # of the device, or as --memory_gb says
 
     @property
     def machine(self) -> Machine:

@@ -15,17 +15,15 @@ _SHAPE_ARITHMETIC = ("INT64", "INT32", "BOOL")  # gone once compiled; not worth 
 
 @dataclass(frozen=True, slots=True)
 class EngineSummary:
-    """`network` counts layers as parsed, `engine` as compiled and fused, by type and precision.
+    """Layers of an engine, counted by type and precision."""
 
-    `engine` is empty where the compiled engine cannot be opened: TensorRT-RTX compiles without a
-    GPU but its inspector needs one.
-    """
-
-    package: str
-    version: str
-    engine_bytes: int
-    num_fp8_products: int
-    network: dict[str, int]
+    package: str  # tensorrt or tensorrt_rtx
+    version: str  # of the package
+    engine_bytes: int  # size of the engine's file
+    num_fp8_products: int  # matrix products in FP8, as parsed
+    network: dict[str, int]  # layers as parsed
+    # Layers as compiled and fused. Empty: TensorRT-RTX compiles without a GPU, but its inspector
+    # needs one.
     engine: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:

@@ -27,22 +27,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TileProfile:
-    """The numbers of tiles an engine takes: any from `smallest` to `largest`, tuned for `usual`."""
+    """How many tiles an engine takes at once."""
 
-    smallest: int
-    usual: int
-    largest: int
+    smallest: int  # least number
+    usual: int  # the number that it is tuned for
+    largest: int  # most
 
 
 @dataclass(frozen=True, slots=True)
 class TensorrtOptions:
-    """compute_capability: "8.9" and the like, for `tensorrt_rtx` only; None is this machine's GPU.
-    timing_cache: file that is read, if there, and written."""
+    """How to compile vision."""
 
-    profile: TileProfile
+    profile: TileProfile  # tiles a pass: least, best and most
+    # "8.9" and the like, for `tensorrt_rtx` only; None: this machine's GPU.
     compute_capability: str | None = None
-    timing_cache: Path | None = None
-    keep_onnx: bool = False
+    timing_cache: Path | None = None  # file that is read, if there, and written
+    keep_onnx: bool = False  # leave the exported ONNX beside the engine
 
 
 def build_vision(

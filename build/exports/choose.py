@@ -37,9 +37,9 @@ _OF_A_CHECKPOINT = (
 class Choice:
     """What --output_format, --text_only and --vision_quant_algo say."""
 
-    output_format: str
-    is_text_only: bool
-    vision_quant_algo: str | None
+    output_format: str  # a scheme's name, or trtllm
+    is_text_only: bool  # the export holds the decoder alone
+    vision_quant_algo: str | None  # "FP8"; None: the ViT's linears stay in dtype
 
     @property
     def is_export(self) -> bool:

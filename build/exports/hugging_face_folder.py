@@ -38,17 +38,14 @@ _SLACK_BYTES = 64 << 20  # tokenizer, headers, reports
 
 @dataclass(frozen=True, slots=True)
 class HuggingFaceFormat:
-    """What the command line chooses. published: the model's folder, if it is in this layout.
+    """What the command line chooses."""
 
-    vision_format: of the ViT's linears. max_shard_bytes: of one file of weights.
-    """
-
-    scheme: Scheme
-    published: Path | None
-    is_text_only: bool = False
-    vision_format: NumberFormat = UNQUANTIZED
-    max_shard_bytes: int = MAX_SHARD_BYTES
-    kind: Kind = "export"
+    scheme: Scheme  # names of scales and the configuration that readers want
+    published: Path | None  # the model's folder; None: it is in another layout
+    is_text_only: bool = False  # without vision and projector
+    vision_format: NumberFormat = UNQUANTIZED  # of the ViT's linears
+    max_shard_bytes: int = MAX_SHARD_BYTES  # of one file of weights
+    kind: Kind = "export"  # of the directory's manifest
 
     def arguments(self, source: WeightSource) -> dict[str, Any]:
         files = self._model_files(source, "bfloat16").copied()

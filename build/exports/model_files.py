@@ -22,13 +22,14 @@ _OF_THE_WHOLE = ("*.py", "generation_config.json", "preprocessor_config.json")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """published: the folder in Hugging Face's layout that the weights come from, if they do."""
+    """The small files of an export: configuration, tokenizer and remote code."""
 
-    model: NVLMConfig
-    dtype: str
-    tokenizer_dir: Path
+    model: NVLMConfig  # shape of the whole
+    dtype: str  # torch's name of what is not quantised
+    tokenizer_dir: Path  # folder of the tokenizer's files
+    # The folder in Hugging Face's layout that the weights come from; None: they come from another.
     published: Path | None
-    has_vision: bool
+    has_vision: bool  # whether vision and projector are in it
 
     def copied(self) -> list[Path]:
         """Files that the export holds as they are."""

@@ -17,31 +17,28 @@ _PRODUCER = {"name": "nvlm-engine", "version": __version__}
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """What an export's configuration says. ignored: modules of what stays in `dtype`, by name;
-    one that ends in a dot stands for all that it begins."""
+    """What an export's configuration says of its number formats."""
 
-    has_kv_cache: bool
+    has_kv_cache: bool  # whether keys and values have scales
+    # Modules of what stays in `dtype`, by name. One that ends in a dot stands for all that it
+    # begins.
     ignored: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A format. key_scale, value_scale and query_scale stand after the layer's `self_attn.`.
+    """A format of FP8 folders: a row a reader."""
 
-    config: `quantization_config` of config.json. files: further JSON files, by name. scale_shape:
-    of every scale. holds_vision: whether its readers take quantised linears of the ViT.
-    """
-
-    name: str
-    key_scale: str
-    value_scale: str
-    scale_shape: tuple[int, ...]
-    holds_vision: bool
-    config: Callable[[Quantised], dict[str, Any]]
-    files: Callable[[Quantised], dict[str, dict[str, Any]]]
-    weight_scale: str = "weight_scale"
-    input_scale: str = "input_scale"
-    query_scale: str = "q_scale"
+    name: str  # value of --output_format
+    key_scale: str  # after the layer's `self_attn.`
+    value_scale: str  # after the layer's `self_attn.`
+    scale_shape: tuple[int, ...]  # of every scale
+    holds_vision: bool  # whether its readers take quantised linears of the ViT
+    config: Callable[[Quantised], dict[str, Any]]  # `quantization_config` of config.json
+    files: Callable[[Quantised], dict[str, dict[str, Any]]]  # further JSON files, by name
+    weight_scale: str = "weight_scale"  # after a linear's name
+    input_scale: str = "input_scale"  # after a linear's name
+    query_scale: str = "q_scale"  # after the layer's `self_attn.`
 
 
 def _modelopt_patterns(quantised: Quantised) -> list[str]:

@@ -36,13 +36,13 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class ExportTensors:
-    """`model` has the dummy heads; readers of NVLM-D want them stored."""
+    """Names, shapes and types of an export's tensors."""
 
-    model: NVLMConfig
-    config: CheckpointConfig
-    scheme: Scheme
-    vision_format: NumberFormat
-    has_vision: bool
+    model: NVLMConfig  # shape with the dummy heads: readers of NVLM-D want them stored
+    config: CheckpointConfig  # of the decoder
+    scheme: Scheme  # names of scales
+    vision_format: NumberFormat  # of the ViT's linears
+    has_vision: bool  # whether vision and projector are in it
 
     def name(self, published: str) -> str:
         """What the export calls a published tensor, or what begins as one."""

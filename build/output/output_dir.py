@@ -30,12 +30,12 @@ _LITTLE_SPACE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class OutputPlace:
-    """Where a directory is to appear; `flag` is the command-line flag that said so."""
+    """Where a directory is to appear."""
 
-    path: Path
-    flag: str
-    kind: manifest.Kind
-    overwrite: bool
+    path: Path  # as the user gave it
+    flag: str  # the command-line flag that said so
+    kind: manifest.Kind  # of what will stand there
+    overwrite: bool  # whether one that stands there is replaced
 
     @property
     def name(self) -> str:

@@ -44,9 +44,9 @@ class LineForm(ABC):
 
 @dataclass(frozen=True, slots=True)
 class SampleLine(LineForm):
-    """A sample with its answer in each of `answer_fields`."""
+    """A sample with its answer."""
 
-    answer_fields: tuple[str, ...]
+    answer_fields: tuple[str, ...]  # keys that all get the answer
 
     def line(self, sample: Sample, prompt: str, answer: str) -> Line:
         named = dict.fromkeys(self.answer_fields, answer)

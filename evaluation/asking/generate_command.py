@@ -61,13 +61,17 @@ def add_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group(
         "shares", "Several processes answer a benchmark together."
     ).add_argument
-    add("--num_partitions", type=natural_int, metavar="N", help="number of shares of the records")
-    add("--partition_id", type=natural_int, metavar="N", help="the share to answer, from 0")
+    add(
+        "--num_partitions", type=natural_int, metavar="N", help="shares of the records (default: 1)"
+    )
+    add(
+        "--partition_id", type=natural_int, metavar="N", help="share to answer, from 0 (default: 0)"
+    )
     add(
         "--num_samples_per_partition",
         type=positive_int,
         metavar="N",
-        help="answer this number of records instead of a whole share",
+        help="answer this number of records instead of a whole share (default: off)",
     )
     add_request_flags(parser, prompt_format="megatron", max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
 
@@ -79,9 +83,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
         task.name == "custom" or all(map(is_packed, arguments.gt_path))
     )
     if arguments.input_image_path is None and not has_own_folder:
-        raise UserError("--task needs --input_image_path")
+        raise UserError("--task needs --input_image_path; give the folder of its images")
     if arguments.output_path is None:
-        raise UserError("--task needs --output_path")
+        raise UserError("--task needs --output_path; give how the names of its answers begin")
     is_copy = not arguments.gt_path and (
         task.gt_file == "packed" and _holds_parquet(arguments.input_image_path)
     )

@@ -79,7 +79,7 @@ _OPTIONAL = frozenset(
         "date",
     }
 )
-"""A setting that may be neutral, and what the first records lacked."""
+"""A setting that may be neutral, and what the first records did not have."""
 
 
 def _fault(values: dict[str, Any]) -> str | None:
@@ -111,21 +111,21 @@ _FORM = RecordForm(
 class TaskRecord:
     """What made the answers of one partition of a benchmark."""
 
-    engine: EngineId
+    engine: EngineId  # that answered
     # Decide the answers: the engine's own settings and those of every request.
     settings: dict[str, Any]
-    task: str
+    task: str  # name of the benchmark
     # Where the data set lay.
     data: dict[str, Any]
-    partition_id: int
-    num_partitions: int
+    partition_id: int  # from 0
+    num_partitions: int  # of the whole data set
     # The size of this partition.
     num_samples: int
     # Bytes of each sample's images, by its id as text.
     image_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     # 0 where the `num_records` of the data set are shared out evenly.
     num_samples_per_partition: int = 0
-    num_records: int = 0
+    num_records: int = 0  # of the whole data set
     # Records of this partition that were no samples.
     num_bad_records: int = 0
     # Parts that are missing from this copy of the data set: nobody can count their records.

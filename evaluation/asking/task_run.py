@@ -30,17 +30,17 @@ DEFAULT_NUM_FRAMES = 8
 
 @dataclass(frozen=True, slots=True)
 class TaskRun:
-    """`data`: the records of one partition, of `num_records`; `request`: how they are asked."""
+    """One partition of a benchmark to answer."""
 
-    task: Task
-    location: Location
-    data: DataSet
-    num_records: int
-    request: GenerationRequest
-    output_path: Path
-    partition_id: int
-    num_partitions: int
-    num_samples_per_partition: int
+    task: Task  # row of the benchmark
+    location: Location  # where its data lies
+    data: DataSet  # records of the partition
+    num_records: int  # of the whole data set
+    request: GenerationRequest  # how each record is asked
+    output_path: Path  # how the names of the answer files begin
+    partition_id: int  # from 0
+    num_partitions: int  # of the whole data set
+    num_samples_per_partition: int  # 0: the records are shared out evenly
 
     @classmethod
     def read(cls, arguments: argparse.Namespace, request: GenerationRequest) -> TaskRun:
@@ -112,7 +112,7 @@ class TaskRun:
         if path.exists():
             with ResultsFile(path, self.task, self.data.samples) as file:
                 self._require_same(file, path, record)
-        _tell(self.data.problems)
+        _print_problems(self.data.problems)
         if names := missing(self.task.scored_with):
             print(
                 f"answers of {self.task.name} cannot be scored here without {' and '.join(names)}"
@@ -134,7 +134,7 @@ class TaskRun:
             failures = generate(runner, self.task, samples, self.request, file)
             num_new = len(file.finished) - before
         seconds = time.perf_counter() - started
-        _tell(failures)
+        _print_problems(failures)
         incomplete = self.data.incomplete
         print(
             f"{path}: {len(file.finished)} of {len(samples)} samples answered, {num_new} of "
@@ -237,7 +237,7 @@ def _require_an_image(data: DataSet, location: Location) -> None:
         )
 
 
-def _tell(problems: list[str]) -> None:
+def _print_problems(problems: list[str]) -> None:
     for problem in problems[:_MAX_NAMED]:
         print(problem, file=sys.stderr)
     if len(problems) > _MAX_NAMED:

@@ -25,19 +25,15 @@ PICTURE = "image"
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a benchmark is packed. `repositories`: copies on the hub, to name; `split`: what is read
-    of one unless `--split` says otherwise; `folder`: where its files may lie in a copy.
+    """How a benchmark is packed."""
 
-    `columns`: the benchmark's key -> the columns that may hold it, the first that a row has counts.
-    `picture`: the benchmark's key of the picture. `numbers`: keys whose digits become numbers.
-    """
-
-    repositories: str
-    picture: str
+    repositories: str  # copies on the hub, to name in messages
+    picture: str  # the benchmark's key of the picture
+    # The benchmark's key -> the columns that may hold it, of which the first that a row has counts.
     columns: dict[str, tuple[str, ...]]
-    split: str = "test"
-    folder: str = ""
-    numbers: tuple[str, ...] = ()
+    split: str = "test"  # what is read of a copy unless `--split` says otherwise
+    folder: str = ""  # where its files may lie in a copy
+    numbers: tuple[str, ...] = ()  # keys whose digits become numbers
 
 
 def is_packed(path: Path) -> bool:

@@ -36,19 +36,17 @@ HIDDEN = [""]
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """`id` None: the sample's position in the file (or files). `has_one_answer`: always, as a
-    benchmark does whose test split is public. `repositories`, `split` and `folder`: of a copy from
-    the hub (`Packing`)."""
+    """Names of a benchmark's fields, and of its copy on the hub (`Packing`)."""
 
-    task: str
-    image: str
-    question: str
-    answers: str
-    repositories: str
-    split: str
-    id: str | None = None
-    has_one_answer: bool = False
-    folder: str = ""
+    task: str  # name of the benchmark
+    image: str  # key of the picture's file
+    question: str  # key of the text
+    answers: str  # key of the truth
+    repositories: str  # pattern of the copy's names on the hub
+    split: str  # of the copy, by default
+    id: str | None = None  # key of the sample's id; None: its position in the file (or files)
+    has_one_answer: bool = False  # always, as a benchmark does whose test split is public
+    folder: str = ""  # of the split in the copy
 
     @property
     def packing(self) -> Packing:

@@ -13,13 +13,13 @@ SampleId = int | str
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`content` is the user's turn, images in line; `fields` go into the output line as they are:
-    the ground truth and what the scorer needs beside the answer. `video`: the images are its."""
+    """One question of a benchmark."""
 
-    id: SampleId
-    content: tuple[str | ImageSource, ...]
+    id: SampleId  # as the benchmark has it
+    content: tuple[str | ImageSource, ...]  # the user's turn, images in line
+    # Go into the output line as they are: the truth, and what the scorer needs beside the answer.
     fields: dict[str, Any]
-    video: Path | None = None
+    video: Path | None = None  # the images are its frames; None: they are pictures
 
     @property
     def images(self) -> list[ImageSource]:
@@ -48,11 +48,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """`records`: what each record of the ground truth became, by position: samples, or sentences
-    that say why it is none. `incomplete`: a sentence for each part that is missing from the
-    copy of the benchmark: nobody can count its records."""
+    """What the ground truth became."""
 
+    # By position in the file: samples, or sentences that say why it is none.
     records: list[list[Sample | str]]
+    # A sentence for each part that is missing from the copy of the benchmark: nobody can count its
+    # records.
     incomplete: list[str] = field(default_factory=list)
 
     @property
@@ -73,7 +74,7 @@ class DataSet:
 class Location:
     """Where a benchmark lies: --input_image_path, --gt_path, --split, --num_frames."""
 
-    image_dir: Path
-    gt_paths: tuple[Path, ...] = ()
-    split: str | None = None
-    num_frames: int = 8
+    image_dir: Path  # images, videos or parquet files
+    gt_paths: tuple[Path, ...] = ()  # files of the questions
+    split: str | None = None  # None: the task's own
+    num_frames: int = 8  # of each video

@@ -49,12 +49,12 @@ def _frames(path: Path, where: str, num_frames: int) -> tuple[Pixels, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Packets:
-    """`number` is nearly always that of the frames. `times`: of the frames in the order of showing;
-    empty where the packets do not say. `keys`: those of the key frames."""
+    """What a video's packets say of its frames, before any is decoded."""
 
-    number: int
+    number: int  # of packets, which is nearly always that of the frames
+    # Of the frames in the order of showing; empty: the packets do not say.
     times: tuple[int, ...] = ()
-    keys: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()  # times of the key frames
     frame_bytes: int = 0  # bytes of a frame as RGB
 
 

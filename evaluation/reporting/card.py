@@ -16,13 +16,12 @@ _NONE = "-"
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`rows` hold a cell for each of `columns`, the first of which names the row; the last
-    `num_published` are the card's."""
+    """A table of scores, the card's rows last."""
 
-    columns: list[str]
-    rows: list[list[str]]
-    num_published: int
-    source: str
+    columns: list[str]  # their names
+    rows: list[list[str]]  # a cell for each column, the first of which names the row
+    num_published: int  # how many rows are the card's
+    source: str  # where the card's numbers are from
 
 
 def card_table(runs: Sequence[tuple[str, Mapping[str, float]]]) -> Table:

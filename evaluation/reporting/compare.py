@@ -14,27 +14,25 @@ from nvlm.program.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One sample whose answer differs; `gain` is what this run scores above the other."""
+    """One sample whose answer differs."""
 
-    id: SampleId
-    answer: str
-    other_answer: str
-    gain: float
+    id: SampleId  # of the sample
+    answer: str  # this run's
+    other_answer: str  # the other's
+    gain: float  # what this run scores above the other
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Over the samples that both runs answered, this run minus the other, in the task's unit.
+    """Over the samples that both runs answered, this run minus the other, in the task's unit."""
 
-    `p_value`: how often chance alone, were the two runs alike, would part them this far or
-    further; two-sided. `interval`: 95 %, of the difference.
-    """
-
-    value: float
-    other_value: float
-    num_paired: int
-    changes: list[Change]
-    interval: tuple[float, float]
+    value: float  # this run's score
+    other_value: float  # the other's
+    num_paired: int  # samples that both answered
+    changes: list[Change]  # samples whose answers differ
+    interval: tuple[float, float]  # 95 %, of the difference
+    # How often chance alone, were the two runs alike, would part them this far or further; two-
+    # sided.
     p_value: float
 
     @property

@@ -36,17 +36,17 @@ Verdict = Literal["right", "partly", "wrong"]
 
 @dataclass(frozen=True, slots=True)
 class GalleryItem:
-    """`picture` and `tiles` are data URIs, or None where `problem` says why there are none."""
+    """A sample that the report shows."""
 
-    task: str
-    id: SampleId
-    question: str
-    score: SampleScore
-    other_answer: str | None
-    picture: str | None
-    tiles: str | None
-    num_tiles: int
-    problem: str | None = None
+    task: str  # name of the benchmark
+    id: SampleId  # of the sample
+    question: str  # its text
+    score: SampleScore  # of this run's answer
+    other_answer: str | None  # of the run compared with; None: there is none
+    picture: str | None  # a data URI; None: `problem` says why
+    tiles: str | None  # a data URI; None: as above
+    num_tiles: int  # that the model saw
+    problem: str | None = None  # why there is no picture
 
     @property
     def verdict(self) -> Verdict:

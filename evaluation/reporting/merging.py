@@ -26,10 +26,10 @@ _PARTITION = re.compile(r"-partition=(\d+)")
 class FoundLine:
     """An answer line, its id as written, and where it stands."""
 
-    id: SampleId
-    line: Line
-    path: Path
-    number: int
+    id: SampleId  # as written
+    line: Line  # all its fields
+    path: Path  # of the file
+    number: int  # of the line, from 1
 
     @property
     def place(self) -> str:
@@ -38,8 +38,8 @@ class FoundLine:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    lines: dict[SampleId, Line]
-    num_duplicates: int
+    lines: dict[SampleId, Line]  # by sample
+    num_duplicates: int  # lines that repeat a sample of another file
 
 
 def merge(task: Task, found: list[FoundLine], has_records: bool) -> Merged:

@@ -30,11 +30,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """`p_value`: how often chance alone, were the two runs alike, would part them this far or
-    further; two-sided. `interval`: 95 %, of the mean gain over all samples."""
+    """Whether two runs differ by more than chance."""
 
+    # How often chance alone, were the two runs alike, would part them this far or further; two-
+    # sided.
     p_value: float
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # 95 %, of the mean gain over all samples
 
 
 def paired_test(gains: Floats, largest: float) -> PairedTest:

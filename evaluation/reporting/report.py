@@ -21,22 +21,22 @@ UNITS = "Scores in percent, OCRBench in points of 1,000."
 
 @dataclass(frozen=True, slots=True)
 class OtherRun:
-    """One task of a run that --compare names; or why it is `not_compared`."""
+    """One task of a run that --compare names."""
 
-    prefix: Path
-    scored: Scored | None = None
-    comparison: Comparison | None = None
-    not_compared: str | None = None
+    prefix: Path  # as --compare has it
+    scored: Scored | None = None  # None: it could not be scored
+    comparison: Comparison | None = None  # None: `not_compared` says why
+    not_compared: str | None = None  # why it is not
 
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """One task of a run and of the runs that it is compared with. `notes`: what a reader of the
-    score must know, beside the problems."""
+    """One task of a run and of the runs that it is compared with."""
 
-    scored: Scored
-    others: list[OtherRun] = field(default_factory=list)
-    gallery: list[GalleryItem] = field(default_factory=list)
+    scored: Scored  # this run's
+    others: list[OtherRun] = field(default_factory=list)  # in the order of --compare
+    gallery: list[GalleryItem] = field(default_factory=list)  # samples to show
+    # What a reader of the score must know, beside the problems.
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -61,13 +61,12 @@ class TaskReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`name` and `other_names` are what the rows of the table are called; `failures` says which
-    tasks could not be scored, and why. Others stand in the order of each task's `others`."""
+    """All tasks of a run."""
 
-    name: str
-    other_names: list[str]
-    tasks: list[TaskReport]
-    failures: list[str] = field(default_factory=list)
+    name: str  # what its row of the table is called
+    other_names: list[str]  # what the others' rows are called, in the order of each task's `others`
+    tasks: list[TaskReport]  # in the order of the table
+    failures: list[str] = field(default_factory=list)  # which tasks could not be scored, and why
 
     @property
     def _runs(self) -> list[tuple[str, list[Scored]]]:

@@ -23,16 +23,14 @@ _MAX_NAMED = 100
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The answers of a task. `lines` are in the order of their ids. `records` are of the files that
-    `evaluate.py generate` wrote. `problems` has a sentence for each line that is no answer and for
-    what is missing."""
+    """The answers of a task."""
 
-    prefix: Path
-    task: Task
-    lines: dict[SampleId, Line]
-    records: list[TaskRecord]
-    problems: list[str]
-    num_duplicates: int
+    prefix: Path  # how the names of the files begin
+    task: Task  # row of the benchmark
+    lines: dict[SampleId, Line]  # in the order of their ids
+    records: list[TaskRecord]  # of the files that `evaluate.py generate` wrote
+    problems: list[str]  # a sentence for each line that is no answer and for what is missing
+    num_duplicates: int  # lines that repeat a sample of another file
 
 
 def read_results(prefix: Path, task: Task, flag: str = "--input_path") -> Results:

@@ -32,12 +32,7 @@ DEFAULT_GALLERY_SIZE = 12
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--task",
-        nargs="+",
-        help=f"benchmarks to score, of {', '.join(TASKS)} (default: all that --input_path has)",
-    )
+    add = parser.add_argument_group("answers").add_argument
     add(
         "--input_path",
         type=Path,
@@ -47,12 +42,17 @@ def add_flags(parser: ArgumentParser) -> None:
         help="how the names of the answer files begin: --output_path of `generate`",
     )
     add(
+        "--task",
+        nargs="+",
+        help=f"benchmarks to score, of {', '.join(TASKS)} (default: all that --input_path has)",
+    )
+    add(
         "--gt_path",
         type=Path,
         action="once",
         metavar="FILE",
         help="file for one task: MMMU's answers, captioning's captions, or all questions of VQAv2 "
-        "for a submission",
+        "for a submission (default: none)",
     )
     add(
         "--compare",
@@ -62,9 +62,19 @@ def add_flags(parser: ArgumentParser) -> None:
         default=[],
         metavar="PREFIX",
         help="--output_path of other runs to compare with: the report shows which answers changed, "
-        "and whether by chance",
+        "and whether by chance (default: none)",
     )
-    add("--report_dir", type=Path, metavar="DIR", help="folder for report.md and report.html")
+    add = parser.add_argument_group(
+        "report",
+        "By default a Markdown table is printed, and the answers of all shares are merged.",
+    ).add_argument
+    add("--json", action="store_true", help="print one JSON object instead of Markdown")
+    add(
+        "--report_dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for report.md and report.html (default: no report is written)",
+    )
     add(
         "--gallery_size",
         metavar="N",
@@ -76,14 +86,15 @@ def add_flags(parser: ArgumentParser) -> None:
         "--input_image_path",
         type=Path,
         metavar="DIR",
-        help="folder of the images, where they moved since they were asked about",
+        help="folder of the images for the report (default: where they were asked about)",
     )
-    add("--json", action="store_true", help="print one JSON object instead of Markdown")
 
 
 def check_flags(arguments: argparse.Namespace, tasks: list[Task]) -> None:
     if arguments.gt_path and len(tasks) > 1:
-        raise UserError("--gt_path goes with one --task")
+        raise UserError(
+            f"--gt_path goes with one --task, found {len(tasks)}; give the task whose file it is"
+        )
     if arguments.gt_path and not tasks[0].scored_with_gt_path:
         takers = [task.name for task in TASKS.values() if task.scored_with_gt_path]
         raise UserError(

@@ -20,8 +20,8 @@ _ALL_OF_VQA_V2 = "v2_OpenEnded_mscoco_test2015_questions.json"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Submission:
-    path: Path
-    notes: list[str] = dataclasses.field(default_factory=list)
+    path: Path  # of the file for the benchmark's server
+    notes: list[str] = dataclasses.field(default_factory=list)  # what its reader must know
 
 
 def write_submission(results: Results, gt_path: Path | None) -> Submission:

@@ -14,27 +14,28 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class SampleScore:
-    """`value`: 0 to 1, or points; `truth`: what was expected, for people to read."""
+    """The score of one answer."""
 
-    value: float
-    answer: str
-    truth: list[str]
+    value: float  # 0 to 1, or points
+    answer: str  # that was scored
+    truth: list[str]  # what was expected, for people to read
 
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """`value` is the headline: a mean in percent, or a sum of points (OCRBench). `details` are
-    further numbers by name, in the same unit unless the name says otherwise."""
+    """The score of a task."""
 
-    value: float
-    samples: dict[SampleId, SampleScore]
+    value: float  # the headline: a mean in percent, or a sum of points (OCRBench)
+    samples: dict[SampleId, SampleScore]  # by id
+    # Further numbers by name, in the same unit unless the name says otherwise.
     details: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What the answer lines do not have: MMMU's answers by id, the captions' annotation file."""
+    """What the answer lines do not have."""
 
+    # MMMU's answers by id, or the captions' annotation file.
     answers: dict[str, Any] = field(default_factory=dict)
 
 

@@ -21,12 +21,12 @@ from nvlm.program.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """`score` is None where the truth is hidden; then `submission` was written."""
+    """The answers of a task and their score."""
 
-    results: Results
-    score: TaskScore | None
-    submission: Path | None = None
-    notes: list[str] = dataclasses.field(default_factory=list)
+    results: Results  # the answers
+    score: TaskScore | None  # None: the truth is hidden, and `submission` was written
+    submission: Path | None = None  # file for the benchmark's server; None: `score` is there
+    notes: list[str] = dataclasses.field(default_factory=list)  # what a reader must know
 
 
 def score_results(results: Results, gt_path: Path | None) -> Scored:

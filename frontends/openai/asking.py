@@ -1,6 +1,6 @@
 """From the loop's threads to the one that talks HTTP: the pieces of an answer.
 
-A step tells every request of its batch. They are handed over together, by one wake-up.
+A step has news for every request of its batch. They are handed over together, by one wake-up.
 """
 
 from __future__ import annotations

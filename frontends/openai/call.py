@@ -23,7 +23,7 @@ from frontends.openai.client import ClientGoneError, read_body, unless_gone
 from frontends.openai.door import Door
 from frontends.openai.errors import ApiError, api_error
 from frontends.openai.requests.fields import Body, placed, text_field, unknown
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.serving.loop import BusyError
 
 logger = logging.getLogger(__name__)
@@ -31,32 +31,33 @@ logger = logging.getLogger(__name__)
 Events = AsyncGenerator[bytes, None]
 _MOST_CALLS_BESIDE = 256
 """Bodies that are read beside the requests that the server takes."""
-_MOST_SHOWN = 128
+_ID_CHARACTERS = 128
 
 
 @dataclass(slots=True)
 class Record:
     """What the access log says of a call beside its path and status. No text and no picture."""
 
-    request_id: str = field(default_factory=lambda: secrets.token_hex(12))
-    client_request_id: str | None = None
+    request_id: str = field(default_factory=lambda: secrets.token_hex(12))  # ours
+    client_request_id: str | None = None  # the header X-Request-Id, if it has one
+    # Of the request, or of all prompts; None: it has no answer.
     num_prompt_tokens: int | None = None
-    num_tokens: int = 0
-    num_tiles: int | None = None
-    finish_reason: str | None = None
+    num_tokens: int = 0  # of all its answers
+    num_tiles: int | None = None  # of all images; None: it has no answer
+    finish_reason: str | None = None  # of the last answer, or cancelled
     error: str | None = None  # the code or the field that is wrong
     text: dict[str, Any] = field(default_factory=dict)  # only where the operator asks for it
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`stack` ends with the call; what it holds is cancelled then."""
+    """One HTTP request while it is answered."""
 
-    door: Door
-    body: Body
-    record: Record
-    stack: ExitStack
-    created: int = field(default_factory=lambda: int(time.time()))
+    door: Door  # what all calls share
+    body: Body  # as JSON
+    record: Record  # for the access log
+    stack: ExitStack  # ends with the call; what it holds is cancelled then
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix time in seconds
 
     def name(self, prefix: str) -> str:
         """The id of an answer."""
@@ -82,7 +83,7 @@ class Endpoint:
                 body = await self._body(Request(scope, receive), stack)
                 call = Call(door, body, record, stack)
                 client_id = text_field(body, "request_id") or _header(scope, b"x-request-id")
-                record.client_request_id = client_id and client_id[:_MOST_SHOWN]
+                record.client_request_id = client_id and client_id[:_ID_CHARACTERS]
                 ignored = unknown(body, self._fields)
                 door.report_ignored(ignored)
                 await unless_gone(receive, self._answer(call, ignored, scope, receive, send))
@@ -112,7 +113,7 @@ class Endpoint:
             raise BusyError("the server reads as many requests as it can; try again later")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            found = f"is {kind[:_MOST_SHOWN]!r}" if kind else "is missing"
+            found = f"is {shown(kind)}" if kind else "is missing"
             raise ApiError(
                 415, f"the content type {found}, expected application/json; send JSON, and say so"
             )
@@ -172,7 +173,7 @@ def _object(data: bytes) -> Body:
             400, "the body has a number of too many digits; send a shorter one"
         ) from None
     if not isinstance(found, dict):
-        raise ApiError(400, "the body is no JSON object")
+        raise ApiError(400, f"the body is no JSON object but {shown(found)}; send an object")
     return found
 
 

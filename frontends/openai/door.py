@@ -17,7 +17,7 @@ from frontends.openai.requests.fields import Settings
 from frontends.openai.requests.media import MediaRules
 from frontends.openai.requests.messages import Turn, messages_of, pictures_of
 from frontends.openai.requests.pictures import Picture
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.requests.messages import ImageSource
 from runtime.requests.types import GenerationRequest
 from runtime.serving.loop import BusyError
@@ -35,13 +35,14 @@ _NUM_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class DoorOptions:
-    """models: the names that the model answers to, the first of which it calls itself."""
+    """What the command line chooses of the door."""
 
+    # Names that the model answers to, the first of which it calls itself.
     models: tuple[str, ...] = ("nvlm-d",)
-    media: MediaRules = field(default_factory=MediaRules)
-    max_body_bytes: int = 64 << 20
+    media: MediaRules = field(default_factory=MediaRules)  # which pictures may be fetched
+    max_body_bytes: int = 64 << 20  # of one call
     max_open_bytes: int = 1 << 30  # of the bodies of all open calls
-    body_timeout_s: float = 60.0
+    body_timeout_s: float = 60.0  # from the headers to the end of the body
     logs_text: bool = False  # prompts and answers in the access log
 
 
@@ -116,7 +117,7 @@ class Door:
         if name not in self.options.models:
             raise ApiError(
                 404,
-                f"there is no model {name[:100]!r}, expected {' or '.join(self.options.models)}",
+                f"there is no model {shown(name)}, expected {' or '.join(self.options.models)}",
                 param="model",
                 code="model_not_found",
             )

@@ -24,10 +24,11 @@ def event(chunk: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """num_reused_tokens: of the prompt, found in the cache; None where the decoder does not say."""
+    """OpenAI's `usage`: how many tokens an answer took."""
 
-    num_prompt_tokens: int
-    num_tokens: int
+    num_prompt_tokens: int  # virtual tokens included
+    num_tokens: int  # of all choices
+    # Of the prompt, found in the cache; None: the decoder does not say.
     num_reused_tokens: int | None
 
     @classmethod
@@ -91,20 +92,23 @@ def merged(pieces: Sequence[Answer]) -> list[Answer]:
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """How an answer is sent. includes_usage: as a last chunk without choices; continuously: with
-    every chunk."""
+    """How an answer is sent."""
 
-    is_streamed: bool
-    includes_usage: bool
-    continuously: bool
+    is_streamed: bool  # piece by piece, as server-sent events
+    includes_usage: bool  # as a last chunk without choices
+    continuously: bool  # usage comes with every chunk
 
     @classmethod
     def of(cls, body: Body) -> StreamOptions:
         is_streamed, options = flag(body, "stream"), object_field(body, "stream_options")
         if options and not is_streamed:
-            raise FieldError("stream_options", "stream_options goes with stream true")
+            raise FieldError(
+                "stream_options", "stream_options goes with stream true; send both, or leave it out"
+            )
         if is_streamed and body.get("prompt_logprobs") is not None:
-            raise FieldError("prompt_logprobs", "prompt_logprobs goes with stream false")
+            raise FieldError(
+                "prompt_logprobs", "prompt_logprobs goes with stream false; leave one out"
+            )
         for name in ("include_usage", "continuous_usage_stats"):
             if not isinstance(options.get(name, False), bool | None):
                 raise FieldError(
@@ -120,11 +124,11 @@ class StreamOptions:
 class Chunks:
     """The chunks of one stream, which differ in their choices alone."""
 
-    object: str
-    id: str
-    model: str
-    options: StreamOptions
-    created: int
+    object: str  # OpenAI's name of a chunk
+    id: str  # of the answer
+    model: str  # the name that was asked for
+    options: StreamOptions  # how the client wants it
+    created: int  # Unix time in seconds
 
     @classmethod
     def of(cls, call: Call, name: str, kind: str, model: str, options: StreamOptions) -> Chunks:

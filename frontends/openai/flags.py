@@ -78,7 +78,7 @@ def _add_picture_flags(parser: ArgumentParser) -> None:
         type=positive_int,
         default=32 << 20,
         metavar="BYTES",
-        help="largest picture to fetch, in bytes",
+        help="largest picture to fetch, in bytes (default: %(default)s, 32 MiB)",
     )
     add(
         "--media_timeout_s",
@@ -112,14 +112,15 @@ def _add_limit_flags(parser: ArgumentParser) -> None:
         type=positive_int,
         default=64 << 20,
         metavar="BYTES",
-        help="largest body of a request, in bytes",
+        help="largest body of a request, in bytes (default: %(default)s, 64 MiB)",
     )
     add(
         "--max_open_bytes",
         type=positive_int,
         default=1 << 30,
         metavar="BYTES",
-        help="bytes that the bodies of all unanswered requests may have together",
+        help="bytes that the bodies of all unanswered requests may have together "
+        "(default: %(default)s, 1 GiB)",
     )
     add(
         "--header_timeout_s",

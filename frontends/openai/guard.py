@@ -15,11 +15,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from frontends.openai.errors import ApiError
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 
-_SHOWN_CHARACTERS = 100
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version"})
 """Probes and Prometheus need no key, and name a machine by its address."""
@@ -41,12 +40,11 @@ def own_names() -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """key_digests: SHA-256 of the keys, empty where none is needed. hosts: names in Host that are
-    served, None for any. origins: of other pages that may ask."""
+    """Who may ask."""
 
-    key_digests: tuple[bytes, ...] = ()
-    hosts: frozenset[str] | None = None
-    origins: frozenset[str] = frozenset()
+    key_digests: tuple[bytes, ...] = ()  # SHA-256 of the keys; empty: none is needed
+    hosts: frozenset[str] | None = None  # names in Host that are served; None: any
+    origins: frozenset[str] = frozenset()  # of other pages that may ask
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
         """Raises `ApiError` for a request that is not served."""
@@ -56,7 +54,7 @@ class Guard:
         if self.hosts is not None and _name(host) not in self.hosts:
             raise ApiError(
                 403,
-                f"the Host header is {host[:_SHOWN_CHARACTERS]!r}, expected one of "
+                f"the Host header is {shown(host)}, expected one of "
                 f"{', '.join(sorted(self.hosts))}; the operator names others by --allowed_host",
                 code="host_not_allowed",
             )
@@ -64,7 +62,7 @@ class Guard:
         if origin is not None and not self.is_allowed_origin(origin, host):
             raise ApiError(
                 403,
-                f"pages of the Origin {origin[:_SHOWN_CHARACTERS]!r} may not ask; the operator "
+                f"pages of the Origin {shown(origin)} may not ask; the operator "
                 "names them by --allowed_origin",
                 code="origin_not_allowed",
             )

@@ -13,11 +13,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """In seconds. header: until a request's headers are whole. write: while the client takes
-    nothing of what is sent. keep_alive: between a connection's requests."""
+    """Seconds."""
 
-    header: float = 15.0
-    write: float = 60.0
+    header: float = 15.0  # until a request's headers are whole
+    write: float = 60.0  # while the client takes nothing of what is sent
     keep_alive: float = 75.0  # longer than a proxy's, which would else send into a closed one
 
 

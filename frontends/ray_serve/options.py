@@ -26,23 +26,21 @@ _MOST_CALLS_BESIDE = 256
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """command: of each replica's process. num_gpus, num_cpus: of each replica. spill_at: open
-    requests from which a replica's own go to the least loaded. arguments: serve.py's, which hold at
-    the ingress too."""
+    """What the command line chooses."""
 
-    command: tuple[str, ...]
-    min_replicas: int
-    max_replicas: int
-    num_ingresses: int
-    num_gpus: int
-    num_cpus: int
-    spill_at: int
-    max_open: int
-    target_ongoing_requests: float
-    upscale_delay_s: float
-    downscale_delay_s: float
-    drain_s: float
-    arguments: argparse.Namespace
+    command: tuple[str, ...]  # of each replica's process
+    min_replicas: int  # least number of replicas
+    max_replicas: int  # largest number; equal to the least: it does not change
+    num_ingresses: int  # processes that route
+    num_gpus: int  # of each replica
+    num_cpus: int  # of each replica
+    spill_at: int  # open requests from which a replica's own go to the least loaded
+    max_open: int  # requests that a replica may hold at once
+    target_ongoing_requests: float  # open requests a replica that scaling aims at
+    upscale_delay_s: float  # seconds of more load before a replica is added
+    downscale_delay_s: float  # seconds of less load before one is removed
+    drain_s: float  # seconds in which a replica that is removed may end its answers
+    arguments: argparse.Namespace  # serve.py's, which hold at the ingress too
 
     @property
     def is_autoscaled(self) -> bool:

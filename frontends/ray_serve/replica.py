@@ -30,20 +30,20 @@ _PROBE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request as the ingress took it. path: with its query. headers: without a connection's."""
+    """A request as the ingress took it."""
 
-    method: str
-    path: str
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
+    method: str  # of HTTP
+    path: str  # with its query
+    headers: tuple[tuple[str, str], ...]  # without a connection's
+    body: bytes  # whole
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """The beginning of an answer."""
 
-    status: int
-    headers: tuple[tuple[str, str], ...]
+    status: int  # of HTTP
+    headers: tuple[tuple[str, str], ...]  # in order, without a connection's
 
 
 _OF_A_CONNECTION = frozenset(

@@ -23,12 +23,11 @@ _READ_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Why a server must end. `is_mistake`: the user's, which starting again does not fix.
-    `is_answered`: whatever was in flight was answered with it."""
+    """Why a server must end."""
 
-    reason: str
-    is_mistake: bool = False
-    is_answered: bool = False
+    reason: str  # a sentence for the log
+    is_mistake: bool = False  # the user's, which starting again does not fix
+    is_answered: bool = False  # whatever was in flight was answered with it
 
 
 class ModelPipe:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 
 from frontends.triton.signature import NVLM_INPUTS
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, cut
 from nvlm.program.nearest import nearest
 
 # Beside the protocols' own: Triton's parameters extension.
 _TRITONS = {"id", "binary_data_output", "headers", "priority", "timeout"}
 _TRITONS |= {"sequence_id", "sequence_start", "sequence_end"}
 _TRITONS_PREFIX = "triton_"
-_SHOWN_CHARACTERS = 100
 
 _OTHER_WORDS = {
     # pictures
@@ -72,6 +71,6 @@ def refuse_unknown(parameters: str) -> None:
                 "model nvlm"
             )
         raise UserError(
-            f"{name[:_SHOWN_CHARACTERS]} is no input of this server"
+            f"{cut(name)} is no input of this server"
             f"{nearest(name, names, _OTHER_WORDS) or '; docs/triton.md lists them'}"
         )

@@ -19,9 +19,9 @@ CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
 class Program:
     """A tritonserver and what its Python backend needs to find this interpreter's packages."""
 
-    path: Path
-    flags: tuple[str, ...]
-    environment: dict[str, str]
+    path: Path  # of the program
+    flags: tuple[str, ...]  # that it needs here
+    environment: dict[str, str]  # variables that it needs here, beside this process's
 
 
 def find_program(scratch: Path) -> Program:

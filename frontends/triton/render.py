@@ -47,20 +47,20 @@ _TRITON_DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "T
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """num_threads: of each model's torch, 0 is torch's own choice. grpc_url: where the server will
-    listen, by which `nvlm` asks the other models. Without `decoupled` a model answers once and
-    cannot stream, as clients of TensorRT-LLM's `decoupled_mode: False` expect. hang_after_s: a
-    thread of `nvlm` without progress hangs, 0 is the plan's limit. max_step_ms: as in
-    `DecoderOptions`. pipes: what the models' processes write into, by model."""
+    """What the model repository is rendered for."""
 
-    form: Form
-    device: str = "auto"
-    num_threads: int = 0
-    max_queue_size: int = 64
+    form: Form  # which models it has
+    device: str = "auto"  # where decoder and vision run
+    num_threads: int = 0  # of each model's torch; 0: torch's own choice
+    max_queue_size: int = 64  # requests that may wait
+    # False: a model answers once and cannot stream, as clients of TensorRT-LLM's `decoupled_mode:
+    # False` expect.
     decoupled: bool = True
+    # Where the server will listen, by which `nvlm` asks the other models.
     grpc_url: str = "127.0.0.1:8001"
-    hang_after_s: float = 0.0
-    max_step_ms: float | None = None
+    hang_after_s: float = 0.0  # a thread of `nvlm` without progress hangs; 0: the plan's limit
+    max_step_ms: float | None = None  # as in `DecoderOptions`
+    # What the models' processes write into, by model.
     pipes: Mapping[str, Path] = field(default_factory=dict)
 
 

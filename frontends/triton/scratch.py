@@ -25,11 +25,11 @@ _SHARED = Path("/dev/shm")
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """lock: a descriptor, for processes that use the folder to inherit."""
+    """A folder for one run of the server."""
 
-    path: Path
-    regions: str
-    lock: int
+    path: Path  # removed at the end
+    regions: str  # prefix of its regions in shared memory
+    lock: int  # a descriptor, for processes that use the folder to inherit
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from frontends.triton.closed import closing_flags
 from frontends.triton.model_pipe import End, ModelPipe
 from frontends.triton.program import Program, find_program
 from nvlm.program.child import ends_with_us
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from nvlm.program.signal_names import how_it_ended
 
 EXIT_TIMEOUT_S = 20  # for requests in flight
@@ -35,10 +35,12 @@ _FRAME = re.compile(r"\s*\d+# ")  # a line of the stack that a dying tritonserve
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    address: str = "127.0.0.1"
-    http: int = 8000
-    grpc: int = 8001
-    metrics: int = 8002
+    """Where a server listens."""
+
+    address: str = "127.0.0.1"  # of an interface
+    http: int = 8000  # port
+    grpc: int = 8001  # port
+    metrics: int = 8002  # port
 
     @property
     def host(self) -> str:
@@ -262,11 +264,11 @@ class TritonServer:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
             answer = error.read().decode(errors="replace")
-            raise UserError(f"tritonserver is up but cannot answer: {answer}") from None
+            raise UserError(f"tritonserver is up but cannot answer: {shown(answer)}") from None
         except OSError as error:
             raise UserError(f"tritonserver is up but does not answer: {error}") from None
         if answer.get("num_tokens") != 1 and answer.get("finish_reason") != "stop":
-            raise UserError(f"tritonserver is up but answers {answer}, expected one token")
+            raise UserError(f"tritonserver is up but answers {shown(answer)}, expected one token")
 
     def last_error(self) -> str:
         """What the log says last of an error, without Triton's own prefix and trace."""

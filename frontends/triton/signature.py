@@ -14,12 +14,12 @@ from runtime.requests.sampling import SETTINGS
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """`data_type` is Triton's; a dim of -1 is free."""
+    """A tensor of a model."""
 
-    name: str
-    data_type: str
-    dims: tuple[int, ...]
-    optional: bool = True
+    name: str  # in Triton's configuration
+    data_type: str  # Triton's, such as TYPE_INT32
+    dims: tuple[int, ...]  # -1 is free
+    optional: bool = True  # a request may leave it out
 
 
 def _specs(data_type: str, dims: tuple[int, ...], names: str) -> tuple[TensorSpec, ...]:

@@ -44,21 +44,18 @@ _FIXED: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
-    """The decoder as converted: its shape, number types and ranks.
+    """The decoder as converted: its shape, number types and ranks."""
 
-    exclude_modules: patterns (fnmatch) of linears that stay in `dtype`, by their names in the
-    model, such as `transformer.layers.3.mlp.proj`. kv_cache: an engine's own choice, which
-    config.json does not hold.
-    """
-
-    decoder: DecoderConfig
-    dtype: str
-    quant_algo: str | None
-    kv_cache_quant_algo: str | None
-    tp_size: int = 1
-    pp_size: int = 1
+    decoder: DecoderConfig  # shape of the whole model
+    dtype: str  # torch's name of what is not quantised, such as bfloat16
+    quant_algo: str | None  # "FP8"; None: linears stay in `dtype`
+    kv_cache_quant_algo: str | None  # "FP8"; None: the cache is in `dtype`
+    tp_size: int = 1  # tensor parallel ranks
+    pp_size: int = 1  # pipeline parallel ranks
+    # Patterns (fnmatch) of linears that stay in `dtype`, by their names in the model, such as
+    # `transformer.layers.3.mlp.proj`.
     exclude_modules: tuple[str, ...] = ()
-    kv_cache: EngineKVCache = AS_STORED
+    kv_cache: EngineKVCache = AS_STORED  # an engine's own choice, which config.json does not hold
 
     def mapping(self, rank: int = 0) -> Mapping:
         return Mapping(self.tp_size, self.pp_size, rank)

@@ -61,14 +61,12 @@ def _module_name(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Import:
-    """Our module `module`, or `name` in it.
+    """A module of ours, or a name in it, as a file imports it."""
 
-    `local` is the name that it gets. It is "" where every use is replaced by a place of its own,
-    as for a module: its name follows the path.
-    """
-
-    module: str
-    name: str = ""
+    module: str  # dotted path
+    name: str = ""  # in the module; empty: the module itself
+    # The name that it gets. Empty: every use is replaced by a place of its own, as for a module,
+    # whose name follows the path.
     local: str = ""
 
     @property
@@ -83,11 +81,11 @@ class _Import:
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """`digest`: of its own text; `places`: what it imports of ours, by place in that text."""
+    """One of our modules, read."""
 
-    digest: str
-    is_empty: bool
-    places: list[list[_Import]]
+    digest: str  # SHA-256 of its own text
+    is_empty: bool  # whether nothing but comments and docstrings is in it
+    places: list[list[_Import]]  # what it imports of ours, by place in its text
 
     def with_imports(self, digests: dict[str, str]) -> str:
         """Returns a digest that covers the `digests` of the imported modules.
@@ -114,13 +112,13 @@ def _read(name: str, path: Path, ours: Collection[str]) -> _Module:
 
 @dataclass(slots=True)
 class _Writer:
-    """Writes one syntax tree as `text` and `places`. `aliases`: local names of our modules."""
+    """Writes one syntax tree as text, without the names of our modules."""
 
-    ours: Collection[str]
-    package: str
-    text: list[str] = field(default_factory=list)
-    places: list[list[_Import]] = field(default_factory=list)
-    aliases: dict[str, str] = field(default_factory=dict)
+    ours: Collection[str]  # names of all our modules
+    package: str  # the package of the tree's module, from which relative imports start
+    text: list[str] = field(default_factory=list)  # pieces, in order
+    places: list[list[_Import]] = field(default_factory=list)  # imports of each place in the text
+    aliases: dict[str, str] = field(default_factory=dict)  # local names of our modules
 
     def find_aliases(self, tree: ast.Module) -> None:
         """Finds the names whose every use is replaced: only one of our modules is bound to them.

@@ -18,10 +18,10 @@ _FP8, _IN_DTYPE = "fp8", "unquantized"
 
 @dataclass(frozen=True, slots=True)
 class EngineKVCache:
-    """in_dtype: keys and values stay in the checkpoint's dtype, whatever scales it has. scales: of
-    every layer one of K and one of V, instead of the checkpoint's one of both."""
+    """What an engine holds keys and values in, where it is not as its checkpoint says."""
 
-    in_dtype: bool = False
+    in_dtype: bool = False  # they stay in the checkpoint's dtype, whatever scales it has
+    # Of every layer one of K and one of V, instead of the checkpoint's one of both.
     scales: tuple[tuple[float, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:

@@ -55,19 +55,19 @@ def with_article(kind: Kind) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    size_bytes: int
-    sha256: str
+    size_bytes: int  # of the whole file
+    sha256: str  # hexadecimal
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    kind: Kind
-    arguments: dict[str, Any]
-    limits: dict[str, int]
-    source: dict[str, Any]
-    files: dict[str, FileEntry]
-    versions: dict[str, str] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    kind: Kind  # what the directory is: checkpoint, engine or export
+    arguments: dict[str, Any]  # flags of the command that made it, by name
+    limits: dict[str, int]  # an engine's `EngineLimits`; empty for others
+    source: dict[str, Any]  # what it was made from: digests, and choices by name
+    files: dict[str, FileEntry]  # by path, relative to the directory
+    versions: dict[str, str] = field(default_factory=dict)  # packages that took part in making it
+    format_version: int = FORMAT_VERSION  # of the manifest itself
 
     @property
     def digest(self) -> str:

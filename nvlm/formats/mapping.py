@@ -15,9 +15,9 @@ from nvlm.program.errors import UserError
 class Mapping:
     """One rank of tp_size x pp_size."""
 
-    tp_size: int = 1
-    pp_size: int = 1
-    rank: int = 0
+    tp_size: int = 1  # tensor parallel ranks
+    pp_size: int = 1  # pipeline parallel ranks
+    rank: int = 0  # from 0; ranks of one pipeline stage are neighbours
 
     @property
     def world_size(self) -> int:

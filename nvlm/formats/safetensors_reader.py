@@ -17,8 +17,8 @@ from nvlm.program.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    dtype: torch.dtype  # as stored
+    shape: tuple[int, ...]  # as stored
 
     @property
     def num_bytes(self) -> int:

@@ -32,9 +32,9 @@ _F32, _BF16 = torch.float32, torch.bfloat16
 class StoredTensor:
     """One tensor as nvidia/NVLM-D-72B stores it."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    name: str  # as model.safetensors.index.json has it
+    shape: tuple[int, ...]  # dummy heads of the ViT included
+    dtype: torch.dtype  # bfloat16 or float32
 
 
 # (name, shape, published dtype). Vision: H hidden, A stored attention channels, I intermediate,
@@ -136,13 +136,11 @@ Split = Literal["column", "row"]
 
 @dataclass(frozen=True, slots=True)
 class EngineTensor:
-    """A tensor of a TensorRT-LLM checkpoint and the published ones stacked into it on dim 0.
+    """A tensor of a TensorRT-LLM checkpoint and the published ones stacked into it on dim 0."""
 
-    Without `split` every rank holds all of it. Ranks split each source, then stack their parts.
-    """
-
-    name: str
-    sources: tuple[str, ...]
+    name: str  # after `transformer.layers.N.`, or whole
+    sources: tuple[str, ...]  # published names, in the order of the stack
+    # Ranks split each source, then stack their parts. None: every rank holds all of it.
     split: Split | None = None
 
 

@@ -30,10 +30,10 @@ from nvlm.program.json_files import StrictReader, read_json_object
 class VisionCheckpoint:
     """What `vision/config.json` says, beside the folder it stands in."""
 
-    directory: Path
-    dtype: str
-    config: VisionConfig
-    tiling: TilingConfig
+    directory: Path  # `vision/`, which holds weights and scales
+    dtype: str  # torch's name of the weights' type
+    config: VisionConfig  # shape of ViT and projector
+    tiling: TilingConfig  # how the model was trained to see images
 
     @classmethod
     def read(cls, directory: Path) -> VisionCheckpoint:

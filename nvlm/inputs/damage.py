@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from PIL import Image
 
 from nvlm.inputs.picture_budget import too_many_pixels
-from nvlm.program.errors import UserError
-
-_SHOWN_CHARACTERS = 200
+from nvlm.program.errors import UserError, cut
 
 
 @contextmanager
@@ -32,5 +30,5 @@ def as_its_own_error(where: str, what_is_wrong: str, remedy: str) -> Iterator[No
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error)
         lines = reason.splitlines() or [""]
-        reason = lines[0].split("<_io.")[0].strip()[:_SHOWN_CHARACTERS] or type(error).__name__
+        reason = cut(lines[0].split("<_io.")[0].strip()) or type(error).__name__
         raise UserError(f"{where} {what_is_wrong} ({reason}); {remedy}") from None

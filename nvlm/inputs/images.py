@@ -42,14 +42,10 @@ log = logging.getLogger(__name__)
 class PictureRules:
     """How a picture file becomes pixels."""
 
-    apply_exif: bool = True
-    """Turn it upright as its metadata says."""
-
-    on_white: bool = True
-    """Lay transparency on white; else drop it and show the colours below."""
-
+    apply_exif: bool = True  # turn it upright as its metadata says
+    on_white: bool = True  # lay transparency on white; else drop it and show the colours below
+    # Which page or frame, from 1, or all. None: the first, with a warning where there are more.
     page: Page | None = None
-    """Which page or frame, from 1, or all. None: the first, with a warning where there are more."""
 
     @property
     def reduces(self) -> bool:

@@ -48,11 +48,11 @@ class PageHeader:
 class Picture:
     """A decoded image of any mode, and what makes it 8-bit RGB and upright."""
 
-    image: Image.Image
-    where: str
-    on_white: bool = False
-    turn: Transpose | None = None
-    _rgb: Callable[[Image.Image], Image.Image] = field(init=False)
+    image: Image.Image  # as Pillow decoded it, before any turn
+    where: str  # what messages call it
+    on_white: bool = False  # see-through pixels become white instead of what is below them
+    turn: Transpose | None = None  # what makes it upright, from EXIF; None: it is
+    _rgb: Callable[[Image.Image], Image.Image] = field(init=False)  # makes 8-bit RGB of rows
 
     def __post_init__(self) -> None:
         rgb = rgb_of(self.image, self.where, on_white=self.on_white)

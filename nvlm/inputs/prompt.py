@@ -35,9 +35,9 @@ _FORMATS: dict[PromptFormat, tuple[str, bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class ImageSlot:
-    """Where one image of `num_tiles` tiles stands in the prompt."""
+    """Where one image stands in the prompt."""
 
-    num_tiles: int
+    num_tiles: int  # of the image, thumbnail included
 
 
 PromptPart = str | ImageSlot
@@ -46,15 +46,15 @@ Turn = tuple[Role, Sequence[PromptPart]]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """token_ids: text ids and virtual ids; num_virtual_tokens: rows of the prompt table."""
+    """A prompt as the decoder takes it."""
 
-    token_ids: list[int]
-    num_virtual_tokens: int
+    token_ids: list[int]  # text ids and virtual ids
+    num_virtual_tokens: int  # rows of the prompt table
 
 
 @dataclass(frozen=True, slots=True)
 class _Special:
-    name: str
+    name: str  # a token that the tokenizer has whole, such as <|im_end|>
 
 
 class _Break:

@@ -27,9 +27,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, slots=True)
 class TiledImage:
-    """tiles: [num_tiles, S, S, 3] uint8 RGB: the grid row by row, then the thumbnail (if any)."""
+    """A picture, cut."""
 
-    grid: Grid
+    grid: Grid  # columns and rows, without the thumbnail
+    # [num_tiles, S, S, 3] uint8 RGB: the grid row by row, then the thumbnail (if any).
     tiles: NDArray[np.uint8]
 
     @property
@@ -72,8 +73,8 @@ def choose_grid(width: int, height: int, image_size: int, max_num_tiles: int) ->
 class Tiler:
     """Cuts a picture. The aspect ratio is not kept: all of it is stretched to the grid."""
 
-    image_size: int
-    max_num_tiles: int
+    image_size: int  # side of a tile, in pixels
+    max_num_tiles: int  # most tiles of the grid, without the thumbnail
 
     def __call__(self, picture: Picture) -> TiledImage:
         columns, rows = grid = self._grid(*picture.size)

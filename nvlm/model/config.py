@@ -33,22 +33,19 @@ def exact_div(dividend: int, divisor: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """InternViT and the projector after it.
+    """InternViT and the projector after it."""
 
-    `num_attention_heads` counts real heads; `num_dummy_heads` zero heads are stored after them.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_dummy_heads: int
-    image_size: int
-    patch_size: int
-    norm_eps: float
-    projector_hidden_size: int
-    output_size: int
-    projector_norm_eps: float = PROJECTOR_NORM_EPS
+    hidden_size: int  # width of the ViT
+    intermediate_size: int  # width of its MLP
+    num_hidden_layers: int  # of the ViT
+    num_attention_heads: int  # real heads
+    num_dummy_heads: int  # zero heads, stored after the real ones
+    image_size: int  # side of a tile, in pixels
+    patch_size: int  # side of a patch, in pixels
+    norm_eps: float  # of the ViT's RMS norms
+    projector_hidden_size: int  # width of the projector's MLP
+    output_size: int  # width of an embedding: the decoder's hidden_size
+    projector_norm_eps: float = PROJECTOR_NORM_EPS  # of the projector's layer norm
 
     @property
     def head_dim(self) -> int:
@@ -86,15 +83,15 @@ class VisionConfig:
 class DecoderConfig:
     """The Qwen2 language model. RoPE is never scaled: decision 2 (docs/decisions/model.md)."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    max_position_embeddings: int
-    rope_theta: float
-    rms_norm_eps: float
+    hidden_size: int  # width of the residual stream
+    intermediate_size: int  # width of the MLP
+    num_hidden_layers: int  # layers of the whole model
+    num_attention_heads: int  # heads of Q
+    num_key_value_heads: int  # heads of K and V, each shared by several of Q
+    vocab_size: int  # rows of embedding and head; larger ids are virtual tokens
+    max_position_embeddings: int  # longest context, in tokens
+    rope_theta: float  # base of the rotary frequencies
+    rms_norm_eps: float  # of all its norms
 
     @property
     def head_dim(self) -> int:
@@ -103,10 +100,10 @@ class DecoderConfig:
 
 @dataclass(frozen=True, slots=True)
 class TilingConfig:
-    """How an image becomes tiles: a grid of at most `max_num_tiles`, then the thumbnail."""
+    """How an image becomes tiles: a grid, then the thumbnail."""
 
-    image_size: int
-    max_num_tiles: int
+    image_size: int  # side of a tile, in pixels
+    max_num_tiles: int  # most tiles of the grid, without the thumbnail
 
     @property
     def max_tiles_per_image(self) -> int:
@@ -116,9 +113,9 @@ class TilingConfig:
 
 @dataclass(frozen=True, slots=True)
 class NVLMConfig:
-    vision: VisionConfig
-    decoder: DecoderConfig
-    tiling: TilingConfig
+    vision: VisionConfig  # InternViT and projector
+    decoder: DecoderConfig  # Qwen2
+    tiling: TilingConfig  # how images become tiles
 
     def with_projector_norm_eps(self, value: float) -> NVLMConfig:
         return replace(self, vision=replace(self.vision, projector_norm_eps=value))

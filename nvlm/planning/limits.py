@@ -17,12 +17,12 @@ _DEFAULT_MAX_NUM_TOKENS = 8192  # TensorRT-LLM's default
 class EngineLimits:
     """Counts of requests, tokens and images; the names are trtllm-build's."""
 
-    max_batch_size: int
-    max_input_len: int
-    max_seq_len: int
-    max_num_tokens: int
-    max_num_images: int
-    max_multimodal_len: int
+    max_batch_size: int  # requests in a step
+    max_input_len: int  # tokens of a prompt, virtual ones included
+    max_seq_len: int  # tokens of prompt and answer
+    max_num_tokens: int  # tokens that a step computes
+    max_num_images: int  # images of a request, videos' frames included
+    max_multimodal_len: int  # rows of the prompt tables of a whole batch
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)

@@ -142,19 +142,19 @@ def decoder_workspace_bytes(
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """Bytes on one rank. `workspace_bytes` estimates the largest step's activations.
+    """Bytes on one rank.
 
     The KV cache of decoder `torch` holds every place at its longest; that of TensorRT-LLM takes
     what is left.
     """
 
-    decoder_weight_bytes: int
-    vision_weight_bytes: int
-    kv_bytes_per_token: int
-    kv_cache_bytes: int
-    prompt_table_bytes: int
-    workspace_bytes: int
-    limits: EngineLimits
+    decoder_weight_bytes: int  # the rank's shard
+    vision_weight_bytes: int  # ViT and projector, whole
+    kv_bytes_per_token: int  # keys and values of one position
+    kv_cache_bytes: int  # the whole cache
+    prompt_table_bytes: int  # embeddings of a whole batch
+    workspace_bytes: int  # estimate of the largest step's activations
+    limits: EngineLimits  # what the rest was computed from
 
     @property
     def total_bytes(self) -> int:

@@ -24,8 +24,8 @@ _ALIGNMENT = 256
 class Place:
     """A tensor in the piece of memory that every rank has."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    dtype: torch.dtype  # of its values
+    shape: tuple[int, ...]  # on each rank
     offset: int  # bytes from the beginning of the piece
 
     @property

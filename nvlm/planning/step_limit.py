@@ -27,12 +27,11 @@ _DISK_BYTES_PER_S = 100e6  # mapped weights that the system dropped are read aga
 
 @dataclass(frozen=True, slots=True)
 class StepLimit:
-    """num_parameters: each is multiplied once a token. num_bytes: of weights that may have to be
-    read from the disk first, 0 where they were copied to a GPU."""
+    """How long a step may take before it counts as hung."""
 
-    num_parameters: int
-    num_bytes: int
-    flops_per_s: float
+    num_parameters: int  # each is multiplied once a token
+    num_bytes: int  # weights that may have to be read from the disk first; 0 where a GPU has them
+    flops_per_s: float  # the least that the device is taken to do
 
     def seconds(self, num_tokens: int) -> float:
         flops = 2 * self.num_parameters * num_tokens

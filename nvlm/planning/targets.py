@@ -19,11 +19,11 @@ HOPPER = "9.0"
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """capabilities: compute capabilities of the GPUs an engine may run on, as "9.0". is_cross: it
-    is compiled for a GPU that need not be here."""
+    """Where an engine is to run."""
 
+    # Compute capabilities of the GPUs that it may run on, as "9.0"; empty: a CPU.
     capabilities: tuple[str, ...] = ()
-    is_cross: bool = False
+    is_cross: bool = False  # it is compiled for a GPU that need not be here
 
     @classmethod
     def of(cls, device: torch.device) -> Machine:
@@ -40,8 +40,8 @@ class Machine:
 class Missing:
     """What keeps a target from a machine, and what to do about it."""
 
-    what: str
-    fix: str
+    what: str  # as a phrase, such as "no package tensorrt"
+    fix: str  # what the user does about it, as an imperative
 
 
 def compute_capability(device: torch.device | int) -> str:

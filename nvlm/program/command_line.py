@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nvlm.program.errors import PartDiedError, UserError
+from nvlm.program.errors import PartDiedError, UserError, shown
 from nvlm.program.nearest import nearest
 from nvlm.program.process import (
     ignore_pillows_warnings,
@@ -76,8 +76,8 @@ class _Store(argparse.Action):
         before = parser.given.get(self.dest, values)
         if self.is_once and before != values:
             raise UserError(
-                f"{option_string} is given twice, with {str(before)!r} and {str(values)!r}; "
-                "give it once"
+                f"{option_string} is given twice, with {shown(str(before))} and "
+                f"{shown(str(values))}; give it once"
             )
         if isinstance(values, list):
             values = [*parser.given.get(self.dest, []), *values]
@@ -144,7 +144,7 @@ class ArgumentParser(argparse.ArgumentParser):
             expected, example = _NUMBERS[action.type]
             flag = "/".join(action.option_strings) or action.dest
             raise UserError(
-                f"{flag} is {text!r}, expected {expected}; give one, as in {flag} {example}"
+                f"{flag} is {shown(text)}, expected {expected}; give one, as in {flag} {example}"
             ) from None
 
 

@@ -16,13 +16,18 @@ def shortened(message: str) -> str:
     )
 
 
+def cut(text: str) -> str:
+    """A text as a message quotes it: 200 characters at most."""
+    return text if len(text) <= _QUOTED_CHARACTERS else f"{text[: _QUOTED_CHARACTERS - 3]}..."
+
+
 def shown(value: object) -> str:
     """A value as a message quotes it: as Python writes it, 200 characters at most."""
     try:
         text = shortened(repr(value))
     except (RecursionError, ValueError):  # lists within lists; whole numbers of 4,301 digits
         text = f"a {type(value).__name__} too long to show"
-    return text if len(text) <= _QUOTED_CHARACTERS else f"{text[: _QUOTED_CHARACTERS - 3]}..."
+    return cut(text)
 
 
 class UserError(Exception):

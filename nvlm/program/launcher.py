@@ -38,13 +38,13 @@ _TORCH_DISTRIBUTED = ("WORLD_SIZE", "RANK")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """`local_rank` counts the ranks of one machine, `local_size` of them; None where the launcher
-    does not say, which is then taken as one machine."""
+    """The ranks of a job and this one's place."""
 
-    size: int = 1
-    rank: int = 0
+    size: int = 1  # ranks of the job
+    rank: int = 0  # this one, from 0
+    # Ranks on this machine. None: the launcher does not say, and all count as on one.
     local_size_given: int | None = None
-    local_rank_given: int | None = None
+    local_rank_given: int | None = None  # this one among those on its machine; None as above
 
     @property
     def local_size(self) -> int:

@@ -35,19 +35,19 @@ _COMPARED_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One request: prompt_table and logits [num_tokens, vocab_size] float32, mapped from files."""
+    """One request. Tensors are mapped from files."""
 
-    token_ids: list[int]
-    prompt_table: torch.Tensor | None
-    logits: torch.Tensor
+    token_ids: list[int]  # of the answer
+    prompt_table: torch.Tensor | None  # [num_virtual_tokens, hidden_size] float32; None: no image
+    logits: torch.Tensor  # [num_tokens, vocab_size] float32
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """All requests through one engine, decoded together."""
 
-    recordings: list[Recording]
-    seconds: float
+    recordings: list[Recording]  # in the order of the requests
+    seconds: float  # from the first step to the last
 
     @property
     def tokens_per_s(self) -> float:
@@ -56,17 +56,19 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """first_differing_token is None when one answer is the other, or its beginning and both ended.
+    """How far two answers to one request are apart.
 
     Errors are relative (2-norm). Logits are compared up to and including the first differing
-    token, where both have seen the same tokens; `margin` is by how much the reference preferred its
-    token there, in units of the largest difference of any logit: below 2 the two may well differ.
+    token, where both have seen the same tokens.
     """
 
-    num_tokens: int
+    num_tokens: int  # of the reference's answer
+    # From 0; None: one answer is the other, or its beginning and both ended.
     first_differing_token: int | None
-    vision_error: float | None
-    logit_error: float | None
+    vision_error: float | None  # of the prompt table; None: no image
+    logit_error: float | None  # None: nothing can be compared
+    # By how much the reference preferred its token there, in units of the largest difference of any
+    # logit. Below 2 the two may well differ.
     margin: float | None
 
     def line(self) -> str:

@@ -76,7 +76,7 @@ class LineFile:
             _write(self._file, line + b"\n")
         except OSError as error:
             self._file.truncate(end)
-            raise self._cannot_go_on(error) from None
+            raise self._cannot_write(error) from None
 
     def replace(self, lines: Mapping[int, bytes]) -> None:
         """Puts other lines in the place of some, by their index, all or (on an error) none. The
@@ -96,11 +96,11 @@ class LineFile:
                 temporary.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            raise self._cannot_go_on(error) from None
+            raise self._cannot_write(error) from None
         self._file.close()
         self._file = file
 
-    def _cannot_go_on(self, error: OSError) -> UserError:
+    def _cannot_write(self, error: OSError) -> UserError:
         reason = "its disk is full" if error.errno == errno.ENOSPC else error.strerror
         return UserError(
             f"{self.name} cannot be written: {reason}; fix that and run the same command again, it "

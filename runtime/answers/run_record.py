@@ -39,7 +39,8 @@ Types = Mapping[str, Union[type, tuple[type, ...], "Types"]]
 class EngineId:
     """Which engine it was: by its manifest's digest, since a folder may hold another by now."""
 
-    digest: str
+    digest: str  # SHA-256 of its manifest
+    # Where it was then; empty: unknown.
     directory: str = dataclasses.field(default="", compare=False)
 
     @classmethod
@@ -54,7 +55,7 @@ class EngineId:
 class RecordForm:
     """What one kind of run records, and what a user does about a record that is damaged."""
 
-    fix: str
+    fix: str  # as an imperative
     types: Types = dataclasses.field(default_factory=dict)  # beside those of every record
     optional: frozenset[str] = frozenset()  # keys in `types` that may be missing
     fault: Callable[[dict[str, Any]], str | None] = lambda _: None  # what else is wrong
@@ -67,14 +68,14 @@ BATCH = RecordForm("choose another --output_file")
 class RunRecord:
     """What made the answers of one file."""
 
-    engine: EngineId
+    engine: EngineId  # that answered
     # Shared by all answers; settings at their neutral value are left out.
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     # A digest of each request, in order. None where an answer is older than the record.
     requests: list[str | None] = dataclasses.field(default_factory=list)
     # The section of a benchmark; empty in a batch.
     task: dict[str, Any] = dataclasses.field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = FORMAT_VERSION  # of the record itself
 
     @classmethod
     def read(cls, path: Path, form: RecordForm) -> RunRecord:

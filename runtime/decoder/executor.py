@@ -23,81 +23,70 @@ from runtime.requests.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class DecoderRequest:
-    """One prompt to continue.
+    """One prompt to continue. The strings of `sampling` mean nothing here, nor does its n."""
 
-    token_ids: ids below vocab_size are text, an id vocab_size + r is row r of `prompt_table`
-    [num_virtual_tokens, hidden_size] (any float dtype; cast to the engine's). cache_keys: one key
-    per image, equal exactly for equal pixels; rows_per_image: the rows of each in the table. A
-    token in `stop_ids` ends the answer and is not part of it. max_new_tokens is cut to what
-    max_seq_len leaves. guide: what the answer must match; an executor that does not compile guides
-    itself takes `compiled_guide`.
-
-    bad_words: token ids that never follow one another; the strings of `sampling` mean nothing here,
-    nor does its n. A seed that is missing is 0. same_prompt_as: the id of a request with the same
-    prompt, which waits in front or runs: this one shares its blocks and joins once they are
-    computed.
-    """
-
+    # Ids from vocab_size on are rows of the prompt table: vocab_size + r is row r.
     token_ids: list[int]
-    max_new_tokens: int
+    max_new_tokens: int  # cut to what max_seq_len leaves
+    # [num_virtual_tokens, hidden_size], any float dtype; cast to the engine's.
     prompt_table: torch.Tensor | None = None
-    cache_keys: tuple[bytes, ...] = ()
-    rows_per_image: tuple[int, ...] = ()
-    stop_ids: frozenset[int] = frozenset()
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    bad_words: tuple[tuple[int, ...], ...] = ()
+    cache_keys: tuple[bytes, ...] = ()  # one an image, equal exactly for equal pixels
+    rows_per_image: tuple[int, ...] = ()  # rows of each image in the table
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the answer and are not part of it
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # a seed that is missing is 0
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that never follow one another
+    # Id of a request with the same prompt, which waits in front or runs. This one shares its blocks
+    # and joins once they are computed.
     same_prompt_as: int | None = None
-    return_logits: bool = False
-    guide: Guide | None = None
+    return_logits: bool = False  # give the model's logits of each token
+    guide: Guide | None = None  # what the answer must match
+    # For an executor that does not compile guides itself.
     compiled_guide: CompiledGuide | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """A token's log probability, and the (token id, log probability) of the likeliest in its
-    place."""
+    """A token's log probability (natural logarithm), and those of the likeliest in its place."""
 
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    logprob: float  # of the token itself
+    top: tuple[tuple[int, float], ...] = ()  # (token id, log probability), likeliest first
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """What one step did for one request.
 
-    token_id is None when a stop token came; finish_reason is None while the request runs. An
-    answer to which its guide lets nothing be added stops with its last token.
-    logits: [vocab_size] float32 of the model, if asked for; settings and guides change copies.
-    logprobs: of the token, if asked for. prompt_logprobs: with the first token, one for each of the
-    prompt's, None for the first and for rows of the prompt table. num_reused_tokens: with the first
-    token, those of the prompt that earlier requests had computed; None where the executor does not
-    know. error: why the executor gave up this request, and no other.
+    An answer to which its guide lets nothing be added stops with its last token.
     """
 
-    request_id: int
-    token_id: int | None
-    finish_reason: FinishReason | None
+    request_id: int  # as `submit` returned it
+    token_id: int | None  # None: a stop token came
+    finish_reason: FinishReason | None  # None while the request runs
+    # [vocab_size] float32 of the model, if asked for; settings and guides change copies.
     logits: torch.Tensor | None = None
-    logprobs: TokenLogprobs | None = None
+    logprobs: TokenLogprobs | None = None  # of the token, if asked for
+    # With the first token: one for each of the prompt's, None for the first and for rows of the
+    # prompt table.
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    # With the first token: those of the prompt that earlier requests had computed. None: the
+    # executor does not know.
     num_reused_tokens: int | None = None
-    error: Exception | None = None
+    error: Exception | None = None  # why the executor gave up this request, and no other
 
 
-SERVICE_STEP_MS = 33.0
+SERVICE_STEP_MS = 31.0
 """The default --max_step_ms of a server on a GPU: decision 144 (docs/decisions/decoder.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderOptions:
-    """How an engine is loaded. kv_cache_free_gpu_memory_fraction: of a GPU's memory that is free
-    after loading; None is the decoder's own choice. gather_logits: requests will ask for logits.
-    max_step_ms: how long a step may take in which requests decode and prompts are computed
-    (`StepBound`), from which the slices of vision follow too; 0 is no bound, None what suits a
-    service on the device. Raises `UserError` for a negative or endless one."""
+    """How an engine is loaded. Raises `UserError` for a negative or endless `max_step_ms`."""
 
+    # Of a GPU's memory that is free after loading. None: the decoder's own choice.
     kv_cache_free_gpu_memory_fraction: float | None = None
-    gather_logits: bool = False
+    gather_logits: bool = False  # requests will ask for logits
+    # How long a step may take in which requests decode and prompts are computed (`StepBound`), from
+    # which the slices of vision follow too. 0: no bound; None: what suits a service on the device.
     max_step_ms: float | None = 0.0
 
     def __post_init__(self) -> None:
@@ -159,20 +148,15 @@ a request with the same prompt still computes, or room in the step."""
 
 @dataclass(frozen=True, slots=True)
 class DecoderCounts:
-    """What a decoder has done, and who waits.
+    """What a decoder has done, and who waits."""
 
-    usage: share of the KV blocks that requests hold, 0 to 1. Queried and reused tokens are those of
-    prompts that looked for known blocks. num_tokens_beside: prompt tokens computed in steps in
-    which another request decoded; num_tokens_alone: in all others. waiting: requests by what the
-    first of them waits for.
-    """
-
-    usage: float = 0.0
-    num_preemptions: int = 0
-    num_queried_tokens: int = 0
-    num_reused_tokens: int = 0
-    num_tokens_beside: int = 0
-    num_tokens_alone: int = 0
+    usage: float = 0.0  # share of the KV blocks that requests hold, 0 to 1
+    num_preemptions: int = 0  # times that a request gave up its blocks
+    num_queried_tokens: int = 0  # tokens of prompts that looked for known blocks
+    num_reused_tokens: int = 0  # of those, tokens that were found
+    num_tokens_beside: int = 0  # prompt tokens computed in steps in which another request decoded
+    num_tokens_alone: int = 0  # prompt tokens computed in all other steps
+    # Requests by what the first of them waits for.
     waiting: dict[WaitCause, int] = field(default_factory=dict)
 
     def since(self, before: DecoderCounts) -> DecoderCounts:
@@ -209,8 +193,8 @@ def create_decoder_executor(
 
         return TorchDecoderExecutor.load(engine, device, options)
     raise UserError(
-        f"{engine.directory} was built for decoder {engine.decoder_target!r}, which this version "
-        "does not run; build it again with --decoder torch or tensorrt_llm"
+        f"{engine.directory} was built for decoder {shown(engine.decoder_target)}, which this "
+        "version does not run; build it again with --decoder torch or tensorrt_llm"
     )
 
 

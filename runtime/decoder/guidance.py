@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from nvlm.inputs.tokenizer import IM_END, Tokenizer
-from nvlm.program.errors import UserError, shown
+from nvlm.program.errors import UserError, cut, shown
 from runtime.decoder.schema_bounds import faulty_bound
 from runtime.requests.guide import Guide
 
@@ -30,7 +30,6 @@ _STACK_BYTES = 256 << 20
 """Stack of the thread that compiles. llguidance recurses: a chain of 3000 rules overflows 8 MB. The
 longest chain in MAX_GUIDE_BYTES takes a third of this. Only what is used takes memory."""
 _MOST_THREADS = 8
-_SHOWN_CHARACTERS = 200
 _UNUSED_KEYWORDS = ("Unimplemented keys: ", "Unknown format: ")
 _JSON_OPTIONS = {
     "lenient": False,
@@ -278,4 +277,4 @@ def _reason(reason: str) -> str:
 
 
 def _one_line(reason: object) -> str:
-    return " ".join(str(reason).split())[:_SHOWN_CHARACTERS]
+    return cut(" ".join(str(reason).split()))

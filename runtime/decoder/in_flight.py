@@ -13,32 +13,26 @@ from runtime.decoder.scheduler import Sequence
 
 @dataclass(frozen=True, slots=True)
 class UndrawnStep:
-    """A forward pass that is launched before the tokens are known that its guides have to see.
+    """A forward pass that is launched before the tokens are known that its guides have to see."""
 
-    sequences: one each of `logits` [n, vocab_size] float32. chunks: those whose prompts the step
-    does not complete.
-    """
-
-    sequences: list[Sequence]
-    logits: torch.Tensor
-    chunks: list[Sequence]
+    sequences: list[Sequence]  # those that draw, one a row of `logits`
+    logits: torch.Tensor  # [n, vocab_size] float32
+    chunks: list[Sequence]  # sequences whose prompts the step does not complete
 
 
 @dataclass(eq=False, slots=True)
 class InFlightStep:
-    """sequences: those that draw, each one of `token_ids` [n] int64, which may be on a GPU.
-    logits: of those that ask for them. logprobs: of those that ask for them, whose rows are
-    `logprob_rows`."""
+    """A step whose tokens the host does not know yet."""
 
-    sequences: list[Sequence]
-    logits: list[torch.Tensor | None]
-    token_ids: torch.Tensor
-    logprobs: LogprobRows | None = None
-    logprob_rows: list[int] = field(default_factory=list)
+    sequences: list[Sequence]  # those that draw a token
+    logits: list[torch.Tensor | None]  # of those that ask for them, else None; [vocab_size] each
+    token_ids: torch.Tensor  # [n] int64, one a sequence; may be on a GPU
+    logprobs: LogprobRows | None = None  # of the sequences that ask for them
+    logprob_rows: list[int] = field(default_factory=list)  # which sequences those are
     # On the host, once `_copied` has happened:
     _host_ids: torch.Tensor | None = None
-    _host_logprobs: LogprobRows | None = None
-    _copied: torch.cuda.Event | None = None
+    _host_logprobs: LogprobRows | None = None  # copy in pinned memory, as above
+    _copied: torch.cuda.Event | None = None  # both copies are complete
 
     def tokens_of(self, sequences: list[Sequence]) -> torch.Tensor:
         """The tokens of some sequences, on the device, for the step that is launched upon them.

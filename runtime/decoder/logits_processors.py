@@ -38,8 +38,8 @@ def changes_logits(request: DecoderRequest) -> bool:
 class _Rows:
     """The settings of the m rows of a batch that have any, on the device."""
 
-    sequences: list[Sequence]
-    changes: LogitChanges
+    sequences: list[Sequence]  # one a row
+    changes: LogitChanges  # penalties and biases of all rows
     # For w bad words: the one of p pairs of a row and a token that each ends in [w] int64, and the
     # tokens before it [w, longest], filled from the left with -1; None without bad words.
     bad_words: tuple[torch.Tensor, torch.Tensor] | None

@@ -13,12 +13,11 @@ from runtime.decoder.scheduler import Sequence
 
 @dataclass(frozen=True, slots=True)
 class LogprobRows:
-    """Log probabilities of m rows: chosen [m], top values [m, k] and top token ids [m, k],
-    likeliest first. They may be on a GPU."""
+    """Log probabilities of m rows, likeliest first. They may be on a GPU."""
 
-    chosen: torch.Tensor
-    top_values: torch.Tensor
-    top_ids: torch.Tensor
+    chosen: torch.Tensor  # [m] of the tokens drawn
+    top_values: torch.Tensor  # [m, k] of the likeliest
+    top_ids: torch.Tensor  # [m, k] token ids of the likeliest
 
     @classmethod
     def of(cls, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> LogprobRows:

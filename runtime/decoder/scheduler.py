@@ -32,7 +32,7 @@ UNKNOWN_TOKEN = -1
 """Stands for a token that is being computed."""
 
 MAX_PROMPT_LOGITS = 256
-"""Of a prompt whose log probabilities are wanted, so many tokens in a step: their logits are 156 MB
+"""Most tokens of a step from a prompt whose log probabilities are wanted: their logits are 156 MB
 at the 72B model's vocabulary."""
 
 
@@ -43,25 +43,27 @@ def max_num_blocks(limits: EngineLimits) -> int:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request on its way: `num_cached` of its tokens are in the cache, or will be after the steps
-    in flight, whose tokens are unknown; the next step computes `num_scheduled` more.
-    image_keys: one a prompt token (image_ids.py), none for text alone. `keys` are those of its
-    blocks that are full and registered. matcher: of its guide, if it has one."""
+    """A request on its way.
 
-    request_id: int
-    request: DecoderRequest
-    max_num_tokens: int
-    token_ids: list[int]
+    Steps in flight count: what they compute is in the cache, though their tokens are unknown.
+    """
+
+    request_id: int  # as `submit` returned it
+    request: DecoderRequest  # what was asked
+    max_num_tokens: int  # of prompt and answer
+    token_ids: list[int]  # of prompt and answer, as far as they are known
+    # One a prompt token (image_ids.py); empty for text alone.
     image_keys: list[bytes] = field(default_factory=list)
-    matcher: Matcher | None = None
-    num_cached: int = 0
+    matcher: Matcher | None = None  # of its guide, if it has one
+    num_cached: int = 0  # tokens that are in the cache, or will be after the steps in flight
     num_reused: int = 0  # tokens of its prompt that earlier requests had computed
-    num_scheduled: int = 0
-    blocks: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    has_left: bool = False
+    num_scheduled: int = 0  # tokens that the next step computes
+    blocks: list[int] = field(default_factory=list)  # that it holds, in order
+    keys: list[bytes] = field(default_factory=list)  # of its blocks that are full and registered
+    has_left: bool = False  # ended or cancelled: its place is free
     changes_logits: bool = False  # a setting does (logits_processors.py)
     same_prompt: Sequence | None = None  # the request whose blocks this one waits for
+    # So far, if asked for.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
@@ -211,11 +213,11 @@ class Scheduler:
         A sequence that turns out to have ended with its token has been scheduled for nothing, and
         writes after its end into a block of its own. Who is given that block later writes later.
         """
-        going_on = [sequence for sequence in self._running if not sequence.is_complete]
-        decoding = [each for each in going_on if each.num_uncached == 1]
-        if self._waiting and len(going_on) < len(self._running):
+        unfinished = [sequence for sequence in self._running if not sequence.is_complete]
+        decoding = [each for each in unfinished if each.num_uncached == 1]
+        if self._waiting and len(unfinished) < len(self._running):
             return []
-        if any(each.wants_prompt_logprobs for each in (*going_on, *[*self._waiting][:1])):
+        if any(each.wants_prompt_logprobs for each in (*unfinished, *[*self._waiting][:1])):
             return []
         needed = [num_blocks_for(each.num_tokens) - len(each.blocks) for each in decoding]
         if len(decoding) > self._limits.max_num_tokens or sum(needed) > self._allocator.num_free:

@@ -22,16 +22,16 @@ from nvlm.program.json_files import StrictReader, read_json_object
 
 @dataclass(frozen=True, slots=True)
 class EngineDir:
-    """`vision_checkpoint.directory` holds what the vision executor loads."""
+    """An engine directory's small files, read and checked."""
 
-    directory: Path
-    manifest: Manifest
-    limits: EngineLimits
-    checkpoint_config: CheckpointConfig
-    decoder_target: str
-    vision_checkpoint: VisionCheckpoint
-    vision_executor: str
-    vision_precision: str
+    directory: Path  # as the user gave it
+    manifest: Manifest  # what made it
+    limits: EngineLimits  # what requests may hold
+    checkpoint_config: CheckpointConfig  # of the decoder, with the engine's own KV cache
+    decoder_target: str  # torch or tensorrt_llm
+    vision_checkpoint: VisionCheckpoint  # its `directory` holds what the vision executor loads
+    vision_executor: str  # torch, onnxruntime, tensorrt or tensorrt_rtx
+    vision_precision: str  # a type or FP8
 
     @property
     def vision_config(self) -> VisionConfig:

@@ -16,18 +16,14 @@ import triton.language as tl
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """A piece of memory on every rank, all of one layout, and how kernels reach it.
+    """A piece of memory on every rank, all of one layout, and how kernels reach it."""
 
-    distances: [ranks] int64 on the device, bytes from this rank's piece to each rank's, a multiple
-    of 16. flags: int32 [programs * ranks] in the piece. epochs: int32 [programs], this rank's. Both
-    are 0 at first.
-    """
-
-    rank: int
-    num_ranks: int
+    rank: int  # this one, from 0
+    num_ranks: int  # that share the memory
+    # [ranks] int64 on the device: bytes from this rank's piece to each rank's, a multiple of 16.
     distances: torch.Tensor
-    flags: torch.Tensor
-    epochs: torch.Tensor
+    flags: torch.Tensor  # int32 [programs * ranks] in the piece, 0 at first
+    epochs: torch.Tensor  # int32 [programs], this rank's, 0 at first
 
 
 @triton.jit

@@ -20,10 +20,10 @@ class Row:
 
     place: int | None  # its row in the last step, None where it was not in it
     new_blocks: list[int]  # after those that it had there
-    token_ids: list[int]
-    first_position: int
+    token_ids: list[int]  # that the step computes
+    first_position: int  # of the first of them
     num_table_rows: int | None  # rows of its prompt table, which travels by itself
-    num_logits: int
+    num_logits: int  # of so many tokens, the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class _Sent:
 
     blocks: list[int]  # the scheduler's own list, which only grows
     num_blocks: int  # how many of them were sent
-    end_position: int
+    end_position: int  # after the tokens that were sent
 
 
 class StepEncoder:

@@ -30,11 +30,11 @@ _END = b"!"
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Where the watching process listens: the loopback if all ranks are on its machine, else every
-    other address of it."""
+    """Where the watching process listens."""
 
+    # The loopback if all ranks are on its machine, else every other address of it.
     addresses: tuple[str, ...]
-    port: int
+    port: int  # TCP
 
 
 class Watch:
@@ -133,9 +133,9 @@ def _is_loopback(address: str) -> bool:
 
 @dataclass(slots=True)
 class _Rank:
-    number: str = ""
-    phase: str = "start"
-    received: bytes = b""
+    number: str = ""  # as it said; empty before
+    phase: str = "start"  # what it was doing when it last said so
+    received: bytes = b""  # bytes of a line that is not complete
 
     def take(self, data: bytes) -> None:
         *lines, self.received = (self.received + data).split(b"\n")
@@ -188,12 +188,12 @@ def _read(key: selectors.SelectorKey, ranks: dict[socket.socket, _Rank]) -> bool
 
 def _end(connections: list[socket.socket]) -> None:
     """Those that the launcher leaves alive hear of it at once: a server answers no more."""
-    _tell(connections, _LOST)
+    _send(connections, _LOST)
     threading.Event().wait(_GRACE_S)
-    _tell(connections, _END)
+    _send(connections, _END)
 
 
-def _tell(connections: list[socket.socket], what: bytes) -> None:
+def _send(connections: list[socket.socket], what: bytes) -> None:
     for connection in connections:
         with suppress(OSError):
             connection.sendall(what)

@@ -19,13 +19,13 @@ _BOX = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Corners (x1, y1) and (x2, y2); `ref` is what the answer calls it, if it does."""
+    """A region of an image that an answer names."""
 
-    ref: str | None
-    x1: float
-    y1: float
-    x2: float
-    y2: float
+    ref: str | None  # what the answer calls it; None: nothing
+    x1: float  # left; all four as the model wrote them, which looks like 0 to 1000
+    y1: float  # top
+    x2: float  # right
+    y2: float  # bottom
 
 
 def parse_boxes(text: str) -> list[Box]:

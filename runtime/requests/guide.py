@@ -29,7 +29,7 @@ class GuideKind:
 
     name: GuideName  # run.py's flag, the JSON key and the library's keyword
     expected: str  # the value in words
-    help: str
+    help: str  # of run.py's flag
     triton_type: str  # a value of TensorRT-LLM's tensor guided_decoding_guide_type, or ours
     trtllm_type: str | None  # a member of its GuidedDecodingParams.GuideType; None: it has none
 
@@ -76,10 +76,10 @@ GUIDE_KINDS = {kind.name: kind for kind in GUIDES}
 
 @dataclass(frozen=True, slots=True)
 class Guide:
-    """`name` is a row of the table. text: the schema or the choices as JSON, the expression or the
-    grammar; empty for json_object."""
+    """What one answer must match."""
 
-    name: GuideName
+    name: GuideName  # a row of the table
+    # The schema or the choices as JSON, the expression or the grammar; empty for json_object.
     text: str = ""
 
     @classmethod

@@ -39,13 +39,13 @@ _EXPECTED_IMAGE = "a file's path, its bytes, a Pillow image or uint8 RGB pixels 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `content` takes what that of a request takes.
+    """One turn of a conversation.
 
     Raises `UserError` for another role, and for an image that the user does not show.
     """
 
-    role: Role
-    content: Content
+    role: Role  # system, user or assistant
+    content: Content  # as that of a request
 
     def __post_init__(self) -> None:
         if self.role not in _ROLES:

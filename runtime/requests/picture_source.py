@@ -12,11 +12,10 @@ import re
 from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, cut
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{512,}={0,2}")  # no path is so long without a dot
-_SHOWN_CHARACTERS = 200
 _PIECE_CHARACTERS = 1 << 18
 
 
@@ -31,7 +30,7 @@ def picture_source(name: str, folder: Path = Path()) -> Path | bytes:
         return _local_path(name)
     if scheme := _SCHEME.match(name):
         raise UserError(
-            f"image {name[:_SHOWN_CHARACTERS]} is an address, and nothing is fetched from "
+            f"image {cut(name)} is an address, and nothing is fetched from "
             f"{scheme[1]}: here; download it (curl -LO URL) and give the file"
         )
     if _BASE64.fullmatch(name):
@@ -91,13 +90,11 @@ def _local_path(url: str) -> Path:
     parts = urlsplit(url)
     if parts.netloc.lower() not in ("", "localhost"):
         raise UserError(
-            f"image {url[:_SHOWN_CHARACTERS]} is on another machine, expected file:///path; copy "
-            "it here"
+            f"image {cut(url)} is on another machine, expected file:///path; copy it here"
         )
     if parts.query or parts.fragment:
         raise UserError(
-            f"image {url[:_SHOWN_CHARACTERS]} has a ? or #, expected file:///path with them "
-            "written as %3F and %23"
+            f"image {cut(url)} has a ? or #, expected file:///path with them written as %3F and %23"
         )
     path = unquote_to_bytes(parts.path)
     return Path(path.decode("utf-8", errors="surrogateescape"))

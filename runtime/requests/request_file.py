@@ -53,13 +53,12 @@ _OTHER_WORDS = OTHER_WORDS | {
 
 @dataclass(frozen=True, slots=True)
 class RequestLine:
-    """A line of the input file: its id, the request or what is wrong with it, its number from 1.
-    The images' paths lie in `folder` unless they are absolute."""
+    """A line of the input file."""
 
-    id: Any
-    request: GenerationRequest | UserError
-    number: int
-    folder: Path
+    id: Any  # the line's `id`, any JSON value; without one its number
+    request: GenerationRequest | UserError  # the error says what is wrong with the line
+    number: int  # of the line, from 1
+    folder: Path  # where the images' paths lie unless they are absolute
 
 
 def read_requests(path: Path, defaults: GenerationRequest) -> list[RequestLine]:

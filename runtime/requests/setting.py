@@ -23,14 +23,14 @@ _MOST_DIGITS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A row. `neutral` is the value that asks for nothing."""
+    """A row of the table."""
 
     name: str  # the field of SamplingParams, run.py's flag and the JSON key
-    neutral: Any
+    neutral: Any  # the value that asks for nothing
     expected: str  # what values there are, in words
-    help: str
-    triton_type: str
-    triton_dims: tuple[int, ...] = (1,)
+    help: str  # of run.py's flag
+    triton_type: str  # of Triton's input
+    triton_dims: tuple[int, ...] = (1,)  # of Triton's input; -1 is free
     triton_name: str = ""  # name of Triton's input; empty: `name`
     trtllm_keyword: str | None = None  # name in TensorRT-LLM's SamplingConfig
     trtllm_tensor: str | None = None  # name of the tensor in its C++ backend for Triton
@@ -67,9 +67,9 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Number(Setting):
-    minimum: int | float
-    maximum: int | float
-    excludes_minimum: bool = False
+    minimum: int | float  # smallest value
+    maximum: int | float  # largest value
+    excludes_minimum: bool = False  # the smallest value is one above `minimum`
     # The value's type. It must be given where `neutral` is None, which stands for no value.
     type: type[int] | type[float]
 

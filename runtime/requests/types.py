@@ -37,33 +37,29 @@ FinishReason = Literal["stop", "length"]
 class GenerationRequest:
     """A question about zero or more images, alone or as the next turn of a conversation.
 
-    `content` is what the user says, in order: text and images (a file's path, its bytes, RGB
-    pixels [height, width, 3], tiles, or a function that gets one of the first three when the
-    request is prepared). `history` holds the turns before it, `system` the message before those.
-    Without `max_num_tiles` the engine's own number applies.
-    `pictures` says how picture files become pixels, and which of their pages.
-    `stop` holds strings that end the answer and are not part of it, `end_ids` tokens that do so
-    beside <|im_end|>.
-    `guide` is what the answer must match; it goes with no stop string, which would cut it.
-    The request with the smallest `priority` is the next of those that wait, and of equal ones the
-    first that came. It interrupts none that runs.
-
-    A Pillow image becomes pixels at once; a text alone stands for a tuple of one. Raises
-    `UserError` for content that is neither text nor an image, and for a field of another type:
-    found later, it would end the questions that share the decoder's steps.
+    An image in `content` is a file's path, its bytes, RGB pixels [height, width, 3], tiles, or a
+    function that gets one of the first three when the request is prepared. A Pillow image becomes
+    pixels at once; a text alone stands for a tuple of one. Raises `UserError` for content that is
+    neither text nor an image, and for a field of another type: found later, it would end the
+    questions that share the decoder's steps.
     """
 
-    content: Content
-    system: str = DEFAULT_SYSTEM
-    prompt_format: PromptFormat = "hf"
-    max_num_tiles: int | None = None
+    content: Content  # what the user says, in order: text and images
+    system: str = DEFAULT_SYSTEM  # the message before the history
+    prompt_format: PromptFormat = "hf"  # chat template: Hugging Face's or Megatron-LM's
+    max_num_tiles: int | None = None  # most tiles of an image's grid; None: the engine's own number
+    # How picture files become pixels, and which of their pages.
     pictures: PictureRules = field(default_factory=PictureRules)
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    stop: tuple[str, ...] = ()
-    end_ids: frozenset[int] = frozenset()
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS  # longest answer, in tokens
+    stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
+    end_ids: frozenset[int] = frozenset()  # tokens that do so, beside <|im_end|>
+    # How tokens are chosen, and what is returned of them.
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    history: tuple[Message, ...] = ()
+    history: tuple[Message, ...] = ()  # the turns before, oldest first
+    # What the answer must match; it goes with no stop string, which would cut it.
     guide: Guide | None = None
+    # The smallest is the next of those that wait, and of equal ones the first that came. It
+    # interrupts none that runs.
     priority: int = 0
 
     def __post_init__(self) -> None:
@@ -187,87 +183,80 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds. All but the last two add up to total_ms."""
+    """Milliseconds. The first five add up to total_ms."""
 
     queue_ms: float  # waiting between the stages, as in a batch or a server
-    tiling_ms: float
-    vision_ms: float
+    tiling_ms: float  # reading and cutting the pictures
+    vision_ms: float  # encoding the tiles
     prefill_ms: float  # from the decoder's queue to the first token
-    decode_ms: float
-    total_ms: float
+    decode_ms: float  # from the first token to the end
+    total_ms: float  # from the question to the end
     decode_tokens_per_s: float  # over the tokens after the first
 
 
 @dataclass(frozen=True, slots=True)
 class LikelyToken:
-    """`token` is its text, with U+FFFD for a part of a character; logprob: natural logarithm of
-    the probability that the model gave it, before any setting changed that."""
+    """A token that the model thought likely in its place."""
 
-    token_id: int
-    token: str
+    token_id: int  # in the vocabulary
+    token: str  # its text, with U+FFFD for a part of a character
+    # Natural logarithm of the probability that the model gave it, before any setting changed that.
     logprob: float
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob(LikelyToken):
-    """top_logprobs: the likeliest tokens of its place, likeliest first."""
+    """A token of the answer or the prompt, and its rivals."""
 
-    top_logprobs: list[LikelyToken]
+    top_logprobs: list[LikelyToken]  # the likeliest tokens of its place, likeliest first
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of the `n` answers to a request. token_ids leaves out the end token; logprobs: one for
-    each of them, if asked for. seed: repeats the answer; None where nothing was drawn."""
+    """One of the `n` answers to a request."""
 
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    boxes: list[Box]
-    seed: int | None = None
-    logprobs: list[TokenLogprob] | None = None
+    text: str  # without the stop string, unless `sampling` keeps it
+    token_ids: list[int]  # without the end token
+    finish_reason: FinishReason  # why it ended
+    boxes: list[Box]  # regions that the text names
+    seed: int | None = None  # repeats the answer; None: nothing was drawn
+    logprobs: list[TokenLogprob] | None = None  # one for each of `token_ids`; None: not asked for
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """num_prompt_tokens counts virtual tokens, num_tokens those of all `choices`. The answer is
-    the first choice's: text, token_ids, finish_reason, boxes, seed and logprobs.
+    """A whole answer. What is one choice's is the first choice's."""
 
-    prompt_logprobs: one for each token of the prompt, if asked for; None for the first, which
-    nothing foretells, and for pictures' rows. num_reused_tokens: those of the prompt that earlier
-    requests had computed; None where the decoder does not say.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    num_prompt_tokens: int
-    num_tokens: int
-    num_tiles: int
-    grids: list[Grid]
-    boxes: list[Box]
-    timings: Timings
-    seed: int | None = None
-    logprobs: list[TokenLogprob] | None = None
+    text: str  # the first choice's, as all fields that `Choice` has
+    token_ids: list[int]  # without the end token
+    finish_reason: FinishReason  # why it ended
+    num_prompt_tokens: int  # virtual tokens included
+    num_tokens: int  # of all choices
+    num_tiles: int  # of all images, thumbnails included
+    grids: list[Grid]  # of each image
+    boxes: list[Box]  # regions that the text names
+    timings: Timings  # in milliseconds
+    seed: int | None = None  # repeats the answer; None: nothing was drawn
+    logprobs: list[TokenLogprob] | None = None  # one for each of `token_ids`; None: not asked for
+    # One for each token of the prompt, None for the first, which nothing foretells, and for
+    # pictures' rows. None: not asked for.
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    num_reused_tokens: int | None = field(default=None, compare=False)  # the answer is the same
-    choices: tuple[Choice, ...] = ()
+    # Of the prompt, tokens that earlier requests had computed; None: the decoder does not say. Two
+    # answers that differ in it alone are equal.
+    num_reused_tokens: int | None = field(default=None, compare=False)
+    choices: tuple[Choice, ...] = ()  # all n answers
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One piece of an answer: new text, and with the last piece `result` or `error`.
+    """One piece of an answer: new text, and with the last piece a result or an error."""
 
-    index: which of the `n` answers the text belongs to. finish_reason: with its last piece.
-    logprobs: of the tokens that the piece adds, if asked for.
-    """
-
-    text: str = ""
-    result: GenerationResult | None = None
-    error: Exception | None = None
-    index: int = 0
-    finish_reason: FinishReason | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
+    text: str = ""  # that the piece adds
+    result: GenerationResult | None = None  # with the last piece, if all went well
+    error: Exception | None = None  # with the last piece, if not
+    index: int = 0  # which of the n answers the text belongs to
+    finish_reason: FinishReason | None = None  # with the last piece of that answer
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens that the piece adds, if asked for
 
     @property
     def is_last(self) -> bool:

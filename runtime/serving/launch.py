@@ -40,10 +40,10 @@ Add = Callable[..., Any]
 class Program:
     """What a command line asks of every rank."""
 
-    engine_dir: Path
+    engine_dir: Path  # as the user gave it
     device: str  # auto, cpu or cuda
     options: DecoderOptions  # the same on all: each rank of TensorRT-LLM allocates by its own
-    lead: Lead
+    lead: Lead  # what rank 0 does; the others follow it
 
 
 def add_engine_flags(parser: ArgumentParser, *, is_service: bool = False) -> None:

@@ -325,7 +325,7 @@ class Loop:
         elif answer.result is not None:
             self._finish(ticket, answer, answer.result)
         elif answer.text or answer.logprobs or answer.finish_reason is not None:
-            self._tell(ticket, answer)
+            self._notify(ticket, answer)
 
     def _leave(self, request_id: int) -> None:
         self.stages.decoder.cancel(request_id)
@@ -345,7 +345,7 @@ class Loop:
         if self._end(ticket, result.finish_reason):
             self.metrics.add("nvlm_generated_tokens_total", result.num_tokens)
             self._observe_times(result)
-            self._tell(ticket, answer)
+            self._notify(ticket, answer)
 
     def _observe_times(self, result: GenerationResult) -> None:
         timings, num_further = result.timings, result.num_tokens - 1
@@ -363,7 +363,7 @@ class Loop:
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if self._end(ticket, "refused" if isinstance(error, UserError) else "failed"):
-            self._tell(ticket, Answer(error=error))
+            self._notify(ticket, Answer(error=error))
 
     def _end(self, ticket: Ticket, outcome: Outcome) -> bool:
         """Whether the ticket was open; from here on it is not."""
@@ -378,7 +378,7 @@ class Loop:
             self.metrics.add("nvlm_requests_total", label=outcome)
         return was_open
 
-    def _tell(self, ticket: Ticket, answer: Answer) -> None:
+    def _notify(self, ticket: Ticket, answer: Answer) -> None:
         """A listener's exception ends its own request only."""
         if ticket.is_cancelled:
             return

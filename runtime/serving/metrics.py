@@ -29,12 +29,12 @@ WAIT_CAUSES = ("preparation", "place", "blocks", "equal_prompt", "step")
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`label` is the name of its one label, if it has one; `buckets` make it a histogram."""
+    """A row."""
 
-    kind: Literal["counter", "gauge"]
-    help: str
-    label: str | None = None
-    buckets: tuple[float, ...] = ()
+    kind: Literal["counter", "gauge"]  # Prometheus's type
+    help: str  # of the text format
+    label: str | None = None  # name of its one label; None: it has none
+    buckets: tuple[float, ...] = ()  # upper bounds, which make it a histogram
 
 
 METRICS: dict[str, Metric] = {

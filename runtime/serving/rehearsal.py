@@ -119,7 +119,10 @@ def _ask(server: Server, requests: list[GenerationRequest], deadline: float) -> 
         while num_answered < len(tickets):
             _hear(answers, deadline)
             num_answered += 1
-    except (Empty, RuntimeError):  # no time is left, or the decoder has failed: the watch tells
+    except (
+        Empty,
+        RuntimeError,
+    ):  # no time is left, or the decoder has failed: the watch reports it
         return
     finally:
         for ticket in tickets:

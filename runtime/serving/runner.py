@@ -14,7 +14,7 @@ import torch
 
 from nvlm.program import startup
 from nvlm.program.command_line import resolve_device
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, shown
 from runtime.decoder.executor import DecoderExecutor, DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
@@ -173,7 +173,7 @@ def _device(device: torch.device | str) -> torch.device:
     except (RuntimeError, TypeError):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise UserError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
+        raise UserError(f"device is {shown(device)}, expected 'auto', 'cpu' or 'cuda'")
     if found.type == "cuda":
         resolve_device("cuda")
     return found

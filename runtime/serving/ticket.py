@@ -38,12 +38,15 @@ def _nobody(_: Answer) -> None:
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """Times are time.perf_counter's, durations seconds."""
+    """A request on its way through the loop.
 
-    request: GenerationRequest
-    listener: Listener = _nobody
-    accepted: float = field(default_factory=time.perf_counter)
-    is_cancelled: bool = False
+    Times are time.perf_counter's, durations seconds.
+    """
+
+    request: GenerationRequest  # what was asked
+    listener: Listener = _nobody  # called with each piece of the answer
+    accepted: float = field(default_factory=time.perf_counter)  # when it came
+    is_cancelled: bool = False  # nobody wants the answer any more
     error: Exception | None = None  # why it does not reach the decoder
     sampling: SamplingParams = field(init=False)  # the request's, with a seed if one is needed
 
@@ -51,18 +54,19 @@ class Ticket:
     prompt_ids: list[int] = field(init=False)  # an id from vocab_size on is a row of the table
     images: list[TiledImage] = field(default_factory=list)  # until they are encoded
     cache_keys: tuple[bytes, ...] = ()  # of the images
-    compiled_guide: CompiledGuide | None = None
-    tiling_s: float = 0.0
+    compiled_guide: CompiledGuide | None = None  # None: the request has no guide
+    tiling_s: float = 0.0  # reading and cutting the pictures
 
     # Encoded:
     decoder_request: DecoderRequest = field(init=False)
-    grids: list[Grid] = field(default_factory=list)
-    num_tiles: int = 0
-    vision_s: float = 0.0
+    grids: list[Grid] = field(default_factory=list)  # of each image
+    num_tiles: int = 0  # of all images
+    vision_s: float = 0.0  # encoding the tiles
 
     # With the decoder:
     drafts: list[Draft] = field(default_factory=list)  # one for each of the n answers
-    submitted: float = field(init=False)
+    submitted: float = field(init=False)  # when the decoder got it
+    # None until the first token, or not asked for.
     prompt_logprobs: list[TokenLogprob | None] | None = None
     num_reused_tokens: int | None = None  # of the prompt, for the first draft
 
@@ -109,18 +113,19 @@ class Ticket:
 
 @dataclass(eq=False, slots=True)
 class Draft:
-    """One of a request's answers while the decoder writes it. seed: None where nothing is drawn."""
+    """One of a request's answers while the decoder writes it."""
 
-    ticket: Ticket
-    index: int
-    seed: int | None
-    tokenizer: Tokenizer
-    stream: TextStream
-    first_token: float | None = None
-    last_token: float | None = None
-    token_ids: list[int] = field(default_factory=list)
+    ticket: Ticket  # whose answer it is
+    index: int  # which of the n, from 0
+    seed: int | None  # None: nothing is drawn
+    tokenizer: Tokenizer  # for the texts of log probabilities
+    stream: TextStream  # makes text of tokens
+    first_token: float | None = None  # when it came
+    last_token: float | None = None  # when the newest came
+    token_ids: list[int] = field(default_factory=list)  # so far
+    # One for each of `token_ids`, if asked for.
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | None = None  # None: it is not complete
 
     def take(self, output: StepOutput) -> Answer:
         """The piece of the answer that a step of the decoder adds; the request's result with the

@@ -25,7 +25,7 @@ LOOK_S = 1.0
 
 @dataclass(slots=True)
 class _Seen:
-    num_beats: int = -1
+    num_beats: int = -1  # of the part at the last look; -1: never looked
     num_looks: int = 0  # without progress
 
 

@@ -278,7 +278,7 @@ class TestWriting:
         assert documented <= set(item)
         assert "error" not in item
 
-    def test_requests_that_fail_have_an_error_instead_of_text_and_the_others_go_on(
+    def test_requests_that_fail_have_an_error_instead_of_text_and_the_others_continue(
         self, tmp_path: Path
     ) -> None:
         lines = [{"prompt": "a"}, "{", {"prompt": "fail"}, {"prompt": "b"}]
@@ -307,7 +307,7 @@ class TestWriting:
     def test_requests_that_share_an_id_are_refused_before_anything_is_asked(
         self, tmp_path: Path, ids: list[Any]
     ) -> None:
-        """Their answers could not be told apart. A line without an id has its number."""
+        """Their answers could not be distinguished. A line without an id has its number."""
         lines = [{"id": each, "prompt": "q"} if each else {"prompt": "q"} for each in ids]
         runner = EchoRunner()
         with pytest.raises(UserError, match=r"^lines 1 and 2 of --input_file have the same id "):
@@ -357,7 +357,7 @@ class TestResuming:
     LINES = tuple({"id": f"id{i}", "prompt": f"q{i}"} for i in range(5))
 
     @pytest.mark.parametrize("num_bytes_of_the_third", [0, 1, 20, -1])
-    def test_a_rerun_goes_on_behind_the_last_whole_line(
+    def test_a_rerun_resumes_after_the_last_whole_line(
         self, tmp_path: Path, num_bytes_of_the_third: int
     ) -> None:
         """-1 leaves everything but the newline."""
@@ -380,7 +380,7 @@ class TestResuming:
         assert runner.asked == []
         assert (tmp_path / "out.jsonl").read_bytes() == before
 
-    def test_an_interrupted_run_leaves_whole_lines_and_can_go_on(
+    def test_an_interrupted_run_leaves_whole_lines_and_can_resume(
         self, tmp_path: Path, runner: Runner
     ) -> None:
         """Real executors answer in order here; the third request interrupts."""
@@ -455,7 +455,7 @@ class TestResuming:
         assert len(answer(Path(), runner, line)) == 1
         assert runner.asked == []
 
-    def test_answers_without_a_record_go_on_by_their_ids(self, tmp_path: Path) -> None:
+    def test_answers_without_a_record_resume_by_their_ids(self, tmp_path: Path) -> None:
         """As an earlier version left them; what is answered from here on is guarded."""
         answer(tmp_path, EchoRunner(), *self.LINES[:2])
         record_path(tmp_path / "out.jsonl").unlink()
@@ -514,7 +514,7 @@ class TestResuming:
         with pytest.raises(UserError, match=r"out.jsonl.run.json"):
             answer(tmp_path, EchoRunner(), *self.LINES)
 
-    def test_requests_may_be_added_behind_the_finished_ones(self, tmp_path: Path) -> None:
+    def test_requests_may_be_added_after_the_finished_ones(self, tmp_path: Path) -> None:
         answer(tmp_path, EchoRunner(), *self.LINES[:3])
         runner = EchoRunner()
         answers = answer(tmp_path, runner, *self.LINES)
@@ -727,7 +727,7 @@ class TestWithTheEngine:
         assert good["num_tokens"] == 4
 
 
-def test_a_full_disk_behind_a_cut_line_leaves_a_file_that_can_go_on(
+def test_a_full_disk_after_a_cut_line_leaves_a_file_that_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rest of a killed run is cut off first; what then fails must not fill the hole."""
@@ -791,7 +791,7 @@ def test_an_output_file_where_no_locks_are_is_written_with_a_warning(
         ('{"engine": 3}', "no record of a run"),
     ],
 )
-def test_a_damaged_record_of_answers_is_told_with_what_mends_it(
+def test_a_damaged_record_of_answers_is_reported_with_what_fixes_it(
     tmp_path: Path, text: str, message: str
 ) -> None:
     path = record_path(tmp_path / "answers.jsonl")

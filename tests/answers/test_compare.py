@@ -66,7 +66,7 @@ def test_fp8_vision_shows_as_an_error_of_vision_and_logits(
         assert request["logit_error"] > 0
 
 
-def test_what_only_one_engine_cannot_take_is_told_before_either_is_loaded(
+def test_what_only_one_engine_cannot_take_is_reported_before_either_is_loaded(
     workshop: Workshop, checkpoint_dir: Path, engine_dir: Path, tmp_path: Path
 ) -> None:
     narrow = workshop.engine("engine_of_one_image", checkpoint_dir, vision="torch")
@@ -121,7 +121,7 @@ def test_memory_holds_the_logits_of_a_step_and_files_all(
     assert list(tmp_path.iterdir()) == [], "files are left"
 
 
-def test_a_full_disk_is_told_with_its_folder(
+def test_a_full_disk_is_reported_with_its_folder(
     engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> object:

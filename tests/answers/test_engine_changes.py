@@ -101,7 +101,7 @@ def test_copies_on_a_gpu_are_not_concerned(engine: Path) -> None:
 
 
 def test_what_was_written_to_after_the_manifest_is_hashed_when_it_is_opened(engine: Path) -> None:
-    """Of large files the size alone is looked at otherwise, so that a rerun would believe them."""
+    """Otherwise only the size of large files is looked at, and a rerun would believe them."""
     entry = EngineDir.read(engine)
     overwrite(engine / RANK)
     with pytest.raises(EngineChangedError):

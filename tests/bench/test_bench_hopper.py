@@ -205,7 +205,9 @@ def test_every_token_is_a_text_at_once(tmp_path: Path, vocab_size: int) -> None:
     assert tokenizer.num_tokens == vocab_size + 128, "bytes beyond ASCII, which no model draws"
 
 
-def test_memory_is_told_for_every_stage_of_a_full_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_reported_for_every_stage_of_a_full_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With the counters of a GPU that is not there."""
     counts = {"max_memory_allocated": 1, "memory_reserved": 2, "reset_peak_memory_stats": None}
     for name, value in {**counts, "synchronize": None, "mem_get_info": (10**9, 2 * 10**9)}.items():

@@ -140,7 +140,7 @@ def job(tmp_path: Path, program: str, *happens: ends.Happens, timeout_s: float =
 
 
 @pytest.mark.process
-def test_a_job_that_ends_wrongly_or_never_is_told(tmp_path: Path) -> None:
+def test_a_job_that_ends_wrongly_or_never_is_reported(tmp_path: Path) -> None:
     assert job(tmp_path, "").is_right
     failed = job(tmp_path, "raise SystemExit('why')")
     assert (failed.code, failed.is_right, failed.stderr) == (1, False, "why")

@@ -92,7 +92,7 @@ def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
         assert [row["batch_size"] for row in json.loads(output.read_text())["rows"]] == [1]
         yield rows[1]
 
-    report.tell(measured())
+    report.show(measured())
     kept = json.loads(output.read_text())
     assert [row["speed_up"] for row in kept["rows"]] == [None, 2.5]
     assert step_times(output) == {("decode", 8, 1, 64): 2.0, ("decode", 8, 8, 64): 2.0}

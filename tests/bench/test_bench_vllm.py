@@ -75,7 +75,7 @@ def test_several_gpus_are_vllms_own_to_start(
         assert halved["rate"] * halved["ms"] < 0.6 * alone["rate"] * alone["ms"]
 
 
-def test_engines_are_asked_in_turns_as_often_as_told(
+def test_engines_are_asked_in_turns_as_often_as_the_flag_says(
     calls: Calls, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured(capsys, "--batch_sizes", "3")

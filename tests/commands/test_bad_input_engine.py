@@ -107,7 +107,7 @@ def published(root: Path, *paths: str) -> Path:
     ],
     ids=lambda paths: paths[-1],
 )
-def test_a_model_as_published_is_told_to_be_one(tmp_path: Path, paths: tuple[str, ...]) -> None:
+def test_a_model_as_published_is_named_as_one(tmp_path: Path, paths: tuple[str, ...]) -> None:
     """Hours of download: nobody is to delete them."""
     model = published(tmp_path / "model", *paths)
     convert = f"convert_checkpoint.py --model_dir {model}"

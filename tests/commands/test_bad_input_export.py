@@ -132,7 +132,7 @@ def test_an_export_is_no_model_and_no_checkpoint(
     refused(root, CONVERT, "--model_dir", place, *end, fragments=fragments)
 
 
-def test_an_export_is_replaced_only_when_told_and_nothing_else_is(
+def test_an_export_is_replaced_only_when_asked_and_nothing_else_is(
     checkpoint_dir: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "export"
@@ -177,7 +177,7 @@ def test_a_dry_run_says_what_the_export_takes(
     assert sizes[1] < sizes[0]
 
 
-def test_a_disk_too_small_is_told(
+def test_a_disk_too_small_is_reported(
     checkpoint_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=300_000)

@@ -210,20 +210,20 @@ def test_an_image_that_is_no_regular_file_is_refused(engine_dir: Path, tmp_path:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", b"\x89PNG\r\n\x1a\n"])
-def test_a_refused_image_is_told_what_was_expected(
+def test_a_refused_image_is_reported_with_what_was_expected(
     engine_dir: Path, tmp_path: Path, content: bytes | None
 ) -> None:
     path = tmp_path / "picture.png"
     if content is not None:
         path.write_bytes(content)
     line = run_refused(engine_dir, tmp_path, "--image", path, "--prompt", "hi")
-    assert re.search(r"\b(expected|give|again)\b", line), f"this tells only what was found:\n{line}"
+    assert re.search(r"\b(expected|give|again)\b", line), f"this says only what was found:\n{line}"
 
 
 @pytest.mark.parametrize(
     ("num_images", "message"), [(1, "the image is not"), (2, "image 2 of 2 is not")]
 )
-def test_bytes_that_are_no_image_are_told_by_their_number(
+def test_bytes_that_are_no_image_are_reported_by_their_number(
     engine_dir: Path, images: Images, num_images: int, message: str
 ) -> None:
     """As a client of Triton sends them; the last is damaged."""

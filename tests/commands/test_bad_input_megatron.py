@@ -180,7 +180,7 @@ def two_iterations(megatron: Path) -> None:
     ids=["zarr", "torch_dist", "torch_dist_in_part"],
 )
 @pytest.mark.parametrize("is_iteration", [False, True])
-def test_a_distributed_checkpoint_is_told_how_to_become_a_plain_one(
+def test_a_distributed_checkpoint_is_reported_with_how_to_become_a_plain_one(
     tmp_path: Path, hf_dir: Path, files: tuple[str, ...], is_iteration: bool
 ) -> None:
     folder = tmp_path / "megatron" / "iter_0000001"
@@ -199,7 +199,7 @@ def test_a_distributed_checkpoint_is_told_how_to_become_a_plain_one(
 # The tokenizer.
 
 
-def test_a_checkpoint_without_tokenizer_is_told_where_to_get_it(
+def test_a_checkpoint_without_tokenizer_is_reported_with_where_to_get_it(
     tmp_path: Path, hf_dir: Path
 ) -> None:
     megatron = tmp_path / "megatron"
@@ -352,7 +352,7 @@ def test_ranks_that_contradict_their_args_or_each_other_are_refused(
         ("language_model.output_layer.weight", "language_model.lm_head.weight"),
     ],
 )
-def test_a_weight_that_is_no_number_is_told_by_its_published_name(
+def test_a_weight_that_is_no_number_is_reported_by_its_published_name(
     tmp_path: Path, hf_dir: Path, theirs: str, published: str, value: float
 ) -> None:
     edit = on_all(set_model(theirs, with_value(value)))

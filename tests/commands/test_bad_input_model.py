@@ -324,7 +324,7 @@ def test_a_tensor_missing_from_the_index_is_named(
     convert_refused(own_model, tmp_path, fragments=(INDEX, f"no tensor {name}"))
 
 
-def test_a_tensor_missing_from_a_single_file_is_told_of_that_file(
+def test_a_tensor_missing_from_a_single_file_is_reported_of_that_file(
     own_model: Path, tmp_path: Path
 ) -> None:
     tensors: dict[str, torch.Tensor] = {}
@@ -431,7 +431,7 @@ def test_a_weight_too_large_for_bfloat16_is_not_sent_to_bfloat16(
 def test_calibration_that_overflows_the_type_is_refused_not_turned_into_scales(
     own_model: Path, tmp_path: Path
 ) -> None:
-    """Every weight fits float16, what they compute does not: no scale can be told from that."""
+    """Every weight fits float16, what they compute does not: no scale follows from that."""
     name = "language_model.model.layers.0.mlp.down_proj.weight"
     edit_tensor(own_model, name, lambda t: t * 5e4)
     flags = ("--dtype", "float16", "--calib_size", "1", "--device", "cpu")
@@ -574,7 +574,7 @@ def test_line_separators_inside_a_calibration_string_end_no_line(
 # Flags.
 
 
-MENDS = re.compile(r"\b(expected|again|give|use|copy|download|choose)\b")
+FIXES = re.compile(r"\b(expected|again|give|use|copy|download|choose)\b")
 
 
 @pytest.mark.parametrize(
@@ -612,26 +612,26 @@ MENDS = re.compile(r"\b(expected|again|give|use|copy|download|choose)\b")
         "tokenizer_without_vocabulary",
     ],
 )
-def test_a_refused_model_is_told_what_was_expected_or_what_mends_it(
+def test_a_refused_model_is_reported_with_what_was_expected_or_what_fixes_it(
     own_model: Path, tmp_path: Path, damage: Damage
 ) -> None:
     damage(own_model)
     line = convert_refused(own_model, tmp_path)
-    assert MENDS.search(line), f"this tells only what was found:\n{line}"
+    assert FIXES.search(line), f"this says only what was found:\n{line}"
 
 
 @pytest.mark.parametrize(
     "content", [None, "", "{}\n", "[]\n", "{\n", '{"prompt": "x", "images": 1}\n']
 )
-def test_refused_calibration_data_is_told_what_was_expected_in_words(
+def test_refused_calibration_data_is_reported_with_what_was_expected_in_words(
     model_dir: Path, tmp_path: Path, content: str | None
 ) -> None:
     path = tmp_path / "calibration.jsonl"
     if content is not None:
         path.write_text(content)
     line = convert_refused(model_dir, tmp_path, "--calib_data", path)
-    assert MENDS.search(line), f"this tells only what was found:\n{line}"
-    assert "Error" not in line, f"the name of a Python exception tells a user nothing:\n{line}"
+    assert FIXES.search(line), f"this says only what was found:\n{line}"
+    assert "Error" not in line, f"the name of a Python exception helps no user:\n{line}"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def make_refused(
     return refused(root, str(arguments[0]), *arguments[1:], *flags, fragments=fragments)
 
 
-def test_an_output_directory_that_exists_is_refused_and_replaced_only_when_told(
+def test_an_output_directory_that_exists_is_refused_and_replaced_only_when_asked(
     make: Make, tmp_path: Path
 ) -> None:
     arguments = make(tmp_path / "new")
@@ -106,7 +106,7 @@ def test_a_foreign_directory_with_a_manifest_of_its_own_is_never_overwritten(
         (100_000, "0.1 MB"),
     ],
 )
-def test_little_space_is_not_told_as_nothing(
+def test_little_space_is_not_reported_as_nothing(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, message: str
 ) -> None:
     usage = shutil._ntuple_diskusage(free, 0, free)  # type: ignore[attr-defined]
@@ -199,7 +199,7 @@ def test_an_output_directory_that_another_process_writes_is_refused(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF])
-def test_a_file_system_without_locks_is_told_and_written(
+def test_a_file_system_without_locks_is_reported_and_written(
     make: Make,
     tmp_path: Path,
     number: int,

@@ -110,7 +110,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("request_", "fragment"), BAD_REQUESTS, ids=lambda v: str(v)[:40])
-def test_a_bad_request_of_a_batch_is_answered_by_an_error_and_the_others_go_on(
+def test_a_bad_request_of_a_batch_is_answered_by_an_error_and_the_others_continue(
     engine_dir: Path, images: Images, tmp_path: Path, request_: dict[str, Any], fragment: str
 ) -> None:
     (tmp_path / "good.png").write_bytes(images("square_448x448.png").read_bytes())
@@ -193,7 +193,7 @@ def test_run_flags_that_are_wrong_are_refused(
 
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_more_ranks_than_built_for_are_told_the_right_number(
+def test_more_ranks_than_built_for_are_refused_with_the_right_number(
     engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     """Without mpi4py; with it, tests/ranks/test_rank_failures.py."""

@@ -112,7 +112,7 @@ def test_clear_forgets_and_quit_ends(engine_dir: Path, monkeypatch: pytest.Monke
 def test_a_line_that_is_refused_changes_nothing(
     engine_dir: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
-    """One line on stderr; the conversation goes on as if it had not been."""
+    """One line on stderr; the conversation continues as if it had not been."""
     expected = talk(engine_dir, monkeypatch, "Hello", "So?").stdout
     found = talk(engine_dir, monkeypatch, "Hello", line, "So?")
     assert found.stdout == expected

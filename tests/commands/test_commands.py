@@ -52,7 +52,7 @@ def test_an_answer_is_utf_8_whatever_the_locale(engine_dir: Path, how: tuple[str
     flags = ask(engine_dir, "--prompt", "Hello", "--max_new_tokens", "64")
     flags += ("--temperature", "3", "--seed", "0")
     expected = run_command(RUN, *flags, "--json")
-    assert not expected.stdout.isascii(), "this test needs an answer that ASCII lacks"
+    assert not expected.stdout.isascii(), "this test needs an answer beyond ASCII"
     found = run_process(RUN, *flags, *how, environment={"PYTHONIOENCODING": "ascii"})
     assert found.exit_code == 0, found.stderr
     text = json.loads(found.stdout)["text"] if how == ("--json",) else found.stdout[:-1]
@@ -167,7 +167,7 @@ def test_make_takes_a_containers_python_as_it_is() -> None:
     assert "--decoder tensorrt_llm" in result.stdout
 
 
-def test_make_goes_on_where_tensorrt_rtx_cannot_be_installed(tmp_path: Path) -> None:
+def test_make_continues_where_tensorrt_rtx_cannot_be_installed(tmp_path: Path) -> None:
     (tmp_path / "pip").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "pip").chmod(0o755)
     stamp, cpu = tmp_path / ".tensorrt-rtx", tmp_path / ".cpu"
@@ -184,7 +184,7 @@ def test_make_engine_without_a_model_says_what_it_needs() -> None:
 
 
 @pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_a_world_size_that_is_no_number_is_told(engine_dir: Path, variable: str) -> None:
+def test_a_world_size_that_is_no_number_is_reported(engine_dir: Path, variable: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(variable, "many")
         result = run_command(RUN, *ask(engine_dir, "--prompt", "hi"))
@@ -192,7 +192,7 @@ def test_a_world_size_that_is_no_number_is_told(engine_dir: Path, variable: str)
     assert f"error: {variable}=many" in result.stderr
 
 
-def test_a_checkpoint_given_as_an_engine_is_not_told_to_be_deleted(checkpoint_dir: Path) -> None:
+def test_nobody_is_advised_to_delete_a_checkpoint_given_as_an_engine(checkpoint_dir: Path) -> None:
     result = run_command(RUN, *ask(checkpoint_dir, "--prompt", "hi"))
     assert result.exit_code == 2
     assert "is of kind 'checkpoint', expected kind 'engine'" in result.stderr

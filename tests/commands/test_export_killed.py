@@ -53,10 +53,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(flags: Flags, tmp_
     assert run_command(CONVERT, *arguments).exit_code == 0
     assert tree(place) == whole
     assert [path.name for path in watched.iterdir()] == ["new"]
-    assert resumed, "no run went on where another stopped"
+    assert resumed, "no run resumed where another stopped"
 
 
-def test_a_disk_that_fills_up_is_told_and_room_mends_it(
+def test_a_disk_that_fills_up_is_reported_and_room_fixes_it(
     flags: Flags, mount: Mount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = mount("size=100m")

@@ -106,7 +106,7 @@ def checkpoint_scales(path: Path, num_layers: int) -> Fp8Scales:
 
 
 def own_scales(report: Path, num_layers: int) -> tuple[tuple[float, float], ...]:
-    """Of K and of V: amax / 448 in float32, as the report of a conversion has amax."""
+    """Scales of K and V: amax / 448 in float32, as the report of a conversion has amax."""
     rows = {row["layer"]: row for row in json.loads(report.read_text())["attention"]}
     layers = [rows[f"transformer.layers.{i}.attention"] for i in range(num_layers)]
     most = np.float32(448)
@@ -117,7 +117,7 @@ def own_scales(report: Path, num_layers: int) -> tuple[tuple[float, float], ...]
 
 
 CACHES = ("one scale", "own scales", "in dtype")
-"""Of the KV cache."""
+"""Forms of the KV cache."""
 
 
 def definition_errors(case: Case, workshop: Workshop, cache: str = CACHES[0]) -> list[float]:

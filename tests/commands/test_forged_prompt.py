@@ -166,7 +166,7 @@ def test_a_forged_prompt_is_answered_as_text(
 def test_a_forgery_beside_images_moves_none_of_them(
     runner: Runner, submitted: Submitted, images: Images, text: str
 ) -> None:
-    """Before, between and behind real images, whose rows stay whole and in order."""
+    """Before, between and after real images, whose rows stay whole and in order."""
     one, six = images(ONE_TILE), images(SIX_TILES)
     content = (text, one, text, six, text)
     result = runner.generate(GenerationRequest(content, system=text, max_new_tokens=1))

@@ -1,4 +1,4 @@
-"""Killed, interrupted, out of disk: what is left never looks finished, and a rerun mends it.
+"""Killed, interrupted, out of disk: what is left never looks finished, and a rerun fixes it.
 
 Commands run as processes of their own that the test kills; full disks are real, small ones.
 """
@@ -70,7 +70,7 @@ class Making:
         return run_command(self.name, *self.arguments, *flags).exit_code
 
     def num_changes(self) -> int:
-        """How often an uninterrupted run changes the file system; leaves nothing behind."""
+        """How often an uninterrupted run changes the file system; leaves nothing."""
         assert self.start().wait().exit_code == 0
         log = self.place.parent.with_suffix(".log.count")
         shutil.rmtree(self.place)
@@ -85,7 +85,7 @@ class Making:
             manifest.verify_all(self.place, self.kind)
             assert tree(self.place) == self.whole
 
-    def assert_rerun_mends(self, *flags: object) -> None:
+    def assert_rerun_fixes(self, *flags: object) -> None:
         """The same command again: whole, byte by byte, with nothing beside it."""
         if flags or not self.place.exists():
             assert self.run(*flags) == 0
@@ -135,7 +135,7 @@ def test_killed_before_a_change_of_the_disk_leaves_nothing_that_looks_finished(
 ) -> None:
     """Moments at which a file or directory is about to be made, written, synced or renamed: every
     `step`th of the work and each of the last ones. A build finds what the one before it left; a
-    conversion starts from nothing, as it would go on (test_resume) and never see the same moment.
+    conversion starts from nothing, as it would resume (test_resume) and never see the same moment.
     """
     making_ = making(name, tmp_path / "out")
     total = making_.num_changes()
@@ -152,7 +152,7 @@ def test_killed_before_a_change_of_the_disk_leaves_nothing_that_looks_finished(
         last = total - 8
         kill_at = min(kill_at + step, last) if kill_at < last else kill_at + 1
     assert kill_at > total
-    making_.assert_rerun_mends()
+    making_.assert_rerun_fixes()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -171,7 +171,7 @@ def test_killed_while_overwriting_loses_neither_the_old_nor_looks_finished(
         making_.assert_absent_or_whole()
         assert any(is_whole(path, making_.kind) for path in making_.place.parent.iterdir())
         kill_at += 1
-    making_.assert_rerun_mends("--overwrite")
+    making_.assert_rerun_fixes("--overwrite")
 
 
 def is_whole(directory: Path, kind: manifest.Kind) -> bool:
@@ -208,7 +208,7 @@ def test_killed_from_outside_at_a_moment_of_the_work(
     running.kill(signal.SIGKILL)
     assert running.wait().exit_code in (-signal.SIGKILL, 0)
     making_.assert_absent_or_whole()
-    making_.assert_rerun_mends()
+    making_.assert_rerun_fixes()
 
 
 @pytest.mark.parametrize("name", [CONVERT, pytest.param(BUILD, marks=pytest.mark.slow)])
@@ -219,7 +219,7 @@ def test_a_real_process_killed_at_work(
     making_ = making(name, tmp_path / "out")
     kill_real_process(making_, MOMENTS[name][0], 0.0)
     making_.assert_absent_or_whole()
-    making_.assert_rerun_mends()
+    making_.assert_rerun_fixes()
 
 
 def kill_real_process(making_: Making, moment: str, delay_s: float) -> int:
@@ -253,7 +253,7 @@ def test_a_real_process_killed_some_time_into_its_work(
     making_ = making(name, tmp_path / "out")
     kill_real_process(making_, "vision", delay_ms / 1e3)
     making_.assert_absent_or_whole()
-    making_.assert_rerun_mends()
+    making_.assert_rerun_fixes()
 
 
 def assert_refused_as_unfinished(name: str, directory: Path, folder: Path) -> None:
@@ -293,7 +293,7 @@ def wait_until_stopped(running: Background) -> None:
 def test_two_runs_for_one_place_do_not_mix(
     making: Callable[..., Making], tmp_path: Path, name: str
 ) -> None:
-    """The second is refused while the first is at work, and the first goes on unharmed."""
+    """The second is refused while the first is at work, and the first continues unharmed."""
     making_ = making(name, tmp_path / "out")
     running = making_.start(kill_at=making_.num_changes() // 2, kill_with=signal.SIGSTOP)
     wait_until_stopped(running)
@@ -303,7 +303,7 @@ def test_two_runs_for_one_place_do_not_mix(
         running.kill(signal.SIGCONT)
     one_line_error(result, "another process", "new.partial")
     assert running.wait().exit_code == 0
-    making_.assert_rerun_mends()
+    making_.assert_rerun_fixes()
 
 
 # --- signals that can be caught ----------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_a_stopped_command_cleans_up(
         assert list(making_.place.parent.iterdir()) == [making_.staging]
     else:
         assert list(making_.place.parent.iterdir()) == []
-    making_.assert_rerun_mends()
+    making_.assert_rerun_fixes()
 
 
 # --- a full disk -------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def full_disk_error(name: str, arguments: tuple[object, ...], disk: Path) -> Non
         assert len(list(disk.iterdir())) == len(left)
 
 
-def test_a_disk_too_small_is_told_before_any_work(model_dir: Path, mount: Mount) -> None:
+def test_a_disk_too_small_is_reported_before_any_work(model_dir: Path, mount: Mount) -> None:
     disk = mount("size=300k")
     start = ("--model_dir", model_dir, "--device", "cpu")
     result = run_command(CONVERT, *start, "--output_dir", disk / "new")
@@ -353,7 +353,7 @@ def test_a_disk_too_small_is_told_before_any_work(model_dir: Path, mount: Mount)
     assert list(disk.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_during_conversion_is_told(
+def test_a_disk_that_fills_up_during_conversion_is_reported(
     model_dir: Path, calibration: Path, mount: Mount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Someone else takes the space that was free at the start: every step meets a full disk."""
@@ -371,7 +371,7 @@ def test_a_disk_that_fills_up_during_conversion_is_told(
         assert tree(disk / "new") == tree(room)
 
 
-def test_a_disk_without_room_for_file_names_is_told_during_conversion(
+def test_a_disk_without_room_for_file_names_is_reported_during_conversion(
     model_dir: Path, calibration: Path, mount: Mount
 ) -> None:
     """Enough bytes, too few inodes: each file in turn is the one too many."""
@@ -399,7 +399,7 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_file_larger_than_may_be_is_told(
+def test_a_file_larger_than_may_be_is_reported(
     model_dir: Path, checkpoint_dir: Path, tmp_path: Path, name: str
 ) -> None:
     converts = (CONVERT, "--model_dir", model_dir, "--quant_algo", "none", "--output_dir")
@@ -414,7 +414,7 @@ def test_a_file_larger_than_may_be_is_told(
 
 
 @pytest.mark.parametrize("options", ["size={}k", "size=100m,nr_inodes={}"])
-def test_a_full_disk_is_told_during_the_build(
+def test_a_full_disk_is_reported_during_the_build(
     checkpoint_dir: Path, mount: Mount, options: str
 ) -> None:
     start = ("--checkpoint_dir", checkpoint_dir, "--vision", "torch")
@@ -432,14 +432,14 @@ def test_a_full_disk_is_told_during_the_build(
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_during_the_onnx_export(checkpoint_dir: Path, mount: Mount) -> None:
+def test_a_full_disk_is_reported_during_the_onnx_export(checkpoint_dir: Path, mount: Mount) -> None:
     start = ("--checkpoint_dir", checkpoint_dir, "--vision", "onnxruntime")
     for kilobytes in (8, 100, 1000, 1500):
         full_disk_error(BUILD, start, mount(f"size={kilobytes}k"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_read_only_disk_is_told(
+def test_a_read_only_disk_is_reported(
     model_dir: Path, checkpoint_dir: Path, mount: Mount, name: str
 ) -> None:
     disk = mount("size=300k,ro")
@@ -449,10 +449,10 @@ def test_a_read_only_disk_is_told(
     one_line_error(result, flag, "cannot be written", "Read-only file system")
 
 
-def test_a_full_disk_is_told_for_the_answers_of_a_batch(
+def test_a_full_disk_is_reported_for_the_answers_of_a_batch(
     engine_dir: Path, tmp_path: Path, mount: Mount
 ) -> None:
-    """What was answered stays, whole lines only count, and a rerun goes on from there."""
+    """What was answered stays, whole lines only count, and a rerun resumes from there."""
     lines = [{"id": i, "prompt": "hi"} for i in range(40)]
     (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
     disk = mount("size=8k")
@@ -469,7 +469,7 @@ def test_a_full_disk_is_told_for_the_answers_of_a_batch(
     assert all("text" in answer for answer in answers)
 
 
-def test_a_full_disk_behind_stdout_is_told(engine_dir: Path) -> None:
+def test_a_full_disk_that_stdout_goes_to_is_reported(engine_dir: Path) -> None:
     """`run.py ... > answer.txt`: an answer that was not written is no success."""
     with open("/dev/full", "w") as full:
         result = run_process(RUN, *ask(engine_dir, "--prompt", "hi"), stdout=full.fileno())

@@ -1,4 +1,4 @@
-"""Flags that are mistyped, and numbers that are none: told with what helps."""
+"""Flags that are mistyped, and numbers that are none: refused with what helps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from nvlm.program.errors import UserError
         (serve.parser, "--startup_timeout_s", "inf", "a positive number"),
     ],
 )
-def test_what_is_no_number_is_told_with_what_mends_it(
+def test_what_is_no_number_is_reported_with_what_fixes_it(
     parser: type[ArgumentParser], flag: str, word: str, expected: str
 ) -> None:
     with pytest.raises(UserError) as refused:
@@ -56,7 +56,9 @@ def test_so_is_one_of_a_subcommand(word: str) -> None:
         (["--Temperature", "1"], "--temperature"),
     ],
 )
-def test_an_unknown_flag_is_told_the_one_that_may_be_meant(words: list[str], meant: str) -> None:
+def test_an_unknown_flag_is_refused_with_the_one_that_may_be_meant(
+    words: list[str], meant: str
+) -> None:
     with pytest.raises(UserError, match=rf"^unrecognized arguments: .*; did you mean '{meant}'\?"):
         run.parser().parse_args(["--engine_dir", "E", "--prompt", "q", *words])
 

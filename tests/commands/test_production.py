@@ -91,7 +91,7 @@ def built(workshop: Workshop, doubles: Doubles) -> Any:
 
 @pytest.fixture(scope="module")
 def reference(workshop: Workshop) -> Runner:
-    """The torch decoder behind the same float16 graph in ONNX Runtime, on one rank."""
+    """The torch decoder after the same float16 graph in ONNX Runtime, on one rank."""
     options = {"decoder": "torch", "vision": "onnxruntime", "vision_precision": "float16"}
     path = workshop.engine(
         "engine_8_heads_torch", checkpoint(workshop, 1), max_num_images=3, **options
@@ -174,7 +174,7 @@ class TestBuild:
     def test_timings_of_an_earlier_build_are_read_by_the_next(
         self, workshop: Workshop, doubles: Doubles, tmp_path: Path
     ) -> None:
-        """Of the decoder; test_vision_tensorrt says so of the vision engine."""
+        """This is the decoder; test_vision_tensorrt has the vision engine."""
         options = replace(OPTIONS, vision="torch", vision_precision=None)
         spec = specify(checkpoint(workshop, 1), options, CUDA, GPU_BYTES)
         cache = str(tmp_path / "timings" / "llm.cache")
@@ -270,7 +270,7 @@ class TestBuild:
         autos = {name for name, value in settings.items() if value == "auto"}
         assert found == settings | dict.fromkeys(autos, "bfloat16")
 
-    def test_a_plugin_setting_that_the_installed_class_lacks_is_refused_before_anything_is_compiled(
+    def test_a_plugin_setting_unknown_to_the_installed_class_is_refused_before_anything_is_compiled(
         self,
         workshop: Workshop,
         doubles: Doubles,
@@ -349,7 +349,7 @@ class TestAnswers:
         assert answers(runner, requests()) == expected
         assert len({tuple(tokens) for tokens in expected}) == len(expected)
 
-    def test_two_pictures_with_equal_token_ids_are_told_apart_and_the_same_one_is_known_again(
+    def test_two_pictures_with_equal_token_ids_are_distinguished_and_the_same_one_is_known_again(
         self, runner: Runner, doubles: Doubles, tmp_path: Path
     ) -> None:
         """The double fails when (token id, extra id) pairs agree and tables do not."""
@@ -395,7 +395,7 @@ class TestAnswers:
         assert all(pieces[:-1])
         assert "".join(pieces) == whole
 
-    def test_a_cancelled_request_gives_nothing_more_and_the_others_go_on(
+    def test_a_cancelled_request_gives_nothing_more_and_the_others_continue(
         self, runner: Runner, reference: Runner
     ) -> None:
         kept, gone = requests()[0], requests()[1]
@@ -436,7 +436,7 @@ class TestAnswers:
         monkeypatch: pytest.MonkeyPatch,
         includes_end_token: bool,
     ) -> None:
-        """Whichever way the executor tells it."""
+        """Whichever way the executor says it."""
         monkeypatch.setattr(doubles.executor, "includes_end_token", includes_end_token)
         decoder = create_decoder_executor(EngineDir.read(built()), CUDA)
         request = DecoderRequest(list(range(9)), max_new_tokens=12)
@@ -785,7 +785,7 @@ class TestStrictness:
         assert not hasattr(plugins, "gemm_plugins")
         assert (plugins.gemm_plugin, plugins.nccl_plugin) == (None, "bfloat16")
 
-    def test_a_call_behind_the_end(self, built: Any, doubles: Doubles) -> None:
+    def test_a_call_after_the_end(self, built: Any, doubles: Doubles) -> None:
         create_decoder_executor(EngineDir.read(built()), CUDA).close()
         executor = doubles.executor.executors[-1]
         with pytest.raises(RuntimeError, match="Shutdown called"):
@@ -968,7 +968,7 @@ class TestRanks:
     def test_a_rank_that_dies_is_an_error_and_no_wait_for_ever(
         self, built: Any, doubles: Doubles, tmp_path: Path
     ) -> None:
-        """Of the double: else a worker that does nothing would pass above."""
+        """It is the double's: else a worker that does nothing would pass above."""
         path = built(2)
         with (
             pytest.raises(RuntimeError, match="rank 1 has ended"),

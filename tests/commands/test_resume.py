@@ -1,4 +1,4 @@
-"""An interrupted conversion goes on where it stopped, to the same bytes."""
+"""An interrupted conversion resumes where it stopped, to the same bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import CPU, FP8
 from tests.support.command import CONVERT, background, one_line_error, run_command, tree
 
 UNITS = 1 + 2 + 1 + 1 + 2 + 1
-"""Of the tiny model: ViT embeddings, 2 layers, projector; decoder embedding, 2 layers, head."""
+"""The tiny model's: ViT embeddings, 2 layers, projector; decoder embedding, 2 layers, head."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def killed(flags: tuple[object, ...], folder: Path, kill_at: int) -> int:
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
     flags: tuple[object, ...], whole: dict[str, str], tmp_path: Path
 ) -> None:
-    """Each run goes on behind the last; none does a finished unit again."""
+    """Each run resumes after the last; none does a finished unit again."""
     moments, place = random.Random(20), tmp_path / "out" / "new"
     done = num_kills = 0
     while num_kills < 10:
@@ -93,7 +93,7 @@ def test_killed_at_any_moment_one_rerun_ends_with_the_same_bytes(
         done = num_done(place.parent)
         seen.add(done)
         caplog.clear()
-        if not place.exists():  # else killed after the last rename: there is nothing to go on with
+        if not place.exists():  # else killed after the last rename: there is nothing to resume
             result = run_command(CONVERT, *flags, "--output_dir", place)
             assert result.exit_code == 0, result.stderr
         if 0 < done < UNITS:
@@ -119,7 +119,7 @@ def test_other_arguments_start_over_and_say_so(
     result = run_command(CONVERT, *flags, *other, "--output_dir", place)
     assert result.exit_code == 0
     assert "is of other arguments, input or versions: starting over" in caplog.text
-    assert "going on" not in caplog.text
+    assert "resuming" not in caplog.text
     clean = tmp_path / "clean"
     assert run_command(CONVERT, *flags, *other, "--output_dir", clean).exit_code == 0
     assert tree(place) == tree(clean)
@@ -144,7 +144,7 @@ def test_a_torn_line_of_the_journal_is_not_believed(
     assert tree(place) == whole
 
 
-def test_a_disk_too_full_to_go_on_loses_nothing(
+def test_a_disk_too_full_to_resume_loses_nothing(
     flags: tuple[object, ...],
     whole: dict[str, str],
     tmp_path: Path,

@@ -164,7 +164,7 @@ def one_bit() -> Image.Image:
 
 
 def grey_16_bit() -> NDArray[np.uint16]:
-    """[350, 420]: the whole range, with low bytes that tell rounding from truncation."""
+    """[350, 420]: the whole range, with low bytes that distinguish rounding from truncation."""
     y, x = np.mgrid[0:350, 0:420]
     values = x * 156 + y // 7 * 3
     values[40:160, 40:200] = 65535 - 385 * (x[40:160, 40:200] // 8)

@@ -183,7 +183,7 @@ def launch(tested: Scheduler, *, is_ahead: bool = False) -> list[tuple[int, int]
 
 
 class TestScheduledAhead:
-    def test_a_prompt_goes_on_and_another_joins(self) -> None:
+    def test_a_prompt_continues_and_another_joins(self) -> None:
         tested = Scheduler(replace(LIMITS, max_num_tokens=40), 20)
         tested.add(sequence(0, 10))
         tested.add(sequence(1, 50))

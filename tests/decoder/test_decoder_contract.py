@@ -266,7 +266,7 @@ def test_never_more_than_max_batch_size_run_in_a_step(executor: DecoderExecutor)
 @pytest.mark.parametrize(
     "request_", [text(9), text(30), with_images([4, 12])], ids=["9", "30", "images"]
 )
-def test_an_answer_given_back_as_prompt_goes_on_as_it_did(
+def test_an_answer_given_back_as_prompt_continues_as_it_did(
     implementation: Implementation, executor: DecoderExecutor, request_: DecoderRequest
 ) -> None:
     """Prefill and decode agree on positions and cache, also where a block of 32 is crossed."""
@@ -394,7 +394,7 @@ class TestCancel:
         outputs = drain(executor)
         assert {output.request_id for output in outputs} == set(ids) - {ids[-2]}
 
-    def test_a_cancelled_place_is_taken_behind_the_step_under_way(
+    def test_a_cancelled_place_is_taken_after_the_step_in_flight(
         self, executor: DecoderExecutor
     ) -> None:
         ids = [executor.submit(text(5, seed=seed)) for seed in range(MAX_BATCH_SIZE + 1)]
@@ -441,12 +441,12 @@ class TestCancel:
         "too long",
         "virtual id without a table",
         "negative id",
-        "id behind the table",
+        "id after the table",
         "max_new_tokens 0",
         "max_new_tokens negative",
     ],
 )
-def test_what_can_never_run_is_refused_and_others_go_on(
+def test_what_can_never_run_is_refused_and_others_continue(
     executor: DecoderExecutor, request_: DecoderRequest, message: str
 ) -> None:
     expected = run(executor, text(5))[0][0]

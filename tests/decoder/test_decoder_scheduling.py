@@ -63,7 +63,7 @@ def open_executor(engine_dir: Path, request: pytest.FixtureRequest) -> Open:
 
 
 def random_request(rng: random.Random) -> DecoderRequest:
-    """Text or one of three pictures behind one of two heads, then a question of its own."""
+    """Text or one of three pictures after one of two heads, then a question of its own."""
     head = [[1, 2, 3], list(range(100, 140))][rng.randrange(2)]
     question = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 30))]
     max_new_tokens = rng.randint(8, 32)
@@ -130,7 +130,7 @@ def test_the_same_picture_is_computed_once_and_another_anew(open_executor: Open)
     assert reused == [0, whole, text, whole, text, text]
 
 
-def test_out_of_blocks_and_cancelled_the_engine_goes_on(open_executor: Open) -> None:
+def test_out_of_blocks_and_cancelled_the_engine_continues(open_executor: Open) -> None:
     rng = random.Random(1)
     executor = open_executor(BLOCKS_OF_LONGEST, max_num_tokens=24)
     free = executor.scheduler.num_free_blocks
@@ -169,7 +169,7 @@ def with_stop(request: DecoderRequest, answer: list[int], rng: random.Random) ->
 def test_steps_ahead_of_the_tokens_change_no_answer(
     open_executor: Open, seed: int, max_num_tokens: int
 ) -> None:
-    """Answers end by a stop token, by length and by cancellation while the next step is under way,
+    """Answers end by a stop token, by length and by cancellation while the next step is in flight,
     requests come meanwhile, and some are sampled or want their logits."""
     rng = random.Random(100 + seed)
     requests = [random_request(rng) for _ in range(14)]
@@ -196,7 +196,7 @@ def test_steps_ahead_of_the_tokens_change_no_answer(
             index = request_of[output.request_id]
             assert index not in cancelled
             ids, reason = found.setdefault(index, ([], None))
-            assert reason is None, "nothing comes behind the end"
+            assert reason is None, "nothing comes after the end"
             if output.token_id is not None:
                 ids.append(output.token_id)
             found[index] = ids, output.finish_reason
@@ -217,7 +217,7 @@ def test_steps_ahead_of_the_tokens_change_no_answer(
 def test_a_step_that_fails_as_it_draws_can_be_taken_again(
     open_executor: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In every step once, be it the next one or one under way: no token is lost or drawn twice."""
+    """In every step once, be it the next one or one in flight: no token is lost or drawn twice."""
     rng = random.Random(3)
     requests = [random_request(rng) for _ in range(5)]
     expected = alone(open_executor, requests)
@@ -249,7 +249,7 @@ def test_a_step_that_fails_as_it_draws_can_be_taken_again(
     assert executor.scheduler.num_free_blocks == 4 * BLOCKS_OF_LONGEST
 
 
-def test_the_fast_path_is_asked_before_its_tokens_are_known_and_goes_on_after_a_failure(
+def test_the_fast_path_is_asked_before_its_tokens_are_known_and_continues_after_a_failure(
     engine_dir: Path,
 ) -> None:
     engine = EngineDir.read(engine_dir)

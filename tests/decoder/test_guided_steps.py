@@ -205,7 +205,7 @@ def test_the_forward_pass_does_not_wait_for_the_masks(
     requests: list[DecoderRequest],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A guided step goes on while the host takes the tokens before it; then it is drawn."""
+    """A guided step continues while the host takes the tokens before it; then it is drawn."""
     executor, events = open_executor(), []
     model = executor._ahead
     assert isinstance(model, HopperModel)

@@ -50,7 +50,7 @@ def prompts(count: int) -> list[list[int]]:
 def logits_along(
     executor: DecoderExecutor, prompt: list[int], answer: list[int]
 ) -> list[torch.Tensor]:
-    """Of every token of a given answer, each as a prompt of its own."""
+    """Logits of every token of a given answer, each computed as a prompt of its own."""
     found = []
     for count in range(len(answer)):
         executor.submit(DecoderRequest(prompt + answer[:count], 1, return_logits=True))
@@ -91,7 +91,7 @@ class TestOnAGpu:
     def test_answers_of_a_batch_are_the_cpus_up_to_ties(
         self, engine_dir: Path, limits: dict[str, int]
     ) -> None:
-        """A tie that falls otherwise changes all that follows, so the first tokens tell."""
+        """A tie that falls otherwise changes all that follows, so the first tokens decide."""
         requests = [DecoderRequest(prompt, 8) for prompt in prompts(24)]
         found = generate(load(engine_dir, CUDA, max_batch_size=8, **limits), requests)
         oracle = load(engine_dir, CPU)
@@ -117,7 +117,7 @@ class TestShortOfMemory:
 
     pytestmark = needs_gpu
 
-    def test_alone_a_gpu_that_is_taken_is_told_and_the_engine_loads_once_it_is_free(
+    def test_alone_a_gpu_that_is_taken_is_reported_and_the_engine_loads_once_it_is_free(
         self, engine_dir: Path
     ) -> None:
         torch.cuda.empty_cache()
@@ -180,7 +180,7 @@ def test_an_engine_that_does_not_fit_is_refused_with_what_would_fit(
 def test_the_fraction_of_free_memory_is_what_the_kv_cache_takes(
     engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of what is free after loading; without one, all that the limits can use."""
+    """The fraction is of what is free after loading; without one, all that the limits can use."""
     engine = EngineDir.read(engine_dir)
     monkeypatch.setattr(hopper, "has_kernels", lambda device: True)
     monkeypatch.setattr(
@@ -214,10 +214,10 @@ def test_the_fraction_on_a_cpu_is_refused(engine_dir: Path) -> None:
         TorchDecoderExecutor.load(EngineDir.read(engine_dir), CPU, options)
 
 
-def test_a_machine_without_a_compiler_is_told_what_to_install(
+def test_a_machine_without_a_compiler_is_reported_with_what_to_install(
     engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of which Triton says "Failed to find C compiler"."""
+    """Triton says "Failed to find C compiler" there."""
     build = pytest.importorskip("triton.runtime.build", reason="triton is not installed")
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)

@@ -51,7 +51,7 @@ CACHES: dict[str, tuple[str | None, str]] = {
     "own scales": ("FP8", "own"),
     "in dtype": (None, "one"),
 }
-"""Of keys and values: what is converted, and how it is built."""
+"""What keys and values are converted to, and how they are built."""
 
 
 @pytest.fixture(scope="module", params=CACHES)

@@ -68,7 +68,7 @@ def models(
 
 @pytest.fixture
 def calls(models: tuple[DecoderModel, HopperModel]) -> list[tuple[str, list[torch.Tensor]]]:
-    """Of the fast path, from now on."""
+    """Records the fast path's calls from now on."""
     forms: Any = models[1]._forms
     forms.calls.clear()
     return forms.calls  # type: ignore[no-any-return]

@@ -231,7 +231,7 @@ CACHES = pytest.mark.parametrize("stored", [fp8.E4M3, DTYPE], ids=["e4m3", "dtyp
 
 
 NAN_BYTE = 0xFF
-"""Of NaN in every type."""
+"""A byte of NaN in every type."""
 
 HEADS = [(2, 2, 64), (8, 1, 128), (40, 2, 96), (6, 3, 80)]  # groups of 1 to 20
 
@@ -397,7 +397,7 @@ def test_a_request_of_a_batch_attends_as_it_does_alone(stored: torch.dtype) -> N
 @pytest.mark.parametrize("num_rows", [1, 255, 256, 300])
 @CACHES
 def test_prefill_attention_equals_its_plain_form(num_rows: int, stored: torch.dtype) -> None:
-    """Whatever lies after the rows, and on the blocks after the positions."""
+    """Whatever lies after the rows, and in the blocks after the positions."""
     heads, kv_heads, head_dim = 4, 2, 64
     blocks = torch.randperm(12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     caches = [cache(12, kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3)]

@@ -63,7 +63,7 @@ def test_column_parallel_outputs_are_those_of_one_rank_bit_by_bit(
 
 
 def test_queries_keys_and_values_are_those_of_one_rank_bit_by_bit(loaded: Loaded) -> None:
-    """A rank holds its heads' rows of all three, one behind the other; eight ranks share the four
+    """A rank holds its heads' rows of all three, one after the other; eight ranks share the four
     key and value heads in pairs."""
     head_dim = loaded.config.decoder.head_dim
     for layer, one in enumerate(loaded.one.layers):

@@ -412,7 +412,7 @@ def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
     assert step <= 10 + 4, "it waits only for those that ran when it came"
 
 
-def test_what_the_first_that_waits_lacks_is_counted() -> None:
+def test_what_the_first_that_waits_needs_is_counted() -> None:
     def waiting(tested: Scheduler) -> dict[WaitCause, int]:
         tested.schedule()
         return tested.counts.waiting

@@ -66,7 +66,7 @@ def random_bounds(rng: random.Random) -> dict[str, Any]:
 
 
 def spellings(schema: dict[str, Any]) -> set[str]:
-    """Of the numbers at the bounds, a little beside them, and of whole ones around."""
+    """Spellings of the numbers at the bounds, a little beside them, and of whole ones around."""
     found = {"0", "-0", "1"}
     for bound in [value for value in schema.values() if not isinstance(value, str)]:
         for near in (0, 0.01, -0.01, 0.5, -0.5, 1, -1):

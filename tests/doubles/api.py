@@ -61,7 +61,7 @@ def function(symbol: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def method(symbol: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """As `function`, behind `self`."""
+    """Calls `function` with what comes after `self`."""
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(body)

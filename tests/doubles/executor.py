@@ -50,9 +50,12 @@ _TOP_K_MAX = 1024  # cpp/tensorrt_llm/kernels/samplingTopKKernels.h; a larger on
 
 
 def make_executor_module(gpu: CudaDouble) -> ModuleType:
-    """`module.executors` lists what was opened; `module.faults` maps a request's number (from 1) to
-    the error that its response will carry; `module.includes_end_token` is how END_ID is told;
-    `module.ranks` is this rank's side of tests.doubles.ranks, None where it is the only one."""
+    """The module, with four names of ours in it.
+
+    `executors` lists what was opened. `faults` maps a request's number (from 1) to the error that
+    its response will carry. `includes_end_token` says how END_ID is given. `ranks` is this rank's
+    side of tests.doubles.ranks, None where it is the only one.
+    """
     module = ModuleType("tensorrt_llm.bindings.executor")
     values = {name: api.value_class(_PREFIX + name) for name in _CLASSES}
     values |= {name: api.enum_class(_PREFIX + name) for name in _ENUMS}

@@ -1,6 +1,6 @@
 """The other ranks of an `mpirun`, as forked processes, and what MPI carries between Executors.
 
-The leader's waits until every rank has opened its engine with the leader's settings, tells them
+The leader's waits until every rank has opened its engine with the leader's settings, sends them
 each step and that it closes, and hears from each. A rank that is missing, dead or out of step is
 an error: a real run would hang.
 """
@@ -38,12 +38,12 @@ class Leader:
 
     def step(self) -> None:
         self.num_steps += 1
-        self._tell(STEP)
+        self._send(STEP)
 
     def close(self) -> None:
-        self._tell(CLOSE)
+        self._send(CLOSE)
 
-    def _tell(self, word: str) -> None:
+    def _send(self, word: str) -> None:
         for pipe in self.pipes:
             pipe.send(word)
         self._hear(word)
@@ -93,7 +93,7 @@ def mpirun(
     executor: Any, size: int, work: Callable[[int], None], folder: Path
 ) -> Iterator[list[Rank]]:
     """This process is rank 0 inside the block; the others do `work(rank)` and must have ended by
-    themselves with exit code 0 soon behind its end."""
+    themselves with exit code 0 soon after its end."""
     context = multiprocessing.get_context("fork")  # they need the doubles, which live in here
     leader, ranks = Leader(), []
     with (

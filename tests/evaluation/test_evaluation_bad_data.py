@@ -1,4 +1,4 @@
-"""Bad benchmarks and bad answers: named, counted, and the rest goes on."""
+"""Bad benchmarks and bad answers: named, counted, and the rest continues."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_wrong_flag_is_one_line(
 @pytest.mark.parametrize(
     ("task", "flags", "message"),
     [
-        ("ImageNet", (), "--task ImageNet is unknown, expected one of captioning, TextVQA"),
+        ("ImageNet", (), "--task 'ImageNet' is unknown, expected one of captioning, TextVQA"),
         ("MathVista", (), "--gt_path does not go with --task MathVista: the parquet"),
         ("VideoMME", ("--max_num_tiles", "2"), "--max_num_tiles does not go with --task VideoMME"),
     ],
@@ -536,7 +536,7 @@ def test_an_empty_list_of_answers_is_a_hidden_one(tmp_path: Path) -> None:
     assert sample.fields == {"gt_answer": [""]}
 
 
-def test_parquet_without_pictures_or_truths_is_told(tmp_path: Path) -> None:
+def test_parquet_without_pictures_or_truths_is_reported(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     import pyarrow
     import pyarrow.parquet
@@ -560,7 +560,7 @@ def test_more_partitions_than_samples_leave_an_empty_one(
     assert "0 of 0 samples answered" in result.stderr
 
 
-def test_a_mended_data_set_goes_on_and_another_is_not_mixed_in(
+def test_a_corrected_data_set_resumes_and_another_is_not_mixed_in(
     tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     """OCRBench's ids are positions: another file has the same ones."""
@@ -570,9 +570,9 @@ def test_a_mended_data_set_goes_on_and_another_is_not_mixed_in(
     broken = run_task(float32_engine_dir, made, tmp_path / "out")
     assert broken.exit_code == SOME_FAILED
     write_json(made.gt_paths[0], records)
-    mended = run_task(float32_engine_dir, made, tmp_path / "out")
-    assert mended.exit_code == 0, mended.stderr
-    assert "3 of 3 samples answered, 1 of them now" in mended.stderr
+    corrected = run_task(float32_engine_dir, made, tmp_path / "out")
+    assert corrected.exit_code == 0, corrected.stderr
+    assert "3 of 3 samples answered, 1 of them now" in corrected.stderr
     other = replace(made, gt_paths=(write_json(tmp_path / "other.json", records),))
     result = run_task(float32_engine_dir, other, tmp_path / "out")
     one_line_error(result, "made with gt_path ['OCRBench.json'] and this run has ['other.json']")
@@ -664,7 +664,9 @@ def test_a_mixture_of_hidden_and_public_answers_is_refused(tmp_path: Path) -> No
     one_line_error(result, "has 1 answers of a split whose truth is hidden among 2")
 
 
-def test_partitions_of_different_runs_are_told(tmp_path: Path, float32_engine_dir: Path) -> None:
+def test_partitions_of_different_runs_are_reported(
+    tmp_path: Path, float32_engine_dir: Path
+) -> None:
     made = ocrbench(tmp_path)
     for partition, prompt_format in ((0, "hf"), (1, "megatron")):
         flags = ("--num_partitions", "2", "--partition_id", partition)
@@ -675,7 +677,7 @@ def test_partitions_of_different_runs_are_told(tmp_path: Path, float32_engine_di
     assert "partition 1 was made by another engine or with other settings" in result.stderr
 
 
-def test_partitions_that_are_missing_are_told(tmp_path: Path, float32_engine_dir: Path) -> None:
+def test_partitions_that_are_missing_are_reported(tmp_path: Path, float32_engine_dir: Path) -> None:
     made = ocrbench(tmp_path)
     flags = ("--num_partitions", "3", "--partition_id", "1")
     assert run_task(float32_engine_dir, made, tmp_path / "out", *flags).exit_code == 0
@@ -685,10 +687,10 @@ def test_partitions_that_are_missing_are_told(tmp_path: Path, float32_engine_dir
         assert f"out-OCRBench is missing partition {partition} of 3" in result.stderr
 
 
-def test_records_that_were_no_samples_are_told_beside_the_score(
+def test_records_that_were_no_samples_are_reported_beside_the_score(
     tmp_path: Path, float32_engine_dir: Path
 ) -> None:
-    """run.py named them, perhaps days ago; mended, nothing is told any more."""
+    """run.py named them, perhaps days ago; once corrected, nothing is reported any more."""
     made = ocrbench(tmp_path)
     records = json.loads(made.gt_paths[0].read_text())
     write_json(made.gt_paths[0], [*records[:2], {**records[2], "type": "Music"}])

@@ -1,4 +1,4 @@
-"""A benchmark run killed at any moment: the same command goes on, and nothing is lost or twice."""
+"""A benchmark run killed at any moment: the same command resumes, and nothing is lost or twice."""
 
 from __future__ import annotations
 

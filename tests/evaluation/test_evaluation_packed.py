@@ -347,7 +347,7 @@ def test_a_picture_may_be_a_column_of_bytes(tmp_path: Path) -> None:
     assert picture() == encoded("51")["bytes"]
 
 
-def test_a_copy_without_a_column_of_pictures_is_told_its_columns(tmp_path: Path) -> None:
+def test_a_copy_without_a_column_of_pictures_is_refused_with_its_columns(tmp_path: Path) -> None:
     row = {"img": encoded("51"), "query": READ, "label": ["51"]}
     write_parquet(tmp_path / "test-00000-of-00001.parquet", [row])
     with pytest.raises(UserError, match="has the columns img, query, label, expected one called i"):

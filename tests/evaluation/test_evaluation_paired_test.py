@@ -14,7 +14,7 @@ from evaluation.reporting.paired_test import paired_test
 
 
 def test_few_graded_gains_are_signed_in_every_way() -> None:
-    """Of the 8 signings of 1/3, 2/3, 1 two reach the sum of 2."""
+    """Two of the 8 signings of 1/3, 2/3, 1 reach the sum of 2."""
     assert paired_test(np.array([1 / 3, 2 / 3, 1.0, 0.0]), 1.0).p_value == pytest.approx(2 / 8)
     gains = np.random.default_rng(3).choice([-2 / 3, -1 / 3, 1 / 3, 1.0], 12)
     expected = stats.permutation_test(
@@ -24,7 +24,7 @@ def test_few_graded_gains_are_signed_in_every_way() -> None:
 
 
 def test_many_graded_gains_are_signed_at_random_within_the_error_of_that() -> None:
-    """Of 18 gains all 262,144 signings; repeated and single ones. Four standard errors."""
+    """All 262,144 signings of 18 gains, repeated and single ones, within four standard errors."""
     gains = np.array([1 / 3] * 8 + [-2 / 3] * 3 + [0.11, 0.12, -0.13, 0.5, 0.7, -0.9, 1.0])
     signs = np.array(list(itertools.product((-1, 1), repeat=len(gains))))
     expected = float((np.abs(signs @ gains) >= abs(gains.sum()) - 1e-9).mean())

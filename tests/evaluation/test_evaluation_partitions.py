@@ -1,4 +1,4 @@
-"""Shares of a benchmark: cut at positions of the records, each told of its own records only, and
+"""Shares of a benchmark: cut at positions of the records, each reports on its own records only, and
 never mixed with other shares; what is refused is refused before the engine is loaded."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def spoil(made: Benchmark, position: int) -> Any:
     return records
 
 
-def test_a_bad_record_is_told_by_its_share_and_mended_there(
+def test_a_bad_record_is_reported_by_its_share_and_corrected_there(
     tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     made = ocrbench(tmp_path)
@@ -62,9 +62,9 @@ def test_a_bad_record_is_told_by_its_share_and_mended_there(
     assert [ids(prefix, k) for k in (0, 1)] == [[1], [2, 3]]
     write_json(made.gt_paths[0], records)
     for partition, num_new in ((0, 1), (1, 0)):
-        mended = run_task(float32_engine_dir, made, prefix, *share(partition, 2))
-        assert mended.exit_code == 0, mended.stderr
-        assert f"2 of 2 samples answered, {num_new} of them now" in mended.stderr
+        corrected = run_task(float32_engine_dir, made, prefix, *share(partition, 2))
+        assert corrected.exit_code == 0, corrected.stderr
+        assert f"2 of 2 samples answered, {num_new} of them now" in corrected.stderr
     assert [ids(prefix, k) for k in (0, 1)] == [[0, 1], [2, 3]]
 
 
@@ -99,7 +99,7 @@ def test_a_data_set_that_grew_is_not_shared_out_anew(
 
 
 @pytest.mark.parametrize("mistake", ["settings", "line", "frames", "folder", "engine"])
-def test_a_mistake_is_told_before_the_engine_is_loaded(
+def test_a_mistake_is_reported_before_the_engine_is_loaded(
     mistake: str, tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     made = ocrbench(tmp_path)
@@ -127,7 +127,7 @@ def test_a_mistake_is_told_before_the_engine_is_loaded(
 
 
 def test_shares_are_those_of_numpys_linspace() -> None:
-    """Of which only the two that count are computed: a record may say a trillion partitions."""
+    """Only the two edges that count are computed: a record may say a trillion partitions."""
     for num_records in (0, 1, 7, 900, 12_345):
         for number in (1, 2, 3, 7, 64, 1000):
             edges = [int(edge) for edge in np.linspace(0, num_records, number + 1)]

@@ -66,7 +66,7 @@ def test_answers_keep_why_they_ended_and_older_ones_are_resumed(
     assert found == f"{rest} of {rest} answers, of 1 unknown"
 
 
-def test_what_scoring_lacks_is_told_before_answers_are_made(
+def test_what_is_missing_for_scoring_is_reported_before_answers_are_made(
     float32_engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They may be scored elsewhere, so they are made all the same."""

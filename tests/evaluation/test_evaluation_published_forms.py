@@ -1,5 +1,5 @@
 """Benchmarks in the forms in which they are published, where there is more than one, and copies of
-them that lack a part."""
+them without a part."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_missing_subjects_of_mmmu_are_named(tmp_path: Path) -> None:
     assert len(MMMU_SUBJECTS) == 30
 
 
-def test_a_missing_parquet_file_is_told_before_and_counted_after(
+def test_a_missing_parquet_file_is_reported_before_and_counted_after(
     tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     rows = [{"image": encoded("51"), "question": COUNT, "answer": "3"}]

@@ -39,14 +39,14 @@ def test_two_ranks_write_the_lines_of_one(workshop: Workshop, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("words", [(), ("nothing",), ("generate", "--task", "OCRBench")])
-def test_a_wrong_command_line_is_told_once(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_wrong_command_line_is_reported_once(words: tuple[str, ...], tmp_path: Path) -> None:
     result = finished(command(2, ROOT / "evaluate.py", *words), tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("error: ") == 1, result.stderr
 
 
 @pytest.mark.parametrize("what", ["data", "record", "image"])
-def test_what_is_wrong_with_the_data_is_told_once(
+def test_what_is_wrong_with_the_data_is_reported_once(
     what: str, workshop: Workshop, tmp_path: Path
 ) -> None:
     """Before the engine is loaded, while the others wait for work, and of a single sample."""

@@ -110,8 +110,8 @@ def test_mmmu_test_gives_a_submission_and_validation_a_score(tmp_path: Path) -> 
     assert public["tasks"]["MMMU"]["score"] == 50.0
 
 
-def test_a_comparison_tells_what_changed_and_whether_it_is_chance(tmp_path: Path) -> None:
-    """Of 100 samples eight become wrong and one right: McNemar's exact p is 2 (1 + 9) / 2^9."""
+def test_a_comparison_says_what_changed_and_whether_it_is_chance(tmp_path: Path) -> None:
+    """Eight of 100 samples become wrong and one right: McNemar's exact p is 2 (1 + 9) / 2^9."""
     ours = [short(i, "x" if i < 8 or i >= 60 else "yes", "yes") for i in range(100)]
     theirs = [short(i, "yes" if 1 <= i < 60 or i == 0 else "y", "yes") for i in range(100)]
     ours[70] = short(70, "yes", "yes")
@@ -144,7 +144,7 @@ def test_a_comparison_says_when_not_the_engines_alone_differ(tmp_path: Path) -> 
 
 
 def test_several_runs_stand_on_one_page_each_with_its_own_test(tmp_path: Path) -> None:
-    """As BF16, FP8 with a BF16 cache, FP8 with an FP8 cache; the middle one lacks a task."""
+    """As BF16, FP8 with a BF16 cache, FP8 with an FP8 cache; the middle one has a task less."""
     answers = {"fp8": "BBCB", "fp8_bf16_kv": "BBBB", "bf16": "ABBB"}
     for name, letters in answers.items():
         lines = [short(i, letter, "B") for i, letter in enumerate(letters)]
@@ -217,7 +217,7 @@ def test_the_report_is_written_beside_the_markdown_on_stdout(tmp_path: Path) -> 
     assert "https://" not in page
 
 
-def test_a_task_that_the_other_run_lacks_keeps_its_score(tmp_path: Path) -> None:
+def test_a_task_that_the_other_run_does_not_have_keeps_its_score(tmp_path: Path) -> None:
     write_answers(tmp_path / "fp8", "ChartQA", [short(1, "5", "5")])
     write_answers(tmp_path / "fp8", "AI2D", [short(1, "B", "B")])
     write_answers(tmp_path / "bf16", "ChartQA", [short(1, "5", "5")])
@@ -324,7 +324,7 @@ def test_changes_stand_beside_their_question_and_truth(tmp_path: Path) -> None:
     assert "| sample |" not in unchanged, "no table of nothing"
 
 
-def test_a_table_behind_a_list_is_a_table(tmp_path: Path) -> None:
+def test_a_table_after_a_list_is_a_table(tmp_path: Path) -> None:
     """Without an empty line between them Markdown takes it for the last item's text."""
     write_answers(tmp_path / "run", "AI2D", [short(1, "", "A")])
     lines = run_command(*SCORE, "--input_path", tmp_path / "run").stdout.splitlines()
@@ -346,7 +346,7 @@ def test_answers_that_say_nothing_are_counted(tmp_path: Path) -> None:
 
 
 def of_partition(number: int, answer: str) -> dict[str, Any]:
-    """Of Megatron-LM: the id counts within the partition, the truth says which sample it is."""
+    """Megatron-LM's line: the id counts within the partition, the truth says which sample it is."""
     return {**short(number, answer, answer), "prompt": f"Which is {answer}?"}
 
 

@@ -179,7 +179,7 @@ def test_partitions_share_the_samples_and_are_scored_as_one(
     assert [line["sample_id"] for line in merged] == [0, 1, 2]
 
 
-def test_a_stopped_run_goes_on_and_repeats_nothing(
+def test_a_stopped_run_resumes_and_repeats_nothing(
     tmp_path: Path, float32_engine_dir: Path
 ) -> None:
     """What a killed run leaves: two whole lines, one half; the third is asked again."""

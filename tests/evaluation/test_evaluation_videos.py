@@ -53,7 +53,7 @@ def frames(path: Path, number: int) -> tuple[video_frames.Pixels, ...]:
         ("plain.mp4", "mpeg4", {}, True),
         ("plain.webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}, True),
         ("plain.avi", "mjpeg", {}, True),
-        # Where packets do not tell which frame is theirs, or frames are not there after a jump.
+        # Where packets do not say which frame is theirs, or frames are not there after a jump.
         ("refresh.mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=12"}, False),
         ("stream.ts", "libx264", {}, False),
         ("b_frames.avi", "mpeg4", {"bf": "2"}, False),
@@ -78,7 +78,7 @@ def test_frames_found_by_jumps_are_those_of_decoding_all(
 
 
 def test_a_long_video_is_not_decoded_whole(tmp_path: Path) -> None:
-    """Of 90 frames in groups of 12, three need those before them in their groups alone."""
+    """Three of 90 frames in groups of 12 need only the frames before them in their groups."""
     path = tmp_path / "v.mp4"
     write_video(path, "mpeg4", {})
     num_decoded = 0
@@ -96,7 +96,7 @@ def test_a_long_video_is_not_decoded_whole(tmp_path: Path) -> None:
     assert num_decoded == 1 + 9 + 6
 
 
-def test_an_error_behind_a_jump_falls_back(tmp_path: Path) -> None:
+def test_an_error_after_a_jump_falls_back(tmp_path: Path) -> None:
     path = tmp_path / "v.mp4"
     write_video(path, "mpeg4", {})
     expected = frames(path, 3)

@@ -17,7 +17,7 @@ from nvlm.program.command_line import ArgumentParser, positive_float, run
 
 
 def run_together(commands: Mapping[str, Sequence[str]]) -> int:
-    """1 where any of them ended with another code than 0; the others go on till their end."""
+    """1 where any of them ended with another code than 0; the others continue to their end."""
     started: dict[str, subprocess.Popen[str]] = {}
     try:
         for name, words in commands.items():

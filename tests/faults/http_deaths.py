@@ -65,7 +65,7 @@ def sabotage_decoder(
 
 
 def rank_pid(mark: Path, rank: int) -> int:
-    """Of a job of serve.py."""
+    """Finds the process of one rank of a serve.py."""
     for pid in processes_of(mark):
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -118,4 +118,4 @@ def await_zombie(pid: int) -> int:
         if state == "Z":
             return int(fields[48])  # proc(5): field 52
         time.sleep(0.02)
-    raise AssertionError("the leader goes on")
+    raise AssertionError("the leader continues")

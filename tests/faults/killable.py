@@ -52,7 +52,7 @@ class KillableMaking:
     def is_done(self) -> bool:
         if not self.making.place.exists():
             return False
-        self.making.assert_rerun_mends()  # whole, with nothing beside it
+        self.making.assert_rerun_fixes()  # whole, with nothing beside it
         return True
 
     def forget(self) -> None:
@@ -154,7 +154,7 @@ def kill_at_random(killable: Killable, num_kills: int, seed: int) -> int:
 
 
 def await_end(group: int | None) -> None:
-    """Of every process of a program's own session."""
+    """Waits until every process of a program's own session has ended."""
     assert group is not None
     end = time.monotonic() + START_TIMEOUT_S
     while running_in_group(group):

@@ -30,7 +30,7 @@ class Door(Protocol):
 
 @dataclass(slots=True)
 class Tally:
-    """Of every client together."""
+    """What all clients saw together."""
 
     done: Counter[str] = field(default_factory=Counter)  # by kind
     wrong: list[str] = field(default_factory=list)

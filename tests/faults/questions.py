@@ -26,7 +26,7 @@ class Question:
 
 
 def make_questions(number: int = 20) -> list[Question]:
-    """Of all kinds: no, one and three pictures, 5 tokens and more."""
+    """Questions of all kinds: no, one and three pictures, 5 tokens and more."""
     paths = tuple(TESTS / "data" / "images" / name for name in _PICTURES)
     return [
         Question(f"Question {i}?", 5 + 2 * i, paths[i % 2 : i % 2 + (0, 1, 0, 3)[i % 4]])

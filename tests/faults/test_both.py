@@ -27,7 +27,7 @@ sys.exit(int(code))
 
 
 @pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1)], ids=str)
-def test_both_run_at_once_and_tell_what_they_found(
+def test_both_run_at_once_and_report_what_they_found(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], codes: tuple[int, int]
 ) -> None:
     """Neither ends before the other has begun."""

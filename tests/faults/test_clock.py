@@ -23,7 +23,7 @@ STAMPED = {f"frontends/openai/{name}.py" for name in ("access_log", "call", "doo
 ROOMS = ("nvlm", "build", "runtime", "evaluation", "frontends")
 
 
-def test_five_files_alone_read_the_wall_clock_and_only_to_tell_it() -> None:
+def test_five_files_alone_read_the_wall_clock_and_only_to_report_it() -> None:
     """Every limit and every duration is by clocks that nobody sets."""
     reads = re.compile(
         r"\btime\.(time(_ns)?|ctime|localtime|gmtime|strftime)\(|\bdatetime\.(now|today)"

@@ -20,7 +20,7 @@ for package in ("starlette", "uvicorn", "prometheus_client"):
 HANG_AFTER_S = 10
 
 
-def assert_told(death: Death, limit_s: float = 0.0, *, is_brief: bool = False) -> None:
+def assert_reported(death: Death, limit_s: float = 0.0, *, is_brief: bool = False) -> None:
     assert death.left == []
     # A rank's leader is there for two seconds more, which a busy machine may miss.
     assert death.health in ((503, None) if is_brief else (503,))
@@ -53,7 +53,7 @@ def test_the_decoders_thread(
     limit_s: float,
 ) -> None:
     death, log = sabotage_decoder(float32_engine_dir, tmp_path, NUM_CLIENTS, order, *flags)
-    assert_told(death, limit_s)
+    assert_reported(death, limit_s)
     (error,) = [line for line in log.splitlines() if line.startswith("error: ")]
     assert message in error
 
@@ -62,6 +62,6 @@ def test_the_decoders_thread(
 @pytest.mark.mpi
 def test_a_rank_also_where_the_launcher_ends_nobody(workshop: Workshop, tmp_path: Path) -> None:
     death, status, log = kill_a_rank(engine_of(workshop, 2, FP32), tmp_path, NUM_CLIENTS)
-    assert_told(death, is_brief=True)
+    assert_reported(death, is_brief=True)
     assert status == EXIT_PART_DIED << 8
     assert "rank 1 died in phase" in log

@@ -17,7 +17,7 @@ from nvlm.program.restarts import MOST
 from tests.conftest import FP32, Workshop
 from tests.faults.http_deaths import QUEUE, WAIT_S, under_load
 from tests.faults.load import NUM_CLIENTS
-from tests.faults.test_http_deaths import assert_told
+from tests.faults.test_http_deaths import assert_reported
 from tests.support.command import ROOT
 from tests.support.http_server import Served, serving
 from tests.support.ranks import command, engine_of, finished, needs_mpi
@@ -51,7 +51,7 @@ def test_the_decoders_thread_dies_under_load_and_the_server_comes_back(
     with serving(float32_engine_dir, tmp_path, *flags, cwd=cwd, is_killed=True) as served:
         before = served.ask()["choices"]
         death = under_load(served, NUM_CLIENTS, lambda: sabotaged.order(END_DECODER))
-        assert_told(death)
+        assert_reported(death)
         wait_for(served, "ready: ", 2)
         assert served.health() == 200
         assert served.ask()["choices"] == before

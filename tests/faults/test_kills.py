@@ -1,4 +1,4 @@
-"""Programs killed at random moments: the same command goes on to the same bytes and answers."""
+"""Programs killed at random moments: the same command resumes to the same bytes and answers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def kill(killable: Killable, name: str, num_kills: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_many_kills_of_a_server(float32_engine_dir: Path, tmp_path: Path) -> None:
-    """Of the program, of tritonserver and of the model's process in turn; each next one serves."""
+    """The program, tritonserver and the model's process die in turn; each next one serves."""
     choice = random.Random(random.randrange(1 << 32))
     answers = set()
     for number in range(MANY_KILLS["serve"]):

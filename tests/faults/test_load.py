@@ -43,7 +43,7 @@ class _Broken:
             return "not as alone" if self._number == 100 else None
 
 
-def test_a_single_wrong_answer_of_hundreds_is_told() -> None:
+def test_a_single_wrong_answer_of_hundreds_is_reported() -> None:
     load = Load(_Broken(), 0).start()
     load.wait_for(200)
     assert load.stop().wrong == ["valid: not as alone"]

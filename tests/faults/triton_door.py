@@ -211,7 +211,7 @@ def _refuse_end(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _next(came: queue.Queue[tuple[Any, Any]], client: Any) -> tuple[Any, Any]:
     """What comes next. A stream that the server ends without an answer is an end too, of which
-    tritonclient tells nobody."""
+    tritonclient reports to nobody."""
     end = time.monotonic() + ANSWER_S
     while True:
         is_open = client._stream._handler.is_alive()  # before the last look

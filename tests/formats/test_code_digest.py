@@ -162,7 +162,7 @@ def test_what_has_a_meaning_counts(tmp_path: Path, name: str, old: str, new: str
     assert digest_with(tmp_path, {name: [(old, new)]}) != GOLDEN
 
 
-def test_two_modules_of_one_text_are_told_apart_by_what_they_import(tmp_path: Path) -> None:
+def test_two_modules_of_one_text_are_distinguished_by_what_they_import(tmp_path: Path) -> None:
     """Each passes on another function under the same name; the swap is seen two imports away."""
     sources = {
         "nvlm/one.py": "def made():\n    return 1\n",

@@ -246,7 +246,7 @@ class TestManifest:
             "no text",
         ],
     )
-    def test_damage_is_refused_by_path_with_the_command_that_mends_it(
+    def test_damage_is_refused_by_path_with_the_command_that_fixes_it(
         self, tmp_path: Path, damage: Callable[[Path], object], message: str
     ) -> None:
         directory = make_finished(tmp_path / "engine")
@@ -405,7 +405,7 @@ class TestOutputDirectory:
         stale = tmp_path / "engine.partial"
         (stale / "deep").mkdir(parents=True)
         (stale / "deep" / "half.bin").write_text("half")
-        (stale / ".unfinished").touch()  # what tells ours from a user's
+        (stale / ".unfinished").touch()  # what distinguishes ours from a user's
         (stale / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / "mine").write_text("mine")
@@ -486,7 +486,7 @@ class TestOutputDirectory:
         os.close(fd)
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-    def test_a_full_disk_is_the_users_to_mend(self, tmp_path: Path, number: int) -> None:
+    def test_a_full_disk_is_the_users_to_fix(self, tmp_path: Path, number: int) -> None:
         final = tmp_path / "engine"
         with (
             pytest.raises(UserError, match=f"disk of --engine_dir {final} is full"),

@@ -231,7 +231,9 @@ def test_an_answer_with_markup_is_shown_as_it_is(served: Served, look: Look) -> 
     assert looked.page.locator(".answer b, .answer img").count() == 0
 
 
-def test_a_mistake_is_told_as_a_sentence_and_can_be_mended(served: Served, look: Look) -> None:
+def test_a_mistake_is_reported_as_a_sentence_and_can_be_corrected(
+    served: Served, look: Look
+) -> None:
     looked = look(served)
     looked.drop(ROOT / "README.md")
     assert "expected a JPEG, PNG or other picture file" in looked.trouble()
@@ -249,7 +251,7 @@ def test_a_mistake_is_told_as_a_sentence_and_can_be_mended(served: Served, look:
     assert looked.page.locator("#trouble").inner_text() == ""
 
 
-def test_a_server_that_is_gone_is_told_as_a_sentence(served: Served, look: Look) -> None:
+def test_a_server_that_is_gone_is_reported_as_a_sentence(served: Served, look: Look) -> None:
     looked = look(served)
     looked.page.route("**/v1/chat/completions", lambda route: route.abort())
     looked.page.locator("#question").fill("Hello")

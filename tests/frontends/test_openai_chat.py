@@ -175,7 +175,7 @@ def test_a_stream_is_the_answer_in_pieces(client: Client, images: Images) -> Non
     assert counts[-1] == 12
 
 
-def test_usage_is_told_only_where_it_is_asked_for(client: Client) -> None:
+def test_usage_is_reported_only_where_it_is_asked_for(client: Client) -> None:
     chunks = client.post(CHAT, chat(user("Hello"), stream=True)).events()
     assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
     refused(client, chat(user("Hi"), stream_options={"include_usage": True}), "stream_options")
@@ -575,7 +575,7 @@ def test_completions_have_log_probabilities_of_their_own(client: Client) -> None
             assert found == listed[name]
 
 
-def test_log_probabilities_of_the_prompt_are_told_once(client: Client) -> None:
+def test_log_probabilities_of_the_prompt_are_reported_once(client: Client) -> None:
     reply = client.post(CHAT, chat(user("Hello"), prompt_logprobs=1))
     body = reply.json()["prompt_logprobs"]
     assert body[0] is None

@@ -132,7 +132,7 @@ def test_a_full_queue_asks_to_come_again(client: Client, server: Server, steps: 
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("reason", "message"),
     [
         (None, "the server is stopping; ask another"),
         (
@@ -143,9 +143,9 @@ def test_a_full_queue_asks_to_come_again(client: Client, server: Server, steps: 
     ids=["a second signal", "an engine that was changed"],
 )
 def test_what_a_server_cannot_finish_is_asked_elsewhere(
-    client: Client, server: Server, steps: Steps, reason: Exception | None, told: str
+    client: Client, server: Server, steps: Steps, reason: Exception | None, message: str
 ) -> None:
-    """It is no mistake of the client's, and no path of the server's is told."""
+    """It is no mistake of the client's, and no path of the server's is named."""
     steps.hold()
     call = client.begin_post(CHAT, chat())
     assert eventually(lambda: server.num_open == 1)
@@ -155,7 +155,7 @@ def test_what_a_server_cannot_finish_is_asked_elsewhere(
         server._loop.stop(reason)
     reply = call.wait()
     assert (reply.status, reply.error["code"]) == (503, "not_ready")
-    assert reply.error["message"].startswith(told)
+    assert reply.error["message"].startswith(message)
     assert int(reply.headers["retry-after"]) >= 1
 
 

@@ -227,7 +227,9 @@ def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(random: Served) 
     assert served.process.wait(20) == 0
 
 
-def test_sigterm_waits_no_longer_than_it_is_told(float32_engine_dir: Path, tmp_path: Path) -> None:
+def test_sigterm_waits_no_longer_than_the_flag_says(
+    float32_engine_dir: Path, tmp_path: Path
+) -> None:
     with serving(float32_engine_dir, tmp_path, "--drain_s", "0.2") as served:
         connection = raw(served.port, http(long_question()))
         served.wait_for_sample("nvlm_num_requests_running", 1)
@@ -273,7 +275,7 @@ def test_a_rank_that_is_killed_is_unhealthy_before_the_end(
             assert time.monotonic() < deadline, "a rank is dead and nobody knows"
         assert served.health() == 503
         while Path(f"/proc/{leader}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-            assert time.monotonic() < deadline, "the leader goes on"
+            assert time.monotonic() < deadline, "the leader continues"
             time.sleep(0.05)
         for pid in asleep:
             os.kill(pid, signal.SIGCONT)

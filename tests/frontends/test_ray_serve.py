@@ -102,7 +102,7 @@ def test_a_picture_asked_twice_lands_where_its_blocks_are(application: Applicati
         assert num_asked > 0, f"{replica} got no picture of {len(numbers)}: {first}"
 
 
-def test_a_conversation_goes_on_where_it_began(application: Application) -> None:
+def test_a_conversation_continues_where_it_began(application: Application) -> None:
     messages = body("What is the number of the first scan that I have here?")["messages"]
     first = json.loads(ask(application, {"messages": messages, "max_tokens": 4}).data)
     said = {"role": "assistant", "content": first["choices"][0]["message"]["content"]}

@@ -198,7 +198,7 @@ def test_a_config_file_has_switches_and_lists() -> None:
     "flags",
     [("--api_key_file", "/none"), ("--access_log", "/none/log"), ("--allowed_origin", "page")],
 )
-def test_a_mistake_of_a_servers_flag_is_told_before_a_cluster_is_started(
+def test_a_mistake_of_a_servers_flag_is_reported_before_a_cluster_is_started(
     engine_dir: Path, flags: tuple[str, ...]
 ) -> None:
     words = [sys.executable, "-m", "frontends.ray_serve", "--engine_dir", engine_dir, "--port", "1"]
@@ -209,7 +209,7 @@ def test_a_mistake_of_a_servers_flag_is_told_before_a_cluster_is_started(
 
 
 @pytest.mark.process
-def test_a_port_that_is_taken_is_told_before_a_cluster_is_started(engine_dir: Path) -> None:
+def test_a_port_that_is_taken_is_reported_before_a_cluster_is_started(engine_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         words = [sys.executable, "-m", "frontends.ray_serve", "--engine_dir", engine_dir]

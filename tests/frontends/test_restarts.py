@@ -51,5 +51,5 @@ def test_a_supervised_server_that_is_still_importing_is_interrupted_in_a_word(
         assert process.stdout is not None
         assert process.stdout.readline() == "importing\n"
         process.send_signal(number)
-        _, told = process.communicate(timeout=30)
-    assert (process.returncode, told) == (EXIT_INTERRUPTED, "interrupted\n")
+        _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (EXIT_INTERRUPTED, "interrupted\n")

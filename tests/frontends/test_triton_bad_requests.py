@@ -204,7 +204,7 @@ def test_a_bad_request_is_refused_in_a_sentence_and_the_next_one_works(
 
 
 @pytest.mark.parametrize("model", ["nvlm", "ensemble"])
-def test_http_tells_a_code_and_a_sentence(triton_server: Served, model: str) -> None:
+def test_http_gives_a_code_and_a_sentence(triton_server: Served, model: str) -> None:
     for fields, message in (
         ({"text_input": "x"}, "max_tokens"),
         ({"text_input": "x", "max_tokens": -1}, "expected 1 or more"),

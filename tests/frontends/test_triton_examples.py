@@ -39,7 +39,7 @@ def test_grpc_streaming(triton_server: Served, runner: Runner) -> None:
     assert found == runner.generate(request).text + "\n"
 
 
-def test_an_error_is_told_by_the_grpc_client(triton_server: Served) -> None:
+def test_an_error_is_reported_by_the_grpc_client(triton_server: Served) -> None:
     url = f"127.0.0.1:{triton_server.grpc}"
     done = subprocess.run(
         [sys.executable, "examples/triton_grpc_stream.py", "--url", url, "--prompt", ""],

@@ -66,7 +66,7 @@ def histogram_mean(before: dict[str, float], after: dict[str, float], name: str)
 
 
 def settled(served: Served) -> dict[str, float]:
-    """Samples of a server that has nothing to do, when the exporter has told everything."""
+    """Samples of a server that has nothing to do, when the exporter has given everything."""
     served.wait_for_sample(RUNNING, 0)
     served.wait_for_sample(WAITING, 0)
     time.sleep(0.6)
@@ -138,9 +138,9 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(
         with Stream(triton_server) as stream:
             for i in range(8):
                 stream.send(f"gone{i}", tensors("Tell me everything.", 2000, stream=True))
-            under_way = set()
-            while len(under_way) < 8:
-                under_way.add(stream.take())
+            in_flight = set()
+            while len(in_flight) < 8:
+                in_flight.add(stream.take())
             triton_server.wait_for_sample(RUNNING, 8)
         other.finish()
         assert other.answers["kept"].text == expected[19]
@@ -165,7 +165,7 @@ def test_a_client_that_hangs_up_over_http_frees_its_slot(triton_server: Served) 
 def test_a_client_that_waits_for_the_whole_and_goes_away_frees_its_slot(
     triton_server: Served,
 ) -> None:
-    """Nothing is sent to it before the end, so it is not a broken pipe that tells."""
+    """Nothing is sent to it before the end, so it is not a broken pipe that shows it."""
     before, cancelled = settled(triton_server), 'nvlm_requests_total{outcome="cancelled"}'
     with Stream(triton_server) as stream:
         stream.send("gone", tensors("Tell me everything.", 2000))
@@ -176,7 +176,7 @@ def test_a_client_that_waits_for_the_whole_and_goes_away_frees_its_slot(
 
 @pytest.mark.parametrize("way", ["ensemble", "http_generate"])
 def test_two_ways_of_asking_keep_the_place_to_the_end(triton_server: Served, way: str) -> None:
-    """Triton 2.51 tells `nvlm` nothing. If this fails, a newer one does: change docs/triton.md."""
+    """Triton 2.51 gives `nvlm` no notice. If this fails, a newer one does: edit docs/triton.md."""
     before, question = settled(triton_server), "Tell me everything."
     if way == "ensemble":
         with Stream(triton_server) as stream:
@@ -269,7 +269,7 @@ def soak(served: Served, questions: list[Question], expected: list[str], seconds
 
     def client(seed: int) -> Sent:
         choice, sent = random.Random(seed), Sent()
-        while goes_on():
+        while has_time():
             kind = choice.random()
             question = choice.randrange(len(questions))
             if kind < 0.6:
@@ -287,7 +287,7 @@ def soak(served: Served, questions: list[Question], expected: list[str], seconds
                     time.sleep(choice.random() * 0.05)
         return sent
 
-    with deadline(seconds) as goes_on, ThreadPoolExecutor(8) as pool:
+    with deadline(seconds) as has_time, ThreadPoolExecutor(8) as pool:
         return sum(pool.map(client, range(8)), Sent())
 
 

@@ -69,7 +69,7 @@ def test_without_a_reader_nothing_is_said_and_nothing_fails(tmp_path: Path) -> N
 
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])
-def test_a_process_that_is_gone_is_told_with_the_name_of_its_signal(
+def test_a_process_that_is_gone_is_reported_with_the_name_of_its_signal(
     pipe: ModelPipe, number: signal.Signals
 ) -> None:
     script = f'exec 3> "$0"; echo "{{\\"pid\\": $$}}" >&3; kill -{int(number)} $$'

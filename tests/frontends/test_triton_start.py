@@ -58,7 +58,7 @@ def test_an_engine_of_several_ranks_for_decoder_torch_is_refused(workshop: Works
     one_line_error(result, "for 2 ranks", "--tp_size 1", "--decoder tensorrt_llm")
 
 
-def test_a_port_in_use_is_told(engine_dir: Path) -> None:
+def test_a_port_in_use_is_reported(engine_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = ended(engine_dir, "--http_port", port)
@@ -79,14 +79,14 @@ def test_a_server_that_is_not_ready_in_time_is_stopped(engine_dir: Path) -> None
     kept_log(line)
 
 
-def test_a_model_that_cannot_be_loaded_is_told(engine_dir: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_reported(engine_dir: Path) -> None:
     """Here is no TensorRT-LLM."""
     result = ended(engine_dir, "--form", "tensorrt_llm", "--startup_timeout_s", "120")
     line = one_line_error(result, "tensorrtllm")
     assert "failed to load 'tensorrt_llm'" in kept_log(line)
 
 
-def test_a_server_that_dies_is_told_and_its_log_kept(engine_dir: Path, tmp_path: Path) -> None:
+def test_a_server_that_dies_is_reported_and_its_log_kept(engine_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     process, _ = start(engine_dir, log)
     end = time.monotonic() + 150
@@ -97,7 +97,7 @@ def test_a_server_that_dies_is_told_and_its_log_kept(engine_dir: Path, tmp_path:
     (triton,) = [int(child) for child in children]
     os.kill(triton, signal.SIGKILL)
     assert process.wait(150) == EXIT_PART_DIED
-    assert running_in_group(triton) == [], "its backends are left behind"
+    assert running_in_group(triton) == [], "its backends are left"
     printed = re.search(r"^error: tritonserver was ended by SIGKILL.*$", log.read_text(), re.M)
     assert printed is not None, log.read_text()
     assert "Started GRPCInferenceService" in kept_log(printed[0])
@@ -129,10 +129,10 @@ def test_a_log_file_is_kept_and_appended_to(engine_dir: Path, tmp_path: Path) ->
     """SIGTERM ends a server that serves with 0 too."""
     log = tmp_path / "triton.log"
     log.write_text("from before\n")
-    process, _ = start(engine_dir, tmp_path / "told", "--log_file", log)
+    process, _ = start(engine_dir, tmp_path / "output", "--log_file", log)
     end = time.monotonic() + 150
-    while f"log {log};" not in (tmp_path / "told").read_text():
-        assert time.monotonic() < end, (tmp_path / "told").read_text()
+    while f"log {log};" not in (tmp_path / "output").read_text():
+        assert time.monotonic() < end, (tmp_path / "output").read_text()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
@@ -141,12 +141,12 @@ def test_a_log_file_is_kept_and_appended_to(engine_dir: Path, tmp_path: Path) ->
     assert re.search(r"nvlm: request #1: length after 1 tokens, \d+ of prompt, 0 tiles", text)
 
 
-def test_a_log_file_that_cannot_be_written_is_told(engine_dir: Path, tmp_path: Path) -> None:
+def test_a_log_file_that_cannot_be_written_is_reported(engine_dir: Path, tmp_path: Path) -> None:
     result = ended(engine_dir, "--log_file", tmp_path / "missing" / "log")
     one_line_error(result, "--log_file", "No such file")
 
 
-def test_a_folder_for_the_repository_that_is_not_ascii_is_told(
+def test_a_folder_for_the_repository_that_is_not_ascii_is_reported(
     engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "Prüfstand"))
@@ -198,7 +198,7 @@ class TestRanks:
         checkpoint = workshop.checkpoint("checkpoint_two_ranks", model_dir, options)
         return workshop.engine("engine_two_ranks", checkpoint, decoder="torch", vision="torch")
 
-    def test_without_mpirun_it_is_told(
+    def test_without_mpirun_it_is_reported(
         self, two_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "bin").mkdir()
@@ -274,7 +274,9 @@ class TestReadiness:
             (200, b'{"num_tokens": 7}', "is up but answers .*7.*expected one token"),
         ],
     )
-    def test_an_error_and_nonsense_are_told(self, status: int, body: bytes, message: str) -> None:
+    def test_an_error_and_nonsense_are_reported(
+        self, status: int, body: bytes, message: str
+    ) -> None:
         with answering(status, body) as server, pytest.raises(UserError, match=message):
             server.wait_until_ready(5)
 
@@ -286,7 +288,7 @@ class TestReadiness:
         with answering(200, b'{"num_tokens": 1}') as server:
             server.wait_until_ready(5)
 
-    def test_silence_is_told_when_the_deadline_is_over(self) -> None:
+    def test_silence_is_reported_when_the_deadline_is_over(self) -> None:
         with (
             answering(200, b"{}", silent=True) as server,
             pytest.raises(UserError, match="is up but does not answer: timed out"),

@@ -168,7 +168,7 @@ def test_words_biases_log_probabilities_and_n_reach_the_backend(
 
 
 @pytest.mark.parametrize("settings", [{"min_p": 0.1}, {"prompt_logprobs": 1}])
-def test_what_the_backend_lacks_is_refused_by_name(
+def test_what_the_backend_does_not_have_is_refused_by_name(
     server: Served, settings: dict[str, float]
 ) -> None:
     (name,) = settings

@@ -99,7 +99,7 @@ def open_truth_files(folder: Path) -> Opened:
 
 
 def _texts(path: Path) -> Any:
-    """Of a file: JSON, JSON lines, or anything."""
+    """Texts of a file: JSON, JSON lines, or anything."""
     data = path.read_bytes()
     if path.suffix == ".json":
         return json_text([json.loads(data)])

@@ -25,7 +25,7 @@ from tests.fuzz.worker import ACCEPTED, BEGIN, PANIC, READY, REFUSED
 HANG_S = 20.0
 _START_S = 180.0
 _SHARES = {"pictures": 3.0, "videos": 2.0}
-"""Of the time; 1 for the others."""
+"""Shares of the time; 1 for the others."""
 
 
 @dataclass

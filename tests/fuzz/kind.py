@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nvlm.program.errors import UserError, shortened
 
 MOST_CHARACTERS = 1500
-"""Of a message: it quotes values, and is no copy of them."""
+"""Longest message: it quotes values, and is no copy of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ def open_tensors(_: Path) -> Opened:
 
 @st.composite
 def _tensors(draw: Draw) -> dict[str, Any]:
-    """Of the types and numbers of dimensions that Triton lets through."""
+    """Tensors of the types and numbers of dimensions that Triton lets through."""
     chosen = draw(st.lists(st.sampled_from(NVLM_INPUTS), max_size=4, unique=True))
     required = [spec for spec in NVLM_INPUTS if not spec.optional]
     found = {}

@@ -25,7 +25,7 @@ def open_videos(folder: Path) -> Opened:
             continue
         seeds.append(path.read_bytes())
     av.logging.set_level(None)
-    place = folder / "case.mkv"  # containers are told by their content
+    place = folder / "case.mkv"  # containers are recognised by their content
 
     def read(data: bytes) -> None:
         place.write_bytes(data)

@@ -71,7 +71,7 @@ def _outcome(opened: Opened, case: Any, place: Path) -> bytes:
     try:
         return REFUSED if is_refused(opened, case) else ACCEPTED
     except Exception as error:
-        _tell(error, case, place)
+        _report(error, case, place)
         return FAULT
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of a library in Rust
@@ -79,7 +79,7 @@ def _outcome(opened: Opened, case: Any, place: Path) -> bytes:
         return PANIC
 
 
-def _tell(error: Exception, case: Any, place: Path) -> None:
+def _report(error: Exception, case: Any, place: Path) -> None:
     """One line for the campaign; the case itself stays in the campaign's folder."""
     frames = [
         f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"

@@ -42,7 +42,7 @@ def drawn(mode: str, size: tuple[int, int] = (37, 23)) -> Image.Image:
 
 
 def as_pillow(image: Image.Image, turn: Transpose | None, on_white: bool) -> Image.Image:
-    """Of the whole at once."""
+    """What Pillow makes of the whole picture at once."""
     image = image if turn is None else image.transpose(turn)
     if image.mode == "I;16":
         scaled = np.rint(np.asarray(image).astype(np.float32) / np.float32(257))

@@ -1,4 +1,4 @@
-"""Memory for pictures is told from their headers, granted by one budget, and kept to."""
+"""Memory for pictures is computed from their headers, granted by one budget, and kept to."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def array(values: NDArray[Any], kind: str = "TIFF") -> bytes:
 
 
 def black_and_alpha(mode: str = "RGBA") -> Image.Image:
-    """Every pixel is black, only alpha tells the number."""
+    """Every pixel is black, only alpha shows the number."""
     image = Image.new("RGBA", SIZE, (0, 0, 0, 0))
     image.putalpha(ink())
     return image.convert(mode)
@@ -162,7 +162,7 @@ def test_the_reference_drops_alpha_and_ignores_exif(tmp_path: Path) -> None:
         assert load_image(path).tobytes() != expected.tobytes()
 
 
-def test_ink_that_white_paper_hides_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_ink_that_white_paper_hides_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     image = Image.new("RGBA", SIZE, (255, 255, 255, 0))
     image.putalpha(ink())
     load_image(saved("PNG", image), "the logo")
@@ -185,7 +185,7 @@ def test_ink_that_white_paper_hides_is_told(caplog: pytest.LogCaptureFixture) ->
     ],
     ids=["12_in_16", "14_in_16", "10_in_32", "percent"],
 )
-def test_values_that_leave_their_range_half_empty_are_told(
+def test_values_that_leave_their_range_half_empty_are_reported(
     data: Callable[[], bytes], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     load_image(data(), "the scan")

@@ -45,7 +45,7 @@ def test_a_value_that_no_report_has_is_refused(
     for section, names in (("linears", LINEAR), ("attention", ATTENTION)):
         for name in names:
             if value == 1e30 and name not in ("clipped_share", "underflow_share", "num_rows"):
-                continue  # a number that stands for itself; its scale tells (below)
+                continue  # a number that stands for itself; its scale shows it (below)
             row = report[section][0]
             changed = {**report, section: [{**row, name: value}, *report[section][1:]]}
             assert len(refused(changed, tmp_path)) < 700, name
@@ -99,7 +99,7 @@ def test_an_amax_that_is_not_its_scales_is_refused(
     name: str,
     factor: float,
 ) -> None:
-    """Of one row: a linear that shares its scale may have any smaller amax of its input."""
+    """One row is changed: a linear that shares its scale may have any smaller amax of its input."""
     rows = [row for row in report["linears"] if row["linear"].startswith(part)]
     row = next(row for row in rows if "dense" in row["linear"] or "proj" in row["linear"])
     row[name] *= factor
@@ -118,7 +118,7 @@ def test_an_amax_that_is_not_its_scales_is_refused(
 def test_vision_rows_of_other_weights_are_refused(
     model_dir: Path, report: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Amax and scale changed together: only the weights can tell."""
+    """Amax and scale changed together: only the weights show it."""
     row = next(row for row in report["linears"] if row["linear"].startswith("vision"))
     row["weight_amax"] *= 2
     row["weights_scaling_factor"] *= 2

@@ -63,10 +63,10 @@ def test_an_index_without_a_tensor_is_refused(index_only: Path, tmp_path: Path) 
     one_line_error(run_command(CONVERT, *flags), *fragments)
 
 
-def test_images_larger_than_the_context_are_told_as_the_configs_mistake(
+def test_images_larger_than_the_context_are_reported_as_the_configs_mistake(
     index_only: Path, tmp_path: Path
 ) -> None:
-    """No flag mends it: one image is the least."""
+    """No flag fixes it: one image is the least."""
     path = index_only / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_dynamic_patch": 200}))
     flags = ("--model_dir", index_only, "--output_dir", tmp_path / "out", "--dry_run")

@@ -137,7 +137,7 @@ def test_tensorrt_llm_is_refused_and_auto_takes_torch(excluding: Path, tmp_path:
     assert config["pretrained_config"]["quantization"]["exclude_modules"] == list(NAMES)
 
 
-def test_a_damaged_list_is_told(fresh: Workshop, model_dir: Path) -> None:
+def test_a_damaged_list_is_reported(fresh: Workshop, model_dir: Path) -> None:
     checkpoint = fresh.checkpoint("checkpoint", model_dir, OPTIONS)
     path = checkpoint / "config.json"
     values = json.loads(path.read_text())

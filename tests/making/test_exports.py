@@ -181,7 +181,7 @@ def test_vision_in_fp8_has_codes_and_scales_and_its_dummy_heads(
 def test_the_same_bytes_come_from_model_dir_megatron_and_checkpoint_of_any_ranks(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    """Of a shape that Megatron takes; heads of K and V are repeated at TP 4."""
+    """The shape is one that Megatron takes; heads of K and V are repeated at TP 4."""
     shape = replace(TINY, vision_hidden_size=256, vision_num_attention_heads=2)
     model = workshop.model("export_model", shape)
     chosen = HuggingFaceFormat(COMPRESSED_TENSORS, None, vision_format=E4M3)

@@ -1,4 +1,4 @@
-"""A limit on the size of files ends a build in one line, also where the writer tells no reason."""
+"""A limit on the size of files ends a build in one line, also where the writer gives no reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines whose KV cache is not as their checkpoint says: built, planned, told and refused."""
+"""Engines whose KV cache is not as their checkpoint says: built, planned, reported and refused."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ def plain_checkpoint(workshop: Workshop, hf_dir: Path) -> dict[str, str]:
 
 
 def converted(model_dir: Path, tokenizer_dir: Path, output: Path, *flags: object) -> dict[str, str]:
-    """Digests of what convert_checkpoint.py made, but of the manifest (which tells the source)."""
+    """Digests of what convert_checkpoint.py made, but of the manifest (which names the source)."""
     where = ("--model_dir", model_dir, "--tokenizer_dir", tokenizer_dir, "--output_dir", output)
     result = run_command(CONVERT, *where, *flags)
     assert result.exit_code == 0, result.stderr
@@ -372,7 +372,7 @@ def test_any_iteration_and_stages_are_found_from_the_tracker_or_without_it(
     check(top)
 
 
-def test_hugging_faces_layout_is_told_apart_though_its_small_files_lie_beside_megatrons(
+def test_hugging_faces_layout_is_recognised_though_its_small_files_lie_beside_megatrons(
     tmp_path: Path, hf_dir: Path
 ) -> None:
     assert isinstance(open_source(hf_dir), HuggingFaceSource)
@@ -384,7 +384,7 @@ def test_hugging_faces_layout_is_told_apart_though_its_small_files_lie_beside_me
     assert source.tokenizer_dir == tmp_path
 
 
-def test_a_replicated_tensor_that_differs_between_ranks_is_told(
+def test_a_replicated_tensor_that_differs_between_ranks_is_reported(
     tmp_path: Path, hf_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def edit(tp: int, _: int, content: dict[str, Any]) -> None:
@@ -397,7 +397,7 @@ def test_a_replicated_tensor_that_differs_between_ranks_is_told(
     assert "norm.weight differs between tensor-parallel ranks" in caplog.text
 
 
-def test_what_is_not_used_is_told(
+def test_what_is_not_used_is_reported(
     tmp_path: Path, hf_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def edit(_tp: int, _pp: int, content: dict[str, Any]) -> None:
@@ -412,7 +412,7 @@ def test_what_is_not_used_is_told(
     assert "args.norm_epsilon is 1e-05; NVLM-D's 1e-06 is used" in caplog.text
 
 
-def test_the_manifest_tells_the_source_and_if_stale_sees_its_changes(
+def test_the_manifest_names_the_source_and_if_stale_sees_its_changes(
     tmp_path: Path, hf_dir: Path
 ) -> None:
     megatron, output = tmp_path / "megatron", tmp_path / "new"

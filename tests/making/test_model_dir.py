@@ -118,7 +118,9 @@ def test_what_is_no_model_is_named_for_what_it_is(
     refused(tmp_path, CONVERT, *where, *PLAIN, *dry_run, fragments=fragments)
 
 
-def test_a_folder_of_the_hubs_cache_is_told_its_snapshot(model_dir: Path, tmp_path: Path) -> None:
+def test_a_folder_of_the_hubs_cache_is_refused_with_its_snapshot(
+    model_dir: Path, tmp_path: Path
+) -> None:
     folder = hub_cache(model_dir, tmp_path)
     message = ("the hub's cache", f"--model_dir {folder / 'snapshots' / REVISION}")
     where = ("--model_dir", folder, "--output_dir", tmp_path / "new", *PLAIN)

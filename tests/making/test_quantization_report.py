@@ -192,7 +192,7 @@ def test_the_page_names_model_day_and_samples_and_its_axes(model_dir: Path, tmp_
     assert text.count('class="axes"') == text.count("<svg")
 
 
-def test_the_page_escapes_what_it_is_told() -> None:
+def test_the_page_escapes_what_it_is_given() -> None:
     text = page(QuantizationReport(1, 0, (), (), "bfloat16"), ORIGIN)
     assert "photos &amp; scans" in text
     assert "<title>Quantization report: NVLM-D-72B" in text

@@ -92,7 +92,7 @@ def stored(block: Any, monkeypatch: pytest.MonkeyPatch, key: float, value: float
 
 
 def outputs(model: Any, ids: list[list[int]], layer: int) -> torch.Tensor:
-    """The hidden states behind a layer, of all prompts: [tokens, hidden_size]."""
+    """The hidden states after a layer, of all prompts: [tokens, hidden_size]."""
     rows = []
     seen: list[torch.Tensor] = []
 

@@ -62,7 +62,7 @@ def vision(checkpoint_dir: Path) -> VisionCheckpoint:
 
 @pytest.fixture(scope="module")
 def tiles(vision: VisionCheckpoint) -> torch.Tensor:
-    """Of a photo: FP8 scales are calibrated on such."""
+    """Tiles of a photo: FP8 scales are calibrated on such."""
     return normalize(tile_image(load_image(PHOTO), vision.config.image_size, 6).tiles)
 
 
@@ -112,7 +112,7 @@ class TestGraphs:
     def test_the_float16_graph_computes_what_torch_does(
         self, tmp_path: Path, vision: VisionCheckpoint
     ) -> None:
-        """Of the float32 graph test_vision says so."""
+        """test_vision compares the float32 graph."""
         model = graph_module(vision, "float16", "float16")
         path = export_graph(model, vision.config.image_size, tmp_path)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

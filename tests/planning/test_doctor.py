@@ -21,7 +21,7 @@ ADA = Gpu("NVIDIA L40S", 48.0, "8.9")
 def found(
     gpus: list[Gpu], installed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, list[str]]:
-    """What each target lacks on a machine with these GPUs and packages."""
+    """What is missing for each target on a machine with these GPUs and packages."""
     names = {"onnx", "onnxscript", *installed}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in names else None)
     return {target.flag: [each.what for each in target.missing] for target in targets(gpus)}
@@ -42,7 +42,7 @@ def test_targets_follow_gpu_and_packages(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ready([ADA], {"tensorrt_rtx"}, monkeypatch) == torch_targets | rtx
 
 
-def test_everything_that_a_target_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_that_is_missing_for_a_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = found([], set(), monkeypatch)
     no_gpu, packages = "torch sees or may use no GPU", ("tensorrt_llm", "tensorrt")
     assert missing["--decoder tensorrt_llm"] == [
@@ -66,7 +66,7 @@ def test_another_tensorrt_llm_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> N
         assert ("--decoder tensorrt_llm" in ready([H100], installed, monkeypatch)) == is_ready
 
 
-def test_what_is_missing_comes_with_what_mends_it() -> None:
+def test_what_is_missing_comes_with_what_fixes_it() -> None:
     findings = examine()
     assert findings.packages["torch"] == torch.__version__
     printed = "\n".join(lines(findings))
@@ -89,7 +89,7 @@ def test_it_runs_as_a_module_and_prints_json() -> None:
     assert done.returncode == 0, done.stderr
     body = json.loads(done.stdout)["targets"]
     assert len(body) == 6
-    lacks = {target["flag"]: target["lacks"] for target in body}
-    assert lacks["--decoder torch"] == []
-    for lack in lacks["--decoder tensorrt_llm"]:
-        assert lack.keys() == {"missing", "mend"}
+    missing = {target["flag"]: target["lacks"] for target in body}
+    assert missing["--decoder torch"] == []
+    for each in missing["--decoder tensorrt_llm"]:
+        assert each.keys() == {"missing", "mend"}

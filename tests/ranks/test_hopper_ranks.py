@@ -46,7 +46,7 @@ class Adding:
 
 
 def logits(workshop: Workshop, num_ranks: int) -> list[torch.Tensor]:
-    """Of a prompt and three decode steps."""
+    """Logits of a prompt and three decode steps."""
     engine = EngineDir.read(engine_of(workshop, num_ranks, FP8))
     config, adding = engine.checkpoint_config, Adding(num_ranks)
 

@@ -39,7 +39,7 @@ def engine(workshop: Workshop) -> Path:
 
 @pytest.fixture(scope="module")
 def ahead_engine(workshop: Workshop) -> Path:
-    """Of the fast path, whose steps are in flight."""
+    """An engine of the fast path, whose steps are in flight."""
     return engine_of(workshop, 2, FP8)
 
 
@@ -99,7 +99,7 @@ def test_a_rank_killed_with_a_step_in_flight_ends_all_in_time_and_is_named(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_fails_with_a_step_in_flight_tells_why_and_ends_all(
+def test_a_rank_that_fails_with_a_step_in_flight_says_why_and_ends_all(
     ahead_engine: Path, tmp_path: Path, rank: int
 ) -> None:
     result = job(ahead_engine, tmp_path, f"ahead:raise=decode@{rank}")
@@ -125,7 +125,7 @@ def test_a_rank_that_fails_with_a_step_in_flight_tells_why_and_ends_all(
     ],
     ids=["wrong -n", "other version", "fewer GPUs", "only the leader finds it"],
 )
-def test_a_mistake_is_told_once_in_one_line(
+def test_a_mistake_is_reported_once_in_one_line(
     engine: Path,
     tmp_path: Path,
     num_ranks: int,
@@ -143,7 +143,7 @@ def test_a_mistake_is_told_once_in_one_line(
 
 
 @pytest.mark.parametrize(("rank", "named"), [(0, "error: "), (1, "rank 1: error: ")])
-def test_a_rank_whose_cache_does_not_fit_tells_so_and_nobody_else(
+def test_a_rank_whose_cache_does_not_fit_says_so_and_nobody_else(
     engine: Path, tmp_path: Path, rank: int, named: str
 ) -> None:
     result = job(engine, tmp_path, f"memory={rank}")
@@ -154,7 +154,7 @@ def test_a_rank_whose_cache_does_not_fit_tells_so_and_nobody_else(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_launcher_of_another_mpi_library_is_told_by_the_first_rank(
+def test_a_launcher_of_another_mpi_library_is_reported_by_the_first_rank(
     engine: Path, rank: int
 ) -> None:
     """Then mpi4py takes every process for one that was started alone."""

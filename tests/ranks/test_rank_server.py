@@ -1,4 +1,4 @@
-"""A server on ranks of which one dies or stops: noticed, told, and nothing goes on without it."""
+"""A server on ranks of which one dies or stops: noticed, reported, and nothing runs without it."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ def test_a_killed_rank_ends_the_server_and_is_named(workshop: Workshop, tmp_path
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_hangs_the_decoder_and_its_clients_are_told(
+def test_a_stopped_rank_hangs_the_decoder_and_its_clients_get_an_error(
     workshop: Workshop, tmp_path: Path
 ) -> None:
     """Nobody waits for it: neither clients, nor the launcher, nor the runner that is closed."""
     result = after_signal(workshop, tmp_path, signal.SIGSTOP)
     assert result.returncode == EXIT_PART_DIED, result.stderr
-    assert "4 clients were told" in result.stderr
+    assert "4 clients got the error" in result.stderr
     message = "error: the decoder's thread has made no progress for 10 s"
     assert message in result.stderr
     assert "died in phase" not in result.stderr, "rank 1 died of the end of the others"

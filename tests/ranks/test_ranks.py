@@ -26,7 +26,7 @@ pytestmark = [needs_mpi, pytest.mark.mpi]
 
 
 def write_questions(path: Path, count: int) -> Path:
-    """Of no, one and three images; every fifth is sampled with a seed."""
+    """Writes questions of no, one and three images; every fifth is sampled with a seed."""
     small, dot = IMAGES / "photo_36x36.png", IMAGES / "pixel_1x1.png"
     pictures = [[PHOTO], [], [small], [dot, PHOTO, small]]
     lines = []

@@ -143,7 +143,7 @@ def test_a_step_taken_once_more_and_a_sequence_left_out_travel_as_rows() -> None
     assert forms == [[None, None], Again({}, [7, 7]), [0, 1], [1], [None, 0]]
 
 
-def test_a_batch_that_goes_on_travels_in_a_few_bytes() -> None:
+def test_a_batch_that_continues_travels_in_a_few_bytes() -> None:
     encoder = StepEncoder()
     blocks = [list(range(64)) for _ in range(64)]
     encoder.encode([step(each, 2000) for each in blocks])

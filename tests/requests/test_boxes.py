@@ -43,7 +43,7 @@ def test_a_box_without_a_reference_right_before_it_has_none(text: str) -> None:
     assert parse_boxes(text) == [Box(None, 1, 2, 3, 4)]
 
 
-def test_only_the_first_of_two_boxes_behind_a_reference_carries_it() -> None:
+def test_only_the_first_of_two_boxes_after_a_reference_carries_it() -> None:
     text = "<ref>cups</ref><box>(1, 2), (3, 4)</box><box>(5, 6), (7, 8)</box>"
     assert parse_boxes(text) == [Box("cups", 1, 2, 3, 4), Box(None, 5, 6, 7, 8)]
 

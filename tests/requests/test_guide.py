@@ -135,7 +135,7 @@ def test_a_choice_is_an_expression_that_matches_its_texts_alone() -> None:
     assert not re.fullmatch(guide.pattern, "aXb")
 
 
-def test_a_run_record_tells_guides_apart() -> None:
+def test_a_run_record_distinguishes_guides() -> None:
     asked = {name: GenerationRequest.images_first("q", **{name: GIVEN[name]}) for name in GIVEN}
     found = {name: settings_of(request) for name, request in asked.items()}
     assert all(name in settings for name, settings in found.items())

@@ -110,7 +110,7 @@ def test_what_is_neither_text_nor_an_image_is_refused(image: Any) -> None:
 
 
 def test_a_pillow_image_is_the_picture_of_its_file(images: Images) -> None:
-    """Of every golden picture, whatever its mode and orientation."""
+    """Every golden picture is tried, whatever its mode and orientation."""
     folder = images("x").parent
     paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".png", ".jpg", ".tif")]
     assert len(paths) > 10
@@ -179,7 +179,7 @@ def test_a_device_that_is_none_is_refused(float32_engine_dir: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_told(float32_engine_dir: Path) -> None:
+def test_a_gpu_that_is_not_there_is_reported(float32_engine_dir: Path) -> None:
     for device in ("cuda", "cuda:0", torch.device("cuda", 0)):
         with pytest.raises(UserError, match="torch sees no CUDA GPU; use --device cpu"):
             Runner.open(float32_engine_dir, device)

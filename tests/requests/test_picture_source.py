@@ -1,4 +1,4 @@
-"""What names a picture: paths, data: and file: URLs; addresses are told to be such."""
+"""What names a picture: paths, data: and file: URLs; addresses are named as such."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_another_picture_in_a_data_url_is_another_request(
         ("QUJD" * 200, "image QUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJD... (800 characters) is base64"),
     ],
 )
-def test_what_is_not_here_is_told_what_helps(name: str, message: str) -> None:
+def test_what_is_not_here_is_reported_with_what_helps(name: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
         picture_source(name)
     assert message in str(refused.value)

@@ -70,7 +70,7 @@ def test_every_door_holds_the_same() -> None:
     assert of_flags(*words) == HELD
 
 
-def test_what_is_held_is_told_as_json_has_it_and_read_back() -> None:
+def test_what_is_held_is_given_as_json_has_it_and_read_back() -> None:
     assert non_neutral(HELD) == GIVEN
     assert of_json(**non_neutral(HELD)) == HELD
     hash(HELD)

@@ -70,7 +70,7 @@ def test_tags_are_written_above_the_tiles() -> None:
 
 
 @pytest.mark.parametrize("name", ["missing/tiles.png", "tiles.nonsense", "."])
-def test_a_file_that_cannot_be_written_is_told(
+def test_a_file_that_cannot_be_written_is_reported(
     tmp_path: Path, engine_dir: Path, images: Images, name: str
 ) -> None:
     flags = ("--image", images("landscape_800x450.png"), "--prompt", "x")

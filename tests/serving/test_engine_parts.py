@@ -22,7 +22,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     [
         (None, CUDA, 0.0),
         (DecoderOptions(), CUDA, 0.0),
-        (DecoderOptions(max_step_ms=None), CUDA, 11.0),
+        (DecoderOptions(max_step_ms=None), CUDA, 31.0 / 3),
         (DecoderOptions(max_step_ms=None), CPU, 0.0),
         (DecoderOptions(max_step_ms=45.0), CUDA, 15.0),
     ],

@@ -84,6 +84,6 @@ def test_one_rank_leads_with_the_runner_of_its_engine(float32_engine_dir: Path) 
     assert launch({"PMI_SIZE": "1", "PMI_RANK": "0"}, lambda: program) == 7
 
 
-def test_a_launcher_that_makes_no_sense_is_told_before_the_command_line_is_read() -> None:
+def test_a_launcher_that_makes_no_sense_is_reported_before_the_command_line_is_read() -> None:
     with pytest.raises(UserError, match="PMI_SIZE=two"):
         launch({"PMI_SIZE": "two"}, partial(pytest.fail, "parsed"))

@@ -94,7 +94,7 @@ def test_without_time_it_leaves_a_server_that_answers(server: Server) -> None:
     assert answer(server, GenerationRequest.images_first("Well?", max_new_tokens=2)).error is None
 
 
-def test_a_decoder_that_breaks_a_step_of_it_is_told_and_goes_on(
+def test_a_decoder_that_breaks_a_step_of_it_is_reported_and_continues(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     step, breaks = server.runner.decoder.step, [True]

@@ -139,7 +139,7 @@ def test_a_stop_string_ends_the_answer_and_frees_its_place(
     assert runner.decoder.step() == []
 
 
-def test_num_tokens_and_reason_tell_why_an_answer_ended(runner: Runner) -> None:
+def test_num_tokens_and_reason_say_why_an_answer_ended(runner: Runner) -> None:
     result = runner.generate(ask("What?", num_tokens=3))
     assert (result.num_tokens, result.finish_reason) == (3, "length")
     assert len(result.token_ids) == 3
@@ -183,7 +183,7 @@ def test_the_two_prompt_formats_differ(runner: Runner, images: Images) -> None:
     path = images("landscape_800x450.png")
     published = runner.generate(ask("x", path))
     megatron = runner.generate(ask("x", path, prompt_format="megatron"))
-    # A newline behind each of two <|im_end|>; the tag apart may change the token count too.
+    # A newline after each of two <|im_end|>; the tag apart may change the token count too.
     assert megatron.num_prompt_tokens >= published.num_prompt_tokens + 2
 
 

@@ -75,7 +75,7 @@ def test_the_decoders_thread_is_prepared_before_requests_come(
     assert set(stepping) == set(prepared)
 
 
-def test_a_decoder_that_cannot_begin_is_told_where_the_server_starts(
+def test_a_decoder_that_cannot_begin_is_reported_where_the_server_starts(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
@@ -172,7 +172,7 @@ def test_a_later_short_request_ends_before_an_earlier_long_one(server: Server) -
     assert short.ended_at < long.ended_at
 
 
-def test_the_smallest_priority_is_next_and_what_runs_goes_on(
+def test_the_smallest_priority_is_next_and_what_runs_continues(
     server: Server, runner: Runner
 ) -> None:
     running = [Listener() for _ in range(runner.engine.limits.max_batch_size)]
@@ -193,11 +193,11 @@ def test_the_smallest_priority_is_next_and_what_runs_goes_on(
 def test_the_smallest_priority_is_prepared_next(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, priorities: tuple[int, ...]
 ) -> None:
-    prepare, go_on, order = runner.prepare, threading.Event(), []
+    prepare, release, order = runner.prepare, threading.Event(), []
 
     def slow(ticket: Ticket) -> None:
         order.append(ticket)
-        assert go_on.wait(WAIT_S)
+        assert release.wait(WAIT_S)
         prepare(ticket)
 
     monkeypatch.setattr(runner, "prepare", slow)
@@ -207,7 +207,7 @@ def test_the_smallest_priority_is_prepared_next(
     assert eventually(lambda: len(order) == 1)
     asked = [replace(question("Next?", 1), priority=each) for each in priorities]
     tickets = list(map(server.submit, asked, listeners[1:]))
-    go_on.set()
+    release.set()
     for listener in listeners:
         listener.result()
     server.close()
@@ -222,11 +222,11 @@ def test_a_priority_is_a_whole_number() -> None:
 def test_encoding_an_image_does_not_stop_the_tokens_of_others(
     runner: Runner, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, inside, go_on = runner.vision.encode, threading.Event(), threading.Event()
+    encode, inside, release = runner.vision.encode, threading.Event(), threading.Event()
 
     def slow(tiles: torch.Tensor) -> torch.Tensor:
         inside.set()
-        assert go_on.wait(WAIT_S)
+        assert release.wait(WAIT_S)
         return encode(tiles)
 
     monkeypatch.setattr(runner.vision, "encode", slow)
@@ -237,7 +237,7 @@ def test_encoding_an_image_does_not_stop_the_tokens_of_others(
     server.submit(question("Meanwhile?", 30), text)
     assert text.result().num_tokens == 30, "text waited for a picture"
     assert picture.is_silent
-    go_on.set()
+    release.set()
     picture.result()
     server.close()
 
@@ -308,7 +308,7 @@ def test_a_bad_request_ends_alone(server: Server, images: Images) -> None:
     assert server.samples()["nvlm_requests_total", (("outcome", "refused"),)] == 2
 
 
-def test_a_step_that_fails_is_told_to_all_in_it_and_the_server_goes_on(
+def test_a_step_that_fails_is_reported_to_all_in_it_and_the_server_continues(
     server: Server, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> list[StepOutput]:

@@ -109,7 +109,7 @@ def test_a_clock_that_jumps_makes_nothing_hang(
         assert watch.look() is None
 
 
-def test_a_thread_that_ended_is_told_with_what_ended_it() -> None:
+def test_a_thread_that_ended_is_reported_with_what_ended_it() -> None:
     thread = threading.Thread(target=lambda: None)
     thread.start()
     thread.join()
@@ -165,7 +165,7 @@ def test_with_the_decoders_thread_dead_all_are_answered_and_the_server_says_why(
     assert on_end.is_silent, "called once"
 
 
-def test_a_decoder_that_hangs_is_told_and_nobody_waits_for_it(
+def test_a_decoder_that_hangs_is_reported_and_nobody_waits_for_it(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, let_go: threading.Event
 ) -> None:
     def hang() -> list[StepOutput]:
@@ -257,7 +257,7 @@ def test_a_server_that_rests_takes_a_step_for_nobody_and_none_while_it_works(
     server = serve(runner, on_end)
     assert Ends(server, "a").errors() == [None]
     assert probed.wait(WAIT_S)
-    assert Ends(server, "b").errors() == [None], "a probe leaves nothing behind"
+    assert Ends(server, "b").errors() == [None], "a probe leaves nothing"
     assert set(num_open_at_probes) == {0}
     assert on_end.is_silent
     server.close()

@@ -37,7 +37,7 @@ class Reply:
         return error
 
     def events(self) -> list[dict[str, Any]]:
-        """Of a stream that ended as it should."""
+        """Events of a stream, which must have ended as it should."""
         *events, last, rest = self.body.decode().split("\n\n")
         assert (last, rest) == ("data: [DONE]", ""), self.body
         assert all(event.startswith("data: ") for event in events)

@@ -193,7 +193,7 @@ def vqa_v2(folder: Path) -> Benchmark:
 
 
 def chart_qa(folder: Path) -> Benchmark:
-    """Two files, one behind the other; the id is the position in both."""
+    """Two files, one after the other; the id is the position in both."""
     write_picture(folder / "png" / "two_col_21.png", "105")
     write_picture(folder / "png" / "multi_col_7.png", "7310")
     human = write_json(
@@ -703,7 +703,7 @@ def short(sample_id: int | str, answer: str, *truths: str) -> dict[str, Any]:
 
 
 def run_record(task: str, engine: str = "1", **settings: Any) -> TaskRecord:
-    """Of one sample, with these settings beside the usual ones."""
+    """A record of one sample, with these settings beside the usual ones."""
     usual = {
         "quant_algo": None,
         "kv_cache_quant_algo": None,

@@ -157,7 +157,7 @@ def refused(root: Path, name: str, *arguments: object, fragments: tuple[str, ...
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """A command under way in a session of its own."""
+    """A running command in a session of its own."""
 
     process: ForkServerProcess
     log: Path

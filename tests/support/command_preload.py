@@ -1,4 +1,4 @@
-"""What the server behind `tests.support.command.background` imports once, so that a command
+"""What the server of `tests.support.command.background` imports once, so that a command
 starts in milliseconds."""
 
 from __future__ import annotations

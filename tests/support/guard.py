@@ -36,7 +36,7 @@ def guarding(item: pytest.Item) -> Iterator[None]:
 def install() -> None:
     """Watches this interpreter for good. Programs that tests start are not watched."""
     sys.addaudithook(_audit)
-    # It may ask a server to fork, which no event tells.
+    # It may ask a server to fork, which no event shows.
     _watch(BaseProcess, "start", "process", "starts a process")
     try:
         from triton.runtime.interpreter import GridExecutor

@@ -81,7 +81,7 @@ def serving(
     code: int = 0,
     is_killed: bool = False,
 ) -> Iterator[Served]:
-    """A server on a free port, which is told to stop in the end, unless the test has done so.
+    """A server on a free port, which is asked to stop in the end, unless the test has done so.
 
     code: what it ends with; other than 0, it ends by itself. is_killed: a part of it dies, whose
     traceback is in the log."""

@@ -14,7 +14,7 @@ KV_CACHES: dict[str, dict[str, object]] = {
 
 
 def kv_cache_engine(workshop: Workshop, checkpoint_dir: Path, name: str) -> Path:
-    """Of a session's checkpoint; built once."""
+    """Builds the engine of a session's checkpoint, once."""
     engine = f"engine_{name.replace(' ', '_')}"
     return workshop.engine(
         engine, checkpoint_dir, vision="torch", max_num_images=3, **KV_CACHES[name]

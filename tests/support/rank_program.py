@@ -1,6 +1,6 @@
 """run.py as one rank of a test starts it: `rank_program.py <what> <run.py's flags>`.
 
-`kill=PHASE` kills rank 1 with SIGKILL as soon as it enters the phase and tells when on stderr,
+`kill=PHASE` kills rank 1 with SIGKILL as soon as it enters the phase and says when on stderr,
 `raise=PHASE` has it raise; PHASE@R has rank R do it. `version=V` gives rank 1 another version;
 `memory=R` leaves rank R little memory; `gpus=N` makes torch see GPUs. `ahead:` before any of them
 runs the fast path's plain forms, so that decode steps are in flight.
@@ -48,7 +48,7 @@ def fail_at(phase: str, rank: int, *, killed: bool) -> None:
 
 
 def run_ahead() -> None:
-    """On the CPU, where neither Triton nor graphs are: tells when graphs come and go."""
+    """On the CPU, where neither Triton nor graphs are: says when graphs come and go."""
 
     def capture(model: HopperModel) -> None:
         print("graphs are captured", file=sys.stderr)

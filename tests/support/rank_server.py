@@ -52,10 +52,10 @@ def lead(hang_after_s: float, _: torch.device, open_runner: Callable[[], Runner]
         heard.get()
         print("ready", file=sys.stderr, flush=True)
         error = ended.get()
-        num_told = sum(heard.get(timeout=60).error is error for _ in range(NUM_CLIENTS))
-        while num_told < NUM_CLIENTS:
-            num_told += heard.get(timeout=60).error is error
-        print(f"{num_told} clients were told", file=sys.stderr, flush=True)
+        num_errors = sum(heard.get(timeout=60).error is error for _ in range(NUM_CLIENTS))
+        while num_errors < NUM_CLIENTS:
+            num_errors += heard.get(timeout=60).error is error
+        print(f"{num_errors} clients got the error", file=sys.stderr, flush=True)
         server.close()
         raise error
 

@@ -62,7 +62,7 @@ def command(num_ranks: int, *program: object) -> list[str]:
 
 @contextmanager
 def started(words: list[str], mark: Path) -> Iterator[subprocess.Popen[str]]:
-    """A job under way in a session of its own, whose processes are known by `mark`; whatever is
+    """A running job in a session of its own, whose processes are known by `mark`; whatever is
     left of it is killed."""
     process = subprocess.Popen(
         words,

@@ -78,7 +78,7 @@ class Application:
         }
 
     def replica_pids(self) -> list[int]:
-        """Of the actors: the parents of the parents of the servers of this engine."""
+        """Finds the actors: the parents of the parents of the servers of this engine."""
         found = set()
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:

@@ -114,5 +114,5 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def gap_to_best(token_id: int, logits: torch.Tensor) -> float:
-    """By how many standard deviations of `logits` [vocab_size] the token is behind their best."""
+    """By how many standard deviations of `logits` [vocab_size] the token is below their best."""
     return float((logits.max() - logits[token_id]) / logits.std())

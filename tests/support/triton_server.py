@@ -96,7 +96,7 @@ def start(
     python: Path = Path(sys.executable),
     cwd: Path = ROOT,
 ) -> tuple[subprocess.Popen[str], list[int]]:
-    """`python -m frontends.triton.serve` under way, its stderr in `log`."""
+    """A running `python -m frontends.triton.serve`, its stderr in `log`."""
     ports = free_ports(3)
     names = ("--http_port", "--grpc_port", "--metrics_port")
     port_flags = [str(x) for pair in zip(names, ports, strict=True) for x in pair]

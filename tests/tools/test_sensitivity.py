@@ -108,7 +108,7 @@ def test_the_tool_lists_every_part_worst_first(
     assert "| everything |" in capsys.readouterr().out
 
 
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     workshop: Workshop, model_dir: Path, bf16_checkpoint: Path, checkpoint_dir: Path, tmp_path: Path
 ) -> None:
     report = checkpoint_dir / "quantization_report.json"

@@ -119,10 +119,10 @@ def test_the_card_reaches_the_bars_and_fp8_costs_a_point_at_most() -> None:
     text = (MODEL / "README.md").read_text()
     for task in TASKS:
         row = f"| {task} | {CARD['fp8'][task]:.2f} | {CARD['bf16'][task]:.2f} |"
-        assert row in text, f"the model card lacks {row}"
+        assert row in text, f"the model card has no {row}"
 
 
-def test_what_is_no_log_is_told(tmp_path: Path) -> None:
+def test_what_is_no_log_is_reported(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')
     for log in (tmp_path / "log.jsonl", tmp_path / "none.jsonl"):
         with pytest.raises(UserError, match=f"{log.name} is no log"):

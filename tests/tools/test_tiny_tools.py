@@ -77,7 +77,7 @@ def test_evaluation_fonts_are_no_training_fonts() -> None:
     assert not used & (set(families["training"]) | set(families["validation"]))
 
 
-def test_training_refuses_a_folder_that_lacks_fonts(tmp_path: Path) -> None:
+def test_training_refuses_a_folder_without_fonts(tmp_path: Path) -> None:
     (tmp_path / "roboto-latin-400-normal.woff2").touch()
     with pytest.raises(UserError, match="is missing 124 of the 125 training families, open-sans"):
         training_font_files(tmp_path)

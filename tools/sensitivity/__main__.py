@@ -156,16 +156,21 @@ def _encode(
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(__doc__ or "")
+    parser = ArgumentParser((__doc__ or "").partition("\n")[0], "python -m tools.sensitivity")
     add = parser.add_argument
     add("--checkpoint_dir", type=Path, required=True, help="a conversion with --quant_algo none")
     add("--report", type=Path, required=True, help=f"{layout.REPORT} of an FP8 conversion")
-    add("--questions", type=Path, default=BUILT_IN, help="as --calib_data (default: built in)")
-    add("--num_questions", type=positive_int, default=16, help="used, at most")
-    add("--max_new_tokens", type=positive_int, default=64, help="of an answer")
-    add("--by", choices=GROUPINGS, default="linear", help="what is in FP8 at a time")
-    add("--output", type=Path, help="write the table as JSON there")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--questions",
+        type=Path,
+        default=BUILT_IN,
+        help="JSONL as for --calib_data (default: built in)",
+    )
+    add("--num_questions", type=positive_int, default=16, help="questions to ask, at most")
+    add("--max_new_tokens", type=positive_int, default=64, help="longest answer, in tokens")
+    add("--by", choices=GROUPINGS, default="linear", help="part that is in FP8 at a time")
+    add("--output", type=Path, help="file for the table as JSON (default: none)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs")
     return parser
 
 

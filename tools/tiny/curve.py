@@ -58,8 +58,10 @@ def draw(runs: list[list[dict[str, Any]]]) -> Figure:
             axes.plot(*curves[name], label=name, marker="." if name in TASKS else None)
         axes.legend(ncols=len(names) // 2 + 1, fontsize="small")
         axes.grid(alpha=0.3)
-    losses.set(yscale="log", ylabel="loss")
-    scores.set(ylim=(0, 1.02), xlabel="step", ylabel="right answers, validation fonts")
+    losses.set(yscale="log", ylabel="loss, nats")
+    scores.set(
+        ylim=(0, 1.02), xlabel="training step", ylabel="share of right answers, validation fonts"
+    )
     return figure
 
 

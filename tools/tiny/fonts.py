@@ -34,6 +34,6 @@ def _files(fonts_dir: Path, use: str) -> list[Path]:
     if missing := [name for name, files in found.items() if not files]:
         raise UserError(
             f"{fonts_dir} is missing {len(missing)} of the {len(families)} {use} families, "
-            f"{missing[0]} for one; docs/tiny_model.md tells how to fetch them"
+            f"{missing[0]} for one; docs/tiny_model.md says how to fetch them"
         )
     return [path for files in found.values() for path in files]

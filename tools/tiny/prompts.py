@@ -116,8 +116,8 @@ class PromptEncoder:
         for nth, tiles in enumerate(batch.probe_tiles):
             index = batch.scenes.num_text + nth
             token_ids = batch.token_ids[index]
-            behind = int(batch.answer_rows[index].max()) + 2
-            batch.probe_rows[nth] = behind + np.arange(_PROBES)
+            end = int(batch.answer_rows[index].max()) + 2
+            batch.probe_rows[nth] = end + np.arange(_PROBES)
             token_ids[batch.probe_rows[nth]] = digits[shown[nth, tiles]]
             if batch.tasks[index] == "which_tile":
                 question = token_ids[: batch.answer_rows[index, 0]]
@@ -127,7 +127,7 @@ class PromptEncoder:
                 ]
 
     def shuffle_tiles(self, batch: TrainingBatch, random: np.random.Generator) -> None:
-        """Puts tiles with their tags into another order, so that only the tag tells the place."""
+        """Puts tiles with their tags into another order, so that only the tag shows the place."""
         assert batch.token_ids is not None
         assert batch.tile_order is not None
         num_grid_tiles = batch.tile_order.shape[1] - 1

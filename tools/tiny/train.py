@@ -47,7 +47,7 @@ CURRICULUM = ((0.17, 3), (0.22, 5))  # (until this share of the time, characters
 WARM_UP_STEPS = 200
 LEARNING_RATE = 1e-3
 WHICH_TILE_WEIGHT = 4.0
-"""The weight of its tokens in the answers' loss: one of the six tells something."""
+"""The weight of its tokens in the answers' loss: one of the six says something."""
 PATCHES_PER_SIDE = TINY.image_size // TINY.patch_size
 VALIDATION_GRIDS = ((1, 1), (2, 1), (1, 3), (2, 2), (3, 2), (5, 1))
 

@@ -21,12 +21,12 @@ itself, and a window of a long sample has gigabytes of them, three times over.""
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """`count` tokens of a sequence, from `position` on; `is_last` ends it."""
+    """Consecutive tokens of one sequence."""
 
-    sequence: int
-    position: int
-    count: int
-    is_last: bool
+    sequence: int  # its place among the samples, from 0
+    position: int  # of the first token
+    count: int  # tokens
+    is_last: bool  # whether it ends the sequence
 
 
 def run_layer(

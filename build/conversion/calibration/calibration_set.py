@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 class CalibrationSample:
     """A prompt and its images, which stay on disk until they are needed."""
 
-    prompt: Prompt
-    images: tuple[Path, ...]
-    num_tiles: int
-    tiling: TilingConfig
+    prompt: Prompt  # ids; those of tiles are virtual tokens
+    images: tuple[Path, ...]  # files, in the order of the prompt
+    num_tiles: int  # of all images, thumbnails included
+    tiling: TilingConfig  # how they are cut
 
     def load_tiles(self) -> NDArray[np.uint8]:
         """[num_tiles, S, S, 3], all images of the prompt in order (may be none)."""
@@ -53,14 +53,12 @@ class CalibrationSample:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Samples, or the report of an earlier conversion that stands for them, or nothing.
+    """Samples, or the report of an earlier conversion that stands for them, or nothing."""
 
-    sha256: over everything the samples feed into the model, or over the report.
-    """
-
-    samples: tuple[CalibrationSample, ...] = ()
-    num_skipped: int = 0
-    cache: QuantizationReport | None = None
+    samples: tuple[CalibrationSample, ...] = ()  # in the order of the file
+    num_skipped: int = 0  # samples whose images could not all be read
+    cache: QuantizationReport | None = None  # the earlier report; None: the samples are measured
+    # Over everything the samples feed into the model, or over the report; None: nothing is used.
     sha256: str | None = None
 
     @property
@@ -94,11 +92,11 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """`where` it stands, for messages."""
+    """A line of the calibration data, as it is written."""
 
-    where: str
-    question: str
-    images: tuple[Path, ...]
+    where: str  # file and line, for messages
+    question: str  # text of the prompt
+    images: tuple[Path, ...]  # files before the text
 
 
 def load_calibration_set(

@@ -25,8 +25,8 @@ _ONE_SCALE, _OWN_SCALES = "one scale", "own scales"
 class Probe:
     """The rows of hidden states that a layer is probed with: beginnings of sequences."""
 
-    hidden: torch.Tensor
-    counts: tuple[int, ...]
+    hidden: torch.Tensor  # [num_rows, hidden_size], sequence after sequence
+    counts: tuple[int, ...]  # rows of each sequence
 
     @classmethod
     def read(cls, states: RowFile, lengths: list[int], device: torch.device) -> Probe:
@@ -44,11 +44,10 @@ class Probe:
 class ProbeAttention:
     """`Attention` of sequences from their beginnings, with K and V stored by the scales given."""
 
-    counts: tuple[int, ...]
-    key_scale: float | None = None
-    value_scale: float | None = None
-    values: list[torch.Tensor] = field(default_factory=list)
-    """V as it came, of each run."""
+    counts: tuple[int, ...]  # rows of each sequence
+    key_scale: float | None = None  # of FP8; None: K is not quantised
+    value_scale: float | None = None  # of FP8; None: V is not quantised
+    values: list[torch.Tensor] = field(default_factory=list)  # V as it came, of each run
 
     def forward(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

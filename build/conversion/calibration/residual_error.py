@@ -24,9 +24,9 @@ Run = Callable[[], torch.Tensor]
 class QuantisedLinears:
     """A layer's linears, by name, and how each would be stored."""
 
-    linears: Mapping[str, nn.Linear | QuantizableLinear]
-    scales: Mapping[str, LinearScales]
-    number_format: NumberFormat
+    linears: Mapping[str, nn.Linear | QuantizableLinear]  # by name in the layer
+    scales: Mapping[str, LinearScales]  # by the same names
+    number_format: NumberFormat  # what they are stored in
 
     def quantised(self, name: str) -> QuantizableLinear:
         return QuantizableLinear.quantised(

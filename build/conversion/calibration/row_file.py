@@ -18,12 +18,12 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class RowFile:
-    """[num_rows, *row_shape] of `dtype`."""
+    """A tensor of rows in a file: [num_rows, *row_shape]."""
 
-    path: Path
-    num_rows: int
-    row_shape: tuple[int, ...]
-    dtype: torch.dtype
+    path: Path  # raw values without a header
+    num_rows: int  # rows in the whole file
+    row_shape: tuple[int, ...]  # of one row
+    dtype: torch.dtype  # of the values
 
     @property
     def row_bytes(self) -> int:
@@ -64,9 +64,9 @@ class RowFile:
 
 @dataclass(slots=True)
 class RowWriter:
-    file: RowFile
-    fd: int
-    written_bytes: int = 0
+    file: RowFile  # what is being written
+    fd: int  # descriptor of the open file
+    written_bytes: int = 0  # so far
 
     def append(self, rows: torch.Tensor) -> None:
         """The next rows; they take the file's dtype."""

@@ -15,10 +15,10 @@ from nvlm.model.number_formats import LinearScales, NumberFormat
 class QuantizationError:
     """The errors that `LinearReport` names."""
 
-    weight_error: float
-    output_error: float
-    clipped_share: float
-    underflow_share: float
+    weight_error: float  # relative 2-norm
+    output_error: float  # relative 2-norm
+    clipped_share: float  # of the input's values, 0 to 1
+    underflow_share: float  # of the input's values, 0 to 1
 
 
 def quantization_error(

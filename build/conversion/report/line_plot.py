@@ -20,11 +20,11 @@ Points = Sequence[tuple[float, float]]
 class _Axis:
     """Maps values to pixels, linearly or by their logarithm."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-    is_log: bool = False
+    low: float  # smallest value
+    high: float  # largest value
+    start: float  # pixel of `low`
+    end: float  # pixel of `high`; below `start` for an axis that points up
+    is_log: bool = False  # equal factors, not differences, are equally long
 
     def pixel(self, value: float) -> float:
         low, high, value = (self._scaled(v) for v in (self.low, self.high, value))

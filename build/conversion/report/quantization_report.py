@@ -32,24 +32,21 @@ _LARGEST = float(torch.finfo(torch.float32).max)
 class LinearReport:
     """A linear's largest magnitudes, its scales, and what its number format does to it.
 
-    The errors are relative 2-norms: `weight_error` of the dequantised weight, `output_error` of
-    what the quantised linear computes for `num_rows` rows of the calibration data, against the
-    linear in the checkpoint's dtype. Shares are of the values in those rows: clipped at the largest
-    number, and not zero but quantised to zero.
-
-    `residual_error` is of the layer's whole output, the residual stream, where this linear alone is
-    quantised; older versions did not measure it.
+    Errors are relative 2-norms. Shares are of the input's values in the calibration data, 0 to 1.
     """
 
-    linear: str
-    weight_amax: float
-    input_amax: float
-    scales: LinearScales
-    weight_error: float
+    linear: str  # its name in the model
+    weight_amax: float  # largest magnitude of the weight
+    input_amax: float  # largest magnitude of the input, over the calibration data
+    scales: LinearScales  # as stored
+    weight_error: float  # of the dequantised weight
+    # Of what the quantised linear computes, against the linear in the checkpoint's dtype.
     output_error: float
-    clipped_share: float
-    underflow_share: float
-    num_rows: int
+    clipped_share: float  # clipped at the largest number
+    underflow_share: float  # not zero, but quantised to zero
+    num_rows: int  # rows of the calibration data that `output_error` is over
+    # Of the layer's output, the residual stream, where this linear alone is quantised. None: made
+    # by an older version.
     residual_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -81,22 +78,21 @@ class LinearReport:
 class AttentionReport:
     """Largest magnitudes of Q and K after bias and RoPE, and of V after bias; also by head.
 
-    `residual_error` is of the layer's output where the KV cache alone is quantised, K and V by the
-    one scale; `own_scales_residual_error` has K and V each by its own. `v_error` is of V itself, by
-    the one scale and by its own. Older versions measured none of these.
+    Errors are relative 2-norms, None in the report of an older version.
     """
 
-    layer: str
-    q_amax: float
-    k_amax: float
-    v_amax: float
-    q_head_amax: tuple[float, ...] = ()
-    k_head_amax: tuple[float, ...] = ()
-    v_head_amax: tuple[float, ...] = ()
+    layer: str  # its name in the model
+    q_amax: float  # of all heads
+    k_amax: float  # of all heads
+    v_amax: float  # of all heads
+    q_head_amax: tuple[float, ...] = ()  # of each head; empty in the report of an older version
+    k_head_amax: tuple[float, ...] = ()  # of each head; empty as above
+    v_head_amax: tuple[float, ...] = ()  # of each head; empty as above
+    # Of the layer's output where the KV cache alone is quantised, K and V by the one scale.
     residual_error: float | None = None
-    own_scales_residual_error: float | None = None
-    v_error: float | None = None
-    v_own_scale_error: float | None = None
+    own_scales_residual_error: float | None = None  # the same with K and V each by its own scale
+    v_error: float | None = None  # of V itself by the one scale
+    v_own_scale_error: float | None = None  # of V itself by its own scale
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> AttentionReport:
@@ -132,20 +128,23 @@ class AttentionReport:
 
 @dataclass(frozen=True, slots=True)
 class QuantizationReport:
-    """Rows in the order of the model. scale_dtype: what the linears' scales are numbers of."""
+    """What a conversion measured, in the order of the model."""
 
-    num_samples: int
-    num_skipped: int
-    linears: tuple[LinearReport, ...]
-    attentions: tuple[AttentionReport, ...]
-    scale_dtype: str
+    num_samples: int  # of calibration
+    num_skipped: int  # samples whose images could not all be read
+    linears: tuple[LinearReport, ...]  # a row a quantised linear
+    attentions: tuple[AttentionReport, ...]  # a row a layer
+    scale_dtype: str  # what the linears' scales are numbers of
 
     def rows_of(self, prefix: str) -> tuple[list[LinearReport], AttentionReport]:
         """The rows of one decoder layer. Raises `UserError` if the report knows no such layer."""
         attentions = [row for row in self.attentions if row.layer.startswith(prefix)]
         linears = self.linears_of(prefix)
         if len(attentions) != 1 or not linears:
-            raise UserError(f"--calib_cache has no {prefix[:-1]}: it is of another model")
+            raise UserError(
+                f"--calib_cache has no {prefix[:-1]}: it is of another model; give the report of "
+                "these weights"
+            )
         return linears, attentions[0]
 
     def linears_of(self, prefix: str) -> list[LinearReport]:

@@ -82,12 +82,11 @@ _GROUPS = (
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the report is of: the model by its folder and shape, the day, and where the samples of
-    the calibration came from."""
+    """What the report is of."""
 
-    model: str
-    date: str
-    samples: str
+    model: str  # name of its folder, and its shape
+    date: str  # as 2026-11-30
+    samples: str  # where the samples of the calibration came from
 
 
 def write_page(directory: Path, report: QuantizationReport, origin: Origin) -> None:

@@ -70,12 +70,11 @@ MODEL_ARGS = (
 
 @dataclass(frozen=True, slots=True)
 class MegatronConfig:
-    """`published`: what the source delivers. `stored`: the same with Megatron's padding of the
-    ViT's heads and of the vocabulary."""
+    """A Megatron checkpoint's model, as it is and as it is stored."""
 
-    published: NVLMConfig
-    stored: NVLMConfig
-    layers_per_stage: list[int]
+    published: NVLMConfig  # what the source delivers
+    stored: NVLMConfig  # the same with Megatron's padding of the ViT's heads and of the vocabulary
+    layers_per_stage: list[int]  # decoder layers of each pipeline stage, in order
 
 
 def model_config(stages: Stages, num_tokens: int) -> MegatronConfig:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from nvlm.program.errors import UserError, shown
+from nvlm.program.errors import UserError, cut, shown
 
 _NAMESPACE = "argparse.Namespace"
 _INERT_PACKAGES = ("megatron.", "transformer_engine.")
@@ -47,12 +47,12 @@ class _Placeholder:
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
-    """`args`: Megatron's arguments that are plain values. `tensors`: of the model, mapped."""
+    """What one rank's file holds."""
 
-    path: Path
-    args: dict[str, Any]
-    iteration: int | None
-    tensors: dict[str, torch.Tensor]
+    path: Path  # of the file
+    args: dict[str, Any]  # Megatron's arguments that are plain values
+    iteration: int | None  # of training; None: the file does not say
+    tensors: dict[str, torch.Tensor]  # of the model, mapped
 
     @classmethod
     def read(cls, path: Path) -> RankFile:
@@ -103,7 +103,7 @@ def _load(path: Path) -> Any:
         raise _damaged(path, error) from None
     if not stored:
         raise UserError(f"{path} is compressed, expected what torch.save wrote; save it again")
-    refused = sorted(repr(n[:80]) for n in names if n != _NAMESPACE and not _is_inert(n))
+    refused = sorted(shown(n) for n in names if n != _NAMESPACE and not _is_inert(n))
     if refused:
         raise UserError(
             f"{path} asks for {', '.join(refused[:3])}, which is refused: only tensors, plain "
@@ -127,7 +127,7 @@ def _is_inert(name: str) -> bool:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).strip().partition("\n")[0][:200] or "it ends too early"
+    reason = cut(str(error).strip().partition("\n")[0]) or "it ends too early"
     return UserError(
         f"{path} cannot be read ({reason}), expected a whole file in the zip format of "
         "torch.save; copy or save the checkpoint again"

@@ -112,15 +112,12 @@ _DECODER_LAYER: tuple[_Row, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class MegatronTensor:
-    """`shape` is that of one rank. `holds`: published name -> how the ranks' shards make it.
+    """A tensor of a Megatron checkpoint and the published ones in it."""
 
-    `stage`: the pipeline stage of a decoder layer; other tensors are on whichever has them.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    holds: dict[str, Merge]
-    stage: int | None = None
+    name: str  # in the rank's file
+    shape: tuple[int, ...]  # on one rank
+    holds: dict[str, Merge]  # published name -> how the ranks' shards make it
+    stage: int | None = None  # the pipeline stage of a decoder layer; None: whichever has it
 
 
 def megatron_tensors(

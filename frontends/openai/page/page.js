@@ -11,15 +11,15 @@ let needsKey = false;
 const mostTiles = () => Number(byId("most_tiles").value);
 
 async function meet() {
-  let told;
+  let reply;
   try {
-    told = await server.get("v1/models");
+    reply = await server.get("v1/models");
   } catch (error) {
     refuse(error);
     if (error.status === 503) setTimeout(meet, RETRY_MS); // the engine is being loaded
     return;
   }
-  const [first] = told.data;
+  const [first] = reply.data;
   model = first.id;
   byId("model").textContent = `${model}, ${first.max_model_len} tokens`;
   Object.assign(byId("most_tiles"), { max: first.max_num_tiles, value: first.max_num_tiles });

@@ -28,14 +28,14 @@ class Picture {
     const number = ++this.cut;
     const message = { role: "user", content: [this.part] };
     const body = { messages: [message], mm_processor_kwargs: { max_num_tiles: mostTiles } };
-    const told = await server.post("v1/tiles", body);
+    const reply = await server.post("v1/tiles", body);
     if (number !== this.cut) return;
-    this.#showTiles(told.pictures, told.tokens_per_tile);
+    this.#showTiles(reply.pictures, reply.tokens_per_tile);
   }
 
   #showTiles([{ grid, tiles }], tokensPerTile) {
     const num = tiles.length;
-    const told = `${num} ${num === 1 ? "tile" : "tiles"}, ${num * tokensPerTile} tokens`;
+    const summary = `${num} ${num === 1 ? "tile" : "tiles"}, ${num * tokensPerTile} tokens`;
     const cells = make("div", "grid");
     cells.style.gridTemplateColumns = `repeat(${grid[0]}, max-content)`;
     const figures = tiles.map(tileFigure);
@@ -44,7 +44,7 @@ class Picture {
     cells.append(...figures);
     const cut = make("div", "cut");
     cut.append(...(num > 1 ? [cells] : []), thumbnail);
-    this.seen.replaceChildren(make("p", "", told), cut);
+    this.seen.replaceChildren(make("p", "", summary), cut);
     // What a browser cannot show, such as TIFF, the model can: its last tile is the whole picture.
     const showLast = () => { this.image.src = tiles[num - 1].url; };
     if (this.image.complete && this.image.naturalWidth === 0) showLast();

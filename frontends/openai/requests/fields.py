@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from frontends.openai.errors import FieldError
-from nvlm.program.errors import UserError, shown
+from nvlm.program.errors import UserError, cut, shown
 from nvlm.program.nearest import nearest
 from runtime.requests.fields import MOST_STOPS
 from runtime.requests.guide import GUIDE_KINDS
@@ -27,7 +27,6 @@ Settings = dict[str, Any]
 Kind = Literal["integer", "number", "boolean", "string", "array", "object"]
 Read = Callable[[Any], Settings]
 
-_SHOWN_CHARACTERS = 100
 _MOST = 2**1000  # a whole number that is still a float
 
 _RUNTIME_NAMES = (
@@ -39,17 +38,18 @@ _RUNTIME_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A row. `read` makes runtime settings of a value; None: `name` is the setting's name, or the
-    field is read where it is used (`is_setting` False)."""
+    """A row."""
 
-    name: str
-    kinds: tuple[Kind, ...]
+    name: str  # JSON key
+    kinds: tuple[Kind, ...]  # JSON types that the value may have
+    # Makes runtime settings of a value; None: `name` is the setting's, or it is read where it is
+    # used.
     read: Read | None = None
     neutral: tuple[Any, ...] = ()  # values that ask for nothing, beside null
-    is_setting: bool = True
-    endpoints: tuple[str, ...] = ("chat", "completions")
-    minimum: int | None = None
-    help: str = ""
+    is_setting: bool = True  # False: the field is read where it is used
+    endpoints: tuple[str, ...] = ("chat", "completions")  # that take it
+    minimum: int | None = None  # smallest number; None: any
+    help: str = ""  # description in the OpenAPI document
 
     def check(self, value: Any) -> Any:
         """The value, a whole number as an int. Raises `FieldError` for one of another kind."""
@@ -115,7 +115,7 @@ def unknown(body: Body, endpoint: str) -> list[str]:
     for name in found:
         if name.lower() in PICTURE_WORDS:
             raise FieldError(
-                name[:_SHOWN_CHARACTERS],
+                cut(name),
                 f'{name} is no field of this server; a picture is a part of a message, {{"type": '
                 '"image_url", "image_url": {"url": ...}}',
             )
@@ -231,7 +231,7 @@ def _structured_outputs(value: Any) -> Settings:
     for name in given:
         if name not in _GUIDES:
             raise FieldError(
-                f"structured_outputs.{name[:_SHOWN_CHARACTERS]}",
+                f"structured_outputs.{cut(name)}",
                 f"structured_outputs has {shown(name)}, expected one of {', '.join(_GUIDES)}"
                 f"{nearest(name, _GUIDES)}",
             )
@@ -247,7 +247,7 @@ def _mm_processor_kwargs(value: Any) -> Settings:
     for name, number in value.items():
         if name not in _TILES:
             raise FieldError(
-                f"mm_processor_kwargs.{name[:_SHOWN_CHARACTERS]}",
+                f"mm_processor_kwargs.{cut(name)}",
                 f"mm_processor_kwargs has {shown(name)}, expected max_num_tiles",
             )
         if _kind(number) != "integer" or number < 1:

@@ -18,11 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from nvlm.program.errors import UserError
+from nvlm.program.errors import UserError, cut
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _PORTS = {"http": 80, "https": 443}
-_SHOWN_CHARACTERS = 200
 
 
 _HOLDING_IPV4 = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")))
@@ -50,12 +49,14 @@ def domains_of(names: Iterable[str]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class MediaRules:
-    """domains: hosts by their exact names, with a port where it is not the scheme's."""
+    """Which pictures a server fetches."""
 
+    # Hosts by their exact names, with a port where it is not the scheme's.
     domains: frozenset[str] = frozenset()
-    max_bytes: int = 32 << 20
+    max_bytes: int = 32 << 20  # of one picture
     timeout_s: float = 10.0  # of all, redirects included
-    max_redirects: int = 3
+    max_redirects: int = 3  # of one picture
+    # Whether an address may be asked; by default only public ones.
     is_allowed: Callable[[str], bool] = field(default=is_public)
 
     def fetch(self, url: str) -> bytes:
@@ -88,16 +89,14 @@ class MediaRules:
         except ValueError:
             raise UserError("the picture's address cannot be read; send a data: URL") from None
         if parts.scheme not in _PORTS or parts.username is not None or not parts.hostname:
-            raise UserError(
-                f"the picture's address {url[:_SHOWN_CHARACTERS]} is not plain http(s)://host/path"
-            )
+            raise UserError(f"the picture's address {cut(url)} is not plain http(s)://host/path")
         if not url.isascii() or any(ord(character) <= 32 for character in url):
             raise UserError("the picture's address has a character that must be written as %XX")
         host = parts.hostname.rstrip(".").lower()
         has_own_port = port is not None and port != _PORTS[parts.scheme]
         if (f"{host}:{port}" if has_own_port else host) not in self.domains:
             raise UserError(
-                f"pictures of {parts.netloc[:_SHOWN_CHARACTERS]} are not fetched here (an operator "
+                f"pictures of {cut(parts.netloc)} are not fetched here (an operator "
                 "gives --allowed_media_domain); send a data: URL"
             )
         return parts

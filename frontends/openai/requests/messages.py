@@ -32,8 +32,8 @@ MAX_MESSAGES = 4096
 class Turn:
     """A message whose pictures are not read yet."""
 
-    role: Role
-    parts: tuple[str | Picture, ...]
+    role: Role  # system, user or assistant
+    parts: tuple[str | Picture, ...]  # text and pictures, in order
 
 
 def read_messages(body: Body) -> tuple[Turn, ...]:

@@ -23,11 +23,11 @@ Detail = Literal["low", "high", "auto"]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """`url` is a data: URL, or http(s), which must be fetched. param: where it stands."""
+    """A picture of a message, before it is read."""
 
-    url: str
-    detail: Detail
-    param: str
+    url: str  # data:, or http(s), which must be fetched
+    detail: Detail  # OpenAI's; low is one tile
+    param: str  # where it stands, as errors say it
 
     @property
     def is_inline(self) -> bool:
@@ -46,10 +46,10 @@ class Picture:
 class _Reading:
     """Called in a preparing thread."""
 
-    picture: Picture
-    file: bytes | None
-    tiler: Tiler
-    budget: PictureBudget
+    picture: Picture  # what to read
+    file: bytes | None  # its bytes, if they were fetched; None: the URL holds them
+    tiler: Tiler  # the engine's
+    budget: PictureBudget  # memory that pictures share
 
     def __call__(self) -> TiledImage:
         try:

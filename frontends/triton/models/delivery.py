@@ -34,14 +34,13 @@ _SEND_LIMIT_S = 30.0  # a response is handed to Triton in shared memory, which w
 
 @dataclass(eq=False, slots=True)
 class Client:
-    """Where the answers of one request go; `outputs` are the tensors it asked for. `name` is its id
-    in the log: the client's own in quotes, or a number."""
+    """Where the answers of one request go."""
 
-    name: str
-    sender: Any
-    streams: bool
-    outputs: frozenset[str]
-    is_done: bool = False
+    name: str  # its id in the log: the client's own in quotes, or a number
+    sender: Any  # Triton's InferenceResponseSender
+    streams: bool  # wants each piece, not the whole alone
+    outputs: frozenset[str]  # names of the tensors it asked for
+    is_done: bool = False  # its last response was sent
 
 
 class Delivery:

@@ -25,23 +25,23 @@ class Heartbeat:
             self._fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
         self._lock = threading.Lock()
         self._has_left = threading.Event()
-        self._tell({"pid": os.getpid()})
+        self._send({"pid": os.getpid()})
         threading.Thread(target=self._beat, name="nvlm-heartbeat", daemon=True).start()
 
     def end(self, error: Exception) -> None:
         """Why this process can answer no more."""
-        self._tell({"end": str(error), "is_mistake": isinstance(error, UserError)})
+        self._send({"end": str(error), "is_mistake": isinstance(error, UserError)})
 
     def leave(self) -> None:
         """Call this before the process ends in order."""
         self._has_left.set()
-        self._tell({"leaves": True})
+        self._send({"leaves": True})
 
     def _beat(self) -> None:
         while not self._has_left.wait(BEAT_S):
-            self._tell({})
+            self._send({})
 
-    def _tell(self, values: dict[str, object]) -> None:
+    def _send(self, values: dict[str, object]) -> None:
         line = json.dumps(values).encode() + b"\n"
         with self._lock, suppress(OSError):  # its reader is gone, or has not read for an hour
             if self._fd is not None:

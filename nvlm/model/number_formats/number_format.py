@@ -30,8 +30,8 @@ def round_up(scale: float, dtype: torch.dtype) -> float:
 class LinearScales:
     """A linear's static scales, one of its weight and one of its input: real = stored * scale."""
 
-    weight: float
-    activation: float
+    weight: float  # of the whole weight
+    activation: float  # of the whole input
 
     def to_json(self) -> dict[str, float]:
         return {WEIGHT_SCALE: self.weight, ACTIVATION_SCALE: self.activation}

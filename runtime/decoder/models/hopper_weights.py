@@ -23,23 +23,23 @@ from runtime.kernels.fp8_linear import Fp8Linear
 
 @dataclass(frozen=True, slots=True)
 class HopperLayer:
-    input_norm: Norm
-    qkv: Fp8Linear
-    dense: Fp8Linear
-    post_norm: Norm
-    gate_up: Fp8Linear
-    down: Fp8Linear
-    kv_scales: LayerScales | None
+    input_norm: Norm  # before attention
+    qkv: Fp8Linear  # q, k and v of the rank's heads, stacked on dim 0
+    dense: Fp8Linear  # attention's output
+    post_norm: Norm  # before the MLP
+    gate_up: Fp8Linear  # gate and up, stacked on dim 0
+    down: Fp8Linear  # the MLP's output
+    kv_scales: LayerScales | None  # None: the cache is not quantised
 
 
 @dataclass(frozen=True, slots=True)
 class HopperWeights:
-    """embedding and lm_head: [vocab_size, hidden_size] in `dtype`."""
+    """The decoder's weights, laid out for the GPU."""
 
-    embedding: torch.Tensor
-    layers: list[HopperLayer]
-    final_norm: Norm
-    lm_head: torch.Tensor
+    embedding: torch.Tensor  # [vocab_size, hidden_size] in `dtype`
+    layers: list[HopperLayer]  # in order
+    final_norm: Norm  # before the head
+    lm_head: torch.Tensor  # [vocab_size, hidden_size] in `dtype`
 
 
 def load_hopper_weights(

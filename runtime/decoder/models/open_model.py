@@ -28,8 +28,8 @@ from runtime.engine.loading import loading_on
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    model: DecoderModel
-    num_blocks: int
+    model: DecoderModel  # ready for its first step
+    num_blocks: int  # of its KV cache
 
 
 def open_model(

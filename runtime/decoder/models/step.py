@@ -13,14 +13,15 @@ from runtime.decoder.scheduler import UNKNOWN_TOKEN, Sequence
 
 @dataclass(slots=True)
 class SequenceStep:
-    """`token_ids` run at positions first_position, ...; `prompt_table` only while they are the
-    prompt's, for only the prompt holds virtual tokens. num_logits: of so many tokens, the last."""
+    """What a step computes of one sequence."""
 
+    # run at positions first_position, ...
     token_ids: list[int]
-    first_position: int
-    blocks: list[int]
+    first_position: int  # tokens of it that are in the cache
+    blocks: list[int]  # of the KV cache, in order
+    # None: the tokens are not the prompt's, which alone holds virtual tokens.
     prompt_table: torch.Tensor | None
-    num_logits: int
+    num_logits: int  # of so many tokens, the last
 
     @classmethod
     def of(cls, sequence: Sequence) -> SequenceStep:

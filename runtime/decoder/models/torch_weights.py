@@ -25,14 +25,13 @@ from runtime.decoder.models.kv_scales import LayerScales, read_scales
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """embedding: [vocab_size, hidden_size], whole on every rank; lm_head: the rank's rows of the
-    vocabulary; kv_scales: of each layer, None where the cache is not quantised."""
+    """The decoder's weights as a rank holds them."""
 
-    embedding: torch.Tensor
-    layers: list[DecoderLayer]
-    final_norm: torch.Tensor
-    lm_head: QuantizableLinear
-    kv_scales: list[LayerScales] | None
+    embedding: torch.Tensor  # [vocab_size, hidden_size], whole on every rank
+    layers: list[DecoderLayer]  # in order
+    final_norm: torch.Tensor  # [hidden_size]
+    lm_head: QuantizableLinear  # the rank's rows of the vocabulary
+    kv_scales: list[LayerScales] | None  # of each layer; None: the cache is not quantised
 
 
 def open_weights(directory: Path, config: CheckpointConfig, rank: int = 0) -> TensorSource:
