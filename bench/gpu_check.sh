@@ -33,8 +33,8 @@
 #     beside    80 layers: decode steps while pictures are encoded in five ways (bench/hopper/beside.py)
 #     interactive  80 layers: eight texts decode while no, one or two pictures a second arrive
 #     gaps      the same with --max_step_ms ${MAX_STEP_MS:-0,31}, at rates of 0, 1 and 2 ($LAYERS, $SHAPE, $GAP_SECONDS)
-#     riding    2048/128, 256 requests, 64 at a time ($LOAD), with each of --max_step_ms 0 and 31: prompts whole, and
-#               in the shortest chunks, and in chunks as long as keep the batch full
+#     riding    2048/128, 256 requests, 64 at a time ($LOAD), with each of --max_step_ms ${MAX_STEP_MS:-0,31}: prompts whole,
+#               and in chunks
 #     memory80  80 layers, the cache takes all that is left
 #   $RANKS GPUs (default 2) of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them: decode, prefill, first token, serving; kept in one.json

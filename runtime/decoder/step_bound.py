@@ -26,10 +26,10 @@ def limit_ms(max_ms: float, least_ms: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class StepBound:
-    """max_ms: of a step in which somebody decodes. knots: numbers of rows that decode, rising, and
-    the prompt tokens that such a step takes within `limit_ms`."""
+    """How many prompt tokens a step may take in which somebody decodes."""
 
-    max_ms: float
+    max_ms: float  # of such a step
+    # (rows that decode, rising; prompt tokens that such a step takes within max_ms).
     knots: tuple[tuple[int, float], ...]
 
     @classmethod

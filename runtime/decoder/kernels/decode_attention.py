@@ -28,14 +28,16 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Positions that a program reads at once, how it is compiled, and what `Workspace.num_splits`
-    takes. `python -m bench.hopper.attention` compares them."""
+    """How a program of the attention kernel reads the cache.
 
-    num_tokens: int
-    num_warps: int
-    num_stages: int
-    crowd: int
-    max_splits: int = 16
+    `python -m bench.hopper.attention` compares them.
+    """
+
+    num_tokens: int  # positions that it reads at once
+    num_warps: int  # Triton's
+    num_stages: int  # Triton's: loads in flight
+    crowd: int  # programs of attention in the place of one of `Workspace.num_programs`, at most 2
+    max_splits: int = 16  # pieces of a context, which one program merges
 
 
 def step_for(batch_size: int, cache: torch.dtype = E4M3) -> Step:

@@ -12,7 +12,7 @@ _TILE_QUERIES = 128
 @dataclass(frozen=True, slots=True)
 class Norm:
     weight: torch.Tensor  # [hidden_size] in `dtype`
-    eps: float
+    eps: float  # added to the mean square
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class TokenRows:
     """Where the rows of a step stand: one row a token."""
 
     cos: torch.Tensor  # [T, head_dim / 2] float32, `rope_tables` of the rows' positions
-    sin: torch.Tensor
+    sin: torch.Tensor  # as cos
     slots: torch.Tensor  # [T] int64, block * TOKENS_PER_BLOCK + place in the block
 
 
@@ -52,9 +52,9 @@ class KVPages:
     and the same; without them keys and values are in `dtype`."""
 
     k: torch.Tensor  # [num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim]
-    v: torch.Tensor
-    k_scale: CacheScale | None
-    v_scale: CacheScale | None
+    v: torch.Tensor  # as k
+    k_scale: CacheScale | None  # None: keys are in `dtype`
+    v_scale: CacheScale | None  # None: values are in `dtype`
 
     @property
     def scale_tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:

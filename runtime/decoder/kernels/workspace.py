@@ -17,12 +17,13 @@ _MAX_TILES = 1 << 16  # tiles of output columns, and pairs of a request and a KV
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """`counters` are zero between launches: whoever comes last at one sets it back."""
+    """What programs of one kernel leave for each other."""
 
-    num_programs: int
-    partial_sums: torch.Tensor
+    num_programs: int  # that the device runs at once
+    partial_sums: torch.Tensor  # float32: rows of pieces that another program sums
+    # Float32: of each piece and row the largest value and the total of the softmax.
     stats: torch.Tensor
-    counters: torch.Tensor
+    counters: torch.Tensor  # zero between launches: whoever comes last at one sets it back
 
     @classmethod
     def allocate(cls, device: torch.device, num_programs: int) -> Workspace:

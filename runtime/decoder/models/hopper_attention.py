@@ -31,15 +31,14 @@ class HopperAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionContext:
-    """What outlives a step. pages: of each layer. cos, sin: `rope_tables` of positions 0 to
-    max_seq_len - 1."""
+    """What outlives a step."""
 
-    forms: PlainForms
-    layers: list[HopperLayer]
-    pages: list[KVPages]
-    cos: torch.Tensor
-    sin: torch.Tensor
-    branch: Branch
+    forms: PlainForms  # the kernels
+    layers: list[HopperLayer]  # the rank's weights, in order
+    pages: list[KVPages]  # of each layer
+    cos: torch.Tensor  # [max_seq_len, head_dim / 2] float32, `rope_tables` of all positions
+    sin: torch.Tensor  # as cos
+    branch: Branch  # on which rows that decode are attended beside prompts
 
     @property
     def tile_tokens(self) -> int:

@@ -157,7 +157,7 @@ class HopperModel:
                 SequenceStep([0] * count, 0, blocks_of, None, 1)
                 for count, blocks_of in zip(counts, blocks, strict=True)
             ]
-            normed = self._launched([], prompts)
+            normed = self._launched([], sorted(prompts, key=_kind))
             self._forms.head(normed[: len(prompts)], self._weights.lm_head)
         if self._max_batch_size > 1:
             for num_tokens in _SHORT_PROMPTS:

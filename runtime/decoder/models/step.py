@@ -56,7 +56,7 @@ def logit_rows(steps: list[SequenceStep]) -> torch.Tensor:
 
 
 def positions_of(steps: list[SequenceStep]) -> torch.Tensor:
-    """Of all tokens, one step after the other: [T] int64 on the host."""
+    """The positions of all tokens, one step after the other: [T] int64 on the host."""
     return torch.cat([torch.arange(step.first_position, step.end_position) for step in steps])
 
 
