@@ -46,9 +46,11 @@ def _draw(
         dtype=torch.float64,
     ).to(logits.device, non_blocking=True)
     temperature, top_k, top_p, uniform = settings.T[:, :, None]  # each [n, 1]
-    # In float64 no accepted temperature underflows to 0 and no quotient is 0 / 0.
-    scaled = (logits - logits.amax(-1, keepdim=True)).to(torch.float64) / temperature
-    probabilities, token_ids = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
+    # Sorted as float32, which has half the bits. In float64 no accepted temperature underflows to
+    # 0 and no quotient is 0 / 0.
+    logits, token_ids = logits.sort(descending=True, stable=True)
+    scaled = (logits - logits[:, :1]).to(torch.float64) / temperature
+    probabilities = torch.softmax(scaled, dim=-1)
     probabilities *= torch.arange(vocab_size, device=logits.device) < top_k
     cumulative = (probabilities / probabilities.sum(-1, keepdim=True)).cumsum(-1)
     num_kept = torch.where(top_p < 1.0, (cumulative < top_p).sum(-1, keepdim=True) + 1, top_k)
