@@ -24,10 +24,20 @@ import torch
 from bench.ceilings import copy_rate, median_ms
 from bench.machine import describe, describe_gpu
 from nvlm.model.number_formats import fp8
+from nvlm.planning.hopper import CHUNK_SIZES
 from nvlm.program.process import set_up_cublas
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
-from runtime.decoder.kernels.operands import CacheScale, KVPages, Norm, TokenRows
+from runtime.decoder.kernels.operands import (
+    CacheScale,
+    ChunkTiles,
+    KVPages,
+    Norm,
+    TokenRows,
+    tile_tokens,
+)
 from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.decoder.models.chunk_inputs import tiles_of
+from runtime.decoder.models.step import SequenceStep
 from runtime.kernels.fp8_linear import Fp8Linear
 
 SHAPES = {"72b": (8192, 29568, 64, 8, 128), "tiny": (256, 512, 4, 2, 64)}
@@ -70,6 +80,13 @@ def measure_linear(
     return found
 
 
+def fp8_pages(shape: tuple[int, ...], scale: torch.Tensor) -> KVPages:
+    """Random keys and values of a layer. scale: 0.02 on their device."""
+    k, v = (e4m3(*shape, device=scale.device) for _ in "kv")
+    kv_scale = CacheScale(scale, 0.02)
+    return KVPages(k, v, kv_scale, kv_scale)
+
+
 def num_buffers(num_bytes: int) -> int:
     """So many that a graph's launches do not find theirs in the level-2 cache."""
     return max(1, min(LAUNCHES, 4 * CACHE_BYTES // num_bytes)) if torch.cuda.is_available() else 1
@@ -93,16 +110,7 @@ def measure(
     num_blocks = batch_size * blocks_each
     kv_bytes = 2 * batch_size * context * kv_heads * head_dim
     cache_shape = (num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim)
-    kv_scale = CacheScale(scale, 0.02)
-    pages = [
-        KVPages(
-            e4m3(*cache_shape, device=device),
-            e4m3(*cache_shape, device=device),
-            kv_scale,
-            kv_scale,
-        )
-        for _ in range(num_buffers(kv_bytes))
-    ]
+    pages = [fp8_pages(cache_shape, scale) for _ in range(num_buffers(kv_bytes))]
     wide_pages = [
         KVPages(
             torch.randn(cache_shape, device=device, dtype=torch.bfloat16),
@@ -146,6 +154,32 @@ def measure(
     }
     found = {name: (median_ms(run, device), moved) for name, (run, moved) in runs.items()}
     return found | measure_linears(shape, batch_size, device, forms)
+
+
+def measure_chunk(
+    shape: tuple[int, ...], num_rows: int, context: int, device: torch.device, forms: PlainForms
+) -> dict[str, tuple[float, int]]:
+    """Attention of one chunk of a prompt, whose last row sees `context` positions: milliseconds,
+    and bytes of the keys and values."""
+    _, _, heads, kv_heads, head_dim = shape
+    num_blocks = -(-context // TOKENS_PER_BLOCK)
+    scale = torch.tensor(0.02, device=device)
+    kv_bytes = 2 * context * kv_heads * head_dim
+    pages = [
+        fp8_pages((num_blocks, kv_heads, TOKENS_PER_BLOCK, head_dim), scale)
+        for _ in range(num_buffers(kv_bytes))
+    ]
+    num_tokens = tile_tokens(heads // kv_heads)
+    step = SequenceStep([0] * num_rows, context - num_rows, [], None, 0)
+    tiles = ChunkTiles(tiles_of([step], num_tokens).to(device), num_tokens)
+    tables = torch.randperm(num_blocks, device=device).to(torch.int32)[None]
+    q = torch.randn(num_rows, heads, head_dim, device=device).bfloat16()
+    out = e4m3(num_rows, heads * head_dim, device=device)
+
+    def run(launch: int) -> None:
+        forms.chunk_attention(q, tiles, tables, pages[launch % len(pages)], scale, out)
+
+    return {"chunk_attention": (median_ms(run, device), kv_bytes)}
 
 
 def measure_linears(
@@ -195,6 +229,9 @@ def main(arguments: list[str] | None = None) -> None:
         show(batch_size, measure(shape, batch_size, options.context, device, forms))
     for num_rows in map(int, filter(None, options.prompts.split(","))):
         show(num_rows, measure_linears(shape, num_rows, device, forms))
+    for num_rows in CHUNK_SIZES[::2]:
+        if num_rows <= options.context:
+            show(num_rows, measure_chunk(shape, num_rows, options.context, device, forms))
     json.dump({"machine": machine, "copy_bytes_per_s": rate, "kernels": rows}, sys.stdout)
     print()
 

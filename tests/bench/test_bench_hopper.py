@@ -23,12 +23,13 @@ from nvlm.inputs.tokenizer import IM_END, IM_START, Detokenizer, Tokenizer
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
 def test_every_kernel_is_measured_for_every_batch_size(capsys: pytest.CaptureFixture[str]) -> None:
-    kernels.main(["--shape", "tiny", "--batch_sizes", "1,3", "--context", "70"])
+    kernels.main(["--shape", "tiny", "--batch_sizes", "1,3", "--context", "130"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["copy_bytes_per_s"] > 0
     names = {(row["batch_size"], row["kernel"]) for row in found["kernels"]}
     for kernel in ("add_rms_norm", "decode_attention", "gate_up_swiglu", "down linear"):
         assert {(1, kernel), (3, kernel)} <= names
+    assert {(64, "chunk_attention"), (128, "chunk_attention")} <= names
     assert all(row["ms"] > 0 and row["bytes"] > 0 for row in found["kernels"])
 
 
