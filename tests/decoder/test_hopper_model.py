@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from nvlm.planning.peer_memory import places, rows_of_a_rank
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_model import HopperModel, batch_sizes
 from runtime.decoder.models.hopper_weights import load_hopper_weights
@@ -64,6 +65,16 @@ def models(
     fast = HopperModel(config, MAX_BATCH_SIZE, MAX_SEQ_LEN, weights, NUM_BLOCKS, CPU, Watched())  # type: ignore[arg-type]
     fast.capture_graphs()
     return oracle, fast
+
+
+def open_fast(
+    engine_dir: Path, *, max_batch_size: int = MAX_BATCH_SIZE, max_seq_len: int = MAX_SEQ_LEN
+) -> HopperModel:
+    config = EngineDir.read(engine_dir).checkpoint_config
+    weights = load_hopper_weights(open_weights(engine_dir / "llm", config), config, CPU)
+    return HopperModel(
+        config, max_batch_size, max_seq_len, weights, NUM_BLOCKS, CPU, PlainForms()
+    )
 
 
 @pytest.fixture
@@ -146,6 +157,30 @@ def test_warming_up_disturbs_nobody(models: tuple[DecoderModel, DecoderModel]) -
         fast.warm_up(max_num_tokens)
     expected, found = (model.forward([token(50, A)]) for model in models)
     assert relative_error(found, expected) < KERNEL_LOGITS
+
+
+@pytest.mark.parametrize("max_seq_len", [2, 8, 16, 40])
+def test_warming_up_takes_no_position_that_requests_have_not(
+    engine_dir: Path, max_seq_len: int
+) -> None:
+    open_fast(engine_dir, max_seq_len=max_seq_len).warm_up(100)
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 5, 300])
+def test_ranks_share_room_for_the_rows_of_every_graph(
+    engine_dir: Path, max_batch_size: int
+) -> None:
+    """Padding makes a step larger than max_num_tokens."""
+    engine = EngineDir.read(engine_dir)
+    fast = open_fast(engine_dir, max_batch_size=max_batch_size)
+    fast.capture_graphs()
+    most_rows = max(size.num_decoding + size.num_chunk_rows for size in fast._graphs._calls)
+    limits = replace(engine.limits, max_batch_size=max_batch_size, max_num_tokens=max_batch_size)
+    for tp_size in (2, 4):
+        config = replace(engine.checkpoint_config, tp_size=tp_size)
+        values = tp_size * rows_of_a_rank(most_rows, tp_size) * config.decoder.hidden_size
+        shared = places(config, limits)
+        assert shared["parts"].shape[1] >= values <= shared["norms"].shape[0]
 
 
 def test_warming_up_leaves_nothing_to_compile(

@@ -161,7 +161,8 @@ class HopperModel:
             self._forms.head(normed[: len(prompts)], self._weights.lm_head)
         if self._max_batch_size > 1:
             for num_tokens in _SHORT_PROMPTS:
-                self._launched(*self._mixture(num_tokens))
+                if num_tokens <= longest:
+                    self._launched(*self._mixture(num_tokens))
 
     def _mixture(self, num_tokens: int) -> tuple[list[SequenceStep], list[SequenceStep]]:
         """A row that decodes, and a later chunk of a prompt: `num_tokens` in all."""
