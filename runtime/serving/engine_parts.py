@@ -10,8 +10,8 @@ from runtime.engine.engine_dir import EngineDir
 from runtime.vision.executor import VisionExecutor, create_vision_executor
 
 _SLICE_SHARE = 1 / 3
-"""A slice of vision takes this share of a step's bound. The rest is a decode step's: with 8 rows it takes 20 of
-31 ms on an H200. Decision 147 (docs/decisions/serving.md)."""
+"""A slice of vision takes this share of a step's bound. The rest is a decode step's: with 8 rows it
+takes 20 of 31 ms on an H200. Decision 147 (docs/decisions/serving.md)."""
 
 
 def open_parts(

@@ -72,9 +72,7 @@ def open_fast(
 ) -> HopperModel:
     config = EngineDir.read(engine_dir).checkpoint_config
     weights = load_hopper_weights(open_weights(engine_dir / "llm", config), config, CPU)
-    return HopperModel(
-        config, max_batch_size, max_seq_len, weights, NUM_BLOCKS, CPU, PlainForms()
-    )
+    return HopperModel(config, max_batch_size, max_seq_len, weights, NUM_BLOCKS, CPU, PlainForms())
 
 
 @pytest.fixture
