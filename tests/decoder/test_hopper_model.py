@@ -12,6 +12,7 @@ import torch
 
 from nvlm.planning.peer_memory import places, rows_of_a_rank
 from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.decoder.models import hopper_attention
 from runtime.decoder.models.hopper_model import HopperModel, batch_sizes
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.plain_model import PlainModel
@@ -118,6 +119,21 @@ SCENES = {
         [prompt(60, 40, F), token(33, E), prompt(70, 25, A)],
         [token(100, F), token(34, E), token(95, A)],
     ],
+    "a picture that a chunk ends in, and its last token": [
+        [replace(PICTURE, token_ids=PICTURE.token_ids[:12], num_logits=0), prompt(0, 9, C)],
+        [replace(PICTURE, token_ids=PICTURE.token_ids[12:-1], first_position=12, num_logits=0)],
+        [replace(PICTURE, token_ids=PICTURE.token_ids[-1:], first_position=22), token(9, C)],
+        [token(10, C), token(23, D)],
+    ],
+    "log probabilities of prompts": [
+        [prompt(0, 30, A), replace(prompt(0, 20, B), num_logits=20)],
+        [replace(prompt(20, 1, B), num_logits=1), replace(prompt(0, 40, D), num_logits=40)],
+        [token(30, A), replace(prompt(0, 7, C), num_logits=7), token(40, D), token(21, B)],
+    ],
+    "more prompts than a graph has": [
+        [prompt(0, 3 + block, [block], is_last=block != 2) for block in range(11)],
+        [token(3 + block, [block]) for block in (10, 0)] + [prompt(5, 2, [2])],
+    ],
     "more rows than a graph has": [
         [prompt(0, 50, A)],
         [prompt(0, 280, E), token(50, A), prompt(0, 140, F)],
@@ -133,6 +149,23 @@ def test_every_mixture_of_prompts_and_tokens_gives_the_oracles_logits(
     for steps in SCENES[name]:
         expected, found = (model.forward(steps) for model in models)
         assert found.shape == expected.shape == (sum(s.num_logits for s in steps), 512)
+        assert len(found) == 0 or relative_error(found, expected) < KERNEL_LOGITS
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_rows_that_nobody_writes_disturb_nobody(
+    models: tuple[DecoderModel, DecoderModel], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention leaves padding as the memory was, and that goes through every later layer."""
+
+    def made_of_nan(num_rows: int, *shape: int, **options: Any) -> torch.Tensor:
+        whole = torch.empty(num_rows, *shape, **options)
+        whole.view(torch.uint8).fill_(0xFF)  # NaN in every type
+        return whole
+
+    monkeypatch.setattr(hopper_attention, "empty_with_spare_rows", made_of_nan)
+    for steps in SCENES[name]:
+        expected, found = (model.forward(steps) for model in models)
         assert len(found) == 0 or relative_error(found, expected) < KERNEL_LOGITS
 
 
