@@ -21,7 +21,9 @@ from nvlm.planning.peer_memory import peer_memory_bytes
 _MLP_BYTES_PER_VALUE = 22  # 5.5 GB measured for one 72B MLP over 8,192 tokens
 _CUDA_CONTEXT_BYTES = 2 << 30  # contexts, cuBLAS and NCCL buffers: an allowance, not measured
 _NCCL_BYTES = 1 << 30  # buffers of a rank among several: an allowance, not measured
-_GRAPH_BYTES = 1 << 30  # 0.7 GB measured for the decode graphs of a batch of 8, and cuDNN's plans
+# CUDA graphs and cuDNN's plans: 0.7 GB measured at a batch of 8, before steps with prompts had
+# graphs. What graphs return takes up to 1.0 GB at a batch of 256; what their nodes take is open.
+_GRAPH_BYTES = 2 << 30
 KV_CACHE_FREE_GPU_MEMORY_FRACTION = 0.9  # TensorRT-LLM's default
 _CHECKPOINT_SLACK_BYTES = 64 << 20  # tokenizer, headers, reports
 

@@ -9,7 +9,7 @@ import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.dtypes import TORCH_DTYPES
-from nvlm.planning.hopper import MAX_GRAPH_ROWS
+from nvlm.planning.hopper import CHUNK_SIZES, MAX_GRAPH_ROWS
 from nvlm.planning.limits import EngineLimits
 
 MAX_RANKS = 8
@@ -43,7 +43,8 @@ def places(config: CheckpointConfig, limits: EngineLimits) -> dict[str, Place]:
     logits: of all ranks, on the leader; tokens: drawn ones, a row each; flags: by which kernels
     wait."""
     num_ranks, decoder = config.tp_size, config.decoder
-    num_rows = max(limits.max_num_tokens, MAX_GRAPH_ROWS)
+    # With its padding, a graph has more rows than small limits let a step have.
+    num_rows = max(limits.max_num_tokens, MAX_GRAPH_ROWS + CHUNK_SIZES[-1])
     values = num_ranks * rows_of_a_rank(num_rows, num_ranks) * decoder.hidden_size
     vocab_size = config.mapping().padded_vocab_size(decoder.vocab_size)
     found, offset = {}, 0

@@ -17,7 +17,7 @@ import torch
 
 from nvlm.planning.hopper import CHUNK_SIZES
 from nvlm.planning.limits import EngineLimits
-from runtime.decoder.block_allocator import num_blocks_for
+from runtime.decoder.block_allocator import TOKENS_PER_BLOCK, num_blocks_for
 from runtime.decoder.models.step import DecoderModel, SequenceStep
 from runtime.decoder.step_bound import StepBound, limit_ms
 
@@ -44,8 +44,8 @@ def measure_step_bound(
     """The bound that keeps steps within `max_ms`. None where no prompt ever shares a step: a batch
     has one place. time_ms: the milliseconds of some work, by default the device's own clock.
 
-    Measures every other size that has a graph, then twice as many prompt tokens each time, until a
-    step takes too long."""
+    Measures every other size that has a graph, the first that has none, then twice as many prompt
+    tokens each time, until a step takes too long."""
     begun = time.perf_counter()
     timed = time_ms or (_time_on_gpu if device.type == "cuda" else _time_on_cpu)
     most_rows = limits.max_batch_size - 1
@@ -76,6 +76,7 @@ def measure_step_bound(
 def _sizes() -> Iterator[int]:
     yield from CHUNK_SIZES[::2]
     num_tokens = CHUNK_SIZES[-1]
+    yield num_tokens + TOKENS_PER_BLOCK  # launched: where times leap
     while True:
         num_tokens *= 2
         yield num_tokens

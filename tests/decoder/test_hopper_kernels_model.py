@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from build.conversion.convert import ConvertOptions
+from nvlm.planning import hopper
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.hopper_weights import load_hopper_weights
@@ -37,6 +38,7 @@ SHORT = {
     ],
 }
 MIXTURES = SCENES if DEVICE.type == "cuda" else SHORT
+CHUNK_SIZES = hopper.CHUNK_SIZES if DEVICE.type == "cuda" else (8, 24, 40)  # less padding
 
 
 class _Forms(test_kernels.TritonForms):
@@ -71,7 +73,7 @@ def models(
     def fast(use_graphs: bool) -> HopperModel:
         forms = _Forms(DEVICE)
         arguments = (config, 5, MAX_SEQ_LEN, weights, NUM_BLOCKS, DEVICE, forms)
-        model = HopperModel(*arguments)
+        model = HopperModel(*arguments, chunk_sizes=CHUNK_SIZES)
         if DEVICE.type == "cuda" and use_graphs:
             model.capture_graphs()
         return model

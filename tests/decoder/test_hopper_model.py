@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from nvlm.planning.peer_memory import places, rows_of_a_rank
 from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.decoder.models import hopper_attention
 from runtime.decoder.models.hopper_model import HopperModel, batch_sizes
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.plain_model import PlainModel
@@ -66,6 +68,14 @@ def models(
     return oracle, fast
 
 
+def open_fast(
+    engine_dir: Path, *, max_batch_size: int = MAX_BATCH_SIZE, max_seq_len: int = MAX_SEQ_LEN
+) -> HopperModel:
+    config = EngineDir.read(engine_dir).checkpoint_config
+    weights = load_hopper_weights(open_weights(engine_dir / "llm", config), config, CPU)
+    return HopperModel(config, max_batch_size, max_seq_len, weights, NUM_BLOCKS, CPU, PlainForms())
+
+
 @pytest.fixture
 def calls(models: tuple[DecoderModel, HopperModel]) -> list[tuple[str, list[torch.Tensor]]]:
     """Records the fast path's calls from now on."""
@@ -109,6 +119,21 @@ SCENES = {
         [prompt(60, 40, F), token(33, E), prompt(70, 25, A)],
         [token(100, F), token(34, E), token(95, A)],
     ],
+    "a picture that a chunk ends in, and its last token": [
+        [replace(PICTURE, token_ids=PICTURE.token_ids[:12], num_logits=0), prompt(0, 9, C)],
+        [replace(PICTURE, token_ids=PICTURE.token_ids[12:-1], first_position=12, num_logits=0)],
+        [replace(PICTURE, token_ids=PICTURE.token_ids[-1:], first_position=22), token(9, C)],
+        [token(10, C), token(23, D)],
+    ],
+    "log probabilities of prompts": [
+        [prompt(0, 30, A), replace(prompt(0, 20, B), num_logits=20)],
+        [replace(prompt(20, 1, B), num_logits=1), replace(prompt(0, 40, D), num_logits=40)],
+        [token(30, A), replace(prompt(0, 7, C), num_logits=7), token(40, D), token(21, B)],
+    ],
+    "more prompts than a graph has": [
+        [prompt(0, 3 + block, [block], is_last=block != 2) for block in range(11)],
+        [token(3 + block, [block]) for block in (10, 0)] + [prompt(5, 2, [2])],
+    ],
     "more rows than a graph has": [
         [prompt(0, 50, A)],
         [prompt(0, 280, E), token(50, A), prompt(0, 140, F)],
@@ -124,6 +149,23 @@ def test_every_mixture_of_prompts_and_tokens_gives_the_oracles_logits(
     for steps in SCENES[name]:
         expected, found = (model.forward(steps) for model in models)
         assert found.shape == expected.shape == (sum(s.num_logits for s in steps), 512)
+        assert len(found) == 0 or relative_error(found, expected) < KERNEL_LOGITS
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_rows_that_nobody_writes_disturb_nobody(
+    models: tuple[DecoderModel, DecoderModel], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention leaves padding as the memory was, and that goes through every later layer."""
+
+    def made_of_nan(num_rows: int, *shape: int, **options: Any) -> torch.Tensor:
+        whole = torch.empty(num_rows, *shape, **options)
+        whole.view(torch.uint8).fill_(0xFF)  # NaN in every type
+        return whole
+
+    monkeypatch.setattr(hopper_attention, "empty_with_spare_rows", made_of_nan)
+    for steps in SCENES[name]:
+        expected, found = (model.forward(steps) for model in models)
         assert len(found) == 0 or relative_error(found, expected) < KERNEL_LOGITS
 
 
@@ -146,6 +188,30 @@ def test_warming_up_disturbs_nobody(models: tuple[DecoderModel, DecoderModel]) -
         fast.warm_up(max_num_tokens)
     expected, found = (model.forward([token(50, A)]) for model in models)
     assert relative_error(found, expected) < KERNEL_LOGITS
+
+
+@pytest.mark.parametrize("max_seq_len", [2, 8, 16, 40])
+def test_warming_up_takes_no_position_that_requests_have_not(
+    engine_dir: Path, max_seq_len: int
+) -> None:
+    open_fast(engine_dir, max_seq_len=max_seq_len).warm_up(100)
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 5, 300])
+def test_ranks_share_room_for_the_rows_of_every_graph(
+    engine_dir: Path, max_batch_size: int
+) -> None:
+    """Padding makes a step larger than max_num_tokens."""
+    engine = EngineDir.read(engine_dir)
+    fast = open_fast(engine_dir, max_batch_size=max_batch_size)
+    fast.capture_graphs()
+    most_rows = max(size.num_decoding + size.num_chunk_rows for size in fast._graphs._calls)
+    limits = replace(engine.limits, max_batch_size=max_batch_size, max_num_tokens=max_batch_size)
+    for tp_size in (2, 4):
+        config = replace(engine.checkpoint_config, tp_size=tp_size)
+        values = tp_size * rows_of_a_rank(most_rows, tp_size) * config.decoder.hidden_size
+        shared = places(config, limits)
+        assert shared["parts"].shape[1] >= values <= shared["norms"].shape[0]
 
 
 def test_warming_up_leaves_nothing_to_compile(

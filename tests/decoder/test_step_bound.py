@@ -257,8 +257,10 @@ class ClockedModel:
 
 
 class TestMeasuring:
-    def measured(self, max_ms: float, **limits: int) -> tuple[StepBound | None, ClockedModel]:
-        chosen, model = replace(LIMITS, **limits), ClockedModel(h200)
+    def measured(
+        self, max_ms: float, times: Times = h200, **limits: int
+    ) -> tuple[StepBound | None, ClockedModel]:
+        chosen, model = replace(LIMITS, **limits), ClockedModel(times)
         num_blocks = max_num_blocks(chosen)
         found = measure_step_bound(model, chosen, num_blocks, max_ms, CPU, model.time_ms)
         return found, model
@@ -270,6 +272,18 @@ class TestMeasuring:
             for rows in (1, 8, 15):
                 most = bound.most_prompt_tokens(rows)
                 assert h200(rows, most) <= max_ms < h200(rows, most + 2 * TOKENS_PER_BLOCK)
+
+    def test_steps_without_a_graph_that_take_too_long_are_not_chosen(self) -> None:
+        """Above the largest graph, launching the kernels takes longer than what they compute."""
+
+        def launched(num_rows: int, num_tokens: int) -> float:
+            return max(h200(num_rows, num_tokens), 46.0 * (num_tokens > CHUNK_SIZES[-1]))
+
+        for max_ms in range(30, 60):
+            bound, _ = self.measured(max_ms, launched)
+            assert bound is not None
+            for rows in (1, 8, 15):
+                assert launched(rows, bound.most_prompt_tokens(rows)) <= max_ms
 
     def test_it_ends_with_the_first_step_that_takes_too_long(self) -> None:
         _, model = self.measured(30.0)

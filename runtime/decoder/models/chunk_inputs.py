@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import torch
 
-from nvlm.planning.hopper import CHUNK_SIZES
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK, num_blocks_for
 from runtime.decoder.kernels.operands import ChunkTiles
 from runtime.decoder.models.step import SequenceStep, positions_of, slots_of
@@ -38,11 +37,12 @@ def tables_of(steps: list[SequenceStep]) -> torch.Tensor:
 
 
 class ChunkInputs:
-    """Room for `CHUNK_SIZES[-1]` rows of `MAX_CHUNKS` chunks; a padding row is position 0 on
+    """Room for `max_rows` rows of `MAX_CHUNKS` chunks; a padding row is position 0 on
     `padding_block`. tile_tokens: the most rows of a tile."""
 
     def __init__(
         self,
+        max_rows: int,
         max_seq_len: int,
         padding_block: int,
         tile_tokens: int,
@@ -50,19 +50,18 @@ class ChunkInputs:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        most = CHUNK_SIZES[-1]
         self._tile_tokens, self._padding_slot = tile_tokens, padding_block * TOKENS_PER_BLOCK
         width = -(-num_blocks_for(max_seq_len) // 4) * 4  # of a table: aligned to 16 bytes
-        self._parts = (most, most, _FIELDS * self._num_tiles(most), MAX_CHUNKS * width)
+        self._parts = (max_rows, max_rows, _FIELDS * self._num_tiles(max_rows), MAX_CHUNKS * width)
         is_pinned = device.type == "cuda"
         self._host = torch.zeros(sum(self._parts), dtype=torch.int32, pin_memory=is_pinned)
         self._device = torch.zeros(sum(self._parts), dtype=torch.int32, device=device)
         self._is_copied = torch.cuda.Event() if is_pinned else None
-        self.embeddings = torch.zeros(most, hidden_size, dtype=dtype, device=device)
+        self.embeddings = torch.zeros(max_rows, hidden_size, dtype=dtype, device=device)
 
     def fill(self, steps: list[SequenceStep]) -> None:
-        """A chunk a step: at most `MAX_CHUNKS`, of `CHUNK_SIZES[-1]` tokens in all. Their
-        `embeddings` are the caller's to write."""
+        """A chunk a step: at most `MAX_CHUNKS`, of `max_rows` tokens in all. Their `embeddings` are
+        the caller's to write."""
         if self._is_copied is not None:
             self._is_copied.synchronize()  # of the step before, which may be in flight
         positions, slots, tiles, tables = self._host.split(self._parts)

@@ -54,7 +54,8 @@ class HopperModel:
     """`DecoderModel` of an FP8 checkpoint, its KV cache in FP8 or in its dtype.
 
     forms: the kernels, or their plain torch twins on any device. all_reduce_norm: what follows the
-    row-parallel linears, where the weights are a rank's shards.
+    row-parallel linears, where the weights are a rank's shards. chunk_sizes: rows of chunks of
+    prompts in the steps that have graphs, rising.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class HopperModel:
         forms: PlainForms,
         *,
         all_reduce_norm: AllReduceNorm | None = None,
+        chunk_sizes: tuple[int, ...] = CHUNK_SIZES,
     ) -> None:
         decoder = config.decoder
         self.embedding = weights.embedding
@@ -88,7 +90,9 @@ class HopperModel:
         )
         self._padding_block = num_blocks
         self._max_batch_size, self._max_seq_len = max_batch_size, max_seq_len
+        self._chunk_sizes = chunk_sizes
         self._chunks = ChunkInputs(
+            chunk_sizes[-1],
             max_seq_len,
             num_blocks,
             self._attention.tile_tokens,
@@ -157,11 +161,12 @@ class HopperModel:
                 SequenceStep([0] * count, 0, blocks_of, None, 1)
                 for count, blocks_of in zip(counts, blocks, strict=True)
             ]
-            normed = self._launched([], sorted(prompts, key=_kind))
+            normed = self._launched([], sorted(prompts, key=self._kind))
             self._forms.head(normed[: len(prompts)], self._weights.lm_head)
         if self._max_batch_size > 1:
             for num_tokens in _SHORT_PROMPTS:
-                self._launched(*self._mixture(num_tokens))
+                if num_tokens <= longest:
+                    self._launched(*self._mixture(num_tokens))
 
     def _mixture(self, num_tokens: int) -> tuple[list[SequenceStep], list[SequenceStep]]:
         """A row that decodes, and a later chunk of a prompt: `num_tokens` in all."""
@@ -186,12 +191,12 @@ class HopperModel:
         self._chunks.fill([])
         for num_rows in reversed(self._batch_sizes):
             self._inputs.fill([], num_rows)
-            for num_chunk_rows in reversed(CHUNK_SIZES):
+            for num_chunk_rows in reversed(self._chunk_sizes):
                 size = StepSize(num_rows, num_chunk_rows)
                 if num_rows in self._mixed_sizes:
                     self._graphs.capture(size, partial(self._mixed_rows, size))
             self._graphs.capture(StepSize(num_rows), partial(self._decode_rows, num_rows))
-        for num_chunk_rows in reversed(CHUNK_SIZES):
+        for num_chunk_rows in reversed(self._chunk_sizes):
             size = StepSize(0, num_chunk_rows)
             self._graphs.capture(size, partial(self._mixed_rows, size))
 
@@ -199,7 +204,7 @@ class HopperModel:
         self, steps: list[SequenceStep], drawn_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Any mixture: rows that decode come first, then chunks, then long whole prompts."""
-        order = sorted(range(len(steps)), key=lambda i: _kind(steps[i]))
+        order = sorted(range(len(steps)), key=lambda i: self._kind(steps[i]))
         ordered = [steps[i] for i in order]
         n = sum(_decodes(step) for step in steps)
         decoding, prompts = ordered[:n], ordered[n:]
@@ -219,19 +224,27 @@ class HopperModel:
         in_order = torch.cat([of_steps[places[i]] for i in range(len(steps))])
         return self._forms.head(normed[to_device(in_order, self._device)], self._weights.lm_head)
 
+    def _kind(self, step: SequenceStep) -> int:
+        """Rows that decode share one attention kernel, chunks another."""
+        return 0 if _decodes(step) else 2 if self._is_long_prompt(step) else 1
+
+    def _is_long_prompt(self, step: SequenceStep) -> bool:
+        """A whole one, of more rows than chunks in a graph have."""
+        return step.first_position == 0 and len(step.token_ids) > self._chunk_sizes[-1]
+
     def _size_of(
         self, decoding: list[SequenceStep], prompts: list[SequenceStep]
     ) -> StepSize | None:
         """The smallest that holds a step with prompts; None where none does."""
         num_rows = sum(len(step.token_ids) for step in prompts)
-        most_rows, most_chunk_rows = self._mixed_sizes[-1], CHUNK_SIZES[-1]
+        most_rows, most_chunk_rows = self._mixed_sizes[-1], self._chunk_sizes[-1]
         if not 0 < len(prompts) <= MAX_CHUNKS or num_rows > most_chunk_rows:
             return None
         if len(decoding) > most_rows:
             return None
         return StepSize(
             next(size for size in self._mixed_sizes if size >= len(decoding)),
-            next(size for size in CHUNK_SIZES if size >= num_rows),
+            next(size for size in self._chunk_sizes if size >= num_rows),
         )
 
     def _fill_chunks(self, prompts: list[SequenceStep]) -> None:
@@ -278,7 +291,7 @@ class HopperModel:
         return self._layers(torch.cat(parts), attention)
 
     def _prompt_attention(self, steps: list[SequenceStep]) -> HopperAttention:
-        chunks = [step for step in steps if not _is_long_prompt(step)]
+        chunks = [step for step in steps if not self._is_long_prompt(step)]
         prompts = steps[len(chunks) :]
         if not prompts:
             return self._chunk_attention(chunks)
@@ -337,16 +350,6 @@ def batch_sizes(max_batch_size: int) -> list[int]:
 
 def _padded(num_rows: int) -> int:
     return next(size for size in _BATCH_SIZES if size >= num_rows)
-
-
-def _kind(step: SequenceStep) -> int:
-    """Rows that decode share one attention kernel, chunks another."""
-    return 0 if _decodes(step) else 2 if _is_long_prompt(step) else 1
-
-
-def _is_long_prompt(step: SequenceStep) -> bool:
-    """A whole one, of more rows than chunks in a graph have."""
-    return step.first_position == 0 and len(step.token_ids) > CHUNK_SIZES[-1]
 
 
 def _decodes(step: SequenceStep) -> bool:

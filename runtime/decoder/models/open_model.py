@@ -41,8 +41,8 @@ def open_model(
     cache_fraction: float | None = None,
 ) -> OpenedModel:
     """The model of an engine of one rank (of several: runtime/ranks). source: of the weights, by
-    default the engine's file. use_graphs: on the fast path, of its decode steps. cache_fraction:
-    as in `count_blocks`."""
+    default the engine's file. use_graphs: on the fast path. cache_fraction: as in
+    `count_blocks`."""
     num_blocks = count_blocks(engine, device, cache_fraction=cache_fraction)
     with startup.phase("decoder weights"):
         model = load_model(engine, device, num_blocks, source)
