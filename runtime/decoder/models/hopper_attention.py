@@ -15,9 +15,10 @@ import torch
 from nvlm.model.number_formats.fp8 import E4M3
 from runtime.decoder.kernels.operands import ChunkTiles, KVPages, TokenRows, tile_tokens
 from runtime.decoder.kernels.plain_forms import PlainForms
+from runtime.decoder.models.chunk_inputs import tables_of, tiles_of
 from runtime.decoder.models.hopper_weights import HopperLayer
 from runtime.decoder.models.host_copy import to_device
-from runtime.decoder.models.step import SequenceStep
+from runtime.decoder.models.step import SequenceStep, positions_of, slots_of
 from runtime.kernels.branch import Branch
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
@@ -103,6 +104,21 @@ class ChunkAttention:
         self._context, self._tiles, self._tables = context, tiles, tables
         self._rows = context.rows(positions, slots)
 
+    @classmethod
+    def of(cls, context: AttentionContext, steps: list[SequenceStep]) -> ChunkAttention:
+        """A chunk each."""
+        num_tokens, device = context.tile_tokens, context.cos.device
+        positions, slots, tiles, tables = (
+            to_device(each, device)
+            for each in (
+                positions_of(steps),
+                slots_of(steps),
+                tiles_of(steps, num_tokens),
+                tables_of(steps),
+            )
+        )
+        return cls(context, positions, slots, ChunkTiles(tiles, num_tokens), tables)
+
     def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
         forms, pages = self._context.forms, self._context.pages[layer]
         q = forms.rope_append(qkv, self._rows, pages)
@@ -111,21 +127,14 @@ class ChunkAttention:
 
 
 class PromptAttention:
-    """`HopperAttention` of whole prompts, one `step` each.
+    """`HopperAttention` of whole prompts, one `step` each."""
 
-    positions, slots: [T] int64, of the steps' rows in order.
-    """
-
-    def __init__(
-        self,
-        context: AttentionContext,
-        steps: list[SequenceStep],
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
+    def __init__(self, context: AttentionContext, steps: list[SequenceStep]) -> None:
+        device = context.cos.device
         self._context = context
         self._counts = [len(step.token_ids) for step in steps]
-        self._blocks = [to_device(torch.tensor(step.blocks), positions.device) for step in steps]
+        self._blocks = [to_device(torch.tensor(step.blocks), device) for step in steps]
+        positions, slots = (to_device(each(steps), device) for each in (positions_of, slots_of))
         self._rows = context.rows(positions, slots)
 
     def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:

@@ -8,7 +8,6 @@ Design: decisions 48 to 60 and 148 (docs/decisions/decoder.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -18,15 +17,9 @@ from nvlm.model.decoder import embed, rope_tables
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.planning.hopper import CHUNK_SIZES, MAX_GRAPH_ROWS
 from runtime.decoder.block_allocator import num_blocks_for
-from runtime.decoder.kernels.operands import ChunkTiles
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.all_reduce_norm import AllReduceNorm, OneRank
-from runtime.decoder.models.chunk_inputs import (
-    MAX_CHUNKS,
-    ChunkInputs,
-    tables_of,
-    tiles_of,
-)
+from runtime.decoder.models.chunk_inputs import MAX_CHUNKS, ChunkInputs
 from runtime.decoder.models.decode_inputs import DecodeInputs
 from runtime.decoder.models.hopper_attention import (
     AttentionContext,
@@ -40,7 +33,7 @@ from runtime.decoder.models.hopper_attention import (
 from runtime.decoder.models.hopper_weights import HopperWeights
 from runtime.decoder.models.host_copy import to_device
 from runtime.decoder.models.kv_cache import PagedKVCache
-from runtime.decoder.models.step import SequenceStep, logit_rows, positions_of, slots_of
+from runtime.decoder.models.step import SequenceStep, logit_rows
 from runtime.decoder.models.step_graphs import StepGraphs, StepSize
 from runtime.kernels.branch import Branch
 
@@ -294,25 +287,12 @@ class HopperModel:
         chunks = [step for step in steps if not self._is_long_prompt(step)]
         prompts = steps[len(chunks) :]
         if not prompts:
-            return self._chunk_attention(chunks)
-        positions, slots = self._on_device(positions_of(prompts), slots_of(prompts))
-        of_prompts = PromptAttention(self._attention, prompts, positions, slots)
+            return ChunkAttention.of(self._attention, chunks)
+        of_prompts = PromptAttention(self._attention, prompts)
         if not chunks:
             return of_prompts
         num_rows = sum(len(step.token_ids) for step in chunks)
-        return PartedAttention(num_rows, self._chunk_attention(chunks), of_prompts)
-
-    def _chunk_attention(self, steps: list[SequenceStep]) -> ChunkAttention:
-        tile_tokens = self._attention.tile_tokens
-        positions, slots, tiles, tables = self._on_device(
-            positions_of(steps), slots_of(steps), tiles_of(steps, tile_tokens), tables_of(steps)
-        )
-        return ChunkAttention(
-            self._attention, positions, slots, ChunkTiles(tiles, tile_tokens), tables
-        )
-
-    def _on_device(self, *values: torch.Tensor) -> Iterator[torch.Tensor]:
-        return (to_device(each, self._device) for each in values)
+        return PartedAttention(num_rows, ChunkAttention.of(self._attention, chunks), of_prompts)
 
     def _embed(self, step: SequenceStep) -> torch.Tensor:
         token_ids = to_device(torch.tensor(step.token_ids), self._device)
