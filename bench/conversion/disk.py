@@ -2,12 +2,14 @@
 
     python -m bench.conversion.disk disk   --folder D [--repeats N]
     python -m bench.conversion.disk memory --folder D
+        [--output_format trtllm,modelopt,compressed-tensors] [--depths 2 6]
 
 `folder` needs 45 GB and keeps the random model it makes (full width: hidden size 8192, intermediate
-29568, vocabulary 152064, ViT 3200; 6 decoder and 2 vision layers). `disk`: a copy that reads what
-the conversion reads and writes as many bytes as it writes, bf16 conversion and FP8 quantisation
-with scales at hand (--calib_cache), in turn; every one begins with its input out of the page cache
-and ends with its output on the disk. `memory`: calibrated FP8 conversions of 2 and of 6 layers.
+29568, vocabulary 152064, ViT 3200; 6 decoder and 2 vision layers). `disk`: for each format a copy
+that reads what the conversion reads and writes as many bytes as it writes, FP8 quantisation with
+scales at hand (--calib_cache) and, for trtllm, bf16 conversion, in turn; every one begins with its
+input out of the page cache and ends with its output on the disk. trtllm's copy writes as much as
+bf16. `memory`: calibrated FP8 conversions of 2 and of 6 layers, beside what --dry_run plans.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ import shutil
 import statistics
 import sys
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.conversion.resident_memory import Measured, run_measured
 from bench.machine import describe
+from build.conversion.convert import ConvertOptions
+from build.conversion.plan import peak_memory_bytes
+from build.exports.choose import OUTPUT_FORMATS, TRTLLM
+from build.sources.detect import read_config
 from nvlm.formats import layout
 from tools.make_random_checkpoint import PRESETS, write_random_checkpoint
 
@@ -94,42 +101,68 @@ def size_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def measure_disk(folder: Path, repeats: int) -> dict[str, Any]:
-    model = make_models(folder)[max(LAYERS)]
+def planned_bytes(model: Path, *, is_calibrated: bool) -> int:
+    """The converter's own memory in its plan: of any format, with any number of layers."""
+    config = read_config(model)
+    return peak_memory_bytes(config, ConvertOptions().config(config), is_calibrated=is_calibrated)
+
+
+def conversions(output_format: str, cache: Path) -> dict[str, tuple[str, ...]]:
+    """Flags of the conversions to a format, by name. Exports are FP8 alone."""
+    flags = ("--output_format", output_format)
+    found: dict[str, tuple[str, ...]] = {}
+    if output_format == TRTLLM:
+        found[f"{output_format} bf16"] = (*flags, "--quant_algo", "none")
+    found[f"{output_format} fp8"] = (*flags, "--calib_cache", str(cache))
+    return found
+
+
+def measure_disk(model: Path, folder: Path, formats: list[str], repeats: int) -> dict[str, Any]:
     cache = folder / layout.REPORT
     assert cache.exists(), "run `memory` first: it makes the scales"
     files, output, copied = input_files(model), folder / "output", folder / "copy"
     read_bytes = sum(path.stat().st_size for path in files)
-    plain = ("--quant_algo", "none")
-    write_bytes = {"bf16": 0, "fp8": 0}
-    runs: dict[str, list[float]] = {"copy": [], "bf16": [], "fp8": []}
-    cpu: dict[str, list[float]] = {"copy": [], "bf16": [], "fp8": []}
-    for repeat in range(repeats):
-        for name, flags in (("bf16", plain), ("fp8", ("--calib_cache", str(cache)))):
+    write_bytes: dict[str, int] = {}
+    peak_bytes: dict[str, int] = defaultdict(int)
+    runs: dict[str, list[float]] = defaultdict(list)
+    cpu: dict[str, list[float]] = defaultdict(list)
+    copy_of: dict[str, str] = {}
+
+    def add(name: str, seconds: float, cpu_seconds: float) -> None:
+        runs[name].append(seconds)
+        cpu[name].append(cpu_seconds)
+        text = f"{seconds:.1f} s ({cpu_seconds:.1f} s of CPU), {len(runs[name])} of {repeats}"
+        print(f"{name} {text}", file=sys.stderr)
+
+    for _ in range(repeats):
+        for output_format in formats:
+            copy = f"{output_format} copy"
+            for name, flags in conversions(output_format, cache).items():
+                copy_of[name] = copy
+                forget(files)
+                measured = convert(model, output, *flags)
+                write_bytes[name] = size_of(output)
+                write_bytes[copy] = max(write_bytes.get(copy, 0), write_bytes[name])
+                peak_bytes[name] = max(peak_bytes[name], measured.peak_bytes)
+                shutil.rmtree(output)
+                add(name, measured.seconds, measured.cpu_seconds)
             forget(files)
-            measured = convert(model, output, *flags)
-            runs[name].append(measured.seconds)
-            cpu[name].append(measured.cpu_seconds)
-            write_bytes[name] = size_of(output)
-            shutil.rmtree(output)
-        forget(files)
-        cpu_start = time.process_time()
-        runs["copy"].append(copy_seconds(files, copied, write_bytes["bf16"]))
-        cpu["copy"].append(time.process_time() - cpu_start)
-        copied.unlink()
-        for name, times in runs.items():
-            text = f"{times[-1]:.1f} s ({cpu[name][-1]:.1f} s of CPU), {repeat + 1} of {repeats}"
-            print(f"{name} {text}", file=sys.stderr)
+            cpu_start = time.process_time()
+            seconds = copy_seconds(files, copied, write_bytes[copy])
+            copied.unlink()
+            add(copy, seconds, time.process_time() - cpu_start)
     rates = {name: read_bytes / 1e9 / statistics.median(times) for name, times in runs.items()}
     return {
+        "layers": read_config(model).decoder.num_hidden_layers,
         "read_bytes": read_bytes,
         "write_bytes": write_bytes,
+        "planned_bytes": planned_bytes(model, is_calibrated=False),
+        "peak_bytes": peak_bytes,
         "seconds": runs,
         "cpu_seconds": cpu,
         "load_average": os.getloadavg(),
         "read_gb_per_s": rates,
-        "bf16_share_of_copy": rates["bf16"] / rates["copy"],
-        "fp8_share_of_copy": rates["fp8"] / rates["copy"],
+        "share_of_copy": {name: rates[name] / rates[copy] for name, copy in copy_of.items()},
     }
 
 
@@ -140,39 +173,59 @@ def write_calibration(folder: Path) -> Path:
     return path
 
 
-def measure_memory(folder: Path) -> dict[str, Any]:
+def measure_memory(models: dict[int, Path], folder: Path, formats: list[str]) -> dict[str, Any]:
     calibration = write_calibration(folder)
-    found: dict[int, Measured] = {}
-    for layers, model in make_models(folder).items():
-        output = folder / "output"
-        found[layers] = convert(model, output, "--calib_data", str(calibration))
-        if layers == max(LAYERS):
-            shutil.copy(output / layout.REPORT, folder)
-        shutil.rmtree(output)
-        gigabytes, seconds = found[layers].peak_bytes / 1e9, found[layers].seconds
-        print(f"{layers} layers: {gigabytes:.2f} GB, {seconds:.0f} s", file=sys.stderr)
-    few, many = min(LAYERS), max(LAYERS)
-    per_layer = (found[many].seconds - found[few].seconds) / (many - few)
+    few, many = min(models), max(models)
+    peak_bytes: dict[str, dict[int, int]] = defaultdict(dict)
+    seconds: dict[str, dict[int, float]] = defaultdict(dict)
+    for output_format in formats:
+        for layers, model in models.items():
+            output, flags = folder / "output", ("--output_format", output_format)
+            measured = convert(model, output, *flags, "--calib_data", str(calibration))
+            peak_bytes[output_format][layers] = measured.peak_bytes
+            seconds[output_format][layers] = measured.seconds
+            if layers == many:
+                shutil.copy(output / layout.REPORT, folder)
+            shutil.rmtree(output)
+            text = f"{measured.peak_bytes / 1e9:.2f} GB, {measured.seconds:.0f} s"
+            print(f"{output_format}, {layers} layers: {text}", file=sys.stderr)
     return {
-        "peak_bytes": {str(layers): measured.peak_bytes for layers, measured in found.items()},
-        "seconds": {str(layers): measured.seconds for layers, measured in found.items()},
+        "planned_bytes": planned_bytes(models[many], is_calibrated=True),
+        "peak_bytes": peak_bytes,
+        "seconds": seconds,
         "calibration_samples": SAMPLES,
-        "seconds_per_decoder_layer": per_layer,
+        "seconds_per_decoder_layer": {
+            output_format: (times[many] - times[few]) / (many - few)
+            for output_format, times in seconds.items()
+        },
     }
+
+
+def output_formats(text: str) -> list[str]:
+    """The flag `--output_format`: one or several of the converter's, with commas."""
+    names = text.split(",")
+    for name in names:
+        if name not in OUTPUT_FORMATS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(OUTPUT_FORMATS)}")
+    return names
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=("disk", "memory"))
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--output_format", type=output_formats, default=[TRTLLM])
+    parser.add_argument("--depths", type=int, nargs=2, default=list(LAYERS))
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="72b")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    folder = arguments.folder.absolute()
+    folder, formats = arguments.folder.absolute(), arguments.output_format
     folder.mkdir(parents=True, exist_ok=True)
+    models = make_models(folder, tuple(arguments.depths), arguments.preset)
     if arguments.part == "disk":
-        result = measure_disk(folder, arguments.repeats)
+        result = measure_disk(models[max(models)], folder, formats, arguments.repeats)
     else:
-        result = measure_memory(folder)
+        result = measure_memory(models, folder, formats)
     json.dump({"machine": describe(), **result}, sys.stdout)
     print()
 

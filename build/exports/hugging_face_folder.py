@@ -16,7 +16,12 @@ from build.conversion.output_folder import LayerParts, OutputFolder, Rows
 from build.conversion.report.quantization_report import QuantizationReport
 from build.exports.model_files import ModelFiles
 from build.exports.schemes import Quantised, Scheme
-from build.exports.tensors import MAX_SHARD_BYTES, ExportTensors, is_quantised
+from build.exports.tensors import (
+    BEFORE_CACHE_SCALES,
+    MAX_SHARD_BYTES,
+    ExportTensors,
+    is_quantised,
+)
 from build.sources.source import WeightSource
 from nvlm.formats import layout
 from nvlm.formats.checkpoint_config import CheckpointConfig
@@ -142,14 +147,8 @@ class HuggingFaceFolder:
                 if is_quantised(tensor, parts.index, config):
                     scales = parts.scales[tensor.name.removesuffix(".weight")]
                     self._append_scales(out, prefix + source.removesuffix(".weight"), scales)
-        if config.kv_cache_format is UNQUANTIZED:
-            return
-        seen = parts.attention
-        assert seen is not None, "a quantised cache was calibrated"
-        largest = (seen.q_amax, seen.k_amax, seen.v_amax)
-        names = self._tensors.cache_scales(parts.index)
-        for name, amax in zip(names, largest, strict=True):
-            self._append_scale(out, name, FP8.scale_from_amax(amax))
+            if tensor.name == BEFORE_CACHE_SCALES and config.kv_cache_format is not UNQUANTIZED:
+                self._append_cache_scales(out, parts)
 
     def write_top(self, out: OutputFiles, tensor: EngineTensor, rows: Rows) -> None:
         (source,) = tensor.sources
@@ -191,6 +190,14 @@ class HuggingFaceFolder:
         weight, activation = self._tensors.scales(linear)
         self._append_scale(out, weight, scales.weight)
         self._append_scale(out, activation, scales.activation)
+
+    def _append_cache_scales(self, out: OutputFiles, parts: LayerParts) -> None:
+        seen = parts.attention
+        assert seen is not None, "a quantised cache was calibrated"
+        largest = (seen.q_amax, seen.k_amax, seen.v_amax)
+        names = self._tensors.cache_scales(parts.index)
+        for name, amax in zip(names, largest, strict=True):
+            self._append_scale(out, name, FP8.scale_from_amax(amax))
 
     def _append_scale(self, out: OutputFiles, name: str, scale: float) -> None:
         self._append(out, name, torch.full(self._tensors.scheme.scale_shape, scale))

@@ -33,6 +33,9 @@ from nvlm.model.number_formats import FP8, UNQUANTIZED, NumberFormat
 MAX_SHARD_BYTES = 5_000_000_000
 """What transformers writes into one file."""
 
+BEFORE_CACHE_SCALES = "attention.qkv.bias"
+"""The engine tensor after which a layer's scales of Q, K and V are written."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExportTensors:
@@ -81,7 +84,7 @@ class ExportTensors:
                 yield name
                 if is_quantised(tensor, layer, self.config):
                     yield from self.scales(name.removesuffix(".weight"))
-            if layer is not None and tensor.name == "attention.qkv.bias" and is_cache_quantised:
+            if layer is not None and tensor.name == BEFORE_CACHE_SCALES and is_cache_quantised:
                 yield from self.cache_scales(layer)
 
     def excluded(self) -> list[str]:

@@ -10,6 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +31,8 @@ class SafetensorsWriter:
     `finished` (names that an earlier run wrote and synced) the existing file is continued. Peak
     memory: the block being written. `OSError` passes through for the caller to explain.
 
-    Written in the given order, the file's SHA-256 costs no second reading.
+    Written in the given order, the file's SHA-256 costs no second reading. What comes out of order
+    is read again as soon as nothing before it is missing: mostly from the page cache.
     """
 
     def __init__(
@@ -60,13 +62,15 @@ class SafetensorsWriter:
         self._missing = set(self._next)
         self._digest = hashlib.sha256()
         self._digested_bytes = 0
+        self._hasher = ThreadPoolExecutor(1, "hash")
         flags = os.O_CREAT | os.O_EXCL if finished is None else 0
         self._fd = os.open(path, os.O_RDWR | flags, 0o644)
         try:
             os.posix_fallocate(self._fd, 0, self.size_bytes)
             self._write_at(0, memoryview(struct.pack("<Q", len(encoded)) + encoded))
-            self._digest_until(min(self._next.values(), default=self.size_bytes))
+            self._digest_until(self._first_missing())
         except OSError:
+            self._hasher.shutdown()
             os.close(self._fd)
             raise
 
@@ -86,14 +90,22 @@ class SafetensorsWriter:
         self._next[name] = offset + block.nbytes
         if self._next[name] == self._end[name]:
             self._missing.discard(name)
+            self._digest_until(self._first_missing())
+
+    def _first_missing(self) -> int:
+        """Where the first byte that is not written yet goes."""
+        return min((self._next[name] for name in self._missing), default=self.size_bytes)
 
     def _write_at(self, offset: int, data: memoryview) -> None:
+        hashed: Future[None] | None = None
+        if offset == self._digested_bytes:  # beside the disk: both release Python's lock
+            hashed = self._hasher.submit(self._digest.update, data)
+            self._digested_bytes += len(data)
         while data:
             written = os.pwrite(self._fd, data[:_MAX_WRITE_BYTES], offset)
-            if offset == self._digested_bytes:
-                self._digest.update(data[:written])
-                self._digested_bytes += written
             data, offset = data[written:], offset + written
+        if hashed is not None:
+            hashed.result()
 
     def sync(self) -> None:
         """Waits until everything written is on the disk, and gives its page cache back."""
@@ -127,6 +139,7 @@ class SafetensorsWriter:
                 assert not self._missing, f"never written: {sorted(self._missing)[:5]}"
                 os.fsync(self._fd)
         finally:
+            self._hasher.shutdown()
             os.close(self._fd)
 
 

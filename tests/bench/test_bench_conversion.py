@@ -1,17 +1,20 @@
-"""The benchmark of conversion on a GPU, on the CPU and on models of no size."""
+"""The benchmarks of conversion, on the CPU and on models of no size."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.conversion.disk import output_formats
 from bench.conversion.gpu import compare_linear, nearest_e4m3
 from tests.conftest import CPU
 from tests.reference import fp8_e4m3
@@ -64,3 +67,35 @@ def test_it_runs_and_keeps_what_it_has_found(tmp_path: Path) -> None:
     assert found["seconds_with_scales_at_hand"].keys() == {"1", "2"}
     assert found["against_float64"]["values_not_the_nearest"] == 0
     assert not (tmp_path / "models" / "output").exists()
+
+
+def run_disk(part: str, folder: Path, *flags: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.conversion.disk", part, "--folder", str(folder)]
+    command += ["--preset", "tiny", "--depths", "1", "2", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_each_format_is_measured_beside_its_copy_and_the_plan(tmp_path: Path) -> None:
+    formats = ("--output_format", "trtllm,compressed-tensors")
+    memory = run_disk("memory", tmp_path, *formats)
+    for name in ("trtllm", "compressed-tensors"):
+        assert memory["peak_bytes"][name].keys() == memory["seconds"][name].keys() == {"1", "2"}
+    names = {"trtllm bf16", "trtllm fp8", "compressed-tensors fp8"}
+    disk = run_disk("disk", tmp_path, *formats, "--repeats", "1")
+    assert disk["share_of_copy"].keys() == disk["peak_bytes"].keys() == names
+    assert disk["seconds"].keys() == names | {"trtllm copy", "compressed-tensors copy"}
+    written = disk["write_bytes"]
+    assert written["trtllm copy"] == max(written["trtllm bf16"], written["trtllm fp8"])
+    assert written["compressed-tensors copy"] == written["compressed-tensors fp8"]
+    assert 0 < disk["planned_bytes"] < memory["planned_bytes"]
+    assert not (tmp_path / "output").exists()
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_format_that_the_converter_has_not_is_refused() -> None:
+    assert output_formats("modelopt,trtllm") == ["modelopt", "trtllm"]
+    with pytest.raises(argparse.ArgumentTypeError, match="'gguf' is none of trtllm"):
+        output_formats("trtllm,gguf")

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.hopper import beside, kernels, load, measure, memory
+from bench.hopper import beside, kernels, kv_cache, load, measure, memory
 from bench.hopper.decoder import random_prompt
 from bench.peers import hugging_face
-from bench.synthetic_engine import synthetic_engine
+from bench.synthetic_engine import decoder_source, synthetic_engine
 from bench.synthetic_runner import draw_pictures, write_tokenizer
 from nvlm.inputs.images import load_image
 from nvlm.inputs.tiling import tile_image
 from nvlm.inputs.tokenizer import IM_END, IM_START, Detokenizer, Tokenizer
+from runtime.decoder.models.hopper_weights import load_hopper_weights
+from tests.conftest import CPU
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
@@ -94,6 +96,40 @@ def test_every_phase_is_measured_through_the_executors(
     assert all(row["ms"] > 0 and row["rate"] > 0 for row in found["rows"])
     assert len(found["slopes"]) == 8
     assert "2 layers, prompt of 50 tokens" in (tmp_path / "profile.log").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_both_kv_caches_take_turns_over_the_same_weights(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = "--shape tiny --layers 1 --batch_sizes 3 --context 64 --prompts 50 --rounds 2"
+    kv_cache.main(options.split())
+    out = capsys.readouterr().out
+    turns = [line.split()[2] for line in out.splitlines() if line.startswith("KV cache ")]
+    in_one = len(turns) // 4
+    assert turns == (["FP8"] * in_one + ["bfloat16"] * in_one) * 2
+    rows = json.loads(out.splitlines()[-1])["kv_cache"]
+    measured = {(row["phase"], row["batch_size"], row["num_tokens"]) for row in rows}
+    assert {("decode", 3, 64), ("prefill", 1, 50)} <= measured
+    for row in rows:
+        assert row["ms"].keys() == row["ms_of_rounds"].keys() == {"FP8", "bfloat16"}
+        assert all(len(each) == 2 and min(each) > 0 for each in row["ms_of_rounds"].values())
+        assert row["bfloat16_over_fp8"] == row["ms"]["bfloat16"] / row["ms"]["FP8"]
+
+
+def test_a_bfloat16_cache_has_no_scales_and_the_same_weights() -> None:
+    engine = synthetic_engine("tiny", 2, max_batch_size=1, max_seq_len=90)
+    source = decoder_source(engine, CPU)
+    weights = load_hopper_weights(source, engine.checkpoint_config, CPU)
+    stored, as_fp8 = kv_cache.with_cache(engine, weights, "FP8")
+    assert stored.checkpoint_config == engine.checkpoint_config
+    assert as_fp8 is weights
+    wide, without = kv_cache.with_cache(engine, weights, "bfloat16")
+    assert wide.checkpoint_config.kv_cache.in_dtype
+    for layer, published in zip(without.layers, weights.layers, strict=True):
+        assert published.kv_scales is not None
+        assert layer.kv_scales is None
+        assert layer.down is published.down
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")

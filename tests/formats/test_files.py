@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -139,6 +140,18 @@ class TestSafetensors:
             SafetensorsWriter(tmp_path / "x.safetensors", infos),
         ):
             raise KeyboardInterrupt
+
+    @pytest.mark.parametrize("order", ["abc", "cab", "cba"])
+    def test_the_digest_is_the_files_in_any_order_and_is_done_when_the_last_tensor_is(
+        self, tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tensors = {name: torch.full((5,), float(value)) for value, name in enumerate("abc")}
+        path = tmp_path / "x.safetensors"
+        with SafetensorsWriter(path, infos_of(tensors)) as writer:
+            write_all(writer, list(order), tensors)
+            monkeypatch.delattr(os, "pread")
+            found = writer.sha256()
+        assert found == hashlib.sha256(path.read_bytes()).hexdigest()
 
     def test_an_existing_file_is_never_overwritten(self, tmp_path: Path) -> None:
         (tmp_path / "x.safetensors").write_text("mine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from build.conversion.convert import convert
+from build.conversion.output_files import OutputFiles
 from build.exports.checkpoint_source import CheckpointSource
 from build.exports.export import export
 from build.exports.hugging_face_folder import HuggingFaceFormat
@@ -232,6 +234,26 @@ def test_shards_and_their_index_hold_every_tensor_once(
             assert torch.equal(bits(tensor), bits(whole[name]))
     assert not index["weight_map"]
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+
+
+def test_decoder_tensors_are_written_in_the_order_of_their_file(
+    model_dir: Path, tmp_path: Path, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes out of order is read again for the file's SHA-256."""
+    written: dict[str, None] = {}
+    append = OutputFiles.append
+
+    def noted(self: OutputFiles, file: str, name: str, block: torch.Tensor) -> None:
+        written[name] = None
+        append(self, file, name, block)
+
+    monkeypatch.setattr(OutputFiles, "append", noted)
+    chosen = HuggingFaceFormat(scheme, None, is_text_only=True)
+    convert(open_source(model_dir), tmp_path / "export", FP8, CPU, output_format=chosen)
+    with open(tmp_path / "export" / "model.safetensors", "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    header.pop("__metadata__")
+    assert list(written) == sorted(header, key=lambda name: header[name]["data_offsets"])
 
 
 def test_a_zero_weight_has_scale_1_and_zero_codes(fresh: Workshop, scheme: Scheme) -> None:
