@@ -204,8 +204,7 @@ def test_ranks_share_room_for_the_rows_of_every_graph(
     """Padding makes a step larger than max_num_tokens."""
     engine = EngineDir.read(engine_dir)
     fast = open_fast(engine_dir, max_batch_size=max_batch_size)
-    fast.capture_graphs()
-    most_rows = max(size.num_decoding + size.num_chunk_rows for size in fast._graphs._calls)
+    most_rows = max(size.num_decoding + size.num_chunk_rows for size in fast.graph_sizes())
     limits = replace(engine.limits, max_batch_size=max_batch_size, max_num_tokens=max_batch_size)
     for tp_size in (2, 4):
         config = replace(engine.checkpoint_config, tp_size=tp_size)

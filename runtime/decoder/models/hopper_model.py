@@ -93,14 +93,18 @@ class HopperModel:
             self._dtype,
             device,
         )
+        self._mixed_sizes = mixed_sizes(max_batch_size)
         self._graphs = StepGraphs(device)
 
-    @property
-    def _mixed_sizes(self) -> list[int]:
-        """Rows that decode in the graphs with chunks; 0 are prompts alone."""
-        largest = self._batch_sizes[-1]
-        beside = [*(size for size in _MIXED_SIZES if 0 < size < largest), largest]
-        return [0, *beside] if self._max_batch_size > 1 else [0]
+    def graph_sizes(self) -> list[StepSize]:
+        """Lists the sizes of all graphs, those of many rows that decode first."""
+        sizes = list[StepSize]()
+        for num_rows in [*reversed(self._batch_sizes), 0]:
+            if num_rows in self._mixed_sizes:
+                sizes += [StepSize(num_rows, chunk) for chunk in reversed(self._chunk_sizes)]
+            if num_rows > 0:
+                sizes.append(StepSize(num_rows))
+        return sizes
 
     @property
     def max_rows_ahead(self) -> int:
@@ -122,7 +126,7 @@ class HopperModel:
         num_rows = _padded(len(steps))
         self._inputs.fill(steps, num_rows, drawn_ids)
         size = StepSize(num_rows)
-        logits = self._graphs.run(size) if size in self._graphs else self._decode_rows(num_rows)
+        logits = self._graphs.run(size, partial(self._decode_rows, num_rows))
         return logits[: len(steps)]
 
     def _decode_rows(self, num_rows: int) -> torch.Tensor:
@@ -182,16 +186,12 @@ class HopperModel:
     def capture_graphs(self) -> None:
         """Captures a graph of every size, ranks' reductions included."""
         self._chunks.fill([])
-        for num_rows in reversed(self._batch_sizes):
-            self._inputs.fill([], num_rows)
-            for num_chunk_rows in reversed(self._chunk_sizes):
-                size = StepSize(num_rows, num_chunk_rows)
-                if num_rows in self._mixed_sizes:
-                    self._graphs.capture(size, partial(self._mixed_rows, size))
-            self._graphs.capture(StepSize(num_rows), partial(self._decode_rows, num_rows))
-        for num_chunk_rows in reversed(self._chunk_sizes):
-            size = StepSize(0, num_chunk_rows)
-            self._graphs.capture(size, partial(self._mixed_rows, size))
+        for size in self.graph_sizes():
+            self._inputs.fill([], size.num_decoding)
+            if size.num_chunk_rows > 0:
+                self._graphs.capture(size, partial(self._mixed_rows, size))
+            else:
+                self._graphs.capture(size, partial(self._decode_rows, size.num_decoding))
 
     def _prefill(
         self, steps: list[SequenceStep], drawn_ids: torch.Tensor | None = None
@@ -207,8 +207,7 @@ class HopperModel:
         else:
             self._inputs.fill(decoding, size.num_decoding, drawn_ids)
             self._fill_chunks(prompts)
-            has_graph = size in self._graphs
-            normed = self._graphs.run(size) if has_graph else self._mixed_rows(size)
+            normed = self._graphs.run(size, partial(self._mixed_rows, size))
             num_padding = size.num_decoding - n  # before the prompts' rows
         rows = logit_rows(ordered)
         rows[n:] += num_padding
@@ -326,6 +325,14 @@ def batch_sizes(max_batch_size: int) -> list[int]:
     """Rows of the decode steps that have a graph; larger batches run without."""
     largest = min(max_batch_size, _BATCH_SIZES[-1])
     return [*(size for size in _BATCH_SIZES if size < largest), _padded(largest)]
+
+
+def mixed_sizes(max_batch_size: int) -> list[int]:
+    """Rows that decode in the graphs with chunks of prompts; 0 are prompts alone."""
+    if max_batch_size == 1:
+        return [0]
+    largest = batch_sizes(max_batch_size)[-1]
+    return [*(size for size in _MIXED_SIZES if size < largest), largest]
 
 
 def _padded(num_rows: int) -> int:

@@ -24,16 +24,11 @@ class StepGraphs:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._graphs: dict[StepSize, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._calls: dict[StepSize, Callable[[], torch.Tensor]] = {}
-
-    def __contains__(self, size: StepSize) -> bool:
-        return size in self._graphs or size in self._calls
 
     def capture(self, size: StepSize, run: Callable[[], torch.Tensor]) -> None:
         """Keeps what `run` launches. It reads memory that stays where it is. Capture the largest
         size first, so that smaller ones find their memory in the pool."""
         if self._device.type != "cuda":
-            self._calls[size] = run
             return
         run()  # compiles, and lets the libraries allocate
         torch.cuda.synchronize(self._device)
@@ -43,9 +38,10 @@ class StepGraphs:
             result = run()
         self._graphs[size] = graph, result
 
-    def run(self, size: StepSize) -> torch.Tensor:
-        if size in self._calls:
-            return self._calls[size]()
+    def run(self, size: StepSize, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Replays the size's graph; where it has none, calls `run`, which computes the same."""
+        if size not in self._graphs:
+            return run()
         graph, result = self._graphs[size]
         graph.replay()
         return result
@@ -53,7 +49,6 @@ class StepGraphs:
     def clear(self) -> None:
         """Waits for the steps in flight and deletes the graphs, which hold the ranks'
         reductions."""
-        self._calls.clear()
         if self._graphs:
             torch.cuda.synchronize(self._device)
             self._graphs.clear()
