@@ -219,9 +219,12 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="72b")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    few, many = arguments.depths
+    if not 0 < few < many:
+        parser.error(f"--depths is {few} {many}, expected rising numbers; give two, as in 2 6")
     folder, formats = arguments.folder.absolute(), arguments.output_format
     folder.mkdir(parents=True, exist_ok=True)
-    models = make_models(folder, tuple(arguments.depths), arguments.preset)
+    models = make_models(folder, (few, many), arguments.preset)
     if arguments.part == "disk":
         result = measure_disk(models[max(models)], folder, formats, arguments.repeats)
     else:

@@ -206,6 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--prompts", default="", help="rows to time the linears alone with")
     options = parser.parse_args(arguments)
+    if options.context < 1:
+        parser.error(f"--context is {options.context}, expected positions from 1; give 2048")
     set_up_cublas(os.environ)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     forms = PlainForms()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.conversion import disk
 from bench.conversion.disk import output_formats
 from bench.conversion.gpu import compare_linear, nearest_e4m3
 from tests.conftest import CPU
@@ -99,3 +100,16 @@ def test_a_format_that_the_converter_has_not_is_refused() -> None:
     assert output_formats("modelopt,trtllm") == ["modelopt", "trtllm"]
     with pytest.raises(argparse.ArgumentTypeError, match="'gguf' is none of trtllm"):
         output_formats("trtllm,gguf")
+
+
+def test_depths_that_do_not_rise_are_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bench"
+    words = ["disk", "memory", "--folder", str(folder), "--depths", "4", "4"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        disk.main()
+    assert ended.value.code == 2
+    assert "--depths is 4 4, expected rising numbers; give two" in capsys.readouterr().err
+    assert not folder.exists()

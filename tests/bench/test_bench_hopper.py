@@ -35,6 +35,13 @@ def test_every_kernel_is_measured_for_every_batch_size(capsys: pytest.CaptureFix
     assert all(row["ms"] > 0 and row["bytes"] > 0 for row in found["kernels"])
 
 
+def test_kernels_without_a_context_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        kernels.main(["--shape", "tiny", "--context", "0"])
+    assert ended.value.code == 2
+    assert "--context is 0, expected positions from 1" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is what is tested")
 @pytest.mark.process
 def test_decode_attention_is_measured_as_chosen() -> None:
