@@ -1,12 +1,13 @@
 """vLLM reads the exports of the small trained model: are its answers those of our engine?
 
-    python -m bench.peers.read_exports --folder D [--per_task N]
+    python -m bench.peers.read_exports --folder D [--per_task 50] [--output FILE]
 
 Needs vllm and a GPU. Makes every export and our FP8 engine in `folder`, what is missing, and asks
 both the same pictures: greedily, with our scales, weights and KV cache in FP8. vLLM's own NVLM_D
 class runs the export as it is; beside it stands a configuration class of this folder, in place of
-NVIDIA's remote code, which the small model has not. Each export has a process of its own. The last
-line is JSON. vLLM 0.33 puts one token more after each picture; num_prompt_tokens shows it.
+NVIDIA's remote code, which the small model has not. Each engine has a process and a log of its own,
+and a time limit. FILE is written anew after each; the last line is JSON. vLLM 0.33 puts one token
+more after each picture; num_prompt_tokens shows it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
+import time
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.machine import describe, describe_gpu
+from bench.peers.own_process import run_alone
 from build.conversion.convert import ConvertOptions, convert
 from build.engines.build import build_engine
 from build.engines.specification import BuildOptions, specify
@@ -48,8 +51,12 @@ _PROMPT = (
     "<|im_start|>system\n{system}<|im_end|><|im_start|>user\n<image>\n{question}<|im_end|>"
     "<|im_start|>assistant\n"
 )
+_SYSTEM = "Answer the questions."
+_OURS = "ours"
 _MAX_TOKENS = 20
+_MAX_BATCH_SIZE = 16
 _MEMORY_BYTES = 8 << 30
+_SECONDS = 150  # of an engine's start and its answers
 
 Answer = dict[str, Any]
 
@@ -70,7 +77,12 @@ def make(folder: Path) -> None:
     if not (folder / "engine").exists():
         if not (folder / "checkpoint").exists():
             convert(source, folder / "checkpoint", ConvertOptions(), cpu)
-        options = BuildOptions(decoder="torch", vision="torch")
+        options = BuildOptions(
+            decoder="torch",
+            vision="torch",
+            vision_precision="bfloat16",
+            max_batch_size=_MAX_BATCH_SIZE,
+        )
         specification = specify(folder / "checkpoint", options, cpu, _MEMORY_BYTES)
         build_engine(specification, folder / "engine", options)
 
@@ -101,7 +113,7 @@ def ask_ours(engine_dir: Path, asked: list[dict[str, str]], device: torch.device
     return answers
 
 
-def ask_vllm(export: Path, asked: list[dict[str, str]], system: str) -> list[Answer]:
+def ask_vllm(export: Path, asked: list[dict[str, str]]) -> list[Answer]:
     """Asks vLLM in this process, which vLLM holds until the process ends."""
     from PIL import Image
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
@@ -115,17 +127,18 @@ def ask_vllm(export: Path, asked: list[dict[str, str]], system: str) -> list[Ans
         gpu_memory_utilization=0.5,
         limit_mm_per_prompt={"image": 1},
         enforce_eager=True,
-        max_num_seqs=16,
+        max_num_seqs=_MAX_BATCH_SIZE,
         seed=0,
     )
     prompts = [
         {
-            "prompt": _PROMPT.format(system=system, question=each["question"]),
+            "prompt": _PROMPT.format(system=_SYSTEM, question=each["question"]),
             "multi_modal_data": {"image": Image.open(each["image"]).convert("RGB")},
         }
         for each in asked
     ]
-    found = model.generate(prompts, SamplingParams(temperature=0.0, max_tokens=_MAX_TOKENS))
+    sampling = SamplingParams(temperature=0.0, max_tokens=_MAX_TOKENS)
+    found = model.generate(prompts, sampling, use_tqdm=False)
     return [
         {"text": each.outputs[0].text, "num_prompt_tokens": len(each.prompt_token_ids)}
         for each in found
@@ -134,50 +147,85 @@ def ask_vllm(export: Path, asked: list[dict[str, str]], system: str) -> list[Ans
 
 def compared(asked: list[dict[str, str]], ours: list[Answer], theirs: list[Answer]) -> Answer:
     pairs = list(zip(ours, theirs, strict=True))
-    truths = [each["truth"] for each in asked]
     return {
         "num_questions": len(asked),
+        "num_right": num_right(asked, theirs),
         "num_equal": sum(a["text"].strip() == b["text"].strip() for a, b in pairs),
         "num_same_prompt_tokens": sum(
             a["num_prompt_tokens"] == b["num_prompt_tokens"] for a, b in pairs
         ),
-        "num_right": {
-            name: sum(t in a["text"] for t, a in zip(truths, answers, strict=True))
-            for name, answers in (("ours", ours), ("theirs", theirs))
-        },
         "different": [(a["text"], b["text"]) for a, b in pairs if a["text"] != b["text"]][:8],
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def num_right(asked: list[dict[str, str]], answers: list[Answer]) -> int:
+    """How many answers hold the truth."""
+    return sum(each["truth"] in answer["text"] for each, answer in zip(asked, answers, strict=True))
+
+
+def measure(folder: Path, per_task: int) -> Iterator[dict[str, Any]]:
+    """What is known after each engine."""
+    make(folder)
+    asked = questions(folder, per_task)
+    _questions_file(folder).write_text(json.dumps(asked))
+    result: dict[str, Any] = {"num_questions": len(asked)}
+    ours: list[Answer] | None = None
+    for name in (_OURS, *EXPORTS):
+        start = time.perf_counter()
+        arguments = ["-m", "bench.peers.read_exports", "--folder", str(folder), "--ask", name]
+        error = run_alone(arguments, _SECONDS, folder / f"{name}.log")
+        found: dict[str, Any] = {"seconds": time.perf_counter() - start}
+        if error is not None:
+            found["error"] = error
+        else:
+            answers = json.loads(_answers_file(folder, name).read_text())
+            found["num_right"] = num_right(asked, answers)
+            if name == _OURS:
+                ours = answers
+            elif ours is not None:
+                found |= compared(asked, ours, answers)
+        result[name] = found
+        print(name, json.dumps(found), flush=True)
+        yield result
+
+
+def _ask(folder: Path, name: str) -> None:
+    """Asks one engine in this process, and keeps its answers."""
+    asked = json.loads(_questions_file(folder).read_text())
+    if name == _OURS:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        answers = ask_ours(folder / "engine", asked, device)
+    else:
+        answers = ask_vllm(folder / name, asked)
+    _answers_file(folder, name).write_text(json.dumps(answers))
+
+
+def _questions_file(folder: Path) -> Path:
+    return folder / "questions.json"
+
+
+def _answers_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}_answers.json"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--per_task", type=int, default=50)
-    parser.add_argument("--export", choices=EXPORTS, help="asks vLLM this one alone, on stdout")
-    arguments = parser.parse_args()
-    folder: Path = arguments.folder
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--ask", choices=(_OURS, *EXPORTS), help="one engine, in this process")
+    options = parser.parse_args(arguments)
+    folder = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    system = "Answer the questions."
-    if arguments.export is not None:
-        asked = json.loads((folder / "questions.json").read_text())
-        print(json.dumps(ask_vllm(folder / arguments.export, asked, system)))
+    if options.ask is not None:
+        _ask(folder, options.ask)
         return
-    make(folder)
-    asked = questions(folder, arguments.per_task)
-    (folder / "questions.json").write_text(json.dumps(asked))
+    result: dict[str, Any] = {}
+    for result in measure(folder, options.per_task):
+        if options.output is not None:
+            options.output.write_text(json.dumps(result, indent=1) + "\n")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ours = ask_ours(folder / "engine", asked, device)
-    result = {}
-    for name in EXPORTS:
-        command = [sys.executable, "-m", "bench.peers.read_exports", "--folder", str(folder)]
-        done = subprocess.run(
-            [*command, "--export", name], stdout=subprocess.PIPE, text=True, check=False
-        )
-        if done.returncode:
-            result[name] = {"error": f"vLLM ended with {done.returncode}; see the log above"}
-            continue
-        result[name] = compared(asked, ours, json.loads(done.stdout.splitlines()[-1]))
-    print(json.dumps(result))
+    print(json.dumps({"machine": describe() | describe_gpu(device), **result}))
 
 
 if __name__ == "__main__":
