@@ -5,8 +5,9 @@
 `folder` keeps the random model (19 GB at 6 layers) and must be a disk: the mapped files of a tmpfs
 count as the converter's own memory. `output_folder` (default: the same) takes the checkpoint for as
 long as it is looked at. Each depth is converted with calibration, then with its scales at hand
-(--calib_cache): what a layer takes less is the cost of calibrating it. A linear of the last layer
-is compared with float64. FILE is written anew after every step; the last line is JSON.
+(--calib_cache): what a layer takes less is the cost of calibrating it. Where a layer's time goes is
+that of the deepest model. A linear of its last layer is compared with float64. FILE is written anew
+after every step; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ _DIVISION_ERROR = 1e-6  # weights are divided by their scale in float32
 # The command, and what its device saw of it.
 _CONVERT = """
 import json, torch, convert_checkpoint
+from bench.conversion.layer_times import LayerTimes
+times = LayerTimes()
 convert_checkpoint.main()
-seen = {}
+seen = {"seconds_of": times.per_layer()}
 if torch.cuda.is_available():
     seen["allocated"] = torch.cuda.max_memory_allocated()
     seen["reserved"] = torch.cuda.max_memory_reserved()
@@ -57,10 +60,9 @@ print("\\n" + json.dumps(seen))
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """device_bytes: peaks of the device's memory by who counted them; nothing on a CPU."""
-
     measured: Measured
-    device_bytes: dict[str, int]
+    device_bytes: dict[str, int]  # peaks by who counted them; nothing on a CPU
+    seconds_of: dict[str, float]  # parts of a decoder layer, in the mean
 
 
 def convert(model: Path, output: Path, device: torch.device, *flags: str) -> Converted:
@@ -69,7 +71,12 @@ def convert(model: Path, output: Path, device: torch.device, *flags: str) -> Con
     with _watched(device) as watched:
         measured = run_measured(command, cwd=ROOT)
     device_bytes = json.loads(measured.log.rstrip().rpartition("\n")[2])
-    return Converted(measured, {**device_bytes, **watched})
+    seconds_of = device_bytes.pop("seconds_of")
+    return Converted(measured, {**device_bytes, **watched}, seconds_of)
+
+
+def _in_words(seconds_of: dict[str, float]) -> str:
+    return ", ".join(f"{part} {seconds:.3f} s" for part, seconds in seconds_of.items())
 
 
 @contextmanager
@@ -184,6 +191,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
         "peak_device_bytes": {},
         "seconds": {},
         "seconds_with_scales_at_hand": {},
+        "seconds_of_a_decoder_layer": {},
     }
     yield result
     shutil.rmtree(output, ignore_errors=True)
@@ -204,6 +212,9 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
             print(
                 f"{flags[0]}, {depth} layers: {seconds[str(depth)]:.1f} s, {own}", file=sys.stderr
             )
+            if depth == many:
+                result["seconds_of_a_decoder_layer"][flags[0]] = converted.seconds_of
+                print(f"  a layer: {_in_words(converted.seconds_of)}", file=sys.stderr)
             if flags is calibrate:
                 result["peak_bytes"][str(depth)] = converted.measured.peak_bytes
                 result["peak_device_bytes"][str(depth)] = converted.device_bytes

@@ -19,7 +19,7 @@ from nvlm.formats.checkpoint_config import CheckpointConfig
 from tests.conftest import BF16, CPU, FP8, Workshop
 from tests.support.command import BUILD, CONVERT, one_line_error, refused, run_command
 from tests.support.decoding import engine_logits
-from tests.support.tolerances import KERNEL_LOGITS, relative_error
+from tests.support.tolerances import FAST_PATH_LOGITS, KERNEL_LOGITS, relative_error
 from tools.sensitivity.parts import Part, parts
 from tools.sensitivity.whole_model import SequenceAttention, WholeModel
 
@@ -104,6 +104,16 @@ def test_the_engine_computes_what_stays_in_dtype_and_the_rest_in_fp8(
                 expected = model.logits(states[-len(TOKENS) :])
             error = relative_error(found, expected)
             assert (error < KERNEL_LOGITS) == is_same, error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+def test_a_gpu_computes_what_the_cpu_does(workshop: Workshop, excluding: Path) -> None:
+    """With the plain form, as no kernel takes a linear in dtype: sums alone differ in order."""
+    engine = workshop.engine("excluding_engine", excluding, vision="torch")
+    expected, found = (engine_logits(engine, PROMPT, TOKENS, on) for on in ("cpu", "cuda"))
+    error = relative_error(found.cpu(), expected)
+    assert error < FAST_PATH_LOGITS, error
 
 
 @pytest.mark.parametrize(

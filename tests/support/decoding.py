@@ -34,10 +34,12 @@ def _steps(executor: DecoderExecutor) -> Iterator[StepOutput]:
         yield from outputs
 
 
-def engine_logits(engine_dir: Path, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+def engine_logits(
+    engine_dir: Path, prompt: list[int], tokens: list[int], device: str = "cpu"
+) -> torch.Tensor:
     """[tokens, vocab_size]: those that each token of an answer would be drawn from."""
     rows = []
-    with Runner.open(engine_dir, torch.device("cpu")) as runner:
+    with Runner.open(engine_dir, torch.device(device)) as runner:
         for count in range(len(tokens)):
             request = DecoderRequest(prompt + tokens[:count], 1, return_logits=True)
             runner.decoder.submit(request)

@@ -28,7 +28,7 @@ class LayerTensors:
         return self._parts[source]
 
     def pop(self, source: str) -> torch.Tensor:
-        """The tensor as published, which is then forgotten."""
+        """The tensor as published, or on a GPU as `whole` cast it; it is then forgotten."""
         self._part(source)
         return self._parts.pop(source)
 
@@ -40,9 +40,16 @@ class LayerTensors:
         )
 
     def whole(self, tensor: EngineTensor) -> torch.Tensor:
-        """All of an engine tensor in `dtype` on the device; every value is checked."""
+        """All of an engine tensor in `dtype` on the device; every value is checked.
+
+        Its parts stay on a GPU until they are popped, so that a layer is copied there once.
+        """
         parts = [
             cast(self.prefix + source, self._part(source).to(self._device), self._dtype)
             for source in tensor.sources
         ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        result = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if self._device.type != "cpu":
+            counts = [len(part) for part in parts]
+            self._parts |= zip(tensor.sources, result.split(counts), strict=True)
+        return result
