@@ -18,7 +18,12 @@
 #     load      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
 #     peers     Hugging Face transformers, bfloat16; needs transformers
 #     vllm      vLLM, FP8; needs vllm (PYTHON=... where it has an environment of its own)
-#     exports   vLLM reads our exports of the trained model, $SCRATCH as for load; needs vllm
+#     conversion  calibrated conversion at 72B width: time of a layer, and where it goes; kept in
+#               conversion.json. Writes 13 GB below $SCRATCH and as much below $FAST (default $SCRATCH)
+#     exports   vLLM reads our exports of the trained model, below $FAST: $PER_TASK pictures of four tasks
+#               with each; kept in exports.json, engine by engine; needs vllm
+#     export_logits  vLLM reads two layers of 72B width: its logits beside ours and an oracle's; kept in
+#               export_logits.json. 10 GB below $SCRATCH, 21 below $FAST; needs vllm, transformers
 #     evaluation  a benchmark task beside the engine alone, $LAYERS (default 80) layers, needs tqdm
 #   one H200:
 #     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving of 256
@@ -48,6 +53,7 @@ out=$1; shift
 parts=${*:-tests decode vision kernels}
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_hwloc_base_binding_policy=none
+scratch=${SCRATCH:-/tmp} fast=${FAST:-${SCRATCH:-/tmp}}
 mkdir -p "$out"
 part() { # name, seconds, command
   local name=$1 seconds=$2 started=$SECONDS; shift 2
@@ -80,7 +86,12 @@ part memory 120 bash -c "$python -m bench.hopper.memory --vision_precision bfloa
 part load 200 $python -m bench.hopper.load --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.peers.hugging_face
 part vllm 420 $python -m bench.peers.vllm_engine
-part exports 580 $python -m bench.peers.read_exports --folder "${SCRATCH:-/tmp}/nvlm_exports"
+part conversion 240 $python -m bench.conversion.gpu --folder "$scratch/nvlm_wide" --output_folder "$fast/nvlm_converted" \
+  --depths 2 4 --results "$out/conversion.json"
+part exports 300 $python -m bench.peers.read_exports --folder "$fast/nvlm_exports" --per_task ${PER_TASK:-50} \
+  --output "$out/exports.json"
+part export_logits 300 $python -m bench.peers.export_logits --model_folder "$scratch/nvlm_wide" \
+  --folder "$fast/nvlm_wide_exports" --output "$out/export_logits.json"
 
 part h200 460 $python -m bench.hopper decode prefill first_token serving --layers 80 \
   --batch_sizes 1,8,32,64 --prompts 1948 --serving 2048/128/256/64
