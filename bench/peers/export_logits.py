@@ -223,7 +223,7 @@ def _compute(folder: Path, name: str, device: torch.device) -> None:
 
 
 def compared(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """Of positions that both have; a row's mean is no difference."""
+    """Compares the positions that both have; a row's mean is no difference."""
     num_rows = min(len(found), len(expected))
     found, expected = (
         x[:num_rows].double() - x[:num_rows].double().mean(-1, keepdim=True)
