@@ -1,6 +1,6 @@
 """Where a decoder layer's time goes in a conversion: seconds of the thread that computes.
 
-Every part ends when its values are on the host, so a GPU's work counts where it is asked for.
+A part that asks a GPU for a number waits for all that was asked of it before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PARTS = (
     (decoder_step, "run_layer", "run the samples"),
     (decoder_step, "report_linears", "errors of linears"),
     (decoder_step, "probe_layer", "residual errors"),
-    (OutputFiles, "append", "copy back, wait for the disk"),
+    (OutputFiles, "append", "wait for the writing thread"),
     (DecoderStep, "_run_layer", _LAYER),
 )
 

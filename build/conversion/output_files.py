@@ -42,8 +42,9 @@ class OutputFiles:
             self._opened = stack.pop_all()
 
     def append(self, file: str, name: str, block: torch.Tensor) -> None:
-        """The next rows of a tensor; `block` may not change afterwards."""
-        self._behind.append(self._writers[file], name, block.cpu())
+        """The next rows of a tensor; `block` may not change afterwards. One on a GPU waits there,
+        and is copied back in the writing thread."""
+        self._behind.append(self._writers[file], name, block)
 
     def commit(self, journal: Journal, record: dict[str, Any], done: Path | None) -> None:
         """Journals a unit when what it appended is on the disk; then `done` is needed no more."""
