@@ -15,10 +15,12 @@
 #               python -m bench.hopper.truth --folder .truth --device cpu; what is missing is made
 #     memory    16 layers and vision: GPU memory beside the plan, once with limits whose cache takes
 #               all that is left
-#     load      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
+#     load      16 layers from the page cache (19 GB in $CACHED, default /dev/shm): GB/s by several ways, and how soon
+#               a server's decoder is ready with kernels compiled anew, kept in the engine, in Triton's cache
+#     disk      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
 #     peers     Hugging Face transformers, bfloat16; needs transformers
 #     vllm      vLLM, FP8; needs vllm (PYTHON=... where it has an environment of its own)
-#     exports   vLLM reads our exports of the trained model, $SCRATCH as for load; needs vllm
+#     exports   vLLM reads our exports of the trained model, $SCRATCH as for disk; needs vllm
 #     evaluation  a benchmark task beside the engine alone, $LAYERS (default 80) layers, needs tqdm
 #   one H200:
 #     h200      80 layers: decode, prefill, first token of a request with seven tiles, serving of 256
@@ -77,7 +79,9 @@ part truth 220 $python -m bench.hopper.truth --folder "${TRUTH:-.truth}"
 part memory 120 bash -c "$python -m bench.hopper.memory --vision_precision bfloat16
   $python -m bench.hopper.memory
   $python -m bench.hopper.memory --max_batch_size 64 --max_seq_len 32768"
-part load 200 $python -m bench.hopper.load --folder "${SCRATCH:-/tmp}/nvlm_load"
+part load 200 bash -c "$python -m bench.hopper.load --folder '${CACHED:-/dev/shm}/nvlm_load'
+  rm -rf '${CACHED:-/dev/shm}/nvlm_load'"
+part disk 200 $python -m bench.hopper.load --disk --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.peers.hugging_face
 part vllm 420 $python -m bench.peers.vllm_engine
 part exports 580 $python -m bench.peers.read_exports --folder "${SCRATCH:-/tmp}/nvlm_exports"
