@@ -80,7 +80,7 @@ part memory 120 bash -c "$python -m bench.hopper.memory --vision_precision bfloa
   $python -m bench.hopper.memory
   $python -m bench.hopper.memory --max_batch_size 64 --max_seq_len 32768"
 part load 200 bash -c "$python -m bench.hopper.load --folder '${CACHED:-/dev/shm}/nvlm_load'
-  rm -rf '${CACHED:-/dev/shm}/nvlm_load'"
+  code=\$?; rm -rf '${CACHED:-/dev/shm}/nvlm_load'; exit \$code"
 part disk 200 $python -m bench.hopper.load --disk --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.peers.hugging_face
 part vllm 420 $python -m bench.peers.vllm_engine

@@ -1,14 +1,14 @@
 """Compiled kernels that an engine directory keeps, for machines whose cache of them is empty.
 
-    kernels/  about.json and one folder for each of Triton's keys
+    kernels/  about.json, types.json and one folder for each of Triton's keys
 
 A key covers the kernel's source, its constants, Triton's own code, the kind of GPU and what Triton
 reads from the environment. So a kernel that does not fit is never found, and Triton compiles it
 anew into the user's cache. about.json spares the copies where none would be found.
 
-Only the GPU's code is kept. The host code that starts it is not: Triton compiles that anew, so an
-engine directory holds nothing that a processor runs. Files that others can write are not taken.
-docs/hopper.md says who makes them.
+Only the GPU's code is kept. The host code that starts it is not, so an engine directory holds
+nothing that a processor runs: types.json has what Triton writes that code from (launchers.py).
+Files that others can write are not taken. docs/hopper.md says who makes them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import platform
 import shutil
 import stat
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 
 from nvlm.formats import layout
+from runtime.engine.launchers import Types
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,9 @@ def kernel_cache() -> Path:
     return Path(knobs.cache.dir)
 
 
-def keep_kernels(cache: Path, engine_dir: Path, about: About) -> int:
+def keep_kernels(cache: Path, engine_dir: Path, about: About, types: Sequence[Types] = ()) -> int:
     """Replaces an engine's kernels by those in Triton's `cache`, all at once; how many there are.
+    types: of their arguments.
 
     Raises `OSError` where the directory cannot be written."""
     place = engine_dir / layout.KERNELS
@@ -70,6 +73,7 @@ def keep_kernels(cache: Path, engine_dir: Path, about: About) -> int:
             if any(_is_kept(path.name) for path in source.iterdir()):
                 _copy(source, staging / source.name, None)
         (staging / layout.ABOUT_KERNELS).write_text(json.dumps(about, indent=1))
+        (staging / layout.KERNEL_TYPES).write_text(json.dumps(types))
         for path in (staging, *staging.rglob("*")):  # whatever the umask
             path.chmod(0o755 if path.is_dir() else 0o644)
         if place.exists():
