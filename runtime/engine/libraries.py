@@ -34,7 +34,7 @@ def set_up_libraries(
         if kernels.is_dir():
             with startup.phase("copying kept kernels"):
                 num_new = use_kernels(engine.directory, kernel_cache(), about_kernels(device))
-            if num_new > 0:
+            if num_new:
                 compile_beside(read_types(kernels / layout.KERNEL_TYPES))
     if engine.decoder_target == "torch" and engine.checkpoint_config.tp_size > 1:
         set_up_nccl(environment)

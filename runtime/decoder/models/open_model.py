@@ -37,15 +37,18 @@ def open_model(
     *,
     use_graphs: bool = True,
     cache_fraction: float | None = None,
+    answers_once: bool = False,
 ) -> OpenedModel:
     """The model of an engine of one rank (of several: runtime/ranks). source: of the weights, by
     default the engine's file. use_graphs: on the fast path. cache_fraction: as in
-    `count_blocks`."""
+    `count_blocks`. answers_once: as in `HopperModel.warm_up`."""
     num_blocks = count_blocks(engine, device, cache_fraction=cache_fraction)
     with startup.phase("decoder weights"):
         model = load_model(engine, device, num_blocks, source)
     with startup.phase("decoder kernels and graphs"), loading_on(device, engine):
-        model.warm_up(engine.limits.max_num_tokens, use_graphs=use_graphs)
+        model.warm_up(
+            engine.limits.max_num_tokens, use_graphs=use_graphs, answers_once=answers_once
+        )
     return OpenedModel(model, num_blocks)
 
 
