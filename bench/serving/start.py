@@ -61,7 +61,13 @@ def streamed(*given, **named):
     startup.took("the first token", time.perf_counter() - begun)
     startup.took("everything to the first token", startup.process_age_s())
     yield piece
-    yield from pieces
+    for piece in pieces:
+        yield piece
+    timings = piece.result.timings
+    startup.took("of the first token: tiles", timings.tiling_ms / 1e3)
+    startup.took("of the first token: vision", timings.vision_ms / 1e3)
+    startup.took("of the first token: prompt", timings.prefill_ms / 1e3)
+    startup.took("the tokens after it", timings.decode_ms / 1e3)
 
 run.Runner.open, run.Runner.stream = opened, streamed
 sys.argv[0] = "run.py"
