@@ -223,7 +223,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{size / 1e9:.2f} GB are written", flush=True)
     found: dict[str, Any] = {"machine": describe() | describe_gpu(device), "bytes": size}
     found["gb_per_s"] = measure_load(engine, path, device, disk=options.disk)
-    if not options.disk:
+    if options.disk:
+        rates = found["gb_per_s"]
+        plain = max(rate for name, rate in rates.items() if name.startswith("read"))
+        found["share_of_disk"] = rates["load"] / plain
+    else:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         flags = ["--folder", str(engine.directory), "--shape", options.shape]
