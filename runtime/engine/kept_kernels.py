@@ -21,6 +21,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,7 @@ _GROUP = "__grp__"
 
 _KEPT = (".cubin", ".json")
 _PATHS = "child_paths"
+_NUM_THREADS = 8
 
 About = dict[str, str]
 """What was compiled with, and for: names and versions."""
@@ -100,13 +102,22 @@ def use_kernels(engine_dir: Path, cache: Path, about: About) -> int:
             return 0
         sources = [path for path in sorted(place.iterdir()) if path.is_dir()]
         new = [path for path in sources if not (cache / path.name).exists()]
+        if not new:
+            return 0
         cache.mkdir(parents=True, exist_ok=True)
-        for source in new:
-            with tempfile.TemporaryDirectory(prefix=".nvlm-", dir=cache) as made:
+        with (
+            tempfile.TemporaryDirectory(prefix=".nvlm-", dir=cache) as made,
+            ThreadPoolExecutor(_NUM_THREADS, "nvlm-kernels") as pool,
+        ):
+
+            def copy(source: Path) -> None:
                 staging, target = Path(made) / source.name, cache / source.name
                 _copy(source, staging, target)
                 with suppress(OSError):  # another process was faster
                     staging.rename(target)
+
+            for _ in pool.map(copy, new):  # raises what failed
+                pass
         return len(new)
     except FileNotFoundError:
         return 0
