@@ -122,9 +122,9 @@ class FileCopies:
         assert target.dtype == info.dtype, f"{name} is not copied as it is stored"
         assert tuple(target.shape) == info.shape, f"{name} has another shape"
         is_free = None
-        if self._device.type == "cuda":
+        if target.is_cuda:
             is_free = torch.cuda.Event()
-            is_free.record(torch.cuda.current_stream(self._device))
+            is_free.record(torch.cuda.current_stream(target.device))
         for part in target.view(-1).view(torch.uint8).split(self._piece_bytes):
             self._pieces.put(_Piece(offset, part, is_free))
             offset += len(part)
@@ -163,7 +163,7 @@ class FileCopies:
         """One thread: reads into one buffer while the GPU copies from the other."""
         buffers = deque[_Buffer]()
         busy = deque[_Buffer]()
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        stream: torch.cuda.Stream | None = None
         while True:
             try:
                 piece = self._pieces.get(block=not busy)
@@ -178,6 +178,8 @@ class FileCopies:
                 if self._is_over or self._errors:
                     self._pieces.task_done()
                     continue
+                if stream is None and piece.target.is_cuda:
+                    stream = torch.cuda.Stream(piece.target.device)
                 buffer = buffers.popleft() if buffers else _Buffer(self._piece_bytes, stream)
                 self._fill(buffer, piece)
                 buffer.copy_to(piece)
