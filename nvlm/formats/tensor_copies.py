@@ -52,8 +52,9 @@ class TensorCopies(Protocol):
 
 
 def copies_of(source: TensorSource, device: torch.device) -> TensorCopies:
-    """By threads from a file to a GPU. On a CPU a file's tensors stay mapped."""
-    if device.type == "cuda" and isinstance(source, SafetensorsReader):
+    """By threads from a file to a GPU that is in use. On a CPU a file's tensors stay mapped."""
+    is_gpu = device.type == "cuda" and torch.cuda.is_initialized()  # no stand-in for one
+    if is_gpu and isinstance(source, SafetensorsReader):
         return FileCopies(source, device)
     return DirectCopies(source, device)
 
