@@ -30,6 +30,7 @@ from runtime.answers.compare import check, differences, record, report_json
 from runtime.answers.cut_answer import warn_if_cut
 from runtime.decoder.xgrammar_schema import check_guide
 from runtime.engine.engine_dir import EngineDir
+from runtime.engine.loading import loading_on
 from runtime.requests.flags import add_guide_flags, add_request_flags, request_of
 from runtime.requests.messages import Conversation, question
 from runtime.requests.picture_source import picture_source
@@ -255,7 +256,8 @@ def lead(
             shown = Ticket(request)
             runner.prepare(shown)
             write_tiles(shown.images, arguments.show_tiles)
-        result = stream(runner, request) if arguments.streaming else runner.generate(request)
+        with loading_on(device, runner.engine, "answering"):
+            result = stream(runner, request) if arguments.streaming else runner.generate(request)
     if arguments.json:
         print(json.dumps(answer_json(result), ensure_ascii=False))
     elif not arguments.streaming:
@@ -268,7 +270,12 @@ def _parse() -> Program:
     _check_flags(arguments)
     if arguments.max_image_pixels is not None:
         set_most_pixels(arguments.max_image_pixels)
-    options = engine_options(arguments, gather_logits=arguments.compare is not None)
+    is_one = arguments.compare is None and not (arguments.input_file or arguments.chat)
+    options = engine_options(
+        arguments,
+        gather_logits=arguments.compare is not None,
+        num_answers=(arguments.n or 1) if is_one else None,
+    )
     return Program(arguments.engine_dir, arguments.device, options, partial(lead, arguments))
 
 

@@ -15,7 +15,11 @@
 #               python -m bench.hopper.truth --folder .truth --device cpu; what is missing is made
 #     memory    16 layers and vision: GPU memory beside the plan, once with limits whose cache takes
 #               all that is left
-#     load      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
+#     load      16 layers from the page cache (19 GB in $CACHED, default /dev/shm): GB/s by several ways, and how soon
+#               a server's decoder is ready with kernels compiled anew, kept in the engine, in Triton's cache
+#     start     run.py, the trained small model: seconds to the first token by phases, kernels kept in the engine and in
+#               Triton's cache; $TRUTH as for truth, $BEFORE another checkout that takes turns
+#     disk      16 layers from disk; writes 19 GB below $SCRATCH (default /tmp)
 #     peers     Hugging Face transformers, bfloat16; needs transformers
 #     vllm      vLLM, FP8; needs vllm (PYTHON=... where it has an environment of its own)
 #     conversion  calibrated conversion at 72B width: time of a layer, and where it goes; kept in
@@ -83,7 +87,11 @@ part truth 220 $python -m bench.hopper.truth --folder "${TRUTH:-.truth}"
 part memory 120 bash -c "$python -m bench.hopper.memory --vision_precision bfloat16
   $python -m bench.hopper.memory
   $python -m bench.hopper.memory --max_batch_size 64 --max_seq_len 32768"
-part load 200 $python -m bench.hopper.load --folder "${SCRATCH:-/tmp}/nvlm_load"
+part load 200 bash -c "$python -m bench.hopper.load --folder '${CACHED:-/dev/shm}/nvlm_load'
+  code=\$?; rm -rf '${CACHED:-/dev/shm}/nvlm_load'; exit \$code"
+part start 240 $python -m bench.serving.start --folder "${TRUTH:-.truth}" --device cuda --repeats ${STARTS:-3} \
+  ${BEFORE:+--before "$BEFORE"}
+part disk 200 $python -m bench.hopper.load --disk --folder "${SCRATCH:-/tmp}/nvlm_load"
 part peers 120 $python -m bench.peers.hugging_face
 part vllm 420 $python -m bench.peers.vllm_engine
 part conversion 240 $python -m bench.conversion.gpu --folder "$scratch/nvlm_wide" --output_folder "$fast/nvlm_converted" \

@@ -30,6 +30,7 @@ from bench.checkout import checkout
 from bench.machine import describe, describe_gpu
 from bench.photos import PHOTO
 from bench.serving.http_clients import Body, drive
+from nvlm.program import startup
 from nvlm.program.command_line import ArgumentParser, positive_int, resolve_device, run
 from runtime.engine.engine_dir import EngineDir
 
@@ -38,7 +39,6 @@ NUM_QUESTIONS = 10
 SIDES = (1344, 896)  # seven tiles of 448
 
 _READY = re.compile(r"^ready: http://127\.0\.0\.1:(\d+)/v1 ", re.MULTILINE)
-_START_UP = re.compile(r"^start-up: (.*) took ([\d.]+) s$", re.MULTILINE)
 _START_S = 1800.0
 _STOP_S = 60.0
 
@@ -74,8 +74,7 @@ def start_and_ask(root: Path, flags: list[str]) -> Start:
             kind: [drive(port, [body], 1)[0].first_ms for body in bodies]
             for kind, bodies in questions().items()
         }
-        spent = {name: float(seconds) for name, seconds in _START_UP.findall(log.read_text())}
-        return Start(process_s, spent, first_ms)
+        return Start(process_s, startup.spent(log.read_text()), first_ms)
 
 
 @contextmanager

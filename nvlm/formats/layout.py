@@ -61,6 +61,7 @@ REPORT_PAGE = "quantization_report.html"
 
 # Below kernels/.
 ABOUT_KERNELS = "about.json"
+KERNEL_TYPES = "types.json"  # of the arguments of those kernels
 
 # In the folder of --timing_cache.
 VISION_TIMINGS = "vision.cache"

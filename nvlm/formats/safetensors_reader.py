@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,3 +68,10 @@ class SafetensorsReader:
     def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._file.get_tensor(name)
         return tensor
+
+    def begins(self) -> dict[str, int]:
+        """Where each tensor's bytes begin in the file, after 8 bytes and a header of so many."""
+        with open(self.path, "rb") as file:
+            num_bytes = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(num_bytes))
+        return {name: 8 + num_bytes + header[name]["data_offsets"][0] for name in self.tensors}

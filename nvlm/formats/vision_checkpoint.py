@@ -17,6 +17,7 @@ from nvlm.formats.checkpoint_tensors import (
     vision_tensors,
 )
 from nvlm.formats.safetensors_reader import TensorSource
+from nvlm.formats.tensor_copies import copies_of
 from nvlm.model.config import MOST_SIZE, MOST_TILES, TilingConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.linear import QuantizableLinear
@@ -119,15 +120,21 @@ class VisionCheckpoint:
         """Weights of linears that have scales are quantised, each from when it was read."""
         stored = vision_tensors(self.config, TORCH_DTYPES[self.dtype])
         reader = source or open_checked(self.directory / layout.WEIGHTS, stored)
+        copies, wanted = copies_of(reader, device), TORCH_DTYPES[dtype]
 
         def read(name: str) -> torch.Tensor:
-            tensor = reader.read(name).to(device, TORCH_DTYPES[dtype])
+            tensor = copies.read(name)
             found = scales.get(name.removesuffix(".weight"))
+            if found is not None or tensor.dtype != wanted:
+                copies.wait()
+                tensor = tensor.to(wanted)
             return tensor if found is None else number_format.quantize(tensor, found.weight)
 
         with torch.device("meta"):
             model = VisionModel(self.config)
-        model.load_state_dict({name: read(name) for name in stored}, assign=True)
+        with copies:
+            weights = {name: read(name) for name in stored}
+        model.load_state_dict(weights, assign=True)
         return model
 
 

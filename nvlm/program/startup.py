@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _log = logging.getLogger("startup")
+_TOOK = re.compile(r"^start-up: (.*) took ([\d.]+) s$", re.MULTILINE)
 
 
 def show() -> None:
@@ -29,6 +31,11 @@ def phase(name: str) -> Iterator[None]:
 
 def took(name: str, seconds: float) -> None:
     _log.info("start-up: %s took %.2f s", name, seconds)
+
+
+def spent(log: str) -> dict[str, float]:
+    """Seconds of each phase that a log has, in order."""
+    return {name: float(seconds) for name, seconds in _TOOK.findall(log)}
 
 
 def process_age_s() -> float:

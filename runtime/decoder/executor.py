@@ -88,6 +88,9 @@ class DecoderOptions:
     # How long a step may take in which requests decode and prompts are computed (`StepBound`), from
     # which the slices of vision follow too. 0: no bound; None: what suits a service on the device.
     max_step_ms: float | None = 0.0
+    # That are asked for in all, of one request. Then what only others would use is neither made nor
+    # tried at load. None: any number, of any requests.
+    num_answers: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_step_ms is not None and not 0.0 <= self.max_step_ms < math.inf:

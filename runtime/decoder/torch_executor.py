@@ -66,7 +66,12 @@ class TorchDecoderExecutor:
     ) -> TorchDecoderExecutor:
         options = options or DecoderOptions()
         cache_fraction = options.kv_cache_free_gpu_memory_fraction
-        opened = open_model(engine, device, cache_fraction=cache_fraction)
+        opened = open_model(
+            engine,
+            device,
+            cache_fraction=cache_fraction,
+            answers_once=options.num_answers is not None,
+        )
         executor = cls.over(engine, opened)
         with loading_on(device, engine):
             executor.bound_steps(options.step_bound_ms(device), device)

@@ -1,14 +1,14 @@
 """Compiled kernels that an engine directory keeps, for machines whose cache of them is empty.
 
-    kernels/  about.json and one folder for each of Triton's keys
+    kernels/  about.json, types.json and one folder for each of Triton's keys
 
 A key covers the kernel's source, its constants, Triton's own code, the kind of GPU and what Triton
 reads from the environment. So a kernel that does not fit is never found, and Triton compiles it
 anew into the user's cache. about.json spares the copies where none would be found.
 
-Only the GPU's code is kept. The host code that starts it is not: Triton compiles that anew, so an
-engine directory holds nothing that a processor runs. Files that others can write are not taken.
-docs/hopper.md says who makes them.
+Only the GPU's code is kept. The host code that starts it is not, so an engine directory holds
+nothing that a processor runs: types.json has what Triton writes that code from (launchers.py).
+Files that others can write are not taken. docs/hopper.md says who makes them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import platform
 import shutil
 import stat
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,7 @@ from pathlib import Path
 import torch
 
 from nvlm.formats import layout
+from runtime.engine.launchers import Types
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ _GROUP = "__grp__"
 
 _KEPT = (".cubin", ".json")
 _PATHS = "child_paths"
+_NUM_THREADS = 8
 
 About = dict[str, str]
 """What was compiled with, and for: names and versions."""
@@ -58,8 +62,9 @@ def kernel_cache() -> Path:
     return Path(knobs.cache.dir)
 
 
-def keep_kernels(cache: Path, engine_dir: Path, about: About) -> int:
+def keep_kernels(cache: Path, engine_dir: Path, about: About, types: Sequence[Types] = ()) -> int:
     """Replaces an engine's kernels by those in Triton's `cache`, all at once; how many there are.
+    types: of their arguments.
 
     Raises `OSError` where the directory cannot be written."""
     place = engine_dir / layout.KERNELS
@@ -70,6 +75,7 @@ def keep_kernels(cache: Path, engine_dir: Path, about: About) -> int:
             if any(_is_kept(path.name) for path in source.iterdir()):
                 _copy(source, staging / source.name, None)
         (staging / layout.ABOUT_KERNELS).write_text(json.dumps(about, indent=1))
+        (staging / layout.KERNEL_TYPES).write_text(json.dumps(types))
         for path in (staging, *staging.rglob("*")):  # whatever the umask
             path.chmod(0o755 if path.is_dir() else 0o644)
         if place.exists():
@@ -96,13 +102,22 @@ def use_kernels(engine_dir: Path, cache: Path, about: About) -> int:
             return 0
         sources = [path for path in sorted(place.iterdir()) if path.is_dir()]
         new = [path for path in sources if not (cache / path.name).exists()]
+        if not new:
+            return 0
         cache.mkdir(parents=True, exist_ok=True)
-        for source in new:
-            with tempfile.TemporaryDirectory(prefix=".nvlm-", dir=cache) as made:
+        with (
+            tempfile.TemporaryDirectory(prefix=".nvlm-", dir=cache) as made,
+            ThreadPoolExecutor(_NUM_THREADS, "nvlm-kernels") as pool,
+        ):
+
+            def copy(source: Path) -> None:
                 staging, target = Path(made) / source.name, cache / source.name
                 _copy(source, staging, target)
                 with suppress(OSError):  # another process was faster
                     staging.rename(target)
+
+            for _ in pool.map(copy, new):  # raises what failed
+                pass
         return len(new)
     except FileNotFoundError:
         return 0

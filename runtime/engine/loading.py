@@ -13,7 +13,7 @@ from runtime.engine.engine_dir import EngineDir
 
 
 @contextmanager
-def loading_on(device: torch.device, engine: EngineDir) -> Iterator[None]:
+def loading_on(device: torch.device, engine: EngineDir, doing: str = "loading") -> Iterator[None]:
     """The plan counts what is free at the start; another program may take of it meanwhile. And
     Triton builds what starts its kernels with the machine's compiler, unless its cache has it."""
     try:
@@ -21,7 +21,7 @@ def loading_on(device: torch.device, engine: EngineDir) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise UserError(
-            f"{engine.directory} ran out of memory on {device} while loading, {free / 1e9:.1f} of "
+            f"{engine.directory} ran out of memory on {device} while {doing}, {free / 1e9:.1f} of "
             f"{total / 1e9:.1f} GB are free; end other programs there, build it with a smaller "
             "--max_seq_len or --max_num_tokens, or convert with --tp_size 2"
         ) from error

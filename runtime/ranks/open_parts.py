@@ -81,11 +81,16 @@ def open_parts_of_group(
     options: DecoderOptions | None = None,
 ) -> tuple[VisionExecutor, TorchDecoderExecutor]:
     """Collective. On a worker they are what `group.follow` runs."""
-    own = group.job.agree(lambda: create_vision_executor(engine, device))
-    vision = ParallelVisionExecutor(own, group, engine.tiling.image_size)
     options = options or DecoderOptions()
+    answers_once = options.num_answers is not None
+    own = group.job.agree(
+        lambda: create_vision_executor(engine, device, use_graphs=not answers_once)
+    )
+    vision = ParallelVisionExecutor(own, group, engine.tiling.image_size)
     cache_fraction = options.kv_cache_free_gpu_memory_fraction
-    model = open_parallel_model(engine, device, group, cache_fraction=cache_fraction)
+    model = open_parallel_model(
+        engine, device, group, cache_fraction=cache_fraction, answers_once=answers_once
+    )
     decoder = TorchDecoderExecutor.over(engine, model)
     if group.rank == 0:  # the workers run the steps that are measured once they follow
         with loading_on(device, engine):

@@ -29,6 +29,7 @@ def open_parallel_model(
     use_graphs: bool = True,
     use_peer_memory: bool = True,
     cache_fraction: float | None = None,
+    answers_once: bool = False,
 ) -> OpenedModel:
     """Collective. As `open_model`, on ranks; the leader's model leads the others' from then on."""
     job = group.job
@@ -61,7 +62,7 @@ def open_parallel_model(
             )
         )
     with startup.phase("decoder kernels and graphs"), loading_on(device, engine):
-        own.warm_up(engine.limits.max_num_tokens, use_graphs=use_graphs)
+        own.warm_up(engine.limits.max_num_tokens, use_graphs=use_graphs, answers_once=answers_once)
     vocab_size = engine.checkpoint_config.decoder.vocab_size
     return OpenedModel(parallel_model(own, group, vocab_size, memory), num_blocks)
 

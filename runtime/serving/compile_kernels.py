@@ -23,6 +23,7 @@ from nvlm.program.command_line import ArgumentParser, run
 from nvlm.program.errors import UserError
 from nvlm.program.launcher import end, rank_from
 from runtime.engine.kept_kernels import about_kernels, keep_kernels
+from runtime.engine.launchers import recording
 from runtime.serving.launch import Program, add_engine_flags, engine_options, launch
 from runtime.serving.rehearsal import rehearse
 from runtime.serving.runner import Runner
@@ -43,14 +44,14 @@ def lead(
             f"{device} has no kernels to compile, expected a Hopper GPU or later and Triton; "
             "compile them where the engine runs"
         )
-    with open_runner() as runner:
+    with recording() as types, open_runner() as runner:
         server = Server(runner)
         try:
             rehearse(server)
         finally:
             server.close()
     try:
-        number = keep_kernels(cache, arguments.engine_dir, about_kernels(device))
+        number = keep_kernels(cache, arguments.engine_dir, about_kernels(device), types)
     except OSError as error:
         raise UserError(
             f"{error.filename or arguments.engine_dir} cannot be written: {error.strerror}; "

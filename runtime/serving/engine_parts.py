@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from nvlm.program.errors import UserError
@@ -14,13 +16,28 @@ _SLICE_SHARE = 1 / 3
 takes 20 of 31 ms on an H200. Decision 147 (docs/decisions/serving.md)."""
 
 
+def for_answers(engine: EngineDir, device: torch.device, num_answers: int | None) -> EngineDir:
+    """The engine with no room for more answers at once, where they are all on a GPU: less is made
+    at load, and no bit of them is another."""
+    limits = engine.limits
+    if num_answers is None or engine.decoder_target != "torch" or device.type != "cuda":
+        return engine
+    most = min(num_answers, limits.max_batch_size)
+    return replace(engine, limits=replace(limits, max_batch_size=most))
+
+
 def open_parts(
     engine: EngineDir, device: torch.device, options: DecoderOptions | None = None
 ) -> tuple[VisionExecutor, DecoderExecutor]:
     """Vision first: the decoder's KV cache takes its share of what is then free."""
     if engine.decoder_target == "torch":
         _require_current(device)
-    vision = create_vision_executor(engine, device, vision_slice_ms(engine, device, options))
+    vision = create_vision_executor(
+        engine,
+        device,
+        vision_slice_ms(engine, device, options),
+        use_graphs=options is None or options.num_answers is None,
+    )
     return vision, create_decoder_executor(engine, device, options)
 
 

@@ -26,6 +26,7 @@ from runtime.decoder.executor import SERVICE_STEP_MS, DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.libraries import set_up_libraries
 from runtime.engine.mapped_files import MappedFiles
+from runtime.serving.engine_parts import for_answers
 from runtime.serving.runner import Runner
 
 Lead = Callable[[torch.device, Callable[[], Runner]], int]
@@ -97,10 +98,15 @@ def add_step_flag(add: Add, *, is_service: bool) -> None:
     )
 
 
-def engine_options(arguments: Namespace, *, gather_logits: bool = False) -> DecoderOptions:
-    """What `add_engine_flags` read."""
+def engine_options(
+    arguments: Namespace, *, gather_logits: bool = False, num_answers: int | None = None
+) -> DecoderOptions:
+    """What `add_engine_flags` read, and what the program will ask for."""
     return DecoderOptions(
-        arguments.kv_cache_free_gpu_memory_fraction, gather_logits, arguments.max_step_ms
+        arguments.kv_cache_free_gpu_memory_fraction,
+        gather_logits,
+        arguments.max_step_ms,
+        num_answers,
     )
 
 
@@ -134,6 +140,7 @@ def _launch_rank(
 
         def read_engine() -> EngineDir:
             engine = open_engine_on_ranks(program.engine_dir, device, job)
+            engine = for_answers(engine, device, program.options.num_answers)
             set_up_libraries(engine, device, environment)
             return engine
 

@@ -22,7 +22,7 @@ from runtime.engine.mapped_files import EngineChangedError, MappedFiles
 from runtime.engine.open_engine import open_engine
 from runtime.requests.messages import GivenImage
 from runtime.requests.types import Answer, GenerationRequest, GenerationResult
-from runtime.serving.engine_parts import open_parts
+from runtime.serving.engine_parts import for_answers, open_parts
 from runtime.serving.shared_loop import SharedLoop
 from runtime.serving.stages import Stages
 from runtime.vision.executor import VisionExecutor
@@ -75,6 +75,7 @@ class Runner(Stages):
         device = _device(device)
         with startup.phase("the engine's files"):
             engine = open_engine(Path(engine_dir), device)
+            engine = for_answers(engine, device, None if options is None else options.num_answers)
         if environment is not None:
             set_up_libraries(engine, device, environment)
         mapped = MappedFiles.of(engine, device)

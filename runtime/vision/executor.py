@@ -30,12 +30,13 @@ class VisionExecutor(Protocol):
 
 
 def create_vision_executor(
-    engine: EngineDir, device: torch.device, slice_ms: float = 0.0
+    engine: EngineDir, device: torch.device, slice_ms: float = 0.0, *, use_graphs: bool = True
 ) -> VisionExecutor:
     """The executor the engine was built for; heavy imports happen in the chosen branch only.
 
     slice_ms: on a GPU, `encode` waits after each slice of at most so many milliseconds, so that
-    what other threads launch comes between; 0 is no slices. On a CPU there are none."""
+    what other threads launch comes between; 0 is no slices. On a CPU there are none. use_graphs:
+    of torch's, for every number of tiles; False suits who encodes once."""
     max_num_tiles = engine.tiling.max_tiles_per_image
     if engine.vision_executor == "onnxruntime":
         if importlib.util.find_spec("onnxruntime") is None:
@@ -57,7 +58,9 @@ def create_vision_executor(
             with startup.phase("vision weights"):
                 model = engine.vision_checkpoint.load(engine.vision_precision, device, widen=widen)
             with startup.phase("vision kernels and graphs"):
-                executor = TorchVisionExecutor(model, max_num_tiles, slice_ms=slice_ms)
+                executor = TorchVisionExecutor(
+                    model, max_num_tiles, use_graphs=use_graphs, slice_ms=slice_ms
+                )
                 executor.warm_up()
         return executor
     if engine.vision_executor in PACKAGES:

@@ -275,11 +275,24 @@ def test_prompts_of_other_lengths_and_seeds_share_no_beginning() -> None:
 def test_loading_is_measured_from_a_file_beside_the_disk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load.main(["--shape", "tiny", "--layers", "1", "--folder", str(tmp_path)])
+    load.main(["--shape", "tiny", "--layers", "1", "--disk", "--folder", str(tmp_path)])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["bytes"] == (tmp_path / "llm" / "rank0.safetensors").stat().st_size
     assert found["share_of_disk"] > 0
-    assert found["ready_s"] > 0
+
+
+@pytest.mark.process
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_loading_and_a_start_are_measured_from_the_page_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load.main(["--shape", "tiny", "--layers", "1", "--folder", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(rate > 0 for rate in found["gb_per_s"].values())
+    assert {"load", "read, 1 thread", "pinned copy"} <= set(found["gb_per_s"])
+    for start in found["starts"].values():
+        assert 0 < start["without_load_s"] <= start["ready_s"]
+        assert {"python and imports", "decoder weights"} <= set(start["spent_s"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")

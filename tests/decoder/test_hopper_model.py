@@ -17,6 +17,7 @@ from runtime.decoder.models.hopper_model import HopperModel, batch_sizes
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.plain_model import PlainModel
 from runtime.decoder.models.step import DecoderModel, SequenceStep
+from runtime.decoder.models.step_graphs import StepGraphs, StepSize
 from runtime.decoder.models.torch_weights import load_weights, open_weights
 from runtime.engine.engine_dir import EngineDir
 from tests.conftest import Workshop
@@ -220,6 +221,20 @@ def test_warming_up_leaves_nothing_to_compile(
     models[1].warm_up(100)
     rows = {len(tensors[0]) for name, tensors in calls if name == "gate_up_swiglu"}
     assert rows == {100, 16, 2}
+
+
+def test_one_request_is_given_the_graphs_of_its_answers_alone(
+    models: tuple[DecoderModel, HopperModel],
+    calls: list[tuple[str, list[torch.Tensor]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its prompt is computed once, and runs the same kernels without a graph."""
+    captured: list[StepSize] = []
+    monkeypatch.setattr(StepGraphs, "capture", lambda _, size, run: captured.append(size))
+    models[1].warm_up(100, use_graphs=True, answers_once=True)
+    assert captured == [size for size in models[1].graph_sizes() if size.num_chunk_rows == 0]
+    assert len(captured) < len(models[1].graph_sizes())
+    assert not calls
 
 
 def test_warming_up_takes_a_step_of_every_prompt_that_fits(

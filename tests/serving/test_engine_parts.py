@@ -12,7 +12,7 @@ import torch
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine.engine_dir import EngineDir
 from runtime.serving import engine_parts
-from runtime.serving.engine_parts import open_parts, vision_slice_ms
+from runtime.serving.engine_parts import for_answers, open_parts, vision_slice_ms
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -43,7 +43,25 @@ def test_vision_is_opened_with_its_slices(
     engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, opened = EngineDir.read(engine_dir), list[Any]()
-    monkeypatch.setattr(engine_parts, "create_vision_executor", lambda *given: opened.append(given))
+
+    def create(*given: Any, use_graphs: bool) -> None:
+        opened.append((*given, use_graphs))
+
+    monkeypatch.setattr(engine_parts, "create_vision_executor", create)
     open_parts(engine, CPU, DecoderOptions(max_step_ms=6.0))[1].close()
     open_parts(engine, CPU)[1].close()
     assert [given[2] for given in opened] == [2.0, 0.0]
+    open_parts(engine, CPU, DecoderOptions(num_answers=1))[1].close()
+    assert [given[3] for given in opened] == [True, True, False]
+
+
+def test_one_requests_answers_leave_no_room_for_others_on_a_gpu(engine_dir: Path) -> None:
+    engine = EngineDir.read(engine_dir)
+    most = engine.limits.max_batch_size
+    assert most > 1
+    assert for_answers(engine, CUDA, 1).limits == replace(engine.limits, max_batch_size=1)
+    assert for_answers(engine, CUDA, most + 1).limits == engine.limits
+    assert for_answers(engine, CUDA, None) is engine
+    assert for_answers(engine, CPU, 1) is engine
+    other = replace(engine, decoder_target="tensorrt_llm")
+    assert for_answers(other, CUDA, 1) is other

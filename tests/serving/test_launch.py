@@ -60,6 +60,26 @@ def test_kernels_that_an_engine_keeps_are_copied_where_torch_has_kernels(
     assert copied == [(tmp_path, tmp_path / "cache")]
 
 
+def test_what_launches_new_kernels_is_compiled_beside(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[list[tuple[str, ...]]] = []
+    num_new = 0
+    monkeypatch.setattr(hopper, "has_kernels", lambda device: device.type == "cuda")
+    monkeypatch.setattr(libraries, "about_kernels", lambda _: {})
+    monkeypatch.setattr(libraries, "kernel_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(libraries, "use_kernels", lambda *_: num_new)
+    monkeypatch.setattr(libraries, "compile_beside", compiled.append)
+    engine = replace(EngineDir.read(engine_dir), directory=tmp_path)
+    (tmp_path / layout.KERNELS).mkdir()
+    (tmp_path / layout.KERNELS / layout.KERNEL_TYPES).write_text('[["*fp32", "i32"]]')
+    environment_of(engine, CUDA)
+    assert compiled == []
+    num_new = 2
+    environment_of(engine, CUDA)
+    assert compiled == [[("*fp32", "i32")]]
+
+
 def test_nccl_is_set_up_for_ranks_of_torch(engine_dir: Path) -> None:
     engine = EngineDir.read(engine_dir)
     config = replace(engine.checkpoint_config, tp_size=2)

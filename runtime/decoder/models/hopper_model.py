@@ -142,12 +142,19 @@ class HopperModel:
         return DecodeAttention(self._attention, positions, slots, inputs.block_tables(num_rows))
 
     @torch.inference_mode()
-    def warm_up(self, max_num_tokens: int, *, use_graphs: bool = False) -> None:
+    def warm_up(
+        self, max_num_tokens: int, *, use_graphs: bool = False, answers_once: bool = False
+    ) -> None:
         """Once, on all ranks: captures a graph of every size, then launches a step full of prompts
         as long as they come, short ones, and chunks beside a row that decodes, so that neither
-        compiling nor running out of memory is left to a request."""
+        compiling nor running out of memory is left to a request.
+
+        answers_once: one request will come, whose prompt is computed once. Only steps in which all
+        decode are graphs then, and nothing else is tried."""
         if use_graphs:
-            self.capture_graphs()
+            self.capture_graphs(with_chunks=not answers_once)
+        if answers_once:
+            return
         longest = min(max_num_tokens, self._max_seq_len)
         rest = max_num_tokens % longest
         full = [longest] * (max_num_tokens // longest) + [rest] * (rest > 0)
@@ -183,10 +190,12 @@ class HopperModel:
         self._graphs.clear()
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
+    def capture_graphs(self, *, with_chunks: bool = True) -> None:
         """Captures a graph of every size, ranks' reductions included."""
         self._chunks.fill([])
         for size in self.graph_sizes():
+            if size.num_chunk_rows > 0 and not with_chunks:
+                continue
             self._inputs.fill([], size.num_decoding)
             if size.num_chunk_rows > 0:
                 self._graphs.capture(size, partial(self._mixed_rows, size))

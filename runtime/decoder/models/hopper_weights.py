@@ -1,7 +1,7 @@
 """A rank's tensors as the kernels of the fast path take them, on the device as they are stored.
 
-Gate and up lie in one weight: their scales are one by the numerics contract. Peak memory beyond
-the weights: one tensor.
+Gate and up lie in one weight: their scales are one by the numerics contract. All tensors are asked
+for at once and come while the rest is asked for. No GPU memory is needed beyond the weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.checkpoint_tensors import decoder_layer_tensors
 from nvlm.formats.safetensors_reader import TensorSource
+from nvlm.formats.tensor_copies import copies_of
 from nvlm.formats.tensor_names import ENGINE_LAYER
 from nvlm.model.decoder import SHARED_SCALE_LINEARS
 from nvlm.model.number_formats import FP8
@@ -47,9 +48,7 @@ def load_hopper_weights(
 ) -> HopperWeights:
     """Loads an FP8 checkpoint."""
     infos, eps = decoder_layer_tensors(config), config.decoder.rms_norm_eps
-
-    def read(name: str) -> torch.Tensor:
-        return source.read(name).to(device)
+    copies = copies_of(source, device)
 
     def linear(prefix: str, names: tuple[str, ...]) -> Fp8Linear:
         """`names` one after another in one weight, with one scale."""
@@ -58,7 +57,7 @@ def load_hopper_weights(
         dtype = infos[f"{names[0]}.weight"].dtype
         weight = torch.empty(sum(rows), columns, dtype=dtype, device=device)
         for name, part in zip(names, weight.split(rows), strict=True):
-            part.copy_(source.read(f"{prefix}{name}.weight"))
+            copies.read_into(f"{prefix}{name}.weight", part)
         scales, *others = (FP8.read_scales(source.read, prefix + name) for name in names)
         assert scales is not None
         assert all(each == scales for each in others), f"{prefix}{names} share their scales"
@@ -68,25 +67,26 @@ def load_hopper_weights(
             weight,
             activation_scale.to(device),
             (activation_scale * weight_scale).to(device),
-            read(prefix + bias) if bias in infos else None,
+            copies.read(prefix + bias) if bias in infos else None,
         )
 
     def layer(i: int) -> HopperLayer:
         prefix = ENGINE_LAYER.format(i=i)
         return HopperLayer(
-            Norm(read(f"{prefix}input_layernorm.weight"), eps),
+            Norm(copies.read(f"{prefix}input_layernorm.weight"), eps),
             linear(prefix, ("attention.qkv",)),
             linear(prefix, ("attention.dense",)),
-            Norm(read(f"{prefix}post_layernorm.weight"), eps),
+            Norm(copies.read(f"{prefix}post_layernorm.weight"), eps),
             linear(prefix, SHARED_SCALE_LINEARS),
             linear(prefix, ("mlp.proj",)),
             read_scales(source, config, i),
         )
 
     num_layers = config.decoder.num_hidden_layers
-    return HopperWeights(
-        embedding=read("transformer.vocab_embedding.weight"),
-        layers=[layer(i) for i in range(num_layers)],
-        final_norm=Norm(read("transformer.ln_f.weight"), eps),
-        lm_head=read("lm_head.weight"),
-    )
+    with copies:
+        return HopperWeights(
+            embedding=copies.read("transformer.vocab_embedding.weight"),
+            layers=[layer(i) for i in range(num_layers)],
+            final_norm=Norm(copies.read("transformer.ln_f.weight"), eps),
+            lm_head=copies.read("lm_head.weight"),
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,6 @@ from runtime.decoder.models.hopper_model import HopperModel
 from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.kv_blocks import count_blocks
 from runtime.decoder.models.plain_model import PlainModel
-from runtime.decoder.models.read_ahead import reading_ahead
 from runtime.decoder.models.step import DecoderModel
 from runtime.decoder.models.torch_weights import load_weights, open_weights
 from runtime.engine.engine_dir import EngineDir
@@ -39,15 +37,18 @@ def open_model(
     *,
     use_graphs: bool = True,
     cache_fraction: float | None = None,
+    answers_once: bool = False,
 ) -> OpenedModel:
     """The model of an engine of one rank (of several: runtime/ranks). source: of the weights, by
     default the engine's file. use_graphs: on the fast path. cache_fraction: as in
-    `count_blocks`."""
+    `count_blocks`. answers_once: as in `HopperModel.warm_up`."""
     num_blocks = count_blocks(engine, device, cache_fraction=cache_fraction)
     with startup.phase("decoder weights"):
         model = load_model(engine, device, num_blocks, source)
     with startup.phase("decoder kernels and graphs"), loading_on(device, engine):
-        model.warm_up(engine.limits.max_num_tokens, use_graphs=use_graphs)
+        model.warm_up(
+            engine.limits.max_num_tokens, use_graphs=use_graphs, answers_once=answers_once
+        )
     return OpenedModel(model, num_blocks)
 
 
@@ -100,10 +101,8 @@ def _load_hopper_model(
     all_reduce_norm: AllReduceNorm | None,
 ) -> HopperModel:
     config, limits = engine.checkpoint_config, engine.limits
-    directory = engine.directory / layout.LLM
-    ahead = nullcontext() if source else reading_ahead(directory / layout.rank_file(rank))
-    source = source or open_weights(directory, config, rank)
-    with loading_on(device, engine), ahead:
+    source = source or open_weights(engine.directory / layout.LLM, config, rank)
+    with loading_on(device, engine):
         weights = load_hopper_weights(source, config, device)
         return HopperModel(
             config,

@@ -31,7 +31,9 @@ class PlainModel:
         self._device = device
         self._cache = PagedKVCache(config, num_blocks, weights.kv_scales, device)
 
-    def warm_up(self, max_num_tokens: int, *, use_graphs: bool = False) -> None:
+    def warm_up(
+        self, max_num_tokens: int, *, use_graphs: bool = False, answers_once: bool = False
+    ) -> None:
         """Nothing is compiled or captured."""
 
     def warm_up_thread(self, max_num_tokens: int) -> None:
