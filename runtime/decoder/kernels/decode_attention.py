@@ -21,7 +21,7 @@ from nvlm.model.number_formats.fp8 import E4M3
 from runtime.decoder.kernels.operands import KVPages, TokenRows
 from runtime.decoder.kernels.workspace import Workspace
 from runtime.kernels.dependent_launch import dependent, wait_for_previous
-from runtime.kernels.quantization import quantize, scale_at
+from runtime.kernels.quantization import quantize, quantized, scale_at
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
 _MIN_COLUMNS = 8  # least columns of a tensor-core product
@@ -119,18 +119,21 @@ def _decode_attention(
     turned_key = tl.load(key_head + other, channel_mask, other=0.0).to(tl.float32)
     key = (key.to(tl.float32) * c + turned_key * s).to(key.dtype)
     value = tl.load(key_head + KV_HEADS * HEAD_DIM + channel, channel_mask, other=0.0)
-    new_k = quantize(key.to(tl.float32), k_unit) if is_fp8 else key
-    new_v = quantize(value.to(tl.float32), v_unit) if is_fp8 else value
+    new_k, new_v = key, value
+    exact_k, exact_v = key.to(tl.float32), value.to(tl.float32)
+    if is_fp8:
+        new_k, new_v = quantize(exact_k, k_unit), quantize(exact_v, v_unit)
+        exact_k, exact_v = quantized(exact_k, k_unit, ON_GPU), quantized(exact_v, v_unit, ON_GPU)
     is_first = split == 0
     slot = tl.load(slots + request)
     place = ((slot // TOKENS * KV_HEADS + kv_head) * TOKENS + slot % TOKENS) * HEAD_DIM + channel
     tl.store(k_cache + place, new_k, channel_mask & is_first)
     tl.store(v_cache + place, new_v, channel_mask & is_first)
-    score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * exponent_scale
+    score = tl.sum(queries.to(tl.float32) * exact_k[None, :], 1) * exponent_scale
     largest = tl.where(is_first, score, float("-inf"))
     total = tl.where(is_first, 1.0, tl.zeros((BLOCK_ROWS,), tl.float32))
     acc = tl.zeros((BLOCK_DIM, BLOCK_ROWS), tl.float32)
-    acc = tl.where(is_first, acc + new_v.to(tl.float32)[:, None], acc)
+    acc = tl.where(is_first, acc + exact_v[:, None], acc)
 
     turned_queries = tl.trans(queries)
     num_steps = tl.cdiv(num_before, BLOCK_TOKENS)
