@@ -44,6 +44,10 @@ POINTERS = {
 }
 ALIGNED = ("size", "K", "num_columns")
 
+def split_pairs(ptx):
+    pairs = re.findall("cvt[.a-z0-9]*e4m3x2[.]f32 *(%rs[0-9]+)", ptx)
+    return sum(bool(re.search("shr[.]u16[^;]*" + pair + ", 8;", ptx)) for pair in pairs)
+
 def loops(ptx):
     for label in re.finditer("^([$]L[_a-zA-Z0-9]+):", ptx, re.M):
         back = re.search("bra[^;]*" + re.escape(label[1]) + ";", ptx[label.end():])
@@ -68,8 +72,7 @@ def compile_(function, constants, types={}, **options):
             "cp_async": ptx.count("cp.async.cg"),
             "one_by_one": sum(body.count("ld.shared.b8") + body.count("mov.b16")
                               for body in loops(ptx)),
-            "split_pairs": sum(bool(re.search("shr[.]u16[^;]*" + pair + ", 8;", ptx))
-                               for pair in re.findall("cvt[a-z.0-9]*e4m3x2[.]f32 *(%rs[0-9]+)", ptx)),
+            "split_pairs": split_pairs(ptx),
             "waits": ptx.count("griddepcontrol.wait"),
             "global_bytes": len(re.findall(r"(?:ld|st)[.a-z]*[.]global[.a-z0-9]*[.]b8", ptx)),
             "cubin_bytes": len(kernel.asm["cubin"])}
@@ -131,8 +134,8 @@ for splits, batch_size, name in ((16, 1, ""), (2, 64, ""), (16, 1, " bf16"), (2,
     step = decode_attention.step_for(batch_size, dtype)
     found[f"decode_attention {batch_size}{name}"] = compile_(decode_attention._decode_attention,
         {"KV_HEADS": 8, "GROUP": 8, "HEAD_DIM": 128, "TOKENS": 32, "QUANTIZE": True,
-         "NUM_SPLITS": splits, "BLOCK_ROWS": 8, "BLOCK_DIM": 128, "ON_GPU": True,
-         "BLOCK_TOKENS": step.num_tokens, **(no_scales if name else {})},
+         "NUM_SPLITS": splits, "BLOCK_ROWS": 16, "BLOCK_DIM": 128, "ON_GPU": True,
+         "BLOCK_TOKENS": step.num_tokens, "GROUP_ROWS": 8, **(no_scales if name else {})},
         types, num_warps=step.num_warps, num_stages=step.num_stages)
     found[f"chunk_attention{name}"] = compile_(chunk_attention._chunk_attention,
         {"KV_HEADS": 8, "GROUP": 8, "HEAD_DIM": 128, "TOKENS": 32, "QUANTIZE": True,
