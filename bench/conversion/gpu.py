@@ -5,9 +5,10 @@
 `folder` keeps the random model (19 GB at 6 layers) and must be a disk: the mapped files of a tmpfs
 count as the converter's own memory. `output_folder` (default: the same) takes the checkpoint for as
 long as it is looked at. Each depth is converted with calibration, then with its scales at hand
-(--calib_cache): what a layer takes less is the cost of calibrating it. Where a layer's time goes is
-that of the deepest model. A linear of its last layer is compared with float64. FILE is written anew
-after every step; the last line is JSON.
+(--calib_cache): what a layer takes less is the cost of calibrating it. A layer's time and its parts
+are means of the deepest model's layers, timed in the converter: a program's start varies by more
+than a layer takes. A linear of its last layer is compared with float64. FILE is written anew after
+every step; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
     systems = {"model": file_system_of(folder), "output": file_system_of(output.parent)}
     if systems["model"] in ("tmpfs", "ramfs"):
         sys.exit(f"--folder {folder} is a {systems['model']}, whose mapped files count as memory")
-    few, many = min(arguments.depths), max(arguments.depths)
+    many = max(arguments.depths)
     start = time.perf_counter()
     models = make_models(folder, tuple(arguments.depths), arguments.preset, device.type)
     result: dict[str, Any] = {
@@ -223,13 +224,11 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
                     result["against_float64"] = compare_linear(model, output, many - 1, device)
             shutil.rmtree(output)
             yield result
-    if many > few:
-        streaming, whole = (
-            (result[key][str(many)] - result[key][str(few)]) / (many - few)
-            for key in ("seconds_with_scales_at_hand", "seconds")
-        )
-        result["seconds_per_decoder_layer"] = whole
-        result["calibration_seconds_per_decoder_layer"] = whole - streaming
+    whole, streaming = (
+        sum(parts.values()) for parts in result["seconds_of_a_decoder_layer"].values()
+    )
+    result["seconds_per_decoder_layer"] = whole
+    result["calibration_seconds_per_decoder_layer"] = whole - streaming
     yield result
 
 
