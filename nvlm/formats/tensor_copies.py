@@ -19,6 +19,7 @@ import torch
 
 from nvlm.formats.safetensors_reader import SafetensorsReader, TensorSource
 from nvlm.program.errors import UserError
+from nvlm.program.own_stream import own_stream
 
 PIECE_BYTES = 8 << 20
 MAX_THREADS = 8
@@ -130,8 +131,9 @@ class FileCopies:
             self._pieces.put(_Piece(offset, part, is_free))
             offset += len(part)
             if len(self._threads) < self._num_threads:
-                self._threads.append(threading.Thread(target=self._work, name="nvlm-copies"))
-                self._threads[-1].start()
+                thread = threading.Thread(target=self._work, name="nvlm-copies")
+                thread.start()  # before it is listed: one that cannot start is not waited for
+                self._threads.append(thread)
 
     def wait(self) -> None:
         self._pieces.join()
@@ -153,8 +155,7 @@ class FileCopies:
                 self.wait()
         finally:
             self._is_over = True
-            for _ in self._threads:
-                self._pieces.put(None)
+            self._pieces.put(None)
             for thread in self._threads:
                 thread.join()
             assert self._fd is not None, "it was entered"
@@ -172,6 +173,7 @@ class FileCopies:
                 self._finish(busy.popleft(), buffers)
                 continue
             if piece is None:
+                self._pieces.put(None)  # for the other threads, also one that is not listed
                 break
             try:
                 if len(busy) == _BUFFERS_PER_THREAD:
@@ -180,7 +182,7 @@ class FileCopies:
                     self._pieces.task_done()
                     continue
                 if stream is None and piece.target.is_cuda:
-                    stream = torch.cuda.Stream(piece.target.device)
+                    stream = own_stream(piece.target.device)
                 buffer = buffers.popleft() if buffers else _Buffer(self._piece_bytes, stream)
                 self._fill(buffer, piece)
                 buffer.copy_to(piece)

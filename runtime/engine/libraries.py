@@ -12,6 +12,7 @@ import torch
 from nvlm.formats import layout
 from nvlm.planning import hopper
 from nvlm.program import startup
+from nvlm.program.own_stream import own_stream
 from nvlm.program.process import set_up_cublas, set_up_nccl
 from runtime.engine.engine_dir import EngineDir
 from runtime.engine.kept_kernels import about_kernels, kernel_cache, use_kernels
@@ -56,7 +57,7 @@ def load_cudnn_beside(device: torch.device) -> None:
 
     def load() -> None:
         try:
-            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(index)):
+            with torch.inference_mode(), torch.cuda.stream(own_stream(index)):
                 q = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=f"cuda:{index}")
                 torch.ops.aten._scaled_dot_product_cudnn_attention(
                     q, q, q, attn_bias=None, compute_log_sumexp=False, is_causal=True

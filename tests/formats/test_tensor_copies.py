@@ -5,6 +5,8 @@ onto a GPU."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -16,8 +18,26 @@ from nvlm.formats import tensor_copies
 from nvlm.formats.safetensors_reader import SafetensorsReader
 from nvlm.formats.tensor_copies import DirectCopies, FileCopies, copies_of
 from nvlm.program.errors import UserError
+from tests.support.command import ROOT
 
 CPU = torch.device("cpu")
+
+# As rank 1 of a machine loads. Prints whether GPU 0 has a context of this process.
+_RANK_1 = """
+import sys
+from pathlib import Path
+import torch
+from nvlm.formats.safetensors_reader import SafetensorsReader
+from nvlm.formats.tensor_copies import FileCopies
+
+device = torch.device("cuda", 1)
+torch.cuda.set_device(device)
+reader = SafetensorsReader(Path(sys.argv[1]))
+with FileCopies(reader, device, piece_bytes=4096) as copies:
+    found = copies.read("wide")
+assert torch.equal(found.cpu(), reader.read("wide"))
+print(torch._C._cuda_hasPrimaryContext(0))
+"""
 
 
 @pytest.fixture
@@ -107,6 +127,63 @@ def test_an_error_inside_ends_the_threads(path: Path) -> None:
         copies.read("wide")
         raise RuntimeError("inside")
     assert threading.active_count() == before
+
+
+def test_a_thread_that_cannot_start_is_the_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container with few processes."""
+    reader, before = SafetensorsReader(path), threading.active_count()
+    start, num_started = threading.Thread.start, 0
+
+    def limited(thread: threading.Thread) -> None:
+        nonlocal num_started
+        num_started += 1
+        if num_started == 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with (
+        pytest.raises(RuntimeError, match="can't start new thread"),
+        FileCopies(reader, CPU, num_threads=4, piece_bytes=64) as copies,
+    ):
+        copies.read("wide")
+    assert threading.active_count() == before
+
+
+def test_a_thread_ends_where_control_c_comes_between_its_start_and_the_next_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, before = SafetensorsReader(path), threading.active_count()
+    start, started = threading.Thread.start, list[threading.Thread]()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        started.append(thread)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        FileCopies(reader, CPU, num_threads=4, piece_bytes=64) as copies,
+    ):
+        copies.read("wide")
+    for thread in started:
+        thread.join(10)
+    assert threading.active_count() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.process
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_ranks_threads_leave_no_context_on_gpu_0(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _RANK_1, path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
 
 
 def test_a_cpu_maps_a_file(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from nvlm.program.errors import UserError
 from runtime.decoder.executor import DecoderOptions
 from runtime.engine import libraries
 from runtime.engine.engine_dir import EngineDir
-from runtime.engine.libraries import set_up_libraries
+from runtime.engine.libraries import load_cudnn_beside, set_up_libraries
 from runtime.serving.launch import Program, launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -78,6 +79,23 @@ def test_what_launches_new_kernels_is_compiled_beside(
     num_new = 2
     environment_of(engine, CUDA)
     assert compiled == [[("*fp32", "i32")]]
+
+
+def test_a_thread_beside_is_on_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would begin on GPU 0, and leave a context there."""
+    chosen: list[int] = []
+
+    def fail() -> None:
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "Stream", fail)
+    load_cudnn_beside(torch.device("cuda", 1))
+    for thread in threading.enumerate():
+        if thread.name == "nvlm-cudnn":
+            thread.join()
+    assert chosen == [1]
 
 
 def test_nccl_is_set_up_for_ranks_of_torch(engine_dir: Path) -> None:
