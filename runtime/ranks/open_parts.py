@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def work(engine: EngineDir, device: torch.device, job: Job, options: DecoderOpti
         group = ProcessGroup(job, device)
         open_parts_of_group(engine, device, group, options)
         job.phase("waiting for work")
-        group.follow()
+        answers_once = options.num_answers is not None  # no step was tried at load
+        with loading_on(device, engine, "answering") if answers_once else nullcontext():
+            group.follow()
         return
     _, decoder = open_parts_on_ranks(engine, device, job, options)
     assert isinstance(decoder, TensorrtLlmDecoderExecutor)
