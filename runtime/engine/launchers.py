@@ -98,9 +98,9 @@ def _compile_all(kernels: list[Types]) -> None:
             driver.make_launcher({}, dict(enumerate(types)), None): _LAUNCHER for types in kernels
         }
         utilities = Path(driver.dirname, "driver.c").read_text()
+        num_new = int(_compile(utilities, _UTILITIES))  # alone: a compiler that fails says so once
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "nvlm-launchers") as pool:
-            compiled = pool.map(_compile, (utilities, *sources), (_UTILITIES, *sources.values()))
-            num_new = sum(compiled)
+            num_new += sum(pool.map(_compile, sources, sources.values()))
         logger.debug("%d modules that launch kernels were compiled", num_new)
     except Exception as error:
         logger.debug("what launches kernels is compiled where it is needed: %r", error)

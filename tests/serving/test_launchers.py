@@ -54,6 +54,18 @@ utilities = Path(driver.dirname, "driver.c").read_text()
 print(build.compile_module_from_src(utilities, "cuda_utils", **places))
 """
 
+# A machine without Python's headers.
+_WITHOUT_HEADERS = """
+import sysconfig
+from triton.backends.nvidia import driver
+from runtime.engine.launchers import compile_beside
+
+driver.library_dirs, driver.libraries = lambda: [], []
+paths = sysconfig.get_paths()
+sysconfig.get_paths = lambda **_: paths | {"include": "/nowhere"}
+compile_beside([("*fp32",) * number for number in range(8)]).join()
+"""
+
 
 @pytest.mark.process
 def test_triton_finds_what_was_compiled_beside(tmp_path: Path) -> None:
@@ -77,6 +89,22 @@ def test_triton_finds_what_was_compiled_beside(tmp_path: Path) -> None:
     paths = [Path(line) for line in done.stdout.split()]
     assert [path.name.partition(".")[0] for path in paths] == ["__triton_launcher", "cuda_utils"]
     assert all(cache in path.parents for path in paths)
+
+
+@pytest.mark.process
+def test_a_compiler_that_fails_says_so_once(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    if shutil.which("gcc") is None and shutil.which("clang") is None:
+        pytest.skip("needs a C compiler")
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_HEADERS],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("#include <Python.h>") == 1
 
 
 @pytest.mark.parametrize(
