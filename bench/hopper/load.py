@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,8 @@ from runtime.decoder.models.hopper_weights import load_hopper_weights
 from runtime.decoder.models.torch_weights import open_weights
 from runtime.decoder.torch_executor import TorchDecoderExecutor
 from runtime.engine.engine_dir import EngineDir
-from runtime.engine.kept_kernels import about_kernels, keep_kernels
+from runtime.engine.kept_kernels import about_kernels, keep_kernels, kernel_cache
+from runtime.engine.launchers import Types, recording
 from runtime.engine.libraries import set_up_libraries
 
 ROOT = Path(__file__).parents[2]
@@ -156,16 +158,21 @@ def measure_load(
     return found
 
 
-def open_as_a_server(engine: EngineDir, device: torch.device) -> None:
-    """In a process of its own: prints its age, and its log what it spent."""
+def open_as_a_server(engine: EngineDir, device: torch.device, *, keeps: bool) -> None:
+    """In a process of its own: prints its age, and its log what it spent. keeps: the kernels that
+    it compiled, in the engine."""
     set_up_log(0)
     startup.show()
     startup.took("python and imports", startup.process_age_s())
     set_up_libraries(engine, device, os.environ)
-    decoder = TorchDecoderExecutor.load(engine, device, DecoderOptions(max_step_ms=None))
-    decoder.warm_up()
+    recorded: AbstractContextManager[list[Types]] = recording() if keeps else nullcontext([])
+    with recorded as types:
+        decoder = TorchDecoderExecutor.load(engine, device, DecoderOptions(max_step_ms=None))
+        decoder.warm_up()
     print(startup.process_age_s())
     decoder.close()
+    if keeps:
+        keep_kernels(kernel_cache(), engine.directory, about_kernels(device), types)
 
 
 def start(cache: Path, flags: list[str]) -> dict[str, Any]:
@@ -189,9 +196,8 @@ def measure_starts(
     with TemporaryDirectory() as folder:
         cache, empty = Path(folder) / "cache", Path(folder) / "empty"
         cache.mkdir()
-        found["kernels compiled anew"] = start(cache, flags)
-        if hopper.has_kernels(device):
-            keep_kernels(cache, engine.directory, about_kernels(device))
+        keeping = ["--keeps"] if hopper.has_kernels(device) else []
+        found["kernels compiled anew"] = start(cache, flags + keeping)
         found["kernels kept, Triton's cache empty"] = start(empty, flags)
         found["kernels in Triton's cache"] = start(empty, flags)
     for name, each in found.items():
@@ -211,12 +217,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--disk", action="store_true", help="drop the page cache, start nothing")
     parser.add_argument("--opens", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--keeps", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     set_up_cublas(os.environ)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = engine_in(options.folder.resolve(), options.shape, options.layers)
     if options.opens:
-        open_as_a_server(engine, device)
+        open_as_a_server(engine, device, keeps=options.keeps)
         return
     path = write_weights(engine, device)
     size = path.stat().st_size

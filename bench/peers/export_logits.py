@@ -247,7 +247,8 @@ def measure(
     known: dict[Reader, torch.Tensor] = {}
     for name in (MAKE, *READERS):
         start = time.perf_counter()
-        arguments = ["-m", "bench.peers.export_logits", "--only", name, "--folder", str(folder)]
+        arguments = ["-m", "bench.peers.export_logits", "--only", name]
+        arguments += ["--folder", str(folder.parent)]
         arguments += ["--model_folder", str(model_folder), "--layers", str(num_layers)]
         arguments += ["--preset", preset, "--device", device.type]
         error = run_alone(arguments, _SECONDS, _file(folder, name).with_suffix(".log"))
@@ -279,9 +280,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", choices=(MAKE, *READERS), help="one step, in this process")
     options = parser.parse_args(arguments)
-    folder, device = options.folder.absolute(), torch.device(options.device)
+    device = torch.device(options.device)
+    # Another depth is another checkpoint.
+    folder = options.folder.absolute() / f"{options.layers}_layers"
     folder.mkdir(parents=True, exist_ok=True)
-    model_folder = (options.model_folder or folder).absolute()
+    model_folder = (options.model_folder or options.folder).absolute()
     model_folder.mkdir(parents=True, exist_ok=True)
     if options.only == MAKE:
         depths = (options.layers,)

@@ -142,6 +142,17 @@ def test_logits_are_compared_with_ours_and_the_oracles(
     assert steps["ours, bfloat16 cache"]["from_oracle"]["error"] < without
 
 
+def test_each_depth_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another depth left there is not measured as this one's."""
+    made: list[Path] = []
+    monkeypatch.setattr(export_logits, "make_models", lambda *_: {})
+    monkeypatch.setattr(export_logits, "make", lambda _, folder, device: made.append(folder))
+    for layers in ("2", "4"):
+        flags = ["--folder", str(tmp_path), "--layers", layers, "--device", "cpu"]
+        export_logits.main([*flags, "--only", export_logits.MAKE])
+    assert made == [tmp_path / "2_layers", tmp_path / "4_layers"]
+
+
 def test_errors_are_those_of_all_but_a_rows_mean() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     same = export_logits.compared(logits[:2].log_softmax(-1), logits)
