@@ -59,7 +59,7 @@ def read_types(path: Path) -> list[Types]:
     """What `recording` found, as JSON. Empty where there is no such file, or another one."""
     try:
         lists = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     if not isinstance(lists, list) or not all(map(_are_types, lists)):
         return []

@@ -117,6 +117,7 @@ def test_a_compiler_that_fails_says_so_once(tmp_path: Path) -> None:
         "[[1]]",
         '[["i32); system(\\"x\\""]]',
         '[["tensordesc<fp16[8]>"]]',
+        pytest.param("[" * 100_000, id="deep"),
     ],
 )
 def test_anything_else_than_types_is_not_taken(tmp_path: Path, text: str) -> None:
