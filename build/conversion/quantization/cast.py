@@ -14,18 +14,25 @@ BLOCK_BYTES = 16 << 20
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` in `dtype`. Raises `UserError` naming it when a value is, or becomes, not finite."""
+    result, _ = _checked(name, tensor, dtype)
+    return result
+
+
+def _checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """As `cast`, with the largest magnitude, by which it is checked."""
     result = tensor.to(dtype)
-    if not math.isfinite(amax(result)):
+    largest = amax(result)
+    if not math.isfinite(largest):
         if torch.isfinite(tensor).all():
             wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
             raise UserError(f"{name} overflows {dtype}; use --dtype {wider}")
         raise UserError(f"{name} has NaN or infinite values; download the checkpoint again")
-    return result
+    return result, largest
 
 
 def cast_amax(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> float:
     """Largest magnitude of `cast`, which is checked on the way; a block in memory at a time."""
-    return max(amax(cast(name, block.to(device), dtype)) for block in row_blocks(tensor))
+    return max(_checked(name, block.to(device), dtype)[1] for block in row_blocks(tensor))
 
 
 def row_blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
