@@ -50,7 +50,7 @@ def fail_at(phase: str, rank: int, *, killed: bool) -> None:
 def run_ahead() -> None:
     """On the CPU, where neither Triton nor graphs are: says when graphs come and go."""
 
-    def capture(model: HopperModel) -> None:
+    def capture(model: HopperModel, *, with_chunks: bool = True) -> None:
         print("graphs are captured", file=sys.stderr)
 
     def close(model: HopperModel) -> None:
