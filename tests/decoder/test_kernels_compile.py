@@ -48,12 +48,6 @@ def split_pairs(ptx):
     pairs = re.findall("cvt[.a-z0-9]*e4m3x2[.]f32 *(%rs[0-9]+)", ptx)
     return sum(bool(re.search("shr[.]u16[^;]*" + pair + ", 8;", ptx)) for pair in pairs)
 
-def loops(ptx):
-    for label in re.finditer("^([$]L[_a-zA-Z0-9]+):", ptx, re.M):
-        back = re.search("bra[^;]*" + re.escape(label[1]) + ";", ptx[label.end():])
-        if back:
-            yield ptx[label.end():label.end() + back.start()]
-
 def compile_(function, constants, types={}, **options):
     signature = {}
     for name in function.arg_names:
@@ -69,9 +63,7 @@ def compile_(function, constants, types={}, **options):
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = kernel.asm["ptx"]
     return {"shared_bytes": kernel.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"),
-            "cp_async": ptx.count("cp.async.cg"),
-            "one_by_one": sum(body.count("ld.shared.b8") + body.count("mov.b16")
-                              for body in loops(ptx)),
+            "cp_async": ptx.count("cp.async.cg"), "bytes_one_by_one": ptx.count("ld.shared.b8"),
             "split_pairs": split_pairs(ptx),
             "waits": ptx.count("griddepcontrol.wait"),
             "global_bytes": len(re.findall(r"(?:ld|st)[.a-z]*[.]global[.a-z0-9]*[.]b8", ptx)),
@@ -129,7 +121,7 @@ found["rope_append bf16"] = compile_(rope._rope_append,
     | no_scales, bf16_cache)
 found["widen_pages bf16"] = compile_(widen_pages._widen_pages,
     {"KV_HEADS": 8, "TOKENS": 32, "HEAD_DIM": 128, "BLOCK_DIM": 128}, bf16_cache)
-for splits, batch_size, name in ((16, 1, ""), (2, 64, ""), (16, 1, " bf16"), (2, 64, " bf16")):
+for splits, batch_size, name in ((16, 1, ""), (1, 64, ""), (16, 1, " bf16"), (1, 64, " bf16")):
     types, dtype = (bf16_cache, torch.bfloat16) if name else ({}, torch.float8_e4m3fn)
     step = decode_attention.step_for(batch_size, dtype)
     found[f"decode_attention {batch_size}{name}"] = compile_(decode_attention._decode_attention,
@@ -163,17 +155,14 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     for name, kernel in found.items():
         assert kernel["cubin_bytes"] > 0, name
         assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, name
-        assert kernel["split_pairs"] == 0, (
-            f"{name}: ptxas 12.8 reads half a pair before it is there"
-        )
+        assert kernel["split_pairs"] == 0, f"{name}: ptxas 12.8 may read half a pair too early"
         is_of_a_step = "vision" not in name and not name.startswith(PROMPTS_ALONE)
         assert kernel["waits"] == is_of_a_step, f"{name}: programmatic dependent launch"
         if "_norm " in name:
             assert kernel["global_bytes"] == 0, f"{name} reads or writes its peers by bytes"
         if name.startswith("decode_attention"):
             assert kernel["cp_async"] > 0, f"{name} does not load ahead"
-            is_wide = name.endswith("bf16")  # has halves to take apart, no bytes
-            assert is_wide or kernel["one_by_one"] == 0, f"{name} gathers values by bytes"
+            assert kernel["bytes_one_by_one"] == 0, f"{name} gathers values by bytes"
         if name.startswith("chunk_attention"):
             assert kernel["wgmma"] > 0, f"{name} misses Hopper's tensor cores"
             assert kernel["cp_async"] > 0, f"{name} does not load ahead"
