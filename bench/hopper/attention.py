@@ -36,13 +36,13 @@ _GROUP, _HEAD_DIM = 8, 128
 def candidates(batch_size: int) -> list[Step]:
     """Some 30 ways; what `step_for` chooses is the first."""
     # One request leaves programs over whatever the crowd, more requests leave few to each.
-    divided = [(1, 8), (1, 16), (1, 32)] if batch_size == 1 else [(1, 16), (2, 16)]
-    ways = itertools.product((32, 64, 128), (1, 2, 4, 8), (2, 3, 6), divided)
+    divided = [(1, 8), (1, 16), (1, 32)] if batch_size == 1 else [(1, 16), (2, 16), (4, 16)]
+    ways = itertools.product((32, 64, 128), (1, 2, 4, 8), (1, 2, 3), divided)
     steps = [
         Step(tokens, warps, stages, crowd, splits)
         for tokens, warps, stages, (crowd, splits) in ways
         if 16 <= tokens // warps <= 32  # positions of a warp
-        and 128 <= tokens * stages <= 384
+        and tokens * stages <= 384
     ]
     chosen = step_for(batch_size)
     return [chosen, *(step for step in steps if step != chosen)]

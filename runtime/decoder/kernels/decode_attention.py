@@ -4,6 +4,8 @@ After Flash-Decoding (crfm.stanford.edu, 2023): a program takes one request, one
 its query heads, and one split of the positions before the newest. The first split begins with the
 newest position itself, whose key and value it rounds, appends and uses. The split that ends last
 merges them all, always in the same order, so the result does not depend on which that is.
+Products have positions or channels as rows and the group's queries as columns: tensor cores take 16
+rows at least, but 8 columns, so that nothing is computed for queries that are not there.
 FlashAttention: arXiv 2205.14135.
 """
 
@@ -19,10 +21,10 @@ from nvlm.model.number_formats.fp8 import E4M3
 from runtime.decoder.kernels.operands import KVPages, TokenRows
 from runtime.decoder.kernels.workspace import Workspace
 from runtime.kernels.dependent_launch import dependent, wait_for_previous
-from runtime.kernels.quantization import quantize, scale_at
+from runtime.kernels.quantization import quantize, quantized, scale_at
 from runtime.kernels.spare_rows import empty_with_spare_rows
 
-_MIN_ROWS = 16  # least rows of a tensor-core product
+_MIN_COLUMNS = 8  # least columns of a tensor-core product
 LOG2_E = 1.4426950408889634
 
 
@@ -36,17 +38,17 @@ class Step:
     num_tokens: int  # positions that it reads at once
     num_warps: int  # Triton's
     num_stages: int  # Triton's: loads in flight
-    crowd: int  # programs of attention in the place of one of `Workspace.num_programs`, at most 2
+    crowd: int  # programs of attention in the place of one of `Workspace.num_programs`, at most 4
     max_splits: int = 16  # pieces of a context, which one program merges
 
 
 def step_for(batch_size: int, cache: torch.dtype = E4M3) -> Step:
     """Few requests are a matter of latency, many of bytes in flight (measured on both GPUs). Keys
     and values of two bytes take as many bytes."""
-    step = Step(128, 4, 3, 1) if batch_size <= 8 else Step(32, 1, 6, 2)
+    step = Step(128, 4, 3, 1) if batch_size <= 8 else Step(32, 1, 3, 4)
     if cache.itemsize == 1:
         return step
-    return replace(step, num_tokens=64) if batch_size <= 8 else replace(step, num_stages=3)
+    return replace(step, num_tokens=64) if batch_size <= 8 else replace(step, num_stages=2)
 
 
 @triton.jit
@@ -62,15 +64,25 @@ def widened(values, ON_GPU: tl.constexpr):
     )  # fmt: skip
 
 
+@triton.jit
+def _blocks(table, step, token, num_before, TOKENS: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """The block of each position of a step, as a column; one number where all are in one block."""
+    if NUM_BLOCKS == 1:
+        block = tl.load(table + step)
+    else:
+        position = step * (NUM_BLOCKS * TOKENS) + token
+        block = tl.load(table + position // TOKENS, position < num_before, other=0)[:, None]
+    return block.to(tl.int64)
+
+
 # The stride is that of a step's widest table: it must not decide what is compiled.
 @triton.jit(do_not_specialize=["table_stride"])
 def _decode_attention(
     qkv, cos, sin, slots, k_cache, v_cache, block_tables, positions, k_scale, v_scale, scale,
     out, partial_sums, partial_stats, counters, exponent_scale, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
-    QUANTIZE: tl.constexpr, NUM_SPLITS: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    ON_GPU: tl.constexpr,
+    QUANTIZE: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, channel = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_DIM)
@@ -107,56 +119,65 @@ def _decode_attention(
     turned_key = tl.load(key_head + other, channel_mask, other=0.0).to(tl.float32)
     key = (key.to(tl.float32) * c + turned_key * s).to(key.dtype)
     value = tl.load(key_head + KV_HEADS * HEAD_DIM + channel, channel_mask, other=0.0)
-    new_k = quantize(key.to(tl.float32), k_unit) if is_fp8 else key
-    new_v = quantize(value.to(tl.float32), v_unit) if is_fp8 else value
+    new_k, new_v = key, value
+    exact_k, exact_v = key.to(tl.float32), value.to(tl.float32)
+    if is_fp8:
+        new_k, new_v = quantize(exact_k, k_unit), quantize(exact_v, v_unit)
+        exact_k, exact_v = quantized(exact_k, k_unit, ON_GPU), quantized(exact_v, v_unit, ON_GPU)
     is_first = split == 0
     slot = tl.load(slots + request)
     place = ((slot // TOKENS * KV_HEADS + kv_head) * TOKENS + slot % TOKENS) * HEAD_DIM + channel
     tl.store(k_cache + place, new_k, channel_mask & is_first)
     tl.store(v_cache + place, new_v, channel_mask & is_first)
-    score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * exponent_scale
+    score = tl.sum(queries.to(tl.float32) * exact_k[None, :], 1) * exponent_scale
     largest = tl.where(is_first, score, float("-inf"))
     total = tl.where(is_first, 1.0, tl.zeros((BLOCK_ROWS,), tl.float32))
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
-    acc = tl.where(is_first, acc + new_v.to(tl.float32)[None, :], acc)
+    acc = tl.zeros((BLOCK_DIM, BLOCK_ROWS), tl.float32)
+    acc = tl.where(is_first, acc + exact_v[:, None], acc)
 
+    turned_queries = tl.trans(queries)
     num_steps = tl.cdiv(num_before, BLOCK_TOKENS)
     steps_per_split = tl.cdiv(num_steps, NUM_SPLITS)
     begin = split * steps_per_split
     end = tl.minimum(begin + steps_per_split, num_steps)
     table = block_tables + request * table_stride
     token = tl.arange(0, BLOCK_TOKENS)
-    inside = (kv_head * TOKENS + token % TOKENS) * HEAD_DIM  # a block
+    inside = ((kv_head * TOKENS + token % TOKENS) * HEAD_DIM)[:, None] + channel[None, :]
+    blocks_per_step: tl.constexpr = BLOCK_TOKENS // TOKENS
+    # The table is read a step ahead, so that keys and values wait for their address only once.
+    block = _blocks(table, begin, token, num_before, TOKENS, blocks_per_step)
     for step in range(begin, end):
-        position = step * BLOCK_TOKENS + token
-        is_cached = position < num_before
-        block = tl.load(table + position // TOKENS, is_cached, other=0).to(tl.int64)
-        cached = (block * (KV_HEADS * TOKENS * HEAD_DIM) + inside)[:, None] + channel[None, :]
+        next_step = tl.minimum(step + 1, end - 1)
+        next_block = _blocks(table, next_step, token, num_before, TOKENS, blocks_per_step)
+        is_cached = step * BLOCK_TOKENS + token < num_before
+        cached = block * (KV_HEADS * TOKENS * HEAD_DIM) + inside
         # Keys of no position are in memory and count for nothing; values would, were they NaN.
         k = tl.load(k_cache + cached, channel_mask[None, :], other=0.0)
         v = tl.load(v_cache + cached, is_cached[:, None] & channel_mask[None, :], other=0.0)
-        scores = tl.dot(queries, tl.trans(k.to(wide))) * exponent_scale
-        scores = tl.where(is_cached[None, :], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_largest[:, None])
+        scores = tl.dot(k.to(wide), turned_queries) * exponent_scale
+        scores = tl.where(is_cached[:, None], scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 0))
+        weights = tl.exp2(scores - new_largest[None, :])
         decay = tl.exp2(largest - new_largest)
-        total = total * decay + tl.sum(weights, 1)
+        total = total * decay + tl.sum(weights, 0)
         # Two halves keep 22 bits of each probability, 24 after the point at least; in bfloat16
         # they keep 16, of which the result's rounding keeps 8.
         high = weights.to(wide)
         low = (weights - high.to(tl.float32)).to(wide)
         if is_fp8:
             v = widened(v, ON_GPU)
-        acc = tl.dot(low, v, tl.dot(high, v, acc * decay[:, None]))
-        largest = new_largest
+        v = tl.trans(v)
+        acc = tl.dot(v, low, tl.dot(v, high, acc * decay[None, :]))
+        largest, block = new_largest, next_block
 
+    rows = request * KV_HEADS * GROUP + head  # of the result
     if NUM_SPLITS > 1:
         task = request * KV_HEADS + kv_head
         mine = task * NUM_SPLITS + split
-        sums = partial_sums + row[:, None] * BLOCK_DIM + channel[None, :]
+        sums = partial_sums + row[None, :] * BLOCK_DIM + channel[:, None]
         stats = partial_stats + row
         area: tl.constexpr = BLOCK_ROWS * BLOCK_DIM
-        tl.store(sums + mine * area, acc, q_mask)
+        tl.store(sums + mine * area, acc)
         tl.store(stats + mine * 2 * BLOCK_ROWS, largest)
         tl.store(stats + mine * 2 * BLOCK_ROWS + BLOCK_ROWS, total)
         tl.debug_barrier()
@@ -164,37 +185,29 @@ def _decode_attention(
             tl.store(counters + task, 0)  # ready for the next launch
             # Past the first level of cache: other multiprocessors wrote them. Loads wait for no
             # other ones, and splits are added in their order. The first has seen a position.
-            query = tl.arange(0, GROUP_ROWS)
-            is_query = query < GROUP
-            is_channel = is_query[:, None] & channel_mask[None, :]
-            in_area = query[:, None] * BLOCK_DIM + channel[None, :]
-            peak = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
-            sum_of_weights = tl.zeros((GROUP_ROWS,), tl.float32)
-            merged = tl.zeros((GROUP_ROWS, BLOCK_DIM), tl.float32)
+            peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+            sum_of_weights = tl.zeros((BLOCK_ROWS,), tl.float32)
+            merged = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
+            in_area = row[:, None] * BLOCK_DIM + channel[None, :]
             for i in tl.static_range(NUM_SPLITS):
                 other_split = task * NUM_SPLITS + i
-                theirs = partial_stats + other_split * 2 * BLOCK_ROWS + query
-                part = tl.load(
-                    partial_sums + other_split * area + in_area,
-                    is_channel,
-                    0.0,
-                    cache_modifier=".cg",
-                )
-                part_peak = tl.load(theirs, is_query, 0.0, cache_modifier=".cg")
-                part_sum = tl.load(theirs + BLOCK_ROWS, is_query, 0.0, cache_modifier=".cg")
+                theirs = stats + other_split * 2 * BLOCK_ROWS
+                part = tl.load(partial_sums + other_split * area + in_area, cache_modifier=".cg")
+                part_peak = tl.load(theirs, cache_modifier=".cg")
+                part_sum = tl.load(theirs + BLOCK_ROWS, cache_modifier=".cg")
                 new_peak = tl.maximum(peak, part_peak)
                 kept, added = tl.exp2(peak - new_peak), tl.exp2(part_peak - new_peak)
                 sum_of_weights = sum_of_weights * kept + part_sum * added
                 merged = merged * kept[:, None] + part * added[:, None]
                 peak = new_peak
-            merged *= (v_unit / tl.where(is_query, sum_of_weights, 1.0))[:, None]
-            first = (request * KV_HEADS + kv_head) * GROUP * HEAD_DIM
-            target = out + first + query[:, None] * HEAD_DIM + channel[None, :]
-            store_attended(merged, scale, target, is_channel, plain.dtype, QUANTIZE)
+            merged *= (v_unit / sum_of_weights)[:, None]
+            target = out + rows[:, None] * HEAD_DIM + channel[None, :]
+            store_attended(merged, scale, target, q_mask, plain.dtype, QUANTIZE)
     else:
-        factors = v_unit / total
-        places = out + (request * KV_HEADS * GROUP + head)[:, None] * HEAD_DIM + channel[None, :]
-        store_attended(acc * factors[:, None], scale, places, q_mask, plain.dtype, QUANTIZE)
+        target = out + rows[None, :] * HEAD_DIM + channel[:, None]
+        is_here = row_mask[None, :] & channel_mask[:, None]
+        attended = acc * (v_unit / total)[None, :]
+        store_attended(attended, scale, target, is_here, plain.dtype, QUANTIZE)
 
 
 @triton.jit
@@ -231,8 +244,8 @@ def decode_attention(
         workspace.partial_sums, workspace.stats, workspace.counters,
         LOG2_E * head_dim**-0.5, block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,
-        QUANTIZE=scale is not None, NUM_SPLITS=splits, GROUP_ROWS=triton.next_power_of_2(group),
-        BLOCK_ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
+        QUANTIZE=scale is not None, NUM_SPLITS=splits,
+        BLOCK_ROWS=max(_MIN_COLUMNS, triton.next_power_of_2(group)),
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_TOKENS=step.num_tokens,
         num_warps=step.num_warps, num_stages=step.num_stages, **dependent(qkv.device),
     )  # fmt: skip

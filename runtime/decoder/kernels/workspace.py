@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-_MAX_CROWD = 2
+_MAX_CROWD = 4
 _ROWS_TIMES_CHANNELS = 64 * 256  # the largest attention tile: rows of a group, channels of a head
 _ROWS_TIMES_COLUMNS = 16 * 64  # a tile of gate and up: tokens, output columns
 _MAX_TILES = 1 << 16  # tiles of output columns, and pairs of a request and a KV head
@@ -39,7 +39,7 @@ class Workspace:
 
     def num_splits(self, num_tasks: int, crowd: int, max_splits: int) -> int:
         """How many pieces of a context run beside each other, so that every program has one.
-        crowd: programs of attention in the place of one of `num_programs`, at most 2. max_splits:
+        crowd: programs of attention in the place of one of `num_programs`, at most 4. max_splits:
         what one program merges. A power of 2: each number is a kernel of its own, and these the
         CUDA graphs' sizes compile."""
         splits = min(max_splits, crowd * self.num_programs // num_tasks)
