@@ -145,7 +145,8 @@ def _decode_attention(
     inside = ((kv_head * TOKENS + token % TOKENS) * HEAD_DIM)[:, None] + channel[None, :]
     blocks_per_step: tl.constexpr = BLOCK_TOKENS // TOKENS
     # The table is read a step ahead, so that keys and values wait for their address only once.
-    block = _blocks(table, begin, token, num_before, TOKENS, blocks_per_step)
+    first_step = tl.maximum(tl.minimum(begin, num_steps - 1), 0)  # the table has no entries beyond
+    block = _blocks(table, first_step, token, num_before, TOKENS, blocks_per_step)
     for step in range(begin, end):
         next_step = tl.minimum(step + 1, end - 1)
         next_block = _blocks(table, next_step, token, num_before, TOKENS, blocks_per_step)

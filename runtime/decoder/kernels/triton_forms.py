@@ -26,9 +26,7 @@ from runtime.kernels.tensor_core_linear import TensorCoreLinear
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _PLANNED_ROWS = 256  # cuDNN plans multiples of so many rows for a prompt's attention
-_FAST_ROWS = (
-    256  # rows up to which the memory takes a linear's time (docs/decisions/decoder.md, 57)
-)
+_FAST_ROWS = 128  # up to which the memory takes a linear's time (docs/decisions/decoder.md, 57)
 
 
 class TritonForms(PlainForms):
