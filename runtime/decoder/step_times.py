@@ -28,6 +28,9 @@ CONTEXT = 2048
 
 _ROWS = (1, 8, 64, 256)
 _REPEATS = 3
+_DIFFERENT_TOKENS = 128
+"""Equal rows take less power: a GPU at its limit computes them faster than those of requests
+(docs/log.md)."""
 
 TimeMs = Callable[[Callable[[], object]], float]
 
@@ -100,7 +103,11 @@ def steps_of(
     numbers = cycle(range(num_blocks))
     return [
         SequenceStep(
-            [0] * count, first, list(islice(numbers, num_blocks_for(first + count))), None, 1
+            [token % _DIFFERENT_TOKENS for token in range(count)],
+            first,
+            list(islice(numbers, num_blocks_for(first + count))),
+            None,
+            1,
         )
         for count, first in steps
     ]

@@ -321,6 +321,10 @@ class TestMeasuring:
         blocks = [block for step in steps for block in step.blocks]
         assert len(set(blocks)) == len(blocks)
 
+    def test_a_prompts_rows_differ(self) -> None:
+        tokens = steps_of(1, 96, LIMITS, max_num_blocks(LIMITS))[-1].token_ids
+        assert len(set(tokens)) == 96
+
 
 @pytest.mark.parametrize(
     ("asked", "device", "ms"),
