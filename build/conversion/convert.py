@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -24,7 +23,7 @@ from build.conversion.dummy_heads import converted_vision_config
 from build.conversion.excluded_modules import check_excluded
 from build.conversion.journal import Journal
 from build.conversion.output_folder import OutputFolder, OutputFormat
-from build.conversion.pipeline import DEFAULT_BUFFERS, Buffers, few_threads
+from build.conversion.pipeline import DEFAULT_BUFFERS, Buffers
 from build.conversion.report.quantization_report import QuantizationReport, from_records
 from build.conversion.report.report_page import Origin, write_page
 from build.conversion.run_units import run_units
@@ -134,9 +133,7 @@ def convert(
         vision = converted_vision_config(source)
         folder = output_format.folder(source, vision, config)
         units = _units(source.config.vision, vision, config, calibration, device, folder, staging)
-        # Samples want every core; without them the disk is what is waited for.
-        with nullcontext() if calibration.samples else few_threads():
-            entries = run_units(source, units, folder.files(), journal, staging, buffers)
+        entries = run_units(source, units, folder.files(), journal, staging, buffers)
         report = None
         if options.is_quantised:
             report = from_records(journal.records, *calibration.counts, options.dtype)
