@@ -1,6 +1,6 @@
 """Writes to the disk past the page cache, where the file system lets it.
 
-The page cache would take a copy of every page, and its pages from others. For a stream that nobody
+The page cache would copy every page, and drop pages of others for it. For a stream that nobody
 reads again soon this costs more processor time than the stream's own computation.
 """
 
