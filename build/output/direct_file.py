@@ -1,6 +1,6 @@
 """Writes to the disk past the page cache, where the file system lets it.
 
-The page cache would take a copy of every page, and its pages from others. For a stream that nobody
+The page cache would copy every page, and drop pages of others for it. For a stream that nobody
 reads again soon this costs more processor time than the stream's own computation.
 """
 
@@ -18,18 +18,24 @@ _BUFFER_BYTES = 8 << 20
 _MIN_BYTES = 64 << 10  # less than this goes through the page cache
 
 
+def page_buffer() -> mmap.mmap:
+    """8 MB that begin on a page. They take memory from the first direct write on."""
+    return mmap.mmap(-1, _BUFFER_BYTES)
+
+
 class DirectFile:
     """An existing file of full size, open for reading and writing.
 
     A direct write moves whole pages from memory that begins on a page, so data pass a buffer of
     8 MB. The ends of a block share their pages with its neighbours and go through the page cache;
-    the kernel keeps both ways coherent. Peak memory: the buffer, from a direct write to `release`.
+    the kernel keeps both ways coherent. Peak memory: the buffer.
     """
 
-    def __init__(self, path: Path, flags: int) -> None:
-        """Opens `path` with `flags` beside O_RDWR. Raises `OSError`."""
+    def __init__(self, path: Path, flags: int, buffer: mmap.mmap | None = None) -> None:
+        """Opens `path` with `flags` beside O_RDWR. buffer: a `page_buffer` that it shares with
+        files written by the same thread. Raises `OSError`."""
+        self._buffer = page_buffer() if buffer is None else buffer
         self.fd = os.open(path, os.O_RDWR | flags, 0o644)
-        self._buffer: mmap.mmap | None = None
         try:
             self._direct_fd: int | None = os.open(path, os.O_WRONLY | os.O_DIRECT)
         except OSError:  # some file systems, such as older tmpfs
@@ -56,16 +62,11 @@ class DirectFile:
         refused, or one ends early."""
         done = 0
         while done < len(data) and self._direct_fd is not None:
-            if self._buffer is None:
-                self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
-            chunk = data[done : done + _BUFFER_BYTES]
-            # numpy copies without Python's lock.
-            np.copyto(
-                np.frombuffer(self._buffer, np.uint8, len(chunk)), np.frombuffer(chunk, np.uint8)
-            )
+            chunk = data[done : done + len(self._buffer)]
+            filled = np.frombuffer(self._buffer, np.uint8, len(chunk))
+            np.copyto(filled, np.frombuffer(chunk, np.uint8))  # without Python's lock
             try:
-                with memoryview(self._buffer) as buffer, buffer[: len(chunk)] as filled:
-                    written = os.pwrite(self._direct_fd, filled, offset + done)
+                written = os.pwrite(self._direct_fd, filled.data, offset + done)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
@@ -75,10 +76,6 @@ class DirectFile:
             if written < len(chunk):
                 break
         return done
-
-    def release(self) -> None:
-        """Gives the buffer back; another direct write takes a new one."""
-        self._buffer = None
 
     def sync(self) -> None:
         """Waits until everything written is on the disk, and gives its page cache back."""
@@ -90,7 +87,6 @@ class DirectFile:
         os.close(self.fd)
 
     def _close_direct(self) -> None:
-        self.release()
         if self._direct_fd is not None:
             os.close(self._direct_fd)
             self._direct_fd = None

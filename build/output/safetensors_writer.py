@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import struct
 from collections.abc import Mapping, Set
@@ -29,14 +30,19 @@ class SafetensorsWriter:
 
     The whole file is allocated at once, so a full disk is found before any work is done. Given
     `finished` (names that an earlier run wrote and synced) the existing file is continued. Peak
-    memory: the block being written. `OSError` passes through for the caller to explain.
+    memory: the block being written, and `buffer` (`page_buffer`), which files written by one thread
+    may share. `OSError` passes through for the caller to explain.
 
     Written in the given order, the file's SHA-256 costs no second reading. What comes out of order
-    is read again as soon as nothing before it is missing: mostly from the page cache.
+    is read again, mostly from the disk, as soon as nothing before it is missing.
     """
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], finished: Set[str] | None = None
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        finished: Set[str] | None = None,
+        buffer: mmap.mmap | None = None,
     ) -> None:
         self.path = path
         self._tensors = _aligned(tensors)
@@ -64,7 +70,7 @@ class SafetensorsWriter:
         self._digested_bytes = 0
         self._hasher = ThreadPoolExecutor(1, "hash")
         flags = os.O_CREAT | os.O_EXCL if finished is None else 0
-        self._file = DirectFile(path, flags)
+        self._file = DirectFile(path, flags, buffer)
         try:
             os.posix_fallocate(self._file.fd, 0, self.size_bytes)
             self._write_at(0, memoryview(struct.pack("<Q", len(encoded)) + encoded))
@@ -91,8 +97,6 @@ class SafetensorsWriter:
         if self._next[name] == self._end[name]:
             self._missing.discard(name)
             self._digest_until(self._first_missing())
-        if not self._missing:
-            self._file.release()
 
     def _first_missing(self) -> int:
         """Where the first byte that is not written yet goes."""

@@ -11,9 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from build.conversion.output_files import OutputFiles
 from build.output import direct_file
 from build.output.direct_file import DirectFile
+from nvlm.formats.safetensors_reader import TensorInfo
 
 PAGE = mmap.PAGESIZE
 SIZE = 40 * PAGE + 123
@@ -130,6 +134,28 @@ def test_a_write_that_ends_early_is_continued(path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "pwrite", pwrite)
     write_all(path, 0)
     assert path.read_bytes() == DATA
+
+
+def test_files_of_a_conversion_share_a_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion's memory does not depend on the number of ranks."""
+    taken = list[mmap.mmap]()
+
+    def take(*arguments: int, original: Callable[..., mmap.mmap] = mmap.mmap) -> mmap.mmap:
+        taken.append(original(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(mmap, "mmap", take)
+    rows = torch.arange(2.0 * PAGE)
+    infos = {"a": TensorInfo(rows.dtype, (len(rows),)), "b": TensorInfo(rows.dtype, (1,))}
+    files = [f"rank{rank}.safetensors" for rank in range(4)]
+    with OutputFiles(tmp_path, dict.fromkeys(files, infos), None, 0) as out:
+        for name, block in (("a", rows), ("b", rows[:1])):
+            for file in files:
+                out.append(file, name, block)
+    assert len(taken) == 1
+    assert torch.equal(load_file(tmp_path / files[-1])["a"], rows)
 
 
 def test_a_full_disk_is_passed_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
