@@ -44,7 +44,7 @@
 #     gaps      the same with --max_step_ms ${MAX_STEP_MS:-0,31}, at rates of 0, 1 and 2 ($LAYERS, $SHAPE, $GAP_SECONDS)
 #     riding    2048/128, 256 requests, 64 at a time ($LOAD), with each of --max_step_ms ${MAX_STEP_MS:-0,31}: prompts whole,
 #               and in chunks
-#     many      80 layers: 160 requests of 1,000 tokens in and 1,000 out, as many as the cache holds at a time
+#     many      80 layers: 160 requests of 1,000 tokens in and 1,000 out, all at a time ($LOAD)
 #     memory80  80 layers, the cache takes all that is left
 #   $RANKS GPUs (default 2) of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them: decode, prefill, first token, serving; kept in one.json
@@ -54,8 +54,15 @@
 #               same bits on all ranks after every sum; $TRUTH as for truth
 #     rank_ends  run.py and evaluate.py end by themselves, ${ENDS:-10} times each in turns, and within 10 s
 #               of a rank killed, an error, SIGTERM, Control-C; kept in rank_ends.json, job by job
+known=$(sed -n 's/^part \([a-z0-9_]*\) .*/\1/p' "$0" | tr '\n' ' ')
+if [ -z "$1" ]; then echo "gpu_check.sh: no folder for results; give OUT_FOLDER [part ...]" >&2; exit 2; fi
 out=$1; shift
 parts=${*:-tests decode vision kernels}
+for each in $parts; do
+  case " $known" in *" $each "*) ;; *)
+    echo "gpu_check.sh: $each is no part, expected some of: $known" >&2; exit 2 ;;
+  esac
+done
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_hwloc_base_binding_policy=none
 scratch=${SCRATCH:-/tmp} fast=${FAST:-${SCRATCH:-/tmp}}

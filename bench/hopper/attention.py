@@ -34,7 +34,7 @@ _GROUP, _HEAD_DIM = 8, 128
 
 
 def candidates(batch_size: int) -> list[Step]:
-    """Some 30 ways; what `step_for` chooses is the first."""
+    """Some 50 ways; what `step_for` chooses is the first."""
     # One request leaves programs over whatever the crowd, more requests leave few to each.
     divided = [(1, 8), (1, 16), (1, 32)] if batch_size == 1 else [(1, 16), (2, 16), (4, 16)]
     ways = itertools.product((32, 64, 128), (1, 2, 4, 8), (1, 2, 3), divided)
