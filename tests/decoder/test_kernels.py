@@ -40,7 +40,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime import interpreter  # noqa: E402
 
 from runtime.decoder.kernels import triton_forms  # noqa: E402
-from runtime.decoder.kernels.chunk_attention import chunk_attention  # noqa: E402
+from runtime.decoder.kernels.chunk_attention import chunk_attention, num_splits  # noqa: E402
 from runtime.decoder.kernels.decode_attention import Step, decode_attention  # noqa: E402
 from runtime.decoder.kernels.elementwise import swiglu_quantize  # noqa: E402
 from runtime.decoder.kernels.gate_up_swiglu import gate_up_swiglu  # noqa: E402
@@ -474,12 +474,21 @@ def test_chunk_attention_equals_its_plain_form(
         assert (found[num_rows:] == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("num_tasks", "splits"),
+    [(1, 4), (32, 4), (48, 2), (64, 2), (80, 3), (96, 4), (128, 1), (132, 1), (512, 1)],
+)
+def test_contexts_are_split_where_multiprocessors_would_wait(num_tasks: int, splits: int) -> None:
+    assert num_splits(num_tasks, 132, 4) == splits
+    assert num_splits(num_tasks, 132, 0) == num_splits(num_tasks, 0, 1) == 1
+
+
 @CACHES
-@pytest.mark.parametrize("num_programs", [8, 16, 64])
+@pytest.mark.parametrize("num_programs", [12, 18, 24, 48])
 def test_chunk_attention_does_not_depend_on_how_it_is_divided(
     num_programs: int, stored: torch.dtype
 ) -> None:
-    """Whole, and in two or four splits; rows of a chunk see nothing of the last ones."""
+    """Whole, and in two, three or four splits; rows of a chunk see nothing of the last ones."""
     case = chunks(8, 1, 128, stored)
     expected = case.attended(FORMS.chunk_attention, None)[: case.num_rows]
     workspace = Workspace.allocate(DEVICE, num_programs)

@@ -21,6 +21,7 @@ from runtime.kernels.quantization import scale_at
 
 _BLOCK_BYTES = 128  # a channel's, of the positions of a step: the fastest on an H200
 _MAX_SPLITS = 4  # of a context: what one program merges
+_PLACES = 2  # programs that a workspace counts in the place of one of these
 
 
 @triton.jit
@@ -157,9 +158,9 @@ def chunk_attention(
     _, kv_heads, block_size, head_dim = pages.k.shape
     group = q.shape[1] // kv_heads
     num_tokens = _BLOCK_BYTES // pages.k.itemsize
-    full_tiles = -(-len(q) // tiles.num_tokens)
+    num_tasks = kv_heads * -(-len(q) // tiles.num_tokens)
     max_splits = min(_MAX_SPLITS, workspace.num_places // (kv_heads * len(tiles.rows)))
-    splits = workspace.num_splits(kv_heads * full_tiles, 1, max_splits)
+    splits = num_splits(num_tasks, workspace.num_programs // _PLACES, max_splits)
     _chunk_attention[(kv_heads, len(tiles.rows), splits)](
         q, tiles.rows, block_tables, pages.k, pages.v, *pages.scale_tensors, scale, out,
         workspace.partial_sums, workspace.stats, workspace.counters,
@@ -170,3 +171,13 @@ def chunk_attention(
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
         num_warps=8, num_stages=2, **dependent(q.device),
     )  # fmt: skip
+
+
+def num_splits(num_tasks: int, num_programs: int, max_splits: int) -> int:
+    """Into how many pieces contexts are split, the fewest that end soonest: `num_programs` run at
+    once, and the others after them."""
+
+    def rounds(splits: int) -> float:
+        return -(-num_tasks * splits // max(1, num_programs)) / splits
+
+    return min(range(1, max(1, max_splits) + 1), key=rounds)

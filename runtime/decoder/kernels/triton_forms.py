@@ -41,7 +41,7 @@ class TritonForms(PlainForms):
         num_programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
         self._workspace = Workspace.allocate(device, num_programs)
         # Chunks are attended beside rows that decode.
-        self._chunk_workspace = Workspace.allocate(device, multiprocessors)
+        self._chunk_workspace = Workspace.allocate(device, num_programs)
         self.tensor_core_linear = TensorCoreLinear(device)
         self._ahead = LoadAhead(device)
 
