@@ -3,7 +3,7 @@ Triton's interpreter, whose conversion to narrow types is replaced (`rounding`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime import interpreter  # noqa: E402
 
 from runtime.decoder.kernels import triton_forms  # noqa: E402
+from runtime.decoder.kernels.chunk_attention import chunk_attention, num_splits  # noqa: E402
 from runtime.decoder.kernels.decode_attention import Step, decode_attention  # noqa: E402
 from runtime.decoder.kernels.elementwise import swiglu_quantize  # noqa: E402
 from runtime.decoder.kernels.gate_up_swiglu import gate_up_swiglu  # noqa: E402
@@ -416,36 +417,87 @@ def test_prefill_attention_equals_its_plain_form(num_rows: int, stored: torch.dt
     assert relative_error(found.float(), 100 * expected.float()) < E4M3_ROUNDING
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """Rows of `num_rows` tokens in chunks, and some that are nobody's after them."""
+
+    q: torch.Tensor
+    tiles: ChunkTiles
+    tables: torch.Tensor
+    pages: KVPages
+    num_rows: int
+
+    def attended(
+        self,
+        attend: Callable[..., None],  # a form, or the kernel's own, which takes a workspace
+        scale: torch.Tensor | None,
+        *workspace: Workspace,
+    ) -> torch.Tensor:
+        out = torch.ones(len(self.q), self.q[0].numel(), device=DEVICE)
+        out = out.to(DTYPE if scale is None else fp8.E4M3)
+        attend(self.q, self.tiles, self.tables, self.pages, scale, out, *workspace)
+        return out
+
+
+def chunks(heads: int, kv_heads: int, head_dim: int, stored: torch.dtype) -> Chunks:
+    parts = [(0, 1), (0, 20), (37, 9), (63, 2), (70, 40), (250, 9)]  # first position, rows
+    max_blocks, num_rows, spare = 9, sum(rows for _, rows in parts), 3
+    order = torch.randperm(len(parts) * max_blocks, generator=torch.Generator().manual_seed(1))
+    tables = order.view(len(parts), max_blocks).to(torch.int32).to(DEVICE)
+    caches = [cache(len(order), kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3)]
+    for kept in caches:  # what no chunk has written yet
+        for table, (first_position, rows) in zip(tables, parts, strict=True):
+            for position in range(first_position + rows, max_blocks * 32):
+                kept.view(torch.uint8)[table[position // 32], :, position % 32] = NAN_BYTE
+    num_tokens = tile_tokens(heads // kv_heads)
+    steps = [SequenceStep([0] * rows, first, [], None, 0) for first, rows in parts]
+    of_nobody = torch.zeros(2, 4, dtype=torch.int32)
+    rows_of_tiles = torch.cat([tiles_of(steps, num_tokens), of_nobody]).to(DEVICE)
+    q = randn(num_rows + spare, heads, head_dim)
+    tiles = ChunkTiles(rows_of_tiles, num_tokens)
+    return Chunks(q, tiles, tables, pages(caches, 0.02), num_rows)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 @CACHES
 def test_chunk_attention_equals_its_plain_form(
     heads: int, kv_heads: int, head_dim: int, stored: torch.dtype
 ) -> None:
     """Chunks of several sequences, at their beginnings and later, and rows that are nobody's."""
-    chunks = [(0, 1), (0, 20), (37, 9), (63, 2), (70, 40)]  # first position, rows
-    max_blocks, num_rows, spare = 5, sum(rows for _, rows in chunks), 3
-    order = torch.randperm(len(chunks) * max_blocks, generator=torch.Generator().manual_seed(1))
-    tables = order.view(len(chunks), max_blocks).to(torch.int32).to(DEVICE)
-    caches = [cache(len(order), kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3)]
-    for kept in caches:  # what no chunk has written yet
-        for table, (first_position, rows) in zip(tables, chunks, strict=True):
-            for position in range(first_position + rows, max_blocks * 32):
-                kept.view(torch.uint8)[table[position // 32], :, position % 32] = NAN_BYTE
-    num_tokens = tile_tokens(heads // kv_heads)
-    steps = [SequenceStep([0] * rows, first, [], None, 0) for first, rows in chunks]
-    of_nobody = torch.zeros(2, 4, dtype=torch.int32)
-    rows_of_tiles = torch.cat([tiles_of(steps, num_tokens), of_nobody])
-    tiles = ChunkTiles(rows_of_tiles.to(DEVICE), num_tokens)
-    q = randn(num_rows + spare, heads, head_dim)
+    case = chunks(heads, kv_heads, head_dim, stored)
+    num_rows = case.num_rows
     for scale, tolerance in ((None, PREFILL_ATTENTION), (scalar(0.01), E4M3_AFTER_ATTENTION)):
-        dtype = DTYPE if scale is None else fp8.E4M3
-        outs = []
-        for forms in (FORMS, PLAIN):
-            outs.append(torch.ones(len(q), heads * head_dim, device=DEVICE).to(dtype))
-            forms.chunk_attention(q, tiles, tables, pages(caches, 0.02), scale, outs[-1])
-        found, expected = (out.float() for out in outs)
+        found, expected = (
+            case.attended(forms.chunk_attention, scale).float() for forms in (FORMS, PLAIN)
+        )
         assert relative_error(found[:num_rows], expected[:num_rows]) < tolerance
         assert (found[num_rows:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "splits"),
+    [(1, 4), (32, 4), (48, 2), (64, 2), (80, 3), (96, 4), (128, 1), (132, 1), (512, 1)],
+)
+def test_contexts_are_split_where_multiprocessors_would_wait(num_tasks: int, splits: int) -> None:
+    assert num_splits(num_tasks, 132, 4) == splits
+    assert num_splits(num_tasks, 132, 0) == num_splits(num_tasks, 0, 1) == 1
+
+
+@CACHES
+@pytest.mark.parametrize("num_programs", [12, 18, 24, 48])
+def test_chunk_attention_does_not_depend_on_how_it_is_divided(
+    num_programs: int, stored: torch.dtype
+) -> None:
+    """Whole, and in two, three or four splits; rows of a chunk see nothing of the last ones."""
+    case = chunks(8, 1, 128, stored)
+    expected = case.attended(FORMS.chunk_attention, None)[: case.num_rows]
+    workspace = Workspace.allocate(DEVICE, num_programs)
+    for buffer in (workspace.partial_sums, workspace.stats):
+        buffer.fill_(float("nan"))
+    for _ in range(2):
+        found = case.attended(chunk_attention, None, workspace)[: case.num_rows]
+        assert relative_error(found, expected) < KERNEL_BF16
+    assert int(workspace.counters.abs().sum()) == 0
 
 
 def test_planning_calls_what_prompts_of_every_length_call_later(

@@ -1,8 +1,10 @@
 """Triton: attention of chunks of prompts over the paged cache, all chunks of a step in one launch.
 
-A program takes a tile of one sequence's rows, with all query heads of one KV head, over the
-positions up to theirs. Which rows those are stands in device memory, so that a CUDA graph serves
-every division of its rows. FlashAttention-2: arXiv 2307.08691.
+A program takes a tile of one sequence's rows, with all query heads of one KV head, over one
+split of the positions up to theirs. Which rows those are stands in device memory, so that a CUDA
+graph serves every division of its rows. With few rows, contexts are split so that every
+multiprocessor has a program; the split that ends last merges them all, always in the same order
+(Flash-Decoding: crfm.stanford.edu, 2023). FlashAttention-2: arXiv 2307.08691.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import triton.language as tl
 
 from runtime.decoder.kernels.decode_attention import LOG2_E, store_attended, widened
 from runtime.decoder.kernels.operands import ChunkTiles, KVPages
+from runtime.decoder.kernels.workspace import Workspace
 from runtime.kernels.dependent_launch import dependent, wait_for_previous
 from runtime.kernels.quantization import scale_at
 
 _BLOCK_BYTES = 128  # a channel's, of the positions of a step: the fastest on an H200
+_MAX_SPLITS = 4  # of a context: what one program merges
+_PLACES = 2  # programs that a workspace counts in the place of one of these
 
 
 @triton.jit
@@ -47,8 +52,11 @@ def _attend(
         if IS_CAUSAL:
             scores = tl.where(position[None, :] <= row_position[:, None], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_largest[:, None])
-        decay = tl.exp2(largest - new_largest)
+        peak = new_largest
+        if IS_CAUSAL:  # a row may see no position of a split
+            peak = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        weights = tl.exp2(scores - peak[:, None])
+        decay = tl.exp2(largest - peak)
         total = total * decay + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
         largest = new_largest
@@ -58,11 +66,11 @@ def _attend(
 # The stride is that of a step's widest table: it must not decide what is compiled.
 @triton.jit(do_not_specialize=["table_stride"])
 def _chunk_attention(
-    q, tiles, block_tables, k_cache, v_cache, k_scale, v_scale, scale, out, exponent_scale,
-    table_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    TOKENS: tl.constexpr, QUANTIZE: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    TILE_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    ON_GPU: tl.constexpr,
+    q, tiles, block_tables, k_cache, v_cache, k_scale, v_scale, scale, out, partial_sums,
+    partial_stats, counters, exponent_scale, table_stride, KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, QUANTIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, GROUP_ROWS: tl.constexpr, TILE_TOKENS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     # The last tiles of a chunk see most: they begin first.
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
@@ -89,18 +97,53 @@ def _chunk_attention(
         num_positions = first_position + num_rows
         num_open = (first_position + 1) // BLOCK_TOKENS  # steps whose positions every row sees
         num_steps = tl.cdiv(num_positions, BLOCK_TOKENS)
+        steps_per_split = tl.cdiv(num_steps, NUM_SPLITS)
+        split = tl.program_id(2)
+        begin = split * steps_per_split
+        end = tl.minimum(begin + steps_per_split, num_steps)
         largest, total, acc = _attend(
-            queries, row_position, largest, total, acc, 0, num_open, num_positions, table,
-            k_cache, v_cache, kv_head, exponent_scale * k_unit, KV_HEADS, HEAD_DIM, TOKENS,
-            BLOCK_DIM, BLOCK_TOKENS, is_fp8, False, ON_GPU,
+            queries, row_position, largest, total, acc, begin, tl.minimum(end, num_open),
+            num_positions, table, k_cache, v_cache, kv_head, exponent_scale * k_unit, KV_HEADS,
+            HEAD_DIM, TOKENS, BLOCK_DIM, BLOCK_TOKENS, is_fp8, False, ON_GPU,
         )  # fmt: skip
         largest, total, acc = _attend(
-            queries, row_position, largest, total, acc, num_open, num_steps, num_positions, table,
-            k_cache, v_cache, kv_head, exponent_scale * k_unit, KV_HEADS, HEAD_DIM, TOKENS,
-            BLOCK_DIM, BLOCK_TOKENS, is_fp8, True, ON_GPU,
+            queries, row_position, largest, total, acc, tl.maximum(begin, num_open), end,
+            num_positions, table, k_cache, v_cache, kv_head, exponent_scale * k_unit, KV_HEADS,
+            HEAD_DIM, TOKENS, BLOCK_DIM, BLOCK_TOKENS, is_fp8, True, ON_GPU,
         )  # fmt: skip
-        attended = acc * (v_unit / total)[:, None]
-        store_attended(attended, scale, out + place, mask, plain.dtype, QUANTIZE)
+        is_last = True
+        if NUM_SPLITS > 1:
+            task = tile * KV_HEADS + kv_head
+            area: tl.constexpr = TILE_TOKENS * GROUP_ROWS * BLOCK_DIM
+            in_area = row[:, None] * BLOCK_DIM + channel[None, :]
+            sums = partial_sums + task * (NUM_SPLITS * area) + in_area
+            peaks = partial_stats + task * (NUM_SPLITS * 2 * TILE_TOKENS * GROUP_ROWS) + row
+            totals = peaks + TILE_TOKENS * GROUP_ROWS
+            stride: tl.constexpr = 2 * TILE_TOKENS * GROUP_ROWS
+            tl.store(sums + split * area, acc, is_row[:, None])
+            tl.store(peaks + split * stride, largest)
+            tl.store(totals + split * stride, total)
+            tl.debug_barrier()
+            is_last = tl.atomic_add(counters + task, 1, sem="acq_rel") == NUM_SPLITS - 1
+            if is_last:
+                tl.store(counters + task, 0)  # ready for the next launch
+                # Past the first level of cache: other multiprocessors wrote them. Every row sees
+                # the first split's first position.
+                largest = tl.load(peaks, cache_modifier=".cg")
+                total = tl.load(totals, cache_modifier=".cg")
+                acc = tl.load(sums, is_row[:, None], 0.0, cache_modifier=".cg")
+                for i in tl.static_range(1, NUM_SPLITS):
+                    part_peak = tl.load(peaks + i * stride, cache_modifier=".cg")
+                    part_total = tl.load(totals + i * stride, cache_modifier=".cg")
+                    part = tl.load(sums + i * area, is_row[:, None], 0.0, cache_modifier=".cg")
+                    peak = tl.maximum(largest, part_peak)
+                    kept, added = tl.exp2(largest - peak), tl.exp2(part_peak - peak)
+                    total = total * kept + part_total * added
+                    acc = acc * kept[:, None] + part * added[:, None]
+                    largest = peak
+        if is_last:
+            attended = acc * (v_unit / total)[:, None]
+            store_attended(attended, scale, out + place, mask, plain.dtype, QUANTIZE)
 
 
 def chunk_attention(
@@ -110,16 +153,31 @@ def chunk_attention(
     pages: KVPages,
     scale: torch.Tensor | None,
     out: torch.Tensor,
+    workspace: Workspace,
 ) -> None:
     _, kv_heads, block_size, head_dim = pages.k.shape
     group = q.shape[1] // kv_heads
     num_tokens = _BLOCK_BYTES // pages.k.itemsize
-    _chunk_attention[(kv_heads, len(tiles.rows))](
+    num_tasks = kv_heads * -(-len(q) // tiles.num_tokens)
+    max_splits = min(_MAX_SPLITS, workspace.num_places // (kv_heads * len(tiles.rows)))
+    splits = num_splits(num_tasks, workspace.num_programs // _PLACES, max_splits)
+    _chunk_attention[(kv_heads, len(tiles.rows), splits)](
         q, tiles.rows, block_tables, pages.k, pages.v, *pages.scale_tensors, scale, out,
+        workspace.partial_sums, workspace.stats, workspace.counters,
         LOG2_E * head_dim**-0.5, block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,
-        QUANTIZE=scale is not None, GROUP_ROWS=triton.next_power_of_2(group),
+        QUANTIZE=scale is not None, NUM_SPLITS=splits, GROUP_ROWS=triton.next_power_of_2(group),
         TILE_TOKENS=tiles.num_tokens, BLOCK_TOKENS=num_tokens,
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
         num_warps=8, num_stages=2, **dependent(q.device),
     )  # fmt: skip
+
+
+def num_splits(num_tasks: int, num_programs: int, max_splits: int) -> int:
+    """Into how many pieces contexts are split, the fewest that end soonest: `num_programs` run at
+    once, and the others after them."""
+
+    def rounds(splits: int) -> float:
+        return -(-num_tasks * splits // max(1, num_programs)) / splits
+
+    return min(range(1, max(1, max_splits) + 1), key=rounds)

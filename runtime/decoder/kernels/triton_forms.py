@@ -14,7 +14,7 @@ from runtime.decoder.kernels import (
     gate_up_swiglu,
     rope,
 )
-from runtime.decoder.kernels.operands import KVPages, TokenRows
+from runtime.decoder.kernels.operands import ChunkTiles, KVPages, TokenRows
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.kernels.widen_pages import widen_pages
 from runtime.decoder.kernels.workspace import Workspace
@@ -32,7 +32,6 @@ _FAST_ROWS = 128  # up to which the memory takes a linear's time (docs/decisions
 class TritonForms(PlainForms):
     add_rms_norm = staticmethod(elementwise.add_rms_norm)
     rope_append = staticmethod(rope.rope_append)
-    chunk_attention = staticmethod(chunk_attention.chunk_attention)
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -41,6 +40,8 @@ class TritonForms(PlainForms):
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         num_programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
         self._workspace = Workspace.allocate(device, num_programs)
+        # Chunks are attended beside rows that decode.
+        self._chunk_workspace = Workspace.allocate(device, num_programs)
         self.tensor_core_linear = TensorCoreLinear(device)
         self._ahead = LoadAhead(device)
 
@@ -73,6 +74,19 @@ class TritonForms(PlainForms):
     ) -> torch.Tensor:
         return decode_attention.decode_attention(
             qkv, rows, block_tables, positions, pages, scale, self._workspace, out=out
+        )
+
+    def chunk_attention(
+        self,
+        q: torch.Tensor,
+        tiles: ChunkTiles,
+        block_tables: torch.Tensor,
+        pages: KVPages,
+        scale: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        chunk_attention.chunk_attention(
+            q, tiles, block_tables, pages, scale, out, self._chunk_workspace
         )
 
     def prefill_attention(

@@ -1,6 +1,7 @@
 """Memory that the split kernels share, allocated once so that CUDA graphs may hold its address.
 
-Kernels of one stream run one after another, so one area serves all of them.
+Kernels of one stream run one after another, so one area serves all of them. What runs beside them
+has an area of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 _MAX_CROWD = 4
-_ROWS_TIMES_CHANNELS = 64 * 256  # the largest attention tile: rows of a group, channels of a head
+_MAX_ROWS = 128  # of an attention tile: queries
+_ROWS_TIMES_CHANNELS = 64 * 256  # the largest attention tile: queries, channels of a head
 _ROWS_TIMES_COLUMNS = 16 * 64  # a tile of gate and up: tokens, output columns
 _MAX_TILES = 1 << 16  # tiles of output columns, and pairs of a request and a KV head
 
@@ -33,9 +35,14 @@ class Workspace:
         return cls(
             num_programs,
             torch.empty(values, dtype=torch.float32, device=device),
-            torch.empty(places * 2 * 64, dtype=torch.float32, device=device),
+            torch.empty(places * 2 * _MAX_ROWS, dtype=torch.float32, device=device),
             torch.zeros(_MAX_TILES, dtype=torch.int32, device=device),
         )
+
+    @property
+    def num_places(self) -> int:
+        """How many pieces of an attention tile fit."""
+        return _MAX_CROWD * self.num_programs
 
     def num_splits(self, num_tasks: int, crowd: int, max_splits: int) -> int:
         """How many pieces of a context run beside each other, so that every program has one.
