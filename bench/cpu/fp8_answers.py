@@ -55,9 +55,9 @@ class Maker:
     def engine(self, model_dir: Path, folder: Path) -> EngineDir:
         checkpoint = folder / f"checkpoint {self.name.partition(',')[0]}"
         if not checkpoint.exists():
-            flags = ("--model_dir", model_dir, "--output_dir", checkpoint, "--device", "cpu")
-            flags += ("--quant_algo", self.quant_algo, *self.flags)
-            program = (self.root / "convert_checkpoint.py", *flags)
+            places = ("--model_dir", model_dir, "--output_dir", checkpoint, "--device", "cpu")
+            flags = ("--quant_algo", self.quant_algo, *self.flags)
+            program = (self.root / "convert_checkpoint.py", *places, *flags)
             subprocess.run([sys.executable, *map(str, program)], cwd=self.root, check=True)
         engine = folder / f"engine {self.name}"
         if not engine.exists():

@@ -4,9 +4,9 @@
 
 The device's copy rate is measured first, in the same run; a kernel's bytes (each input read once,
 each output written once) over its time are given as a share of it. The FP8 linears are timed with
-both ways to add, beside float64, and the head in FP8 beside the one in bfloat16. Times are medians of CUDA graph replays over buffers larger than
-the cache. On a CPU the plain forms run, which only shows that the program works. The last line is
-JSON.
+both ways to add, beside float64, and the head in FP8 beside the one in bfloat16. Times are medians
+of CUDA graph replays over buffers larger than the cache. On a CPU the plain forms run, which only
+shows that the program works. The last line is JSON.
 """
 
 from __future__ import annotations

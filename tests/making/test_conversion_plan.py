@@ -53,6 +53,16 @@ def test_the_real_conversion_is_planned_without_a_weight_file(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_head_in_fp8_is_counted(index_only: Path, tmp_path: Path) -> None:
+    flags = ("--model_dir", index_only, "--output_dir", tmp_path / "out", "--dry_run")
+    plans = [
+        json.loads(run_command(CONVERT, *flags, "--device", "cpu", *more).stdout)
+        for more in ((), ("--quantize_lm_head",))
+    ]
+    saved = [plan["output_bytes"] for plan in plans]
+    assert saved[0] - saved[1] == 152064 * 8192 - 8
+
+
 def test_an_index_without_a_tensor_is_refused(index_only: Path, tmp_path: Path) -> None:
     path = index_only / "model.safetensors.index.json"
     weight_map = json.loads(path.read_text())["weight_map"]
