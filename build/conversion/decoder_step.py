@@ -1,7 +1,8 @@
 """Decoder part of the conversion: layer by layer, calibrated, quantised, sharded, written.
 
 Peak memory: one layer as the source gives it (nothing, if it maps files), its widest linear in
-float32, a window of the samples' hidden states; without calibration a few blocks.
+float32, a window of the samples' hidden states; without calibration a few blocks. A head that is
+quantised is copied where `dtype` is not the published one.
 """
 
 from __future__ import annotations

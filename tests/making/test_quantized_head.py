@@ -37,7 +37,7 @@ OPTIONS = replace(FP8, quantize_lm_head=True)
 WEIGHT_SCALE, INPUT_SCALE = "lm_head.weights_scaling_factor", "lm_head.activation_scaling_factor"
 REPORT = "quantization_report.json"
 NUM_UNITS_BEFORE = 1 + 2 + 1 + 1 + 2
-"""Of the tiny model: ViT embeddings, 2 layers, projector; decoder embedding, 2 layers."""
+"""The tiny model has ViT embeddings, 2 layers, projector; decoder embedding, 2 layers."""
 # TensorRT-LLM 1.2.1's default without `*lm_head` (quantize_layers of quantization/quantize.py).
 EXCLUDED = [
     "*router",
