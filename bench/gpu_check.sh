@@ -45,6 +45,7 @@
 #     gaps      the same with --max_step_ms ${MAX_STEP_MS:-0,31}, at rates of 0, 1 and 2 ($LAYERS, $SHAPE, $GAP_SECONDS)
 #     riding    2048/128, 256 requests, 64 at a time ($LOAD), with each of --max_step_ms ${MAX_STEP_MS:-0,31}: prompts whole,
 #               and in chunks
+#     many      80 layers: 160 requests of 1,000 tokens in and 1,000 out, as many as the cache holds at a time
 #     memory80  80 layers, the cache takes all that is left
 #   $RANKS GPUs (default 2) of 100 GB or more, mpirun and mpi4py:
 #     one       80 layers on one of them: decode, prefill, first token, serving; kept in one.json
@@ -123,6 +124,8 @@ part gaps 300 $python -m bench.hopper interactive --layers ${LAYERS:-80} --shape
   --prompts 1948 --picture_rate 0,1,2 --seconds ${GAP_SECONDS:-15} --max_step_ms ${MAX_STEP_MS:-0,31} --output "$out/gaps.json"
 part riding 560 $python -m bench.hopper serving --layers ${LAYERS:-80} --shape ${SHAPE:-72b} --batch_sizes 8 \
   --prompts 1948 --serving ${LOAD:-2048/128/256/64} --max_step_ms ${MAX_STEP_MS:-0,31} --output "$out/riding.json"
+part many 240 $python -m bench.hopper serving --layers ${LAYERS:-80} --shape ${SHAPE:-72b} --batch_sizes 8 \
+  --prompts 1000 --serving ${LOAD:-1000/1000/160/160}
 part memory80 90 $python -m bench.hopper.memory --layers 80 --max_batch_size 112
 part evaluation 150 $python -m bench.serving.evaluation --engine_dir "${TRUTH:-.truth}/engine" --device cuda \
   --shape 72b --layers ${LAYERS:-80} --num_samples 24 --repeats 2

@@ -12,6 +12,7 @@ import torch
 
 from build.conversion.journal import Journal
 from build.conversion.pipeline import WriteBehind
+from build.output.direct_file import page_buffer
 from build.output.safetensors_writer import SafetensorsWriter
 from nvlm.formats.manifest import FileEntry
 from nvlm.formats.safetensors_reader import TensorInfo
@@ -34,10 +35,11 @@ class OutputFiles:
         self.entries: dict[str, FileEntry] = {}
         self._writers: dict[str, SafetensorsWriter] = {}
         self._behind = WriteBehind(write_behind_bytes)
+        buffer = page_buffer()
         with ExitStack() as stack:  # closes what is open if one cannot be opened
             for file, infos in tensors.items():
                 names = None if finished is None else {n for f, n in finished if f == file}
-                writer = SafetensorsWriter(directory / file, infos, names)
+                writer = SafetensorsWriter(directory / file, infos, names, buffer)
                 self._writers[file] = stack.enter_context(writer)
             self._opened = stack.pop_all()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from build.conversion.calibration.row_file import RowFile
 from build.conversion.journal import Journal
 from build.conversion.output_files import OutputFiles
-from build.conversion.pipeline import Buffers, ReadAhead
+from build.conversion.pipeline import Buffers, ReadAhead, few_threads
 from build.conversion.unit import Unit
 from build.sources.source import WeightSource
 from nvlm.formats import layout
@@ -43,7 +44,10 @@ def run_units(
     sizes = {t.name: TensorInfo(t.dtype, t.shape).num_bytes for t in model_tensors(source.config)}
     reads = [name for unit in todo for name in unit.reads]
     total = sum(sizes[name] for unit in units for name in unit.reads)
+    # Samples want every core; without them the disk is what is waited for.
+    runs_samples = any(unit.states is not None for unit in units)
     with (
+        nullcontext() if runs_samples else few_threads(),
         OutputFiles(staging, files, finished, buffers.write_behind_bytes) as out,
         ReadAhead(source, reads, buffers.read_ahead_bytes) as reader,
         tqdm(total=total, unit="B", unit_scale=True) as progress,

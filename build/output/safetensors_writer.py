@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import struct
 from collections.abc import Mapping, Set
@@ -17,11 +18,11 @@ from typing import Any
 
 import torch
 
+from build.output.direct_file import DirectFile
 from nvlm.formats.safetensors_reader import TensorInfo
 from nvlm.model.dtypes import SAFETENSORS_NAMES
 
 _READ_BYTES = 4 << 20
-_MAX_WRITE_BYTES = 1 << 30  # one write() moves at most 2 GiB on Linux
 
 
 class SafetensorsWriter:
@@ -29,14 +30,19 @@ class SafetensorsWriter:
 
     The whole file is allocated at once, so a full disk is found before any work is done. Given
     `finished` (names that an earlier run wrote and synced) the existing file is continued. Peak
-    memory: the block being written. `OSError` passes through for the caller to explain.
+    memory: the block being written, and `buffer` (`page_buffer`), which files written by one thread
+    may share. `OSError` passes through for the caller to explain.
 
     Written in the given order, the file's SHA-256 costs no second reading. What comes out of order
-    is read again as soon as nothing before it is missing: mostly from the page cache.
+    is read again, mostly from the disk, as soon as nothing before it is missing.
     """
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], finished: Set[str] | None = None
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        finished: Set[str] | None = None,
+        buffer: mmap.mmap | None = None,
     ) -> None:
         self.path = path
         self._tensors = _aligned(tensors)
@@ -64,14 +70,14 @@ class SafetensorsWriter:
         self._digested_bytes = 0
         self._hasher = ThreadPoolExecutor(1, "hash")
         flags = os.O_CREAT | os.O_EXCL if finished is None else 0
-        self._fd = os.open(path, os.O_RDWR | flags, 0o644)
+        self._file = DirectFile(path, flags, buffer)
         try:
-            os.posix_fallocate(self._fd, 0, self.size_bytes)
+            os.posix_fallocate(self._file.fd, 0, self.size_bytes)
             self._write_at(0, memoryview(struct.pack("<Q", len(encoded)) + encoded))
             self._digest_until(self._first_missing())
         except OSError:
             self._hasher.shutdown()
-            os.close(self._fd)
+            self._file.close()
             raise
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -101,16 +107,13 @@ class SafetensorsWriter:
         if offset == self._digested_bytes:  # beside the disk: both release Python's lock
             hashed = self._hasher.submit(self._digest.update, data)
             self._digested_bytes += len(data)
-        while data:
-            written = os.pwrite(self._fd, data[:_MAX_WRITE_BYTES], offset)
-            data, offset = data[written:], offset + written
+        self._file.write_at(offset, data)
         if hashed is not None:
             hashed.result()
 
     def sync(self) -> None:
         """Waits until everything written is on the disk, and gives its page cache back."""
-        os.fdatasync(self._fd)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._file.sync()
 
     def sha256(self) -> str:
         """Hashes the whole file; reads again what was not written in order."""
@@ -120,7 +123,7 @@ class SafetensorsWriter:
     def _digest_until(self, end: int) -> None:
         while self._digested_bytes < end:
             size = min(end - self._digested_bytes, _READ_BYTES)
-            chunk = os.pread(self._fd, size, self._digested_bytes)
+            chunk = os.pread(self._file.fd, size, self._digested_bytes)
             assert chunk, f"{self.path} is shorter than {self.size_bytes} bytes"
             self._digest.update(chunk)
             self._digested_bytes += len(chunk)
@@ -137,10 +140,10 @@ class SafetensorsWriter:
         try:
             if kind is None:
                 assert not self._missing, f"never written: {sorted(self._missing)[:5]}"
-                os.fsync(self._fd)
+                os.fsync(self._file.fd)
         finally:
             self._hasher.shutdown()
-            os.close(self._fd)
+            self._file.close()
 
 
 def _aligned(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -30,7 +30,7 @@ _ROWS = (1, 8, 64, 256)
 _REPEATS = 3
 _DIFFERENT_TOKENS = 128
 """Equal rows take less power: a GPU at its limit computes them faster than those of requests
-(docs/log.md)."""
+(docs/log.md). Any vocabulary with a token for each byte has so many."""
 
 TimeMs = Callable[[Callable[[], object]], float]
 
@@ -100,10 +100,10 @@ def steps_of(
     steps = [(1, context)] * num_rows
     steps += [(count, max(0, min(context, longest) - count)) for count in pieces]
     # Blocks of their own as far as there are enough: those of others would be in the L2 cache.
-    numbers = cycle(range(num_blocks))
+    numbers, tokens = cycle(range(num_blocks)), cycle(range(_DIFFERENT_TOKENS))
     return [
         SequenceStep(
-            [token % _DIFFERENT_TOKENS for token in range(count)],
+            list(islice(tokens, count)),
             first,
             list(islice(numbers, num_blocks_for(first + count))),
             None,

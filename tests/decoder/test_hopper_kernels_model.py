@@ -91,15 +91,11 @@ def models(
 @pytest.mark.parametrize("name", MIXTURES)
 @torch.inference_mode()
 def test_every_mixture_gives_the_oracles_logits(models: dict[str, DecoderModel], name: str) -> None:
-    rows = list[tuple[torch.Tensor, torch.Tensor]]()
     for steps in MIXTURES[name]:
         expected, found = (models[each].forward(steps) for each in ("oracle", "graphs"))
-        rows += zip(found.cpu().clone(), expected, strict=True)
-    worst = max(relative_error(*row) for row in rows)
-    error = relative_error(*(torch.stack(each) for each in zip(*rows, strict=True)))
-    print(f"{name}: {error:.4f}, worst row {worst:.4f}")
-    assert error < FAST_PATH_LOGITS
-    assert worst < FAST_PATH_ROW
+        error = relative_error(found.cpu(), expected) if len(expected) else 0.0
+        print(f"{name}: {len(expected)} rows, {error:.4f}")
+        assert error < (FAST_PATH_ROW if len(expected) == 1 else FAST_PATH_LOGITS)
 
 
 @pytest.mark.gpu

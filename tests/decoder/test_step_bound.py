@@ -321,9 +321,10 @@ class TestMeasuring:
         blocks = [block for step in steps for block in step.blocks]
         assert len(set(blocks)) == len(blocks)
 
-    def test_a_prompts_rows_differ(self) -> None:
-        tokens = steps_of(1, 96, LIMITS, max_num_blocks(LIMITS))[-1].token_ids
-        assert len(set(tokens)) == 96
+    def test_rows_of_a_step_differ(self) -> None:
+        steps = steps_of(8, 96, LIMITS, max_num_blocks(LIMITS))
+        tokens = [token for step in steps for token in step.token_ids]
+        assert len(set(tokens)) == 8 + 96
 
 
 @pytest.mark.parametrize(

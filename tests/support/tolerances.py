@@ -100,9 +100,9 @@ EXACT_GELU = 5e-6
 # The fast path with its kernels against the oracle: every rounding to bfloat16 and then to e4m3
 # (2^-4) may fall on the other side, and prompts' attention rounds probabilities to bfloat16. On
 # random models, whose attention is sharp, 0.05 to 0.11 measured on an H100; the trained tiny model
-# has 0.014 in the mean, 0.036 at most, and every answer equal (bench/hopper/truth.py).
+# has 0.014 in the mean, 0.050 at most, and every answer equal (bench/hopper/truth.py).
 FAST_PATH_LOGITS = 0.15
-# A row of them alone. On an H200 one of a random model is off by 0.19, the same row by 0.02 with
+# A step of one row. On an H200 one of a random model is off by 0.19, the same row by 0.02 with
 # the products in float32: it hangs on single e4m3 numbers. A wrong row is off by 1 and more.
 FAST_PATH_ROW = 0.3
 # So the likeliest token may be another one only where the oracle's logits lie close together: in
