@@ -105,6 +105,11 @@ def parser() -> ArgumentParser:
         help="linears that stay in --dtype, as the report names them "
         "(transformer.layers.0.mlp.proj), or patterns of them (*.mlp.proj)",
     )
+    add(
+        "--quantize_lm_head",
+        action="store_true",
+        help="quantise the decoder's head as its other linears (default: it stays in --dtype)",
+    )
     add("--dtype", choices=TORCH_DTYPES, default="bfloat16", help="type of what stays unquantised")
     add = group("calibration").add_argument
     add(
@@ -211,6 +216,7 @@ def main() -> None:
         tp_size=arguments.tp_size,
         pp_size=arguments.pp_size,
         exclude_modules=tuple(dict.fromkeys(arguments.exclude_modules or ())),
+        quantize_lm_head=arguments.quantize_lm_head,
     )
     require_used(arguments, options)
     choice.check_conversion(options, arguments.projector_norm_eps)

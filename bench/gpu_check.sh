@@ -36,6 +36,7 @@
 #               schema beside plain ones, in turns; needs llguidance
 #     kv        80 layers: decode and prompts with keys and values in bfloat16 beside FP8, in turns; each attention
 #               kernel alone. At most 1.03, 1.05 and 1.25 times FP8's step at batch 1, 8, 64, prompts no slower
+#     head      80 layers: decode with a head in bfloat16 and in FP8, in turns; both heads alone
 #     before    80 layers: decode in this checkout and in $BEFORE, another one, in turns
 #     http      80 layers: tokens/s of 64 streams over HTTP beside runtime/serving alone, in turns, and how
 #               much later the first token of a request with seven tiles comes; needs requirements/serving.txt
@@ -114,6 +115,10 @@ part h200 460 $python -m bench.hopper decode prefill first_token serving --layer
 part settings 300 $python -m bench.hopper settings --layers 80 --batch_sizes 1,64
 part kv 500 bash -c "$python -m bench.hopper.kernels --batch_sizes 1,8,64 --shape ${SHAPE:-72b}
   $python -m bench.hopper.kv_cache --shape ${SHAPE:-72b} --layers ${LAYERS:-80}"
+part head 500 bash -c "$python -m bench.hopper.kernels --batch_sizes 1,8,64 --shape ${SHAPE:-72b}
+  for turn in 1 2; do for head in '' --fp8_head; do
+    $python -m bench.hopper decode --shape ${SHAPE:-72b} --layers ${LAYERS:-80} --batch_sizes 1,8,64 \$head
+  done; done"
 part before 400 bash -c "for turn in 1 2; do for checkout in '${BEFORE:-.}' .; do
     (cd \$checkout && echo \$checkout && $python -m bench.hopper decode --layers 80 --batch_sizes 1,8,64)
   done; done"

@@ -78,6 +78,7 @@ def synthetic_engine(
     max_num_tokens: int = 8192,
     vision_precision: str = "bfloat16",
     tp_size: int = 1,
+    quantize_lm_head: bool = False,
 ) -> EngineDir:
     decoder = replace(DECODERS[shape], num_hidden_layers=num_layers)
     vision = VISIONS[shape]
@@ -94,7 +95,9 @@ def synthetic_engine(
         directory=directory,
         manifest=Manifest("engine", {}, limits.to_json(), {"decoder": "torch"}, {}),
         limits=limits,
-        checkpoint_config=CheckpointConfig(decoder, "bfloat16", "FP8", "FP8", tp_size),
+        checkpoint_config=CheckpointConfig(
+            decoder, "bfloat16", "FP8", "FP8", tp_size, quantize_lm_head=quantize_lm_head
+        ),
         decoder_target="torch",
         vision_checkpoint=VisionCheckpoint(
             directory, "bfloat16", vision, TilingConfig(vision.image_size, 6)

@@ -1,10 +1,12 @@
 """What FP8 costs beside bfloat16: as another checkout converts, and as this one does.
 
-    python -m bench.cpu.fp8_answers --folder D [--before DIR] [--per_task 40] [--num_random 8]
+    python -m bench.cpu.fp8_answers --folder D [--before DIR | --fp8_head] [--per_task 40]
+        [--num_random 8]
 
 Asks the trained small model its held-out questions, and models of random weights for the logits of
 a first token. Each checkout converts in a process of its own; this one builds and runs what both
-wrote. What the folder already has is not made again. The last line is JSON.
+wrote. What the folder already has is not made again. --fp8_head measures --quantize_lm_head, and
+leaves out vision in FP8 and the other KV caches. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,12 +50,14 @@ class Maker:
     root: Path
     quant_algo: str
     options: BuildOptions = BUILD
+    flags: tuple[str, ...] = ()  # further ones of the conversion
 
     def engine(self, model_dir: Path, folder: Path) -> EngineDir:
         checkpoint = folder / f"checkpoint {self.name.partition(',')[0]}"
         if not checkpoint.exists():
-            flags = ("--model_dir", model_dir, "--output_dir", checkpoint, "--device", "cpu")
-            program = (self.root / "convert_checkpoint.py", *flags, "--quant_algo", self.quant_algo)
+            places = ("--model_dir", model_dir, "--output_dir", checkpoint, "--device", "cpu")
+            flags = ("--quant_algo", self.quant_algo, *self.flags)
+            program = (self.root / "convert_checkpoint.py", *places, *flags)
             subprocess.run([sys.executable, *map(str, program)], cwd=self.root, check=True)
         engine = folder / f"engine {self.name}"
         if not engine.exists():
@@ -62,9 +66,13 @@ class Maker:
         return EngineDir.read(engine)
 
 
-def makers(before: Path | None) -> Iterator[Maker]:
+def makers(before: Path | None, *, has_fp8_head: bool) -> Iterator[Maker]:
     """The first is what the others are compared with."""
     yield Maker("bfloat16", ROOT, "none")
+    if has_fp8_head:
+        yield Maker("FP8", ROOT, "FP8")
+        yield Maker("FP8 head", ROOT, "FP8", flags=("--quantize_lm_head",))
+        return
     for name, root in (("FP8 before", before), ("FP8 after", ROOT)):
         if root is not None:
             yield Maker(name, root, "FP8")
@@ -82,13 +90,13 @@ def right(run: Run, engine: EngineDir, per_task: int) -> list[bool]:
     return [text == answer for text, answer in zip(texts, expected, strict=True)]
 
 
-def trained(before: Path | None, folder: Path, per_task: int) -> list[dict[str, Any]]:
+def trained(makers: Sequence[Maker], folder: Path, per_task: int) -> list[dict[str, Any]]:
     """One row a maker: right answers, and what differs from bfloat16."""
     requests = list(questions(folder / "pictures", per_task))
     rows: list[dict[str, Any]] = []
     exact: Run | None = None
     first: list[bool] = []
-    for maker in makers(before):
+    for maker in makers:
         engine = maker.engine(MODEL, folder)
         run = answers(engine, CPU, requests)
         hits = right(run, engine, per_task)
@@ -111,7 +119,7 @@ def trained(before: Path | None, folder: Path, per_task: int) -> list[dict[str, 
     return rows
 
 
-def random_models(before: Path | None, folder: Path, num_models: int) -> list[dict[str, Any]]:
+def random_models(makers: Sequence[Maker], folder: Path, num_models: int) -> list[dict[str, Any]]:
     """One row a maker: the relative errors of a first token's logits, one a model."""
     requests: list[GenerationRequest] = [
         replace(request, max_new_tokens=1)
@@ -123,7 +131,7 @@ def random_models(before: Path | None, folder: Path, num_models: int) -> list[di
         if not model_dir.exists():
             write_random_checkpoint(model_dir, PRESETS["tiny"], seed=seed)
         exact: Run | None = None
-        for maker in makers(before):
+        for maker in makers:
             run = answers(maker.engine(model_dir, folder / f"of random {seed}"), CPU, requests)
             exact = exact or run
             errors.setdefault(maker.name, []).append(compared(run, exact)["mean_logit_error"])
@@ -142,13 +150,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--before", type=checkout, help="another checkout, to compare with")
     parser.add_argument("--per_task", type=int, default=40)
     parser.add_argument("--num_random", type=int, default=8)
+    parser.add_argument("--fp8_head", action="store_true", help="measure --quantize_lm_head")
     options = parser.parse_args(arguments)
+    if options.fp8_head and options.before is not None:
+        parser.error("--fp8_head compares this checkout alone, found --before; give one of them")
+    chosen = tuple(makers(options.before, has_fp8_head=options.fp8_head))
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     found = {
         "machine": describe(),
-        "random": random_models(options.before, folder, options.num_random),
-        "trained": trained(options.before, folder, options.per_task),
+        "random": random_models(chosen, folder, options.num_random),
+        "trained": trained(chosen, folder, options.per_task),
     }
     print(json.dumps(found))
 

@@ -4,9 +4,9 @@
 
 The device's copy rate is measured first, in the same run; a kernel's bytes (each input read once,
 each output written once) over its time are given as a share of it. The FP8 linears are timed with
-both ways to add, beside float64. Times are medians of CUDA graph replays over buffers larger than
-the cache. On a CPU the plain forms run, which only shows that the program works. The last line is
-JSON.
+both ways to add, beside float64, and the head in FP8 beside the one in bfloat16. Times are medians
+of CUDA graph replays over buffers larger than the cache. On a CPU the plain forms run, which only
+shows that the program works. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from runtime.decoder.models.step import SequenceStep
 from runtime.kernels.fp8_linear import Fp8Linear
 
 SHAPES = {"72b": (8192, 29568, 64, 8, 128), "tiny": (256, 512, 4, 2, 64)}
+VOCAB_SIZES = {"72b": 152064, "tiny": 512}
 CACHE_BYTES = 200_000_000  # several times the level-2 cache
 LAUNCHES = 8  # in one graph, over different buffers
 
@@ -78,6 +79,32 @@ def measure_linear(
             error = float((y - oracle).norm() / oracle.norm())
             print(f"{rows} rows, {columns} x {depth}, {name}: relative error {error:.2e}")
     return found
+
+
+def measure_head(
+    forms: PlainForms, num_rows: int, vocab_size: int, size: int, device: torch.device
+) -> dict[str, tuple[float, int]]:
+    """Float32 logits by a head in FP8 and by one in bfloat16."""
+    scale, num_values = torch.tensor(1e-4, device=device), vocab_size * size
+    x, logits_bytes = torch.randn(num_rows, size, device=device).bfloat16(), 4 * vocab_size
+    quantised = e4m3(num_rows, size, device=device)
+    stored = [e4m3(vocab_size, size, device=device) for _ in range(num_buffers(num_values))]
+    heads = [Fp8Linear(weight, scale, scale) for weight in stored]
+    wide = [weight.to(torch.bfloat16) for weight in stored[: num_buffers(2 * num_values)]]
+
+    def in_fp8(i: int) -> object:
+        return forms.linear(quantised, heads[i % len(heads)], torch.float32)
+
+    def in_bfloat16(i: int) -> object:
+        return forms.head(x, wide[i % len(wide)])
+
+    fp8_bytes, bfloat16_bytes = (
+        itemsize * (num_values + num_rows * size) + num_rows * logits_bytes for itemsize in (1, 2)
+    )
+    return {
+        "head, FP8": (median_ms(in_fp8, device), fp8_bytes),
+        "head, bfloat16": (median_ms(in_bfloat16, device), bfloat16_bytes),
+    }
 
 
 def fp8_pages(shape: tuple[int, ...], scale: torch.Tensor) -> KVPages:
@@ -229,6 +256,8 @@ def main(arguments: list[str] | None = None) -> None:
     shape = SHAPES[options.shape]
     for batch_size in map(int, options.batch_sizes.split(",")):
         show(batch_size, measure(shape, batch_size, options.context, device, forms))
+        vocab_size = VOCAB_SIZES[options.shape]
+        show(batch_size, measure_head(forms, batch_size, vocab_size, shape[0], device))
     for num_rows in map(int, filter(None, options.prompts.split(","))):
         show(num_rows, measure_linears(shape, num_rows, device, forms))
     for num_rows in CHUNK_SIZES[::2]:

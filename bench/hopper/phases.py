@@ -64,6 +64,7 @@ def add_flags(parser: argparse.ArgumentParser, *, layers: str) -> None:
     add("--seconds", type=float, default=15.0, help="of each picture rate")
     add("--tiles", default="7")
     add("--precisions", default="bfloat16,FP8", help="of vision, for first_token and vision")
+    add("--fp8_head", action="store_true", help="the decoder's head is in FP8 too")
     add("--no_graphs", action="store_true")
     add("--profile", type=Path, help="kernels' times, their tables to this file")
     add("--output", type=Path, help="the rows so far as JSON, after every row")
@@ -194,6 +195,7 @@ def synthesize(options: argparse.Namespace, num_ranks: int, num_layers: int) -> 
         max_batch_size=max(batch_sizes),
         max_seq_len=max(lengths) + 64,
         tp_size=num_ranks,
+        quantize_lm_head=options.fp8_head,
     )
 
 

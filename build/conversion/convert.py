@@ -20,7 +20,7 @@ from build.conversion.calibration.calibration_set import BUILT_IN, Calibration, 
 from build.conversion.calibration.row_file import RowFile
 from build.conversion.decoder_step import DecoderStep
 from build.conversion.dummy_heads import converted_vision_config
-from build.conversion.excluded_modules import check_excluded
+from build.conversion.excluded_modules import check_excluded, check_head
 from build.conversion.journal import Journal
 from build.conversion.output_folder import OutputFolder, OutputFormat
 from build.conversion.pipeline import DEFAULT_BUFFERS, Buffers
@@ -38,6 +38,7 @@ from nvlm.formats.code_digest import code_digest
 from nvlm.formats.manifest import is_current, sha256_of, write_manifest
 from nvlm.formats.mapping import check_divides
 from nvlm.formats.scale_dtype import SCALE_DTYPE
+from nvlm.formats.tensor_names import HEAD
 from nvlm.inputs.tokenizer import TOKENIZER_FILE, Tokenizer
 from nvlm.model.config import NVLMConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
@@ -62,6 +63,7 @@ class ConvertOptions:
     tp_size: int = 1  # tensor parallel ranks
     pp_size: int = 1  # pipeline parallel ranks
     exclude_modules: tuple[str, ...] = ()  # patterns of linears that stay in `dtype`
+    quantize_lm_head: bool = False  # the head as the other linears
 
     @property
     def is_quantised(self) -> bool:
@@ -82,7 +84,9 @@ class ConvertOptions:
             self.tp_size,
             self.pp_size,
             self.exclude_modules,
+            quantize_lm_head=self.quantize_lm_head,
         )
+        check_head(config)
         check_excluded(config)
         return config
 
@@ -180,6 +184,8 @@ def _made_from(
     arguments = asdict(options)
     for name in ("calib_data", "calib_size", "calib_cache"):
         del arguments[name]
+    if not options.quantize_lm_head:
+        del arguments["quantize_lm_head"]  # older versions had no such choice
     arguments["calibration_sha256"] = calibration.sha256
     arguments[SCALE_DTYPE] = options.dtype  # older versions left scales in float32, and this out
     arguments |= output_format.arguments(source)
@@ -206,6 +212,11 @@ def _load_calibration(source: WeightSource, options: ConvertOptions) -> Calibrat
         return Calibration()
     if options.calib_cache is not None:
         cache = QuantizationReport.read(options.calib_cache)
+        if options.quantize_lm_head and not cache.linears_of(HEAD):
+            raise UserError(
+                f"{options.calib_cache} has no row {HEAD}, expected one for --quantize_lm_head; "
+                "leave --calib_cache out to calibrate again, or --quantize_lm_head"
+            )
         if cache.scale_dtype != options.dtype:
             log.info(
                 "%s has %s scales: its amax are taken and scales are rounded up to %s, but the "

@@ -1,7 +1,8 @@
 """Decoder part of the conversion: layer by layer, calibrated, quantised, sharded, written.
 
 Peak memory: one layer as the source gives it (nothing, if it maps files), its widest linear in
-float32, a window of the samples' hidden states; without calibration a few blocks.
+float32, a window of the samples' hidden states; without calibration a few blocks. A head that is
+quantised is copied where `dtype` is not the published one.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 
 from build.conversion.calibration.amax_observer import AmaxObserver
-from build.conversion.calibration.calibrate_decoder import run_layer
+from build.conversion.calibration.calibrate_decoder import norm_rows, run_layer
 from build.conversion.calibration.calibration_set import Calibration
 from build.conversion.calibration.probe_decoder import Probe, probe_layer
 from build.conversion.calibration.row_file import NextStates, RowFile
 from build.conversion.output_files import OutputFiles
 from build.conversion.output_folder import LayerParts, OutputFolder, Rows
-from build.conversion.quantization.cast import amax, cast, row_blocks
+from build.conversion.quantization.cast import amax, cast, cast_amax, row_blocks
 from build.conversion.quantization.layer_tensors import LayerTensors
 from build.conversion.quantization.scales import check_cached, report_linears, scaled_anew
 from build.conversion.report.quantization_report import (
@@ -39,6 +40,9 @@ from nvlm.formats.tensor_names import (
     ENGINE_LAST_TENSORS,
     ENGINE_LAYER,
     ENGINE_LAYER_TENSORS,
+    FINAL_NORM,
+    HEAD,
+    LM_HEAD,
     EngineTensor,
 )
 from nvlm.model.decoder import DECODER_LINEARS, DecoderLayer, embed
@@ -71,18 +75,15 @@ class DecoderStep:
     def units(self, image_embeddings: RowFile | None, next_states: NextStates) -> list[Unit]:
         """In the order of the model. image_embeddings: [tiles of all samples, tokens_per_tile,
         hidden_size], where there are samples."""
-        first, last = ENGINE_FIRST_TENSORS, ENGINE_LAST_TENSORS
         states = self._states(next_states)
-        units = [
-            self._unit(
-                "embedding", first, None, partial(self._run_first, image_embeddings, states), states
-            )
-        ]
+        run_first = partial(self._run_first, image_embeddings, states)
+        units = [self._unit("embedding", ENGINE_FIRST_TENSORS, None, run_first, states)]
         for i in range(self.config.decoder.num_hidden_layers):
             before, states = states, self._states(next_states)
             run = partial(self._run_layer, i, before, states)
             units.append(self._unit(f"decoder layer {i}", ENGINE_LAYER_TENSORS, i, run, states))
-        units.append(self._unit("head", last, None, partial(self._write_all, last), None))
+        run_last = partial(self._run_last, states)
+        units.append(self._unit("head", ENGINE_LAST_TENSORS, None, run_last, None))
         return units
 
     def _states(self, next_states: NextStates) -> RowFile | None:
@@ -104,14 +105,6 @@ class DecoderStep:
         reads = tuple(prefix + source for tensor in tensors for source in tensor.sources)
         writes = tuple(self.folder.writes(tensors, layer))
         return Unit(name, reads, writes, run, states)
-
-    def _write_all(
-        self, tensors: tuple[EngineTensor, ...], read: Read, out: OutputFiles
-    ) -> dict[str, Any]:
-        for tensor in tensors:
-            (source,) = tensor.sources
-            self.folder.write_top(out, tensor, self._rows(source, read(source)))
-        return {}
 
     def _run_first(
         self,
@@ -135,6 +128,38 @@ class DecoderStep:
                 writer.append(embed(token_ids, embedding, table, self.dtype))
                 first_tile = tiles.stop
         return {}
+
+    def _run_last(self, before: RowFile | None, read: Read, out: OutputFiles) -> dict[str, Any]:
+        """The final norm, and the head after it, which is quantised where that was asked for."""
+        norm_tensor, head_tensor = ENGINE_LAST_TENSORS
+        norm = read(FINAL_NORM)
+        self.folder.write_top(out, norm_tensor, self._rows(FINAL_NORM, norm))
+        head = read(LM_HEAD)
+        linears: list[LinearReport] = []
+        scales = None
+        if self.config.head_format is not UNQUANTIZED:
+            if before is not None:
+                head = cast(LM_HEAD, head.to(self.device), self.dtype)
+                linears = self._calibrate_head(norm, head, before)
+            elif self.calibration.cache is not None:
+                cached = self.calibration.cache.linears_of(HEAD)
+                linears = scaled_anew("", (HEAD,), cached, self.report_format, self.dtype)
+                check_cached(linears[0], cast_amax(LM_HEAD, head, self.dtype, self.device))
+            scales = linears[0].scales
+        self.folder.write_top(out, head_tensor, self._rows(LM_HEAD, head, scales), scales)
+        return as_record(linears) if linears else {}
+
+    def _calibrate_head(
+        self, norm: torch.Tensor, head: torch.Tensor, before: RowFile
+    ) -> list[LinearReport]:
+        """head: in `dtype`, on the device. before: what the last layer wrote."""
+        observer = AmaxObserver("", torch.finfo(self.dtype).max, before.num_rows)
+        norm = cast(FINAL_NORM, norm.to(self.device), self.dtype)
+        norm_rows(norm, self.config.decoder.rms_norm_eps, before, observer, self.device)
+        weights, weight_amax, seen = {HEAD: head}, {HEAD: amax(head)}, observer.maxima
+        return report_linears(
+            "", weights, weight_amax, seen, observer.rows, self.report_format, self.dtype
+        )
 
     def _run_layer(
         self, i: int, before: RowFile | None, after: RowFile | None, read: Read, out: OutputFiles

@@ -79,8 +79,14 @@ class OutputFolder(Protocol):
 
     def write_layer(self, out: OutputFiles, parts: LayerParts) -> None: ...
 
-    def write_top(self, out: OutputFiles, tensor: EngineTensor, rows: Rows) -> None:
-        """The embedding, the last norm or the head."""
+    def write_top(
+        self,
+        out: OutputFiles,
+        tensor: EngineTensor,
+        rows: Rows,
+        scales: LinearScales | None = None,
+    ) -> None:
+        """The embedding, the last norm or the head. scales: of a quantised head."""
         ...
 
     def finish(self, staging: Path, report: QuantizationReport | None) -> None:

@@ -14,7 +14,7 @@ from nvlm.formats.mapping import check_divides
 from nvlm.formats.tensor_names import model_tensors
 from nvlm.model.config import NVLMConfig
 from nvlm.model.dtypes import TORCH_DTYPES
-from nvlm.model.number_formats import FP8
+from nvlm.model.number_formats import FP8, UNQUANTIZED
 from nvlm.planning import memory_plan
 from nvlm.planning.limits import derive_limits
 from nvlm.program.errors import UserError
@@ -158,7 +158,12 @@ def peak_memory_bytes(model: NVLMConfig, config: CheckpointConfig, *, is_calibra
         4 * vision.projector_hidden_size * (vision.projector_input_size + vision.output_size)
     )
     tokens = 4 * _WINDOW_TILES * vision.tokens_per_tile * vision.projector_hidden_size
-    return base + max(widest + stacked + activations, layer + 3 * hidden, projector + 3 * tokens)
+    head = 0  # its cast copy, where it is measured and published in another type
+    if config.head_format is not UNQUANTIZED and config.dtype != "bfloat16":
+        head = itemsize * decoder.vocab_size * decoder.hidden_size
+    return base + max(
+        widest + stacked + activations, layer + 3 * hidden, projector + 3 * tokens, head
+    )
 
 
 def _calibration_flops(

@@ -27,7 +27,7 @@ from nvlm.formats.checkpoint_tensors import (
 )
 from nvlm.formats.manifest import Kind
 from nvlm.formats.safetensors_reader import TensorInfo
-from nvlm.formats.tensor_names import ENGINE_LAYER_TENSORS, KV_CACHE_SCALE, EngineTensor
+from nvlm.formats.tensor_names import ENGINE_LAYER_TENSORS, HEAD, KV_CACHE_SCALE, EngineTensor
 from nvlm.inputs.tokenizer import tokenizer_files
 from nvlm.model.config import NVLMConfig, VisionConfig
 from nvlm.model.dtypes import TORCH_DTYPES
@@ -85,7 +85,11 @@ class TensorRTLLMFolder:
         self, tensors: tuple[EngineTensor, ...], layer: int | None
     ) -> Iterator[tuple[str, str]]:
         if layer is None:
-            names = [tensor.name for tensor in tensors]
+            names = []
+            for tensor in tensors:
+                names.append(tensor.name)
+                if tensor.name == f"{HEAD}.weight":
+                    names += [f"{HEAD}.{kind}" for kind in self.config.head_format.scale_shapes]
         else:
             names = list(decoder_layer_tensors(self.config, layer))
         for name in names:
@@ -108,9 +112,19 @@ class TensorRTLLMFolder:
                 rows = parts.rows(tensor, source)
                 files.append(out, tensor, parts.index, source, rows.blocks, rows.num_rows)
 
-    def write_top(self, out: OutputFiles, tensor: EngineTensor, rows: Rows) -> None:
+    def write_top(
+        self,
+        out: OutputFiles,
+        tensor: EngineTensor,
+        rows: Rows,
+        scales: LinearScales | None = None,
+    ) -> None:
         (source,) = tensor.sources
-        RankFiles(self.config).append(out, tensor, None, source, rows.blocks, rows.num_rows)
+        files = RankFiles(self.config)
+        files.append(out, tensor, None, source, rows.blocks, rows.num_rows)
+        if scales is not None:
+            for name, scale in self.config.head_format.scale_tensors(HEAD, scales).items():
+                files.append_scale(out, name, None, scale)
 
     def finish(self, staging: Path, report: QuantizationReport | None) -> None:
         write_json_atomically(staging / layout.CONFIG, self.config.to_json())

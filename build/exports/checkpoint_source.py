@@ -24,6 +24,7 @@ from nvlm.formats.tensor_names import (
     ENGINE_LAST_TENSORS,
     ENGINE_LAYER,
     ENGINE_LAYER_TENSORS,
+    HEAD,
     KEY_VALUE_SOURCES,
     QKV_SOURCES,
     EngineTensor,
@@ -109,6 +110,11 @@ class CheckpointSource:
             if scales is not None:
                 found[linear] = scales
         return found
+
+    def head_scales(self) -> LinearScales | None:
+        """The scales that the head was quantised with; None where it stays unquantised."""
+        _, reader = self._holders(ENGINE_LAST_TENSORS[-1], None)[0]
+        return self.whole.head_format.read_scales(reader.read, HEAD)
 
     def vision_scales(self, number_format: NumberFormat) -> dict[str, LinearScales]:
         """The scales of the ViT's linears, by full name; none for an unquantised format."""

@@ -33,6 +33,7 @@ from nvlm.formats.tensor_names import (
     ENGINE_FIRST_TENSORS,
     ENGINE_LAST_TENSORS,
     ENGINE_LAYER_TENSORS,
+    LM_HEAD,
     EngineTensor,
     model_tensors,
 )
@@ -100,7 +101,7 @@ def _units(
 
     def top(name: str, tensors: tuple[EngineTensor, ...]) -> Unit:
         reads = tuple(source for tensor in tensors for source in tensor.sources)
-        run = partial(_write_top, folder, tensors)
+        run = partial(_write_top, source, folder, tensors)
         return Unit(name, reads, tuple(folder.writes(tensors, None)), run)
 
     units.append(top("embedding", ENGINE_FIRST_TENSORS))
@@ -136,11 +137,16 @@ def _write_vision(
 
 
 def _write_top(
-    folder: OutputFolder, tensors: tuple[EngineTensor, ...], read: Read, out: OutputFiles
+    source: CheckpointSource,
+    folder: OutputFolder,
+    tensors: tuple[EngineTensor, ...],
+    read: Read,
+    out: OutputFiles,
 ) -> dict[str, Any]:
     for tensor in tensors:
         (name,) = tensor.sources
-        folder.write_top(out, tensor, _rows(read(name)))
+        scales = source.head_scales() if name == LM_HEAD else None
+        folder.write_top(out, tensor, _rows(read(name)), scales)
     return {}
 
 

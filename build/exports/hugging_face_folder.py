@@ -29,7 +29,6 @@ from nvlm.formats.manifest import Kind, sha256_of
 from nvlm.formats.safetensors_reader import TensorInfo, total_bytes
 from nvlm.formats.tensor_names import (
     DECODER_LAYER,
-    DECODER_PREFIX,
     ENGINE_LAYER_TENSORS,
     PROJECTOR_PREFIX,
     EngineTensor,
@@ -150,15 +149,22 @@ class HuggingFaceFolder:
             if tensor.name == BEFORE_CACHE_SCALES and config.kv_cache_format is not UNQUANTIZED:
                 self._append_cache_scales(out, parts)
 
-    def write_top(self, out: OutputFiles, tensor: EngineTensor, rows: Rows) -> None:
+    def write_top(
+        self,
+        out: OutputFiles,
+        tensor: EngineTensor,
+        rows: Rows,
+        scales: LinearScales | None = None,
+    ) -> None:
         (source,) = tensor.sources
-        self._write_rows(out, self._tensors.name(source), rows)
+        name = self._tensors.name(source)
+        self._write_rows(out, name, rows)
+        if scales is not None:
+            self._append_scales(out, name.removesuffix(".weight"), scales)
 
     def finish(self, staging: Path, report: QuantizationReport | None) -> None:
-        is_text = not self.has_vision
-        head = "lm_head" if is_text else f"{DECODER_PREFIX}lm_head"
-        ignored = [head, *self._tensors.excluded()]
-        if not is_text:
+        ignored = self._tensors.excluded()
+        if self.has_vision:
             ignored.append(PROJECTOR_PREFIX)
             if self.vision_format is UNQUANTIZED:
                 ignored.append("vision_model.")

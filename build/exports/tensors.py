@@ -22,6 +22,8 @@ from nvlm.formats.tensor_names import (
     ENGINE_FIRST_TENSORS,
     ENGINE_LAST_TENSORS,
     ENGINE_LAYER_TENSORS,
+    HEAD,
+    LM_HEAD,
     EngineTensor,
     model_tensors,
 )
@@ -88,8 +90,10 @@ class ExportTensors:
                 yield from self.cache_scales(layer)
 
     def excluded(self) -> list[str]:
-        """Linears of the decoder's layers that stay in `dtype`, by the export's names."""
-        return [
+        """Linears of the decoder that stay in `dtype`, by the export's names; the head first."""
+        is_head_quantised = self.config.head_format is not UNQUANTIZED
+        head = [] if is_head_quantised else [self.name(LM_HEAD).removesuffix(".weight")]
+        return head + [
             self.name(DECODER_LAYER.format(i=i)) + source.removesuffix(".weight")
             for i in range(self.config.decoder.num_hidden_layers)
             for tensor in ENGINE_LAYER_TENSORS
@@ -141,6 +145,8 @@ class ExportTensors:
 def is_quantised(tensor: EngineTensor, layer: int | None, config: CheckpointConfig) -> bool:
     """Whether an engine tensor is the weight of a linear that is stored quantised."""
     linear = tensor.name.removesuffix(".weight")
-    if layer is None or linear == tensor.name or linear not in DECODER_LINEARS:
+    if layer is None:
+        return linear == HEAD and config.head_format is not UNQUANTIZED
+    if linear == tensor.name or linear not in DECODER_LINEARS:
         return False
     return config.linear_format(layer, linear) is not UNQUANTIZED

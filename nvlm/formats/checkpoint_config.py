@@ -40,6 +40,15 @@ _FIXED: dict[str, Any] = {
     "num_labels": 1,
     "seq_length": 8192,  # QWenConfig's own default, which the model code reads but never uses
 }
+_EXCLUDED_BUT_HEAD = (
+    "*router",
+    "*vocab_embedding",
+    "*position_embedding",
+    "*block_embedding",
+    "*shared_expert_gate",
+)
+"""TensorRT-LLM's own `exclude_modules` without `*lm_head`. A list takes the place of its own, and
+some versions read an empty one as none: so the head becomes an FP8Linear in all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,7 @@ class CheckpointConfig:
     # `transformer.layers.3.mlp.proj`.
     exclude_modules: tuple[str, ...] = ()
     kv_cache: EngineKVCache = AS_STORED  # an engine's own choice, which config.json does not hold
+    quantize_lm_head: bool = False  # the head is stored as the linears of the layers are
 
     def mapping(self, rank: int = 0) -> Mapping:
         return Mapping(self.tp_size, self.pp_size, rank)
@@ -70,6 +80,11 @@ class CheckpointConfig:
         name = ENGINE_LAYER.format(i=layer) + linear
         is_excluded = any(fnmatchcase(name, pattern) for pattern in self.exclude_modules)
         return UNQUANTIZED if is_excluded else self.weight_format
+
+    @property
+    def head_format(self) -> NumberFormat:
+        """What the head is stored in."""
+        return self.weight_format if self.quantize_lm_head else UNQUANTIZED
 
     @property
     def stored_kv_format(self) -> NumberFormat:
@@ -95,8 +110,9 @@ class CheckpointConfig:
 
     def to_json(self) -> dict[str, Any]:
         decoder = self.decoder
+        patterns = self.exclude_modules + (_EXCLUDED_BUT_HEAD if self.quantize_lm_head else ())
         # Left out where there are none, as older versions wrote it.
-        excluded = {"exclude_modules": list(self.exclude_modules)} if self.exclude_modules else {}
+        excluded = {"exclude_modules": list(patterns)} if patterns else {}
         return {
             **_FIXED,
             "dtype": self.dtype,
@@ -141,6 +157,9 @@ class CheckpointConfig:
             rms_norm_eps=reader.positive_float("norm_epsilon"),
         )
         mapping, quantization = reader.section("mapping"), reader.section("quantization")
+        patterns = _patterns(quantization)
+        excluded = patterns[: -len(_EXCLUDED_BUT_HEAD)]
+        quantize_lm_head = patterns == excluded + _EXCLUDED_BUT_HEAD
         config = cls(
             decoder,
             dtype=reader.one_of("dtype", ("bfloat16", "float16", "float32")),
@@ -148,7 +167,8 @@ class CheckpointConfig:
             kv_cache_quant_algo=quantization.one_of("kv_cache_quant_algo", (*QUANTIZED, None)),
             tp_size=mapping.positive_int("tp_size"),
             pp_size=mapping.positive_int("pp_size"),
-            exclude_modules=_patterns(quantization),
+            exclude_modules=excluded if quantize_lm_head else patterns,
+            quantize_lm_head=quantize_lm_head,
         )
         reader.refuse_unlike(config.to_json())
         try:

@@ -14,6 +14,7 @@ from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.formats.safetensors_reader import SafetensorsReader, TensorInfo
 from nvlm.formats.tensor_names import (
     ENGINE_LAYER,
+    HEAD,
     KV_CACHE_SCALE,
     VISION_LAYER,
 )
@@ -75,7 +76,9 @@ def decoder_tensors(config: CheckpointConfig, rank: int = 0) -> dict[str, Tensor
     if mapping.is_last_stage:
         tensors["transformer.ln_f.weight"] = TensorInfo(dtype, (hidden,))
         rows = exact_div(mapping.padded_vocab_size(vocab_size), config.tp_size)
-        tensors["lm_head.weight"] = TensorInfo(dtype, (rows, hidden))
+        stored_dtype = config.head_format.stored_dtype(dtype)
+        tensors[f"{HEAD}.weight"] = TensorInfo(stored_dtype, (rows, hidden))
+        tensors |= _scale_tensors(HEAD, config.head_format)
     return tensors
 
 

@@ -164,9 +164,12 @@ ENGINE_LAYER_TENSORS = (
 ENGINE_FIRST_TENSORS = (EngineTensor("transformer.vocab_embedding.weight", (EMBED_TOKENS,)),)
 """Tensors of the first pipeline stage alone."""
 
+HEAD = "lm_head"
+"""The linear after the layers, which a number format may quantise."""
+
 ENGINE_LAST_TENSORS = (
     EngineTensor("transformer.ln_f.weight", (FINAL_NORM,)),
-    EngineTensor("lm_head.weight", (LM_HEAD,), "column"),
+    EngineTensor(f"{HEAD}.weight", (LM_HEAD,), "column"),
 )
 """Tensors of the last pipeline stage alone."""
 

@@ -30,6 +30,8 @@ class TensorCoreLinear:
         """Sums leave the tensor cores every 128 products, with fast accumulation at the end. out:
         [T, out_features] of `dtype`, where the result must be, with room for 8 rows."""
         num_rows = len(x)
+        if num_rows == 0:
+            return x.new_empty(0, len(linear.weight), dtype=dtype)
         if num_rows < _MIN_ROWS:
             x = with_spare_rows(x, _MIN_ROWS)
             out = None if out is None else with_spare_rows(out, _MIN_ROWS)

@@ -29,7 +29,8 @@ def test_every_kernel_is_measured_for_every_batch_size(capsys: pytest.CaptureFix
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["copy_bytes_per_s"] > 0
     names = {(row["batch_size"], row["kernel"]) for row in found["kernels"]}
-    for kernel in ("add_rms_norm", "decode_attention", "gate_up_swiglu", "down linear"):
+    heads = ("head, FP8", "head, bfloat16")
+    for kernel in ("add_rms_norm", "decode_attention", "gate_up_swiglu", "down linear", *heads):
         assert {(1, kernel), (3, kernel)} <= names
     assert {(64, "chunk_attention"), (128, "chunk_attention")} <= names
     assert all(row["ms"] > 0 and row["bytes"] > 0 for row in found["kernels"])
@@ -103,6 +104,18 @@ def test_every_phase_is_measured_through_the_executors(
     assert all(row["ms"] > 0 and row["rate"] > 0 for row in found["rows"])
     assert len(found["slopes"]) == 8
     assert "2 layers, prompt of 50 tokens" in (tmp_path / "profile.log").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_a_step_with_a_head_in_fp8_reads_fewer_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["decode", "--shape", "tiny", "--layers", "1", "--batch_sizes", "1"]
+    options += ["--context", "64", "--prompts", "50"]
+    rows = []
+    for more in ([], ["--fp8_head"]):
+        measure.main([*options, *more])
+        rows += json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    wide, narrow = (1e-3 * row["ms"] * row["rate"] for row in rows)
+    assert wide - narrow == pytest.approx(512 * 256 - 8, rel=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")

@@ -222,6 +222,19 @@ class TestBuild:
         assert settings.max_input_len == limits.max_input_len
         assert settings.max_num_tokens >= limits.max_input_len
 
+    def test_a_head_in_fp8_is_built_by_what_its_list_says(
+        self, workshop: Workshop, doubles: Doubles, tmp_path: Path
+    ) -> None:
+        """Its builder makes an FP8Linear of a head that exclude_modules does not name."""
+        model = workshop.model("model_8_heads", SHAPE)
+        chosen = ConvertOptions(calib_size=4, tp_size=2, quantize_lm_head=True)
+        path = workshop.checkpoint("checkpoint_8_heads_fp8_head", model, chosen)
+        options = replace(OPTIONS, vision="torch", vision_precision=None)
+        spec = specify(path, options, CUDA, GPU_BYTES)
+        assert spec.decoder == "tensorrt_llm"
+        build_engine(spec, tmp_path / "engine", options, BuildRun(workers=2))
+        assert EngineDir.read(tmp_path / "engine").checkpoint_config.quantize_lm_head
+
     @pytest.mark.parametrize("workers", [1, 3, 100])
     def test_workers_are_at_most_one_a_rank_and_one_a_gpu(
         self, workshop: Workshop, doubles: Doubles, tmp_path: Path, workers: int

@@ -48,12 +48,13 @@ class _Forms(test_kernels.TritonForms):
         head, linear = PlainForms.head, PlainForms.linear
 
 
-CACHES: dict[str, tuple[str | None, str]] = {
-    "one scale": ("FP8", "one"),
-    "own scales": ("FP8", "own"),
-    "in dtype": (None, "one"),
+CACHES: dict[str, tuple[str | None, str, bool]] = {
+    "one scale": ("FP8", "one", False),
+    "own scales": ("FP8", "own", False),
+    "in dtype": (None, "one", False),
+    "one scale, FP8 head": ("FP8", "one", True),
 }
-"""What keys and values are converted to, and how they are built."""
+"""What keys and values are converted to, how they are built, and whether the head is in FP8."""
 
 
 @pytest.fixture(scope="module", params=CACHES)
@@ -61,10 +62,11 @@ def models(
     request: pytest.FixtureRequest, workshop: Workshop, model_dir: Path
 ) -> dict[str, DecoderModel]:
     """The oracle on the CPU, and the fast path with and without CUDA graphs."""
-    algo, scales = CACHES[request.param]
-    options = ConvertOptions(dtype=DTYPE, kv_cache_quant_algo=algo)
-    checkpoint = workshop.checkpoint(f"fp8_{DTYPE}_{algo}", model_dir, options)
-    name = f"engine_fp8_{DTYPE}_{algo}_{scales}"
+    algo, scales, has_fp8_head = CACHES[request.param]
+    options = ConvertOptions(dtype=DTYPE, kv_cache_quant_algo=algo, quantize_lm_head=has_fp8_head)
+    name = f"{DTYPE}_{algo}{'_fp8_head' * has_fp8_head}"
+    checkpoint = workshop.checkpoint(f"fp8_{name}", model_dir, options)
+    name = f"engine_fp8_{name}_{scales}"
     engine_dir = workshop.engine(name, checkpoint, vision="torch", kv_cache_scales=scales)
     config = EngineDir.read(engine_dir).checkpoint_config
     source = open_weights(engine_dir / "llm", config)

@@ -20,7 +20,7 @@ from runtime.decoder.models.step import DecoderModel, SequenceStep
 from runtime.decoder.models.step_graphs import StepGraphs, StepSize
 from runtime.decoder.models.torch_weights import load_weights, open_weights
 from runtime.engine.engine_dir import EngineDir
-from tests.conftest import Workshop
+from tests.conftest import FP8, Workshop
 from tests.support.kv_caches import KV_CACHES, kv_cache_engine
 from tests.support.tolerances import KERNEL_LOGITS, relative_error
 
@@ -52,13 +52,24 @@ def _tensors(argument: object) -> list[torch.Tensor]:
     return [argument] if isinstance(argument, torch.Tensor) else []
 
 
-@pytest.fixture(scope="module", params=["as stored", *KV_CACHES])
+FP8_HEAD = "FP8 head"
+
+
+@pytest.fixture(scope="module", params=["as stored", *KV_CACHES, FP8_HEAD])
 def models(
-    request: pytest.FixtureRequest, workshop: Workshop, checkpoint_dir: Path, engine_dir: Path
+    request: pytest.FixtureRequest,
+    workshop: Workshop,
+    model_dir: Path,
+    checkpoint_dir: Path,
+    engine_dir: Path,
 ) -> tuple[DecoderModel, DecoderModel]:
-    """The oracle and the fast path over one file, for every KV cache."""
+    """The oracle and the fast path over one file, for every KV cache and for a head in FP8."""
     if request.param in KV_CACHES:
         engine_dir = kv_cache_engine(workshop, checkpoint_dir, request.param)
+    if request.param == FP8_HEAD:
+        options = replace(FP8, quantize_lm_head=True)
+        checkpoint = workshop.checkpoint("head_checkpoint", model_dir, options)
+        engine_dir = workshop.engine("head_engine", checkpoint, vision="torch", max_num_images=3)
     engine = EngineDir.read(engine_dir)
     config = engine.checkpoint_config
     source = open_weights(engine_dir / "llm", config)

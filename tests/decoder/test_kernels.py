@@ -556,3 +556,17 @@ def test_tensor_core_linear_equals_its_plain_form(num_rows: int) -> None:
         arguments = (x, fp8_linear(512, 1024, 3e-4, bias), DTYPE)
         found = FORMS.tensor_core_linear(*arguments)
         assert relative_error(found, PLAIN.linear(*arguments)) < KERNEL_BF16
+
+
+@pytest.mark.parametrize(
+    "num_rows", [0, *(pytest.param(count, marks=BY_CUBLASLT) for count in (1, 8, 300))]
+)
+def test_logits_of_a_head_in_fp8_are_not_rounded(num_rows: int) -> None:
+    """A step of chunks alone wants none."""
+    arguments = (e4m3(num_rows, 1024), fp8_linear(512, 1024, 3e-4), torch.float32)
+    found, expected = FORMS.linear(*arguments), PLAIN.linear(*arguments)
+    assert found.dtype == torch.float32
+    assert found.shape == expected.shape == (num_rows, 512)
+    if num_rows > 0:
+        assert relative_error(found, expected) < KERNEL_BF16
+        assert not torch.equal(found, found.bfloat16().float())

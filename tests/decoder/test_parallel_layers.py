@@ -3,6 +3,7 @@ one rank computes, bit by bit; row parallel parts add up to its sums."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -28,8 +29,8 @@ class Loaded(NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=[(FP32, 2), (FP32, 4), (FP32, 8), (FP8, 2)],
-    ids=["float32 tp2", "float32 tp4", "float32 tp8", "FP8 tp2"],
+    params=[(FP32, 2), (FP32, 4), (FP32, 8), (FP8, 2), (replace(FP8, quantize_lm_head=True), 2)],
+    ids=["float32 tp2", "float32 tp4", "float32 tp8", "FP8 tp2", "FP8 head tp2"],
 )
 def loaded(workshop: Workshop, request: pytest.FixtureRequest) -> Loaded:
     options, tp_size = request.param

@@ -21,7 +21,7 @@ from tests.doubles import api
 from tests.doubles.cuda import CudaDouble
 from tests.doubles.executor import make_executor_module
 from tests.doubles.tensorrt import make_tensorrt
-from tests.reference.tensorrt_llm_tensors import expected_tensors, stored_tensors
+from tests.reference.tensorrt_llm_tensors import expected_tensors, has_fp8_head, stored_tensors
 from tests.support.modules import importable
 
 VERSION = "1.2.1"
@@ -190,5 +190,6 @@ def _check_tensors(path: Path, values: dict[str, Any], rank: int) -> None:
         rank,
         fp8=quantization["quant_algo"] == "FP8",
         kv_fp8=quantization["kv_cache_quant_algo"] == "FP8",
+        fp8_head=has_fp8_head(quantization),
     )
     assert stored_tensors(path) == expected, f"{path.name} does not hold what QWenForCausalLM reads"

@@ -51,20 +51,24 @@ def llm_config(shape: Shape) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("tp", "pp"), GRIDS)
-@pytest.mark.parametrize("is_fp8", [True, False])
+@pytest.mark.parametrize(("is_fp8", "has_fp8_head"), [(True, False), (False, False), (True, True)])
 def test_every_ranks_tensors_of_the_72b_model_are_those_tensorrt_llm_expects(
-    tp: int, pp: int, is_fp8: bool
+    tp: int, pp: int, is_fp8: bool, has_fp8_head: bool
 ) -> None:
     config = NVLMConfig.from_hf(config_json(PRESETS["72b"]), Path("config.json"))
     algo = "FP8" if is_fp8 else None
-    checkpoint = CheckpointConfig(config.decoder, "bfloat16", algo, algo, tp, pp)  # type: ignore[arg-type]
+    checkpoint = CheckpointConfig(
+        config.decoder, "bfloat16", algo, algo, tp, pp, quantize_lm_head=has_fp8_head
+    )
     for rank in range(tp * pp):
         found = {
             name: (SAFETENSORS_NAMES[info.dtype], list(info.shape))
             for name, info in decoder_tensors(checkpoint, rank).items()
         }
         section = llm_config(PRESETS["72b"])
-        expected = expected_tensors(section, tp, pp, rank, fp8=is_fp8, kv_fp8=is_fp8)
+        expected = expected_tensors(
+            section, tp, pp, rank, fp8=is_fp8, kv_fp8=is_fp8, fp8_head=has_fp8_head
+        )
         assert found == expected, rank
 
 

@@ -53,6 +53,30 @@ def test_the_real_conversion_is_planned_without_a_weight_file(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_head_in_fp8_is_counted(index_only: Path, tmp_path: Path) -> None:
+    flags = ("--model_dir", index_only, "--output_dir", tmp_path / "out", "--dry_run")
+    plans = [
+        json.loads(run_command(CONVERT, *flags, "--device", "cpu", *more).stdout)
+        for more in ((), ("--quantize_lm_head",))
+    ]
+    assert plans[0]["output_bytes"] - plans[1]["output_bytes"] == 152064 * 8192 - 8
+    assert plans[0]["peak_memory_bytes"] == plans[1]["peak_memory_bytes"]
+
+
+def test_a_head_in_fp8_that_is_not_published_in_dtype_is_copied_once() -> None:
+    config = NVLMConfig.from_hf(config_json(PRESETS["72b"]), Path("config.json"))
+    peaks = [
+        peak_memory_bytes(
+            config,
+            CheckpointConfig(config.decoder, "float32", "FP8", "FP8", quantize_lm_head=is_fp8),
+            is_calibrated=True,
+        )
+        for is_fp8 in (False, True)
+    ]
+    assert peaks[0] < peaks[1]
+    assert peaks[1] > 4 * 152064 * 8192
+
+
 def test_an_index_without_a_tensor_is_refused(index_only: Path, tmp_path: Path) -> None:
     path = index_only / "model.safetensors.index.json"
     weight_map = json.loads(path.read_text())["weight_map"]

@@ -3,13 +3,14 @@ what our engine of the same weights computes, and the small trained model answer
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from build.conversion.convert import convert
+from build.conversion.convert import ConvertOptions, convert
 from build.exports.hugging_face_folder import HuggingFaceFormat
 from build.exports.schemes import COMPRESSED_TENSORS
 from build.sources.hugging_face import HuggingFaceSource
@@ -30,20 +31,24 @@ NUM_STEPS = 64
 MOST_TOKENS, PER_TASK = 20, 6
 
 
-def load(workshop: Workshop, name: str, model_dir: Path) -> Any:
+FP8_HEAD = replace(FP8, quantize_lm_head=True)
+
+
+def load(workshop: Workshop, name: str, model_dir: Path, options: ConvertOptions = FP8) -> Any:
     """The text export as transformers loads it: FP8 weights, inputs and KV cache."""
     from transformers import AutoModelForCausalLM
 
     folder = workshop.root / name
     if not folder.exists():
         chosen = HuggingFaceFormat(COMPRESSED_TENSORS, model_dir, is_text_only=True)
-        convert(HuggingFaceSource(model_dir), folder, FP8, CPU, output_format=chosen)
+        convert(HuggingFaceSource(model_dir), folder, options, CPU, output_format=chosen)
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     # vLLM's alone: transformers does not quantise queries.
     assert all(name.endswith(".self_attn.q_scale") for name in info["unexpected_keys"])
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.float8_e4m3fn
+    assert (model.lm_head.weight.dtype == torch.float8_e4m3fn) == options.quantize_lm_head
     return model.eval()
 
 
@@ -123,6 +128,18 @@ def test_logits_over_64_tokens_are_ours_within_fp8(trained: Any, trained_engine:
     error = relative_error(found, wanted)
     agreement = float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
     print(f"trained: error {error:.4f}, top-1 {agreement:.3f}")
+    assert error <= EXPORT_LOGITS
+
+
+def test_logits_of_a_head_in_fp8_are_ours_too(workshop: Workshop) -> None:
+    model = load(workshop, "tiny_model_text_export_fp8_head", TRAINED, FP8_HEAD)
+    checkpoint = workshop.checkpoint("tiny_model_checkpoint_fp8_head", TRAINED, FP8_HEAD)
+    engine = workshop.engine("tiny_model_engine_fp8_head", checkpoint, vision="torch")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (2, NUM_STEPS), generator=generator).tolist()
+    found, wanted = forced(model, ids[0], ids[1]), engine_logits(engine, ids[0], ids[1])
+    error = relative_error(found, wanted)
+    print(f"trained, FP8 head: error {error:.4f}")
     assert error <= EXPORT_LOGITS
 
 

@@ -155,7 +155,7 @@ def test_an_interrupted_conversion_of_an_older_version_starts_over(
         raise KeyboardInterrupt
 
     with (
-        patch.object(DecoderStep, "_write_all", side_effect=interrupt),
+        patch.object(DecoderStep, "_run_last", side_effect=interrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         write_older_checkpoint(model_dir, tmp_path / "new", FP8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ def test_the_decoder_has_its_published_parameter_count_and_bytes(config: NVLMCon
     assert memory_plan.decoder_weight_bytes(bf16) == 2 * 72_706_203_648
     # 70.2 GB of FP8 linears, 4.98 GB of embedding and head: 75.2 GB resident.
     assert memory_plan.decoder_weight_bytes(fp8) == pytest.approx(75.2e9, rel=1e-3)
+
+
+def test_a_head_in_fp8_takes_half_its_bytes_on_every_rank(config: NVLMConfig) -> None:
+    for tp_size in (1, 2, 8):
+        wide = CheckpointConfig(config.decoder, "bfloat16", "FP8", "FP8", tp_size)
+        narrow = replace(wide, quantize_lm_head=True)
+        saved, scales = 152064 * 8192 // tp_size, 8  # 1.25 GB in all
+        found = memory_plan.decoder_weight_bytes(wide) - memory_plan.decoder_weight_bytes(narrow)
+        assert found == saved - scales
+        counts = {memory_plan.decoder_parameter_count(each) for each in (wide, narrow)}
+        assert len(counts) == 1
 
 
 def test_kv_cache_takes_160_kib_a_token_in_fp8_and_320_in_bf16(config: NVLMConfig) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import pytest
 import torch
 
+from build.conversion.convert import ConvertOptions
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.all_reduce_norm import CollectiveAllReduceNorm
 from runtime.decoder.models.hopper_model import HopperModel
@@ -45,9 +48,9 @@ class Adding:
         return add
 
 
-def logits(workshop: Workshop, num_ranks: int) -> list[torch.Tensor]:
+def logits(workshop: Workshop, num_ranks: int, options: ConvertOptions) -> list[torch.Tensor]:
     """Logits of a prompt and three decode steps."""
-    engine = EngineDir.read(engine_of(workshop, num_ranks, FP8))
+    engine = EngineDir.read(engine_of(workshop, num_ranks, options))
     config, adding = engine.checkpoint_config, Adding(num_ranks)
 
     def run(rank: int) -> list[torch.Tensor]:
@@ -65,8 +68,12 @@ def logits(workshop: Workshop, num_ranks: int) -> list[torch.Tensor]:
     return [torch.cat(parts, dim=1) for parts in zip(*ranks, strict=True)]
 
 
-def test_two_ranks_give_the_logits_of_one(workshop: Workshop) -> None:
-    for found, expected in zip(logits(workshop, 2), logits(workshop, 1), strict=True):
+@pytest.mark.parametrize("quantize_lm_head", [False, True], ids=["head in dtype", "head in FP8"])
+def test_two_ranks_give_the_logits_of_one(workshop: Workshop, quantize_lm_head: bool) -> None:
+    options = replace(FP8, quantize_lm_head=True) if quantize_lm_head else FP8
+    pairs = zip(*(logits(workshop, size, options) for size in (2, 1)), strict=True)
+    for found, expected in pairs:
+        assert found.dtype == torch.float32
         assert found.shape == expected.shape
         assert relative_error(found, expected) <= FP8_FLIPPED
         assert torch.equal(found.argmax(1), expected.argmax(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,17 @@ def test_float32_ranks_give_the_tokens_and_logits_of_one_from_their_own_files(
         assert 0.9 * most < held["bytes"] <= most
 
 
-def fp8_pair(workshop: Workshop, model: Path, name: str) -> tuple[Path, Path]:
+def fp8_pair(
+    workshop: Workshop, model: Path, name: str, *, quantize_lm_head: bool = False
+) -> tuple[Path, Path]:
     """Engines of two ranks and of one, with the scales of one calibration."""
-    one = workshop.checkpoint(f"{name}_1", model, FP8)
-    cached = ConvertOptions(tp_size=2, calib_cache=one / "quantization_report.json")
+    options = replace(FP8, quantize_lm_head=quantize_lm_head)
+    one = workshop.checkpoint(f"{name}_1", model, options)
+    cached = ConvertOptions(
+        tp_size=2,
+        calib_cache=one / "quantization_report.json",
+        quantize_lm_head=quantize_lm_head,
+    )
     checkpoints = (workshop.checkpoint(f"{name}_2", model, cached), one)
     two, alone = (
         workshop.engine(f"{path.name}_engine", path, vision="torch", max_num_images=3)
@@ -109,8 +117,13 @@ def check_fp8(found: dict[str, Any]) -> None:
     assert not any(map(math.isnan, errors))
 
 
-def test_fp8_ranks_give_the_tokens_of_one(workshop: Workshop, tmp_path: Path) -> None:
-    two, one = fp8_pair(workshop, workshop.model("model"), "fp8_ranks")
+@pytest.mark.parametrize("quantize_lm_head", [False, True], ids=["head in dtype", "head in FP8"])
+def test_fp8_ranks_give_the_tokens_of_one(
+    workshop: Workshop, tmp_path: Path, quantize_lm_head: bool
+) -> None:
+    name = f"fp8_ranks{'_fp8_head' * quantize_lm_head}"
+    model = workshop.model("model")
+    two, one = fp8_pair(workshop, model, name, quantize_lm_head=quantize_lm_head)
     check_fp8(ask(two, one, write_questions(tmp_path / "in.jsonl", 40), 2, tmp_path))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ Expected = dict[str, tuple[str, list[int]]]
 
 
 def expected_tensors(
-    config: dict[str, Any], tp: int, pp: int, rank: int, *, fp8: bool, kv_fp8: bool
+    config: dict[str, Any],
+    tp: int,
+    pp: int,
+    rank: int,
+    *,
+    fp8: bool,
+    kv_fp8: bool,
+    fp8_head: bool = False,
 ) -> Expected:
-    """Name -> (type, shape). `config` is llm_config of the model's config.json."""
+    """Name -> (type, shape). `config` is llm_config of the model's config.json. fp8_head: lm_head
+    is an FP8Linear."""
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
     d = hidden // config["num_attention_heads"]
     a = config["num_attention_heads"] // tp
@@ -47,8 +56,25 @@ def expected_tensors(
             tensors[f"{layer}.attention.kv_cache_scaling_factor"] = ("F32", [1])
     if stage == stages - 1:
         tensors["transformer.ln_f.weight"] = ("BF16", [hidden])
-        tensors["lm_head.weight"] = ("BF16", [math.ceil(vocabulary / tp), hidden])
+        head = "F8_E4M3" if fp8_head else "BF16"
+        tensors["lm_head.weight"] = (head, [math.ceil(vocabulary / tp), hidden])
+        if fp8_head:
+            tensors["lm_head.weights_scaling_factor"] = ("F32", [1])
+            tensors["lm_head.activation_scaling_factor"] = ("F32", [1])
     return tensors
+
+
+def has_fp8_head(quantization: dict[str, Any]) -> bool:
+    """Whether `quantize_layers` of quantization/quantize.py makes lm_head an FP8Linear.
+
+    A list takes the place of the default. 1.2.1 asks for None, older versions for an empty list
+    too: so a list that is meant must hold something.
+    """
+    excluded = quantization.get("exclude_modules")
+    assert excluded != [], "versions differ on an empty list"
+    patterns = ["*lm_head"] if excluded is None else excluded  # of the default what matters here
+    is_excluded = any(fnmatchcase("lm_head", pattern) for pattern in patterns)
+    return quantization["quant_algo"] == "FP8" and not is_excluded
 
 
 def stored_tensors(path: Path) -> Expected:

@@ -50,7 +50,8 @@ needs_mpi = pytest.mark.skipif(
 def engine_of(workshop: Workshop, tp_size: int, options: ConvertOptions) -> Path:
     """For `tp_size` ranks; three images a request."""
     model = workshop.model("model_ranks", SHAPE)
-    name = f"ranks_{'fp8' if options is FP8 else options.dtype}_{tp_size}"
+    kind = "fp8" if options is FP8 else options.dtype
+    name = f"ranks_{kind}{'_fp8_head' * options.quantize_lm_head}_{tp_size}"
     checkpoint = workshop.checkpoint(f"checkpoint_{name}", model, replace(options, tp_size=tp_size))
     return workshop.engine(f"engine_{name}", checkpoint, vision="torch", max_num_images=3)
 

@@ -39,6 +39,11 @@ class AmaxObserver:
         before = self.head_maxima.get(name, heads)
         self.head_maxima[name] = torch.maximum(before, heads)
 
+    def see_input(self, name: str, rows: torch.Tensor) -> None:
+        """rows: [rows, in_features] of what enters a linear."""
+        self.see(name, rows)
+        self._keep(name, rows)
+
     def see(self, name: str, x: torch.Tensor) -> None:
         value = amax(x)
         if not value <= self._limit:  # NaN too
@@ -57,8 +62,7 @@ class AmaxObserver:
         for name, module in modules.items():
 
             def see(_: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
-                self.see(name, inputs[0])
-                self._keep(name, inputs[0].flatten(0, -2))
+                self.see_input(name, inputs[0].flatten(0, -2))
 
             self._handles.append(module.register_forward_pre_hook(see))
 

@@ -1,4 +1,5 @@
-"""Runs the calibration samples through one decoder layer and says what entered its linears."""
+"""Runs the calibration samples through one decoder layer, or the last norm, and says what entered
+the linears."""
 
 from __future__ import annotations
 
@@ -9,8 +10,15 @@ import torch
 
 from build.conversion.calibration.amax_observer import AmaxObserver
 from build.conversion.calibration.row_file import RowFile
+from nvlm.formats.tensor_names import HEAD
 from nvlm.model.config import DecoderConfig
-from nvlm.model.decoder import DECODER_LINEARS, DecoderLayer, causal_attention, rope_tables
+from nvlm.model.decoder import (
+    DECODER_LINEARS,
+    DecoderLayer,
+    causal_attention,
+    rms_norm,
+    rope_tables,
+)
 
 _ROWS_PER_WINDOW = 2048
 """Tokens that a layer works on at a time: about 1 GB of activations at the 72B model's width."""
@@ -55,6 +63,14 @@ def run_layer(
             cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
             attention = WindowAttention(segments, past, observer)
             writer.append(layer(before.read(window).to(device), cos, sin, attention))
+
+
+def norm_rows(
+    norm: torch.Tensor, eps: float, before: RowFile, observer: AmaxObserver, device: torch.device
+) -> None:
+    """Shows `observer` what enters the head: the last layer's rows, normed. norm: [hidden_size]."""
+    for window in before.windows(_ROWS_PER_WINDOW):
+        observer.see_input(HEAD, rms_norm(before.read(window).to(device), norm, eps))
 
 
 class WindowAttention:

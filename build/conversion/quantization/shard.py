@@ -13,6 +13,7 @@ from nvlm.formats.mapping import Mapping
 from nvlm.formats.tensor_names import (
     ENGINE_FIRST_TENSORS,
     ENGINE_LAYER,
+    HEAD,
     KEY_VALUE_SOURCES,
     EngineTensor,
 )
@@ -73,7 +74,7 @@ class RankFiles:
         """All `blocks` of rows of `source` (without the layer's prefix), `num_rows` in all."""
         decoder, start = self._config.decoder, 0
         padding = 0
-        if tensor.name == "lm_head.weight":
+        if tensor.name == f"{HEAD}.weight":
             padding = self._config.mapping().padded_vocab_size(num_rows) - num_rows
         for block in _with_zero_rows(blocks, padding):
             rows = range(start, start + len(block))
@@ -83,8 +84,10 @@ class RankFiles:
                     out.append(layout.rank_file(mapping.rank), name, part)
             start = rows.stop
 
-    def append_scale(self, out: OutputFiles, name: str, layer: int, scale: torch.Tensor) -> None:
-        """All of it into the file of every rank that holds the layer."""
+    def append_scale(
+        self, out: OutputFiles, name: str, layer: int | None, scale: torch.Tensor
+    ) -> None:
+        """All of it into the file of every rank that holds the layer, or the head."""
         for mapping, written in self.names(name, layer):
             out.append(layout.rank_file(mapping.rank), written, scale)
 

@@ -45,8 +45,8 @@ class LinearReport:
     clipped_share: float  # clipped at the largest number
     underflow_share: float  # not zero, but quantised to zero
     num_rows: int  # rows of the calibration data that `output_error` is over
-    # Of the layer's output, the residual stream, where this linear alone is quantised. None: made
-    # by an older version.
+    # Of the layer's output, the residual stream, where this linear alone is quantised. None: the
+    # head, or made by an older version.
     residual_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:

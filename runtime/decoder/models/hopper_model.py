@@ -36,6 +36,7 @@ from runtime.decoder.models.kv_cache import PagedKVCache
 from runtime.decoder.models.step import SequenceStep, logit_rows
 from runtime.decoder.models.step_graphs import StepGraphs, StepSize
 from runtime.kernels.branch import Branch
+from runtime.kernels.fp8_linear import Fp8Linear
 
 _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, MAX_GRAPH_ROWS + 1, 32))
 _MIXED_SIZES = (0, 8, 16, 32, 64, 128)  # rows that decode beside chunks; the largest batch too
@@ -133,7 +134,7 @@ class HopperModel:
         """Logits [num_rows, vocab_size] of what `self._inputs` holds."""
         hidden = self._weights.embedding[self._inputs.token_ids(num_rows)]
         attention = self._decode_attention(num_rows)
-        return self._forms.head(self._layers(hidden, attention), self._weights.lm_head)
+        return self._logits(self._layers(hidden, attention))
 
     def _decode_attention(self, num_rows: int) -> DecodeAttention:
         inputs = self._inputs
@@ -166,7 +167,7 @@ class HopperModel:
                 for count, blocks_of in zip(counts, blocks, strict=True)
             ]
             normed = self._launched([], sorted(prompts, key=self._kind))
-            self._forms.head(normed[: len(prompts)], self._weights.lm_head)
+            self._logits(normed[: len(prompts)])
         if self._max_batch_size > 1:
             for num_tokens in _SHORT_PROMPTS:
                 if num_tokens <= longest:
@@ -223,7 +224,7 @@ class HopperModel:
         of_steps = rows.split([step.num_logits for step in ordered])
         places = {place: i for i, place in enumerate(order)}
         in_order = torch.cat([of_steps[places[i]] for i in range(len(steps))])
-        return self._forms.head(normed[to_device(in_order, self._device)], self._weights.lm_head)
+        return self._logits(normed[to_device(in_order, self._device)])
 
     def _kind(self, step: SequenceStep) -> int:
         """Rows that decode share one attention kernel, chunks another."""
@@ -308,10 +309,13 @@ class HopperModel:
         return embed(token_ids, self._weights.embedding, table, self._dtype)
 
     def _layers(self, hidden: torch.Tensor, attention: HopperAttention) -> torch.Tensor:
-        """hidden: [T, hidden_size]; returns the rows of the head, normed, in `dtype`."""
+        """hidden: [T, hidden_size]; returns the rows of the head, normed, in `dtype`, or e4m3 where
+        it is quantised."""
         forms, sums, layers = self._forms, self._sums, self._weights.layers
         norms = [(layer.input_norm, layer.qkv.activation_scale) for layer in layers]
-        norms_after = [*norms[1:], (self._weights.final_norm, None)]
+        head = self._weights.lm_head
+        head_scale = head.activation_scale if isinstance(head, Fp8Linear) else None
+        norms_after = [*norms[1:], (self._weights.final_norm, head_scale)]
         hidden, normed = forms.add_rms_norm(hidden, None, *norms[0])
         for index, layer in enumerate(layers):
             qkv = forms.linear(normed, layer.qkv, self._dtype)
@@ -328,6 +332,13 @@ class HopperModel:
             )
         forms.join_ahead()
         return normed
+
+    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """Float32 [T, the rank's rows of the vocabulary] of the head's rows."""
+        head = self._weights.lm_head
+        if isinstance(head, Fp8Linear):
+            return self._forms.linear(normed, head, torch.float32)
+        return self._forms.head(normed, head)
 
 
 def batch_sizes(max_batch_size: int) -> list[int]:

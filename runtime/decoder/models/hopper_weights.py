@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
-from nvlm.formats.checkpoint_tensors import decoder_layer_tensors
+from nvlm.formats.checkpoint_tensors import decoder_layer_tensors, decoder_tensors
 from nvlm.formats.safetensors_reader import TensorSource
 from nvlm.formats.tensor_copies import copies_of
-from nvlm.formats.tensor_names import ENGINE_LAYER
+from nvlm.formats.tensor_names import ENGINE_LAYER, HEAD
 from nvlm.model.decoder import SHARED_SCALE_LINEARS
 from nvlm.model.number_formats import FP8
 from runtime.decoder.kernels.operands import Norm
@@ -40,14 +40,15 @@ class HopperWeights:
     embedding: torch.Tensor  # [vocab_size, hidden_size] in `dtype`
     layers: list[HopperLayer]  # in order
     final_norm: Norm  # before the head
-    lm_head: torch.Tensor  # [vocab_size, hidden_size] in `dtype`
+    lm_head: torch.Tensor | Fp8Linear  # [the rank's rows, hidden_size] in `dtype`, or quantised
 
 
 def load_hopper_weights(
     source: TensorSource, config: CheckpointConfig, device: torch.device
 ) -> HopperWeights:
     """Loads an FP8 checkpoint."""
-    infos, eps = decoder_layer_tensors(config), config.decoder.rms_norm_eps
+    infos = decoder_layer_tensors(config) | decoder_tensors(config)
+    eps = config.decoder.rms_norm_eps
     copies = copies_of(source, device)
 
     def linear(prefix: str, names: tuple[str, ...]) -> Fp8Linear:
@@ -83,10 +84,11 @@ def load_hopper_weights(
         )
 
     num_layers = config.decoder.num_hidden_layers
+    is_head_quantised = config.head_format is FP8
     with copies:
         return HopperWeights(
             embedding=copies.read("transformer.vocab_embedding.weight"),
             layers=[layer(i) for i in range(num_layers)],
             final_norm=Norm(copies.read("transformer.ln_f.weight"), eps),
-            lm_head=copies.read("lm_head.weight"),
+            lm_head=linear("", (HEAD,)) if is_head_quantised else copies.read(f"{HEAD}.weight"),
         )

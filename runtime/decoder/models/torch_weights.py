@@ -15,7 +15,7 @@ from nvlm.formats.checkpoint_tensors import (
     open_checked,
 )
 from nvlm.formats.safetensors_reader import TensorSource
-from nvlm.formats.tensor_names import ENGINE_LAYER
+from nvlm.formats.tensor_names import ENGINE_LAYER, HEAD
 from nvlm.model.decoder import DECODER_LINEARS, AllReduce, DecoderLayer
 from nvlm.model.linear import QuantizableLinear
 from nvlm.planning.device_memory import total_memory_bytes
@@ -59,7 +59,12 @@ def load_weights(
         layers.append(DecoderLayer(config.decoder, tensors, all_reduce, number_format=formats))
         if (scales := read_scales(source, config, i)) is not None:
             kv_scales.append(scales)
-    lm_head = QuantizableLinear(read("lm_head.weight"), output_dtype=torch.float32)
+    lm_head = QuantizableLinear(
+        read(f"{HEAD}.weight"),
+        number_format=config.head_format,
+        scales=config.head_format.read_scales(source.read, HEAD),
+        output_dtype=torch.float32,
+    )
     if decoder_may_widen(config, device, total_memory_bytes(device)):
         for layer in layers:
             for name in DECODER_LINEARS:
