@@ -179,7 +179,6 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     encoder = Encoder(vision, tiles, at_once, streams.vision, options.rate)
     with on(streams.decoder), torch.inference_mode():
         decoder = parts.decoder(engine)
-        decoder.warm_up()
         vocab_size = engine.checkpoint_config.decoder.vocab_size
         for seed in range(options.batch_size):
             prompt = random_prompt(vocab_size, options.context, seed)

@@ -30,13 +30,14 @@ from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.decoder.kernels.operands import (
     CacheScale,
     ChunkTiles,
+    Contexts,
     KVPages,
     Norm,
     TokenRows,
     tile_tokens,
 )
 from runtime.decoder.kernels.plain_forms import PlainForms
-from runtime.decoder.models.chunk_inputs import tiles_of
+from runtime.decoder.models.chunk_inputs import pages_of, tiles_of
 from runtime.decoder.models.step import SequenceStep
 from runtime.kernels.fp8_linear import Fp8Linear
 
@@ -186,8 +187,8 @@ def measure(
 def measure_chunk(
     shape: tuple[int, ...], num_rows: int, context: int, device: torch.device, forms: PlainForms
 ) -> dict[str, tuple[float, int]]:
-    """Attention of one chunk of a prompt, whose last row sees `context` positions: milliseconds,
-    and bytes of the keys and values."""
+    """Attention of one chunk of a prompt, whose last row sees `context` positions, its context
+    gathered before: milliseconds, and bytes of the keys and values."""
     _, _, heads, kv_heads, head_dim = shape
     num_blocks = -(-context // TOKENS_PER_BLOCK)
     scale = torch.tensor(0.02, device=device)
@@ -197,14 +198,19 @@ def measure_chunk(
         for _ in range(num_buffers(kv_bytes))
     ]
     num_tokens = tile_tokens(heads // kv_heads)
-    step = SequenceStep([0] * num_rows, context - num_rows, [], None, 0)
+    blocks = torch.randperm(num_blocks).tolist()
+    step = SequenceStep([0] * num_rows, context - num_rows, blocks, None, 0)
     tiles = ChunkTiles(tiles_of([step], num_tokens).to(device), num_tokens)
-    tables = torch.randperm(num_blocks, device=device).to(torch.int32)[None]
+    filled = pages_of([step]).to(device)
+    num_pages = torch.tensor([len(filled)], dtype=torch.int32, device=device)
+    shape_gathered = (2, kv_heads, len(filled) * TOKENS_PER_BLOCK, head_dim)
+    k, v = torch.empty(shape_gathered, dtype=torch.float16, device=device)
+    contexts = Contexts(filled, num_pages, k, v)
     q = torch.randn(num_rows, heads, head_dim, device=device).bfloat16()
     out = e4m3(num_rows, heads * head_dim, device=device)
 
     def run(launch: int) -> None:
-        forms.chunk_attention(q, tiles, tables, pages[launch % len(pages)], scale, out)
+        forms.chunk_attention(q, tiles, contexts, pages[launch % len(pages)], scale, out)
 
     return {"chunk_attention": (median_ms(run, device), kv_bytes)}
 

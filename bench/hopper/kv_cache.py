@@ -75,7 +75,6 @@ def measured(
 ) -> Iterator[Row]:
     config = engine.checkpoint_config
     executors = {config.decoder.num_hidden_layers: (executor, config)}
-    executor.warm_up()
     for batch_size in numbers(options.batch_sizes):
         yield from measure_decode(executors, batch_size, options.context, ceilings)
     for num_tokens in numbers(options.prompts):

@@ -168,7 +168,6 @@ def open_as_a_server(engine: EngineDir, device: torch.device, *, keeps: bool) ->
     recorded: AbstractContextManager[list[Types]] = recording() if keeps else nullcontext([])
     with recorded as types:
         decoder = TorchDecoderExecutor.load(engine, device, DecoderOptions(max_step_ms=None))
-        decoder.warm_up()
     print(startup.process_age_s())
     decoder.close()
     if keeps:

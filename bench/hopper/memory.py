@@ -81,8 +81,6 @@ def measure(engine: EngineDir, device: torch.device) -> tuple[list[Stage], int]:
     executor = TorchDecoderExecutor.over(engine, opened)
     stage("decoder")
     torch.cuda.empty_cache()  # what making random weights took, and reading a file does not
-    executor.warm_up()
-    stage("its plans")
     for num_tiles in range(1, vision.max_num_tiles + 1):
         vision.encode(random_tiles(engine.vision_config, num_tiles, seed=num_tiles))
     stage("tiles")

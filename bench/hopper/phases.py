@@ -148,8 +148,6 @@ def measure_executors(
     """Measures what goes to the executors alone; `engine` is the last one's."""
     prompts, batch_sizes = numbers(options.prompts), numbers(options.batch_sizes)
     executor, config = list(executors.values())[-1]
-    for each, _ in executors.values():
-        each.warm_up()
     if "decode" in options.phases:
         for batch_size in batch_sizes:
             yield from measure_decode(executors, batch_size, options.context, ceilings)

@@ -67,9 +67,6 @@ class NotAhead:
     def forward(self, steps: list[SequenceStep]) -> torch.Tensor:
         return self._own.forward(steps)
 
-    def warm_up_thread(self, max_num_tokens: int) -> None:
-        self._own.warm_up_thread(max_num_tokens)
-
     def close(self) -> None:
         self._own.close()
 

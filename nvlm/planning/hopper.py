@@ -18,6 +18,24 @@ CHUNK_SIZES = (*range(64, 257, 32),)
 """Rows of chunks of prompts, padding among them, of the steps with prompts that are CUDA graphs.
 Launching the kernels of a 72B model one by one takes as long as 300 rows do."""
 
+MAX_CHUNKS = 8
+"""Chunks of prompts in such a step."""
+
+CONTEXT_STEP = 64
+"""Positions that attention of chunks reads at once: a context in its memory is a multiple."""
+
+_MIN_CONTEXT_POSITIONS = 8192  # a step full of short prompts, by default
+
+
+def num_context_positions(max_seq_len: int) -> int:
+    """How many positions the contexts of a step's chunks are gathered into at once: any one of
+    them fits."""
+    return max(_MIN_CONTEXT_POSITIONS, _whole_steps(max_seq_len)) + MAX_CHUNKS * CONTEXT_STEP
+
+
+def _whole_steps(num_positions: int) -> int:
+    return -(-num_positions // CONTEXT_STEP) * CONTEXT_STEP
+
 
 def has_kernels(device: torch.device) -> bool:
     """A Hopper GPU or later, with Triton, which comes with torch for CUDA."""

@@ -14,14 +14,14 @@ from nvlm.formats.safetensors_reader import TensorInfo, total_bytes
 from nvlm.model.config import VisionConfig, exact_div
 from nvlm.model.dtypes import TORCH_DTYPES
 from nvlm.model.number_formats import UNQUANTIZED, format_named
-from nvlm.planning.hopper import takes_fast_path
+from nvlm.planning.hopper import num_context_positions, takes_fast_path
 from nvlm.planning.limits import EngineLimits
 from nvlm.planning.peer_memory import peer_memory_bytes
 
 _MLP_BYTES_PER_VALUE = 22  # 5.5 GB measured for one 72B MLP over 8,192 tokens
 _CUDA_CONTEXT_BYTES = 2 << 30  # contexts, cuBLAS and NCCL buffers: an allowance, not measured
 _NCCL_BYTES = 1 << 30  # buffers of a rank among several: an allowance, not measured
-# CUDA graphs and cuDNN's plans: 0.7 GB measured at a batch of 8, before steps with prompts had
+# CUDA graphs: 0.7 GB measured at a batch of 8, before steps with prompts had
 # graphs. What graphs return takes up to 1.0 GB at a batch of 256; what their nodes take is open.
 _GRAPH_BYTES = 2 << 30
 KV_CACHE_FREE_GPU_MEMORY_FRACTION = 0.9  # TensorRT-LLM's default
@@ -109,7 +109,16 @@ def fast_path_workspace_bytes(config: CheckpointConfig, limits: EngineLimits) ->
     others = 0
     if config.tp_size > 1:
         others = peer_memory_bytes(config, limits) + _NCCL_BYTES
-    return activations + _logits_bytes(config, limits) + _GRAPH_BYTES + others
+    contexts = _context_bytes(config, limits)
+    return activations + _logits_bytes(config, limits) + contexts + _GRAPH_BYTES + others
+
+
+def _context_bytes(config: CheckpointConfig, limits: EngineLimits) -> int:
+    """Keys and values of a layer that attention of prompts gathers, in two bytes each."""
+    decoder = config.decoder
+    kv_heads = config.mapping().local_heads(decoder.num_key_value_heads)
+    channels = 1 << (decoder.head_dim - 1).bit_length()
+    return 2 * 2 * kv_heads * num_context_positions(limits.max_seq_len) * channels
 
 
 def workspace_bytes(config: CheckpointConfig, limits: EngineLimits) -> int:

@@ -129,21 +129,6 @@ class DecoderExecutor(Protocol):
     def close(self) -> None: ...
 
 
-@runtime_checkable
-class NeedsWarmUp(Protocol):
-    """An executor whose thread has work to do before its first request."""
-
-    def warm_up(self) -> None: ...
-
-
-def warm_up(executor: DecoderExecutor) -> None:
-    """For a thread that will take the steps of many requests: does now what each kind of them would
-    wait for when it first comes. Who answers one request leaves it out, since most kinds are other
-    requests'."""
-    if isinstance(executor, NeedsWarmUp):
-        executor.warm_up()
-
-
 WaitCause = Literal["place", "blocks", "equal_prompt", "step"]
 """What the decoder's first waiting request waits for: a place in the batch, KV blocks, blocks that
 a request with the same prompt still computes, or room in the step."""

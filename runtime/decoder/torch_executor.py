@@ -123,10 +123,6 @@ class TorchDecoderExecutor:
     def cancel(self, request_id: int) -> None:
         self._scheduler.cancel(request_id)
 
-    def warm_up(self) -> None:
-        """For the calling thread: libraries keep their plans by thread."""
-        self._model.warm_up_thread(self.limits.max_num_tokens)
-
     def close(self) -> None:
         self._model.close()
 

@@ -98,12 +98,7 @@ class ParallelModel:
         self._broadcast_tokens = group.broadcast if memory is None else memory.broadcast_tokens
         self._encoder, self._decoder = StepEncoder(), StepDecoder()
         group.on("step", self._follow)
-        group.on("warm up", own.warm_up_thread)
         group.on_close(own.close)
-
-    def warm_up_thread(self, max_num_tokens: int) -> None:
-        with self._group.leading("warm up", max_num_tokens):
-            self._own.warm_up_thread(max_num_tokens)
 
     def close(self) -> None:
         """Ends the workers' `follow`."""

@@ -12,8 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from nvlm.program import startup
-from runtime.decoder.executor import warm_up
 from runtime.requests.types import GenerationRequest
 from runtime.serving.loop import Loop
 from runtime.serving.metrics import Labels, ServingMetrics
@@ -67,19 +65,12 @@ class Server:
         self._next_probe = _LOOKS_PER_PROBE
         max_open = runner.engine.limits.max_batch_size + max_queue_size
         self._loop = Loop(runner, max_open=max_open, num_preparing=num_preparing)
-        self._is_prepared = threading.Event()
         self._parts = self._loop.parts
         self._watch = Watch(
             self._parts, self._end, self._look_after, hang_after_s=hang_after_s, look_s=look_s
         )
         self._thread = threading.Thread(target=self._run, name="nvlm-decoder", daemon=True)
         self._thread.start()
-        self._is_prepared.wait()
-        try:
-            self._loop.require_decoder()
-        except RuntimeError:
-            self.close()
-            raise
         self._loop.part.thread = self._thread
         self._watch.start()
 
@@ -140,9 +131,6 @@ class Server:
         """Nobody waits for a decoder that has ended. One that broke in a step is asked for another:
         a GPU that is gone fails every step from then on."""
         try:
-            with startup.phase("the decoder's thread"):
-                warm_up(self.runner.decoder)
-            self._is_prepared.set()
             while not self._loop.is_stopping:
                 self._loop.turn()
                 if self._loop.has_failed_step:
@@ -151,13 +139,7 @@ class Server:
         except BaseException as error:
             logger.exception("the decoder's thread ended")
             self._loop.part.error = error
-            # Before it is ready, whoever opens the server gets what happened itself.
-            reason = died(self._loop.part)
-            if isinstance(error, Exception) and not self._is_prepared.is_set():
-                reason = error
-            self._loop.stop(reason)
-        finally:
-            self._is_prepared.set()
+            self._loop.stop(died(self._loop.part))
 
     def _require_decoder(self) -> None:
         """Raises what the last of several probes raised: what broke a step may be over soon."""

@@ -15,7 +15,6 @@ from functools import partial
 from queue import SimpleQueue
 
 from nvlm.program.errors import UserError
-from runtime.decoder.executor import warm_up
 from runtime.requests.types import Answer, GenerationRequest
 from runtime.serving.intake import Intake
 from runtime.serving.loop import Loop
@@ -110,15 +109,13 @@ class SharedLoop:
 
     def _take_turns(self) -> None:
         """The work of the runner's own thread. What breaks is raised to those who ask."""
-        is_new = self._stepping_thread is None
         self._stepping_thread = threading.get_ident()
         while (loop := self._loop_to_turn()) is not None:
             try:
                 with self._turns:
-                    self._turn(loop, warms_up=is_new)
+                    self._turn(loop)
             except Exception:
                 continue
-            is_new = False
 
     def _loop_to_turn(self) -> Loop | None:
         with self._changed:
@@ -129,12 +126,10 @@ class SharedLoop:
             self._changed.notify_all()
             return None
 
-    def _turn(self, loop: Loop, *, warms_up: bool = False) -> None:
+    def _turn(self, loop: Loop) -> None:
         """What breaks the loop itself, an interrupt of its thread too, ends every request of it:
         a step may have been lost half way. The next asker gets another loop."""
         try:
-            if warms_up:
-                warm_up(loop.stages.decoder)
             loop.turn()
         except BaseException as error:
             failure = error

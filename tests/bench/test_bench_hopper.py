@@ -273,7 +273,7 @@ def test_memory_is_reported_for_every_stage_of_a_full_engine(
         "tiny", 1, max_batch_size=3, max_seq_len=90, max_num_tokens=200, vision_precision="FP8"
     )
     stages, num_tokens = memory.measure(engine, torch.device("cpu"))
-    names = ["CUDA", "vision", "its graphs", "decoder", "its plans", "tiles", "full steps"]
+    names = ["CUDA", "vision", "its graphs", "decoder", "tiles", "full steps"]
     assert [stage.name for stage in stages] == names
     assert num_tokens == 3 * 96, "three requests in whole blocks, free again"
 

@@ -89,8 +89,6 @@ class PrefixModel:
         self.num_prompts_ahead += any(len(step.token_ids) > 1 for step in steps)
         return self.forward(known)
 
-    def warm_up_thread(self, max_num_tokens: int) -> None: ...
-
     def close(self) -> None: ...
 
 

@@ -107,7 +107,7 @@ def token(position: int, blocks: list[int]) -> SequenceStep:
 
 
 A, B, C, D = [3, 0, 9], [5, 1], [7], [2, 4, 6]
-E, F = [8, *range(10, 18)], [18, 19, 20, 21, 22]
+E, F, G = [8, *range(10, 18)], [18, 19, 20, 21, 22], [0, 2, 3, 4, 6, 9, 23]
 TABLE = torch.randn(20, 128, generator=torch.Generator().manual_seed(1))
 PICTURE = SequenceStep([1, 2, *range(512, 532), 3], 0, D, TABLE, 1)
 SCENES = {
@@ -179,6 +179,29 @@ def test_rows_that_nobody_writes_disturb_nobody(
     for steps in SCENES[name]:
         expected, found = (model.forward(steps) for model in models)
         assert len(found) == 0 or relative_error(found, expected) < KERNEL_LOGITS
+
+
+def test_contexts_that_do_not_fit_at_once_are_gathered_one_after_another(
+    models: tuple[DecoderModel, HopperModel],
+    calls: list[tuple[str, list[torch.Tensor]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With memory for 320 positions, of which a context takes a multiple of 64."""
+    fast = models[1]
+    whole = fast._attention
+    monkeypatch.setattr(fast, "_attention", replace(whole, k=whole.k[:, :320], v=whole.v[:, :320]))
+    monkeypatch.setattr(fast._chunks, "_k", whole.k[:, :320])
+    scenes = [
+        ([prompt(0, 200, G), prompt(0, 60, B)], {260}),
+        ([prompt(0, 280, E), prompt(0, 32, C), prompt(0, 64, F)], {280, 32 + 64}),
+        ([prompt(200, 9, G), prompt(60, 4, B)], {64}),
+        ([prompt(280, 8, E), prompt(64, 5, F)], {8, 5}),
+    ]
+    for steps, counts in scenes:
+        calls.clear()
+        expected, found = (model.forward(steps) for model in models)
+        assert relative_error(found, expected) < KERNEL_LOGITS
+        assert {len(tensors[0]) for name, tensors in calls if name == "chunk_attention"} == counts
 
 
 def test_padding_rows_disturb_nobody(models: tuple[DecoderModel, DecoderModel]) -> None:
@@ -259,19 +282,6 @@ def test_warming_up_takes_a_step_of_every_prompt_that_fits(
         assert rows == {most, 16, 2}
 
 
-def test_preparing_a_thread_plans_prompts_as_long_as_they_come(
-    models: tuple[DecoderModel, HopperModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planned: list[tuple[object, ...]] = []
-    monkeypatch.setattr(PlainForms, "plan_prefill_attention", lambda _, *args: planned.append(args))
-    for max_num_tokens in (100, 10 * MAX_SEQ_LEN):
-        models[1].warm_up_thread(max_num_tokens)
-    heads, kv_heads, head_dim = 4, 2, 32  # of the tiny model
-    assert planned == [
-        (heads, kv_heads, head_dim, torch.bfloat16, count) for count in (100, MAX_SEQ_LEN)
-    ]
-
-
 def test_what_attention_takes_begins_at_16_bytes(
     models: tuple[DecoderModel, HopperModel], calls: list[tuple[str, list[torch.Tensor]]]
 ) -> None:
@@ -279,7 +289,7 @@ def test_what_attention_takes_begins_at_16_bytes(
     for name in ("decoding beside prompts", "more rows than a graph has"):
         for steps in SCENES[name]:
             models[1].forward(steps)
-    names = {"rope_append", "decode_attention", "prefill_attention", "chunk_attention"}
+    names = {"rope_append", "decode_attention", "chunk_attention"}
     assert {name for name, _ in calls} >= names
     for name, tensors in calls:
         places = [x.data_ptr() % 16 if x.dim() else 0 for x in tensors]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from nvlm.model.number_formats import fp8
 from runtime.decoder.kernels.operands import (
     CacheScale,
     ChunkTiles,
+    Contexts,
     KVPages,
     Norm,
     TokenRows,
@@ -28,7 +28,6 @@ from tests.support.tolerances import (
     E4M3_AFTER_ATTENTION,
     E4M3_AFTER_TENSOR_CORES,
     E4M3_FLIPPED_SHARE,
-    E4M3_ROUNDING,
     KERNEL_BF16,
     PREFILL_ATTENTION,
     relative_error,
@@ -39,19 +38,17 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # no bfloat1
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime import interpreter  # noqa: E402
 
-from runtime.decoder.kernels import triton_forms  # noqa: E402
-from runtime.decoder.kernels.chunk_attention import chunk_attention, num_splits  # noqa: E402
+from runtime.decoder.kernels.chunk_attention import chunk_attention  # noqa: E402
 from runtime.decoder.kernels.decode_attention import Step, decode_attention  # noqa: E402
 from runtime.decoder.kernels.elementwise import swiglu_quantize  # noqa: E402
 from runtime.decoder.kernels.gate_up_swiglu import gate_up_swiglu  # noqa: E402
+from runtime.decoder.kernels.gather_contexts import gather_contexts  # noqa: E402
 from runtime.decoder.kernels.triton_forms import TritonForms  # noqa: E402
-from runtime.decoder.kernels.widen_pages import widen_pages  # noqa: E402
 from runtime.decoder.kernels.workspace import Workspace  # noqa: E402
-from runtime.decoder.models.chunk_inputs import tiles_of  # noqa: E402
+from runtime.decoder.models.chunk_inputs import pages_of, tiles_of  # noqa: E402
 from runtime.decoder.models.step import SequenceStep  # noqa: E402
 from runtime.kernels.quantization import scale_quantize  # noqa: E402
 from runtime.kernels.spare_rows import (  # noqa: E402
-    SPARE_ROWS,
     empty_with_spare_rows,
     with_spare_rows,
 )
@@ -257,22 +254,6 @@ def test_rope_append_equals_its_plain_form(
         assert written.tolist() == sorted(slots.tolist()), "only the slots are written"
 
 
-@pytest.mark.parametrize(("length", "num_positions"), [(1, 32), (40, 64), (64, 128)])
-@pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 64), (3, 80)])
-@CACHES
-def test_pages_are_gathered_widened_and_end_in_zeros(
-    length: int, num_positions: int, kv_heads: int, head_dim: int, stored: torch.dtype
-) -> None:
-    caches = [cache(7, kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3)]
-    blocks = torch.tensor([5, 0, 6][: -(-length // 32)], device=DEVICE)
-    found = widen_pages(pages(caches, 1.0), blocks, length, num_positions, DTYPE)
-    for wide, kept in zip(found, caches, strict=True):
-        assert wide.shape == (kv_heads, num_positions, head_dim)
-        rows = kept.float()[blocks].transpose(0, 1).flatten(1, 2)
-        assert torch.equal(wide[:, :length].float(), rows[:, :length])
-        assert not wide[:, length:].any()
-
-
 def test_spare_rows_are_memorys_own_or_a_copys() -> None:
     x = empty_with_spare_rows(3, 4, dtype=torch.float32, device=DEVICE)
     x.copy_(torch.arange(12.0).view(3, 4))
@@ -396,34 +377,13 @@ def test_a_request_of_a_batch_attends_as_it_does_alone(stored: torch.dtype) -> N
         assert relative_error(alone[0], together[i]) < KERNEL_BF16
 
 
-@pytest.mark.parametrize("num_rows", [1, 255, 256, 300])
-@CACHES
-def test_prefill_attention_equals_its_plain_form(num_rows: int, stored: torch.dtype) -> None:
-    """Whatever lies after the rows, and in the blocks after the positions."""
-    heads, kv_heads, head_dim = 4, 2, 64
-    blocks = torch.randperm(12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    caches = [cache(12, kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3)]
-    for kept in caches:
-        for position in range(num_rows, 12 * 32):
-            kept.view(torch.uint8)[blocks[position // 32], :, position % 32] = NAN_BYTE
-    shape = (num_rows, heads, head_dim)
-    q = empty_with_spare_rows(*shape, dtype=DTYPE, device=DEVICE)
-    with_spare_rows(q, num_rows + SPARE_ROWS).fill_(float("nan"))
-    q.copy_(randn(*shape))
-    arguments = (q, pages(caches, 0.02), blocks)
-    found, expected = (each.prefill_attention(*arguments, None) for each in (FORMS, PLAIN))
-    assert relative_error(found, expected) < PREFILL_ATTENTION
-    found = FORMS.prefill_attention(*arguments, scalar(0.01))
-    assert relative_error(found.float(), 100 * expected.float()) < E4M3_ROUNDING
-
-
 @dataclass(frozen=True)
 class Chunks:
     """Rows of `num_rows` tokens in chunks, and some that are nobody's after them."""
 
     q: torch.Tensor
     tiles: ChunkTiles
-    tables: torch.Tensor
+    contexts: Contexts
     pages: KVPages
     num_rows: int
 
@@ -435,27 +395,56 @@ class Chunks:
     ) -> torch.Tensor:
         out = torch.ones(len(self.q), self.q[0].numel(), device=DEVICE)
         out = out.to(DTYPE if scale is None else fp8.E4M3)
-        attend(self.q, self.tiles, self.tables, self.pages, scale, out, *workspace)
+        attend(self.q, self.tiles, self.contexts, self.pages, scale, out, *workspace)
         return out
 
 
-def chunks(heads: int, kv_heads: int, head_dim: int, stored: torch.dtype) -> Chunks:
-    parts = [(0, 1), (0, 20), (37, 9), (63, 2), (70, 40), (250, 9)]  # first position, rows
-    max_blocks, num_rows, spare = 9, sum(rows for _, rows in parts), 3
+def contexts_of(steps: list[SequenceStep], own: KVPages, dtype: torch.dtype) -> Contexts:
+    """Their pages, and memory that is NaN before anything is gathered, with a page more."""
+    filled = pages_of(steps)
+    spare = torch.full((2, 2), 7, dtype=torch.int32)  # after those that are filled
+    _, kv_heads, block_size, head_dim = own.k.shape
+    num_positions = block_size * (len(filled) + len(spare))
+    shape = (2, kv_heads, num_positions, triton.next_power_of_2(head_dim))
+    k, v = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+    num_pages = torch.tensor([len(filled)], dtype=torch.int32, device=DEVICE)
+    return Contexts(torch.cat([filled, spare]).to(DEVICE), num_pages, k, v)
+
+
+def wide(stored: torch.dtype) -> torch.dtype:
+    return torch.float16 if stored == fp8.E4M3 else stored
+
+
+PARTS = ((0, 1), (0, 20), (37, 9), (63, 2), (70, 40), (250, 9))
+"""Of chunks: the first position, and rows."""
+
+
+def chunks(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    stored: torch.dtype,
+    parts: tuple[tuple[int, int], ...] = PARTS,
+) -> Chunks:
+    num_rows, spare = sum(rows for _, rows in parts), 3
+    max_blocks = max(first + rows for first, rows in parts) // 32 + 1
     order = torch.randperm(len(parts) * max_blocks, generator=torch.Generator().manual_seed(1))
-    tables = order.view(len(parts), max_blocks).to(torch.int32).to(DEVICE)
+    tables = order.view(len(parts), max_blocks).tolist()
     caches = [cache(len(order), kv_heads, 32, head_dim, seed=s, dtype=stored) for s in (2, 3)]
     for kept in caches:  # what no chunk has written yet
         for table, (first_position, rows) in zip(tables, parts, strict=True):
             for position in range(first_position + rows, max_blocks * 32):
                 kept.view(torch.uint8)[table[position // 32], :, position % 32] = NAN_BYTE
     num_tokens = tile_tokens(heads // kv_heads)
-    steps = [SequenceStep([0] * rows, first, [], None, 0) for first, rows in parts]
+    steps = [
+        SequenceStep([0] * rows, first, table, None, 0)
+        for table, (first, rows) in zip(tables, parts, strict=True)
+    ]
     of_nobody = torch.zeros(2, 4, dtype=torch.int32)
     rows_of_tiles = torch.cat([tiles_of(steps, num_tokens), of_nobody]).to(DEVICE)
     q = randn(num_rows + spare, heads, head_dim)
-    tiles = ChunkTiles(rows_of_tiles, num_tokens)
-    return Chunks(q, tiles, tables, pages(caches, 0.02), num_rows)
+    tiles, own = ChunkTiles(rows_of_tiles, num_tokens), pages(caches, 0.02)
+    return Chunks(q, tiles, contexts_of(steps, own, wide(stored)), own, num_rows)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
@@ -474,17 +463,31 @@ def test_chunk_attention_equals_its_plain_form(
         assert (found[num_rows:] == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("num_tasks", "splits"),
-    [(1, 4), (32, 4), (48, 2), (64, 2), (80, 3), (96, 4), (128, 1), (132, 1), (512, 1)],
-)
-def test_contexts_are_split_where_multiprocessors_would_wait(num_tasks: int, splits: int) -> None:
-    assert num_splits(num_tasks, 132, 4) == splits
-    assert num_splits(num_tasks, 132, 0) == num_splits(num_tasks, 0, 1) == 1
+@pytest.mark.parametrize("num_rows", [1, 255, 256, 300])
+@CACHES
+def test_chunk_attention_takes_whole_prompts(num_rows: int, stored: torch.dtype) -> None:
+    case = chunks(4, 2, 64, stored, ((0, num_rows),))
+    found, expected = (case.attended(forms.chunk_attention, None) for forms in (FORMS, PLAIN))
+    assert relative_error(found[:num_rows], expected[:num_rows]) < PREFILL_ATTENTION
 
 
 @CACHES
-@pytest.mark.parametrize("num_programs", [12, 18, 24, 48])
+def test_contexts_are_gathered_as_they_are_stored(stored: torch.dtype) -> None:
+    """And nothing else: what no context holds is zero up to its end in memory, NaN after it."""
+    case = chunks(4, 2, 48, stored)
+    contexts = case.contexts
+    gather_contexts(case.pages, contexts)
+    for kept, gathered in ((case.pages.k, contexts.k), (case.pages.v, contexts.v)):
+        for page, (block, count) in enumerate(contexts.pages[: int(contexts.num_pages)].tolist()):
+            place = slice(32 * page, 32 * page + 32)
+            expected = torch.zeros_like(gathered[:, place])
+            expected[:, :count, :48] = kept[block, :, :count].to(gathered.dtype)
+            assert torch.equal(gathered[:, place], expected)
+        assert gathered[:, 32 * int(contexts.num_pages) :].isnan().all()
+
+
+@CACHES
+@pytest.mark.parametrize("num_programs", [1, 25, 50, 200])
 def test_chunk_attention_does_not_depend_on_how_it_is_divided(
     num_programs: int, stored: torch.dtype
 ) -> None:
@@ -498,38 +501,6 @@ def test_chunk_attention_does_not_depend_on_how_it_is_divided(
         found = case.attended(chunk_attention, None, workspace)[: case.num_rows]
         assert relative_error(found, expected) < KERNEL_BF16
     assert int(workspace.counters.abs().sum()) == 0
-
-
-def test_planning_calls_what_prompts_of_every_length_call_later(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Shapes and strides: cuDNN plans anew for others."""
-    called = []
-
-    def attend(*inputs: Any) -> torch.Tensor:
-        called.append([(x.shape, x.stride(), x.dtype) for x in inputs[:3]])
-        return inputs[0].transpose(0, 1)[None]
-
-    heads, kv_heads, head_dim = 4, 2, 64
-    monkeypatch.setattr(triton_forms, "_attend_whole", attend)
-    FORMS.plan_prefill_attention(heads, kv_heads, head_dim, DTYPE, 600)
-    planned = called.copy()
-    called.clear()
-    caches = [e4m3(20, kv_heads, 32, head_dim) for _ in "kv"]
-    for num_rows in (256, 300, 600):
-        q = empty_with_spare_rows(num_rows, heads, head_dim, dtype=DTYPE, device=DEVICE)
-        blocks = torch.arange(num_rows // 32 + 1, device=DEVICE)
-        FORMS.prefill_attention(q.fill_(0), pages(caches, 0.02), blocks, None)
-    assert called == planned
-
-
-def test_cudnns_attention_is_called_as_this_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its shapes alone, which takes no GPU; and no other thread's attention is touched."""
-    monkeypatch.setattr(triton_forms, "can_use_cudnn_attention", lambda _: True)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
-    q = torch.empty(256, 4, 64, dtype=torch.bfloat16, device="meta")
-    k = torch.empty(2, 256, 64, dtype=torch.bfloat16, device="meta")
-    assert triton_forms._attend_whole(q, k, k, 0.1).shape == (1, 4, 256, 64)
 
 
 @CACHES

@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 MAX_SHARED_BYTES = 232_448  # of a program on compute capability 9.0 (CUDA C++ Programming Guide)
 
-PROMPTS_ALONE = ("widen_pages", "scale_quantize", "load_ahead", "change_logits")
-"""Kernels that no decode step's graph launches after another one."""
+PROMPTS_ALONE = ("scale_quantize", "load_ahead", "change_logits")
+"""Kernels that no graph of a decoder's step launches after another one."""
 
 # In a process of its own: test_kernels.py may have put the interpreter in the compiler's place.
 _PROGRAM = """
@@ -26,7 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from runtime.decoder.kernels import all_reduce_norm, change_logits, chunk_attention
 from runtime.decoder.kernels import decode_attention, elementwise, gate_up_swiglu
-from runtime.decoder.kernels import rank_exchange, rope, widen_pages
+from runtime.decoder.kernels import gather_contexts, rank_exchange, rope
+from runtime.decoder.kernels.operands import tile_tokens
+from nvlm.planning.hopper import CONTEXT_STEP
 from runtime.kernels import load_ahead, quantization
 from runtime.vision.kernels import elementwise as vision, embeddings, merging
 
@@ -69,7 +71,7 @@ def compile_(function, constants, types={}, **options):
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = kernel.asm["ptx"]
     return {"shared_bytes": kernel.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"),
-            "cp_async": ptx.count("cp.async.cg"),
+            "cp_async": ptx.count("cp.async.cg"), "tma": ptx.count("cp.async.bulk.tensor"),
             "bytes_one_by_one": sum(body.count("ld.shared.b8") + body.count("mov.b16")
                               for body in loops(ptx)),
             "split_pairs": split_pairs(ptx),
@@ -82,8 +84,6 @@ found = {
         {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 8192, "ON_GPU": True}, num_warps=8),
     "swiglu_quantize": compile_(elementwise._swiglu_quantize,
         {"BLOCK": 1024, "ON_GPU": True}),
-    "widen_pages": compile_(widen_pages._widen_pages,
-        {"KV_HEADS": 8, "TOKENS": 32, "HEAD_DIM": 128, "BLOCK_DIM": 128}),
     "scale_quantize": compile_(quantization._scale_quantize, {"BLOCK": 2048},
         {"x": BF16, "y": E4M3}),
     "vision add_rms_norm": compile_(vision._add_rms_norm,
@@ -127,8 +127,6 @@ no_scales = {"k_scale": None, "v_scale": None}
 found["rope_append bf16"] = compile_(rope._rope_append,
     {"HEAD_DIM": 128, "TOKENS": 32, "BLOCK_HEADS": 8, "BLOCK_HALF": 64, "ON_GPU": True}
     | no_scales, bf16_cache)
-found["widen_pages bf16"] = compile_(widen_pages._widen_pages,
-    {"KV_HEADS": 8, "TOKENS": 32, "HEAD_DIM": 128, "BLOCK_DIM": 128}, bf16_cache)
 for splits, batch_size, name in ((16, 1, ""), (2, 64, ""), (16, 1, " bf16"), (2, 64, " bf16")):
     types, dtype = (bf16_cache, torch.bfloat16) if name else ({}, torch.float8_e4m3fn)
     step = decode_attention.step_for(batch_size, dtype)
@@ -138,12 +136,18 @@ for splits, batch_size, name in ((16, 1, ""), (2, 64, ""), (16, 1, " bf16"), (2,
          "BLOCK_TOKENS": step.num_tokens, **(no_scales if name else {})},
         types, num_warps=step.num_warps, num_stages=step.num_stages)
     splits = 4 if batch_size == 1 else 1  # of a context
+    descriptor = f"tensordesc<{'bf16' if name else 'fp16'}[{CONTEXT_STEP},128]>"
     found[f"chunk_attention {splits}{name}"] = compile_(chunk_attention._chunk_attention,
-        {"KV_HEADS": 8, "GROUP": 8, "HEAD_DIM": 128, "TOKENS": 32, "QUANTIZE": True,
-         "NUM_SPLITS": splits, "GROUP_ROWS": 8, "TILE_TOKENS": 16, "BLOCK_DIM": 128,
-         "BLOCK_TOKENS": chunk_attention._BLOCK_BYTES // dtype.itemsize, "ON_GPU": True,
-         **(no_scales if name else {})},
-        {"q": BF16, "tiles": I32} | types, num_warps=8, num_stages=2)
+        {"KV_HEADS": 8, "GROUP": 8, "HEAD_DIM": 128, "QUANTIZE": True, "NUM_SPLITS": splits,
+         "GROUP_ROWS": 8, "TILE_TOKENS": tile_tokens(8), "BLOCK_DIM": 128,
+         "BLOCK_TOKENS": CONTEXT_STEP, "ON_GPU": True, **(no_scales if name else {})},
+        {"q": BF16, "tiles": I32, "k_context": descriptor, "v_context": descriptor},
+        num_warps=4, num_stages=3)
+    wide = BF16 if name else "*fp16"
+    found[f"gather_contexts{name}"] = compile_(gather_contexts._gather_contexts,
+        {"KV_HEADS": 8, "TOKENS": 32, "HEAD_DIM": 128, "BLOCK_DIM": 128, "IS_FP8": not name,
+         "ON_GPU": True},
+        types | {"context_pages": I32, "num_pages": I32, "k_out": wide, "v_out": wide})
 print(json.dumps(found))
 """
 
@@ -173,9 +177,12 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
             assert kernel["cp_async"] > 0, f"{name} does not load ahead"
             is_wide = name.endswith("bf16")  # has halves to take apart, no bytes
             assert is_wide or kernel["bytes_one_by_one"] == 0, f"{name} gathers values by bytes"
+        if name.startswith("gather_contexts"):
+            assert kernel["bytes_one_by_one"] == 0, f"{name} takes numbers apart"
         if name.startswith("chunk_attention"):
             assert kernel["wgmma"] > 0, f"{name} misses Hopper's tensor cores"
-            assert kernel["cp_async"] > 0, f"{name} does not load ahead"
+            assert kernel["tma"] > 0, f"{name} does not load by TMA"
+            assert kernel["shared_bytes"] <= MAX_SHARED_BYTES // 2, "two programs a multiprocessor"
         if name == "gate_up_swiglu":
             assert kernel["wgmma"] > 0, f"{name} misses Hopper's tensor cores"
             assert kernel["cp_async"] > 0, f"{name} does not load ahead"

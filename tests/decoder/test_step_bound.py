@@ -251,8 +251,6 @@ class ClockedModel:
         work()
         return self.now - begun
 
-    def warm_up_thread(self, max_num_tokens: int) -> None: ...
-
     def close(self) -> None: ...
 
 

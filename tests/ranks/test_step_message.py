@@ -61,8 +61,6 @@ class SendingModel:
             self._kept.append(sent.blocks)
         self._last = {id(step.blocks) for step in steps}
 
-    def warm_up_thread(self, max_num_tokens: int) -> None: ...
-
     def close(self) -> None: ...
 
 

@@ -51,42 +51,6 @@ def server(runner: Runner) -> Iterator[Server]:
     assert scheduler_is_empty(runner)
 
 
-def test_the_decoders_thread_is_prepared_before_requests_come(
-    runner: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """cuDNN's plans are a thread's own."""
-    prepared: list[threading.Thread] = []
-    stepping: list[threading.Thread] = []
-    step = runner.decoder.step
-
-    def record() -> list[StepOutput]:
-        stepping.append(threading.current_thread())
-        return step()
-
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            runner.decoder, "warm_up", lambda: prepared.append(threading.current_thread())
-        )
-        patched.setattr(runner.decoder, "step", record)
-        server = Server(runner)
-        assert len(prepared) == 1
-        answered(server, question("Hello", 2))
-        server.close()
-    assert set(stepping) == set(prepared)
-
-
-def test_a_decoder_that_cannot_begin_is_reported_where_the_server_starts(
-    runner: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail() -> None:
-        raise torch.OutOfMemoryError("the test's failure")
-
-    monkeypatch.setattr(runner.decoder, "warm_up", fail)
-    with pytest.raises(RuntimeError, match="the decoder has failed") as raised:
-        Server(runner)
-    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
-
-
 def scheduler_is_empty(runner: Runner) -> bool:
     decoder = runner.decoder
     assert isinstance(decoder, TorchDecoderExecutor)

@@ -91,9 +91,6 @@ class Counting:
         self.num_steps += 1
         return self._model.forward(steps)
 
-    def warm_up_thread(self, max_num_tokens: int) -> None:
-        self._model.warm_up_thread(max_num_tokens)
-
     def close(self) -> None:
         self._model.close()
 

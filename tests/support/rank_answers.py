@@ -24,7 +24,7 @@ from nvlm.formats import manifest
 from nvlm.program import command_line
 from nvlm.program.launcher import World, end, rank_from
 from runtime.answers.compare import Run, differences, record
-from runtime.decoder.executor import DecoderOptions, warm_up
+from runtime.decoder.executor import DecoderOptions
 from runtime.decoder.models import open_model
 from runtime.decoder.models.torch_weights import DecoderWeights
 from runtime.ranks.mpi import Job
@@ -119,7 +119,6 @@ def main() -> None:
         requests = [line.request for line in lines if isinstance(line.request, GenerationRequest)]
         parts = open_parts_on_ranks(engine, CPU, job, DecoderOptions())
         with Runner(engine, *parts) as runner:
-            warm_up(runner.decoder)  # leads the workers to it
             ours, found = ask(runner, requests)
         with Runner.open(one, CPU) as runner:
             reference, expected = ask(runner, requests)

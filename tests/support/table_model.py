@@ -37,9 +37,6 @@ class TableModel:
             rows.append(logits[len(logits) - step.num_logits :])
         return torch.cat(rows)
 
-    def warm_up_thread(self, max_num_tokens: int) -> None:
-        """Nothing is a thread's own."""
-
     def close(self) -> None:
         """Nothing is held."""
 

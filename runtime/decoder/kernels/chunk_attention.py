@@ -1,10 +1,11 @@
-"""Triton: attention of chunks of prompts over the paged cache, all chunks of a step in one launch.
+"""Triton: attention of chunks of prompts, whole ones among them, all of a step in one launch.
 
 A program takes a tile of one sequence's rows, with all query heads of one KV head, over one
-split of the positions up to theirs. Which rows those are stands in device memory, so that a CUDA
-graph serves every division of its rows. With few rows, contexts are split so that every
-multiprocessor has a program; the split that ends last merges them all, always in the same order
-(Flash-Decoding: crfm.stanford.edu, 2023). FlashAttention-2: arXiv 2307.08691.
+split of the positions up to theirs. Their keys and values were gathered before
+(gather_contexts.py). Which rows a tile has stands in device memory, so that a CUDA graph serves
+every division of its rows. With few rows, contexts are split so that every multiprocessor has its
+programs; the split that ends last merges them all, always in the same order (Flash-Decoding:
+crfm.stanford.edu, 2023). FlashAttention-2: arXiv 2307.08691.
 """
 
 from __future__ import annotations
@@ -12,50 +13,38 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from runtime.decoder.kernels.decode_attention import LOG2_E, store_attended, widened
-from runtime.decoder.kernels.operands import ChunkTiles, KVPages
+from nvlm.planning.hopper import CONTEXT_STEP
+from runtime.decoder.kernels.decode_attention import LOG2_E, store_attended
+from runtime.decoder.kernels.gather_contexts import gather_contexts
+from runtime.decoder.kernels.operands import ChunkTiles, Contexts, KVPages
 from runtime.decoder.kernels.workspace import Workspace
 from runtime.kernels.dependent_launch import dependent, wait_for_previous
 from runtime.kernels.quantization import scale_at
 
-_BLOCK_BYTES = 128  # a channel's, of the positions of a step: the fastest on an H200
 _MAX_SPLITS = 4  # of a context: what one program merges
-_PLACES = 2  # programs that a workspace counts in the place of one of these
 
 
 @triton.jit
 def _attend(
-    queries, row_position, largest, total, acc, begin, end, num_positions, table, k_cache, v_cache,
-    kv_head, exponent_scale, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, IS_FP8: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, ON_GPU: tl.constexpr,
+    queries, row_position, largest, total, acc, begin, end, k_context, v_context, first_row,
+    exponent_scale, BLOCK_TOKENS: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Adds the positions of steps begin to end - 1. With IS_CAUSAL a row sees no later ones, else
     all rows see all of them."""
-    token, channel = tl.arange(0, BLOCK_TOKENS), tl.arange(0, BLOCK_DIM)
-    inside = (kv_head * TOKENS + token % TOKENS) * HEAD_DIM  # a block
-    is_channel = channel < HEAD_DIM
     for step in range(begin, end):
-        position = step * BLOCK_TOKENS + token
-        is_cached = position < num_positions
-        block = tl.load(table + position // TOKENS, is_cached, other=0).to(tl.int64)
-        place = (block * (KV_HEADS * TOKENS * HEAD_DIM) + inside)[:, None] + channel[None, :]
-        mask = is_channel[None, :]
-        if IS_CAUSAL:  # what stands after the last position may be NaN
-            mask = is_cached[:, None] & mask
-        k = tl.load(k_cache + place, mask, other=0.0)
-        v = tl.load(v_cache + place, mask, other=0.0)
-        if IS_FP8:
-            k, v = widened(k, ON_GPU), widened(v, ON_GPU)
-        scores = tl.dot(queries, tl.trans(k)) * exponent_scale
+        k = k_context.load([first_row + step * BLOCK_TOKENS, 0])
+        v = v_context.load([first_row + step * BLOCK_TOKENS, 0])
+        scores = tl.dot(queries, tl.trans(k))
         if IS_CAUSAL:
+            position = step * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
             scores = tl.where(position[None, :] <= row_position[:, None], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        new_largest = tl.maximum(largest, tl.max(scores, 1) * exponent_scale)
         peak = new_largest
         if IS_CAUSAL:  # a row may see no position of a split
             peak = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(scores - peak[:, None])
+        weights = tl.exp2(scores * exponent_scale - peak[:, None])
         decay = tl.exp2(largest - peak)
         total = total * decay + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
@@ -63,14 +52,13 @@ def _attend(
     return largest, total, acc
 
 
-# The stride is that of a step's widest table: it must not decide what is compiled.
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit
 def _chunk_attention(
-    q, tiles, block_tables, k_cache, v_cache, k_scale, v_scale, scale, out, partial_sums,
-    partial_stats, counters, exponent_scale, table_stride, KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, QUANTIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, GROUP_ROWS: tl.constexpr, TILE_TOKENS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, ON_GPU: tl.constexpr,
+    q, tiles, k_context, v_context, k_scale, v_scale, scale, out, partial_sums, partial_stats,
+    counters, exponent_scale, num_positions, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, QUANTIZE: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, TILE_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     # The last tiles of a chunk see most: they begin first.
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
@@ -79,37 +67,34 @@ def _chunk_attention(
     k_unit, v_unit = scale_at(k_scale), scale_at(v_scale)
     wait_for_previous(ON_GPU)
     first_row, num_rows = tl.load(tiles + 4 * tile), tl.load(tiles + 4 * tile + 1)
-    first_position, sequence = tl.load(tiles + 4 * tile + 2), tl.load(tiles + 4 * tile + 3)
+    first_position, context = tl.load(tiles + 4 * tile + 2), tl.load(tiles + 4 * tile + 3)
     if num_rows > 0:
         is_row = (token < num_rows) & (head < GROUP)
         mask = is_row[:, None] & (channel < HEAD_DIM)[None, :]
         index = (first_row + token).to(tl.int64) * KV_HEADS + kv_head
         place = ((index * GROUP + head) * HEAD_DIM)[:, None] + channel[None, :]
         plain = tl.load(q + place, mask, other=0.0)
-        is_fp8: tl.constexpr = k_scale is not None
-        # As in decode_attention.py: float16 loses nothing of e4m3 and nothing that queries need.
-        queries = plain.to(tl.float16) if is_fp8 else plain
+        # As in decode_attention.py: float16 loses nothing that queries need.
+        queries = plain.to(k_context.dtype)
         largest = tl.full((TILE_TOKENS * GROUP_ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((TILE_TOKENS * GROUP_ROWS,), tl.float32)
         acc = tl.zeros((TILE_TOKENS * GROUP_ROWS, BLOCK_DIM), tl.float32)
-        table = block_tables + sequence * table_stride
         row_position = first_position + token
-        num_positions = first_position + num_rows
         num_open = (first_position + 1) // BLOCK_TOKENS  # steps whose positions every row sees
-        num_steps = tl.cdiv(num_positions, BLOCK_TOKENS)
+        num_steps = tl.cdiv(first_position + num_rows, BLOCK_TOKENS)
         steps_per_split = tl.cdiv(num_steps, NUM_SPLITS)
         split = tl.program_id(2)
         begin = split * steps_per_split
         end = tl.minimum(begin + steps_per_split, num_steps)
+        context_row = kv_head * num_positions + context
+        exponent_scale *= k_unit
         largest, total, acc = _attend(
             queries, row_position, largest, total, acc, begin, tl.minimum(end, num_open),
-            num_positions, table, k_cache, v_cache, kv_head, exponent_scale * k_unit, KV_HEADS,
-            HEAD_DIM, TOKENS, BLOCK_DIM, BLOCK_TOKENS, is_fp8, False, ON_GPU,
+            k_context, v_context, context_row, exponent_scale, BLOCK_TOKENS, False,
         )  # fmt: skip
         largest, total, acc = _attend(
             queries, row_position, largest, total, acc, tl.maximum(begin, num_open), end,
-            num_positions, table, k_cache, v_cache, kv_head, exponent_scale * k_unit, KV_HEADS,
-            HEAD_DIM, TOKENS, BLOCK_DIM, BLOCK_TOKENS, is_fp8, True, ON_GPU,
+            k_context, v_context, context_row, exponent_scale, BLOCK_TOKENS, True,
         )  # fmt: skip
         is_last = True
         if NUM_SPLITS > 1:
@@ -149,35 +134,29 @@ def _chunk_attention(
 def chunk_attention(
     q: torch.Tensor,
     tiles: ChunkTiles,
-    block_tables: torch.Tensor,
+    contexts: Contexts,
     pages: KVPages,
     scale: torch.Tensor | None,
     out: torch.Tensor,
     workspace: Workspace,
 ) -> None:
-    _, kv_heads, block_size, head_dim = pages.k.shape
+    gather_contexts(pages, contexts)
+    _, kv_heads, _, head_dim = pages.k.shape
+    _, num_positions, block_dim = contexts.k.shape
     group = q.shape[1] // kv_heads
-    num_tokens = _BLOCK_BYTES // pages.k.itemsize
+    k_context, v_context = (
+        TensorDescriptor.from_tensor(each.view(-1, block_dim), [CONTEXT_STEP, block_dim])
+        for each in (contexts.k, contexts.v)
+    )
     num_tasks = kv_heads * -(-len(q) // tiles.num_tokens)
     max_splits = min(_MAX_SPLITS, workspace.num_places // (kv_heads * len(tiles.rows)))
-    splits = num_splits(num_tasks, workspace.num_programs // _PLACES, max_splits)
+    splits = workspace.num_splits(num_tasks, 1, max_splits)
     _chunk_attention[(kv_heads, len(tiles.rows), splits)](
-        q, tiles.rows, block_tables, pages.k, pages.v, *pages.scale_tensors, scale, out,
+        q, tiles.rows, k_context, v_context, *pages.scale_tensors, scale, out,
         workspace.partial_sums, workspace.stats, workspace.counters,
-        LOG2_E * head_dim**-0.5, block_tables.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=block_size,
+        LOG2_E * head_dim**-0.5, num_positions,
+        KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
         QUANTIZE=scale is not None, NUM_SPLITS=splits, GROUP_ROWS=triton.next_power_of_2(group),
-        TILE_TOKENS=tiles.num_tokens, BLOCK_TOKENS=num_tokens,
-        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
-        num_warps=8, num_stages=2, **dependent(q.device),
+        TILE_TOKENS=tiles.num_tokens, BLOCK_DIM=block_dim, BLOCK_TOKENS=CONTEXT_STEP,
+        num_warps=4, num_stages=3, **dependent(q.device),
     )  # fmt: skip
-
-
-def num_splits(num_tasks: int, num_programs: int, max_splits: int) -> int:
-    """Into how many pieces contexts are split, the fewest that end soonest: `num_programs` run at
-    once, and the others after them."""
-
-    def rounds(splits: int) -> float:
-        return -(-num_tasks * splits // max(1, num_programs)) / splits
-
-    return min(range(1, max(1, max_splits) + 1), key=rounds)

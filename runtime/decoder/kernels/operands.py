@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-_TILE_QUERIES = 128
+_TILE_QUERIES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class TokenRows:
 
 
 def tile_tokens(group: int) -> int:
-    """Rows of a tile, each with the `group` query heads that share a KV head: 128 products of a
+    """Rows of a tile, each with the `group` query heads that share a KV head: 64 products of a
     query at most, padding among them."""
     return max(1, _TILE_QUERIES >> (group - 1).bit_length())
 
@@ -34,7 +34,9 @@ def tile_tokens(group: int) -> int:
 class ChunkTiles:
     """How chunks of prompts are divided among the programs of attention."""
 
-    rows: torch.Tensor  # [n, 4] int32: first row, rows (0: none), position of the first, sequence
+    # [n, 4] int32: first row, rows (0: none), position of the first, and in `Contexts` the place of
+    # its sequence's position 0.
+    rows: torch.Tensor
     num_tokens: int  # the most rows of a tile, `tile_tokens`
 
 
@@ -71,3 +73,16 @@ class KVPages:
     def v_factor(self) -> float:
         """What stored values are multiplied by."""
         return 1.0 if self.v_scale is None else self.v_scale.value
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """Which pages hold the contexts of a step's chunks, and memory to gather a layer's into.
+
+    Contexts stand one after another, each from a multiple of `CONTEXT_STEP` positions on.
+    """
+
+    pages: torch.Tensor  # [n, 2] int32: a block of the cache, and how many of its positions count
+    num_pages: torch.Tensor  # [1] int32: so many of them are filled
+    k: torch.Tensor  # [kv_heads, positions, head_dim up to a power of 2], float16 or `dtype`
+    v: torch.Tensor  # as k

@@ -7,7 +7,14 @@ from torch import nn
 
 from nvlm.model.decoder import apply_rope, causal_attention, rms_norm
 from nvlm.model.number_formats import fp8
-from runtime.decoder.kernels.operands import CacheScale, ChunkTiles, KVPages, Norm, TokenRows
+from runtime.decoder.kernels.operands import (
+    CacheScale,
+    ChunkTiles,
+    Contexts,
+    KVPages,
+    Norm,
+    TokenRows,
+)
 from runtime.kernels.fp8_linear import Fp8Linear
 
 
@@ -99,39 +106,11 @@ class PlainForms:
         values = torch.cat(attended).flatten(1).to(q.dtype)
         return _placed(values if scale is None else fp8.quantize(values, scale), out)
 
-    def prefill_attention(
-        self,
-        q: torch.Tensor,
-        pages: KVPages,
-        blocks: torch.Tensor,
-        scale: torch.Tensor | None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """All rows of a prompt, each over the positions up to its own: [T, heads * head_dim], e4m3
-        with `scale`, in `out` if it is given.
-
-        q: [T, heads, head_dim]; blocks: [num_blocks of the sequence] int64, in order.
-        """
-        return self._attended(q, pages, blocks, 0, scale, out)
-
-    @staticmethod
-    def _attended(
-        q: torch.Tensor,
-        pages: KVPages,
-        blocks: torch.Tensor,
-        first_position: int,
-        scale: torch.Tensor | None,
-        out: torch.Tensor | None,
-    ) -> torch.Tensor:
-        k, v = _sequence(pages, blocks, first_position + len(q))
-        attended = causal_attention(q, k, v, first_position).flatten(1).to(q.dtype)
-        return _placed(attended if scale is None else fp8.quantize(attended, scale), out)
-
     def chunk_attention(
         self,
         q: torch.Tensor,
         tiles: ChunkTiles,
-        block_tables: torch.Tensor,
+        contexts: Contexts,
         pages: KVPages,
         scale: torch.Tensor | None,
         out: torch.Tensor,
@@ -139,18 +118,18 @@ class PlainForms:
         """Rows of several sequences, each over its sequence's positions up to its own; rows of no
         tile stay as they are. Writes `out` [T, heads * head_dim], e4m3 with `scale`.
 
-        q: [T, heads, head_dim]; block_tables: [sequences, max_blocks] int32.
+        q: [T, heads, head_dim]. Kernels use the memory of `contexts`.
         """
-        for first_row, num_rows, first_position, sequence in tiles.rows.tolist():
+        block_size = pages.k.shape[2]
+        for first_row, num_rows, first_position, place in tiles.rows.tolist():
             if num_rows > 0:
-                rows = slice(first_row, first_row + num_rows)
-                blocks = block_tables[sequence].long()
-                self._attended(q[rows], pages, blocks, first_position, scale, out[rows])
-
-    def plan_prefill_attention(
-        self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, max_num_tokens: int
-    ) -> None:
-        """What prompts of up to `max_num_tokens` tokens need once is done now: here nothing."""
+                length, rows = first_position + num_rows, slice(first_row, first_row + num_rows)
+                first_page = place // block_size
+                blocks = contexts.pages[first_page : first_page - (-length // block_size), 0]
+                k, v = _sequence(pages, blocks.long(), length)
+                attended = causal_attention(q[rows], k, v, first_position).flatten(1).to(q.dtype)
+                values = attended if scale is None else fp8.quantize(attended, scale)
+                _placed(values, out[rows])
 
     def load_ahead(self, weight: torch.Tensor) -> None:
         """The kernel that comes next leaves the memory idle: the beginning of a weight, [rows,

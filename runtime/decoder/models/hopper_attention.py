@@ -1,21 +1,28 @@
 """Attention of the fast path: rows of qkv in, the e4m3 rows of the next linear out.
 
 Every form appends K and V to the paged cache first. Rows that decode share one kernel, chunks of
-prompts another, long whole prompts take one call each. What a form needs of a step is made once
-and serves every layer.
+prompts another, whole prompts among them. What a form needs of a step is made once and serves every
+layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from nvlm.model.number_formats.fp8 import E4M3
-from runtime.decoder.kernels.operands import ChunkTiles, KVPages, TokenRows, tile_tokens
+from runtime.decoder.kernels.operands import (
+    ChunkTiles,
+    Contexts,
+    KVPages,
+    TokenRows,
+    tile_tokens,
+)
 from runtime.decoder.kernels.plain_forms import PlainForms
-from runtime.decoder.models.chunk_inputs import tables_of, tiles_of
+from runtime.decoder.models.chunk_inputs import context_positions, pages_of, tiles_of
 from runtime.decoder.models.hopper_weights import HopperLayer
 from runtime.decoder.models.host_copy import to_device
 from runtime.decoder.models.step import SequenceStep, positions_of, slots_of
@@ -39,6 +46,9 @@ class AttentionContext:
     pages: list[KVPages]  # of each layer
     cos: torch.Tensor  # [max_seq_len, head_dim / 2] float32, `rope_tables` of all positions
     sin: torch.Tensor  # as cos
+    # Where the contexts of a step's chunks are gathered, layer by layer, as `Contexts` has them.
+    k: torch.Tensor
+    v: torch.Tensor
     branch: Branch  # on which rows that decode are attended beside prompts
 
     @property
@@ -89,8 +99,7 @@ class DecodeAttention:
 class ChunkAttention:
     """`HopperAttention` of chunks of prompts that share one launch.
 
-    positions: [T] int32; slots: [T] int64; tiles: what each program takes; tables: [chunks,
-    max_blocks] int32.
+    positions: [T] int32; slots: [T] int64; tiles: what each program takes.
     """
 
     def __init__(
@@ -99,51 +108,48 @@ class ChunkAttention:
         positions: torch.Tensor,
         slots: torch.Tensor,
         tiles: ChunkTiles,
-        tables: torch.Tensor,
+        contexts: Contexts,
     ) -> None:
-        self._context, self._tiles, self._tables = context, tiles, tables
+        self._context, self._tiles, self._contexts = context, tiles, contexts
         self._rows = context.rows(positions, slots)
 
     @classmethod
     def of(cls, context: AttentionContext, steps: list[SequenceStep]) -> ChunkAttention:
-        """A chunk each."""
+        """A chunk each. Their contexts fit the memory for them."""
         num_tokens, device = context.tile_tokens, context.cos.device
-        positions, slots, tiles, tables = (
+        positions, slots, tiles, pages = (
             to_device(each, device)
             for each in (
                 positions_of(steps),
                 slots_of(steps),
                 tiles_of(steps, num_tokens),
-                tables_of(steps),
+                pages_of(steps),
             )
         )
-        return cls(context, positions, slots, ChunkTiles(tiles, num_tokens), tables)
+        num_pages = to_device(torch.tensor([len(pages)], dtype=torch.int32), device)
+        contexts = Contexts(pages, num_pages, context.k, context.v)
+        return cls(context, positions, slots, ChunkTiles(tiles, num_tokens), contexts)
 
     def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
         forms, pages = self._context.forms, self._context.pages[layer]
         q = forms.rope_append(qkv, self._rows, pages)
         scale = self._context.scale(layer)
-        forms.chunk_attention(q, self._tiles, self._tables, pages, scale, out)
+        forms.chunk_attention(q, self._tiles, self._contexts, pages, scale, out)
 
 
-class PromptAttention:
-    """`HopperAttention` of whole prompts, one `step` each."""
-
-    def __init__(self, context: AttentionContext, steps: list[SequenceStep]) -> None:
-        device = context.cos.device
-        self._context = context
-        self._counts = [len(step.token_ids) for step in steps]
-        self._blocks = [to_device(torch.tensor(step.blocks), device) for step in steps]
-        positions, slots = (to_device(each(steps), device) for each in (positions_of, slots_of))
-        self._rows = context.rows(positions, slots)
-
-    def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
-        forms, pages = self._context.forms, self._context.pages[layer]
-        scale = self._context.scale(layer)
-        q = forms.rope_append(qkv, self._rows, pages)
-        parts = zip(q.split(self._counts), self._blocks, out.split(self._counts), strict=True)
-        for queries, blocks, rows in parts:
-            forms.prefill_attention(queries, pages, blocks, scale, rows)
+def attention_of_chunks(context: AttentionContext, steps: list[SequenceStep]) -> HopperAttention:
+    """A chunk each: all in one launch, or in several where their contexts do not fit at once."""
+    parts, num_positions = [list[SequenceStep]()], 0
+    for step in steps:
+        num_positions += context_positions(step)
+        if parts[-1] and num_positions > context.k.shape[1]:
+            parts.append([])
+            num_positions = context_positions(step)
+        parts[-1].append(step)
+    attentions = [ChunkAttention.of(context, part) for part in parts]
+    if len(parts) == 1:
+        return attentions[0]
+    return InTurns([sum(len(step.token_ids) for step in part) for part in parts], attentions)
 
 
 class MixedAttention:
@@ -168,13 +174,13 @@ class MixedAttention:
         self._branch.join()
 
 
-class PartedAttention:
-    """`HopperAttention` of two kinds of rows, one after the other. num_first: rows of the first."""
+class InTurns:
+    """`HopperAttention` of rows whose parts come one after another. counts: rows of each."""
 
-    def __init__(self, num_first: int, first: HopperAttention, rest: HopperAttention) -> None:
-        self._num_first, self._first, self._rest = num_first, first, rest
+    def __init__(self, counts: list[int], attentions: Sequence[HopperAttention]) -> None:
+        self._counts, self._attentions = counts, attentions
 
     def forward(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
-        n = self._num_first
-        self._first.forward(layer, qkv[:n], out[:n])
-        self._rest.forward(layer, qkv[n:], out[n:])
+        parts = qkv.split(self._counts), out.split(self._counts)
+        for attention, rows, results in zip(self._attentions, *parts, strict=True):
+            attention.forward(layer, rows, results)

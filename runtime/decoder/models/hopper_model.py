@@ -15,11 +15,11 @@ import torch
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.decoder import embed, rope_tables
 from nvlm.model.dtypes import TORCH_DTYPES
-from nvlm.planning.hopper import CHUNK_SIZES, MAX_GRAPH_ROWS
+from nvlm.planning.hopper import CHUNK_SIZES, MAX_GRAPH_ROWS, num_context_positions
 from runtime.decoder.block_allocator import num_blocks_for
 from runtime.decoder.kernels.plain_forms import PlainForms
 from runtime.decoder.models.all_reduce_norm import AllReduceNorm, OneRank
-from runtime.decoder.models.chunk_inputs import MAX_CHUNKS, ChunkInputs
+from runtime.decoder.models.chunk_inputs import ChunkInputs
 from runtime.decoder.models.decode_inputs import DecodeInputs
 from runtime.decoder.models.hopper_attention import (
     AttentionContext,
@@ -27,8 +27,7 @@ from runtime.decoder.models.hopper_attention import (
     DecodeAttention,
     HopperAttention,
     MixedAttention,
-    PartedAttention,
-    PromptAttention,
+    attention_of_chunks,
 )
 from runtime.decoder.models.hopper_weights import HopperWeights
 from runtime.decoder.models.host_copy import to_device
@@ -79,20 +78,21 @@ class HopperModel:
         # Made on the CPU, whose powers and cosines are the oracle's.
         cos, sin = rope_tables(torch.arange(max_seq_len), decoder.head_dim, decoder.rope_theta)
         pages = [self._cache.pages(index) for index in range(len(weights.layers))]
+        k, v = self._cache.context_memory(num_context_positions(max_seq_len))
         self._attention = AttentionContext(
-            forms, weights.layers, pages, cos.to(device), sin.to(device), Branch(device)
+            forms, weights.layers, pages, cos.to(device), sin.to(device), k, v, Branch(device)
         )
         self._padding_block = num_blocks
         self._max_batch_size, self._max_seq_len = max_batch_size, max_seq_len
         self._chunk_sizes = chunk_sizes
         self._chunks = ChunkInputs(
             chunk_sizes[-1],
-            max_seq_len,
             num_blocks,
             self._attention.tile_tokens,
             decoder.hidden_size,
             self._dtype,
-            device,
+            k,
+            v,
         )
         self._mixed_sizes = mixed_sizes(max_batch_size)
         self._graphs = StepGraphs(device)
@@ -166,7 +166,7 @@ class HopperModel:
                 SequenceStep([0] * count, 0, blocks_of, None, 1)
                 for count, blocks_of in zip(counts, blocks, strict=True)
             ]
-            normed = self._launched([], sorted(prompts, key=self._kind))
+            normed = self._launched([], prompts)
             self._logits(normed[: len(prompts)])
         if self._max_batch_size > 1:
             for num_tokens in _SHORT_PROMPTS:
@@ -178,13 +178,6 @@ class HopperModel:
         blocks = [self._padding_block]
         chunk = SequenceStep([0] * (num_tokens - 1), 1, blocks, None, 0)
         return [SequenceStep([0], 0, blocks, None, 1)], [chunk]
-
-    @torch.inference_mode()
-    def warm_up_thread(self, max_num_tokens: int) -> None:
-        _, kv_heads, _, head_dim = self._attention.pages[0].k.shape
-        heads = self._weights.layers[0].dense.weight.shape[1] // head_dim
-        num_tokens = min(max_num_tokens, self._max_seq_len)
-        self._forms.plan_prefill_attention(heads, kv_heads, head_dim, self._dtype, num_tokens)
 
     def close(self) -> None:
         """Ends the steps in flight and deletes the graphs."""
@@ -206,8 +199,8 @@ class HopperModel:
     def _prefill(
         self, steps: list[SequenceStep], drawn_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Any mixture: rows that decode come first, then chunks, then long whole prompts."""
-        order = sorted(range(len(steps)), key=lambda i: self._kind(steps[i]))
+        """Any mixture: rows that decode come first, then prompts."""
+        order = sorted(range(len(steps)), key=lambda i: not _decodes(steps[i]))
         ordered = [steps[i] for i in order]
         n = sum(_decodes(step) for step in steps)
         decoding, prompts = ordered[:n], ordered[n:]
@@ -226,23 +219,15 @@ class HopperModel:
         in_order = torch.cat([of_steps[places[i]] for i in range(len(steps))])
         return self._logits(normed[to_device(in_order, self._device)])
 
-    def _kind(self, step: SequenceStep) -> int:
-        """Rows that decode share one attention kernel, chunks another."""
-        return 0 if _decodes(step) else 2 if self._is_long_prompt(step) else 1
-
-    def _is_long_prompt(self, step: SequenceStep) -> bool:
-        """A whole one, of more rows than chunks in a graph have."""
-        return step.first_position == 0 and len(step.token_ids) > self._chunk_sizes[-1]
-
     def _size_of(
         self, decoding: list[SequenceStep], prompts: list[SequenceStep]
     ) -> StepSize | None:
         """The smallest that holds a step with prompts; None where none does."""
         num_rows = sum(len(step.token_ids) for step in prompts)
         most_rows, most_chunk_rows = self._mixed_sizes[-1], self._chunk_sizes[-1]
-        if not 0 < len(prompts) <= MAX_CHUNKS or num_rows > most_chunk_rows:
+        if not prompts or num_rows > most_chunk_rows or len(decoding) > most_rows:
             return None
-        if len(decoding) > most_rows:
+        if not self._chunks.fits(prompts):
             return None
         return StepSize(
             next(size for size in self._mixed_sizes if size >= len(decoding)),
@@ -262,7 +247,7 @@ class HopperModel:
             chunks.positions(num_rows),
             chunks.slots(num_rows).to(torch.int64),
             chunks.tiles(num_rows),
-            chunks.block_tables,
+            chunks.contexts,
         )
         hidden = chunks.embeddings[:num_rows]
         if n > 0:
@@ -286,22 +271,11 @@ class HopperModel:
             attention = of_rows = self._decode_attention(n)
         if prompts:
             parts += [self._embed(step) for step in prompts]
-            attention = of_prompts = self._prompt_attention(prompts)
+            attention = of_prompts = attention_of_chunks(self._attention, prompts)
         if n > 0 and prompts:
             attention = MixedAttention(self._attention, n, of_rows, of_prompts)
         assert attention is not None, "a step has tokens"
         return self._layers(torch.cat(parts), attention)
-
-    def _prompt_attention(self, steps: list[SequenceStep]) -> HopperAttention:
-        chunks = [step for step in steps if not self._is_long_prompt(step)]
-        prompts = steps[len(chunks) :]
-        if not prompts:
-            return ChunkAttention.of(self._attention, chunks)
-        of_prompts = PromptAttention(self._attention, prompts)
-        if not chunks:
-            return of_prompts
-        num_rows = sum(len(step.token_ids) for step in chunks)
-        return PartedAttention(num_rows, ChunkAttention.of(self._attention, chunks), of_prompts)
 
     def _embed(self, step: SequenceStep) -> torch.Tensor:
         token_ids = to_device(torch.tensor(step.token_ids), self._device)

@@ -45,6 +45,15 @@ class PagedKVCache:
             scales = [CacheScale(each.clone(), float(each)) for each in self._scales[layer]]
         return KVPages(self._storage[layer, 0], self._storage[layer, 1], *scales)
 
+    def context_memory(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the keys and the values that a layer's attention gathers, without their scales:
+        two [kv_heads, num_positions, head_dim up to a power of 2]. float16 holds e4m3 exactly."""
+        _, _, _, kv_heads, _, head_dim = self._storage.shape
+        shape = (kv_heads, num_positions, 1 << (head_dim - 1).bit_length())
+        dtype = torch.float16 if self._format.scale_shapes else self._storage.dtype
+        k, v = (torch.empty(shape, dtype=dtype, device=self._storage.device) for _ in range(2))
+        return k, v
+
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v: [num_tokens, kv_heads, head_dim], K after bias and RoPE, V after bias."""
         blocks, places = slots // TOKENS_PER_BLOCK, slots % TOKENS_PER_BLOCK

@@ -36,9 +36,6 @@ class PlainModel:
     ) -> None:
         """Nothing is compiled or captured."""
 
-    def warm_up_thread(self, max_num_tokens: int) -> None:
-        """Nothing is a thread's own."""
-
     def close(self) -> None:
         """Nothing is held beyond memory."""
 

@@ -79,10 +79,6 @@ class DecoderModel(Protocol):
         until the next call. On a rank of several: the columns of its part of the vocabulary."""
         ...
 
-    def warm_up_thread(self, max_num_tokens: int) -> None:
-        """Does now what the calling thread's first steps of up to so many tokens would wait for."""
-        ...
-
     def close(self) -> None:
         """Nothing comes after it."""
         ...
