@@ -161,6 +161,7 @@ class FileCopies:
             assert self._fd is not None, "it was entered"
             os.close(self._fd)
 
+    @torch.inference_mode()  # a thread's own, and tensors made in it take no writes outside
     def _work(self) -> None:
         """One thread: reads into one buffer while the GPU copies from the other."""
         buffers = deque[_Buffer]()

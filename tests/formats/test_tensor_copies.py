@@ -71,6 +71,15 @@ def test_bits_are_those_of_the_file(path: Path, num_threads: int, piece_bytes: i
         assert torch.equal(bits(found[name]), bits(tensor)), name
 
 
+def test_who_loads_in_inference_mode_gets_its_tensors(path: Path) -> None:
+    """torch's modes are a thread's own, and these threads write what their caller made."""
+    reader = SafetensorsReader(path)
+    with torch.inference_mode(), FileCopies(reader, CPU, num_threads=2) as copies:
+        found = {name: copies.read(name) for name in reader.tensors}
+    for name, tensor in load_file(path).items():
+        assert torch.equal(bits(found[name]), bits(tensor)), name
+
+
 def test_tensors_come_into_parts_of_one(path: Path) -> None:
     """As gate and up do."""
     whole, wide = torch.zeros(602, 97), load_file(path)["wide"]
