@@ -42,8 +42,8 @@
 #               much later the first token of a request with seven tiles comes; needs requirements/serving.txt
 #     beside    80 layers: decode steps while pictures are encoded in five ways (bench/hopper/beside.py)
 #     interactive  80 layers: eight texts decode while no, one or two pictures a second arrive
-#     gaps      the same with --max_step_ms ${MAX_STEP_MS:-0,31}, at rates of 0, 1 and 2 ($LAYERS, $SHAPE, $GAP_SECONDS)
-#     riding    2048/128, 256 requests, 64 at a time ($LOAD), with each of --max_step_ms ${MAX_STEP_MS:-0,31}: prompts whole,
+#     gaps      the same with --max_step_ms ${MAX_STEP_MS:-0,33}, at rates of 0, 1 and 2 ($LAYERS, $SHAPE, $GAP_SECONDS)
+#     riding    2048/128, 256 requests, 64 at a time ($LOAD), with each of --max_step_ms ${MAX_STEP_MS:-0,33}: prompts whole,
 #               and in chunks
 #     many      80 layers: 160 requests of 1,000 tokens in and 1,000 out, all at a time ($LOAD)
 #     memory80  80 layers, the cache takes all that is left
@@ -128,9 +128,9 @@ part beside 480 bash -c "for way in whole tiles stream priority green; do
 part interactive 200 $python -m bench.hopper interactive --layers 80 --batch_sizes 8 --prompts 1948 \
   --picture_rate 0,1,2 --seconds 15
 part gaps 300 $python -m bench.hopper interactive --layers ${LAYERS:-80} --shape ${SHAPE:-72b} --batch_sizes 8 \
-  --prompts 1948 --picture_rate 0,1,2 --seconds ${GAP_SECONDS:-15} --max_step_ms ${MAX_STEP_MS:-0,31} --output "$out/gaps.json"
+  --prompts 1948 --picture_rate 0,1,2 --seconds ${GAP_SECONDS:-15} --max_step_ms ${MAX_STEP_MS:-0,33} --output "$out/gaps.json"
 part riding 560 $python -m bench.hopper serving --layers ${LAYERS:-80} --shape ${SHAPE:-72b} --batch_sizes 8 \
-  --prompts 1948 --serving ${LOAD:-2048/128/256/64} --max_step_ms ${MAX_STEP_MS:-0,31} --output "$out/riding.json"
+  --prompts 1948 --serving ${LOAD:-2048/128/256/64} --max_step_ms ${MAX_STEP_MS:-0,33} --output "$out/riding.json"
 part many 240 $python -m bench.hopper serving --layers ${LAYERS:-80} --shape ${SHAPE:-72b} --batch_sizes 8 \
   --prompts 1000 --serving ${LOAD:-1000/1000/160/160}
 part memory80 90 $python -m bench.hopper.memory --layers 80 --max_batch_size 112

@@ -74,7 +74,7 @@ class StepOutput:
     error: Exception | None = None  # why the executor gave up this request, and no other
 
 
-SERVICE_STEP_MS = 31.0
+SERVICE_STEP_MS = 33.0
 """The default --max_step_ms of a server on a GPU: decision 144 (docs/decisions/decoder.md)."""
 
 

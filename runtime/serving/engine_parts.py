@@ -11,9 +11,9 @@ from runtime.decoder.executor import DecoderExecutor, DecoderOptions, create_dec
 from runtime.engine.engine_dir import EngineDir
 from runtime.vision.executor import VisionExecutor, create_vision_executor
 
-_SLICE_SHARE = 1 / 3
+_SLICE_SHARE = 3 / 8
 """A slice of vision takes this share of a step's bound. The rest is a decode step's: with 8 rows it
-takes 20 of 31 ms on an H200. Decision 147 (docs/decisions/serving.md)."""
+takes 20 of 33 ms on an H200. Decision 147 (docs/decisions/serving.md)."""
 
 
 def for_answers(engine: EngineDir, device: torch.device, num_answers: int | None) -> EngineDir:

@@ -93,7 +93,7 @@ def add_step_flag(add: Add, *, is_service: bool) -> None:
         default=None if is_service else 0.0,
         metavar="MS",
         help="milliseconds that a step may take while a request decodes in it; longer prompts are "
-        "cut into chunks, pictures are encoded in slices of a third of it, and 0 is no bound "
+        "cut into chunks, pictures are encoded in slices of 3/8 of it, and 0 is no bound "
         f"(decoder torch; default: {default})",
     )
 

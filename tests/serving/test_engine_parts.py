@@ -22,9 +22,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     [
         (None, CUDA, 0.0),
         (DecoderOptions(), CUDA, 0.0),
-        (DecoderOptions(max_step_ms=None), CUDA, 31.0 / 3),
+        (DecoderOptions(max_step_ms=None), CUDA, 33.0 * 3 / 8),
         (DecoderOptions(max_step_ms=None), CPU, 0.0),
-        (DecoderOptions(max_step_ms=45.0), CUDA, 15.0),
+        (DecoderOptions(max_step_ms=48.0), CUDA, 18.0),
     ],
 )
 def test_a_slice_of_vision_takes_a_third_of_the_bound_of_a_step(
