@@ -1,8 +1,9 @@
 """vLLM's logits of an export of the 72B model's width, beside ours and beside an oracle.
 
     python -m bench.peers.export_logits --model_folder D --folder D [--layers 2] [--output FILE]
+        [--readers NAME ...]
 
-Needs vllm and a GPU. `model_folder` keeps a random model (bench.conversion.disk makes it); `folder`
+Needs a GPU, and vllm for the readers of exports; `--readers` asks only those that it names. `model_folder` keeps a random model (bench.conversion.disk makes it); `folder`
 takes some 25 GB: the calibrated checkpoint, and its text decoder exported in both formats. The same
 token ids go through vLLM, through decoder torch, and through an oracle: transformers in float32
 over the export's dequantised weights, whose linears take inputs rounded by the export's static
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -239,13 +240,18 @@ def compared(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
 
 
 def measure(
-    model_folder: Path, folder: Path, num_layers: int, preset: str, device: torch.device
+    model_folder: Path,
+    folder: Path,
+    num_layers: int,
+    preset: str,
+    device: torch.device,
+    readers: Sequence[str] = tuple(READERS),
 ) -> Iterator[dict[str, Any]]:
     """What is known after each step."""
     result: dict[str, Any] = {"layers": num_layers, "num_tokens": NUM_TOKENS, "steps": {}}
     result["tolerance"] = FAST_PATH_LOGITS
     known: dict[Reader, torch.Tensor] = {}
-    for name in (MAKE, *READERS):
+    for name in (MAKE, *readers):
         start = time.perf_counter()
         arguments = ["-m", "bench.peers.export_logits", "--only", name]
         arguments += ["--folder", str(folder.parent)]
@@ -278,6 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="72b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
     parser.add_argument("--only", choices=(MAKE, *READERS), help="one step, in this process")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -294,7 +301,8 @@ def main(arguments: list[str] | None = None) -> None:
         _compute(folder, options.only, device)
         return
     result: dict[str, Any] = {}
-    for result in measure(model_folder, folder, options.layers, options.preset, device):
+    where = model_folder, folder
+    for result in measure(*where, options.layers, options.preset, device, options.readers):
         if options.output is not None:
             options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({"machine": describe() | describe_gpu(device), **result}))
