@@ -3,14 +3,15 @@
     python -m bench.peers.export_logits --model_folder D --folder D [--layers 2] [--output FILE]
         [--readers NAME ...]
 
-Needs a GPU, and vllm for the readers of exports; `--readers` asks only those that it names. `model_folder` keeps a random model (bench.conversion.disk makes it); `folder`
-takes some 25 GB: the calibrated checkpoint, and its text decoder exported in both formats. The same
-token ids go through vLLM, through decoder torch, and through an oracle: transformers in float32
-over the export's dequantised weights, whose linears take inputs rounded by the export's static
-scales. vLLM gives log probabilities of a prompt, so logits are compared less their mean over the
-vocabulary. A reader that took other scales would be as far from the oracle as the oracle without
-input scales is. Errors are relative 2-norms. Each step has a process of its own, a log and a time
-limit. FILE is written anew after each; the last line is JSON.
+Needs a GPU, and vllm for the readers of exports; `--readers` asks only those that it names.
+`model_folder` keeps a random model (bench.conversion.disk makes it); `folder` takes some 25 GB: the
+calibrated checkpoint, and its text decoder exported in both formats. The same token ids go through
+vLLM, through decoder torch, and through an oracle: transformers in float32 over the export's
+dequantised weights, whose linears take inputs rounded by the export's static scales. vLLM gives log
+probabilities of a prompt, so logits are compared less their mean over the vocabulary. A reader that
+took other scales would be as far from the oracle as the oracle without input scales is. Errors are
+relative 2-norms. Each step has a process of its own, a log and a time limit. FILE is written anew
+after each; the last line is JSON.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ def test_vision_is_opened_with_its_slices(
         opened.append((*given, use_graphs))
 
     monkeypatch.setattr(engine_parts, "create_vision_executor", create)
-    open_parts(engine, CPU, DecoderOptions(max_step_ms=6.0))[1].close()
+    open_parts(engine, CPU, DecoderOptions(max_step_ms=8.0))[1].close()
     open_parts(engine, CPU)[1].close()
-    assert [given[2] for given in opened] == [2.0, 0.0]
+    assert [given[2] for given in opened] == [3.0, 0.0]
     open_parts(engine, CPU, DecoderOptions(num_answers=1))[1].close()
     assert [given[3] for given in opened] == [True, True, False]
 
