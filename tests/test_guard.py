@@ -35,10 +35,10 @@ def test_an_unmarked_test_that_starts_a_process_fails(start: Callable[[], object
 @pytest.mark.skipif(HAS_HOPPER, reason="kernels run on the GPU here")
 def test_an_unmarked_test_that_interprets_a_kernel_fails() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from runtime.kernels.quantization import scale_quantize
+    from runtime.kernels.quantization import quantize_tensor
 
     with pytest.raises(pytest.fail.Exception, match="mark it `kernels`"):
-        scale_quantize(torch.ones(1, 16), 1.0, torch.ones(1))
+        quantize_tensor(torch.ones(1, 16), torch.ones(1))
 
 
 @pytest.mark.process

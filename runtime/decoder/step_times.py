@@ -125,7 +125,7 @@ def _time_on_cpu(work: Callable[[], object]) -> float:
 
 
 def _time_on_gpu(work: Callable[[], object]) -> float:
-    """Of the second of two: as steps do, its launch runs ahead while the first is computed."""
+    """Times the second of two, which is launched while the first is computed, as steps are."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     work()

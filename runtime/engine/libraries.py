@@ -49,8 +49,8 @@ def set_up_libraries(
 
 def load_cudnn_beside(device: torch.device) -> None:
     """Starts a thread that makes the GPU's context and runs cuDNN's attention, whose libraries the
-    first long prompt would load. It has a stream of its own. What keeps it from it does so again,
-    and is raised, where a prompt needs it."""
+    first picture would load. It has a stream of its own. What keeps it from it does so again, and
+    is raised, where a picture needs it."""
     if not torch.cuda.is_available():
         return
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -58,22 +58,17 @@ def scale_at(place):
 
 
 @triton.jit
-def _scale_quantize(x, scale, y, factor, size, BLOCK: tl.constexpr):
+def _quantize_tensor(x, scale, y, size, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
-    values = tl.load(x + index, mask, other=0.0)
-    rounded = (values.to(tl.float32) * factor).to(values.dtype).to(tl.float32)
-    tl.store(y + index, quantize(rounded, tl.load(scale)), mask)
+    values = tl.load(x + index, mask, other=0.0).to(tl.float32)
+    tl.store(y + index, quantize(values, tl.load(scale)), mask)
 
 
-def scale_quantize(
-    x: torch.Tensor, factor: float, scale: torch.Tensor, y: torch.Tensor | None = None
-) -> torch.Tensor:
-    """e4m3 of x * factor, rounded to x's type in between, in y if it is given. Both contiguous."""
-    y = torch.empty_like(x, dtype=E4M3) if y is None else y
+def quantize_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x / scale in e4m3. x: contiguous."""
     assert x.is_contiguous()
-    assert y.is_contiguous()
-    block = 2048
+    y, block = torch.empty_like(x, dtype=E4M3), 2048
     grid = (triton.cdiv(x.numel(), block),)
-    _scale_quantize[grid](x, scale, y, factor, x.numel(), BLOCK=block, num_warps=4)
+    _quantize_tensor[grid](x, scale, y, x.numel(), BLOCK=block, num_warps=4)
     return y

@@ -3,7 +3,7 @@
 Who asks alone takes the loop's turns itself: no thread is started, and no token is handed from
 thread to thread. With the first question that comes while another one is open, a thread of the
 runner's own takes the turns from then on, and another one encodes. So what libraries keep by thread
-(cuDNN's plans, cuBLAS's workspaces, OpenMP's threads) is there once, however many threads ask.
+(cuBLAS's workspaces, OpenMP's threads) is there once, however many threads ask.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ from runtime.decoder.kernels.triton_forms import TritonForms  # noqa: E402
 from runtime.decoder.kernels.workspace import Workspace  # noqa: E402
 from runtime.decoder.models.chunk_inputs import pages_of, tiles_of  # noqa: E402
 from runtime.decoder.models.step import SequenceStep  # noqa: E402
-from runtime.kernels.quantization import scale_quantize  # noqa: E402
+from runtime.kernels.quantization import quantize_tensor  # noqa: E402
 from runtime.kernels.spare_rows import (  # noqa: E402
     empty_with_spare_rows,
     with_spare_rows,
@@ -291,7 +291,7 @@ def test_a_quotient_by_the_reciprocal_is_put_right_by_its_remainder() -> None:
 def test_infinity_and_what_overflows_become_the_largest_number() -> None:
     x = torch.tensor([float("inf"), -float("inf"), 3e4, -6e4, 1e-4, 0.0], device=DEVICE).to(DTYPE)
     for scale in (1e-30, 1e-3):
-        found = scale_quantize(x, 1.0, scalar(scale)).float()
+        found = quantize_tensor(x, scalar(scale)).float()
         assert found[:4].tolist() == [448.0, -448.0, 448.0, -448.0]
         assert torch.equal(found, fp8.quantize(x, scale).float())
 

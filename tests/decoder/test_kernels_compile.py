@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 MAX_SHARED_BYTES = 232_448  # of a program on compute capability 9.0 (CUDA C++ Programming Guide)
 
-PROMPTS_ALONE = ("scale_quantize", "load_ahead", "change_logits")
+PROMPTS_ALONE = ("quantize_tensor", "load_ahead", "change_logits")
 """Kernels that no graph of a decoder's step launches after another one."""
 
 # In a process of its own: test_kernels.py may have put the interpreter in the compiler's place.
@@ -39,7 +39,7 @@ POINTERS = {
     "slots": I64, "k_cache": E4M3, "v_cache": E4M3, "k_scale": F32, "v_scale": F32, "q_out": BF16,
     "block_tables": I32, "positions": I32, "out": E4M3, "partial_sums": F32, "partial_stats": F32,
     "counters": I32, "x": E4M3, "y": BF16, "eps": "fp32", "exponent_scale": "fp32",
-    "factor": "fp32", "product_scale": F32, "blocks": I64, "k_out": BF16, "v_out": BF16,
+    "product_scale": F32, "blocks": I64, "k_out": BF16, "v_out": BF16,
     "layer_scale": BF16, "q_weight": BF16, "k_weight": BF16, "distances": I64, "part": F32,
     "flags": I32, "epochs": I32, "columns": F32, "whole": F32,
     "tokens": I64, "place": I64,
@@ -84,7 +84,7 @@ found = {
         {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 8192, "ON_GPU": True}, num_warps=8),
     "swiglu_quantize": compile_(elementwise._swiglu_quantize,
         {"BLOCK": 1024, "ON_GPU": True}),
-    "scale_quantize": compile_(quantization._scale_quantize, {"BLOCK": 2048},
+    "quantize_tensor": compile_(quantization._quantize_tensor, {"BLOCK": 2048},
         {"x": BF16, "y": E4M3}),
     "vision add_rms_norm": compile_(vision._add_rms_norm,
         {"HAS_DELTA": True, "QUANTIZE": True, "BLOCK": 4096}, num_warps=8),

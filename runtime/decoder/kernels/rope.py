@@ -12,7 +12,6 @@ import triton.language as tl
 from runtime.decoder.kernels.operands import KVPages, TokenRows
 from runtime.kernels.dependent_launch import dependent, wait_for_previous
 from runtime.kernels.quantization import quantize, scale_at
-from runtime.kernels.spare_rows import empty_with_spare_rows
 
 
 @triton.jit
@@ -60,7 +59,7 @@ def _rope_append(
 def rope_append(qkv: torch.Tensor, rows: TokenRows, pages: KVPages) -> torch.Tensor:
     _, kv_heads, block_size, head_dim = pages.k.shape
     num_tokens, heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * kv_heads
-    q = empty_with_spare_rows(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    q = torch.empty(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     group_size = heads // kv_heads
     _rope_append[(num_tokens, group_size + 2)](
         qkv, rows.cos, rows.sin, rows.slots, pages.k, pages.v, *pages.scale_tensors, q,

@@ -46,9 +46,8 @@ class AttentionContext:
     pages: list[KVPages]  # of each layer
     cos: torch.Tensor  # [max_seq_len, head_dim / 2] float32, `rope_tables` of all positions
     sin: torch.Tensor  # as cos
-    # Where the contexts of a step's chunks are gathered, layer by layer, as `Contexts` has them.
-    k: torch.Tensor
-    v: torch.Tensor
+    k: torch.Tensor  # where the contexts of a step's chunks are gathered, as in `Contexts`
+    v: torch.Tensor  # as k
     branch: Branch  # on which rows that decode are attended beside prompts
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from runtime.kernels.fp8_linear import Fp8Linear
-from runtime.kernels.quantization import scale_quantize
+from runtime.kernels.quantization import quantize_tensor
 from runtime.kernels.tensor_core_linear import TensorCoreLinear
 from runtime.vision.kernels import elementwise, embeddings, merging
 from runtime.vision.kernels.plain_forms import PlainForms
@@ -23,7 +23,7 @@ class TritonForms(PlainForms):
         self._tensor_core_linear = TensorCoreLinear(device)
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return scale_quantize(x.contiguous(), 1.0, scale)
+        return quantize_tensor(x.contiguous(), scale)
 
     def linear(self, x: torch.Tensor, linear: Fp8Linear, dtype: torch.dtype) -> torch.Tensor:
         return self._tensor_core_linear(x, linear, dtype, use_fast_accum=True)
