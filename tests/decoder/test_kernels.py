@@ -416,7 +416,7 @@ def wide(stored: torch.dtype) -> torch.dtype:
 
 
 PARTS = ((0, 1), (0, 20), (37, 9), (63, 2), (70, 40), (250, 9))
-"""Of chunks: the first position, and rows."""
+"""The first position of each chunk, and its rows."""
 
 
 def chunks(
