@@ -17,12 +17,10 @@ from types import TracebackType
 
 import torch
 
+from build.conversion.page_cache import BroughtPages, Range, give_back
 from build.output.safetensors_writer import SafetensorsWriter
 from build.sources.source import WeightSource
 
-_PAGE_BYTES = 4096
-_TOUCH_BYTES = 8 << 20  # pages that one thread brings in at a time
-_TOUCH_THREADS = 2
 _OTHER_THREADS = 3  # read ahead, hash, write behind
 
 
@@ -56,7 +54,8 @@ class ReadAhead:
     """Reads `names` from a source, in this order, before they are asked for.
 
     Holds `max_bytes` or one tensor, and one more being read; a memory-mapped tensor's pages are
-    brought into the page cache. What the source raises comes out of `read`.
+    brought into the page cache, and given back (page_cache.py). What the source raises comes out of
+    `read`.
     """
 
     def __init__(self, source: WeightSource, names: Sequence[str], max_bytes: int) -> None:
@@ -65,11 +64,12 @@ class ReadAhead:
         self._max_bytes = max_bytes
         self._ready: deque[tuple[str, torch.Tensor]] = deque()
         self._ready_bytes = 0
+        self._brought: deque[list[Range]] = deque()  # by each tensor, in their order
+        self._num_read = self._num_of_last = 0  # tensors of this unit, and of the one before
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="read ahead", daemon=True)
-        self._touching = ThreadPoolExecutor(_TOUCH_THREADS, "touch")
 
     def read(self, name: str) -> torch.Tensor:
         """The next announced tensor, which must be `name`."""
@@ -82,13 +82,22 @@ class ReadAhead:
             self._ready_bytes -= tensor.nbytes
             self._changed.notify_all()
         assert announced == name, f"{name} is asked for, {announced} was announced"
+        self._num_read += 1
         return tensor
 
+    def end_unit(self) -> None:
+        """Gives the page cache's memory back of what was read before the calls since the last one:
+        of those tensors nothing waits to be written any more."""
+        for _ in range(self._num_of_last):
+            give_back(self._brought.popleft())
+        self._num_read, self._num_of_last = 0, self._num_read
+
     def _run(self) -> None:
+        pages = BroughtPages()
         try:
             for name in self._names:
                 tensor = self._source.read(name)
-                self._make_resident(tensor)
+                self._brought.append(pages.bring_in(tensor))
                 with self._changed:
                     self._changed.wait_for(partial(self._has_room, tensor.nbytes))
                     if self._closed:
@@ -101,18 +110,6 @@ class ReadAhead:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
-
-    def _make_resident(self, tensor: torch.Tensor) -> None:
-        """Touches every page, so that a mapped file is read here and not where it is needed.
-
-        One thread waits for the disk while the other waits for memory: a virtual machine's first
-        access to a page may take 3 us.
-        """
-        if not tensor.is_contiguous() or tensor.nbytes <= _PAGE_BYTES:
-            return
-        data = tensor.view(-1).view(torch.uint8)
-        for _ in self._touching.map(_touch, data.split(_TOUCH_BYTES)):
-            pass
 
     def _has_room(self, num_bytes: int) -> bool:
         fits = self._ready_bytes + num_bytes <= self._max_bytes
@@ -128,12 +125,8 @@ class ReadAhead:
             self._ready.clear()
             self._changed.notify_all()
         self._thread.join()
-        self._touching.shutdown()
-
-
-def _touch(data: torch.Tensor) -> None:
-    """Reads a byte of each page."""
-    data.numpy()[::_PAGE_BYTES].max()
+        while self._brought:
+            give_back(self._brought.popleft())
 
 
 class WriteBehind:

@@ -63,6 +63,7 @@ def run_units(
             progress.set_description(unit.name)
             record = unit.run(read, out)
             out.commit(journal, record, None if states is None else states.path)
+            reader.end_unit()
             states = unit.states
     return out.entries
 
