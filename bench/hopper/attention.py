@@ -24,6 +24,7 @@ from triton.runtime.errors import OutOfResources
 
 from bench.ceilings import copy_rate, median_ms
 from bench.hopper.kernels import e4m3, num_buffers
+from bench.lists import counts
 from bench.machine import describe, describe_gpu
 from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
 from runtime.decoder.kernels.decode_attention import Step, decode_attention, step_for
@@ -97,8 +98,8 @@ def measure(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kv_heads", default="8,4", help="of a rank")
-    parser.add_argument("--batch_sizes", default="1,8,64")
+    parser.add_argument("--kv_heads", type=counts, default="8,4", help="of a rank")
+    parser.add_argument("--batch_sizes", type=counts, default="1,8,64")
     parser.add_argument(
         "--context", type=int, default=2048, help="positions, the newest among them"
     )
@@ -113,8 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
     rate = copy_rate(device)
     print(f"copy {rate / 1e12:.3f} TB/s")
     found = []
-    for kv_heads in map(int, options.kv_heads.split(",")):
-        for batch_size in map(int, options.batch_sizes.split(",")):
+    for kv_heads in options.kv_heads:
+        for batch_size in options.batch_sizes:
             rows = measure(kv_heads, batch_size, options.context, device, workspace)
             for place, row in enumerate(rows):
                 if place < options.num_best or row["is_chosen"]:

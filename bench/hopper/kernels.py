@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench.ceilings import copy_rate, median_ms
+from bench.lists import counts
 from bench.machine import describe, describe_gpu
 from nvlm.model.number_formats import fp8
 from nvlm.planning.hopper import CHUNK_SIZES
@@ -235,9 +236,11 @@ def measure_linears(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="72b")
-    parser.add_argument("--batch_sizes", default="1,8,64")
+    parser.add_argument("--batch_sizes", type=counts, default="1,8,64")
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--prompts", default="", help="rows to time the linears alone with")
+    parser.add_argument(
+        "--prompts", type=counts, default=[], help="rows to time the linears alone with"
+    )
     options = parser.parse_args(arguments)
     if options.context < 1:
         parser.error(f"--context is {options.context}, expected positions from 1; give 2048")
@@ -260,11 +263,11 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append({"batch_size": num_rows, "kernel": name, "ms": ms, "bytes": moved})
 
     shape = SHAPES[options.shape]
-    for batch_size in map(int, options.batch_sizes.split(",")):
+    for batch_size in options.batch_sizes:
         show(batch_size, measure(shape, batch_size, options.context, device, forms))
         vocab_size = VOCAB_SIZES[options.shape]
         show(batch_size, measure_head(forms, batch_size, vocab_size, shape[0], device))
-    for num_rows in map(int, filter(None, options.prompts.split(","))):
+    for num_rows in options.prompts:
         show(num_rows, measure_linears(shape, num_rows, device, forms))
     for num_rows in CHUNK_SIZES[::2]:
         if num_rows <= options.context:

@@ -22,7 +22,7 @@ import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import measure_decode, measure_prefill
-from bench.hopper.phases import numbers
+from bench.lists import counts
 from bench.machine import describe, describe_gpu
 from bench.rows import Row
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
@@ -75,9 +75,9 @@ def measured(
 ) -> Iterator[Row]:
     config = engine.checkpoint_config
     executors = {config.decoder.num_hidden_layers: (executor, config)}
-    for batch_size in numbers(options.batch_sizes):
+    for batch_size in options.batch_sizes:
         yield from measure_decode(executors, batch_size, options.context, ceilings)
-    for num_tokens in numbers(options.prompts):
+    for num_tokens in options.prompts:
         yield from measure_prefill(executors, num_tokens, ceilings)
 
 
@@ -85,19 +85,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=DECODERS, default="72b")
     parser.add_argument("--layers", type=int, default=80)
-    parser.add_argument("--batch_sizes", default="1,8,64")
+    parser.add_argument("--batch_sizes", type=counts, default="1,8,64")
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--prompts", default="1948")
+    parser.add_argument("--prompts", type=counts, default="1948")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args(arguments)
     set_up_cublas(os.environ)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)
-    longest = max(options.context, *numbers(options.prompts))
+    longest = max(options.context, *options.prompts)
     engine = synthetic_engine(
         options.shape,
         options.layers,
-        max_batch_size=max(numbers(options.batch_sizes)),
+        max_batch_size=max(options.batch_sizes),
         max_seq_len=longest + _ROOM,
     )
     source = decoder_source(engine, device)

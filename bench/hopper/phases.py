@@ -24,6 +24,7 @@ from bench.hopper.requests import measure_first_token
 from bench.hopper.serving import Load, loads, measure_served, measure_serving
 from bench.hopper.settings import measure_settings
 from bench.hopper.vision import measure_vision
+from bench.lists import amounts, counts
 from bench.report import Measured, Report
 from bench.rows import Row
 from bench.synthetic_engine import DECODERS, VISIONS, synthetic_engine
@@ -42,10 +43,10 @@ def add_flags(parser: argparse.ArgumentParser, *, layers: str) -> None:
     add = parser.add_argument
     add("phases", nargs="+", choices=PHASES)
     add("--shape", choices=DECODERS, default="72b")
-    add("--layers", default=layers)
-    add("--batch_sizes", default="1,8,64")
+    add("--layers", type=counts, default=layers)
+    add("--batch_sizes", type=counts, default="1,8,64")
     add("--context", type=int, default=2048)
-    add("--prompts", default="1948,2048")
+    add("--prompts", type=counts, default="1948,2048")
     add("--requests", type=int, default=256)
     add("--answer", type=int, default=128)
     add(
@@ -54,15 +55,16 @@ def add_flags(parser: argparse.ArgumentParser, *, layers: str) -> None:
         default=[],
         help="INPUT/OUTPUT/REQUESTS/AT_A_TIME (0: as many as fit), several with commas",
     )
-    add("--picture_rate", default="1.0", help="a second, several with commas")
+    add("--picture_rate", type=amounts, default="1.0", help="a second, several with commas")
     add(
         "--max_step_ms",
+        type=amounts,
         default="0",
         help="of interactive and --serving: longest step beside rows that decode, several with "
         "commas",
     )
     add("--seconds", type=float, default=15.0, help="of each picture rate")
-    add("--tiles", default="7")
+    add("--tiles", type=counts, default="7")
     add("--precisions", default="bfloat16,FP8", help="of vision, for first_token and vision")
     add("--fp8_head", action="store_true", help="the decoder's head is in FP8 too")
     add("--no_graphs", action="store_true")
@@ -83,7 +85,7 @@ def measure(options: argparse.Namespace, parts: Parts, ceilings: Ceilings, repor
     if "vision" in options.phases:
         engine = synthesize(options, parts.num_ranks, 1)
         for precision in options.precisions.split(","):
-            for num_tiles in numbers(options.tiles):
+            for num_tiles in options.tiles:
                 report.show(measure_vision(parts, engine, precision, num_tiles, ceilings))
 
 
@@ -94,9 +96,9 @@ def measure_decoder(
 
     All phases share one load. As in the product, vision is there before the decoder.
     """
-    depths, vision = numbers(options.layers), None
+    depths, vision = options.layers, None
     executors: Executors = {}
-    bounds = floats(options.max_step_ms)
+    bounds = options.max_step_ms
     if "interactive" in options.phases or options.serving:
         vision = open_vision(parts, synthesize(options, parts.num_ranks, depths[-1]), bounds[0])
     for num_layers in depths:
@@ -117,7 +119,7 @@ def measure_decoder(
                 yield from measure_interactive(
                     runner,
                     folder / f"pictures_{number}",
-                    floats(options.picture_rate),
+                    options.picture_rate,
                     options.seconds,
                     options.context,
                     max_step_ms,
@@ -146,7 +148,7 @@ def measure_executors(
     ceilings: Ceilings,
 ) -> Iterator[Row]:
     """Measures what goes to the executors alone; `engine` is the last one's."""
-    prompts, batch_sizes = numbers(options.prompts), numbers(options.batch_sizes)
+    prompts, batch_sizes = options.prompts, options.batch_sizes
     executor, config = list(executors.values())[-1]
     if "decode" in options.phases:
         for batch_size in batch_sizes:
@@ -179,7 +181,7 @@ def measure_executors(
 
 def synthesize(options: argparse.Namespace, num_ranks: int, num_layers: int) -> EngineDir:
     """An engine whose limits hold what the phases ask for."""
-    batch_sizes, lengths = numbers(options.batch_sizes), numbers(options.prompts)
+    batch_sizes, lengths = [*options.batch_sizes], [*options.prompts]
     lengths.append(options.context + 512)
     for load in options.serving:
         batch_sizes.append(load.at_a_time)
@@ -195,11 +197,3 @@ def synthesize(options: argparse.Namespace, num_ranks: int, num_layers: int) -> 
         tp_size=num_ranks,
         quantize_lm_head=options.fp8_head,
     )
-
-
-def floats(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]

@@ -21,7 +21,7 @@ import transformers
 
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import PAUSE_S, decode_row, prefill_row, random_prompt
-from bench.hopper.phases import numbers
+from bench.lists import counts
 from bench.machine import describe, describe_gpu
 from bench.report import Report
 from bench.rows import Row
@@ -124,23 +124,23 @@ def _step_times(
 def measure(options: argparse.Namespace, ceilings: Ceilings, device: torch.device) -> Iterator[Row]:
     """All numbers of layers in turns."""
     models: Models = {}
-    for num_layers in numbers(options.layers):
+    for num_layers in options.layers:
         decoder = replace(DECODERS[options.shape], num_hidden_layers=num_layers)
         stored = CheckpointConfig(decoder, "bfloat16", None, None)
         models[num_layers] = qwen2(decoder, device), stored
-    for num_tokens in numbers(options.prompts):
+    for num_tokens in options.prompts:
         yield from measure_prefill(models, num_tokens, ceilings, device)
-    for batch_size in numbers(options.batch_sizes):
+    for batch_size in options.batch_sizes:
         yield from measure_decode(models, batch_size, options.context, ceilings, device)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=DECODERS, default="72b")
-    parser.add_argument("--layers", default="4,8")
-    parser.add_argument("--batch_sizes", default="1,8")
+    parser.add_argument("--layers", type=counts, default="4,8")
+    parser.add_argument("--batch_sizes", type=counts, default="1,8")
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--prompts", default="1948,2048")
+    parser.add_argument("--prompts", type=counts, default="1948,2048")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)

@@ -30,7 +30,7 @@ import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import PAUSE_S, decode_row, prefill_row, random_prompt
-from bench.hopper.phases import numbers
+from bench.lists import counts
 from bench.machine import describe, describe_gpu
 from bench.peers.hugging_face import qwen2_config
 from bench.report import Report
@@ -65,8 +65,8 @@ class Peer:
             dtype="bfloat16",
             quantization="fp8",
             kv_cache_dtype=options.kv_cache_dtype,
-            max_model_len=max(options.context + NUM_STEPS, *numbers(options.prompts)) + 1,
-            max_num_seqs=max(numbers(options.batch_sizes)),
+            max_model_len=max(options.context + NUM_STEPS, *options.prompts) + 1,
+            max_num_seqs=max(options.batch_sizes),
             max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
             enable_prefix_caching=False,
             enforce_eager=False,
@@ -94,7 +94,7 @@ class Peer:
 def measure(
     peers: dict[int, Peer], options: argparse.Namespace, ceilings: Ceilings
 ) -> Iterator[Row]:
-    for num_tokens in numbers(options.prompts):
+    for num_tokens in options.prompts:
         times: dict[int, list[float]] = {num_layers: [] for num_layers in peers}
         for _ in range(WARM_UP + REPEATS):
             for num_layers, peer in peers.items():
@@ -103,7 +103,7 @@ def measure(
         for num_layers, peer in peers.items():
             seconds = statistics.median(times[num_layers][WARM_UP:])
             yield prefill_row(peer.config, num_tokens, seconds, ceilings.fp8_flop_per_s)
-    for batch_size in numbers(options.batch_sizes):
+    for batch_size in options.batch_sizes:
         times = {num_layers: [] for num_layers in peers}
         short = _short(batch_size, options.context)
         prompt = options.context - short - NUM_STEPS // 2  # the steps are about the context
@@ -126,14 +126,14 @@ def _short(batch_size: int, context: int) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser((__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=DECODERS, default="72b")
-    parser.add_argument("--layers", default="8,16")
-    parser.add_argument("--batch_sizes", default="1,8,64")
+    parser.add_argument("--layers", type=counts, default="8,16")
+    parser.add_argument("--batch_sizes", type=counts, default="1,8,64")
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--prompts", default="1948,2048")
+    parser.add_argument("--prompts", type=counts, default="1948,2048")
     parser.add_argument("--kv_cache_dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--tp_size", type=positive_int, default=1)
     options = parser.parse_args(arguments)
-    least = _short(max(numbers(options.batch_sizes)), options.context) + NUM_STEPS // 2 + 1
+    least = _short(max(options.batch_sizes), options.context) + NUM_STEPS // 2 + 1
     if options.context < least:
         raise UserError(f"--context {options.context} leaves no prompt; give {least} or more")
     try:
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # vLLM wants its share to be free
     # What an engine needs grows with its layers; embedding, head and activations are some 4 more.
-    need = {num_layers: num_layers + 4 for num_layers in numbers(options.layers)}
+    need = {num_layers: num_layers + 4 for num_layers in options.layers}
     share = {num_layers: _MEMORY * need[num_layers] / sum(need.values()) for num_layers in need}
     settings = {"kv_cache_dtype": options.kv_cache_dtype, "tp_size": options.tp_size}
     machine = describe() | describe_gpu(device) | {"vllm": vllm.__version__, **settings}

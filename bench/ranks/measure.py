@@ -20,7 +20,7 @@ import os
 import torch
 
 from bench.ceilings import measure_ceilings
-from bench.hopper.phases import add_flags, measure, numbers, parse
+from bench.hopper.phases import add_flags, measure, parse
 from bench.machine import describe, describe_gpu
 from bench.ranks.parts import Ranks
 from bench.report import Report, step_times
@@ -39,8 +39,9 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     add("--one", type=step_times, help="what bench.hopper kept or printed for one of these GPUs")
     add("--no_peer_memory", action="store_true", help="sums over ranks by NCCL")
     options = parse(parser, arguments)
-    if len(numbers(options.layers)) > 1:
-        raise UserError(f"--layers {options.layers}: ranks hold one decoder; give one number")
+    if len(options.layers) > 1:
+        layers = ",".join(map(str, options.layers))
+        raise UserError(f"--layers {layers}: ranks hold one decoder; give one number")
     return options
 
 

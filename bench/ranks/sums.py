@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 
 from bench.ceilings import peer_copy_rate
-from bench.hopper.phases import numbers
+from bench.lists import counts
 from bench.machine import describe, describe_gpu
 from bench.synthetic_engine import DECODERS, synthetic_engine
 from nvlm.model.number_formats import fp8
@@ -128,16 +128,16 @@ def measure(
     options: argparse.Namespace, group: ProcessGroup, copy_bytes_per_s: float | None
 ) -> list[dict[str, Any]]:
     """Collective. A row for every number of rows, in microseconds; the leader prints each."""
-    device, counts = group.device, numbers(options.num_rows)
+    device, row_counts = group.device, options.num_rows
     engine = synthetic_engine(
-        options.shape, 1, max_batch_size=1, max_seq_len=max(counts) + 64, tp_size=group.size
+        options.shape, 1, max_batch_size=1, max_seq_len=max(row_counts) + 64, tp_size=group.size
     )
     hidden_size = engine.checkpoint_config.decoder.hidden_size
-    measuring = Measuring(group, hidden_size, max(counts))
+    measuring = Measuring(group, hidden_size, max(row_counts))
     memory, rows = PeerMemory.open(engine, device, group), []
-    part = torch.zeros(max(counts), hidden_size, device=device)
+    part = torch.zeros(max(row_counts), hidden_size, device=device)
     with without_product(forms_on(device), part) as forms:
-        for num_rows in counts:
+        for num_rows in row_counts:
             row: dict[str, Any] = {"num_rows": num_rows, "us": {}}
             collective = CollectiveAllReduceNorm(forms, group.all_reduce)
             row["us"]["all-reduce"] = measuring.microseconds(collective, num_rows)
@@ -160,7 +160,7 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser((__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=DECODERS, default="72b")
-    parser.add_argument("--num_rows", default="1,8,16,32,64,256,1948")
+    parser.add_argument("--num_rows", type=counts, default="1,8,16,32,64,256,1948")
     world = World.from_environment(os.environ)
     if world.size == 1:
         raise UserError("one rank is running, which has no sums; use mpirun -n 2")

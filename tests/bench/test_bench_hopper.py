@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -315,3 +316,24 @@ def test_a_peer_is_measured_by_the_same_phases(capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["phase"] for row in found["rows"]} == {"decode", "prefill"}
     assert len(found["slopes"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (kernels.main, ["--batch_sizes", "0"]),
+        (kernels.main, ["--prompts", "8,"]),
+        (kernels.main, ["--batch_sizes", "1,-8"]),
+        (measure.main, ["vision", "--tiles", "many"]),
+        (measure.main, ["decode", "--layers", "0"]),
+        (measure.main, ["interactive", "--picture_rate", "1,-1"]),
+        (measure.main, ["interactive", "--max_step_ms", "nan"]),
+    ],
+)
+def test_lists_of_numbers_are_checked_before_anything_runs(
+    main: Callable[[list[str]], None], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert f"argument {words[-2]}: {words[-1]!r}: expected " in capsys.readouterr().err
