@@ -257,6 +257,16 @@ def test_warming_up_leaves_nothing_to_compile(
     assert rows == {100, 16, 2}
 
 
+def test_warming_up_takes_prompts_whose_contexts_are_split_otherwise(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number of splits is a kernel; with few KV heads these lengths have one of their own."""
+    launched: list[int] = []
+    monkeypatch.setattr(PlainForms, "chunk_attention", lambda _, q, *rest: launched.append(len(q)))
+    open_fast(engine_dir, max_batch_size=1, max_seq_len=1100).warm_up(1100)
+    assert {*launched} == {1100, 1024, 512, 16, 2}
+
+
 def test_one_request_is_given_the_graphs_of_its_answers_alone(
     models: tuple[DecoderModel, HopperModel],
     calls: list[tuple[str, list[torch.Tensor]]],

@@ -41,6 +41,7 @@ _BATCH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, MAX_GRAPH_ROWS + 1, 32))
 _MIXED_SIZES = (0, 8, 16, 32, 64, 128)  # rows that decode beside chunks; the largest batch too
 _ROWS_WITHOUT_CONTEXT = 2  # whose attention reads so little that the memory has time
 _SHORT_PROMPTS = (2, 16)  # Triton compiles anew for a number of rows that 16 divides
+_LONGER_PROMPTS = (512, 1024)  # whose contexts are split in two where a rank has few KV heads
 
 
 class HopperModel:
@@ -160,7 +161,8 @@ class HopperModel:
         rest = max_num_tokens % longest
         full = [longest] * (max_num_tokens // longest) + [rest] * (rest > 0)
         full = full[: self._max_batch_size]
-        for counts in (full, *([short] for short in _SHORT_PROMPTS if short < longest)):
+        others = [count for count in (*_SHORT_PROMPTS, *_LONGER_PROMPTS) if count < longest]
+        for counts in (full, *([count] for count in others)):
             blocks = [[self._padding_block] * num_blocks_for(count) for count in counts]
             prompts = [
                 SequenceStep([0] * count, 0, blocks_of, None, 1)
