@@ -105,9 +105,9 @@ part peers 120 $python -m bench.peers.hugging_face
 part vllm 420 $python -m bench.peers.vllm_engine
 part conversion 240 $python -m bench.conversion.gpu --folder "$scratch/nvlm_wide" --output_folder "$fast/nvlm_converted" \
   --depths 2 4 --results "$out/conversion.json"
-part exports 300 $python -m bench.peers.read_exports --folder "$fast/nvlm_exports" --per_task ${PER_TASK:-50} \
+part exports 420 $python -m bench.peers.read_exports --folder "$fast/nvlm_exports" --per_task ${PER_TASK:-50} \
   --output "$out/exports.json"
-part export_logits 300 $python -m bench.peers.export_logits --model_folder "$scratch/nvlm_wide" \
+part export_logits 420 $python -m bench.peers.export_logits --model_folder "$scratch/nvlm_wide" \
   --folder "$fast/nvlm_wide_exports" --output "$out/export_logits.json"
 
 part h200 460 $python -m bench.hopper decode prefill first_token serving --layers 80 \
