@@ -57,6 +57,9 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, sending)
+        except Exception:  # uvicorn answers, and logs why
+            status = 500
+            raise
         finally:
             if scope["path"] not in _QUIET or status >= 400:
                 access.info(_line(scope, record, status, time.perf_counter() - begun))

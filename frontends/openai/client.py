@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from frontends.openai.door import Door
-from frontends.openai.errors import ApiError
+from frontends.openai.errors import ApiError, not_ready
 
 
 class ClientGoneError(Exception):
@@ -19,16 +19,18 @@ class ClientGoneError(Exception):
 
 async def read_body(request: Request, door: Door, stack: ExitStack) -> bytes:
     """Its bytes count among those of all open calls until `stack` ends. Raises `ApiError` for a
-    body that is too large or too slow, `BusyError` and `ClientGoneError`."""
+    body that is too large or too slow, or not whole when the server drains, `BusyError` and
+    `ClientGoneError`."""
     try:
-        async with asyncio.timeout(door.options.body_timeout_s):
-            return await _read(request, door, stack)
+        async with asyncio.timeout(door.options.body_timeout_s) as limit:
+            with door.reading(limit):
+                return await _read(request, door, stack)
     except TimeoutError:
-        raise ApiError(
-            408,
-            "the body did not come in time; send it again",
-            headers={"connection": "close"},  # its rest may still come
-        ) from None
+        refusal = ApiError(408, "the body did not come in time; send it again")
+        if (why := door.why_not_ready) is not None:
+            refusal = not_ready(why)
+        refusal.headers["connection"] = "close"  # its rest may still come
+        raise refusal from None
 
 
 async def unless_gone(receive: Receive, work: Awaitable[None]) -> None:

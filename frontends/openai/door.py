@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _NUM_THREADS = 8
 """They wait for other machines, and read the prompts of /tokenize."""
+
+_DRAINING_BODY_S = 1.0
+"""So long a body may still take once the server drains. Then it is refused, whole or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +64,18 @@ class Door:
         self._num_fetching = 0
         self._num_open_bytes = 0
         self._reported: set[str] = set()
+        self._limits: dict[asyncio.Timeout, asyncio.AbstractEventLoop] = {}  # of bodies being read
 
     def open(self, server: Server) -> None:
         """Answers requests from now on."""
         self._server = server
 
     def drain(self) -> None:
-        """Refuses requests from now on. Those that were accepted are answered."""
+        """Refuses requests from now on, half-sent ones too. Those that were accepted are
+        answered."""
         self._is_draining = True
+        for limit, loop in list(self._limits.items()):
+            loop.call_soon_threadsafe(self._shorten, limit)
 
     def close(self) -> None:
         for pool in (self._threads, self._preparing):
@@ -130,6 +137,22 @@ class Door:
         stack.callback(self._let_go, num_bytes)
         if self._num_open_bytes > self.options.max_open_bytes and self.num_calls > 1:
             raise BusyError("the server holds as many bytes of requests as it can; try again later")
+
+    @contextmanager
+    def reading(self, limit: asyncio.Timeout) -> Iterator[None]:
+        """While a body is read, for `limit` at most: shorter once the server drains."""
+        self._limits[limit] = asyncio.get_running_loop()
+        try:
+            if self._is_draining:
+                self._shorten(limit)
+            yield
+        finally:
+            del self._limits[limit]
+
+    def _shorten(self, limit: asyncio.Timeout) -> None:
+        if limit in self._limits:
+            end = asyncio.get_running_loop().time() + _DRAINING_BODY_S
+            limit.reschedule(min(end, limit.when() or end))
 
     def _let_go(self, num_bytes: int) -> None:
         self._num_open_bytes -= num_bytes

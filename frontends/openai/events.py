@@ -10,7 +10,7 @@ from typing import Any
 from frontends.openai.asking import Asked
 from frontends.openai.call import Call
 from frontends.openai.errors import FieldError
-from frontends.openai.requests.fields import Body, flag, object_field
+from frontends.openai.requests.fields import STREAM_OPTIONS, Body, flag, object_field
 from nvlm.program.errors import shown
 from runtime.requests.types import Answer, GenerationResult
 from runtime.serving.ticket import Ticket
@@ -109,7 +109,7 @@ class StreamOptions:
             raise FieldError(
                 "prompt_logprobs", "prompt_logprobs goes with stream false; leave one out"
             )
-        for name in ("include_usage", "continuous_usage_stats"):
+        for name in STREAM_OPTIONS:
             if not isinstance(options.get(name, False), bool | None):
                 raise FieldError(
                     f"stream_options.{name}",

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,16 +28,21 @@ OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version"})
 _KEYLESS_PATHS = frozenset({"/"})
 """The page asks for a key itself, and is the same for everybody."""
 
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_OWN_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def is_loopback(host: str) -> bool:
-    return host in _LOOPBACK
+    """Whether no other machine reaches a server that listens on `host`, a name or an address."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False  # whoever listens on it says so
+    return all(ip_address(address[0]).is_loopback for *_, address in found)
 
 
-def own_names() -> frozenset[str]:
-    """What a client on this machine calls it."""
-    return _LOOPBACK
+def own_names(host: str = "localhost") -> frozenset[str]:
+    """What a client on this machine calls it where the server listens on `host`."""
+    return _OWN_NAMES | {host.lower()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +78,13 @@ class Guard:
 
     def is_allowed_origin(self, origin: str, host: str) -> bool:
         """Whether a page may ask: the server's own, or one that the operator named."""
-        return origin in self.origins or urlsplit(origin).netloc.lower() == host.lower() != ""
+        return origin in self.origins or _authority(origin) == host.lower() != ""
 
     def _check_key(self, authorization: str) -> None:
         if not self.key_digests:
             return
         scheme, _, key = authorization.partition(" ")
-        digest = _digest(key.strip())
+        digest = _digest(key.strip().encode("latin-1"))  # the bytes that were sent
         # Every key is compared, and each in the same time.
         matches = [hmac.compare_digest(digest, each) for each in self.key_digests]
         if scheme.lower() != "bearer" or not any(matches):
@@ -129,11 +136,19 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
         logger.warning(
             "--api_key_file %s can be read by others on this machine; chmod 600 it", path
         )
-    return tuple(map(_digest, keys))
+    return tuple(_digest(key.encode()) for key in keys)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="replace")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _authority(origin: str) -> str:
+    """Host and port of an Origin header; empty for what is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _name(host: str) -> str:

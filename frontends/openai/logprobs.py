@@ -37,7 +37,8 @@ def of_completion(given: Given, offset: int = 0) -> dict[str, Any] | None:
         "tokens": [each.token for each in given],
         "token_logprobs": [each.logprob for each in given],
         "top_logprobs": [
-            {likely.token: likely.logprob for likely in each.top_logprobs} for each in given
+            {likely.token: likely.logprob for likely in (*each.top_logprobs, each)}
+            for each in given
         ],
         "text_offset": offsets,
     }
@@ -58,5 +59,5 @@ def _by_id(tokens: Sequence[LikelyToken]) -> dict[str, Any]:
 
 
 def _token(each: LikelyToken, tokenizer: Tokenizer) -> dict[str, Any]:
-    data = tokenizer.bytes_of(each.token_id)
-    return {"token": each.token, "logprob": each.logprob, "bytes": list(data)}
+    data = tokenizer.bytes_of(each.token_id)  # a special token has none
+    return {"token": each.token, "logprob": each.logprob, "bytes": list(data) or None}

@@ -168,7 +168,7 @@ def rules(arguments: argparse.Namespace) -> tuple[DoorOptions, Guard]:
         raise UserError("--model_name has an empty name; give one that clients can ask for")
     hosts = host_names(arguments.allowed_host)
     if is_loopback(arguments.host):
-        hosts |= own_names()
+        hosts |= own_names(arguments.host)
     keys = read_keys(arguments.api_key_file) if arguments.api_key_file else ()
     media = MediaRules(
         domains_of(arguments.allowed_media_domain),

@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
@@ -43,6 +44,12 @@ class TimedProtocol(H11Protocol):
         super().data_received(data)
         if self._is_answering:
             self._end_header_timer()
+        elif self._has_rested and self.timeout_keep_alive_task is None:
+            # The rest of a body that was refused before it came.
+            self._end_header_timer()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -63,6 +70,11 @@ class TimedProtocol(H11Protocol):
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _has_rested(self) -> bool:
+        """Whether the last request is over, and nothing of another one has come."""
+        return self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
 
     def _end_header_timer(self) -> None:
         if self._header_timer is not None:

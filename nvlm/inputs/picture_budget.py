@@ -48,8 +48,8 @@ def check_num_pixels(width: int, height: int, where: str) -> None:
 
 def too_many_pixels(where: str) -> UserError:
     return UserError(
-        f"{where} has more than {most_pixels():,} pixels; give a smaller one, or run.py "
-        "--max_image_pixels where the memory allows it"
+        f"{where} has more than {most_pixels():,} pixels; give a smaller one, or start the program "
+        "with a larger --max_image_pixels where the memory allows it"
     )
 
 
@@ -62,8 +62,8 @@ def check_num_bytes(num_bytes: int, where: str) -> None:
     enough = -(-pixels // _ROUND_PIXELS) * _ROUND_PIXELS
     raise UserError(
         f"{where} takes {_megabytes(num_bytes)} MB of memory to read, expected at most "
-        f"{_megabytes(most)}; give a smaller one, or run.py --max_image_pixels {enough} where the "
-        "memory allows it"
+        f"{_megabytes(most)}; give a smaller one, or start the program with --max_image_pixels "
+        f"{enough} where the memory allows it"
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nvlm.inputs.tokenizer import IM_END, IM_START, Tokenizer
-from nvlm.program.errors import UserError, shown
+from nvlm.program.unicode import require_unicode
 
 PromptFormat = Literal["hf", "megatron", "raw"]
 Role = Literal["system", "user", "assistant"]
@@ -137,7 +137,7 @@ def _tokenize(items: Iterable[_Item], tokenizer: Tokenizer, vocab_size: int) -> 
     def end_run() -> None:
         nonlocal run
         if run:
-            token_ids.extend(tokenizer.encode(_require_unicode(run)))
+            token_ids.extend(tokenizer.encode(require_unicode(run, "the prompt")))
         run = ""
 
     for item in items:
@@ -153,14 +153,3 @@ def _tokenize(items: Iterable[_Item], tokenizer: Tokenizer, vocab_size: int) -> 
             num_virtual_tokens += item
     end_run()
     return Prompt(token_ids, num_virtual_tokens)
-
-
-def _require_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"the prompt is not valid Unicode: {shown(text[error.start : error.end])} at character "
-            f"{error.start} of a run; give it as UTF-8"
-        ) from None
-    return text

@@ -99,6 +99,12 @@ class Tokenizer:
         detokenizer = Detokenizer(self)
         return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
 
+    def decode_with_names(self, token_ids: list[int]) -> str:
+        """As `decode`, with special tokens by name."""
+        names = self._special_names
+        data = (self.bytes_of(each) or names.get(each, "").encode() for each in token_ids)
+        return b"".join(data).decode(errors="replace")
+
     def text_of(self, token_id: int) -> str:
         """The text of a token alone, with U+FFFD for a part of a character; of a special token its
         name."""

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from nvlm.inputs.images import Page, PictureRules
 from nvlm.inputs.prompt import PromptFormat
 from nvlm.program.errors import UserError, shown
+from nvlm.program.unicode import require_unicode
 from runtime.requests.guide import Guide
 from runtime.requests.sampling import SamplingParams
 
@@ -39,10 +40,12 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_fields(request: Any) -> None:
-    """Raises `UserError` that names the first field of another type."""
+    """Raises `UserError` that names the first field of another type, or with half a character."""
     for name, (is_right, expected) in _EXPECTED.items():
         if not is_right(getattr(request, name)):
             raise UserError(f"{name} is {shown(getattr(request, name))}, expected {expected}")
+    for text in request.stop:
+        require_unicode(text, "stop")
 
 
 def require_page(value: Any) -> Page:

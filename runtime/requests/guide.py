@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nvlm.program.errors import UserError, shown
+from nvlm.program.unicode import require_unicode
 
 GuideName = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
@@ -86,7 +87,8 @@ class Guide:
     def of(cls, name: GuideName, value: Any) -> Guide | None:
         """A guide as a caller gives it; None where it asks for nothing.
 
-        Raises `UserError` for a value of another type or of more than MAX_GUIDE_BYTES.
+        Raises `UserError` for a value of another type or of more than MAX_GUIDE_BYTES, and for half
+        a character.
         """
         match name, value:
             case "json_object", bool():
@@ -100,7 +102,7 @@ class Guide:
             case _:
                 expected = GUIDE_KINDS[name].expected
                 raise UserError(f"{name} is {shown(value)}, expected {expected}")
-        num_bytes = len(text.encode(errors="surrogatepass"))
+        num_bytes = len(require_unicode(text, name).encode())
         if num_bytes > MAX_GUIDE_BYTES:
             raise UserError(
                 f"{name} has {num_bytes:,} bytes, expected {MAX_GUIDE_BYTES:,} at most; leave out "

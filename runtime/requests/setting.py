@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from nvlm.program.errors import UserError, shown
+from nvlm.program.unicode import require_unicode
 
 MAX_WORDS = 1000
 """So many bad words are compared with a row's last tokens in every step, at most."""
@@ -121,7 +122,7 @@ class Words(Setting):
             raise self.refuse(value)
         if len(words) > MAX_WORDS:
             raise UserError(f"{self.name} has {len(words)} words, expected {MAX_WORDS} at most")
-        return words
+        return tuple(require_unicode(word, self.name) for word in words)
 
     def to_json(self, value: Any) -> list[str]:
         return list(value)

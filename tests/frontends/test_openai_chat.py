@@ -250,6 +250,13 @@ def test_the_fields_reach_the_runtime(client: Client) -> None:
         ({"suffix": "x"}, "suffix", "has no suffix"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "no schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": True}}},
+            "response_format.json_schema.schema",
+            "schema is True, expected an object",
+        ),
+        ({"bad_words": ["\ud800"]}, "bad_words", "bad_words is not valid Unicode"),
+        ({"structured_outputs": {"regex": "\ud800"}}, "structured_outputs", "regex is not valid"),
         ({"structured_outputs": {"yaml": "x"}}, "structured_outputs.yaml", "expected one of"),
         ({"structured_outputs": {"json": {}, "regex": "x"}}, "structured_outputs", "one of them"),
         ({"mm_processor_kwargs": {"size": 1}}, "mm_processor_kwargs.size", "max_num_tiles"),
@@ -376,6 +383,9 @@ def test_unknown_fields_are_ignored_and_reported(client: Client) -> None:
     reply = client.post(CHAT, chat(user("Hello"), frobnicate=1, user="me"))
     assert reply.status == 200
     assert reply.headers["x-ignored-fields"] == "frobnicate"
+    options = {"includes_usage": True, "include_obfuscation": False}
+    reply = client.post(CHAT, chat(user("Hello"), stream=True, stream_options=options))
+    assert reply.headers["x-ignored-fields"] == "stream_options.includes_usage"
 
 
 def test_another_model_is_not_found(client: Client) -> None:
@@ -426,6 +436,37 @@ def test_tokens_become_text_again(client: Client) -> None:
     assert back == {"prompt": "Grüße, 世界"}
     assert client.post("/detokenize", {"tokens": [-1]}).error["param"] == "tokens"
     assert client.post("/tokenize", {}).status == 400
+
+
+def test_special_tokens_are_shown_by_name(client: Client, runner: Runner, images: Images) -> None:
+    asked = [user(picture(images("pixel_1x1.png")), text("Grüße"))]
+    body = {"prompt": None, "messages": asked, "return_token_strs": True}
+    found = client.post("/tokenize", body).json()
+    told = client.post("/detokenize", {"tokens": found["tokens"]}).json()["prompt"]
+    assert told.startswith("<|im_start|>system\n")
+    assert told.endswith("Grüße<|im_end|><|im_start|>assistant\n")
+    assert found["token_strs"][0] == "<|im_start|>"
+    vocab_size = runner.engine.checkpoint_config.decoder.vocab_size
+    assert max(found["tokens"]) > vocab_size, "the picture's places have no text"
+    for token_id in (vocab_size + runner.engine.limits.max_seq_len, 10**30):
+        reply = client.post("/detokenize", {"tokens": [token_id]})
+        assert f"expected 0 to {vocab_size - 1}" in reply.error["message"]
+
+
+@pytest.mark.parametrize(("most", "count"), [(0, 1), (1, 2)])
+def test_a_completions_log_probabilities_hold_the_token_that_was_drawn(
+    client: Client, most: int, count: int
+) -> None:
+    """OpenAI: up to logprobs + 1 entries."""
+    drawn = {"temperature": 100, "seed": 3, "ignore_eos": True, "logprobs": most}
+    body = {"prompt": "Hello", "max_tokens": 8, **drawn}
+    found = client.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+    places = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+    assert all(listed[token] == logprob for token, logprob, listed in places)
+    assert max(map(len, found["top_logprobs"])) == count
+    refused = client.post("/v1/completions", {**body, "logprobs": 21}).error
+    assert refused["param"] == "logprobs"
+    assert refused["message"].startswith("logprobs is 21, expected 0 to 20")
 
 
 @pytest.mark.parametrize(
@@ -500,7 +541,7 @@ def test_several_answers_and_log_probabilities(client: Client) -> None:
     assert reply.json()["usage"]["completion_tokens"] == 12
     for choice in (first, second):
         listed = choice["logprobs"]["content"]
-        data = b"".join(bytes(each["bytes"]) for each in listed)
+        data = b"".join(bytes(each["bytes"] or ()) for each in listed)
         assert data.decode(errors="replace") == choice["message"]["content"]
         for each in listed:
             assert each["logprob"] <= 0

@@ -23,7 +23,14 @@ pytest.importorskip("prometheus_client", reason="requirements/serving.txt is not
 
 from frontends.openai.app import application
 from frontends.openai.door import Door, DoorOptions
-from frontends.openai.guard import Guard, host_names, origin_names, own_names, read_keys
+from frontends.openai.guard import (
+    Guard,
+    host_names,
+    is_loopback,
+    origin_names,
+    own_names,
+    read_keys,
+)
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "A secret question"}], "max_tokens": 2}
@@ -68,6 +75,14 @@ def test_keys_are_asked_for_but_by_probes(door: Door, tmp_path: Path) -> None:
             assert client.get(path).status == 200
         assert client.get("/v1/models").status == 401
         assert client.post("/tokenize", {"prompt": "x"}).status == 401
+
+
+def test_a_key_may_have_any_letters(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("schlüssel\n", "utf-8")
+    guard = Guard(read_keys(tmp_path / "keys"))
+    as_sent = "schlüssel".encode().decode("latin-1")
+    assert ask(door, guard, authorization=f"Bearer {as_sent}").status == 200
+    assert ask(door, guard, authorization="Bearer schl?ssel").status == 401
 
 
 def test_a_file_of_keys_holds_one(tmp_path: Path) -> None:
@@ -123,11 +138,20 @@ def test_a_name_that_was_rebound_is_refused(door: Door, host: str) -> None:
     assert (reply.status, reply.error["code"]) == (403, "host_not_allowed")
 
 
+def test_any_address_of_the_loopback_is_this_machine(door: Door) -> None:
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.0.0.2", "::1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.0.2.1")))
+    guard = Guard(hosts=own_names("127.0.0.2"))
+    assert ask(door, guard, host="127.0.0.2:8000").status == 200
+    assert ask(door, guard, host="evil.example").status == 403
+
+
 def test_pages_of_others_may_not_ask(door: Door) -> None:
     reply = ask(door, Guard(), origin="https://evil.example")
     assert (reply.status, reply.error["code"]) == (403, "origin_not_allowed")
     assert "access-control-allow-origin" not in reply.headers
     assert ask(door, Guard(), origin="null").status == 403
+    assert ask(door, Guard(), origin="http://[").error["code"] == "origin_not_allowed"
     assert ask(door, Guard(), host="here:1", origin="http://here:1").status == 200
 
 

@@ -200,6 +200,15 @@ def test_clients_that_misbehave_cost_no_place(random: Served) -> None:
     other = raw(served.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n")
     assert other.recv(12) == b"HTTP/1.1 200"
     assert "pip install" not in served.log.read_text()
+    early = raw(served.port, b"POST /no HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"}}"):
+        answer += early.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 404")
+    early.sendall(b"{}")
+    time.sleep(1.5)  # longer than headers may take
+    early.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert early.recv(4096).startswith(b"HTTP/1.1 200"), "the connection was kept"
     begun = time.monotonic()
     unread = raw(served.port, http(long_question(stream=True)))
     assert served.ask()["choices"]
@@ -225,6 +234,22 @@ def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(random: Served) 
         data += chunk
     assert b"data: [DONE]" in data
     assert served.process.wait(20) == 0
+
+
+def test_sigterm_does_not_wait_for_a_body_that_never_ends(
+    float32_engine_dir: Path, tmp_path: Path
+) -> None:
+    with serving(float32_engine_dir, tmp_path) as served:
+        half = raw(served.port, http(long_question())[:-5])
+        time.sleep(0.2)
+        served.process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        answer = b"".join(iter(lambda: half.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b'"code":"not_ready"' in answer
+        assert served.process.wait(20) == 0
+        assert time.monotonic() - begun < 10
+    assert "Traceback" not in served.log.read_text()
 
 
 def test_sigterm_waits_no_longer_than_the_flag_says(

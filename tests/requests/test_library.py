@@ -77,6 +77,12 @@ def test_sampling_settings_are_given_by_their_names() -> None:
         ({"sampling": {"temperature": 1.0}}, "sampling is {'temperature': 1.0}, expected Sampl"),
         ({"pictures": 2}, "pictures is 2, expected PictureRules"),
         ({"page": "2"}, "page is '2', expected a number from 1 or \"all\""),
+        ({"bad_words": ["a", "b\ud800"]}, r"bad_words is not valid Unicode: .* '\\ud800', at 1"),
+        ({"stop": "\ud800"}, "stop is not valid Unicode"),
+        ({"regex": "a\ud800"}, "regex is not valid Unicode"),
+        ({"choice": ["\ud800"]}, "choice is not valid Unicode"),
+        ({"json_schema": {"const": "\ud800"}}, "json_schema is not valid Unicode"),
+        ({"grammar": 'start: "\ud800"'}, "grammar is not valid Unicode"),
     ],
 )
 def test_a_setting_that_is_none_is_refused_by_name(settings: dict[str, Any], message: str) -> None:

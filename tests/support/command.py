@@ -25,6 +25,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
+from PIL import Image
+
 from nvlm.program import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,9 +68,11 @@ def run_command(name: str, *arguments: object) -> Result:
     levels = {logger: logging.getLogger(logger).level for logger in _LOGGERS}
     stdout, stderr = io.StringIO(), io.StringIO()
     code: object = None
+    Image.init()
     try:
         with (
             patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]),
+            patch.object(Image, "ID", [*Image.ID]),  # servers have Pillow read less
             redirect_stdout(stdout),
             redirect_stderr(stderr),
             _shown_warnings(),

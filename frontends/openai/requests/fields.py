@@ -77,7 +77,7 @@ def settings_of(body: Body, endpoint: str) -> Settings:
         if any(value == each and type(value) is type(each) for each in row.neutral):
             continue
         given = _read(row, value)
-        _check_settings(row.name, value, given)
+        _check_settings(row, value, given)
         for name, each in given.items():
             if found.get(name, each) != each:
                 other = givers[name]
@@ -100,8 +100,7 @@ def placed(error: UserError, body: Body, endpoint: str) -> UserError:
     for row, value in _given(body, endpoint):
         with suppress(UserError):
             if setting in _read(row, row.check(value)):
-                name = setting if "object" in row.kinds else row.name  # a part keeps its own
-                return FieldError(row.name, name + str(error).removeprefix(setting))
+                return FieldError(row.name, _renamed(str(error), setting, row))
     if str(error).startswith("the prompt "):
         is_chat = endpoint == "chat" or "messages" in body
         return FieldError("messages" if is_chat else "prompt", str(error))
@@ -112,6 +111,8 @@ def unknown(body: Body, endpoint: str) -> list[str]:
     """The fields that nobody reads. Raises `FieldError` for one that would hold a picture."""
     known = {row.name for row in FIELDS if endpoint in row.endpoints}
     found = [name for name in body if name not in known]
+    if isinstance(options := body.get("stream_options"), dict):
+        found += [f"stream_options.{name}" for name in options if name not in STREAM_OPTIONS]
     for name in found:
         if name.lower() in PICTURE_WORDS:
             raise FieldError(
@@ -141,17 +142,26 @@ def _read(row: Field, value: Any) -> Settings:
         raise FieldError(row.name, str(error)) from None
 
 
-def _check_settings(param: str, value: Any, given: Settings) -> None:
+def _check_settings(row: Field, value: Any, given: Settings) -> None:
     """Each as the runtime checks it, so that the field is named."""
     for name in given:
         if name not in _RUNTIME_NAMES:
             raise FieldError(
-                param, f"{param} is {shown(value)}, and this server has no {name}; leave it out"
+                row.name,
+                f"{row.name} is {shown(value)}, and this server has no {name}; leave it out",
             )
     try:
         GenerationRequest.images_first("", **given)
     except UserError as error:
-        raise FieldError(param, str(error)) from None
+        setting = str(error).partition(" ")[0]
+        message = _renamed(str(error), setting, row) if setting in given else str(error)
+        raise FieldError(row.name, message) from None
+
+
+def _renamed(message: str, setting: str, row: Field) -> str:
+    """A sentence of the runtime that begins with a setting's name, with the field's in its place. A
+    part of an object keeps its own."""
+    return message if "object" in row.kinds else row.name + message.removeprefix(setting)
 
 
 def _kind(value: Any) -> str:
@@ -203,6 +213,11 @@ def _response_format(value: Any) -> Settings:
             return {"json_object": True}
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
             return {"json_schema": schema}
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            raise FieldError(
+                "response_format.json_schema.schema",
+                f"schema is {shown(schema)}, expected an object",
+            )
         case {"type": "json_schema"}:
             raise FieldError(
                 "response_format.json_schema",
@@ -377,6 +392,9 @@ FIELDS: tuple[Field, ...] = (
         endpoints=_ALL,
     ),
 )
+
+STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
+"""The last changes no answer."""
 
 PICTURE_WORDS = {
     *("image", "images", "image_url", "image_urls", "image_data", "image_base64", "image_bytes"),

@@ -15,6 +15,7 @@ from frontends.openai.requests.fields import PICTURE_WORDS, Body
 from frontends.openai.requests.pictures import Picture, read_picture
 from nvlm.inputs.prompt import Role
 from nvlm.program.errors import UserError, shown
+from nvlm.program.unicode import require_unicode
 from runtime.requests.messages import Content, ImageSource, Message, conversation
 
 _ROLES: dict[Any, Role] = {
@@ -132,9 +133,6 @@ def _part(part: Any, name: str) -> str | Picture:
 
 def _unicode(text: str, name: str) -> str:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise FieldError(
-            name, f"the text has half a character (a lone surrogate) at {error.start}"
-        ) from None
-    return text
+        return require_unicode(text, "the text")
+    except UserError as error:
+        raise FieldError(name, str(error)) from None
