@@ -57,7 +57,8 @@ def parser() -> ArgumentParser:
         default="auto",
         help="where the engine will run",
     )
-    add = group("limits", "A request beyond them is refused.").add_argument
+    about = "A request beyond them is refused; an answer ends where they are reached."
+    add = group("limits", about).add_argument
     add(
         "--max_batch_size",
         type=positive_int,

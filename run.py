@@ -17,6 +17,7 @@ import torch
 
 from nvlm.formats.scale_dtype import what_differs
 from nvlm.inputs.images import Page, PictureRules
+from nvlm.inputs.picture_source import picture_source
 from nvlm.inputs.prompt import DEFAULT_SYSTEM
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
 from nvlm.program.command_line import ArgumentParser, positive_int, run
@@ -33,7 +34,6 @@ from runtime.engine.engine_dir import EngineDir
 from runtime.engine.loading import loading_on
 from runtime.requests.flags import add_guide_flags, add_request_flags, request_of
 from runtime.requests.messages import Conversation, question
-from runtime.requests.picture_source import picture_source
 from runtime.requests.request_file import RequestLine, read_messages, read_requests
 from runtime.requests.sampling import check_target, non_neutral, require_consistent
 from runtime.requests.show_tiles import write_tiles
@@ -151,8 +151,10 @@ def stream(runner: Runner, request: GenerationRequest) -> GenerationResult:
 
 def _check_flags(arguments: argparse.Namespace) -> None:
     ways = ("prompt", "messages", "input_file", "chat")
-    if sum(vars(arguments)[name] not in (None, False) for name in ways) != 1:
-        raise UserError("give either --prompt or --input_file, --messages or --chat")
+    given = [f"--{name}" for name in ways if vars(arguments)[name] not in (None, False)]
+    if len(given) != 1:
+        found = f"{' and '.join(given)} are given; " if given else ""
+        raise UserError(f"{found}give either --prompt or --input_file, --messages or --chat")
     for name in ("output_file", "compare", "show_tiles", "json"):
         if arguments.chat and vars(arguments)[name]:
             raise UserError(f"--chat prints each answer as it comes; it takes no --{name}")
@@ -161,6 +163,11 @@ def _check_flags(arguments: argparse.Namespace) -> None:
             raise UserError(f"--compare prints a report; it takes no --{name}, leave that out")
     if not arguments.compare and (arguments.input_file is None) != (arguments.output_file is None):
         raise UserError("--input_file and --output_file go together; give both")
+    ends = [each for each in (arguments.input_file, arguments.output_file) if each is not None]
+    if len(ends) == 2 and all(map(os.path.exists, ends)) and os.path.samefile(*ends):
+        raise UserError(
+            f"--input_file and --output_file are both {ends[0]}; give the answers another file"
+        )
     if arguments.streaming and (arguments.json or arguments.input_file):
         raise UserError("--streaming prints text; it does not go with --json or --input_file")
     if arguments.input_file and (arguments.image or (arguments.json and not arguments.compare)):

@@ -14,6 +14,8 @@ from openai import OpenAI
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/openai_chat.py PICTURE QUESTION")
     path, question = Path(sys.argv[1]), sys.argv[2]
     kind = mimetypes.guess_type(path)[0] or "image/png"
     url = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -3,6 +3,7 @@
 set -euo pipefail
 picture=${1:-examples/scan_1642.png} question=${2:-Read the number.}
 server=${SERVER:-http://127.0.0.1:8000}
+[ -r "$picture" ] || { echo "error: $picture cannot be read; give a picture" >&2; exit 2; }
 # The picture goes through stdin: an argument may hold 128 KiB at most.
 {
     printf '{"messages": [{"role": "user", "content": ['

@@ -29,9 +29,9 @@ from bench.machine import describe
 from bench.photos import PHOTO
 from nvlm.inputs.images import make_of_pages
 from nvlm.inputs.picture_budget import PictureBudget
+from nvlm.inputs.picture_source import decode_base64
 from nvlm.inputs.tiling import Tiler
 from nvlm.program.command_line import positive_float, positive_int
-from runtime.requests.picture_source import decode_base64
 
 SIZES = {"1.2 megapixels": (1344, 896), "12 megapixels": (4000, 3000)}
 _ORIENTATION, _QUARTER_TURN = 0x0112, 6  # EXIF, as a phone that is held upright writes it

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from bench.hopper.decoder import random_prompt
+from bench.hopper.device import device_for
 from bench.hopper.parts import OneDevice
 from bench.hopper.vision import random_tiles
 from bench.machine import describe, describe_gpu
@@ -224,9 +225,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num_sms", type=int, default=32, help="multiprocessors of the way green")
     add("--slice_ms", type=float, default=10.0, help="milliseconds of a slice of the way slices")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type != "cuda" and options.way not in ("whole", "tiles"):
+    if not torch.cuda.is_available() and options.way not in ("whole", "tiles"):
         parser.error(f"{options.way} needs a GPU; whole and tiles run on a CPU")
+    device = device_for(options.shape, parser)
     row = measure(options, device)
     for name in ("quiet_step_ms", "beside_step_ms", "encode_ms"):
         if row[name] is not None:

@@ -25,9 +25,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-
 from bench.hopper.decoder import PAUSE_S
+from bench.hopper.device import device_for
 from bench.hopper.interactive import picture_tokens
 from bench.hopper.parts import OneDevice
 from bench.hopper.serving import Load, answer_all, loads
@@ -164,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--output", type=Path)
     options = parser.parse_args(arguments)
     set_up_cublas(os.environ)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(options.shape, parser)
     (load,) = options.load
     picture_length = picture_tokens(VISIONS[options.shape]) + _FIRST_ANSWER
     engine = synthetic_engine(

@@ -22,6 +22,7 @@ import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.hopper.decoder import measure_decode, measure_prefill
+from bench.hopper.device import device_for
 from bench.lists import counts
 from bench.machine import describe, describe_gpu
 from bench.rows import Row
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args(arguments)
     set_up_cublas(os.environ)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(options.shape, parser)
     ceilings = measure_ceilings(device)
     longest = max(options.context, *options.prompts)
     engine = synthetic_engine(

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from bench.hopper.device import device_for
 from bench.machine import describe, describe_gpu
 from bench.stopwatch import seconds_of
 from bench.synthetic_engine import DECODERS, decoder_source, synthetic_engine
@@ -219,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keeps", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     set_up_cublas(os.environ)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(options.shape, parser)
     engine = engine_in(options.folder.resolve(), options.shape, options.layers)
     if options.opens:
         open_as_a_server(engine, device, keeps=options.keeps)

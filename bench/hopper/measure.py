@@ -17,9 +17,8 @@ import argparse
 import json
 import os
 
-import torch
-
 from bench.ceilings import measure_ceilings
+from bench.hopper.device import device_for
 from bench.hopper.parts import OneDevice
 from bench.hopper.phases import add_flags, measure, parse
 from bench.machine import describe, describe_gpu
@@ -32,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_flags(parser, layers="8,16")
     options = parse(parser, arguments)
     set_up_cublas(os.environ)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(options.shape, parser)
     ceilings = measure_ceilings(device)
     report = Report(describe() | describe_gpu(device), ceilings, output=options.output)
     measure(options, OneDevice(device, use_graphs=not options.no_graphs), ceilings, report)

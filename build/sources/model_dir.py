@@ -23,6 +23,17 @@ def check_model_dir(model_dir: Path) -> None:
     """Raises `UserError` for a folder or name that holds no model as published."""
     if not model_dir.is_dir():
         raise _not_a_folder(model_dir)
+    if is_ours(model_dir, "checkpoint"):
+        raise UserError(
+            f"{model_dir} is a checkpoint directory already, expected the published model; build "
+            f"an engine with build_engine.py --checkpoint_dir {model_dir}, or give what it was "
+            "made from as --model_dir"
+        )
+    if is_ours(model_dir, "engine"):
+        raise UserError(
+            f"{model_dir} is an engine directory, expected the published model; ask it with run.py "
+            f"--engine_dir {model_dir}, or give NVLM-D's folder as --model_dir"
+        )
     if is_ours(model_dir, "export"):
         raise UserError(
             f"{model_dir} is an export for other engines, quantised already, expected the "

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from frontends.triton.tensors import Tensors, strings
+from nvlm.inputs.picture_source import decode_base64
 from nvlm.inputs.tiling import TiledImage, denormalize
 from nvlm.planning.limits import EngineLimits
 from nvlm.program.errors import UserError
 from runtime.requests.messages import ImageSource
-from runtime.requests.picture_source import decode_base64
 from runtime.serving.prepare import check_num_images
 
 

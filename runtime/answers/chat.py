@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 
+from nvlm.inputs.picture_source import picture_source
 from nvlm.inputs.tiling import TiledImage
 from nvlm.program.errors import UserError
 from runtime.answers.cut_answer import warn_if_cut
 from runtime.requests.messages import ImageSource, Message, num_images, question
-from runtime.requests.picture_source import picture_source
 from runtime.requests.types import GenerationRequest
 from runtime.serving.prepare import check_num_images, tile_pages
 from runtime.serving.runner import Runner

@@ -227,6 +227,9 @@ def check_prompt_length(num_tokens: int, limits: EngineLimits) -> None:
 
 
 def check_max_new_tokens(max_new_tokens: object) -> None:
-    is_flag = isinstance(max_new_tokens, bool)
-    if is_flag or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {shown(max_new_tokens)}, expected 1 or more")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral):
+        raise UserError(
+            f"max_new_tokens is {shown(max_new_tokens)}, expected 1 or more, a whole number"
+        )
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")

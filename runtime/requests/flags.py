@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.program.command_line import ArgumentParser, positive_int
 from nvlm.program.errors import UserError
-from runtime.requests.guide import GUIDE_KINDS, GUIDES, MAX_GUIDE_BYTES, GuideName, given_guide
+from runtime.requests.guide import GUIDE_KINDS, GUIDES, MAX_GUIDE_BYTES, given_guide
 from runtime.requests.sampling import SETTINGS, SamplingParams, given_settings, with_sampling
 from runtime.requests.types import GenerationRequest
 
@@ -31,7 +31,7 @@ def add_request_flags(
         type=positive_int,
         default=max_new_tokens,
         metavar="N",
-        help="longest answer, in tokens",
+        help="longest answer, in tokens; it ends sooner where the engine's max_seq_len is reached",
     )
     add(
         "--max_num_tiles",
@@ -73,6 +73,10 @@ def request_of(arguments: argparse.Namespace) -> GenerationRequest:
     )
 
 
+_WITHOUT_FILE = {"json_schema": ", which begins with {", "grammar": ", which has a rule start:"}
+"""How a guide that stands in the flag itself is known."""
+
+
 def _schema(value: str) -> str:
     """The schema itself begins with a brace."""
     return value if value.lstrip().startswith("{") else _read_guide("json_schema", value)
@@ -83,7 +87,7 @@ def _grammar(value: str) -> str:
     return value if "start:" in value else _read_guide("grammar", value)
 
 
-def _read_guide(name: GuideName, path: str) -> str:
+def _read_guide(name: Literal["json_schema", "grammar"], path: str) -> str:
     try:
         with open(path, "rb") as file:
             # One byte more than fits is enough to refuse what does not, also within a character.
@@ -92,5 +96,5 @@ def _read_guide(name: GuideName, path: str) -> str:
     except (OSError, ValueError) as error:
         raise UserError(
             f"--{name} {path} cannot be read ({error}); give {GUIDE_KINDS[name].expected}, in "
-            "a file or as it is"
+            f"a file or as it is{_WITHOUT_FILE[name]}"
         ) from None

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from nvlm.inputs.images import EncodedImage
+from nvlm.inputs.picture_source import picture_source
 from nvlm.inputs.pillow_image import pixels_of
 from nvlm.inputs.prompt import IMAGE_MARK, Role
 from nvlm.inputs.tiling import TiledImage
 from nvlm.program.errors import UserError, shown
-from runtime.requests.picture_source import picture_source
 
 ImageSource = EncodedImage | TiledImage | Callable[[], EncodedImage | TiledImage]
 GivenImage = ImageSource | str | Image.Image

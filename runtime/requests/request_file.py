@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nvlm.inputs.picture_source import picture_source
 from nvlm.program.errors import UserError, shown
 from nvlm.program.file_kinds import is_device
 from nvlm.program.jsonl import read_jsonl_lines
@@ -25,7 +26,6 @@ from runtime.requests.messages import (
     parts,
     question,
 )
-from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import (
     SETTINGS,
     given_settings,

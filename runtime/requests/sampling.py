@@ -159,7 +159,7 @@ class SamplingParams:
         trtllm_tensor="min_tokens",
     )
     ignore_eos: bool = _switch(
-        help="do not end at <|im_end|>: the answer has max_new_tokens tokens",
+        help="do not end at <|im_end|>: the answer has max_new_tokens tokens, or as many as fit",
         is_trtllm_elsewhere=True,  # no end id
     )
     include_stop_str_in_output: bool = _switch(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from nvlm.inputs.images import PictureRules
+from nvlm.inputs.picture_source import picture_source
 from nvlm.inputs.prompt import DEFAULT_SYSTEM, PromptFormat
 from nvlm.inputs.tiling import Grid
 from nvlm.planning.limits import DEFAULT_MAX_NEW_TOKENS
@@ -27,7 +28,6 @@ from runtime.requests.messages import (
     num_images,
     question,
 )
-from runtime.requests.picture_source import picture_source
 from runtime.requests.sampling import SETTINGS, SamplingParams, given_settings, with_sampling
 
 FinishReason = Literal["stop", "length"]

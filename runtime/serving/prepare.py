@@ -21,6 +21,7 @@ from runtime.decoder.xgrammar_schema import check_guide
 from runtime.engine.engine_dir import EngineDir
 from runtime.requests.messages import ImageSource
 from runtime.requests.sampling import (
+    SamplingParams,
     check_target,
     require_consistent,
     require_places,
@@ -69,6 +70,7 @@ def prepare(
         prompt_format=request.prompt_format,
     )
     check_prompt_length(len(prompt.token_ids), engine.limits)
+    _check_room(request.sampling, engine.limits.max_seq_len - len(prompt.token_ids))
     ticket.prompt_ids = prompt.token_ids
     ticket.images = [
         part for _, content in turns for part in content if isinstance(part, TiledImage)
@@ -82,6 +84,15 @@ def check_num_images(num_images: int, limits: EngineLimits) -> None:
         raise UserError(
             f"the request has {num_images} images, the engine takes {limits.max_num_images}; "
             "build it with a larger --max_num_images"
+        )
+
+
+def _check_room(sampling: SamplingParams, room: int) -> None:
+    """Refuses an answer that must be longer than fits; what may be longer ends there."""
+    if sampling.min_tokens > room:
+        raise UserError(
+            f"min_tokens is {sampling.min_tokens}, and after the prompt the engine has room for "
+            f"{room} tokens; lower it, or build the engine with a larger --max_seq_len"
         )
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from nvlm.program.errors import UserError
 from runtime.requests.types import GenerationRequest
 from runtime.serving.loop import Loop
 from runtime.serving.metrics import Labels, ServingMetrics
@@ -96,8 +97,13 @@ class Server:
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
         """Accepts a request, whose answer goes to `listener`. Raises `BusyError` when full or
-        stopping, `RuntimeError` once the decoder has failed, and `UserError` for a picture of a
-        type that no server reads."""
+        stopping, `RuntimeError` once the decoder has failed, and `UserError` for what is no
+        request, or a picture of a type that no server reads."""
+        if not isinstance(request, GenerationRequest):
+            raise UserError(
+                f"the request is of type {type(request).__name__}, expected a GenerationRequest; "
+                "make one with GenerationRequest.images_first"
+            )
         require_server_types(request)
         return self._loop.submit(request, listener)
 

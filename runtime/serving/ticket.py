@@ -51,21 +51,24 @@ class Ticket:
     sampling: SamplingParams = field(init=False)  # the request's, with a seed if one is needed
 
     # Prepared:
-    prompt_ids: list[int] = field(init=False)  # an id from vocab_size on is a row of the table
-    images: list[TiledImage] = field(default_factory=list)  # until they are encoded
+    # Not shown: a ticket may be printed at any time.
+    prompt_ids: list[int] = field(
+        init=False, repr=False
+    )  # an id from vocab_size on is a row of the table
+    images: list[TiledImage] = field(default_factory=list, repr=False)  # until they are encoded
     cache_keys: tuple[bytes, ...] = ()  # of the images
     compiled_guide: CompiledGuide | None = None  # None: the request has no guide
     tiling_s: float = 0.0  # reading and cutting the pictures
 
     # Encoded:
-    decoder_request: DecoderRequest = field(init=False)
+    decoder_request: DecoderRequest = field(init=False, repr=False)
     grids: list[Grid] = field(default_factory=list)  # of each image
     num_tiles: int = 0  # of all images
     vision_s: float = 0.0  # encoding the tiles
 
     # With the decoder:
-    drafts: list[Draft] = field(default_factory=list)  # one for each of the n answers
-    submitted: float = field(init=False)  # when the decoder got it
+    drafts: list[Draft] = field(default_factory=list, repr=False)  # one for each of the n answers
+    submitted: float = field(init=False, repr=False)  # when the decoder got it
     # None until the first token, or not asked for.
     prompt_logprobs: list[TokenLogprob | None] | None = None
     num_reused_tokens: int | None = None  # of the prompt, for the first draft

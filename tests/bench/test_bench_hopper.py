@@ -87,6 +87,16 @@ def test_a_way_that_needs_a_gpu_is_refused(way: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
+def test_no_cpu_is_given_the_72b_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        measure.main(["decode"])
+    assert ended.value.code == 2
+    assert (
+        "--shape 72b needs a GPU, and torch sees none; give --shape tiny" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form is what is tested")
 def test_every_phase_is_measured_through_the_executors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,13 @@ def test_a_model_dir_that_is_missing_or_a_file_or_empty_is_refused(tmp_path: Pat
     convert_refused(empty, tmp_path, fragments=("no config.json", "NVLM-D", "--model_dir"))
 
 
+def test_what_we_made_is_no_model(checkpoint_dir: Path, engine_dir: Path, tmp_path: Path) -> None:
+    fragments = ("is a checkpoint directory already", "build_engine.py --checkpoint_dir")
+    convert_refused(checkpoint_dir, tmp_path, fragments=fragments)
+    fragments = ("is an engine directory", "run.py --engine_dir")
+    convert_refused(engine_dir, tmp_path, fragments=fragments)
+
+
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [

@@ -154,7 +154,10 @@ def test_any_id_comes_back_as_it_was(engine_dir: Path, tmp_path: Path, line_id: 
     ("flags", "fragments"),
     [
         ((), ("--prompt", "--input_file")),
-        (("--prompt", "a", "--input_file", "b", "--output_file", "c"), ("either", "--prompt")),
+        (
+            ("--prompt", "a", "--input_file", "b", "--output_file", "c"),
+            ("--prompt and --input_file are given", "either", "--prompt"),
+        ),
         (("--input_file", "b"), ("--input_file", "--output_file")),
         (("--prompt", "a", "--output_file", "c"), ("--input_file", "--output_file")),
         (("--prompt", "a", "--streaming", "--json"), ("--streaming", "--json")),
@@ -190,6 +193,12 @@ def test_run_flags_that_are_wrong_are_refused(
     engine_dir: Path, tmp_path: Path, flags: tuple[str, ...], fragments: tuple[str, ...]
 ) -> None:
     run_refused(engine_dir, tmp_path, *flags, fragments=fragments)
+
+
+def test_answers_do_not_go_into_the_file_of_requests(engine_dir: Path, tmp_path: Path) -> None:
+    path = request_file(tmp_path)
+    files = ("--input_file", path, "--output_file", path.parent / "." / path.name)
+    run_refused(engine_dir, tmp_path, *files, fragments=(f"are both {path}",))
 
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])

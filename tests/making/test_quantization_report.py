@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import time
@@ -243,6 +244,23 @@ def test_calibration_data_may_be_a_folder_of_images(
     values = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
     assert (values["num_calibration_samples"], values["num_skipped"]) == (3, 1)
     assert "LICENSE is skipped" in caplog.text
+
+
+def test_calibration_data_names_images_as_request_lines_do(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, data = tmp_path / "a b.png", tmp_path / "lines.jsonl"
+    Image.new("RGB", (60, 60), "red").save(path)
+    inline = base64.b64encode(path.read_bytes()).decode()
+    names = (path.name, path.as_uri(), f"data:image/png;base64,{inline}")
+    lines = [{"prompt": "What?", "image": name} for name in (*names, "https://a.example/b.png")]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    config, tokenizer = HuggingFaceSource(model_dir).config, Tokenizer(model_dir)
+    found = load_calibration_set(data, 9, config, tokenizer)
+    assert (len(found.samples), found.num_skipped) == (3, 1)
+    first, *others = (sample.load_tiles() for sample in found.samples)
+    assert all((tiles == first).all() for tiles in others)
+    assert "line 4 is skipped: image https://a.example/b.png is an address" in caplog.text
 
 
 def test_text_calibrates_the_decoder_alone(model_dir: Path, tmp_path: Path) -> None:

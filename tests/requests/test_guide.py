@@ -111,6 +111,8 @@ def test_flags_read_schema_and_grammar_from_files(tmp_path: Path) -> None:
     assert guide == Guide("grammar", GRAMMAR)
     with pytest.raises(UserError, match=r"--json_schema nowhere\.json cannot be read"):
         of_flags({"json_schema": "nowhere.json"})
+    with pytest.raises(UserError, match=r'--grammar strt: "a" cannot .* has a rule start:'):
+        of_flags({"grammar": 'strt: "a"'})
     (tmp_path / "large").write_text("{" * (2 * MAX_GUIDE_BYTES))
     with pytest.raises(UserError, match="at most"):
         of_flags({"json_schema": str(tmp_path / "large")})

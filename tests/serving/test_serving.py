@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -257,6 +258,21 @@ def test_a_full_server_is_busy_and_takes_requests_again(runner: Runner) -> None:
         listener.result()
     assert answered(server, question("Now?", 3)).num_tokens == 3
     server.close()
+
+
+def test_a_ticket_may_be_printed_at_any_time(server: Server, runner: Runner) -> None:
+    listener = Listener()
+    ticket = server.submit(question("What?", 3), listener)
+    assert "prompt_ids" not in repr(ticket)
+    listener.result()
+    assert len(repr(ticket)) < 2000
+    assert "prompt_ids" not in repr(Ticket(question("What?", 3)))
+
+
+@pytest.mark.parametrize("request_", ["What?", 5, None])
+def test_what_is_no_request_is_refused(server: Server, request_: Any) -> None:
+    with pytest.raises(UserError, match=r"is of type \w+, expected a GenerationRequest"):
+        server.submit(request_, Listener())
 
 
 def test_a_bad_request_ends_alone(server: Server, images: Images) -> None:

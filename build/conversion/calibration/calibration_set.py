@@ -1,7 +1,8 @@
 """Calibration samples: questions with images, as the runtime would see them.
 
-`--calib_data` is a JSONL file of `{"prompt": ..., "images": [paths relative to the file]}` (or
-`"image"` for one), a folder of images, or a .txt file with a question on each line. The built-in
+`--calib_data` is a JSONL file of `{"prompt": ..., "images": [...]}` (or `"image"` for one), with
+paths relative to the file, or data: and file: URLs, as run.py's request lines have them. It may be
+a folder of images, or a .txt file with a question on each line. The built-in
 set (photographs, documents and text-only questions in `calibration_data/`) is the default.
 """
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from build.conversion.report.quantization_report import QuantizationReport
 from nvlm.formats.tensor_names import VISION_LAYER
 from nvlm.inputs.images import make_of_pages
+from nvlm.inputs.picture_source import picture_source
 from nvlm.inputs.prompt import Prompt, build_prompt, images_first
 from nvlm.inputs.tiling import TiledImage, Tiler
 from nvlm.inputs.tokenizer import Tokenizer
@@ -40,7 +42,7 @@ class CalibrationSample:
     """A prompt and its images, which stay on disk until they are needed."""
 
     prompt: Prompt  # ids; those of tiles are virtual tokens
-    images: tuple[Path, ...]  # files, in the order of the prompt
+    images: tuple[Path | bytes, ...]  # files, in the order of the prompt
     num_tiles: int  # of all images, thumbnails included
     tiling: TilingConfig  # how they are cut
 
@@ -96,7 +98,8 @@ class _Entry:
 
     where: str  # file and line, for messages
     question: str  # text of the prompt
-    images: tuple[Path, ...]  # files before the text
+    folder: Path  # that the images' names are relative to
+    images: tuple[str, ...]  # paths or URLs of files before the text
 
 
 def load_calibration_set(
@@ -114,12 +117,14 @@ def load_calibration_set(
         if len(samples) == num_samples:
             break
         try:
-            tiled = _tile(entry.images, config.tiling)
+            images = tuple(picture_source(name, entry.folder) for name in entry.images)
+            tiled = _tile(images, config.tiling)
         except UserError as error:
             log.warning("%s is skipped: %s", entry.where, error)
             num_skipped += 1
             continue
-        sample = _sample(entry, [image.num_tiles for image in tiled], config, tokenizer)
+        num_tiles = [image.num_tiles for image in tiled]
+        sample = _sample(entry, images, num_tiles, config, tokenizer)
         digest.update(json.dumps(sample.prompt.token_ids).encode())
         for image in tiled:
             digest.update(image.tiles.tobytes())
@@ -132,7 +137,7 @@ def load_calibration_set(
     return Calibration(tuple(samples), num_skipped, sha256=digest.hexdigest())
 
 
-def _tile(images: tuple[Path, ...], tiling: TilingConfig) -> list[TiledImage]:
+def _tile(images: tuple[Path | bytes, ...], tiling: TilingConfig) -> list[TiledImage]:
     tiler = Tiler(tiling.image_size, tiling.max_num_tiles)
     return [next(make_of_pages(tiler, path)) for path in images]
 
@@ -141,18 +146,19 @@ def _entries(path: Path) -> Iterator[_Entry]:
     if path.is_dir():
         for image in sorted(path.rglob("*")):
             if image.is_file() and not image.name.startswith("."):
-                yield _Entry(f"--calib_data {image}", _FOLDER_QUESTION, (image,))
+                where = f"--calib_data {image}"
+                yield _Entry(where, _FOLDER_QUESTION, image.parent, (image.name,))
         return
     for number, line in read_jsonl_lines(path, "--calib_data"):
         where = f"--calib_data {path} line {number}"
         if path.suffix == ".txt":
-            yield _Entry(where, line, ())
+            yield _Entry(where, line, path.parent, ())
             continue
         try:
             question, names = _parse(line)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        yield _Entry(where, question, tuple(path.parent / name for name in names))
+        yield _Entry(where, question, path.parent, tuple(names))
 
 
 def _parse(line: str) -> tuple[str, list[str]]:
@@ -174,7 +180,11 @@ def _parse(line: str) -> tuple[str, list[str]]:
 
 
 def _sample(
-    entry: _Entry, num_tiles: list[int], config: NVLMConfig, tokenizer: Tokenizer
+    entry: _Entry,
+    images: tuple[Path | bytes, ...],
+    num_tiles: list[int],
+    config: NVLMConfig,
+    tokenizer: Tokenizer,
 ) -> CalibrationSample:
     try:
         prompt = build_prompt(
@@ -190,4 +200,4 @@ def _sample(
             f"{entry.where}: {len(prompt.token_ids)} tokens, the model takes "
             f"{config.decoder.max_position_embeddings}; shorten it"
         )
-    return CalibrationSample(prompt, entry.images, sum(num_tiles), config.tiling)
+    return CalibrationSample(prompt, images, sum(num_tiles), config.tiling)

@@ -27,6 +27,9 @@ Settings = dict[str, Any]
 Kind = Literal["integer", "number", "boolean", "string", "array", "object"]
 Read = Callable[[Any], Settings]
 
+_LENGTHS = ("max_completion_tokens", "max_tokens")
+"""The fields that give max_new_tokens."""
+
 _MOST = 2**1000  # a whole number that is still a float
 
 _RUNTIME_NAMES = (
@@ -100,11 +103,17 @@ def placed(error: UserError, body: Body, endpoint: str) -> UserError:
     for row, value in _given(body, endpoint):
         with suppress(UserError):
             if setting in _read(row, row.check(value)):
-                return FieldError(row.name, _renamed(str(error), setting, row))
+                return FieldError(row.name, _of_body(_renamed(str(error), setting, row), body))
     if str(error).startswith("the prompt "):
         is_chat = endpoint == "chat" or "messages" in body
         return FieldError("messages" if is_chat else "prompt", str(error))
     return error
+
+
+def _of_body(message: str, body: Body) -> str:
+    """A sentence of the runtime, with the length by the name that the body has for it."""
+    given = [name for name in _LENGTHS if body.get(name) is not None]
+    return message.replace("max_new_tokens", given[0] if given else "max_tokens")
 
 
 def unknown(body: Body, endpoint: str) -> list[str]:
@@ -305,8 +314,7 @@ _COMPLETIONS: dict[str, Any] = {"endpoints": ("completions",)}
 
 FIELDS: tuple[Field, ...] = (
     # Length and end
-    _integer("max_completion_tokens", read=_as("max_new_tokens"), minimum=1, help="tokens at most"),
-    _integer("max_tokens", read=_as("max_new_tokens"), minimum=1, help="tokens at most"),
+    *(_integer(x, read=_as("max_new_tokens"), minimum=1, help="tokens at most") for x in _LENGTHS),
     Field("stop", ("string", "array"), _stop, help="strings that end the answer"),
     Field("stop_token_ids", ("array",), _stop_token_ids, help="tokens that end the answer"),
     _integer("min_tokens", 0),

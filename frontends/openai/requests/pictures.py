@@ -11,11 +11,11 @@ from typing import Literal
 from frontends.openai.errors import FieldError
 from nvlm.inputs.images import make_of_pages
 from nvlm.inputs.picture_budget import PictureBudget
+from nvlm.inputs.picture_source import decode_base64
 from nvlm.inputs.tiling import TiledImage, Tiler
 from nvlm.model.config import TilingConfig
 from nvlm.program.errors import UserError, shown
 from runtime.requests.messages import ImageSource
-from runtime.requests.picture_source import decode_base64
 from runtime.serving.picture_types import require_server_type
 
 Detail = Literal["low", "high", "auto"]

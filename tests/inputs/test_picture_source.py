@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from nvlm.inputs import picture_source as module
+from nvlm.inputs.picture_source import picture_source
 from nvlm.program.errors import UserError
-from runtime.requests import picture_source as module
-from runtime.requests.picture_source import picture_source
 from tests.support.asking import Images, answered, ask, batch, run_refused
 from tests.support.command import RUN, run_command
 
