@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from evaluation.datasets.packed import is_packed
@@ -15,7 +16,9 @@ from evaluation.datasets.records import (
     string_list,
 )
 from evaluation.datasets.sample import DataSet, Location, Sample
+from nvlm.inputs.picture_source import picture_source
 from nvlm.program.errors import UserError, shown
+from runtime.requests.messages import ImageSource
 
 _KEYS = ("id", "question", "image", "images", "answer", "answers")
 
@@ -33,7 +36,7 @@ def read_custom(location: Location) -> DataSet:
         if unknown := [key for key in record if key not in _KEYS]:
             raise RecordError(f"has {shown(unknown[0])}, expected {', '.join(_KEYS)}")
         images = _one_or_several(record, "image", "images", or_none=True)
-        pictures = [find_image(location.image_dir, {"image": name}, "image") for name in images]
+        pictures = [_picture(location.image_dir, name) for name in images]
         content = [part for picture in pictures for part in (picture, "\n")]
         truths = _one_or_several(record, "answer", "answers")
         if not truths or not all(truth.strip() for truth in truths):
@@ -42,6 +45,16 @@ def read_custom(location: Location) -> DataSet:
         return Sample(sample_id, (*content, question), {"gt_answer": truths})
 
     return collect([record for path in location.gt_paths for record in json_lines(path)], read)
+
+
+def _picture(folder: Path, name: str) -> Path | ImageSource:
+    """A data: or file: URL as a request line may have it, or a file as a benchmark names it."""
+    try:
+        found = picture_source(name, folder)
+    except UserError as error:
+        raise RecordError(f"cannot be asked: {error}") from None
+    is_name = found == folder / name
+    return find_image(folder, {"image": name}, "image") if is_name else found
 
 
 def _one_or_several(record: Record, one: str, several: str, *, or_none: bool = False) -> list[str]:

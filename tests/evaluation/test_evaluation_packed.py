@@ -317,6 +317,7 @@ def test_a_video_is_found_with_any_suffix(tmp_path: Path, suffix: str) -> None:
         ({"question": "?", "answer": "1", "answers": ["1"]}, "expected one of them"),
         ({"question": "?", "answer": "1", "img": "a.png"}, "has 'img', expected id, question"),
         ({"prompt": "?", "answer": "1"}, "has no 'question'"),
+        ({"question": "?", "answer": "1", "image": "http://a.example/b.png"}, "is an address"),
     ],
 )
 def test_a_line_of_ones_own_that_is_no_question_is_named(
@@ -336,6 +337,17 @@ def test_pictures_of_ones_own_questions_come_first_in_order(tmp_path: Path) -> N
     sample = only(read("custom", tmp_path, tmp_path / "mine.jsonl"))
     expected = (tmp_path / "b.png", "\n", tmp_path / "a.png", "\n", "Which is older?")
     assert sample.content == expected
+
+
+def test_pictures_of_ones_own_questions_may_be_urls(tmp_path: Path) -> None:
+    path = tmp_path / "a b.png"
+    write_picture(path, "1")
+    data = path.read_bytes()
+    urls = [path.as_uri(), f"data:image/png;base64,{base64.b64encode(data).decode()}"]
+    line = {"question": "Which?", "images": urls, "answer": "1"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line))
+    sample = only(read("custom", tmp_path, tmp_path / "mine.jsonl"))
+    assert sample.content == (path, "\n", data, "\n", "Which?")
 
 
 def test_a_picture_may_be_a_column_of_bytes(tmp_path: Path) -> None:
