@@ -259,7 +259,7 @@ def plan_engine(
 ) -> EnginePlan:
     """What the torch executor takes on `device` when it runs at the engine's limits.
 
-    On rank 0, which holds most: vision runs there only, and the embedding is not split.
+    On any rank: each holds vision and the embedding whole.
     """
     decoder, itemsize = config.decoder, TORCH_DTYPES[config.dtype].itemsize
     decoder_weights = decoder_weight_bytes(config)

@@ -1,4 +1,4 @@
-"""Files that are none: pipes and devices, which may never end."""
+"""Paths that are no regular files: pipes and devices, which a reader may wait for for ever."""
 
 from __future__ import annotations
 

@@ -10,11 +10,6 @@ import torch
 from runtime.requests.sampling import SamplingParams
 
 
-def sample(logits: torch.Tensor, params: SamplingParams, step: int) -> int:
-    """The token drawn from one row of logits [vocab_size] float32 at the request's `step`."""
-    return int(sample_rows(logits[None], [params], [step]))
-
-
 def sample_rows(
     logits: torch.Tensor, params: Sequence[SamplingParams], steps: Sequence[int]
 ) -> torch.Tensor:

@@ -19,7 +19,7 @@ _SLACK = 1.1
 
 
 def limit_ms(max_ms: float, least_ms: float) -> float:
-    """What a step may take of which even the fewest prompt tokens take `least_ms`. Where that is
+    """The limit of a step in which even the fewest prompt tokens take `least_ms`. Where that is
     more than max_ms, more tokens at nearly the same cost are better than many such steps."""
     return max(max_ms, _SLACK * least_ms)
 

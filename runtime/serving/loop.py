@@ -133,8 +133,8 @@ class Loop:
         self._encoded.put(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
-        """Frees the request's place before the next step. Its listener hears nothing more but what
-        is being said right now."""
+        """Frees the request's place before the next step. Its listener is not called
+        again, but a call in progress finishes."""
         ticket.is_cancelled = True
         self._encoded.put(None)
 
@@ -281,8 +281,8 @@ class Loop:
             self.metrics.add("nvlm_tiles_total", ticket.num_tiles)
 
     def _most_tokens(self) -> int:
-        """That a step computes: prompts are among them, and those that have to be computed again,
-        for want of blocks."""
+        """The most tokens of a step: all of every draft that runs, since one that gave up its
+        blocks is computed again."""
         return sum(
             len(draft.ticket.prompt_ids) + len(draft.token_ids) for draft in self._running.values()
         )

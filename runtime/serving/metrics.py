@@ -1,6 +1,6 @@
 """What a server counts, in Prometheus' terms: counters, gauges and histograms by name.
 
-Held in memory; who exports them (frontends/triton/) reads `samples`.
+Held in memory; who exports them (frontends/) reads `samples`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ METRICS: dict[str, Metric] = {
         "counter", "A step of the decoder, until its tokens are there", buckets=_STEP_SECONDS
     ),
     "nvlm_queue_seconds": Metric(
-        "counter", "Waiting between the steps of a request", buckets=_SECONDS
+        "counter",
+        "Waiting until the decoder has it, without tiling and vision",
+        buckets=_SECONDS,
     ),
     "nvlm_time_to_first_token_seconds": Metric(
         "counter", "From acceptance to the first token", buckets=_SECONDS

@@ -37,15 +37,16 @@ def _nobody(_: Exception) -> None:
 class Server:
     """`submit` and `cancel` may be called by any thread.
 
-    A decoder that cannot begin is a `RuntimeError` of the constructor, with its cause.
+    The constructor raises `UserError` while another loop uses the runner.
 
-    At most max_batch_size + `max_queue_size` requests are open; `num_preparing` threads decode
-    images, each holding one picture (up to MAX_IMAGE_PIXELS) at a time.
+    At most max_batch_size + `max_queue_size` requests are open. `num_preparing` threads decode
+    pictures, and share the memory of one `PictureBudget`.
 
     on_end: is called once, from another thread, with the reason why the server ends, after all open
     requests were answered with it: a `UserError`, as for an engine that was changed, else a
     `PartDiedError`.
-    hang_after_s: without progress a thread hangs; None is the plan's limit for its work.
+    hang_after_s: seconds without progress after which a thread counts as hung; None is the limit
+    that the plan sets for its work.
     """
 
     def __init__(
@@ -108,8 +109,8 @@ class Server:
         return self._loop.submit(request, listener)
 
     def cancel(self, ticket: Ticket) -> None:
-        """Frees the request's place before the next step. Its listener hears nothing more but what
-        is being said right now."""
+        """Frees the request's place before the next step. Its listener is not called
+        again, but a call in progress finishes."""
         self._loop.cancel(ticket)
 
     def samples(self) -> dict[tuple[str, Labels], float]:
@@ -182,4 +183,4 @@ class Server:
         begun = time.monotonic()
         self.runner.probe()
         rest = _REST_PER_PROBE * (time.monotonic() - begun)
-        self._next_probe = self._num_idle_looks + max(_LOOKS_PER_PROBE, int(rest / LOOK_S))
+        self._next_probe = self._num_idle_looks + max(_LOOKS_PER_PROBE, int(rest / self._look_s))

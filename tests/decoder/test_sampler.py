@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from nvlm.program.errors import UserError
-from runtime.decoder.sampler import sample
+from runtime.decoder.sampler import sample_rows
 from runtime.requests.sampling import SamplingParams
+
+
+def sample(logits: torch.Tensor, params: SamplingParams, step: int) -> int:
+    """The token drawn from one row of logits [vocab_size] at the request's `step`."""
+    return int(sample_rows(logits[None], [params], [step]))
+
 
 SHUFFLED = [0.05, 0.4, 0.1, 0.3, 0.15]  # likeliest first: tokens 1, 3, 4, 2, 0
 NUM_DRAWS = 2000

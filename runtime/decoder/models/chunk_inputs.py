@@ -17,7 +17,7 @@ _ALIGNED = 4  # numbers of 4 bytes: Triton compiles anew for a tensor that begin
 
 def context_positions(step: SequenceStep) -> int:
     """How many positions the step's context takes in memory."""
-    return -(-_length(step) // CONTEXT_STEP) * CONTEXT_STEP
+    return -(-step.end_position // CONTEXT_STEP) * CONTEXT_STEP
 
 
 def tiles_of(steps: list[SequenceStep], num_tokens: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ def pages_of(steps: list[SequenceStep]) -> torch.Tensor:
     """`Contexts.pages` of the steps' contexts in order, on the host."""
     pages: list[tuple[int, int]] = []
     for step in steps:
-        length = _length(step)
+        length = step.end_position
         num_blocks = num_blocks_for(length)
         pages += [
             (block, min(TOKENS_PER_BLOCK, length - i * TOKENS_PER_BLOCK))
@@ -47,10 +47,6 @@ def pages_of(steps: list[SequenceStep]) -> torch.Tensor:
         ]
         pages += [(0, 0)] * (context_positions(step) // TOKENS_PER_BLOCK - num_blocks)
     return torch.tensor(pages, dtype=torch.int32).view(-1, _PAGE_FIELDS)
-
-
-def _length(step: SequenceStep) -> int:
-    return step.first_position + len(step.token_ids)
 
 
 class ChunkInputs:

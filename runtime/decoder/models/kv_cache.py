@@ -6,7 +6,7 @@ import torch
 
 from nvlm.formats.checkpoint_config import CheckpointConfig
 from nvlm.model.dtypes import TORCH_DTYPES
-from runtime.decoder.block_allocator import TOKENS_PER_BLOCK
+from runtime.decoder.block_allocator import TOKENS_PER_BLOCK, num_blocks_for
 from runtime.decoder.kernels.operands import CacheScale, KVPages
 from runtime.decoder.models.kv_scales import LayerScales
 
@@ -63,7 +63,7 @@ class PagedKVCache:
 
     def read(self, layer: int, blocks: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the first `length` positions: float32 [length, kv_heads, head_dim] each."""
-        table = torch.tensor(blocks[: -(-length // TOKENS_PER_BLOCK)], device=self._storage.device)
+        table = torch.tensor(blocks[: num_blocks_for(length)], device=self._storage.device)
         rows = self._storage[layer][:, table].transpose(2, 3).flatten(1, 2)[:, :length]
         k, v = self._format.dequantize(rows, self._scales[layer][:, None, None, None])
         return k, v
