@@ -163,10 +163,11 @@ def _check_flags(arguments: argparse.Namespace) -> None:
             raise UserError(f"--compare prints a report; it takes no --{name}, leave that out")
     if not arguments.compare and (arguments.input_file is None) != (arguments.output_file is None):
         raise UserError("--input_file and --output_file go together; give both")
-    ends = [each for each in (arguments.input_file, arguments.output_file) if each is not None]
-    if len(ends) == 2 and all(map(os.path.exists, ends)) and os.path.samefile(*ends):
+    source, output = arguments.input_file, arguments.output_file
+    are_there = output and os.path.exists(source) and os.path.exists(output)
+    if are_there and os.path.samefile(source, output):
         raise UserError(
-            f"--input_file and --output_file are both {ends[0]}; give the answers another file"
+            f"--input_file and --output_file are both {source}; give the answers another file"
         )
     if arguments.streaming and (arguments.json or arguments.input_file):
         raise UserError("--streaming prints text; it does not go with --json or --input_file")

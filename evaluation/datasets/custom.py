@@ -47,7 +47,7 @@ def read_custom(location: Location) -> DataSet:
     return collect([record for path in location.gt_paths for record in json_lines(path)], read)
 
 
-def _picture(folder: Path, name: str) -> Path | ImageSource:
+def _picture(folder: Path, name: str) -> ImageSource:
     """A data: or file: URL as a request line may have it, or a file as a benchmark names it."""
     try:
         found = picture_source(name, folder)

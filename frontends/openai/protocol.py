@@ -44,7 +44,7 @@ class TimedProtocol(H11Protocol):
         super().data_received(data)
         if self._is_answering:
             self._end_header_timer()
-        elif self._has_rested and self.timeout_keep_alive_task is None:
+        elif self._is_between_requests and self.timeout_keep_alive_task is None:
             # The rest of a body that was refused before it came.
             self._end_header_timer()
             self.timeout_keep_alive_task = self.loop.call_later(
@@ -72,7 +72,7 @@ class TimedProtocol(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
-    def _has_rested(self) -> bool:
+    def _is_between_requests(self) -> bool:
         """Whether the last request is over, and nothing of another one has come."""
         return self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
 

@@ -1,4 +1,4 @@
-"""Paths that are no regular files: pipes and devices, which a reader may wait for for ever."""
+"""Paths that are no regular files: pipes and devices. Reading one may never end."""
 
 from __future__ import annotations
 

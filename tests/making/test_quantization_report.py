@@ -238,6 +238,7 @@ def test_calibration_data_may_be_a_folder_of_images(
     (folder / "more").mkdir(parents=True)
     for name, colour in (("b.png", "red"), ("a.jpg", "blue"), ("more/c.webp", "green")):
         Image.new("RGB", (60, 60), colour).save(folder / name)
+    (folder / "b.png").rename(folder / "data:b.png")  # a file's name, and no URL
     (folder / "LICENSE").write_text("free")
     flags = ("--calib_data", folder, "--device", "cpu", "--output_dir", tmp_path / "out")
     assert run_command(CONVERT, "--model_dir", model_dir, *flags).exit_code == 0

@@ -1,9 +1,9 @@
 """Calibration samples: questions with images, as the runtime would see them.
 
-`--calib_data` is a JSONL file of `{"prompt": ..., "images": [...]}` (or `"image"` for one), with
-paths relative to the file, or data: and file: URLs, as run.py's request lines have them. It may be
-a folder of images, or a .txt file with a question on each line. The built-in
-set (photographs, documents and text-only questions in `calibration_data/`) is the default.
+`--calib_data` is a JSONL file of `{"prompt": ..., "images": [...]}` (or `"image"` for one). Images
+are paths relative to the file, or data: and file: URLs, as in run.py's request lines. It may also
+be a folder of images, or a .txt file with a question on each line. The built-in set (photographs,
+documents and text-only questions in `calibration_data/`) is the default.
 """
 
 from __future__ import annotations
@@ -98,8 +98,7 @@ class _Entry:
 
     where: str  # file and line, for messages
     question: str  # text of the prompt
-    folder: Path  # that the images' names are relative to
-    images: tuple[str, ...]  # paths or URLs of files before the text
+    images: tuple[Path | str, ...]  # before the text: files, or names as request lines have them
 
 
 def load_calibration_set(
@@ -117,7 +116,7 @@ def load_calibration_set(
         if len(samples) == num_samples:
             break
         try:
-            images = tuple(picture_source(name, entry.folder) for name in entry.images)
+            images = tuple(_source(image, path.parent) for image in entry.images)
             tiled = _tile(images, config.tiling)
         except UserError as error:
             log.warning("%s is skipped: %s", entry.where, error)
@@ -142,23 +141,26 @@ def _tile(images: tuple[Path | bytes, ...], tiling: TilingConfig) -> list[TiledI
     return [next(make_of_pages(tiler, path)) for path in images]
 
 
+def _source(image: Path | str, folder: Path) -> Path | bytes:
+    return image if isinstance(image, Path) else picture_source(image, folder)
+
+
 def _entries(path: Path) -> Iterator[_Entry]:
     if path.is_dir():
         for image in sorted(path.rglob("*")):
             if image.is_file() and not image.name.startswith("."):
-                where = f"--calib_data {image}"
-                yield _Entry(where, _FOLDER_QUESTION, image.parent, (image.name,))
+                yield _Entry(f"--calib_data {image}", _FOLDER_QUESTION, (image,))
         return
     for number, line in read_jsonl_lines(path, "--calib_data"):
         where = f"--calib_data {path} line {number}"
         if path.suffix == ".txt":
-            yield _Entry(where, line, path.parent, ())
+            yield _Entry(where, line, ())
             continue
         try:
             question, names = _parse(line)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        yield _Entry(where, question, path.parent, tuple(names))
+        yield _Entry(where, question, tuple(names))
 
 
 def _parse(line: str) -> tuple[str, list[str]]:
